@@ -1,0 +1,1 @@
+"""Temper-Then-Tilt."""

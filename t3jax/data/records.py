@@ -1,0 +1,212 @@
+"""Rows of text from files: question-answer pairs, plain documents, prompts.
+
+A source is a file of JSON (one list of objects) or of JSON-lines (one object a line; which of the
+two is told from the content, not from the name), or a folder of such files. Every row is checked
+when it is read, and an error names the file and the line. Nothing here knows about tokens, and
+nothing is ever shortened, skipped or repaired.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+Record = dict[str, Any]
+
+TOFU_PREFIX = "tofu:"
+
+_ACCEPTED = (
+    "expected a file of JSON (a list of objects) or JSON-lines (one object a line), "
+    "or a folder of .json and .jsonl files"
+)
+
+
+def check_record(row: object, where: str) -> Record:
+    """Checks that a row is a question-answer pair or a plain document.
+
+    Args:
+        row: what was read; fields beyond the required ones are allowed and kept.
+        where: names the row in an error, for example "forget.jsonl:3".
+
+    Returns:
+        The row itself.
+
+    Raises:
+        ValueError: for anything but non-empty strings under "question" and "answer", or "text".
+    """
+    row = _check_object(row, where)
+    if "text" in row and ("question" in row or "answer" in row):
+        raise ValueError(
+            f"{where}: the row has 'text' as well as a question or an answer, so it could be read "
+            "as either; keep {question, answer} or {text}"
+        )
+    if "text" in row:
+        _check_text(row, "text", where)
+    elif "question" in row and "answer" in row:
+        _check_text(row, "question", where)
+        _check_text(row, "answer", where)
+    else:
+        raise ValueError(
+            f"{where}: expected {{question, answer}} or {{text}}, got the fields {sorted(row)}"
+        )
+    return row
+
+
+def parse_records(content: bytes, name: str) -> list[Record]:
+    """Reads question-answer pairs or plain documents from the bytes of one file.
+
+    Args:
+        content: UTF-8 text, a JSON list of objects or JSON-lines.
+        name: the file's name, for errors.
+
+    Returns:
+        The rows in the file's order.
+
+    Raises:
+        ValueError: broken JSON, a wrong row, or no row at all; names the file and the line.
+    """
+    return _parse(content, name, check_record)
+
+
+def load_records(source: str | os.PathLike[str]) -> list[Record]:
+    """Loads question-answer pairs or plain documents.
+
+    Args:
+        source: a file of JSON or JSON-lines, or a folder of .json and .jsonl files, which are
+            read in the order of their names.
+
+    Returns:
+        Rows with "question" and "answer", or with "text"; other fields are kept as they stand.
+
+    Raises:
+        FileNotFoundError: the source, or a file to read in the folder, does not exist.
+        ValueError: broken JSON, a wrong row, or an empty file; names the file and the line.
+    """
+    return [
+        row
+        for file in _files(pathlib.Path(source))
+        for row in parse_records(file.read_bytes(), str(file))
+    ]
+
+
+def load_prompts(path: str | os.PathLike[str]) -> list[Record]:
+    """Loads prompts to sample answers to.
+
+    Args:
+        path: a source as in `load_records` with rows that have "question" or "prompt" (an answer
+            beside it is kept and not needed), or a .txt file with one prompt a line.
+
+    Returns:
+        Rows with either "question" or "prompt"; a line of a .txt file becomes {"prompt": line},
+        blank lines are left out.
+
+    Raises:
+        FileNotFoundError: the path does not exist.
+        ValueError: broken JSON, a wrong row, or an empty file; names the file and the line.
+    """
+    path = pathlib.Path(path)
+    if path.suffix == ".txt" and path.is_file():
+        lines = _decode(path.read_bytes(), str(path)).split("\n")
+        prompts: list[Record] = [{"prompt": line.strip()} for line in lines if line.strip()]
+        if not prompts:
+            raise ValueError(f"{path} is empty: expected one prompt a line")
+        return prompts
+    return [
+        row for file in _files(path) for row in _parse(file.read_bytes(), str(file), _check_prompt)
+    ]
+
+
+def load_dataset(
+    source: str | os.PathLike[str], tofu_dir: str | os.PathLike[str] | None = None
+) -> list[Record]:
+    """Loads a set of rows from wherever the source says.
+
+    Args:
+        source: "tofu:SPLIT" (for example "tofu:forget05"), or a source as in `load_records`.
+        tofu_dir: folder with TOFU's files, named as on the Hugging Face hub. None: the hub.
+
+    Returns:
+        At least one row.
+
+    Raises:
+        FileNotFoundError: a file or folder does not exist.
+        ValueError: an unknown split, or bad or empty files.
+    """
+    if isinstance(source, str) and source.startswith(TOFU_PREFIX):
+        # Imported here because tensorflow_datasets takes seconds, and only TOFU needs it.
+        from t3jax.data import tofu
+
+        return tofu.load_tofu(source.removeprefix(TOFU_PREFIX), folder=tofu_dir)
+    return load_records(source)
+
+
+def _files(source: pathlib.Path) -> list[pathlib.Path]:
+    if source.is_dir():
+        files = sorted(f for f in source.iterdir() if f.suffix in (".json", ".jsonl"))
+        if not files:
+            raise FileNotFoundError(f"no .json or .jsonl file in the folder {source}; {_ACCEPTED}")
+        return files
+    if not source.exists():
+        raise FileNotFoundError(f"{source} does not exist; {_ACCEPTED}")
+    return [source]
+
+
+def _parse(content: bytes, name: str, check: Callable[[object, str], Record]) -> list[Record]:
+    text = _decode(content, name)
+    if text.lstrip().startswith("["):
+        rows = _parse_json(text, name, first_line=1)
+        located = [(f"{name}, row {number}", row) for number, row in enumerate(rows, start=1)]
+    else:
+        # Not splitlines: it also cuts at characters that JSON allows unescaped inside a string.
+        lines = enumerate(text.split("\n"), start=1)
+        located = [
+            (f"{name}:{number}", _parse_json(line, name, first_line=number))
+            for number, line in lines
+            if line.strip()
+        ]
+    if not located:
+        raise ValueError(f"{name} is empty: it holds no row; {_ACCEPTED}")
+    return [check(row, where) for where, row in located]
+
+
+def _parse_json(text: str, name: str, first_line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise ValueError(
+            f"{name}:{line}: broken JSON ({error.msg} at column {error.colno}); {_ACCEPTED}"
+        ) from error
+
+
+def _decode(content: bytes, name: str) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{name}:{line}: not UTF-8 text ({error.reason})") from error
+
+
+def _check_prompt(row: object, where: str) -> Record:
+    row = _check_object(row, where)
+    if ("question" in row) == ("prompt" in row):
+        raise ValueError(
+            f"{where}: expected either 'question' or 'prompt', got the fields {sorted(row)}"
+        )
+    _check_text(row, "question" if "question" in row else "prompt", where)
+    return row
+
+
+def _check_object(row: object, where: str) -> Record:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected an object with named fields, got {row!r:.80}")
+    return row
+
+
+def _check_text(row: Record, field: str, where: str) -> None:
+    value = row[field]
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {field!r} must be a string, got {value!r:.80}")
+    if not value.strip():
+        raise ValueError(f"{where}: {field!r} is empty; fill it in or remove the row")

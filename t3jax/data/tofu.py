@@ -1,0 +1,251 @@
+"""TOFU, the benchmark of fictitious authors, as a TFDS dataset.
+
+The builder reads the files of locuslab/TOFU, from the Hugging Face hub or from a local folder with
+the hub's file names, and prepares them once as array_record; TensorFlow is not needed. Rows keep
+the order of the files: retain90 = full[:3600], forget10 = full[3600:]. The hub's holdout splits
+are not covered: any question-answer file can serve as one.
+
+What is prepared from a local folder lies under a digest of its files, so that a changed folder is
+prepared anew. What comes from the hub is a published set and is prepared once for a `VERSION`.
+"""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import huggingface_hub
+import tensorflow_datasets as tfds
+
+from t3jax.data.records import Record, parse_records
+
+_HUB_REPOSITORY = "locuslab/TOFU"
+
+_CITATION = """\
+@inproceedings{maini2024tofu,
+  title={{TOFU}: A Task of Fictitious Unlearning for {LLMs}},
+  author={Maini, Pratyush and Feng, Zhili and Schwarzschild, Avi and Lipton, Zachary C. and
+          Kolter, J. Zico},
+  booktitle={First Conference on Language Modeling},
+  year={2024},
+  url={https://arxiv.org/abs/2401.06121}
+}"""
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class TofuConfig(tfds.core.BuilderConfig):
+    """One of TOFU's two shapes of rows.
+
+    Attributes:
+        splits: names of the splits; the file of each is SPLIT.json.
+    """
+
+    splits: tuple[str, ...]
+
+
+class Tofu(tfds.core.GeneratorBasedBuilder):
+    """TOFU: questions and answers about 200 fictitious authors (Maini et al., 2024).
+
+    Two configs: "qa" (full, retain90/95/99, forget10/05/01) with question and answer, "perturbed"
+    (the evaluation sets) with a paraphrase and wrong answers too.
+
+    Args:
+        folder: folder with the hub's files; those of the config's splits that it lacks are left
+            out. None: download all of them from the Hugging Face hub.
+        data_dir: root of the prepared data. None: TFDS's own (TFDS_DATA_DIR).
+        **kwargs: as for any builder (config, version, file_format).
+
+    Raises:
+        FileNotFoundError: the folder does not exist or has no file of the config.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "The files of the hub as they are."}  # noqa: RUF012 (TFDS's own way)
+    BUILDER_CONFIGS = [  # noqa: RUF012
+        TofuConfig(
+            name="qa",
+            description="Question and answer.",
+            splits=(
+                "full",
+                "retain99",
+                "retain95",
+                "retain90",
+                "forget10",
+                "forget05",
+                "forget01",
+            ),
+        ),
+        TofuConfig(
+            name="perturbed",
+            description="Question and answer, a paraphrase of each, and wrong answers.",
+            splits=(
+                "forget10_perturbed",
+                "forget05_perturbed",
+                "forget01_perturbed",
+                "retain_perturbed",
+                "real_authors_perturbed",
+                "world_facts_perturbed",
+            ),
+        ),
+    ]
+
+    def __init__(
+        self,
+        *,
+        folder: str | os.PathLike[str] | None = None,
+        data_dir: str | os.PathLike[str] | None = None,
+        **kwargs: Any,
+    ):
+        self._contents: dict[str, bytes] | None = None
+        if folder is not None:
+            # Kept from here on: what is prepared is what the digest was taken of.
+            self._contents = _read_folder(
+                pathlib.Path(folder), self._create_builder_config(kwargs.get("config")).splits
+            )
+            root = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR)
+            data_dir = root / f"tofu-{_digest(self._contents)}"
+        kwargs.setdefault("file_format", "array_record")
+        super().__init__(data_dir=data_dir, **kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features: dict[str, Any] = {
+            "question": tfds.features.Text(),
+            "answer": tfds.features.Text(),
+        }
+        if self.builder_config.name == "perturbed":
+            features |= {
+                "paraphrased_question": tfds.features.Text(),
+                "paraphrased_answer": tfds.features.Text(),
+                "perturbed_answer": tfds.features.Sequence(tfds.features.Text()),
+            }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="TOFU, a task of fictitious unlearning: 200 fictitious authors, 20 "
+            "question-answer pairs each.",
+            features=tfds.features.FeaturesDict(features),
+            homepage=f"https://huggingface.co/datasets/{_HUB_REPOSITORY}",
+            citation=_CITATION,
+            license="MIT",
+            disable_shuffling=True,
+        )
+
+    def _split_generators(
+        self, dl_manager: tfds.download.DownloadManager
+    ) -> dict[str, Iterator[tuple[int, Record]]]:
+        del dl_manager  # huggingface_hub has its own cache.
+        contents = self._contents or _download(self.builder_config.splits)
+        return {
+            split: self._generate_examples(split, content) for split, content in contents.items()
+        }
+
+    def _generate_examples(self, split: str, content: bytes) -> Iterator[tuple[int, Record]]:
+        name = f"TOFU's {split}.json"
+        for index, row in enumerate(parse_records(content, name)):
+            where = f"{name}, row {index + 1}"
+            if "text" in row:
+                raise ValueError(f"{where}: expected a question and an answer, got a document")
+            if self.builder_config.name == "perturbed":
+                _check_perturbed(row, where)
+            # The sets of real authors and world facts have no paraphrases.
+            yield index, {field: row.get(field, "") for field in self.info.features}
+
+
+def load_tofu(
+    split: str,
+    folder: str | os.PathLike[str] | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+) -> list[Record]:
+    """Loads a split of TOFU, preparing it first where that has not been done.
+
+    Args:
+        split: full, retain90/95/99, forget01/05/10, or with _perturbed: forget01/05/10, retain,
+            real_authors, world_facts.
+        folder: folder with the file of the split, named as on the hub (SPLIT.json), and with any of
+            the others. None: download from the Hugging Face hub.
+        data_dir: root of the prepared data. None: TFDS's own (TFDS_DATA_DIR).
+
+    Returns:
+        Rows in the file's order, text as str: question and answer; a _perturbed split also has
+        paraphrased_question and paraphrased_answer ("" where the file has none) and
+        perturbed_answer, a list of wrong answers.
+
+    Raises:
+        FileNotFoundError: the folder or the split's file does not exist.
+        ConnectionError: the hub cannot be reached.
+        ValueError: an unknown split, or a broken file.
+    """
+    configs = {name: config.name for config in Tofu.BUILDER_CONFIGS for name in config.splits}
+    if split not in configs:
+        raise ValueError(f"TOFU has no split {split!r}; expected one of {', '.join(configs)}")
+    if folder is not None and not (file := pathlib.Path(folder) / f"{split}.json").is_file():
+        raise FileNotFoundError(
+            f"{file} does not exist: TOFU's split {split!r} is read from the file {file.name} in "
+            f"the folder {folder}; put it there, or give no folder to download it"
+        )
+
+    def make_builder() -> Tofu:
+        return Tofu(config=configs[split], folder=folder, data_dir=data_dir)
+
+    builder = make_builder()
+    try:
+        builder.download_and_prepare()
+    except OSError:
+        # TFDS prepares in a folder of its own and renames it in the end, which fails if another
+        # process was first; the other's data is just as good.
+        builder = make_builder()
+        if not builder.data_path.exists():
+            raise
+    source = builder.as_data_source(split=split)
+    return [{field: _to_str(value) for field, value in row.items()} for row in source]
+
+
+def _read_folder(folder: pathlib.Path, splits: tuple[str, ...]) -> dict[str, bytes]:
+    files = {split: folder / f"{split}.json" for split in splits}
+    contents = {split: file.read_bytes() for split, file in files.items() if file.is_file()}
+    if not contents:
+        raise FileNotFoundError(
+            f"the folder {folder} does not exist or has none of TOFU's files "
+            f"{', '.join(file.name for file in files.values())}"
+        )
+    return contents
+
+
+def _download(splits: tuple[str, ...]) -> dict[str, bytes]:
+    contents = {}
+    for split in splits:
+        name = f"{split}.json"
+        try:
+            path = huggingface_hub.hf_hub_download(_HUB_REPOSITORY, name, repo_type="dataset")
+        except OSError as error:
+            raise ConnectionError(
+                f"cannot download {name} of {_HUB_REPOSITORY} from the Hugging Face hub ({error}); "
+                "give a local folder with TOFU's files instead"
+            ) from error
+        contents[split] = pathlib.Path(path).read_bytes()
+    return contents
+
+
+def _digest(contents: dict[str, bytes]) -> str:
+    digest = hashlib.sha256()
+    for split, content in sorted(contents.items()):
+        digest.update(f"{split}:{len(content)}:".encode() + content)
+    return digest.hexdigest()[:16]
+
+
+def _check_perturbed(row: Record, where: str) -> None:
+    wrong = row.get("perturbed_answer")
+    if not (isinstance(wrong, list) and wrong and all(isinstance(a, str) and a for a in wrong)):
+        raise ValueError(
+            f"{where}: 'perturbed_answer' must be a list of wrong answers, got {wrong!r:.80}"
+        )
+    for field in ("paraphrased_question", "paraphrased_answer"):
+        if not isinstance(row.get(field, ""), str):
+            raise ValueError(f"{where}: {field!r} must be a string, got {row[field]!r:.80}")
+
+
+def _to_str(value: Any) -> str | list[str]:
+    if isinstance(value, bytes):
+        return value.decode()
+    return [item.decode() for item in value]

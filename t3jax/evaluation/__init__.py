@@ -1,0 +1,1 @@
+"""Evaluation of unlearning on TOFU: metrics, logs in the reference's format, recomputation."""

@@ -1,0 +1,216 @@
+"""The classifier: a small head on frozen features that scores every candidate next token.
+
+    g_t(v) = W2[v] · act(U hbar_t)
+
+is the logit of "retain" if token v came next after a prefix whose causal mean is `hbar_t`. Axes:
+`...` batch, D features, R rank, V vocabulary. Parameters are a plain dict of float32 arrays,
+
+    {"hidden": ({"weight": [R, D], "bias": [R]}, ...), "output": [V, R]}
+
+with a bias only where the config asks for one and one entry of "hidden" for each hidden layer. The
+functions here are pure; files are read and written in `t3jax.head_io`.
+
+References:
+    Temper-Then-Tilt, arXiv 2602.10217, head and training.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+HeadParams = dict[str, Any]
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "identity": lambda x: x,
+    "relu": jax.nn.relu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "tanh": jnp.tanh,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadConfig:
+    """Shape of the classifier.
+
+    Attributes:
+        hidden_size: D, width of the base model's hidden states.
+        vocab_size: V, number of tokens the base model scores.
+        rank: R, width of the hidden layers.
+        activation: After each hidden layer: "identity" (the paper), "relu", "gelu" or "tanh".
+        num_hidden_layers: 1 in the paper.
+        bias: Whether hidden layers have a bias; the output layer never has one.
+    """
+
+    hidden_size: int
+    vocab_size: int
+    rank: int = 20
+    activation: str = "identity"
+    num_hidden_layers: int = 1
+    bias: bool = False
+
+    def __post_init__(self):
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"unknown activation {self.activation!r}; the head knows {sorted(ACTIVATIONS)}"
+            )
+        for name in ("hidden_size", "vocab_size", "rank", "num_hidden_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"head {name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def num_params(self) -> int:
+        """Number of trained values; R (D + V) in the paper's shape."""
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(head_shapes(self)))
+
+
+def head_shapes(config: HeadConfig) -> HeadParams:
+    """The parameter tree of a head as `jax.ShapeDtypeStruct` leaves."""
+    widths = [config.hidden_size] + [config.rank] * config.num_hidden_layers
+    hidden = []
+    for fan_in, fan_out in itertools.pairwise(widths):
+        layer = {"weight": jax.ShapeDtypeStruct((fan_out, fan_in), jnp.float32)}
+        if config.bias:
+            layer["bias"] = jax.ShapeDtypeStruct((fan_out,), jnp.float32)
+        hidden.append(layer)
+    output = jax.ShapeDtypeStruct((config.vocab_size, config.rank), jnp.float32)
+    return {"hidden": tuple(hidden), "output": output}
+
+
+def init_head(key: PRNGKeyArray, config: HeadConfig, zero_output: bool = False) -> HeadParams:
+    """Draws a head as PyTorch's `nn.Linear` does: uniform in ±1/sqrt(fan_in), biases too.
+
+    Args:
+        key: A typed PRNG key.
+        config: The shape of the head.
+        zero_output: Start the output layer at zero instead (an extension of the paper): tokens that
+            never occur in training then do not tilt at all, where a random row tilts at random.
+
+    Returns:
+        The parameter tree, float32.
+    """
+    shapes = head_shapes(config)
+    leaves, treedef = jax.tree.flatten(shapes)
+    fan_ins = jax.tree.leaves(
+        {
+            "hidden": tuple(
+                {name: layer["weight"].shape[1] for name in layer} for layer in shapes["hidden"]
+            ),
+            "output": config.rank,
+        }
+    )
+    params = jax.tree.unflatten(
+        treedef,
+        [
+            jax.random.uniform(k, leaf.shape, jnp.float32, -1.0, 1.0) / math.sqrt(fan_in)
+            for k, leaf, fan_in in zip(
+                jax.random.split(key, len(leaves)), leaves, fan_ins, strict=True
+            )
+        ],
+    )
+    if zero_output:
+        params["output"] = jnp.zeros_like(params["output"])
+    return params
+
+
+def head_scores(
+    params: HeadParams, pooled: Float[Array, "*batch D"], activation: str = "identity"
+) -> Float[Array, "*batch V"]:
+    """Scores of every token as the next one.
+
+    Args:
+        params: The head's parameters.
+        pooled: Causal means `hbar_t` of the prefixes, `[..., D]`.
+        activation: The head's activation.
+
+    Returns:
+        `g_t(v)` for all v, float32 `[..., V]`: logits of "retain".
+
+    References:
+        Temper-Then-Tilt, arXiv 2602.10217, head.
+    """
+    hidden = _hidden(params, pooled, activation)
+    return jnp.einsum("...r,vr->...v", hidden, params["output"], precision="highest")
+
+
+def target_scores(
+    params: HeadParams,
+    pooled: Float[Array, "*batch D"],
+    targets: Int[Array, "*batch"],
+    activation: str = "identity",
+) -> Float[Array, "*batch"]:
+    """Scores of given next tokens only; no array over the vocabulary is formed.
+
+    Args:
+        params: The head's parameters.
+        pooled: Causal means of the prefixes, `[..., D]`.
+        targets: The token that came next after each prefix, `[...]`, in [0, V).
+        activation: The head's activation.
+
+    Returns:
+        `g_t(x_{t+1})`, float32 `[...]`: what training and scoring of given text need.
+    """
+    hidden = _hidden(params, pooled, activation)
+    return jnp.sum(hidden * jnp.take(params["output"], targets, axis=0), axis=-1)
+
+
+def classifier_loss(
+    scores: Float[Array, "*batch"], retain: Bool[Array, "*batch"], mask: Bool[Array, "*batch"]
+) -> Float[Array, ""]:
+    """Binary cross-entropy of the answer tokens of a batch of retain and forget sequences.
+
+    Args:
+        scores: Logits of "retain" of the tokens that came next, `[...]`.
+        retain: True where the token stands in a retain sequence (label 1), False in a forget
+            sequence (label 0), `[...]`.
+        mask: True where the token is part of an answer: prompts and padding do not count, the
+            closing end-of-turn token does, `[...]`.
+
+    Returns:
+        The sum over both sets divided by the number of answer tokens, in nats; 0 if there are none.
+
+    References:
+        Temper-Then-Tilt, arXiv 2602.10217, training.
+    """
+    scores = scores.astype(jnp.float32)
+    # -log sigmoid(g) for label 1, -log sigmoid(-g) for label 0. A masked score may be anything.
+    signed = jnp.where(retain, scores, -scores)
+    losses = jnp.where(mask, jax.nn.softplus(-jnp.where(mask, signed, 0.0)), 0.0)
+    return jnp.sum(losses) / jnp.maximum(jnp.sum(mask.astype(jnp.float32)), 1.0)
+
+
+def class_prior_shift(forget_fraction: float) -> float:
+    """The constant to add to scores for the true class prior (an extension of the paper).
+
+    Pairing one retain sequence with each forget sequence trains the posterior of a balanced
+    mixture. For a base model that is the mixture `(1 - γ) p_r + γ p_f` the posterior's logit is
+    larger by this constant.
+
+    Args:
+        forget_fraction: γ, the forget set's share of the mixture, in (0, 1).
+
+    Returns:
+        `log((1 - γ) / γ)`, in nats.
+
+    Raises:
+        ValueError: If γ is not in (0, 1).
+    """
+    if not 0 < forget_fraction < 1:
+        raise ValueError(f"forget_fraction must lie in (0, 1), got {forget_fraction}")
+    return math.log1p(-forget_fraction) - math.log(forget_fraction)
+
+
+def _hidden(params: HeadParams, pooled: Array, activation: str) -> Array:
+    """`act(U hbar)` and further hidden layers, float32 `[..., R]`."""
+    x = pooled.astype(jnp.float32)
+    for layer in params["hidden"]:
+        x = jnp.einsum("...d,rd->...r", x, layer["weight"], precision="highest")
+        if "bias" in layer:
+            x = x + jnp.broadcast_to(layer["bias"], x.shape)
+        x = ACTIVATIONS[activation](x)
+    return x

@@ -1,0 +1,19 @@
+"""Language models: config, decoder, weights, and the loaded `LM`."""
+
+from t3jax.lm.config import LMConfig, RopeConfig, lm_config, read_config
+from t3jax.lm.decoder import Cache, init_params
+from t3jax.lm.model import LM, from_params, load_lm
+from t3jax.lm.weights import save_hf
+
+__all__ = [
+    "LM",
+    "Cache",
+    "LMConfig",
+    "RopeConfig",
+    "from_params",
+    "init_params",
+    "lm_config",
+    "load_lm",
+    "read_config",
+    "save_hf",
+]

@@ -1,0 +1,184 @@
+"""A loaded language model: pure functions, frozen parameters, tokenizer."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from t3jax import sharding
+from t3jax.lm import decoder
+from t3jax.lm.config import LMConfig, read_config
+from t3jax.lm.weights import load_params
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LM:
+    """A frozen language model as the rest of the library sees it.
+
+    Features, sampling and evaluation use only these fields, so a model of your own needs no more
+    than the three pure functions and its parameters.
+
+    Attributes:
+        apply: `(params, tokens, positions=None, mask=None, cache=None) -> (hidden, cache)`: last
+            hidden states `[B, T, D]` after the final norm; see `t3jax.lm.decoder.apply`.
+        unembed: `(params, hidden) -> logits`, `[..., D]` to float32 `[..., V]`.
+        init_cache: `(batch, slots) -> cache`, empty.
+        params: The parameter tree, placed on the mesh; never changed.
+        tokenizer: A transformers tokenizer; None if you handle token ids only.
+        vocab_size: V.
+        hidden_size: D.
+        max_position: Longest text the model was made for, tokens.
+        eos_ids: Tokens that end an answer.
+        name: Folder or hub id, for records and messages.
+        mesh: Where the arrays live.
+    """
+
+    apply: Callable[..., tuple[jax.Array, Any]]
+    unembed: Callable[[Any, jax.Array], jax.Array]
+    init_cache: Callable[[int, int], Any]
+    params: Any
+    tokenizer: Any
+    vocab_size: int
+    hidden_size: int
+    max_position: int
+    eos_ids: tuple[int, ...]
+    name: str
+    mesh: Mesh
+
+
+@functools.cache
+def pure_functions(config: LMConfig, dtype: Any) -> tuple[Callable, Callable, Callable]:
+    """`apply`, `unembed` and `init_cache` of a shape: the same objects each time, so jit caches."""
+    return (
+        functools.partial(decoder.apply, config),
+        functools.partial(decoder.unembed, config),
+        functools.partial(decoder.init_cache, config, dtype=dtype),
+    )
+
+
+def load_lm(
+    name: str | pathlib.Path,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+) -> LM:
+    """Loads a language model from a Hugging Face folder or hub id.
+
+    A local folder needs no network. Weights go straight to their place on the mesh.
+
+    Args:
+        name: A folder with `config.json`, safetensors weights and tokenizer, or a hub id.
+        dtype: "float32", "bfloat16" or "float16"; None means float32 on CPU, where it is the fast
+            one, and bfloat16 elsewhere.
+        mesh: From `t3jax.make_mesh`; None means one device.
+
+    Returns:
+        The model.
+
+    Raises:
+        FileNotFoundError: If there is no such folder and no such model on the hub, or a file of
+            the folder is missing.
+        ValueError: If the model is of an unknown family, its weights or tokenizer do not fit its
+            config, or the dtype is unknown.
+    """
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not supported; known: {sorted(DTYPES)}")
+    if mesh is None:
+        mesh = sharding.make_mesh((1, 1), jax.devices()[:1])
+    folder = _folder(name)
+    config = read_config(folder)
+    tokenizer = _tokenizer(folder, config)
+    params = load_params(
+        folder, config, DTYPES[dtype], functools.partial(sharding.param_shardings, mesh)
+    )
+    return from_params(config, params, tokenizer, _eos_ids(folder, tokenizer), str(name), mesh)
+
+
+def from_params(
+    config: LMConfig,
+    params: decoder.Params,
+    tokenizer: Any,
+    eos_ids: tuple[int, ...],
+    name: str,
+    mesh: Mesh | None = None,
+) -> LM:
+    """An `LM` from parameters at hand, such as those just trained; see `LM` for the arguments."""
+    if mesh is None:
+        mesh = sharding.make_mesh((1, 1), jax.devices()[:1])
+    apply, unembed, init_cache = pure_functions(config, params["embed"]["weight"].dtype)
+    return LM(
+        apply=apply,
+        unembed=unembed,
+        init_cache=init_cache,
+        params=params,
+        tokenizer=tokenizer,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        max_position=config.max_position,
+        eos_ids=eos_ids,
+        name=name,
+        mesh=mesh,
+    )
+
+
+def _folder(name: str | pathlib.Path) -> pathlib.Path:
+    folder = pathlib.Path(name)
+    if folder.is_dir():
+        return folder
+    not_found = f"{name}: no such folder"
+    # A hub id is "model" or "owner/model"; anything else can only be a path.
+    if isinstance(name, pathlib.Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"{not_found}; expected a Hugging Face model folder or a hub id")
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{not_found}, and it could not be had from the Hugging Face hub either "
+            f"({type(error).__name__}: {error}); give a model folder, or a hub id with a network"
+        ) from error
+
+
+def _tokenizer(folder: pathlib.Path, config: LMConfig) -> Any:
+    from transformers import AutoTokenizer  # slow to import: only who loads a model waits
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"{folder}: the tokenizer could not be read ({error}); expected tokenizer.json and "
+            "tokenizer_config.json beside config.json"
+        ) from error
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= config.vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer has token id {largest}, but config.json says vocab_size "
+            f"{config.vocab_size}; the tokenizer belongs to another model"
+        )
+    return tokenizer
+
+
+def _eos_ids(folder: pathlib.Path, tokenizer: Any) -> tuple[int, ...]:
+    """End-of-text ids: the list in generation_config.json, else the tokenizer's one."""
+    ids: Any = None
+    path = folder / "generation_config.json"
+    if path.is_file():
+        ids = json.loads(path.read_text()).get("eos_token_id")
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    if ids is None:
+        raise ValueError(
+            f"{folder}: no end-of-text token: neither generation_config.json nor the tokenizer "
+            "names one"
+        )
+    return tuple(ids) if isinstance(ids, list) else (ids,)

@@ -1,0 +1,28 @@
+"""Settings every test shares: 8 simulated devices, strict promotion, and where shared data is."""
+
+import pathlib
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+SHARED = REPOSITORY.parent / "shared"
+
+
+@pytest.fixture
+def shared() -> pathlib.Path:
+    """The folder of real data beside the checkout; the test is skipped where there is none."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is not there: real data lies beside the checkout only in CI")
+    return SHARED
+
+
+@pytest.fixture
+def repository() -> pathlib.Path:
+    """The root of the checkout."""
+    return REPOSITORY
