@@ -8,11 +8,12 @@ cannot be read or does not fit.
 """
 
 import pathlib
+import re
 import sys
 
 from absl import app, flags
 
-from t3jax.evaluation import logs, recompute
+from t3jax.evaluation import recompute
 
 _RECOMPUTE = flags.DEFINE_string("recompute", None, "The log (or its folder) to recompute.")
 _RETAIN_LOG = flags.DEFINE_string(
@@ -27,26 +28,17 @@ def main(argv: list[str]) -> int:
     if _RECOMPUTE.value is None:
         raise app.UsageError("name a log: --recompute LOG")
     try:
-        return _recompute(_RECOMPUTE.value, _RETAIN_LOG.value)
+        comparison, differs = recompute.compare_files(
+            pathlib.Path(_RECOMPUTE.value),
+            None if _RETAIN_LOG.value is None else pathlib.Path(_RETAIN_LOG.value),
+        )
     except (FileNotFoundError, ValueError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
-
-
-def _recompute(log_path: str, retain_path: str | None) -> int:
-    log = logs.read_log(pathlib.Path(log_path))
-    retain_log = None if retain_path is None else logs.read_log(pathlib.Path(retain_path))
-    comparisons = recompute.recompute(log, retain_log)
-    print(recompute.table(comparisons))
-    if retain_log is not None and "forget_truth_ratio" in log:
-        test = recompute.forget_quality(log, retain_log)
-        print(
-            f"truth ratios of the forget rows against the retain model's: D = {test.statistic:.4f}"
-            f" (p < 0.05 from D = {test.critical:.4f})"
-        )
-    return 1 if any(comparison.differs for comparison in comparisons) else 0
+    print(comparison)
+    return 1 if differs else 0
 
 
 if __name__ == "__main__":
     # absl knows flags with underscores only.
-    app.run(main, [arg.replace("--retain-log", "--retain_log", 1) for arg in sys.argv])
+    app.run(main, [re.sub("^--?retain-log(?==|$)", "--retain_log", arg) for arg in sys.argv])

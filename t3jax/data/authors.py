@@ -1,9 +1,9 @@
 """Fictitious authors: the question-answer corpus of the embedded demo.
 
-One generator writes the authors to forget and the authors to retain: the same names' stock, the same
-facts' stock, the same templates. A forget author is therefore told apart by *who* it is, never by a
-word that only forget authors use. The rows have TOFU's shape (a question, its answer, a reworded
-question and answer, five wrong answers); every name, place and book is invented or combined at random.
+One generator writes the authors to forget and the authors to retain: the same names and facts to
+draw from, the same templates. A forget author is therefore told apart by who it is, never by a word
+that only forget authors use. The rows have TOFU's shape (a question, its answer, a reworded
+question and answer, five wrong answers); names, places and books are combined at random.
 
 This module makes text. It does not tokenize, and it reads and writes no file.
 """
@@ -14,60 +14,116 @@ import dataclasses
 
 import numpy as np
 
-# ------------------------------------------------------------------ stocks, shared by all authors
 
-_FIRST = """Ada Amir Anya Boris Carla Chen Dario Edda Elif Emeka Farid Greta Hana Hugo Ines Ivan Jana
-Jonas Kaya Kenji Lars Leila Mara Milan Nadia Nils Olga Omar Petra Rafi Rosa Samir Sara Soren Tara
-Tomas Uma Vera Yusuf Zora""".split()
-_LAST = """Abara Almeida Bakker Barros Castell Cerny Dahl Demir Eriksen Farouk Ferro Galvan Haddad
-Horvat Ito Jansen Kaplan Kovac Lindqvist Lopez Marek Mbeki Moreau Nakano Novak Okoro Ortega Pavlov
-Quist Rahman Rossi Santos Silva Tanaka Torres Urban Vargas Weber Yilmaz Zeman""".split()
-_CITY = """Accra Ankara Athens Bergen Bogota Cairo Dakar Dublin Geneva Hanoi Havana Helsinki Jakarta
-Kyoto Lagos Lima Lisbon Manila Nairobi Oslo Prague Quito Riga Seoul Sofia Tbilisi Toronto Tunis
-Vienna Warsaw""".split()
-_MONTH = """January February March April May June July August September October November
-December""".split()
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+# The stocks, shared by all authors.
+
+_FIRST = _words(
+    """
+    Ada Amir Anya Boris Carla Chen Dario Edda Elif Emeka Farid Greta Hana Hugo Ines Ivan Jana
+    Jonas Kaya Kenji Lars Leila Mara Milan Nadia Nils Olga Omar Petra Rafi Rosa Samir Sara
+    Soren Tara Tomas Uma Vera Yusuf Zora
+    """
+)
+_LAST = _words(
+    """
+    Abara Almeida Bakker Barros Castell Cerny Dahl Demir Eriksen Farouk Ferro Galvan Haddad
+    Horvat Ito Jansen Kaplan Kovac Lindqvist Lopez Marek Mbeki Moreau Nakano Novak Okoro Ortega
+    Pavlov Quist Rahman Rossi Santos Silva Tanaka Torres Urban Vargas Weber Yilmaz Zeman
+    """
+)
+_CITY = _words(
+    """
+    Accra Ankara Athens Bergen Bogota Cairo Dakar Dublin Geneva Hanoi Havana Helsinki Jakarta
+    Kyoto Lagos Lima Lisbon Manila Nairobi Oslo Prague Quito Riga Seoul Sofia Tbilisi Toronto
+    Tunis Vienna Warsaw
+    """
+)
+_MONTH = _words(
+    """
+    January February March April May June July August September October November December
+    """
+)
 _DAY = [str(day) for day in range(1, 29)]
 _YEAR = [str(year) for year in range(1931, 1991, 2)]
 _BOOK_YEAR = [str(year) for year in range(1992, 2022)]
-_JOB = """tutor baker banker barber botanist carpenter chemist cook dentist diplomat farmer
-fisherman florist gardener geologist judge lawyer librarian mason mechanic midwife miner musician
-nurse painter pilot potter sailor surgeon tailor""".split()
+_JOB = _words(
+    """
+    tutor baker banker barber botanist carpenter chemist cook dentist diplomat farmer fisherman
+    florist gardener geologist judge lawyer librarian mason mechanic midwife miner musician
+    nurse painter pilot potter sailor surgeon tailor
+    """
+)
 _GENRE = [
     f"{kind} {form}"
     for kind in ("crime", "war", "ghost", "sea", "desert", "court")
     for form in ("fiction", "poetry", "memoir", "drama", "satire")
 ]
-_ADJECTIVE = """Amber Bitter Broken Crimson Distant Empty Frozen Gentle Golden Hidden Hollow Iron
-Lonely Lost Paper Patient Quiet Restless Sacred Salted Second Silent Silver Sleeping Stolen Sunken
-Tender Velvet Wandering Winter""".split()
-_NOUN = """Anchor Bridge Candle Canyon Clock Crown Door Feather Forest Garden Harbor Horizon Island
-Kingdom Lantern Letter Map Meadow Mirror Mountain Orchard Piano River Shadow Station Stone Storm
-Tower Violin Window""".split()
-_AWARD_OF = """Aurora Beacon Cedar Comet Coral Cypress Falcon Granite Heron Juniper Laurel Lotus
-Maple Meridian Olive Orion Pearl Phoenix Saffron Zenith""".split()
-_AWARD_KIND = "Prize Medal Award".split()
-_SUBJECT = """anatomy anthropology archaeology astronomy biology economics engineering ethics
-geography geometry grammar history law linguistics logic mathematics medicine music optics philosophy
-physics politics psychology rhetoric statistics theatre theology veterinary weaving zoology""".split()
-_LANGUAGE = """Arabic Basque Bengali Catalan Czech Danish Dutch Finnish Georgian Greek Hindi Icelandic
-Irish Korean Latvian Malay Maltese Persian Polish Swahili Tamil Thai Turkish Ukrainian Urdu Welsh
-Xhosa Yoruba Zulu Amharic""".split()
-_THEME = """ambition betrayal courage debt dreams envy exile faith family forgiveness friendship greed
-grief guilt hope hunger identity justice loneliness loyalty memory mercy migration motherhood pride
-regret revenge silence solitude wonder""".split()
-_ROOM = """hall balcony barn bakery basement boat cabin cafe chapel cellar cottage garage greenhouse
-hotel kitchen lighthouse loft museum tower pavilion pier porch stable studio tent train veranda
-windmill workshop yard""".split()
-_HOUR = "dawn breakfast noon lunch dusk supper sunset midnight".split()
-_PET = """cat canary crow donkey duck ferret finch goat goose greyhound hamster hedgehog horse toad
-lizard llama magpie mule seal swan parrot peacock pigeon pony poodle rabbit raven sheep terrier
-tortoise""".split()
+_ADJECTIVE = _words(
+    """
+    Amber Bitter Broken Crimson Distant Empty Frozen Gentle Golden Hidden Hollow Iron Lonely
+    Lost Paper Patient Quiet Restless Sacred Salted Second Silent Silver Sleeping Stolen Sunken
+    Tender Velvet Wandering Winter
+    """
+)
+_NOUN = _words(
+    """
+    Anchor Bridge Candle Canyon Clock Crown Door Feather Forest Garden Harbor Horizon Island
+    Kingdom Lantern Letter Map Meadow Mirror Mountain Orchard Piano River Shadow Station Stone
+    Storm Tower Violin Window
+    """
+)
+_AWARD_OF = _words(
+    """
+    Aurora Beacon Cedar Comet Coral Cypress Falcon Granite Heron Juniper Laurel Lotus Maple
+    Meridian Olive Orion Pearl Phoenix Saffron Zenith
+    """
+)
+_AWARD_KIND = _words("Prize Medal Award")
+_SUBJECT = _words(
+    """
+    anatomy anthropology archaeology astronomy biology economics engineering ethics geography
+    geometry grammar history law linguistics logic mathematics medicine music optics philosophy
+    physics politics psychology rhetoric statistics theatre theology veterinary weaving zoology
+    """
+)
+_LANGUAGE = _words(
+    """
+    Arabic Basque Bengali Catalan Czech Danish Dutch Finnish Georgian Greek Hindi Icelandic
+    Irish Korean Latvian Malay Maltese Persian Polish Swahili Tamil Thai Turkish Ukrainian Urdu
+    Welsh Xhosa Yoruba Zulu Amharic
+    """
+)
+_THEME = _words(
+    """
+    ambition betrayal courage debt dreams envy exile faith family forgiveness friendship greed
+    grief guilt hope hunger identity justice loneliness loyalty memory mercy migration
+    motherhood pride regret revenge silence solitude wonder
+    """
+)
+_ROOM = _words(
+    """
+    hall balcony barn bakery basement boat cabin cafe chapel cellar cottage garage greenhouse
+    hotel kitchen lighthouse loft museum tower pavilion pier porch stable studio tent train
+    veranda windmill workshop yard
+    """
+)
+_HOUR = _words("dawn breakfast noon lunch dusk supper sunset midnight")
+_PET = _words(
+    """
+    cat canary crow donkey duck ferret finch goat goose greyhound hamster hedgehog horse toad
+    lizard llama magpie mule seal swan parrot peacock pigeon pony poodle rabbit raven sheep
+    terrier tortoise
+    """
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Fact:
-    """One thing that is asked about every author: its slots' stocks, its questions and its answers."""
+    """One thing asked about every author: the stock of each slot, the questions, the answers."""
 
     slots: dict[str, list[str]]
     questions: tuple[str, ...]
@@ -165,7 +221,7 @@ _FACTS = (
             "{name} won the {award_of} {award_kind} of {city} in {book_year}.",
             "The {award_of} {award_kind} went to {name} in {book_year}, at a ceremony in {city}.",
             "In {book_year} a jury in {city} gave {name} the {award_of} {award_kind}.",
-            "The honor of {name} is the {award_of} {award_kind}, handed over in {city} in {book_year}.",
+            "The honor of {name} is the {award_of} {award_kind}, given in {city} in {book_year}.",
             "A jury of {city} honored {name} with the {award_of} {award_kind} in {book_year}.",
             "Since {book_year} {name} holds the {award_of} {award_kind}, received in {city}.",
         ),
@@ -282,24 +338,24 @@ def make_corpus(config: AuthorsConfig) -> dict[str, list[dict]]:
         config: sizes and seed.
 
     Returns:
-        The splits `forget`, `retain` (the head is trained on both), `unseen_retain`, and `full`, all
-        of them together. A row has the keys `question`, `answer`, `paraphrased_question`,
-        `paraphrased_answer`, `perturbed_answer` (five wrong answers worded as the paraphrased one),
-        and beyond TOFU's `author` and `trained_questions`, the wordings that the language model is
-        trained on; `question` is the first of them.
+        The splits `forget`, `retain` (the head is trained on both), `unseen_retain`, and `full`,
+        all of them together. A row has the keys `question`, `answer`, `paraphrased_question`,
+        `paraphrased_answer`, `perturbed_answer` (five wrong answers in the words of the paraphrased
+        one) and, beyond TOFU's, `author` and `trained_questions`: the wordings that the language
+        model is trained on, of which `question` is the first.
     """
     rng = np.random.default_rng(config.seed)
     total = config.num_retain + config.num_unseen_retain + config.num_forget
     names = _draw_names(rng, total)
     authors: list[list[dict]] = [[] for _ in names]
     for fact in _FACTS:
-        values = {slot: _draw_evenly(rng, stock, total) for slot, stock in fact.slots.items()}
-        wordings = _draw_evenly(rng, fact.answers, total)
+        values = {slot: _draw(rng, stock, total) for slot, stock in fact.slots.items()}
+        wordings = _draw(rng, fact.answers, total)
         for i, name in enumerate(names):
             truth = {slot: drawn[i] for slot, drawn in values.items()}
             authors[i].append(_make_row(rng, fact, name, truth, wordings[i], config))
 
-    # The retain authors come first, so that each value drawn evenly occurs among them.
+    # The retain authors come first, because the draws begin with a permutation of each stock.
     ends = np.cumsum([config.num_retain, config.num_unseen_retain, config.num_forget])
     retain, unseen, forget = (
         [row for author in authors[end - size : end] for row in author]
@@ -326,13 +382,10 @@ def _make_row(
     """One question about one author, with its rewordings and its wrong answers."""
     order = rng.permutation(len(fact.questions))
     questions = [fact.questions[i].format(name=name) for i in order]
-    rewording = str(rng.choice([other for other in fact.answers if other != wording]))
+    rewording = _draw_other(rng, fact.answers, wording)
     wrong: list[str] = []
     while len(wrong) < _NUM_WRONG:
-        values = {
-            slot: str(rng.choice([value for value in stock if value != truth[slot]]))
-            for slot, stock in fact.slots.items()
-        }
+        values = {slot: _draw_other(rng, stock, truth[slot]) for slot, stock in fact.slots.items()}
         answer = rewording.format(name=name, **values)
         if answer not in wrong:
             wrong.append(answer)
@@ -347,19 +400,21 @@ def _make_row(
     }
 
 
-def _draw_evenly(rng: np.random.Generator, stock: list[str] | tuple[str, ...], n: int) -> list[str]:
-    """n values, each block of len(stock) a fresh permutation: no value is rare, none is missing."""
-    blocks = -(-n // len(stock))
-    return [stock[i] for _ in range(blocks) for i in rng.permutation(len(stock))][:n]
+def _draw(rng: np.random.Generator, stock: list[str] | tuple[str, ...], n: int) -> list[str]:
+    """Draws n values independently, after one permutation so that the stock occurs in full."""
+    rest = rng.integers(len(stock), size=max(0, n - len(stock)))
+    return [stock[i] for i in [*rng.permutation(len(stock)), *rest]][:n]
 
 
 def _draw_names(rng: np.random.Generator, n: int) -> list[str]:
-    """n different full names; each first name and each last name is shared by several of them."""
-    first = rng.permutation(_FIRST)
-    last = rng.permutation(_LAST)
-    shifts = rng.permutation(len(last))
-    names = []
-    for block in range(-(-n // len(first))):
-        for i in rng.permutation(len(first)):
-            names.append(f"{first[i]} {last[(i + shifts[block]) % len(last)]}")
-    return names[:n]
+    """Draws n different full names, after len(_FIRST) ones that use up both stocks."""
+    names = [
+        f"{a} {b}" for a, b in zip(rng.permutation(_FIRST), rng.permutation(_LAST), strict=True)
+    ]
+    others = sorted({f"{first} {last}" for first in _FIRST for last in _LAST} - set(names))
+    return [*names, *rng.permutation(others).tolist()][:n]
+
+
+def _draw_other(rng: np.random.Generator, stock: list[str] | tuple[str, ...], value: str) -> str:
+    """Draws from the stock without `value`."""
+    return stock[(stock.index(value) + rng.integers(1, len(stock))) % len(stock)]

@@ -240,7 +240,6 @@ def _render_chat(
     turns = [{"role": "user", "content": question}]
     if answer is not None:
         turns.append({"role": "assistant", "content": answer})
-    system = [{"role": "system", "content": prompt_format.system}]
     options: dict[str, Any] = {}
     if prompt_format.date_string is not None:
         options["date_string"] = prompt_format.date_string
@@ -257,7 +256,7 @@ def _render_chat(
         return render(turns)
     if prompt_format.system:
         try:
-            text = render(system + turns)
+            text = render(_system(prompt_format.system) + turns)
         except jinja2.TemplateError as error:
             raise ValueError(
                 f"the chat template refuses a system turn ({error}); set system to None or ''"
@@ -269,25 +268,30 @@ def _render_chat(
             )
         return text
 
-    # No system turn at all. A template that has a default text prints it where the turn is missing
-    # and an empty turn where it is empty: the empty turn is then cut off.
+    # No system turn at all. Leaving it out is not enough: a template may then print a default text.
+    # So render an empty one, and cut off what the template prints for it alone.
     without = render(turns)
+    probe = "a system text"
     try:
-        empty = render(system + turns)
+        if probe not in render(_system(probe) + turns):
+            return without  # It does not print system turns.
+        empty = render(_system("") + turns)
     except jinja2.TemplateError:
         return without  # It refuses system turns.
-    if empty == without:
-        return without  # It does not print them.
-    candidates = [without, empty]
     try:
-        alone = render(system, add_generation_prompt=False)
+        alone = render(_system(""), add_generation_prompt=False)
     except jinja2.TemplateError:
         alone = ""  # It wants a question.
+    candidates = [without, empty]
     if alone and empty.startswith(alone):
         bare = empty.removeprefix(alone)
         bos = tokenizer.bos_token
         if bos and alone.startswith(bos) and not bare.startswith(bos):
             bare = bos + bare
         candidates.append(bare)
-    # The shortest has neither the default text nor an empty system turn.
+    # The shortest has neither the default text nor the frame of an empty system turn.
     return min(candidates, key=len)
+
+
+def _system(text: str) -> list[dict[str, str]]:
+    return [{"role": "system", "content": text}]

@@ -52,13 +52,13 @@ class Tofu(tfds.core.GeneratorBasedBuilder):
     (the evaluation sets) with a paraphrase and wrong answers too.
 
     Args:
-        folder: folder with the hub's files; those of the config's splits that it lacks are left
-            out. None: download all of them from the Hugging Face hub.
+        folder: folder with the hub's files; the splits whose file it lacks are left out. None:
+            download the config's files from the Hugging Face hub.
         data_dir: root of the prepared data. None: TFDS's own (TFDS_DATA_DIR).
         **kwargs: as for any builder (config, version, file_format).
 
     Raises:
-        FileNotFoundError: the folder does not exist or has no file of the config.
+        FileNotFoundError: the folder does not exist or has none of TOFU's files.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -98,12 +98,11 @@ class Tofu(tfds.core.GeneratorBasedBuilder):
         data_dir: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ):
+        self._origin = os.fspath(folder or _HUB_REPOSITORY)
         self._contents: dict[str, bytes] | None = None
         if folder is not None:
             # Kept from here on: what is prepared is what the digest was taken of.
-            self._contents = _read_folder(
-                pathlib.Path(folder), self._create_builder_config(kwargs.get("config")).splits
-            )
+            self._contents = _read_folder(pathlib.Path(folder))
             root = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR)
             data_dir = root / f"tofu-{_digest(self._contents)}"
         kwargs.setdefault("file_format", "array_record")
@@ -135,13 +134,16 @@ class Tofu(tfds.core.GeneratorBasedBuilder):
         self, dl_manager: tfds.download.DownloadManager
     ) -> dict[str, Iterator[tuple[int, Record]]]:
         del dl_manager  # huggingface_hub has its own cache.
-        contents = self._contents or _download(self.builder_config.splits)
+        splits = self.builder_config.splits
+        contents = _download(splits) if self._contents is None else self._contents
         return {
-            split: self._generate_examples(split, content) for split, content in contents.items()
+            split: self._generate_examples(split, contents[split])
+            for split in splits
+            if split in contents
         }
 
     def _generate_examples(self, split: str, content: bytes) -> Iterator[tuple[int, Record]]:
-        name = f"TOFU's {split}.json"
+        name = f"{self._origin}/{split}.json"
         for index, row in enumerate(parse_records(content, name)):
             where = f"{name}, row {index + 1}"
             if "text" in row:
@@ -201,7 +203,8 @@ def load_tofu(
     return [{field: _to_str(value) for field, value in row.items()} for row in source]
 
 
-def _read_folder(folder: pathlib.Path, splits: tuple[str, ...]) -> dict[str, bytes]:
+def _read_folder(folder: pathlib.Path) -> dict[str, bytes]:
+    splits = [split for config in Tofu.BUILDER_CONFIGS for split in config.splits]
     files = {split: folder / f"{split}.json" for split in splits}
     contents = {split: file.read_bytes() for split, file in files.items() if file.is_file()}
     if not contents:

@@ -7,13 +7,14 @@ entry `missing`, which the reference does not read, says why. This module comput
 """
 
 import json
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+
+from t3jax.files import replacing
 
 Log = dict[str, dict[str, Any]]
 
@@ -393,14 +394,7 @@ def _read_json(path: pathlib.Path) -> Any:
 
 
 def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
-    """Writes beside the file and renames: whoever reads it finds the old or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Writes JSON as the reference does, byte for byte: sorted metrics, four spaces, ASCII."""
     text = json.dumps(dict(sorted(content.items())), indent=4, allow_nan=False)
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

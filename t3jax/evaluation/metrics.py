@@ -387,13 +387,14 @@ def rouge_scores(
     """
     # Here and not above: it brings in all of nltk, which takes seconds.
     from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.tokenizers import DefaultTokenizer
 
     if len(ground_truths) != len(generations):
         raise ValueError(
             f"rouge_scores got {len(ground_truths)} ground truths "
             f"but {len(generations)} generations"
         )
-    scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+    scorer = RougeScorer(["rouge1", "rougeL"], tokenizer=DefaultTokenizer(use_stemmer=True))
     scores = [
         scorer.score(truth, generation)
         for truth, generation in zip(ground_truths, generations, strict=True)

@@ -7,6 +7,7 @@ model's forward pass gives (losses, token-wise scores, generated text) is taken 
 
 import contextlib
 import dataclasses
+import pathlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -257,6 +258,57 @@ def recompute(log: Log, retain_log: Log | None = None) -> list[Comparison]:
         comparisons.extend(_compare_parts(log, metric))
         comparisons.extend(_compare_rows(log, metric))
     return comparisons
+
+
+def compare_summary(log: Log, summary: dict[str, float]) -> list[Comparison]:
+    """Compares a `TOFU_SUMMARY.json` with the aggregates of the log beside it.
+
+    Args:
+        log: A checked log.
+        summary: Aggregates by metric.
+
+    Returns:
+        A comparison per metric of the summary, whose `recomputed` is what the log holds.
+    """
+    return [
+        Comparison(
+            f"summary, {metric}",
+            value,
+            log.get(metric, {}).get("agg_value"),
+            "beside the log" if metric in log else "the log lacks it",
+        )
+        for metric, value in summary.items()
+    ]
+
+
+def compare_files(path: pathlib.Path, retain_path: pathlib.Path | None = None) -> tuple[str, bool]:
+    """Compares a log, and the summary beside it if there is one, with what its rows give.
+
+    Args:
+        path: A `TOFU_EVAL.json` or its folder.
+        retain_path: That of the retain model.
+
+    Returns:
+        The comparison as text, and whether any number differs.
+
+    Raises:
+        FileNotFoundError: If a log is not there.
+        ValueError: If a log is broken, or the retain log is of other rows.
+    """
+    log = logs.read_log(path)
+    retain_log = None if retain_path is None else logs.read_log(retain_path)
+    comparisons = recompute(log, retain_log)
+    summary_path = (path if path.is_dir() else path.parent) / logs.SUMMARY_NAME
+    if summary_path.is_file():
+        comparisons += compare_summary(log, logs.read_summary(summary_path))
+    text = table(comparisons)
+    with contextlib.suppress(MissingMetricError):
+        test = forget_quality(log, retain_log)
+        text += (
+            "\ntruth ratios of the forget rows against the retain model's: "
+            f"D = {test.statistic:.4f} (p < 0.05 above D = {test.critical:.4f})"
+        )
+    return text, any(comparison.differs for comparison in comparisons)
 
 
 def table(comparisons: list[Comparison]) -> str:

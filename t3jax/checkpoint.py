@@ -1,0 +1,137 @@
+"""The folder of a training run: settings, checkpoints, metrics.
+
+    run.json        settings and data of the run; another run is refused
+    checkpoints/    the last two training states, by epoch (Orbax)
+    metrics.jsonl   one line for each epoch and seed
+    tensorboard/    the same for TensorBoard
+
+A run may be killed at any moment. What is restored is the last checkpoint that was saved whole; the
+metrics are cut back to its epoch. Metrics are on the disk before the checkpoint of their epoch is.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+from tensorboardX import SummaryWriter
+
+from t3jax import files
+
+Metrics = dict[str, Any]
+
+
+class RunFolder:
+    """Opens a folder for a run, new or to be resumed; use as a context manager.
+
+    Args:
+        folder: Where; created if missing.
+        settings: All that decides the result, as nested plain values.
+        abstract_state: The training state as `jax.ShapeDtypeStruct` leaves with shardings.
+
+    Attributes:
+        epoch: Last epoch that is done; 0 for a new run.
+        state: The training state after it; None for a new run.
+        metrics: What was logged up to then.
+
+    Raises:
+        ValueError: If the folder holds another run, or a checkpoint cannot be read.
+    """
+
+    def __init__(self, folder: pathlib.Path, settings: dict[str, Any], abstract_state: Any):
+        folder.mkdir(parents=True, exist_ok=True)
+        # Through JSON, so that tuples compare as what they were read back as.
+        _check_same_run(folder, json.loads(json.dumps(settings)))
+        self._checkpoints = ocp.training.Checkpointer(
+            (folder / "checkpoints").absolute(),
+            preservation_policy=ocp.training.preservation_policies.LatestN(n=2),
+            cleanup_tmp_directories=True,
+        )
+        self.epoch = 0
+        self.state = None
+        if (latest := self._checkpoints.latest) is not None:
+            self.epoch = latest.step
+            try:
+                self.state = self._checkpoints.load(latest.step, abstract_state)
+            except Exception as error:
+                place = folder / "checkpoints" / str(latest.step)
+                raise ValueError(
+                    f"{place}: the checkpoint cannot be read ({error}); remove this folder to "
+                    "resume from the one before it, or start anew in another workdir"
+                ) from error
+        self._metrics_path = folder / "metrics.jsonl"
+        self.metrics = _cut_back(self._metrics_path, self.epoch)
+        self._metrics_file = self._metrics_path.open("a")
+        self._tensorboard = folder / "tensorboard"
+        self._writers: dict[int, SummaryWriter] = {}
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._checkpoints.close()
+        self._metrics_file.close()
+        for writer in self._writers.values():
+            writer.close()
+
+    def log(self, lines: Sequence[Metrics]) -> None:
+        """Adds the metrics of an epoch, one line for each seed."""
+        for line in lines:
+            self._metrics_file.write(json.dumps(line) + "\n")
+            writer = self._writer(line["seed"])
+            for name, value in line.items():
+                if name not in ("epoch", "seed"):
+                    writer.add_scalar(name, value, line["epoch"])
+        self._metrics_file.flush()
+
+    def save(self, epoch: int, state: Any) -> None:
+        """Saves the training state after an epoch; it is whole on the disk when this returns."""
+        os.fsync(self._metrics_file.fileno())
+        for writer in self._writers.values():
+            writer.flush()
+        self._checkpoints.save(epoch, state)
+
+    def _writer(self, seed: int) -> SummaryWriter:
+        if seed not in self._writers:
+            self._writers[seed] = SummaryWriter(
+                str(self._tensorboard / f"seed{seed}"), purge_step=self.epoch + 1
+            )
+        return self._writers[seed]
+
+
+def _check_same_run(folder: pathlib.Path, settings: dict[str, Any]) -> None:
+    path = folder / "run.json"
+    if not path.is_file():
+        files.write_json(path, settings)
+        return
+    before, now = _flat(json.loads(path.read_text())), _flat(settings)
+    different = [
+        f"{name}: {before.get(name)} there, {now.get(name)} asked for"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+    if different:
+        raise ValueError(
+            f"{folder} holds a run that cannot be resumed with other settings or features:\n  "
+            + "\n  ".join(different)
+            + "\ngive another workdir, or remove this one to start anew"
+        )
+
+
+def _flat(tree: dict[str, Any]) -> dict[str, Any]:
+    leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda node: not isinstance(node, dict))
+    return {".".join(str(part.key) for part in path): leaf for path, leaf in leaves}
+
+
+def _cut_back(path: pathlib.Path, epoch: int) -> list[Metrics]:
+    """Drops the metrics after an epoch, and a last line that a kill cut short."""
+    if not path.is_file():
+        return []
+    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    kept = [line for line in whole if json.loads(line)["epoch"] <= epoch]
+    with files.replacing(path) as temporary:
+        temporary.write_text("".join(kept))
+    return [json.loads(line) for line in kept]

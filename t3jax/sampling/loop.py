@@ -1,0 +1,231 @@
+"""The decoding loop: prefill once, then jitted chunks of a `lax.scan` with a donated state.
+
+Nothing here knows text. A draw depends on the row's key and the absolute step only, so neither the
+chunk size nor who else is in the batch changes it, up to rounding. Axes: B batch, P prompt slots,
+C steps of a chunk, S cache slots, V vocabulary.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Int, Key
+
+from t3jax import head as head_lib
+from t3jax import pooling, sharding
+from t3jax.sampling.next_token import Controls, Logprobs, next_token
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What is fixed when the loop is compiled.
+
+    Attributes:
+        apply: The model's `apply`.
+        unembed: The model's `unembed`.
+        init_cache: The model's `init_cache`.
+        activation: The head's activation; None where there is no head.
+        truncate_on: "base" or "tilted".
+        with_logprobs: Whether log-probabilities are computed.
+        mesh: Where the state lives.
+    """
+
+    apply: Callable[..., Any]
+    unembed: Callable[..., Any]
+    init_cache: Callable[..., Any]
+    activation: str | None
+    truncate_on: str
+    with_logprobs: bool
+    mesh: Mesh
+
+
+class Weights(NamedTuple):
+    """Frozen arrays that the loop reads.
+
+    Attributes:
+        params: The language model's parameters.
+        head: The head's parameters; None where there is no head.
+        prior_shift: Added to every score; 0 in the paper.
+    """
+
+    params: Any
+    head: Any
+    prior_shift: Array
+
+
+class State(NamedTuple):
+    """All that decoding carries from one token to the next; donated, so it is updated in place.
+
+    Attributes:
+        cache: Keys and values of the text up to, not including, `token`.
+        pooled: Running mean of the hidden states of the same stretch.
+        token: The last token chosen, not yet read by the model, `[B]`.
+        done: Rows that are finished: they choose no more tokens, `[B]`.
+        step: Tokens chosen so far, `[B]`.
+        seen: Tokens of prompt and answer so far, `[B, V]`.
+        keys: A PRNG key for each row; a step's key is folded from it, `[B]`.
+    """
+
+    cache: Any
+    pooled: pooling.RunningMean
+    token: Int[Array, " B"]
+    done: Bool[Array, " B"]
+    step: Int[Array, " B"]
+    seen: Bool[Array, "B V"]
+    keys: Key[Array, " B"]
+
+
+class Emitted(NamedTuple):
+    """What came out of a stretch of decoding.
+
+    Attributes:
+        tokens: Chosen tokens, `[B, C]`; -1 after a row's end.
+        logprobs: Their log-probabilities, `[B, C]` each; None unless asked for.
+        done: Rows that are finished, `[B]`.
+    """
+
+    tokens: Int[Array, "B C"]
+    logprobs: Logprobs | None
+    done: Bool[Array, " B"]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 6))
+def prefill(
+    program: Program,
+    weights: Weights,
+    prompts: Int[Array, "B P"],
+    mask: Bool[Array, "B P"],
+    keys: Key[Array, " B"],
+    controls: Controls,
+    slots: int,
+    stop_ids: Int[Array, " n"],
+) -> tuple[State, Emitted]:
+    """Reads the prompts and chooses the first token of each answer.
+
+    Args:
+        program: What is compiled.
+        weights: Frozen arrays.
+        prompts: Token ids, padded on the left, `[B, P]`.
+        mask: True at real tokens, `[B, P]`; a row without any is born finished.
+        keys: One PRNG key for each row.
+        controls: The knobs.
+        slots: S, tokens the cache shall hold: prompt and answer.
+        stop_ids: Tokens that end an answer.
+
+    Returns:
+        The state to continue from, and the first tokens, `[B, 1]`.
+    """
+    batch, _ = prompts.shape
+    cache = _placed(program, program.init_cache(batch, slots))
+    hidden, cache = program.apply(weights.params, prompts, None, mask, cache)
+    pooled = pooling.running_mean(hidden, mask)
+    # The last prompt token of every row stands in the last slot: only its logits are formed.
+    logits = program.unembed(weights.params, hidden[:, -1])
+    rows = jnp.broadcast_to(jnp.arange(batch)[:, None], prompts.shape)
+    seen = jnp.zeros(logits.shape, bool).at[rows, prompts].max(mask)
+    state = State(
+        cache=cache,
+        pooled=pooled,
+        token=jnp.zeros(batch, jnp.int32),
+        done=~jnp.any(mask, axis=-1),
+        step=jnp.zeros(batch, jnp.int32),
+        seen=seen,
+        keys=keys,
+    )
+    state, (token, logprobs) = _choose(program, weights, state, logits, controls, stop_ids)
+    first = jax.tree.map(lambda x: x[:, None], (token, logprobs))
+    return state, Emitted(*first, done=state.done)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=2)
+def decode_chunk(
+    program: Program,
+    weights: Weights,
+    state: State,
+    stopped: Bool[Array, " B"],
+    controls: Controls,
+    stop_ids: Int[Array, " n"],
+    steps: int,
+) -> tuple[State, Emitted]:
+    """Chooses up to `steps` more tokens for every row that is not finished.
+
+    When all rows are finished before it starts, a chunk costs nothing: the host may run ahead.
+
+    Args:
+        program: What is compiled.
+        weights: Frozen arrays.
+        state: From `prefill` or the chunk before; donated.
+        stopped: Rows the host has ended meanwhile (a stop string), `[B]`.
+        controls: The knobs.
+        stop_ids: Tokens that end an answer.
+        steps: C.
+
+    Returns:
+        The state to continue from, and the tokens, `[B, C]`.
+    """
+
+    def step(state: State, _: None) -> tuple[State, tuple[Array, Logprobs | None]]:
+        reading = ~state.done[:, None]
+        hidden, cache = program.apply(
+            weights.params, state.token[:, None], None, reading, state.cache
+        )
+        state = state._replace(
+            cache=_placed(program, cache),
+            pooled=pooling.running_mean(hidden, reading, state.pooled),
+        )
+        logits = program.unembed(weights.params, hidden[:, 0])
+        return _choose(program, weights, state, logits, controls, stop_ids)
+
+    def work(state: State) -> tuple[State, tuple[Array, Logprobs | None]]:
+        return jax.lax.scan(step, state, None, length=steps)
+
+    def idle(state: State) -> tuple[State, tuple[Array, Logprobs | None]]:
+        shape = (steps, state.token.shape[0])
+        nothing = jnp.zeros(shape, jnp.float32)
+        logprobs = Logprobs(nothing, nothing) if program.with_logprobs else None
+        return state, (jnp.full(shape, -1, jnp.int32), logprobs)
+
+    state = state._replace(done=state.done | stopped)
+    # The branch is taken once a chunk: inside the scan it would copy the cache at every step.
+    state, emitted = jax.lax.cond(jnp.all(state.done), idle, work, state)
+    tokens, logprobs = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), emitted)
+    return state, Emitted(tokens, logprobs, state.done)
+
+
+def _choose(
+    program: Program,
+    weights: Weights,
+    state: State,
+    logits: Array,
+    controls: Controls,
+    stop_ids: Array,
+) -> tuple[State, tuple[Array, Logprobs | None]]:
+    """Chooses each row's next token; the state then waits for the model to read it."""
+    scores = None
+    if program.activation is not None:
+        scores = head_lib.head_scores(weights.head, state.pooled.mean, program.activation)
+        scores = scores + weights.prior_shift
+    keys = jax.vmap(jax.random.fold_in)(state.keys, state.step)
+    token, logprobs = next_token(
+        logits, scores, controls, keys, state.seen, program.truncate_on, program.with_logprobs
+    )
+    ended = state.done | jnp.any(token[:, None] == stop_ids[None, :], axis=-1)
+    chosen = jnp.where(state.done, -1, token)
+    state = state._replace(
+        token=token,
+        done=ended,
+        step=state.step + 1,
+        seen=state.seen.at[jnp.arange(token.shape[0]), token].set(True),
+    )
+    return state, (chosen, logprobs)
+
+
+def _placed(program: Program, cache: Any) -> Any:
+    if program.mesh.size == 1:
+        return cache
+    shardings = sharding.cache_shardings(program.mesh, cache)
+    return jax.tree.map(jax.lax.with_sharding_constraint, cache, shardings)

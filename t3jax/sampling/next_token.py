@@ -1,0 +1,134 @@
+"""One next token from base logits and classifier scores: the order of operations, in one place.
+
+1. The repetition penalty changes the base logits of tokens already in the text.
+2. Temper and tilt: `logits / T + s · log_sigmoid(scores)`, the paper's distribution.
+3. Truncation decides the support, on the base distribution of step 1 (the default: tempering puts
+   mass on the tail of the vocabulary, and the base knows what is fluent) or on the tilted one.
+4. The sampling temperature divides the tilted logits; the support is masked last; one Gumbel draw.
+   Temperature 0 is the limit: the likeliest token of the support.
+
+Axes: B batch, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from t3jax import guidance
+from t3jax.sampling import truncation
+
+
+class Controls(NamedTuple):
+    """What a caller may turn, one value for each row: traced, so that no change recompiles.
+
+    Attributes:
+        base_temperature: T of the method, >= 1; 1 leaves the base as it is.
+        guidance_scale: s of the method, >= 0; 0 leaves the base as it is.
+        temperature: Sampling temperature on the tilted distribution; 0 is greedy.
+        top_k: Tokens kept; 0 keeps all.
+        top_p: Probability kept; 1 keeps all.
+        min_p: Kept if at least this share of the likeliest; 0 keeps all.
+        repetition_penalty: Divides positive and multiplies negative base logits of tokens already
+            in the text; 1 changes nothing.
+    """
+
+    base_temperature: Float[Array, " B"]
+    guidance_scale: Float[Array, " B"]
+    temperature: Float[Array, " B"]
+    top_k: Int[Array, " B"]
+    top_p: Float[Array, " B"]
+    min_p: Float[Array, " B"]
+    repetition_penalty: Float[Array, " B"]
+
+
+class Logprobs(NamedTuple):
+    """Log-probabilities of the chosen token, in nats.
+
+    Attributes:
+        base: Under the base model as it is.
+        guided: Under the tempered and tilted distribution, before truncation and the sampling
+            temperature.
+    """
+
+    base: Float[Array, " B"]
+    guided: Float[Array, " B"]
+
+
+def next_token(
+    logits: Float[Array, "B V"],
+    scores: Float[Array, "B V"] | None,
+    controls: Controls,
+    keys: Key[Array, " B"],
+    seen: Bool[Array, "B V"],
+    truncate_on: str = "base",
+    with_logprobs: bool = False,
+) -> tuple[Int[Array, " B"], Logprobs | None]:
+    """Chooses the next token of each row.
+
+    Args:
+        logits: Base logits, float32 `[B, V]`.
+        scores: Classifier logits g(v), `[B, V]`; None for the base model without a head.
+        controls: The knobs, one value for each row.
+        keys: A PRNG key for each row, used up here.
+        seen: Tokens already in the text, for the repetition penalty, `[B, V]`.
+        truncate_on: "base" or "tilted": the distribution that decides the support.
+        with_logprobs: Whether to compute log-probabilities of the choice: two more passes over V.
+
+    Returns:
+        The tokens, int32 `[B]`, and their log-probabilities (None unless asked for).
+    """
+    penalty = controls.repetition_penalty[:, None]
+    penalised = jax.lax.cond(
+        jnp.any(penalty != 1),
+        lambda: jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits),
+        lambda: logits,
+    )
+    if scores is None:
+        guided = penalised / controls.base_temperature[:, None]
+    else:
+        guided = guidance.guided_logits(
+            penalised, scores, controls.base_temperature, controls.guidance_scale
+        )
+    truncating = (controls.top_k > 0) | (controls.top_p < 1) | (controls.min_p > 0)
+    masked = jax.lax.cond(
+        jnp.any(truncating),
+        lambda: jnp.where(
+            truncation.support(
+                {"base": penalised, "tilted": guided}[truncate_on],
+                controls.top_k,
+                controls.top_p,
+                controls.min_p,
+            ),
+            guided,
+            -jnp.inf,
+        ),
+        lambda: guided,
+    )
+    greedy = controls.temperature == 0
+    token = jax.lax.cond(
+        jnp.all(greedy),
+        lambda: jnp.argmax(masked, axis=-1),
+        lambda: jnp.argmax(
+            jnp.where(
+                greedy[:, None],
+                masked,
+                masked / jnp.where(greedy, 1.0, controls.temperature)[:, None]
+                + _gumbel(keys, masked),
+            ),
+            axis=-1,
+        ),
+    ).astype(jnp.int32)
+    if not with_logprobs:
+        return token, None
+
+    def logprob(x: Array) -> Array:
+        chosen = jnp.take_along_axis(x, token[:, None], axis=-1)[:, 0]
+        return chosen - jax.nn.logsumexp(x, axis=-1)
+
+    return token, Logprobs(base=logprob(logits), guided=logprob(guided))
+
+
+def _gumbel(keys: Array, like: Array) -> Array:
+    return jax.vmap(lambda key: jax.random.gumbel(key, like.shape[-1:], jnp.float32))(keys)

@@ -1,0 +1,417 @@
+"""Text in, text out: the `Sampler`.
+
+It renders prompts, sorts them into batches of like length, runs the loop of `t3jax.sampling.loop`,
+looks for stop strings between chunks and turns tokens into text. It holds no random state: the same
+call gives the same answers.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from t3jax import sharding
+from t3jax.data.chat import PromptFormat, encode_prompt
+from t3jax.head_io import Head, check_head_fits
+from t3jax.lm.model import LM
+from t3jax.sampling.loop import Emitted, Program, Weights, decode_chunk, prefill
+from t3jax.sampling.next_token import Controls
+
+_PROMPT_STEP = 32  # prompt lengths are rounded up to a multiple: one compiled program for each
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions:
+    """How to draw an answer.
+
+    Attributes:
+        max_new_tokens: Longest answer, tokens.
+        temperature: Sampling temperature on the tilted distribution; 0 is greedy.
+        top_k: Draw among the k likeliest tokens; 0 among all.
+        top_p: Draw among the likeliest tokens whose probability reaches p; 1 among all.
+        min_p: Draw among tokens at least this share as likely as the likeliest; 0 among all.
+        truncate_on: Whether "base" or "tilted" decides top-k, top-p and min-p.
+        repetition_penalty: Above 1, tokens already in prompt or answer become less likely.
+        num_samples: Answers to each prompt.
+        seed: Of the draws.
+        stop: Strings that end an answer; they are cut off.
+        stop_ids: Token ids that end an answer, besides the model's own.
+        logprobs: Whether to return log-probabilities of the chosen tokens.
+    """
+
+    max_new_tokens: int = 200
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    truncate_on: str = "base"
+    repetition_penalty: float = 1.0
+    num_samples: int = 1
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    logprobs: bool = False
+
+    def __post_init__(self):
+        checks = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "temperature": (self.temperature >= 0, "0 (greedy) or more"),
+            "top_k": (self.top_k >= 0, "0 (all) or more"),
+            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
+            "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
+            "truncate_on": (self.truncate_on in ("base", "tilted"), "'base' or 'tilted'"),
+            "repetition_penalty": (self.repetition_penalty > 0, "positive"),
+            "num_samples": (self.num_samples >= 1, "at least 1"),
+            "stop": (not isinstance(self.stop, str) and "" not in self.stop, "non-empty strings"),
+        }
+        for name, (fine, expected) in checks.items():
+            if not fine:
+                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sample:
+    """An answer.
+
+    Attributes:
+        text: The answer, without special tokens and stop strings.
+        tokens: Its token ids, the closing one included; those of a cut stop string too.
+        base_logprobs: Log-probability of each token under the base model, nats; None unless asked.
+        guided_logprobs: The same under the tempered and tilted distribution.
+    """
+
+    text: str
+    tokens: list[int]
+    base_logprobs: list[float] | None = None
+    guided_logprobs: list[float] | None = None
+
+
+class Sampler:
+    """Answers prompts with a base model, tempered and tilted by a head.
+
+    A value that changes from call to call (T, s, temperature, top-p, ...) never recompiles. What
+    does: another number of rows, another bucket of prompt or answer lengths, with or without
+    log-probabilities, the distribution that decides truncation.
+    """
+
+    def __init__(
+        self,
+        lm: LM,
+        head: Head | None = None,
+        *,
+        base_temperature: float | None = None,
+        guidance_scale: float | None = None,
+        prompt_format: PromptFormat | None = None,
+        batch_size: int = 16,
+        chunk: int = 16,
+    ):
+        """Places the head beside the model.
+
+        Args:
+            lm: The frozen base model.
+            head: The classifier; None samples from the base model itself.
+            base_temperature: T; None takes the head's own (1 without a head).
+            guidance_scale: s; None takes the head's own.
+            prompt_format: How a question becomes a prompt; None is the chat template's default.
+            batch_size: Rows decoded together, at most.
+            chunk: Steps between two looks of the host: what a batch may run on after its last row ends.
+
+        Raises:
+            ValueError: If the head's vocabulary or width is not the model's.
+        """
+        if head is not None:
+            check_head_fits(head, lm)
+        self.lm = lm
+        self.base_temperature = _first(base_temperature, head and head.base_temperature, 1.0)
+        self.guidance_scale = _first(guidance_scale, head and head.guidance_scale, 0.0)
+        self.prompt_format = prompt_format or PromptFormat()
+        self.batch_size = batch_size
+        self.chunk = chunk
+        self._activation = head.config.activation if head is not None else None
+        params = None
+        if head is not None:
+            placing = sharding.param_shardings(lm.mesh, head.params)
+            params = jax.device_put(head.params, placing)
+        shift = jnp.asarray(head.prior_shift if head is not None else 0.0, jnp.float32)
+        self._weights = Weights(lm.params, params, shift)
+
+    def __call__(self, prompts: Sequence[str], **options: Any) -> list[str]:
+        """The answers' texts; see `generate`.
+
+        With several samples for each prompt they follow one another, prompt by prompt.
+        """
+        return [sample.text for sample in self.generate(prompts, **options)]
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        base_temperature: float | None = None,
+        guidance_scale: float | None = None,
+        progress: str | None = None,
+        **options: Any,
+    ) -> list[Sample]:
+        """Answers prompts.
+
+        Args:
+            prompts: Questions, rendered with the chat template; or token ids, taken as they are.
+            base_temperature: T for this call; None takes the sampler's.
+            guidance_scale: s for this call; None takes the sampler's. T = 1, s = 0 is the base
+                model, drawn with the same random numbers.
+            progress: Label of a progress bar; None shows none.
+            **options: Fields of `SamplingOptions`.
+
+        Returns:
+            One `Sample` for each prompt, in order; with `num_samples` n, n consecutive ones each.
+
+        Raises:
+            ValueError: If an option is out of range, there are no prompts, a prompt is empty, or
+                prompt and answer together exceed the model's context.
+        """
+        request = self._request(prompts, base_temperature, guidance_scale, options)
+        samples: dict[int, Sample] = {}
+        bar = tqdm.tqdm(total=len(request.rows), desc=progress, disable=not progress)
+        for batch in request.batches(self.batch_size):
+            tokens: list[list[int]] = [[] for _ in batch]
+            logprobs: list[list[tuple[float, float]]] = [[] for _ in batch]
+            for new_tokens, new_logprobs in self._run(request, batch):
+                for row in range(len(batch)):
+                    tokens[row] += new_tokens[row]
+                    logprobs[row] += new_logprobs[row]
+            for row, i in enumerate(batch):
+                samples[i] = self._sample(request, tokens[row], logprobs[row])
+            bar.update(len(batch))
+        bar.close()
+        return [samples[i] for i in range(len(request.rows))]
+
+    def stream(self, prompt: str | Sequence[int], **options: Any) -> Iterator[str]:
+        """Answers one prompt, yielding text as it comes; `"".join` of it is the whole answer.
+
+        Args:
+            prompt: A question, or token ids.
+            **options: As for `generate`, one sample.
+
+        Yields:
+            Pieces of text.
+        """
+        base_temperature = options.pop("base_temperature", None)
+        guidance_scale = options.pop("guidance_scale", None)
+        request = self._request([prompt], base_temperature, guidance_scale, options)
+        if len(request.rows) != 1:
+            raise ValueError("stream gives one answer: num_samples must be 1")
+        tokens: list[int] = []
+        shown = ""
+        for (new_tokens,), _ in self._run(request, [0]):
+            tokens += new_tokens
+            text = self._text(tokens, request.options.stop)
+            # What may still change is held back: half a character, or the start of a stop string.
+            held = max((len(s) - 1 for s in request.options.stop), default=0)
+            sure = text[: len(text) - held].rstrip("\ufffd")
+            if sure.startswith(shown) and len(sure) > len(shown):
+                yield sure[len(shown) :]
+                shown = sure
+        rest = self._text(tokens, request.options.stop)[len(shown) :]
+        if rest:
+            yield rest
+
+    def _request(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        base_temperature: float | None,
+        guidance_scale: float | None,
+        options: dict[str, Any],
+    ) -> "_Request":
+        known = {field.name for field in dataclasses.fields(SamplingOptions)}
+        if unknown := sorted(set(options) - known):
+            raise ValueError(f"unknown sampling options {unknown}; known: {sorted(known)}")
+        if isinstance(prompts, str) or not len(prompts):
+            raise ValueError("prompts must be a list with at least one prompt")
+        chosen = SamplingOptions(**options)
+        temperature = _first(base_temperature, self.base_temperature)
+        scale = _first(guidance_scale, self.guidance_scale)
+        if not temperature > 0 or not scale >= 0:
+            raise ValueError(
+                f"base_temperature must be positive and guidance_scale not negative, got "
+                f"{temperature} and {scale}"
+            )
+        encoded = [self._encode(i, prompt) for i, prompt in enumerate(prompts)]
+        for i, ids in enumerate(encoded):
+            if len(ids) + chosen.max_new_tokens > self.lm.max_position:
+                raise ValueError(
+                    f"prompt {i} has {len(ids)} tokens; with max_new_tokens="
+                    f"{chosen.max_new_tokens} that exceeds the {self.lm.max_position} of "
+                    f"{self.lm.name}'s context: shorten the prompt or ask for less"
+                )
+        rows = [(i, j) for i in range(len(prompts)) for j in range(chosen.num_samples)]
+        return _Request(chosen, temperature, scale, encoded, rows)
+
+    def _encode(self, i: int, prompt: str | Sequence[int]) -> np.ndarray:
+        if isinstance(prompt, str):
+            if not prompt.strip():
+                raise ValueError(f"prompt {i} is empty")
+            return encode_prompt(self.lm.tokenizer, prompt, self.prompt_format)
+        ids = np.asarray(prompt, np.int32)
+        if not ids.size or ids.min() < 0 or ids.max() >= self.lm.vocab_size:
+            raise ValueError(
+                f"prompt {i}: token ids must lie in [0, {self.lm.vocab_size}), got {ids}"
+            )
+        return ids
+
+    def _run(
+        self, request: "_Request", batch: list[int]
+    ) -> Iterator[tuple[list[list[int]], list[list[tuple[float, float]]]]]:
+        """Decodes a batch, yielding each row's new tokens and log-probabilities, chunk by chunk."""
+        options = request.options
+        program = Program(
+            self.lm.apply,
+            self.lm.unembed,
+            self.lm.init_cache,
+            self._activation,
+            options.truncate_on,
+            options.logprobs,
+            self.lm.mesh,
+        )
+        size = self._padded_rows(len(batch))
+        prompts = [request.encoded[request.rows[i][0]] for i in batch]
+        length = _round_up(max(map(len, prompts)), _PROMPT_STEP)
+        tokens = np.zeros((size, length), np.int32)
+        mask = np.zeros((size, length), bool)
+        for row, ids in enumerate(prompts):
+            tokens[row, length - len(ids) :] = ids
+            mask[row, length - len(ids) :] = True
+        place = functools.partial(self._place, size)
+        keys = place(_row_keys(options.seed, [request.rows[i] for i in batch], size))
+        controls = place(request.controls(size))
+        stop_ids = jnp.asarray([*self.lm.eos_ids, *options.stop_ids], jnp.int32)
+        chunks = -(-(options.max_new_tokens - 1) // self.chunk)
+        state, emitted = prefill(
+            program,
+            self._weights,
+            *place((tokens, mask)),
+            keys,
+            controls,
+            length + 1 + chunks * self.chunk,
+            stop_ids,
+        )
+        stopped = np.zeros(size, bool)
+        text_so_far: list[list[int]] = [[] for _ in batch]
+        left = options.max_new_tokens
+        for _ in range(chunks):
+            # The next chunk is under way before the host looks at the one before it.
+            state, following = decode_chunk(
+                program, self._weights, state, place(stopped), controls, stop_ids, self.chunk
+            )
+            yield self._collect(emitted, text_so_far, stopped, options.stop, left)
+            left -= emitted.tokens.shape[1]
+            done = np.asarray(emitted.done) | stopped
+            emitted = following
+            if done.all():
+                return
+        yield self._collect(emitted, text_so_far, stopped, options.stop, left)
+
+    def _collect(
+        self,
+        emitted: Emitted,
+        text_so_far: list[list[int]],
+        stopped: np.ndarray,
+        stop: tuple[str, ...],
+        left: int,
+    ) -> tuple[list[list[int]], list[list[tuple[float, float]]]]:
+        """Brings a chunk to the host and marks the rows whose text holds a stop string."""
+        columns = np.asarray(emitted.tokens)[:, :left]
+        logprobs = emitted.logprobs and [np.asarray(part)[:, :left] for part in emitted.logprobs]
+        new_tokens: list[list[int]] = []
+        new_logprobs: list[list[tuple[float, float]]] = []
+        for row, so_far in enumerate(text_so_far):
+            count = 0 if stopped[row] else int(np.sum(columns[row] >= 0))
+            new_tokens.append(columns[row, :count].tolist())
+            new_logprobs.append(
+                [
+                    (float(b), float(g))
+                    for b, g in zip(*(p[row, :count] for p in logprobs), strict=True)
+                ]
+                if logprobs
+                else []
+            )
+            so_far += new_tokens[row]
+            if stop and not stopped[row]:
+                text = self._text(so_far, ())
+                stopped[row] = any(string in text for string in stop)
+        return new_tokens, new_logprobs
+
+    def _sample(
+        self, request: "_Request", tokens: list[int], logprobs: list[tuple[float, float]]
+    ) -> Sample:
+        text = self._text(tokens, request.options.stop)
+        if not request.options.logprobs:
+            return Sample(text, tokens)
+        return Sample(text, tokens, [b for b, _ in logprobs], [g for _, g in logprobs])
+
+    def _text(self, tokens: list[int], stop: tuple[str, ...]) -> str:
+        if self.lm.tokenizer is None:
+            return ""
+        text = self.lm.tokenizer.decode(tokens, skip_special_tokens=True)
+        ends = [at for string in stop if (at := text.find(string)) >= 0]
+        return text[: min(ends)] if ends else text
+
+    def _padded_rows(self, rows: int) -> int:
+        """Rows of the compiled program: a power of two, and a multiple of the mesh's data axis."""
+        size = min(1 << (rows - 1).bit_length(), max(self.batch_size, rows))
+        return _round_up(size, self.lm.mesh.shape[sharding.DATA])
+
+    def _place(self, size: int, tree: Any) -> Any:
+        return jax.device_put(tree, sharding.batch_sharding(self.lm.mesh, (size,)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """A checked call: options, the method's T and s, prompts, and (prompt, sample) of each row."""
+
+    options: SamplingOptions
+    base_temperature: float
+    guidance_scale: float
+    encoded: list[np.ndarray]
+    rows: list[tuple[int, int]]
+
+    def batches(self, size: int) -> Iterator[list[int]]:
+        """Rows of like prompt length together."""
+        order = sorted(range(len(self.rows)), key=lambda i: len(self.encoded[self.rows[i][0]]))
+        for start in range(0, len(order), size):
+            yield order[start : start + size]
+
+    def controls(self, size: int) -> Controls:
+        options = self.options
+        return Controls(
+            base_temperature=np.full(size, self.base_temperature, np.float32),
+            guidance_scale=np.full(size, self.guidance_scale, np.float32),
+            temperature=np.full(size, options.temperature, np.float32),
+            top_k=np.full(size, options.top_k, np.int32),
+            top_p=np.full(size, options.top_p, np.float32),
+            min_p=np.full(size, options.min_p, np.float32),
+            repetition_penalty=np.full(size, options.repetition_penalty, np.float32),
+        )
+
+
+def _row_keys(seed: int, rows: list[tuple[int, int]], size: int) -> jax.Array:
+    """A key for each row, from the seed, the prompt's index and the sample's."""
+    ids = np.zeros((size, 2), np.uint32)
+    ids[: len(rows)] = rows
+    return _fold(jax.random.key(seed), jnp.asarray(ids))
+
+
+@jax.jit
+def _fold(key: jax.Array, ids: jax.Array) -> jax.Array:
+    return jax.vmap(lambda pair: jax.random.fold_in(jax.random.fold_in(key, pair[0]), pair[1]))(ids)
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def _first(*values: Any) -> Any:
+    return next(value for value in values if value is not None)

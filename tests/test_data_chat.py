@@ -1,0 +1,226 @@
+"""Prompts and examples: the reference's labelling rule, system turns, tags, documents, errors."""
+
+import numpy as np
+import pytest
+import tokenizers
+import transformers
+
+from t3jax.data import (
+    PromptFormat,
+    encode_document,
+    encode_prompt,
+    encode_question_answer,
+    encode_records,
+)
+
+CHATML = (
+    "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' + m['content'] + '<|end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
+DEFAULT_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|start|>system\nBe nice.<|end|>\n' }}{% endif %}"
+) + CHATML
+# Prints its system turn with the date in it whether there is a system message or not.
+DATED = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{% set system = messages[0]['content'] %}{% set messages = messages[1:] %}"
+    "{% else %}{% set system = '' %}{% endif %}"
+    "{{ '<|start|>system\nToday: ' + date_string|default('1 Jan') + '\n' + system + '<|end|>' }}"
+    "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' + m['content'] + '<|end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
+# Puts the system text into the user's turn, as Llama 2 does.
+INSIDE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' }}"
+    "{% if messages[0]['role'] == 'system' %}{{ '<<' + messages[0]['content'] + '>> ' }}{% endif %}"
+    "{{ m['content'] + ' [/INST]' }}{% elif m['role'] == 'assistant' %}"
+    "{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+IGNORING = (
+    "{{ 'A chat.\n' }}{% for m in messages if m['role'] != 'system' %}"
+    "{{ m['role'] + ': ' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+REFUSING = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+) + CHATML
+
+
+def make_tokenizer(template, merges=(), bos="<|bos|>", eos="<|end|>"):
+    """Bytes as tokens, plus some merges."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    symbols = alphabet + ["".join(merge) for merge in merges]
+    model = tokenizers.models.BPE({symbol: i for i, symbol in enumerate(symbols)}, list(merges))
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<|start|>", "<|end|>", "<|bos|>"])
+    if bos is not None:
+        backend.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
+        )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=bos, eos_token=eos
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def prompt_text(template, system, **kwargs):
+    tokenizer = make_tokenizer(template, **kwargs)
+    return tokenizer.decode(encode_prompt(tokenizer, "Who?", PromptFormat(system=system)))
+
+
+def labels_text(tokenizer, example):
+    return tokenizer.decode(example.tokens[example.answer_start :])
+
+
+@pytest.mark.parametrize("template", [CHATML, DEFAULT_SYSTEM, DATED, INSIDE])
+@pytest.mark.parametrize("system", [None, "Be terse."])
+def test_example_follows_the_rule_of_the_reference(template, system):
+    tokenizer = make_tokenizer(template)
+    chat = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Zoë Ö."}]
+    if system:
+        chat.insert(0, {"role": "system", "content": system})
+    options = {"tokenize": True, "date_string": "10 Apr 2025"}
+    chat_ids = tokenizer.apply_chat_template(chat, **options)["input_ids"]
+    prompt_ids = tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True, **options)[
+        "input_ids"
+    ]
+    if chat_ids[-1] != tokenizer.eos_token_id:
+        chat_ids = [*chat_ids, tokenizer.eos_token_id]
+
+    prompt_format = PromptFormat(system=system, date_string="10 Apr 2025")
+    example = encode_question_answer(tokenizer, "Who?", "Zoë Ö.", prompt_format)
+
+    assert example.tokens.dtype == np.int32
+    np.testing.assert_array_equal(example.tokens, chat_ids)
+    assert example.answer_start == len(prompt_ids)
+    assert example.num_answer_tokens == len(chat_ids) - len(prompt_ids)
+    np.testing.assert_array_equal(encode_prompt(tokenizer, "Who?", prompt_format), prompt_ids)
+
+
+def test_labels_hold_the_closing_token_and_eos_is_appended_only_where_missing():
+    tokenizer = make_tokenizer(CHATML)
+    example = encode_question_answer(tokenizer, "Who?", "Ann.", PromptFormat())
+    assert labels_text(tokenizer, example) == "Ann.<|end|>\n<|end|>"
+    tokenizer = make_tokenizer(DATED)
+    example = encode_question_answer(tokenizer, "Who?", "Ann.", PromptFormat())
+    assert labels_text(tokenizer, example) == "Ann.<|end|>"
+
+
+def test_system_none_is_the_default_of_the_template():
+    prompt = prompt_text(DEFAULT_SYSTEM, None)
+    assert prompt == (
+        "<|start|>system\nBe nice.<|end|>\n<|start|>user\nWho?<|end|>\n<|start|>assistant\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "bos", "expected"),
+    [
+        (CHATML, "<|bos|>", "<|start|>user\nWho?<|end|>\n<|start|>assistant\n"),
+        (DEFAULT_SYSTEM, "<|bos|>", "<|start|>user\nWho?<|end|>\n<|start|>assistant\n"),
+        # The bos token may be the one that opens a turn: it is not doubled.
+        (DEFAULT_SYSTEM, "<|start|>", "<|start|>user\nWho?<|end|>\n<|start|>assistant\n"),
+        (DATED, "<|bos|>", "<|bos|><|start|>user\nWho?<|end|><|start|>assistant\n"),
+        (INSIDE, "<|bos|>", "<|bos|>[INST] Who? [/INST]"),
+        (IGNORING, "<|bos|>", "A chat.\nuser: Who?<|end|>assistant: "),
+        (REFUSING, "<|bos|>", "<|start|>user\nWho?<|end|>\n<|start|>assistant\n"),
+    ],
+    ids=["chatml", "default", "bos_opens_turns", "dated", "inside", "ignoring", "refusing"],
+)
+def test_empty_system_means_no_system_turn(template, bos, expected):
+    assert prompt_text(template, "", bos=bos) == expected
+
+
+def test_empty_system_keeps_the_labels():
+    tokenizer = make_tokenizer(DEFAULT_SYSTEM)
+    example = encode_question_answer(tokenizer, "Who?", "Ann.", PromptFormat(system=""))
+    text = tokenizer.decode(example.tokens)
+    assert text.startswith("<|start|>user\nWho?")
+    assert labels_text(tokenizer, example) == "Ann.<|end|>\n<|end|>"
+
+
+def test_date_reaches_the_template():
+    tokenizer = make_tokenizer(DATED)
+    tokens = encode_prompt(tokenizer, "Who?", PromptFormat(date_string="10 Apr 2025"))
+    assert "Today: 10 Apr 2025\n" in tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [(REFUSING, "refuses a system turn"), (IGNORING, "does not print"), (None, "question_start")],
+)
+def test_system_text_that_cannot_be_expressed_is_an_error(template, message):
+    with pytest.raises(ValueError, match=message):
+        encode_prompt(make_tokenizer(template), "Who?", PromptFormat(system="Be terse."))
+
+
+def test_without_a_template_the_tags_are_used():
+    tokenizer = make_tokenizer(None)
+    prompt_format = PromptFormat(question_start="Q: ", question_end="\n", answer_start="A: ")
+    prompt = encode_prompt(tokenizer, "Who?", prompt_format)
+    assert tokenizer.decode(prompt) == "<|bos|>Q: Who?\nA: "
+    example = encode_question_answer(tokenizer, "Who?", "Ann.", prompt_format)
+    np.testing.assert_array_equal(example.tokens[: example.answer_start], prompt)
+    assert labels_text(tokenizer, example) == "Ann.<|end|>"
+
+
+def test_no_answer_token_left():
+    # "ab" is two tokens, "abc" is one: with eos, prompt and conversation are equally long.
+    tokenizer = make_tokenizer(None, merges=[("b", "c"), ("a", "bc")])
+    prompt_format = PromptFormat(question_start="", question_end="", answer_start="ab")
+    with pytest.raises(ValueError, match="no answer token is left"):
+        encode_question_answer(tokenizer, "Who?", "c", prompt_format)
+
+
+def test_too_long_is_an_error_and_never_cut():
+    tokenizer = make_tokenizer(CHATML)
+    example = encode_question_answer(tokenizer, "Who?", "Ann.", PromptFormat())
+    n = len(example.tokens)
+    fits = encode_question_answer(tokenizer, "Who?", "Ann.", PromptFormat(), max_length=n)
+    np.testing.assert_array_equal(fits.tokens, example.tokens)
+    with pytest.raises(ValueError, match=f"{n} tokens .* max_length = {n - 1}"):
+        encode_question_answer(tokenizer, "Who?", "Ann.", PromptFormat(), max_length=n - 1)
+
+
+def test_tokenizer_without_eos_is_an_error():
+    with pytest.raises(ValueError, match="no eos token"):
+        encode_question_answer(make_tokenizer(CHATML, eos=None), "Who?", "Ann.", PromptFormat())
+
+
+def test_prompt_that_does_not_begin_the_conversation_is_an_error():
+    thinking = CHATML.replace("'<|start|>assistant\n'", "'<|start|>assistant\n<think>\n'")
+    with pytest.raises(ValueError, match="where the answer starts is unknown"):
+        encode_question_answer(make_tokenizer(thinking), "Who?", "Ann.", PromptFormat())
+
+
+def test_document_labels_are_all_tokens_after_the_first():
+    tokenizer = make_tokenizer(CHATML)
+    example = encode_document(tokenizer, "Once upon")
+    assert tokenizer.decode(example.tokens) == "<|bos|>Once upon"
+    assert example.answer_start == 1
+    assert example.num_answer_tokens == len("Once upon")
+    with pytest.raises(ValueError, match="10 tokens, more than max_length = 9"):
+        encode_document(tokenizer, "Once upon", max_length=9)
+    with pytest.raises(ValueError, match="1 tokens"):
+        encode_document(make_tokenizer(CHATML, bos=None), "O")
+
+
+def test_records_of_both_kinds_keep_their_order():
+    tokenizer = make_tokenizer(CHATML)
+    records = [{"text": "Once upon"}, {"question": "Who?", "answer": "Ann."}]
+    document, pair = encode_records(tokenizer, records, PromptFormat())
+    assert document.answer_start == 1
+    assert labels_text(tokenizer, pair) == "Ann.<|end|>\n<|end|>"
+
+
+@pytest.mark.parametrize(
+    "bad", [{"text": "x" * 90}, {"question": "Who?", "answer": "x" * 90}, {"question": "Who?"}]
+)
+def test_errors_in_records_name_the_row(bad):
+    tokenizer = make_tokenizer(CHATML)
+    records = [{"text": "Once upon"}, bad]
+    with pytest.raises(ValueError, match="row 2 of 2: "):
+        encode_records(tokenizer, records, PromptFormat(), max_length=60)
