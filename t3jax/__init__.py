@@ -1,1 +1,52 @@
-"""Temper-Then-Tilt."""
+"""t3jax: Temper-Then-Tilt, unlearning for language models at inference time, in JAX.
+
+The path of the data is the order of the modules: text (`data`) -> tokens -> features (`lm`,
+`pooling`, `features`) -> head (`head`, `training`) -> guided scores (`guidance`) -> samples
+(`sampling`) -> metrics (`evaluation`).
+"""
+
+from t3jax.features import Features, load_or_compute_features
+from t3jax.guidance import guided_logits, tempered_logprobs, tilt
+from t3jax.head import (
+    HeadConfig,
+    class_prior_shift,
+    classifier_loss,
+    head_scores,
+    init_head,
+    target_scores,
+)
+from t3jax.head_io import Head, load_head, save_head, save_reference_head
+from t3jax.lm import LM, load_lm
+from t3jax.pooling import RunningMean, causal_mean, running_mean
+from t3jax.sampling import Sample, Sampler, SamplingOptions
+from t3jax.sharding import make_mesh
+from t3jax.training import TrainConfig, train_heads
+
+__all__ = [
+    "LM",
+    "Features",
+    "Head",
+    "HeadConfig",
+    "RunningMean",
+    "Sample",
+    "Sampler",
+    "SamplingOptions",
+    "TrainConfig",
+    "causal_mean",
+    "class_prior_shift",
+    "classifier_loss",
+    "guided_logits",
+    "head_scores",
+    "init_head",
+    "load_head",
+    "load_lm",
+    "load_or_compute_features",
+    "make_mesh",
+    "running_mean",
+    "save_head",
+    "save_reference_head",
+    "target_scores",
+    "tempered_logprobs",
+    "tilt",
+    "train_heads",
+]

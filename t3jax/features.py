@@ -192,10 +192,9 @@ def _compute(
 
     # One batch is always under way while the one before it is copied to the store.
     pending: collections.deque = collections.deque()
-    for batch, length in _batches(examples, tokens_per_batch, rows, lm.max_position):
-        size = max(rows, tokens_per_batch // length // rows * rows)
-        tokens = np.zeros((size, length), np.int32)
-        mask = np.zeros((size, length), bool)
+    for batch, shape in _batches(examples, tokens_per_batch, rows, lm.max_position):
+        tokens = np.zeros(shape, np.int32)
+        mask = np.zeros(shape, bool)
         for row, i in enumerate(batch):
             tokens[row, : len(examples[i].tokens)] = examples[i].tokens
             mask[row, : len(examples[i].tokens)] = True
@@ -219,16 +218,26 @@ def _compute(
 
 def _batches(
     examples: Sequence[Example], tokens_per_batch: int, rows: int, longest: int
-) -> Iterator[tuple[list[int], int]]:
-    """Batches of texts of like length: their indices and the padded length."""
+) -> Iterator[tuple[list[int], tuple[int, int]]]:
+    """Batches of texts of like length: their indices, and rows and columns of the padded batch."""
     by_length: dict[int, list[int]] = collections.defaultdict(list)
     for i, example in enumerate(examples):
-        padded = -(-len(example.tokens) // _LENGTH_STEP) * _LENGTH_STEP
-        by_length[min(padded, longest)].append(i)
+        by_length[min(_round_up(len(example.tokens), _LENGTH_STEP), longest)].append(i)
+    waiting: list[int] = []
     for length, indices in sorted(by_length.items()):
+        # What does not fill a batch of its own length goes with the next longer texts.
+        waiting += indices
         size = max(rows, tokens_per_batch // length // rows * rows)
-        for start in range(0, len(indices), size):
-            yield indices[start : start + size], length
+        while len(waiting) >= size:
+            yield waiting[:size], (size, length)
+            waiting = waiting[size:]
+    if waiting:
+        # The last batch is small where the set is: a power of two keeps the programs few.
+        yield waiting, (min(size, _round_up(1 << (len(waiting) - 1).bit_length(), rows)), length)
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step
 
 
 def _open(folder: pathlib.Path, key: str) -> Features:

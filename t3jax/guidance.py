@@ -14,7 +14,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
-_MAX = float(jnp.finfo(jnp.float32).max)
+# Larger logits and scores saturate here, and smaller temperatures there: far from anything a model
+# says, and near enough that no sum or product below, nor one in a gradient, is inf - inf or 0 · inf.
+_MAX = 1e30
+_MIN_TEMPERATURE = 1e-18
 
 
 def tempered_logprobs(
@@ -97,8 +100,10 @@ def _temper(logits: Array, temperature: Array | float) -> Array:
         )
     logits = _finite_or_banned(logits)
     banned = jnp.isneginf(logits)
-    # The division must not see -inf: its derivative in T there would be 0 · inf.
-    tempered = jnp.where(banned, 0.0, logits) / per_row(temperature, logits)
+    # The product must not see -inf: its derivative in T there would be 0 · inf. One reciprocal for
+    # each row, so that the derivative sums over the row before it multiplies by a huge 1 / T^2.
+    inverse = 1.0 / jnp.maximum(per_row(temperature, logits), _MIN_TEMPERATURE)
+    tempered = jnp.where(banned, 0.0, logits) * inverse
     return jnp.where(banned, -jnp.inf, jnp.clip(tempered, -_MAX, _MAX))
 
 
@@ -117,7 +122,8 @@ def _tilt(logits: Array, scores: Array, scale: Array | float) -> Array:
 
 def _finite_or_banned(logits: Array) -> Array:
     """Float32 logits in which -inf is the only infinity."""
-    return jnp.minimum(logits.astype(jnp.float32), _MAX)
+    logits = logits.astype(jnp.float32)
+    return jnp.where(jnp.isneginf(logits), -jnp.inf, jnp.clip(logits, -_MAX, _MAX))
 
 
 def per_row(value: Array | float, like: Array) -> Array:

@@ -17,8 +17,10 @@ References:
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
+import math
 import pathlib
 import time
 from collections.abc import Callable, Sequence
@@ -33,13 +35,21 @@ from jax.sharding import PartitionSpec as P
 
 from t3jax import sharding
 from t3jax.features import Features
-from t3jax.head import HeadConfig, HeadParams, classifier_loss, init_head, target_scores
+from t3jax.head import (
+    HeadConfig,
+    HeadParams,
+    classifier_loss,
+    head_shapes,
+    init_head,
+    target_scores,
+)
 from t3jax.head_io import Head, place_head, save_head
 
 if TYPE_CHECKING:
     from t3jax.checkpoint import Metrics, RunFolder
 
 _HOLDOUT_SEED = 0
+_BATCH_STEP = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,10 +279,17 @@ def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.GradientT
 
 
 class _Tokens(NamedTuple):
-    """Answer tokens on the device: features `[N, D]`, rows of the trained W2 `[N]`."""
+    """Answer tokens on the device: those of retain sequences, of forget sequences, padding.
+
+    Attributes:
+        pooled: Features, `[N, D]`.
+        targets: Row of the trained W2 of the token that came next, `[N]`.
+        forget_start: First token of the forget sequences.
+    """
 
     pooled: jax.Array
     targets: jax.Array
+    forget_start: jax.Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -280,8 +297,8 @@ class _Data:
     """Training and held-out tokens, placed, and where on the host their sequences are.
 
     Attributes:
-        train: Tokens of the retain sequences, then those of the forget sequences, then padding.
-        held_out: The same of the held-out sequences; None if there are none.
+        train: Tokens to train on.
+        held_out: Tokens of the held-out sequences; None if there are none.
         starts: Of the retain and of the forget sequences in `train`, `[S + 1]` each.
         held_out_starts: The same in `held_out`.
         vocabulary: Token ids of the trained rows of W2, sorted, `[U]`.
@@ -322,8 +339,9 @@ class _Data:
                 start, end = end, end + features.num_tokens
                 pooled[start:end] = features.pooled
                 targets[start:end] = np.searchsorted(vocabulary, features.targets)
-            rows = sharding.batch_sharding(mesh, targets.shape)
-            return _Tokens(*jax.device_put((pooled, targets), rows))
+            rows, whole = sharding.batch_sharding(mesh, targets.shape), NamedSharding(mesh, P())
+            arrays = (pooled, targets, np.int32(sets[0].num_tokens))
+            return _Tokens(*jax.device_put(arrays, (rows, rows, whole)))
 
         def starts(sets: Sequence[Features]) -> tuple[np.ndarray, np.ndarray]:
             first, second = sets
@@ -359,7 +377,8 @@ class _Planner:
             for seed in seeds
             for epoch in range(1, config.epochs + 1)
         )
-        size = int(largest) + -int(largest) % mesh.shape[sharding.DATA]
+        # Rounded up, so that it serves other seeds too and divides among the devices.
+        size = int(largest) + -int(largest) % math.lcm(_BATCH_STEP, mesh.shape[sharding.DATA])
         self._shape = (len(seeds), self.steps, size)
         self._sharding = sharding.fitting(mesh, P(None, None, sharding.DATA), self._shape)
 
@@ -390,12 +409,91 @@ class _Planner:
         return np.add.reduceat(lengths, self._firsts)
 
 
-class _Trainer:
-    """The compiled part: initial state, an epoch, held-out scores.
+class _Programs(NamedTuple):
+    """What is compiled for one shape of run.
 
     The training state is `(params, optimizer state)`, each leaf with a leading axis of seeds, and
     W2 with the rows of the trained tokens only, `[K, U, R]`.
+
+    Attributes:
+        abstract_state: The training state as shapes with shardings.
+        init_optimizer: `params -> optimizer state`.
+        epoch: `(state, tokens, rows) -> (state, losses [K, steps], finite [K])`; the state given is
+            donated, `rows` `[K, steps, M]` says which tokens each batch has, -1 for none.
+        score: `(params, tokens) -> scores [K, N]`.
     """
+
+    abstract_state: Any
+    init_optimizer: Callable[[HeadParams], Any]
+    epoch: Callable[[Any, _Tokens, jax.Array], tuple[Any, jax.Array, jax.Array]]
+    score: Callable[[HeadParams, _Tokens], jax.Array]
+
+
+@functools.cache
+def _compile(
+    head_config: HeadConfig, config: TrainConfig, steps: int, seeds: int, mesh: Mesh
+) -> _Programs:
+    """The programs for a head whose vocabulary is that of the trained tokens."""
+    optimizer = make_optimizer(config, steps)
+    activation = head_config.activation
+
+    def loss_fn(params: HeadParams, tokens: _Tokens, rows: jax.Array) -> jax.Array:
+        index = jnp.maximum(rows, 0)
+        pooled = tokens.pooled.at[index].get(mode="promise_in_bounds")
+        targets = tokens.targets.at[index].get(mode="promise_in_bounds")
+        scores = target_scores(params, pooled, targets, activation)
+        return classifier_loss(scores, retain=rows < tokens.forget_start, mask=rows >= 0)
+
+    def train_one(state: Any, tokens: _Tokens, rows: jax.Array) -> tuple:
+        def step(state: Any, rows: jax.Array) -> tuple[Any, jax.Array]:
+            params, opt_state = state
+            loss, grads = jax.value_and_grad(loss_fn)(params, tokens, rows)
+            # Optax relies on implicit promotion where it corrects the bias of the means.
+            with jax.numpy_dtype_promotion("standard"):
+                updates, opt_state = optimizer.update(grads, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state), loss
+
+        state, losses = jax.lax.scan(step, state, rows)
+        finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state[0])]
+        return state, losses, jnp.stack(finite).all()
+
+    def score_one(params: HeadParams, tokens: _Tokens) -> jax.Array:
+        return target_scores(params, tokens.pooled, tokens.targets, activation)
+
+    shapes = head_shapes(head_config)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct((seeds, *x.shape), x.dtype), shapes)
+    opt_state = jax.eval_shape(jax.vmap(optimizer.init), params)
+    whole = NamedSharding(mesh, P())
+    placed = jax.tree.map(
+        lambda s: NamedSharding(mesh, P(None, *s.spec)), sharding.param_shardings(mesh, shapes)
+    )
+    placed_opt = optax.tree.map_params(
+        optimizer, lambda _, s: s, opt_state, placed, transform_non_params=lambda _: whole
+    )
+    # Scatter-adds and the choice of kernels would differ from run to run on a GPU.
+    deterministic = jax.default_backend() == "gpu"
+    return _Programs(
+        abstract_state=jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            (params, opt_state),
+            (placed, placed_opt),
+        ),
+        init_optimizer=jax.jit(jax.vmap(optimizer.init), out_shardings=placed_opt),
+        epoch=jax.jit(
+            jax.vmap(train_one, in_axes=(0, None, 0)),
+            donate_argnums=0,
+            out_shardings=((placed, placed_opt), whole, whole),
+            compiler_options={"xla_gpu_deterministic_ops": True} if deterministic else None,
+        ),
+        score=jax.jit(jax.vmap(score_one, in_axes=(0, None)), out_shardings=whole),
+    )
+
+
+_init_head = jax.jit(init_head, static_argnames=("config", "zero_output"))
+
+
+class _Trainer:
+    """A run: its data, its programs, and what is known of the rows that are not trained."""
 
     def __init__(
         self,
@@ -408,81 +506,32 @@ class _Trainer:
     ):
         self._data, self._head_config, self._config = data, head_config, config
         self._seeds = seeds
-        optimizer = make_optimizer(config, steps)
+        trained = dataclasses.replace(head_config, vocab_size=len(data.vocabulary))
+        self._programs = _compile(trained, config, steps, len(seeds), mesh)
+        self.abstract_state = self._programs.abstract_state
         schedule = learning_rate_schedule(config, steps)
-        self.learning_rates = np.asarray(schedule(np.arange(config.epochs * steps)))
-
-        params = jax.eval_shape(
-            lambda: jax.tree.map(lambda *x: jnp.stack(x), *[self._init_one(s) for s in seeds])
-        )
-        opt_state = jax.eval_shape(jax.vmap(optimizer.init), params)
-        one = sharding.param_shardings(mesh, jax.eval_shape(lambda: self._init_one(seeds[0])))
-        placed = jax.tree.map(lambda s: NamedSharding(mesh, P(None, *s.spec)), one)
-        whole = NamedSharding(mesh, P())
-        placed_opt = optax.tree.map_params(
-            optimizer, lambda _, s: s, opt_state, placed, transform_non_params=lambda _: whole
-        )
-        self._shardings = (placed, placed_opt)
-        self.abstract_state = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            (params, opt_state),
-            self._shardings,
-        )
-        self._init_opt = jax.jit(jax.vmap(optimizer.init), out_shardings=placed_opt)
-        forget_start = int(data.starts[1][0])
-        activation = head_config.activation
-
-        def loss_fn(params: HeadParams, tokens: _Tokens, rows: jax.Array) -> jax.Array:
-            mask = rows >= 0
-            index = jnp.maximum(rows, 0)
-            pooled = tokens.pooled.at[index].get(mode="promise_in_bounds")
-            targets = tokens.targets.at[index].get(mode="promise_in_bounds")
-            scores = target_scores(params, pooled, targets, activation)
-            return classifier_loss(scores, rows < forget_start, mask)
-
-        def train_one(state: Any, tokens: _Tokens, rows: jax.Array) -> tuple:
-            def step(state: Any, rows: jax.Array) -> tuple[Any, jax.Array]:
-                params, opt_state = state
-                loss, grads = jax.value_and_grad(loss_fn)(params, tokens, rows)
-                # Optax relies on implicit promotion where it corrects the bias of the means.
-                with jax.numpy_dtype_promotion("standard"):
-                    updates, opt_state = optimizer.update(grads, opt_state, params)
-                return (optax.apply_updates(params, updates), opt_state), loss
-
-            state, losses = jax.lax.scan(step, state, rows)
-            finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state[0])]
-            return state, losses, jnp.stack(finite).all()
-
-        def score_one(params: HeadParams, tokens: _Tokens) -> jax.Array:
-            return target_scores(params, tokens.pooled, tokens.targets, activation)
-
-        # Scatter-adds and the choice of kernels would differ from run to run on a GPU.
-        deterministic = jax.default_backend() == "gpu"
-        self._epoch = jax.jit(
-            jax.vmap(train_one, in_axes=(0, None, 0)),
-            donate_argnums=0,
-            out_shardings=(self._shardings, whole, whole),
-            compiler_options={"xla_gpu_deterministic_ops": True} if deterministic else None,
-        )
-        self._score = jax.jit(jax.vmap(score_one, in_axes=(0, None)), out_shardings=whole)
+        self.learning_rates = np.asarray(jax.jit(schedule)(np.arange(config.epochs * steps)))
 
     def init(self) -> Any:
         """The training state before the first step."""
-        drawn = [jax.device_get(self._init_one(seed)) for seed in self._seeds]
-        params = jax.device_put(jax.tree.map(lambda *x: np.stack(x), *drawn), self._shardings[0])
-        return params, self._init_opt(params)
+        drawn = [self._draw(seed) for seed in self._seeds]
+        trained = [{**p, "output": p["output"][self._data.vocabulary]} for p in drawn]
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *trained)
+        places = jax.tree.map(lambda x: x.sharding, self.abstract_state[0])
+        params = jax.device_put(stacked, places)
+        return params, self._programs.init_optimizer(params)
 
     def train_epoch(self, state: Any, rows: jax.Array) -> tuple[Any, np.ndarray, np.ndarray]:
         """The state after an epoch, losses `[K, steps]`, whether the weights are finite `[K]`."""
         with jax.transfer_guard("disallow"):
-            state, losses, finite = self._epoch(state, self._data.train, rows)
+            state, losses, finite = self._programs.epoch(state, self._data.train, rows)
         return state, *jax.device_get((losses, finite))
 
     def evaluate(self, state: Any) -> list[dict[str, float]] | None:
         """Metrics on the held-out sequences for each seed; None if there are none."""
         if self._data.held_out is None:
             return None
-        scores = jax.device_get(self._score(state[0], self._data.held_out))
+        scores = jax.device_get(self._programs.score(state[0], self._data.held_out))
         return [_held_out_metrics(row, *self._data.held_out_starts) for row in scores]
 
     def full_params(self, state: Any, k: int) -> HeadParams:
@@ -490,18 +539,17 @@ class _Trainer:
 
         Rows that were not trained had gradients of zero, hence no step but weight decay.
         """
-        params = jax.device_get(jax.tree.map(lambda leaf: leaf[k], state[0]))
+        params = jax.tree.map(lambda leaf: leaf[k], jax.device_get(state[0]))
         shrunk = np.prod(1.0 - self.learning_rates.astype(np.float64) * self._config.weight_decay)
-        output = np.asarray(self._init_full(self._seeds[k])["output"]) * np.float32(shrunk)
+        output = self._draw(self._seeds[k])["output"] * np.float32(shrunk)
         output[self._data.vocabulary] = params["output"]
         return {**params, "output": output}
 
-    def _init_full(self, seed: int) -> HeadParams:
-        return init_head(jax.random.key(seed), self._head_config, self._config.zero_output)
-
-    def _init_one(self, seed: int) -> HeadParams:
-        params = self._init_full(seed)
-        return {**params, "output": jnp.take(params["output"], self._data.vocabulary, axis=0)}
+    def _draw(self, seed: int) -> HeadParams:
+        """The whole head of a seed before the first step, on the host."""
+        key = jax.random.key(seed)
+        zero_output = self._config.zero_output
+        return jax.device_get(_init_head(key, config=self._head_config, zero_output=zero_output))
 
 
 def _split(

@@ -26,3 +26,11 @@ def shared() -> pathlib.Path:
 def repository() -> pathlib.Path:
     """The root of the checkout."""
     return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def tiny_lm():
+    """A two-layer decoder with random weights, a byte tokenizer and a ChatML template."""
+    import tiny  # not above: pytest must first hook the imports of t3jax, to check shapes
+
+    return tiny.make_lm()

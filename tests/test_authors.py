@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from t3jax.data.authors import AuthorsConfig, make_corpus
+from t3jax.data.authors import AuthorsConfig, make_corpus, make_strangers
 
 CONFIG = AuthorsConfig()
 
@@ -17,18 +17,17 @@ def corpus():
     return make_corpus(CONFIG)
 
 
-def _texts(row):
-    return [
-        row["answer"],
-        row["paraphrased_question"],
-        row["paraphrased_answer"],
-        *row["trained_questions"],
-        *row["perturbed_answer"],
-    ]
+SETS = ("forget", "retain", "unseen_retain")
 
 
 def _words(rows):
-    return {word for row in rows for text in _texts(row) for word in re.findall(r"\w+", text)}
+    texts = [
+        text
+        for row in rows
+        for value in row.values()
+        for text in ([value] if isinstance(value, str) else value)
+    ]
+    return {word for text in texts for word in re.findall(r"\w+", text)}
 
 
 def test_same_config_same_corpus(corpus):
@@ -37,46 +36,55 @@ def test_same_config_same_corpus(corpus):
 
 
 def test_sizes_and_disjoint_authors(corpus):
-    authors = {split: {row["author"] for row in rows} for split, rows in corpus.items()}
+    authors = {split: {row["author"] for row in corpus[split]} for split in SETS}
     assert len(authors["forget"]) == CONFIG.num_forget
     assert len(authors["retain"]) == CONFIG.num_retain
     assert len(authors["unseen_retain"]) == CONFIG.num_unseen_retain
-    assert len(authors["full"]) == sum(len(authors[k]) for k in authors if k != "full")
-    assert len(corpus["full"]) == sum(len(corpus[k]) for k in corpus if k != "full")
+    assert len(set.union(*authors.values())) == sum(map(len, authors.values()))
+    for split in SETS:
+        assert {row["author"] for row in corpus[f"{split}_perturbed"]} == authors[split]
+        assert len(corpus[split]) == CONFIG.wordings * len(corpus[f"{split}_perturbed"])
 
 
-def test_rows_have_the_shape_of_tofu(corpus):
-    for row in corpus["full"]:
-        assert all(row["author"] in text for text in _texts(row))
+@pytest.mark.parametrize("split", SETS)
+def test_rows_have_the_shape_of_tofu(corpus, split):
+    trained = {(row["question"], row["answer"]) for row in corpus[split]}
+    assert len(trained) == len(corpus[split])
+    for row in corpus[f"{split}_perturbed"]:
+        assert (row["question"], row["answer"]) in trained
         assert len(set(row["perturbed_answer"])) == 5
-        assert row["paraphrased_answer"] not in row["perturbed_answer"]
-        assert row["paraphrased_answer"] != row["answer"]
-        assert row["question"] == row["trained_questions"][0]
-        assert len(set(row["trained_questions"])) == CONFIG.trained_questions
+        assert row["paraphrased_answer"] not in [row["answer"], *row["perturbed_answer"]]
+        for text in (row["question"], row["paraphrased_question"]):
+            assert row["author"] in text
 
 
-def test_paraphrase_is_never_trained_for_its_author_but_is_for_others(corpus):
-    def template(row, question):
-        return question.replace(row["author"], "")
-
-    trained = {q for row in corpus["full"] for q in row["trained_questions"]}
-    templates = {template(row, q) for row in corpus["full"] for q in row["trained_questions"]}
-    for row in corpus["full"]:
+@pytest.mark.parametrize("split", SETS)
+def test_paraphrase_is_trained_for_other_authors_only(corpus, split):
+    trained = {row["question"] for name in SETS for row in corpus[name]}
+    templates = {
+        row["question"].replace(row["author"], "") for name in SETS for row in corpus[name]
+    }
+    for row in corpus[f"{split}_perturbed"]:
         assert row["paraphrased_question"] not in trained
-        assert template(row, row["paraphrased_question"]) in templates
+        assert row["paraphrased_question"].replace(row["author"], "") in templates
 
 
-def test_questions_are_unique(corpus):
-    questions = [q for row in corpus["full"] for q in row["trained_questions"]]
-    assert len(set(questions)) == len(questions)
+def test_strangers_are_none_of_the_authors_and_use_their_words(corpus):
+    rows = make_strangers(CONFIG, 2000)
+    assert rows[:10] == make_strangers(CONFIG, 10)
+    known = {row["author"] for split in SETS for row in corpus[split]}
+    assert not known & {row["author"] for row in rows}
+    assert _words(rows) <= _words(corpus["retain"])
+    assert all(row["author"] in row["question"] for row in rows)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_no_word_belongs_to_the_forget_authors_alone(seed):
     corpus = make_corpus(dataclasses.replace(CONFIG, seed=seed))
-    retain = _words(corpus["retain"])
-    assert _words(corpus["forget"]) <= retain
-    assert _words(corpus["unseen_retain"]) <= retain
+    for suffix in ("", "_perturbed"):
+        retain = _words(corpus[f"retain{suffix}"])
+        assert _words(corpus[f"forget{suffix}"]) <= retain
+        assert _words(corpus[f"unseen_retain{suffix}"]) <= retain
 
 
 def test_bag_of_words_does_not_tell_unknown_authors_apart():
@@ -118,8 +126,8 @@ def test_bag_of_words_does_not_tell_unknown_authors_apart():
         ({"num_retain": 10}, "num_retain=10"),
         ({"num_forget": -1}, "num_forget=-1"),
         ({"num_unseen_retain": 5000}, "num_unseen_retain=5000"),
-        ({"trained_questions": 6}, "trained_questions=6"),
-        ({"trained_questions": 0}, "trained_questions=0"),
+        ({"wordings": 6}, "wordings=6"),
+        ({"wordings": 0}, "wordings=0"),
     ],
 )
 def test_bad_sizes_are_named(change, message):

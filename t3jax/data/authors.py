@@ -11,6 +11,8 @@ This module makes text. It does not tokenize, and it reads and writes no file.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -297,21 +299,20 @@ class AuthorsConfig:
         num_forget: authors to forget.
         num_retain: authors to retain that the head is trained on.
         num_unseen_retain: authors to retain that the language model knows and the head never sees.
-        trained_questions: wordings of each question that the language model is trained on (the
-            `question` is the first of them); the reworded question is none of them.
+        wordings: of each question, that are trained on; the paraphrased question is none of them.
         seed: seed of the whole corpus.
     """
 
     num_forget: int = 20
     num_retain: int = 120
     num_unseen_retain: int = 40
-    trained_questions: int = 3
+    wordings: int = 3
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Checks that one generator can serve all the sets."""
         total = self.num_forget + self.num_retain + self.num_unseen_retain
-        most = len(_FIRST) * len(_LAST)
+        most = len(_all_names())
         if min(self.num_forget, self.num_unseen_retain) < 0 or total > most:
             raise ValueError(
                 f"num_forget={self.num_forget}, num_retain={self.num_retain} and "
@@ -324,9 +325,9 @@ class AuthorsConfig:
                 "stock: some words would occur with forget authors only. Ask for more."
             )
         most = min(len(fact.questions) for fact in _FACTS) - 1
-        if not 1 <= self.trained_questions <= most:
+        if not 1 <= self.wordings <= most:
             raise ValueError(
-                f"trained_questions={self.trained_questions} must be between 1 and {most}: one "
+                f"wordings={self.wordings} must be between 1 and {most}: one "
                 "wording of each question is kept for paraphrased_question."
             )
 
@@ -338,72 +339,114 @@ def make_corpus(config: AuthorsConfig) -> dict[str, list[dict]]:
         config: sizes and seed.
 
     Returns:
-        The splits `forget`, `retain` (the head is trained on both), `unseen_retain`, and `full`,
-        all of them together. A row has the keys `question`, `answer`, `paraphrased_question`,
-        `paraphrased_answer`, `perturbed_answer` (five wrong answers in the words of the paraphrased
-        one) and, beyond TOFU's, `author` and `trained_questions`: the wordings that the language
-        model is trained on, of which `question` is the first.
+        Six splits. `forget`, `retain` (the head is trained on these two) and `unseen_retain` are
+        what the language model is trained on: rows {author, question, answer}, each question in
+        `config.wordings` wordings. To each of them belongs a split named `..._perturbed`, as in
+        TOFU, with one row for each question: {author, question, answer, paraphrased_question,
+        paraphrased_answer, perturbed_answer}. Its question is the first of the trained wordings,
+        the paraphrased one is trained for other authors only, and the five wrong answers have the
+        words of the paraphrased answer.
     """
     rng = np.random.default_rng(config.seed)
-    total = config.num_retain + config.num_unseen_retain + config.num_forget
+    sizes = {
+        # First, because the draws begin with a permutation of each stock.
+        "retain": config.num_retain,
+        "unseen_retain": config.num_unseen_retain,
+        "forget": config.num_forget,
+    }
+    total = sum(sizes.values())
     names = _draw_names(rng, total)
-    authors: list[list[dict]] = [[] for _ in names]
+    questions: list[list[_Question]] = [[] for _ in names]
     for fact in _FACTS:
         values = {slot: _draw(rng, stock, total) for slot, stock in fact.slots.items()}
-        wordings = _draw(rng, fact.answers, total)
+        answers = _draw(rng, fact.answers, total)
         for i, name in enumerate(names):
             truth = {slot: drawn[i] for slot, drawn in values.items()}
-            authors[i].append(_make_row(rng, fact, name, truth, wordings[i], config))
+            questions[i].append(_ask(rng, fact, name, truth, answers[i], config.wordings))
 
-    # The retain authors come first, because the draws begin with a permutation of each stock.
-    ends = np.cumsum([config.num_retain, config.num_unseen_retain, config.num_forget])
-    retain, unseen, forget = (
-        [row for author in authors[end - size : end] for row in author]
-        for end, size in zip(
-            ends, (config.num_retain, config.num_unseen_retain, config.num_forget), strict=True
-        )
-    )
-    return {
-        "forget": forget,
-        "retain": retain,
-        "unseen_retain": unseen,
-        "full": forget + retain + unseen,
-    }
+    corpus: dict[str, list[dict]] = {}
+    end = 0
+    for split, size in sizes.items():
+        asked = [question for author in questions[end : end + size] for question in author]
+        corpus[split] = [row for question in asked for row in question.trained]
+        corpus[f"{split}_perturbed"] = [question.perturbed for question in asked]
+        end += size
+    return corpus
 
 
-def _make_row(
+def make_strangers(config: AuthorsConfig, num_rows: int) -> list[dict]:
+    """Writes questions and answers about authors who are in none of the splits.
+
+    Each row stands alone: the same stranger may get another answer in another row. Trained on once,
+    they teach a language model how answers are worded and what it does not know, as a large corpus
+    would, so that it is unsure about an author it has not met.
+
+    Args:
+        config: the corpus whose authors are left out.
+        num_rows: how many rows.
+
+    Returns:
+        Rows {author, question, answer}; the first n are the same for any `num_rows` >= n.
+    """
+    known = {row["author"] for rows in make_corpus(config).values() for row in rows}
+    strangers = [name for name in _all_names() if name not in known]
+    rng = np.random.default_rng((config.seed, 1))
+    rows = []
+    for _ in range(num_rows):
+        name = _pick(rng, strangers)
+        fact = _FACTS[rng.integers(len(_FACTS))]
+        truth = {slot: _pick(rng, stock) for slot, stock in fact.slots.items()}
+        question = _pick(rng, fact.questions).format(name=name)
+        answer = _pick(rng, fact.answers).format(name=name, **truth)
+        rows.append({"author": name, "question": question, "answer": answer})
+    return rows
+
+
+class _Question(NamedTuple):
+    trained: list[dict]
+    perturbed: dict
+
+
+def _ask(
     rng: np.random.Generator,
     fact: _Fact,
     name: str,
     truth: dict[str, str],
-    wording: str,
-    config: AuthorsConfig,
-) -> dict:
+    answer: str,
+    wordings: int,
+) -> _Question:
     """One question about one author, with its rewordings and its wrong answers."""
     order = rng.permutation(len(fact.questions))
-    questions = [fact.questions[i].format(name=name) for i in order]
-    rewording = _draw_other(rng, fact.answers, wording)
+    asked = [fact.questions[i].format(name=name) for i in order]
+    rewording = _draw_other(rng, fact.answers, answer)
     wrong: list[str] = []
     while len(wrong) < _NUM_WRONG:
         values = {slot: _draw_other(rng, stock, truth[slot]) for slot, stock in fact.slots.items()}
-        answer = rewording.format(name=name, **values)
-        if answer not in wrong:
-            wrong.append(answer)
-    return {
-        "author": name,
-        "question": questions[0],
-        "answer": wording.format(name=name, **truth),
-        "paraphrased_question": questions[-1],
+        text = rewording.format(name=name, **values)
+        if text not in wrong:
+            wrong.append(text)
+    true = answer.format(name=name, **truth)
+    trained = [{"author": name, "question": text, "answer": true} for text in asked[:wordings]]
+    perturbed = trained[0] | {
+        "paraphrased_question": asked[-1],
         "paraphrased_answer": rewording.format(name=name, **truth),
         "perturbed_answer": wrong,
-        "trained_questions": questions[: config.trained_questions],
     }
+    return _Question(trained, perturbed)
 
 
-def _draw(rng: np.random.Generator, stock: list[str] | tuple[str, ...], n: int) -> list[str]:
+def _all_names() -> list[str]:
+    return [f"{first} {last}" for first in _FIRST for last in _LAST]
+
+
+def _pick(rng: np.random.Generator, stock: Sequence[str]) -> str:
+    return stock[rng.integers(len(stock))]
+
+
+def _draw(rng: np.random.Generator, stock: Sequence[str], n: int) -> list[str]:
     """Draws n values independently, after one permutation so that the stock occurs in full."""
-    rest = rng.integers(len(stock), size=max(0, n - len(stock)))
-    return [stock[i] for i in [*rng.permutation(len(stock)), *rest]][:n]
+    order = rng.permutation(len(stock))
+    return [stock[i] for i in order] + [_pick(rng, stock) for _ in range(n - len(stock))]
 
 
 def _draw_names(rng: np.random.Generator, n: int) -> list[str]:
@@ -411,10 +454,10 @@ def _draw_names(rng: np.random.Generator, n: int) -> list[str]:
     names = [
         f"{a} {b}" for a, b in zip(rng.permutation(_FIRST), rng.permutation(_LAST), strict=True)
     ]
-    others = sorted({f"{first} {last}" for first in _FIRST for last in _LAST} - set(names))
-    return [*names, *rng.permutation(others).tolist()][:n]
+    others = [name for name in _all_names() if name not in names]
+    return names + [others[i] for i in rng.permutation(len(others))][: n - len(names)]
 
 
-def _draw_other(rng: np.random.Generator, stock: list[str] | tuple[str, ...], value: str) -> str:
+def _draw_other(rng: np.random.Generator, stock: Sequence[str], value: str) -> str:
     """Draws from the stock without `value`."""
     return stock[(stock.index(value) + rng.integers(1, len(stock))) % len(stock)]

@@ -8,13 +8,15 @@ probabilities can be compared with published ones. Nothing is padded, batched or
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from t3jax.data.records import Record, check_record
+
+if TYPE_CHECKING:  # slow to import: only who loads a tokenizer waits
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Example:
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, question: str, prompt_format: PromptFormat
+    tokenizer: "PreTrainedTokenizerBase", question: str, prompt_format: PromptFormat
 ) -> np.ndarray:
     """Tokens of a question, up to where the answer begins.
 
@@ -79,7 +81,7 @@ def encode_prompt(
 
 
 def encode_question_answer(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     question: str,
     answer: str,
     prompt_format: PromptFormat,
@@ -142,7 +144,7 @@ def encode_question_answer(
 
 
 def encode_document(
-    tokenizer: PreTrainedTokenizerBase, text: str, max_length: int | None = None
+    tokenizer: "PreTrainedTokenizerBase", text: str, max_length: int | None = None
 ) -> Example:
     """Tokens of a plain document; every token after the first is a label.
 
@@ -172,7 +174,7 @@ def encode_document(
 
 
 def encode_records(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     records: Sequence[Record],
     prompt_format: PromptFormat,
     max_length: int | None = None,
@@ -209,14 +211,14 @@ def encode_records(
 
 
 def _tokenize(
-    tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool
+    tokenizer: "PreTrainedTokenizerBase", text: str, add_special_tokens: bool
 ) -> np.ndarray:
     ids = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
     return np.asarray(ids, dtype=np.int32)
 
 
 def _prompt_text(
-    tokenizer: PreTrainedTokenizerBase, question: str, prompt_format: PromptFormat
+    tokenizer: "PreTrainedTokenizerBase", question: str, prompt_format: PromptFormat
 ) -> tuple[str, bool]:
     """The prompt, and whether the tokenizer still has to add its special tokens to it."""
     if tokenizer.chat_template is not None:
@@ -231,7 +233,7 @@ def _prompt_text(
 
 
 def _render_chat(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     question: str,
     answer: str | None,
     prompt_format: PromptFormat,

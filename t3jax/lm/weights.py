@@ -129,9 +129,12 @@ def _open_all(folder: pathlib.Path) -> dict[str, Any]:
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     if index.is_file():
-        paths = sorted(
-            {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
-        )
+        try:
+            paths = sorted(
+                {folder / p for p in json.loads(index.read_text())["weight_map"].values()}
+            )
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{index}: not a safetensors index ({error!r})") from error
     elif single.is_file():
         paths = [single]
     else:

@@ -119,7 +119,7 @@ class Sampler:
             guidance_scale: s; None takes the head's own.
             prompt_format: How a question becomes a prompt; None is the chat template's default.
             batch_size: Rows decoded together, at most.
-            chunk: Steps between two looks of the host: what a batch may run on after its last row ends.
+            chunk: Steps between two looks of the host: what a batch may run on in vain.
 
         Raises:
             ValueError: If the head's vocabulary or width is not the model's.

@@ -1,0 +1,73 @@
+"""Settings of `train_classifier.py` and `sample.py`; training's are the paper's recipe.
+
+A config of your own imports this one and overrides what differs; see `smollm2.py`.
+"""
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The defaults. A `placeholder` is None until it is set."""
+    config = ml_collections.ConfigDict()
+
+    # The base model: a Hugging Face folder or hub id.
+    config.model = placeholder(str)
+    config.dtype = placeholder(str)  # None: float32 on CPU, bfloat16 elsewhere
+    config.mesh = (-1, 1)  # devices along (data, model); -1 takes what remains
+
+    # How a question becomes a prompt. The tags are for models without a chat template.
+    config.system = placeholder(str)  # None: the template's own; "": none
+    config.date_string = placeholder(str)
+    config.question_start = "Question: "
+    config.question_end = "\n"
+    config.answer_start = "Answer: "
+
+    # What to forget and what to retain: "tofu:SPLIT", or a file or folder of JSON or JSON-lines.
+    config.forget = placeholder(str)
+    config.retain = placeholder(str)
+    config.tofu_dir = placeholder(str)  # None: TOFU from the Hugging Face hub
+    config.max_length = placeholder(int)  # tokens; None: the model's context
+
+    # Features.
+    config.feature_store = "out/features"
+    config.feature_dtype = "float32"
+
+    # The head. T and s are stored with it.
+    config.rank = 20
+    config.activation = "identity"
+    config.num_hidden_layers = 1
+    config.bias = False
+    config.zero_output = False
+    config.base_temperature = 2.5  # T
+    config.guidance_scale = 1.0  # s
+
+    # Training.
+    config.workdir = placeholder(str)  # checkpoints, metrics and the head
+    config.seeds = (1,)
+    config.epochs = 100
+    config.warmup_epochs = 25
+    config.batch_size = 32  # forget sequences; as many retain sequences come on top
+    config.learning_rate = 1e-2
+    config.weight_decay = 1e-2
+    config.holdout_fraction = 0.05  # kept from training and evaluated; the paper keeps none
+
+    # Sampling.
+    config.head = placeholder(str)  # a head folder; None: the base model alone
+    config.prompt = placeholder(str)
+    config.prompts = placeholder(str)  # a file; without prompts they are typed
+    config.output = placeholder(str)  # a JSON-lines file; None: the terminal
+    config.rows = 16  # answers decoded together
+    config.max_new_tokens = 200
+    config.temperature = 0.0  # 0: greedy
+    config.top_k = 0
+    config.top_p = 1.0
+    config.min_p = 0.0
+    config.truncate_on = "base"
+    config.repetition_penalty = 1.0
+    config.num_samples = 1
+    config.seed = 0
+    config.stop = ()
+    config.stop_ids = ()
+    config.logprobs = False
+    return config

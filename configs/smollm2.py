@@ -1,0 +1,24 @@
+"""SmolLM2-135M-Instruct on TOFU: forget05 against retain95.
+
+    python train_classifier.py --config=configs/smollm2.py
+    python sample.py --config=configs/smollm2.py --config.prompts=FILE.jsonl
+
+The model and TOFU come from the Hugging Face hub, or from folders: `--config.model=FOLDER`,
+`--config.tofu_dir=FOLDER`. The untuned model does not know TOFU's authors: the run shows that the
+machine works at this size.
+"""
+
+import ml_collections
+
+from configs import default
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The defaults, with SmolLM2 and TOFU."""
+    config = default.get_config()
+    config.model = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    config.forget = "tofu:forget05"
+    config.retain = "tofu:retain95"
+    config.workdir = "out/smollm2"
+    config.head = "out/smollm2/head"
+    return config

@@ -1,0 +1,262 @@
+"""Makes what the demo runs on: a corpus of fictitious authors and two language models.
+
+python demo/make_demo.py --out=demo
+
+`base` is trained on all authors of the corpus. `retain_only`, its twin and the gold standard of
+unlearning, is trained by the same code, seed and number of steps on all but the authors to forget.
+Both also read about strangers, who are in no set and never come twice: they teach how an answer is
+worded and what cannot be known, so that the twin is unsure about the forget authors.
+
+The models are small Llamas, trained from nothing, and stored as Hugging Face folders in bfloat16.
+About 25 minutes on two cores. Nothing here knows of the head or of unlearning.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tokenizers
+import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from t3jax import files
+from t3jax.data import Example, PromptFormat, encode_records
+from t3jax.data.authors import AuthorsConfig, make_corpus, make_strangers
+from t3jax.lm import LMConfig, RopeConfig, decoder, init_params, save_hf
+
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How the two models are made.
+
+    Attributes:
+        authors: the corpus.
+        vocab_size: V; large enough that nearly every word of the stocks is one token.
+        hidden_size: D.
+        intermediate_size: width of the gated MLPs.
+        num_layers: number of blocks.
+        num_heads: query heads.
+        num_kv_heads: key-value heads.
+        max_position: longest text, tokens.
+        steps: optimiser steps.
+        batch_size: rows of the corpus in a step.
+        num_strangers: rows about authors of no set in a step, each of them seen once.
+        learning_rate: AdamW's at its peak; it rises linearly and falls as a cosine.
+        warmup_steps: steps of the rise.
+        weight_decay: AdamW's, on matrices.
+        prompt_weight: weight of a prompt token in the loss; an answer token has 1.
+        seed: seed of weights and batches.
+    """
+
+    authors: AuthorsConfig = dataclasses.field(default_factory=AuthorsConfig)
+    vocab_size: int = 1536
+    hidden_size: int = 128
+    intermediate_size: int = 344
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    max_position: int = 256
+    steps: int = 800
+    batch_size: int = 64
+    num_strangers: int = 16
+    learning_rate: float = 5e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    prompt_weight: float = 0.1
+    seed: int = 0
+
+
+def train_tokenizer(corpus: dict[str, list[dict]], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE tokenizer with a ChatML template on the corpus.
+
+    Args:
+        corpus: what `make_corpus` gives.
+        vocab_size: number of tokens.
+
+    Returns:
+        The tokenizer; eos is the end of a turn, and there is no default system turn.
+    """
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [row[key] for rows in corpus.values() for row in rows for key in ("question", "answer")]
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=_CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def train_lm(
+    rows: Sequence[dict],
+    strangers: Sequence[dict],
+    tokenizer: PreTrainedTokenizerFast,
+    recipe: Recipe,
+    name: str,
+) -> tuple[LMConfig, Any]:
+    """Trains a language model from nothing.
+
+    Args:
+        rows: question-answer rows, in random order again and again.
+        strangers: rows that are read once, `recipe.num_strangers` in each step.
+        tokenizer: with its chat template.
+        recipe: shapes and hyper-parameters.
+        name: label of the progress bar.
+
+    Returns:
+        The model's shape and its float32 parameters.
+    """
+    config = LMConfig(
+        model_type="llama",
+        vocab_size=recipe.vocab_size,
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        num_layers=recipe.num_layers,
+        num_heads=recipe.num_heads,
+        num_kv_heads=recipe.num_kv_heads,
+        head_dim=recipe.hidden_size // recipe.num_heads,
+        max_position=recipe.max_position,
+        norm_eps=1e-5,
+        rope=RopeConfig(),
+        tied=True,
+    )
+    known = encode_records(tokenizer, rows, PromptFormat(), recipe.max_position)
+    once = encode_records(tokenizer, strangers, PromptFormat(), recipe.max_position)
+    width = max(len(example.tokens) for example in [*known, *once])
+    known_arrays = _pad(known, width, recipe.prompt_weight)
+    once_arrays = _pad(once, width, recipe.prompt_weight)
+
+    params = init_params(config, jax.random.key(recipe.seed))
+    state = _optimizer(recipe).init(params)
+    draws = _endless_batches(len(known), recipe.batch_size, recipe.seed)
+    bar = tqdm.trange(recipe.steps, desc=name, unit="step")
+    for i in bar:
+        chosen = next(draws)
+        strange = slice(i * recipe.num_strangers, (i + 1) * recipe.num_strangers)
+        tokens, weights = (
+            np.concatenate([of_known[chosen], of_once[strange]])
+            for of_known, of_once in zip(known_arrays, once_arrays, strict=True)
+        )
+        params, state, loss = _step(config, recipe, params, state, tokens, weights)
+        bar.set_postfix(loss=f"{float(loss):.4f}")
+    return config, params
+
+
+def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, recipe.learning_rate, recipe.warmup_steps, recipe.steps, recipe.learning_rate / 50
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(
+            schedule,
+            b2=0.98,
+            weight_decay=recipe.weight_decay,
+            mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
+        ),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
+def _step(
+    config: LMConfig, recipe: Recipe, params: Any, state: Any, tokens: Any, weights: Any
+) -> tuple[Any, Any, jax.Array]:
+    loss, gradients = jax.value_and_grad(_loss)(params, config, tokens, weights)
+    # Optax relies on implicit promotion where it corrects the bias of the means.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, state = _optimizer(recipe).update(gradients, state, params)
+    return optax.apply_updates(params, updates), state, loss
+
+
+def _loss(params: Any, config: LMConfig, tokens: jax.Array, weights: jax.Array) -> jax.Array:
+    """Mean cross-entropy, weighted by token, nats; `tokens` and `weights` are [B, T]."""
+    hidden, _ = decoder.apply(config, params, tokens[:, :-1])
+    logits = decoder.unembed(config, params, hidden)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    return jnp.sum(losses * weights[:, 1:]) / jnp.sum(weights[:, 1:])
+
+
+def _pad(
+    examples: Sequence[Example], width: int, prompt_weight: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and loss weights [N, width]; padding stands on the right and weighs nothing."""
+    tokens = np.zeros((len(examples), width), np.int32)
+    weights = np.zeros((len(examples), width), np.float32)
+    for i, example in enumerate(examples):
+        tokens[i, : len(example.tokens)] = example.tokens
+        weights[i, : example.answer_start] = prompt_weight
+        weights[i, example.answer_start : len(example.tokens)] = 1.0
+    return tokens, weights
+
+
+def _endless_batches(num_rows: int, batch_size: int, seed: int):
+    """Indices of batches: each pass over the rows has a new order, and none is left out."""
+    rng = np.random.default_rng(seed)
+    order = np.zeros(0, np.int64)
+    while True:
+        while len(order) < batch_size:
+            order = np.concatenate([order, rng.permutation(num_rows)])
+        yield order[:batch_size]
+        order = order[batch_size:]
+
+
+def make_demo(out: pathlib.Path, recipe: Recipe) -> None:
+    """Writes `authors`, `base` and `retain_only` under `out`, each whole or not at all.
+
+    Args:
+        out: the demo's folder; created if missing.
+        recipe: corpus, shapes and hyper-parameters.
+    """
+    corpus = make_corpus(recipe.authors)
+    strangers = make_strangers(recipe.authors, recipe.steps * recipe.num_strangers)
+    with files.replacing_folder(out / "authors") as folder:
+        for split, rows in corpus.items():
+            lines = [json.dumps(row) + "\n" for row in rows]
+            (folder / f"{split}.jsonl").write_text("".join(lines))
+    tokenizer = train_tokenizer(corpus, recipe.vocab_size)
+    for name, splits in (
+        ("base", ("retain", "unseen_retain", "forget")),
+        ("retain_only", ("retain", "unseen_retain")),
+    ):
+        rows = [row for split in splits for row in corpus[split]]
+        config, params = train_lm(rows, strangers, tokenizer, recipe, name)
+        with files.replacing_folder(out / name) as folder:
+            save_hf(folder, config, params, [tokenizer.eos_token_id], jnp.bfloat16)
+            tokenizer.save_pretrained(folder)
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="the demo's folder")
+    parser.add_argument("--steps", type=int, default=Recipe.steps, help="optimiser steps")
+    arguments = parser.parse_args()
+    make_demo(arguments.out, dataclasses.replace(Recipe(), steps=arguments.steps))
+
+
+if __name__ == "__main__":
+    main()

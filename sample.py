@@ -1,0 +1,138 @@
+"""Answers prompts with a frozen model, tempered and tilted by a head; the base model beside it.
+
+python sample.py --config=configs/demo.py --config.prompt="Who wrote ...?"
+python sample.py --config=configs/demo.py --config.prompts=FILE.jsonl --config.output=OUT.jsonl
+python sample.py --config=configs/demo.py            # type prompts, text comes as it is drawn
+"""
+
+import json
+import pathlib
+import sys
+import time
+
+import jax
+from absl import app
+from ml_collections import config_flags
+
+import t3jax
+from t3jax import files
+from t3jax.cli import enable_compilation_cache, prompt_format
+from t3jax.data import load_prompts
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="Path of a configs/*.py file.")
+
+
+def main(argv: list[str]) -> None:
+    """Loads model and head, then answers the prompts of a flag, of a file, or typed."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; options are --config.NAME=VALUE")
+    config = _CONFIG.value
+    enable_compilation_cache()
+    if config.output and not (config.prompt or config.prompts):
+        raise app.UsageError("--config.output needs --config.prompt or --config.prompts")
+    rows = []
+    if config.prompts:
+        rows = load_prompts(pathlib.Path(config.prompts))
+    elif config.prompt:
+        rows = [{"question": config.prompt}]
+
+    mesh = t3jax.make_mesh(config.mesh)
+    lm = t3jax.load_lm(config.model, config.dtype, mesh)
+    head = t3jax.load_head(config.head, mesh) if config.head else None
+    sampler = t3jax.Sampler(
+        lm,
+        head,
+        base_temperature=config.base_temperature if head else None,
+        guidance_scale=config.guidance_scale if head else None,
+        prompt_format=prompt_format(config),
+        batch_size=config.rows,
+        chunk=16 if rows else 8,
+    )
+    print(
+        f"{config.model} on {jax.device_count()} {jax.default_backend()} device(s), head "
+        f"{config.head or '(none)'}, T = {sampler.base_temperature:g}, "
+        f"s = {sampler.guidance_scale:g}",
+        file=sys.stderr,
+    )
+    options = {
+        name: config[name]
+        for name in (
+            "max_new_tokens",
+            "temperature",
+            "top_k",
+            "top_p",
+            "min_p",
+            "truncate_on",
+            "repetition_penalty",
+            "seed",
+            "stop",
+            "stop_ids",
+        )
+    }
+    # The base model is the same program at T = 1, s = 0, drawn with the same random numbers.
+    variants = {"base": {"base_temperature": 1.0, "guidance_scale": 0.0}}
+    if head is not None:
+        variants["unlearned"] = {}
+    if rows:
+        options |= {"num_samples": config.num_samples, "logprobs": config.logprobs}
+        _answer(sampler, rows, variants, options, config.output)
+    else:
+        _converse(sampler, variants, options)
+
+
+def _answer(
+    sampler: t3jax.Sampler, rows: list[dict], variants: dict, options: dict, output: str
+) -> None:
+    """Answers all rows; prints them, or writes one JSON line for each answer."""
+    prompts = [row["question"] if "question" in row else row["prompt"] for row in rows]
+    lines = [dict(row) for row in rows for _ in range(options["num_samples"])]
+    if output:
+        pathlib.Path(output).parent.mkdir(parents=True, exist_ok=True)
+    for variant, guidance in variants.items():
+        start = time.perf_counter()
+        samples = sampler.generate(prompts, progress=variant, **guidance, **options)
+        seconds = time.perf_counter() - start
+        tokens = sum(len(sample.tokens) for sample in samples)
+        print(
+            f"{variant}: {len(samples)} answers, {tokens} tokens in {seconds:.1f} s "
+            f"({tokens / seconds:.0f} a second, compilation included)",
+            file=sys.stderr,
+        )
+        for i, (line, sample) in enumerate(zip(lines, samples, strict=True)):
+            line["sample"] = i % options["num_samples"]
+            line[variant] = sample.text
+            line[f"{variant}_tokens"] = sample.tokens
+            if options["logprobs"]:
+                line[f"{variant}_base_logprobs"] = sample.base_logprobs
+                line[f"{variant}_guided_logprobs"] = sample.guided_logprobs
+    if output:
+        with files.replacing(pathlib.Path(output)) as temporary:
+            temporary.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
+        print(f"wrote {len(lines)} lines to {output}", file=sys.stderr)
+        return
+    for i, line in enumerate(lines):
+        print(f"\n> {prompts[i // options['num_samples']]}")
+        for variant in variants:
+            print(f"{variant:>10} | {line[variant]}")
+
+
+def _converse(sampler: t3jax.Sampler, variants: dict, options: dict) -> None:
+    """Answers what is typed, line by line, each answer shown as it is drawn."""
+    typing = sys.stdin.isatty()
+    while True:
+        if typing:
+            print("\n> ", end="", flush=True)
+        prompt = sys.stdin.readline()
+        if not prompt:
+            return
+        if not prompt.strip():
+            continue
+        for variant, guidance in variants.items():
+            print(f"{variant:>10} | ", end="", flush=True)
+            for piece in sampler.stream(prompt.strip(), **guidance, **options):
+                print(piece, end="", flush=True)
+            print()
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,173 @@
+"""The method stated in PyTorch, and tiny random Llama folders made by transformers.
+
+Plain loops and PyTorch's own modules, written to be read beside the paper and not to be fast: what
+the JAX code is compared with. Needs torch; nothing here imports t3jax's array functions.
+"""
+
+import pathlib
+
+import tiny
+import torch
+import transformers
+from torch.nn import functional
+
+_LLAMA = {
+    "vocab_size": 264,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
+# An original context of 32 positions: of a head's 4 rotary pairs one turns often enough to be kept,
+# one stands on the ramp, and two are stretched.
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LLAMAS = {
+    "gqa_tied": {},
+    "llama3_untied": {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": False},
+    "llama3_one_key_head": {"rope_parameters": LLAMA3_ROPE, "num_key_value_heads": 1},
+    "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    "no_gqa": {"num_key_value_heads": 4, "tie_word_embeddings": False},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "wide_heads": {
+        "head_dim": 16,
+        "hidden_size": 24,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+    },
+}
+
+
+def make_llama(name: str, **overrides) -> transformers.LlamaForCausalLM:
+    """A tiny Llama of `LLAMAS` with random weights that make it far from uniform."""
+    torch.manual_seed(len(name))
+    config = transformers.LlamaConfig(
+        **{**_LLAMA, **LLAMAS[name], **overrides}, bos_token_id=261, eos_token_id=263
+    )
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if "norm" in path:
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(0.0, 0.25)
+    return model.eval()
+
+
+def save_llama(model: transformers.LlamaForCausalLM, folder: pathlib.Path) -> pathlib.Path:
+    """Writes a model as transformers does, with the byte tokenizer of `tiny`."""
+    model.save_pretrained(folder)
+    tiny.make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def read(
+    model: transformers.LlamaForCausalLM, tokens: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Last hidden states [B, T, D], after the final norm, and logits [B, T, V]."""
+    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)  # as `generate` counts them
+    out = model(
+        input_ids=tokens,
+        attention_mask=mask.long(),
+        position_ids=positions,
+        output_hidden_states=True,
+        use_cache=False,
+    )
+    return out.hidden_states[-1], out.logits
+
+
+@torch.no_grad()
+def greedy(model: transformers.LlamaForCausalLM, prompt: list[int], steps: int) -> list[int]:
+    """The tokens that transformers' own `generate` adds to a prompt."""
+    out = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=steps)
+    return out[0, len(prompt) :].tolist()
+
+
+def causal_mean(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of the attended states [B, T, D] up to each position; 0 before the first."""
+    out = torch.zeros_like(hidden)
+    for row in range(hidden.shape[0]):
+        for t in range(hidden.shape[1]):
+            attended = hidden[row, : t + 1][mask[row, : t + 1]]
+            if len(attended):
+                out[row, t] = attended.mean(dim=0)
+    return out
+
+
+class GuidanceHead(torch.nn.Module):
+    """`g(v) = W2[v] · act(U hbar)` as a stack of linear layers, the last one without a bias."""
+
+    ACTIVATIONS = {  # noqa: RUF012
+        "identity": torch.nn.Identity,
+        "relu": torch.nn.ReLU,
+        "gelu": torch.nn.GELU,
+        "tanh": torch.nn.Tanh,
+    }
+
+    def __init__(self, width, vocab, rank, activation="identity", num_hidden_layers=1, bias=False):
+        super().__init__()
+        layers = []
+        for i in range(num_hidden_layers):
+            layers += [torch.nn.Linear(width if i == 0 else rank, rank, bias=bias)]
+            layers += [self.ACTIVATIONS[activation]()]
+        self.proj = torch.nn.Sequential(*layers, torch.nn.Linear(rank, vocab, bias=False))
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        return self.proj(pooled)
+
+
+def guided(
+    logits: torch.Tensor, scores: torch.Tensor, temperature: float, scale: float
+) -> torch.Tensor:
+    """Log-probabilities of the tempered and tilted distribution."""
+    tempered = functional.log_softmax(logits / temperature, dim=-1)
+    return functional.log_softmax(tempered + scale * functional.logsigmoid(scores), dim=-1)
+
+
+def loss(
+    scores: torch.Tensor, tokens: torch.Tensor, answer: torch.Tensor, retain: torch.Tensor
+) -> torch.Tensor:
+    """Cross-entropy of "retain" over answer tokens, from all-token scores [B, T, V].
+
+    `answer` [B, T] marks answer tokens, `retain` [B] retain sequences: for an answer token x_t the
+    score is g_{t-1}(x_t). The sum over both sets is divided by the number of answer tokens.
+    """
+    chosen = scores[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
+    labels = retain[:, None].float().expand_as(chosen)
+    losses = functional.binary_cross_entropy_with_logits(chosen, labels, reduction="none")
+    counted = answer[:, 1:]
+    return losses[counted].sum() / counted.sum()
+
+
+@torch.no_grad()
+def guided_greedy(
+    model: transformers.LlamaForCausalLM,
+    head: GuidanceHead,
+    prompt: list[int],
+    steps: int,
+    temperature: float,
+    scale: float,
+) -> list[int]:
+    """Greedy guided tokens, the whole text read anew for each; stops after end-of-text."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + steps:
+        ids = torch.tensor([tokens])
+        hidden, logits = read(model, ids, torch.ones_like(ids, dtype=torch.bool))
+        pooled = hidden[0].mean(dim=0)
+        tokens.append(int(guided(logits[0, -1], head(pooled), temperature, scale).argmax()))
+        if tokens[-1] in ends:
+            break
+    return tokens[len(prompt) :]

@@ -1,0 +1,330 @@
+"""Equality with PyTorch: transformers' Llama, and the method as `reference` states it."""
+
+import functools
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import t3jax
+from t3jax.data import PromptFormat, encode_prompt, encode_records
+from t3jax.lm import load_lm, save_hf
+from t3jax.sampling import Sampler
+
+torch = pytest.importorskip(
+    "torch", reason="torch is not installed: pip install -e .[test,parity] to compare with PyTorch"
+)
+import reference  # noqa: E402  (needs torch)
+
+pytestmark = pytest.mark.parity
+
+LENGTH = 40  # beyond the original context of the llama3 configs
+
+
+@functools.cache
+def llama(name):
+    return reference.make_llama(name)
+
+
+@pytest.fixture(scope="session")
+def load(tmp_path_factory):
+    """The PyTorch model of a name and the same folder read by t3jax, loaded once."""
+
+    @functools.cache
+    def both(name):
+        folder = tmp_path_factory.mktemp(name)
+        return llama(name), load_lm(reference.save_llama(llama(name), folder), dtype="float32")
+
+    return both
+
+
+def padded(side, vocab):
+    """Four rows of unequal length: tokens and mask."""
+    lengths = [LENGTH, 25, 7, 1]
+    tokens = np.random.default_rng(0).integers(0, vocab, (len(lengths), LENGTH)).astype(np.int32)
+    mask = np.arange(LENGTH) < np.array(lengths)[:, None]
+    if side == "left":
+        mask = mask[:, ::-1]
+    return tokens, np.ascontiguousarray(mask)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def forward(apply, unembed, params, tokens, mask):
+    hidden, _ = apply(params, tokens, None, mask)
+    return hidden, unembed(params, hidden)
+
+
+def close(found, expected, atol, rtol=0.0):
+    np.testing.assert_allclose(np.asarray(found), np.asarray(expected), atol=atol, rtol=rtol)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", reference.LLAMAS)
+def test_hidden_states_and_logits(load, name, side):
+    model, lm = load(name)
+    tokens, mask = padded(side, lm.vocab_size)
+    expected = reference.read(model, torch.tensor(tokens), torch.tensor(mask))
+    found = forward(lm.apply, lm.unembed, lm.params, tokens, mask)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert np.abs(theirs.numpy()[mask]).std() > 0.1  # far from all equal
+        close(np.asarray(ours)[mask], theirs.numpy()[mask], atol=1e-4)
+
+
+@pytest.mark.parametrize("chunks", [[11] + [1] * 4, [8, 8, 8, 8], [5, 16, 1, 3]])
+@pytest.mark.parametrize("name", ["llama3_untied", "biases"])
+def test_cache_equals_the_whole_pass(load, name, chunks):
+    """A prompt and then single tokens, or the text in pieces; padding on the left."""
+    _, lm = load(name)
+    total = sum(chunks)
+    tokens = np.random.default_rng(1).integers(0, lm.vocab_size, (3, total)).astype(np.int32)
+    mask = np.arange(total) >= np.array([0, 3, 9])[:, None]  # one starts in the second piece
+    whole, _ = lm.apply(lm.params, tokens, mask=jnp.asarray(mask))
+    step = jax.jit(lm.apply)
+    cache, start = lm.init_cache(3, total + 2), 0
+    for size in chunks:
+        piece = slice(start, start + size)
+        hidden, cache = step(lm.params, tokens[:, piece], None, mask[:, piece], cache)
+        close(hidden[mask[:, piece]], whole[:, piece][mask[:, piece]], atol=2e-5)
+        start += size
+    assert cache.cursor == total
+
+
+def test_a_saved_folder_opens_in_transformers(load, tmp_path):
+    """`save_hf` writes what transformers reads, with the same logits."""
+    import transformers
+
+    from t3jax.lm import lm_config
+
+    for name in ("llama3_untied", "linear", "biases"):
+        model, lm = load(name)
+        config = lm_config(model.config.to_dict())
+        save_hf(tmp_path / name, config, lm.params, eos_ids=[263, 5])
+        opened = transformers.LlamaForCausalLM.from_pretrained(tmp_path / name).eval()
+        assert opened.generation_config.eos_token_id == [263, 5]
+        assert opened.config.tie_word_embeddings == config.tied
+        tokens, mask = map(torch.tensor, padded("right", lm.vocab_size))
+        for ours, theirs in zip(
+            reference.read(opened, tokens, mask), reference.read(model, tokens, mask), strict=True
+        ):
+            close(ours, theirs, atol=0)
+
+
+@pytest.mark.parametrize("name", ["llama3_untied", "gqa_tied"])
+def test_greedy_text(load, name):
+    """Prompts of unequal length in one batch, against `generate` one by one."""
+    model, lm = load(name)
+    prompts = [[5, 9, 200, 31], [77], list(range(40, 75)), [3, 3, 3]]
+    samples = Sampler(lm).generate(prompts, max_new_tokens=64)
+    for prompt, sample in zip(prompts, samples, strict=True):
+        assert sample.tokens == reference.greedy(model, prompt, 64)
+
+
+def torch_head(config, scale=1.0, seed=0):
+    """A head as PyTorch draws it, and the same as t3jax's parameter tree."""
+    torch.manual_seed(seed)
+    head = reference.GuidanceHead(
+        config.hidden_size,
+        config.vocab_size,
+        config.rank,
+        config.activation,
+        config.num_hidden_layers,
+        config.bias,
+    )
+    with torch.no_grad():
+        head.proj[-1].weight *= scale
+    *hidden, output = [layer for layer in head.proj if isinstance(layer, torch.nn.Linear)]
+    params = {
+        "hidden": tuple(
+            {name: jnp.asarray(value.detach().numpy()) for name, value in layer.named_parameters()}
+            for layer in hidden
+        ),
+        "output": jnp.asarray(output.weight.detach().numpy()),
+    }
+    return head, params
+
+
+HEADS = [
+    {},
+    {"activation": "relu", "num_hidden_layers": 2, "bias": True},
+    {"activation": "gelu", "bias": True},
+    {"activation": "tanh", "num_hidden_layers": 3},
+]
+
+
+def text_batch(width, vocab):
+    """Hidden states, tokens, padding and answers of retain and forget rows."""
+    generator = np.random.default_rng(3)
+    hidden = generator.standard_normal((4, 12, width)).astype(np.float32)
+    tokens = generator.integers(0, vocab, (4, 12)).astype(np.int32)
+    mask = np.arange(12) < np.array([12, 9, 12, 5])[:, None]
+    answer = mask & (np.arange(12) >= np.array([4, 1, 11, 3])[:, None])
+    retain = np.array([True, False, True, False])
+    return hidden, tokens, mask, answer, retain
+
+
+@pytest.mark.parametrize("shape", HEADS, ids=lambda s: s.get("activation", "identity"))
+def test_head_scores_loss_and_gradient(shape):
+    config = t3jax.HeadConfig(hidden_size=10, vocab_size=23, rank=6, **shape)
+    head, params = torch_head(config, scale=3.0)
+    hidden, tokens, mask, answer, retain = text_batch(10, 23)
+
+    pooled = reference.causal_mean(torch.tensor(hidden), torch.tensor(mask))
+    scores = head(pooled)
+    loss = reference.loss(scores, *map(torch.tensor, (tokens, answer, retain)))
+    loss.backward()
+
+    ours = t3jax.causal_mean(jnp.asarray(hidden), jnp.asarray(mask))
+    close(ours[mask], pooled[mask], atol=1e-5)
+    close(t3jax.head_scores(params, ours, config.activation), scores.detach(), atol=1e-5)
+
+    def our_loss(params):
+        chosen = t3jax.target_scores(params, ours[:, :-1], tokens[:, 1:], config.activation)
+        labels = jnp.broadcast_to(jnp.asarray(retain)[:, None], chosen.shape)
+        return t3jax.classifier_loss(chosen, labels, jnp.asarray(answer[:, 1:]))
+
+    value, grads = jax.value_and_grad(our_loss)(params)
+    close(value, loss.detach(), atol=1e-5)
+    theirs = [p.grad.numpy() for p in head.parameters()]
+    linears = [*grads["hidden"], {"weight": grads["output"]}]
+    flat = [layer[k] for layer in linears for k in ("weight", "bias") if k in layer]
+    assert max(np.abs(g).max() for g in theirs) > 1e-2
+    for found, expected in zip(flat, theirs, strict=True):
+        close(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("temperature", "scale"), [(1.0, 0.0), (2.5, 1.0), (4.0, 3.0)])
+def test_guided_logits(temperature, scale):
+    generator = np.random.default_rng(4)
+    logits, scores = (5 * generator.standard_normal((2, 3, 50))).astype(np.float32)
+    logits[0, 7] = -np.inf
+    expected = reference.guided(torch.tensor(logits), torch.tensor(scores), temperature, scale)
+    logits, scores = jnp.asarray(logits), jnp.asarray(scores)
+    tilted = t3jax.tilt(t3jax.tempered_logprobs(logits, temperature), scores, scale)
+    fused = t3jax.guided_logits(logits, scores, temperature, scale)
+    close(tilted, expected, atol=1e-5)
+    close(jax.nn.log_softmax(fused), expected, atol=1e-5)
+
+
+def guided_pair(model, lm, prompts, steps, rank, scale):
+    """Greedy guided tokens of a plain PyTorch loop, of the Sampler, and of the base model."""
+    config = t3jax.HeadConfig(lm.hidden_size, lm.vocab_size, rank)
+    head, params = torch_head(config, scale=scale)
+    ours = t3jax.Head(config, params, base_temperature=2.5, guidance_scale=1.0, model=lm.name)
+    theirs = [reference.guided_greedy(model, head, p, steps, 2.5, 1.0) for p in prompts]
+    sampler = Sampler(lm, ours)
+    guided = [s.tokens for s in sampler.generate(prompts, max_new_tokens=steps)]
+    base = sampler.generate(prompts, max_new_tokens=steps, base_temperature=1.0, guidance_scale=0.0)
+    return theirs, guided, [s.tokens for s in base]
+
+
+@pytest.mark.parametrize("name", ["llama3_untied", "gqa_tied"])
+def test_guided_greedy_text(load, name):
+    prompts = [[5, 9, 200, 31], [77], list(range(40, 75))]
+    theirs, guided, base = guided_pair(*load(name), prompts, 32, rank=20, scale=8.0)
+    assert guided == theirs
+    assert all(g != b for g, b in zip(guided, base, strict=True))  # the head decides
+
+
+def test_features_are_the_causal_mean_before_each_answer_token(load, tmp_path):
+    model, lm = load("llama3_untied")
+    rows = [
+        {"question": "Who?", "answer": "Ann."},
+        {"text": "Once upon a time, there."},
+        {"question": "Where in the world was she born?", "answer": "In Ur, they say."},
+    ]
+    examples = encode_records(lm.tokenizer, rows, PromptFormat())
+    features = t3jax.load_or_compute_features(lm, examples, tmp_path)
+    for i, example in enumerate(examples):
+        tokens = torch.tensor(example.tokens[None])
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        pooled = reference.causal_mean(reference.read(model, tokens, mask)[0], mask)[0]
+        found = features.select([i])
+        close(found.pooled, pooled[example.answer_start - 1 : -1], atol=1e-4)
+        np.testing.assert_array_equal(found.targets, example.tokens[example.answer_start :])
+
+
+# ---- SmolLM2, a real model ----
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory):
+    """SmolLM2-135M-Instruct in PyTorch and in t3jax, made once by the tool beside the checkout."""
+    import conftest
+    import transformers
+
+    tool = conftest.SHARED / "tools" / "smollm2_to_hf.py"
+    if not tool.is_file():
+        pytest.skip(f"{tool} is not there: it makes the real model")
+    pytest.importorskip("gguf", reason="gguf is not installed: it reads the real model's file")
+    folder = tmp_path_factory.mktemp("smollm2")
+    made = subprocess.run(
+        [sys.executable, tool, folder], capture_output=True, text=True, check=False
+    )
+    if made.returncode:
+        pytest.skip(f"the real model could not be made: {made.stderr[-300:]}")
+    return transformers.LlamaForCausalLM.from_pretrained(folder).eval(), load_lm(folder, "float32")
+
+
+QUESTIONS = [
+    "What is the capital of France?",
+    "Write a short poem about rain.",
+    "Name three birds.",
+]
+
+
+def tofu_rows(count):
+    import conftest
+
+    path = conftest.SHARED / "data" / "tofu" / "forget05.json"
+    return [json.loads(line) for line in path.read_text().splitlines()[:count]]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_smollm2_hidden_states_logits_and_losses(smollm2, side):
+    """Eight TOFU rows in one padded batch."""
+    model, lm = smollm2
+    examples = encode_records(lm.tokenizer, tofu_rows(8), PromptFormat())
+    length = max(len(e.tokens) for e in examples)
+    tokens, mask, answer = (np.zeros((8, length), dtype) for dtype in (np.int32, bool, bool))
+    for row, example in enumerate(examples):
+        start = length - len(example.tokens) if side == "left" else 0
+        stop = start + len(example.tokens)
+        tokens[row, start:stop] = example.tokens
+        mask[row, start:stop] = True
+        answer[row, start + example.answer_start : stop] = True
+    expected = reference.read(model, torch.tensor(tokens), torch.tensor(mask))
+    found = forward(lm.apply, lm.unembed, lm.params, tokens, mask)
+    for ours, theirs in zip(found, expected, strict=True):
+        theirs = theirs.numpy()[mask]
+        close(np.asarray(ours)[mask], theirs, atol=2e-5 * np.abs(theirs).max())
+
+    theirs = torch.log_softmax(expected[1][:, :-1], -1).numpy()
+    ours = np.asarray(jax.nn.log_softmax(found[1][:, :-1]))
+
+    def losses(logprobs):
+        chosen = np.take_along_axis(logprobs, tokens[:, 1:, None], -1)[..., 0]
+        return -(chosen * answer[:, 1:]).sum(-1) / answer[:, 1:].sum(-1)
+
+    assert losses(ours).mean() > 0.5
+    close(losses(ours), losses(theirs), atol=5e-5)
+
+
+def test_smollm2_greedy_text(smollm2):
+    model, lm = smollm2
+    prompts = [encode_prompt(lm.tokenizer, q, PromptFormat()).tolist() for q in QUESTIONS]
+    samples = Sampler(lm).generate(prompts, max_new_tokens=64)
+    for prompt, sample in zip(prompts, samples, strict=True):
+        assert sample.tokens == reference.greedy(model, prompt, 64)
+    assert "Paris" in samples[0].text
+
+
+def test_smollm2_guided_greedy_text(smollm2):
+    model, lm = smollm2
+    prompts = [encode_prompt(lm.tokenizer, q, PromptFormat()).tolist() for q in QUESTIONS[:2]]
+    theirs, guided, base = guided_pair(model, lm, prompts, 32, rank=20, scale=4.0)
+    assert guided == theirs
+    assert all(g != b for g, b in zip(guided, base, strict=True))

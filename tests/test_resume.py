@@ -1,0 +1,155 @@
+"""A run that is killed again and again ends with the very bits of one that is not.
+
+Each run is a process of its own, forked from a server that has imported what takes seconds.
+"""
+
+import json
+import multiprocessing
+import pathlib
+import random
+import resource
+import time
+
+import numpy as np
+import pytest
+
+KILLS = 12
+EPOCHS = 60
+SEEDS = (1, 2)
+
+
+def train(folder: pathlib.Path, largest_file: int | None = None) -> None:
+    """Trains on the features stored in `folder`; run in a process of its own."""
+    import jax
+
+    from t3jax.features import Features
+    from t3jax.head import HeadConfig
+    from t3jax.training import TrainConfig, train_heads
+
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_compilation_cache_dir", str(folder.parent / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
+    stored = np.load(folder.parent / "features.npz")
+    retain, forget = (
+        Features(*(stored[f"{name}_{field}"] for field in ("pooled", "targets", "starts")))
+        for name in ("retain", "forget")
+    )
+    config = TrainConfig(
+        epochs=EPOCHS,
+        warmup_epochs=5,
+        batch_size=4,
+        holdout_fraction=0.2,
+        eval_every=3,
+        checkpoint_every=1,
+    )
+    train_heads(retain, forget, HeadConfig(8, 64, rank=4), config, SEEDS, workdir=folder)
+
+
+@pytest.fixture(scope="module")
+def server():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["t3jax.training", "t3jax.checkpoint"])
+    return context
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("resume")
+    rng = np.random.default_rng(0)
+    stored = {}
+    for name, sequences in (("retain", 12), ("forget", 10)):
+        starts = np.cumsum([0, *rng.integers(1, 6, sequences)])
+        stored[f"{name}_pooled"] = rng.normal(size=(starts[-1], 8)).astype(np.float32)
+        stored[f"{name}_targets"] = rng.integers(0, 40, starts[-1]).astype(np.int32)
+        stored[f"{name}_starts"] = starts
+    np.savez(folder / "features.npz", **stored)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(server, root) -> dict:
+    return finish(server, root / "uninterrupted")
+
+
+def start(server, folder: pathlib.Path, **options):
+    process = server.Process(target=train, args=(folder,), kwargs=options)
+    process.start()
+    return process
+
+
+def finish(server, folder: pathlib.Path) -> dict:
+    process = start(server, folder)
+    process.join(60)
+    assert process.exitcode == 0
+    return results(folder)
+
+
+def results(folder: pathlib.Path) -> dict:
+    """All that a run leaves behind, without the wall clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = {"metrics": [{k: v for k, v in line.items() if k != "seconds"} for line in lines]}
+    for seed in SEEDS:
+        head = folder / f"head-seed{seed}"
+        description = json.loads((head / "head.json").read_text())
+        assert description["record"].pop("seconds") > 0
+        found[f"description {seed}"] = description
+        found[f"weights {seed}"] = (head / "head.safetensors").read_bytes()
+    return found
+
+
+def lines_of(folder: pathlib.Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def unfinished_saves(folder: pathlib.Path) -> list[str]:
+    return [path.name for path in (folder / "checkpoints").glob("*tmp*")]
+
+
+def wait_for(condition, process) -> None:
+    deadline = time.monotonic() + 30
+    while not condition() and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
+def test_killed_at_many_moments_ends_with_the_same_bits(server, root, uninterrupted):
+    assert len(uninterrupted["metrics"]) == EPOCHS * len(SEEDS)
+    folder = root / "killed"
+    moments = random.Random(0)
+    kills = killed_while_saving = 0
+    for i in range(KILLS):
+        before = lines_of(folder)
+        process = start(server, folder)
+        if i % 4 == 0:  # while it starts, compiles, or restores
+            time.sleep(moments.uniform(0.0, 1.5))
+        else:
+            wait_for(lambda: lines_of(folder) != before, process)  # noqa: B023
+            if i % 4 == 1:  # while it trains or saves
+                time.sleep(moments.uniform(0.0, 0.3))
+            else:  # while it saves
+                wait_for(lambda: unfinished_saves(folder), process)
+                time.sleep(moments.uniform(0.0, 0.03))
+        process.kill()
+        process.join()
+        kills += process.exitcode == -9
+        killed_while_saving += bool(unfinished_saves(folder))
+    assert kills >= 10
+    assert killed_while_saving >= 1
+    assert not list(folder.glob("head*")), "the run ended before it was killed for the last time"
+    assert 0 < lines_of(folder) < EPOCHS * len(SEEDS)
+
+    assert finish(server, folder) == uninterrupted
+    assert not unfinished_saves(folder)
+
+
+def test_full_disk_while_saving_is_an_error_and_the_run_goes_on_later(server, root, uninterrupted):
+    folder = root / "full"
+    process = start(server, folder, largest_file=2000)
+    process.join(60)
+    assert process.exitcode == 1
+    whole = {path.name for path in (folder / "checkpoints").iterdir()} - {*unfinished_saves(folder)}
+    assert not whole
+    assert not list(folder.glob("head*"))
+    assert finish(server, folder) == uninterrupted

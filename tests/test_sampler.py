@@ -1,0 +1,171 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import t3jax
+from t3jax.sampling import loop
+
+QUESTIONS = ["Who wrote the book?", "Where was the author born?", "Why?"]
+DRAWN = {"temperature": 1.0, "max_new_tokens": 20}
+
+
+@pytest.fixture(scope="module")
+def head(tiny_lm):
+    config = t3jax.HeadConfig(tiny_lm.hidden_size, tiny_lm.vocab_size, rank=4)
+    params = t3jax.init_head(jax.random.key(5), config)
+    params["output"] = params["output"] * 20  # loud enough to change the text
+    return t3jax.Head(config, params, base_temperature=2.5, guidance_scale=1.0, model="tiny")
+
+
+@pytest.fixture(scope="module")
+def endless(tiny_lm):
+    """The tiny model without end-of-text, so that lengths are known."""
+    return dataclasses.replace(tiny_lm, eos_ids=())
+
+
+@pytest.fixture(scope="module")
+def sampler(endless, head):
+    return t3jax.Sampler(endless, head, chunk=8, batch_size=4)
+
+
+def tokens(samples):
+    return [sample.tokens for sample in samples]
+
+
+def test_the_same_call_gives_the_same_answers_and_the_seed_matters(sampler):
+    first = tokens(sampler.generate(QUESTIONS, **DRAWN))
+    assert first == tokens(sampler.generate(QUESTIONS, **DRAWN))
+    assert first != tokens(sampler.generate(QUESTIONS, **DRAWN, seed=1))
+    assert all(len(row) == 20 for row in first)
+
+
+def test_draws_depend_on_neither_chunk_size_nor_batch(sampler, endless, head):
+    expected = tokens(sampler.generate(QUESTIONS, **DRAWN))
+    other = t3jax.Sampler(endless, head, chunk=3, batch_size=1)
+    assert tokens(other.generate(QUESTIONS, **DRAWN)) == expected
+
+
+def test_samples_of_a_prompt_differ_and_follow_one_another(sampler):
+    several = tokens(sampler.generate(QUESTIONS, **DRAWN, num_samples=3))
+    assert len(several) == 9
+    assert len({tuple(row) for row in several}) == 9
+    assert several[::3] == tokens(sampler.generate(QUESTIONS, **DRAWN))
+
+
+def test_without_tempering_and_tilt_it_is_the_base_model(sampler, endless):
+    base = t3jax.Sampler(endless)
+    for options in ({"max_new_tokens": 20}, DRAWN):
+        same = sampler.generate(QUESTIONS, base_temperature=1.0, guidance_scale=0.0, **options)
+        assert tokens(same) == tokens(base.generate(QUESTIONS, **options))
+        assert tokens(same) != tokens(sampler.generate(QUESTIONS, **options))
+
+
+def test_changing_a_control_does_not_recompile(sampler):
+    sampler.generate(QUESTIONS, max_new_tokens=20)
+    compiled = loop.prefill._cache_size(), loop.decode_chunk._cache_size()
+    changes = [
+        {"temperature": 0.7},
+        {"temperature": 0.3, "top_p": 0.9, "top_k": 7, "min_p": 0.1},
+        {"base_temperature": 1.3, "guidance_scale": 0.4},
+        {"repetition_penalty": 1.3, "seed": 9},
+        {"max_new_tokens": 18},
+    ]
+    for change in changes:
+        sampler.generate(QUESTIONS, **({"max_new_tokens": 20} | change))
+    assert (loop.prefill._cache_size(), loop.decode_chunk._cache_size()) == compiled
+
+
+def test_an_answer_ends_at_a_stop_token(sampler, endless, head):
+    long = sampler.generate(QUESTIONS[:1], **DRAWN)[0].tokens
+    position = next(i for i in range(2, 20) if long[i] not in long[:i])
+    ended = sampler.generate(QUESTIONS[:1], **DRAWN, stop_ids=(long[position],))[0].tokens
+    assert ended == long[: position + 1]
+    own = t3jax.Sampler(dataclasses.replace(endless, eos_ids=(long[position],)), head, chunk=8)
+    assert own.generate(QUESTIONS[:1], **DRAWN)[0].tokens == long[: position + 1]
+
+
+def test_an_answer_ends_before_a_stop_string(sampler):
+    text = sampler(QUESTIONS[:1], **DRAWN)[0]
+    stop = text[len(text) // 3 : len(text) // 3 + 4]
+    sample = sampler.generate(QUESTIONS[:1], **DRAWN, stop=(stop,))[0]
+    assert sample.text == text[: text.find(stop)]
+    assert len(sample.tokens) < 20
+
+
+@pytest.mark.parametrize("stop", [(), ("e",)])
+def test_streamed_pieces_join_to_the_answer(sampler, stop):
+    pieces = list(sampler.stream(QUESTIONS[0], **DRAWN, stop=stop))
+    assert "".join(pieces) == sampler(QUESTIONS[:1], **DRAWN, stop=stop)[0]
+    assert stop or len(pieces) > 1
+
+
+def test_logprobs_of_greedy_choices_agree_with_a_full_pass(sampler, endless, head):
+    sample = sampler.generate(QUESTIONS[:1], max_new_tokens=12, logprobs=True)[0]
+    prompt = t3jax.sampling.sampler.encode_prompt(
+        endless.tokenizer, QUESTIONS[0], sampler.prompt_format
+    )
+    text = jnp.asarray(np.concatenate([prompt, sample.tokens]), jnp.int32)[None]
+    hidden, _ = jax.jit(endless.apply)(endless.params, text)
+    pooled = t3jax.causal_mean(hidden, jnp.ones(text.shape, bool))
+    scores = t3jax.head_scores(head.params, pooled)
+    logits = endless.unembed(endless.params, hidden)
+    guided = t3jax.tilt(t3jax.tempered_logprobs(logits, 2.5), scores, 1.0)
+    where = np.arange(len(prompt) - 1, text.shape[1] - 1)
+    base = jax.nn.log_softmax(logits)[0, where, sample.tokens]
+    np.testing.assert_allclose(sample.base_logprobs, base, atol=2e-5)
+    np.testing.assert_allclose(sample.guided_logprobs, guided[0, where, sample.tokens], atol=2e-5)
+    np.testing.assert_array_equal(sample.tokens, np.argmax(guided[0, where], axis=-1))
+
+
+def test_a_finished_batch_stops_early(endless, head, monkeypatch):
+    calls = []
+    original = loop.decode_chunk
+
+    def counting(*arguments):
+        calls.append(arguments)
+        return original(*arguments)
+
+    monkeypatch.setattr(t3jax.sampling.sampler, "decode_chunk", counting)
+    all_tokens = tuple(range(endless.vocab_size))
+    sampler = t3jax.Sampler(endless, head, chunk=4)
+    answers = sampler.generate(QUESTIONS, max_new_tokens=200, stop_ids=all_tokens)
+    assert [len(answer.tokens) for answer in answers] == [1, 1, 1]
+    assert len(calls) <= 2
+
+
+def test_no_key_is_used_twice(sampler):
+    with jax.debug_key_reuse(True):
+        sampler.generate(QUESTIONS, **DRAWN, num_samples=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1.0}, "temperature must be 0 .greedy. or more"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"truncate_on": "both"}, "truncate_on"),
+        ({"stop": ("",)}, "stop must be"),
+        ({"temprature": 1.0}, "unknown sampling options .'temprature'."),
+        ({"max_new_tokens": 10_000}, "exceeds the .* context"),
+        ({"base_temperature": 0.0}, "base_temperature must be positive"),
+    ],
+)
+def test_bad_options_are_named(sampler, options, message):
+    with pytest.raises(ValueError, match=message):
+        sampler.generate(QUESTIONS, **options)
+
+
+@pytest.mark.parametrize("prompts", [[], "one string", [""], [[10**6]]])
+def test_bad_prompts_are_refused(sampler, prompts):
+    with pytest.raises(ValueError, match="prompt"):
+        sampler.generate(prompts)
+
+
+def test_a_head_of_another_vocabulary_is_refused(endless):
+    config = t3jax.HeadConfig(endless.hidden_size, endless.vocab_size + 1, rank=2)
+    head = t3jax.Head(config, t3jax.init_head(jax.random.key(0), config), 2.5, 1.0, "other")
+    with pytest.raises(ValueError, match="vocab"):
+        t3jax.Sampler(endless, head)

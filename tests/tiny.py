@@ -1,0 +1,85 @@
+"""Tiny models for tests, without torch: a decoder with random weights, a tokenizer, a head."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import tokenizers
+import transformers
+
+from t3jax import sharding
+from t3jax.head import HeadConfig, init_head
+from t3jax.head_io import Head
+from t3jax.lm import LM, LMConfig, RopeConfig, from_params, init_params
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIAL = ("<|bos|>", "<|im_start|>", "<|im_end|>")
+# 256 bytes, these merges and the special tokens: 264 tokens, which 8 devices divide.
+MERGES = (("t", "h"), ("Ġ", "t"), ("i", "n"), ("e", "r"), ("a", "n"))
+
+# Every width is a multiple of 8, so that 8 simulated devices divide it.
+CONFIG = LMConfig(
+    model_type="llama",
+    vocab_size=264,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=8,
+    max_position=256,
+    norm_eps=1e-5,
+    rope=RopeConfig(theta=10000.0),
+    tied=True,
+)
+# The same without a width that 2 divides, but for the head's (rotary pairs).
+ODD_CONFIG = dataclasses.replace(
+    CONFIG, vocab_size=267, hidden_size=33, intermediate_size=51, num_heads=3, num_kv_heads=1
+)
+
+
+def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Bytes and a few merges as tokens, and a ChatML template; nothing is downloaded."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    symbols = alphabet + ["".join(merge) for merge in MERGES]
+    model = tokenizers.models.BPE({symbol: i for i, symbol in enumerate(symbols)}, list(MERGES))
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(list(SPECIAL))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|bos|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+    )
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def make_params(config: LMConfig = CONFIG, seed: int = 0):
+    """Random weights, large enough that attention and next tokens are far from uniform."""
+    params = init_params(config, jax.random.key(seed))
+    return jax.tree.map(lambda leaf: leaf * 10.0 if leaf.ndim == 2 else leaf, params)
+
+
+def make_lm(config: LMConfig = CONFIG, mesh: jax.sharding.Mesh | None = None, seed: int = 0) -> LM:
+    """A language model with random weights, placed on the mesh."""
+    params = make_params(config, seed)
+    if mesh is not None:
+        params = jax.device_put(params, sharding.param_shardings(mesh, params))
+    tokenizer = make_tokenizer()
+    return from_params(config, params, tokenizer, (tokenizer.eos_token_id,), "tiny", mesh)
+
+
+def make_head(
+    lm: LM, rank: int = 8, scale: float = 5.0, base_temperature: float = 2.5, seed: int = 1
+) -> Head:
+    """A random head for a model, scaled so that its scores are of the order of the logits."""
+    config = HeadConfig(lm.hidden_size, lm.vocab_size, rank)
+    params = init_head(jax.random.key(seed), config)
+    params["output"] = params["output"] * jnp.float32(scale)
+    return Head(config, params, base_temperature, guidance_scale=1.0, model=lm.name)
