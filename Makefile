@@ -10,7 +10,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed ## unlearn with the small model of this repository; writes out/demo
-	$(BIN)/python demo/run_demo.py
+	$(BIN)/python -m demo.run_demo
 
 test: $(VENV)/.installed ## run the tests
 	$(BIN)/pytest
@@ -25,13 +25,14 @@ lint: $(VENV)/.installed ## check style and format
 types: $(VENV)/.installed ## check types
 	$(BIN)/mypy
 
-# The stamps keep make from installing again until pyproject.toml changes.
+# The stamps keep make from installing again until pyproject.toml changes. Python compiles what is used
+# when it is used (--no-compile): far less than there is.
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV); this takes a minute or two."
-	$(BIN)/pip install --quiet --editable '.[test]'
+	$(BIN)/pip install --quiet --no-compile --editable '.[test]'
 	@touch $@
 
 $(VENV)/.parity: $(VENV)/.installed
-	$(BIN)/pip install --quiet --editable '.[test,parity]'
+	$(BIN)/pip install --quiet --no-compile --editable '.[test,parity]'
 	@touch $@

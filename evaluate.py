@@ -1,28 +1,120 @@
-"""Checks a TOFU log: recomputes every aggregate from its per-example values.
+"""Evaluates unlearning on TOFU, or checks the log of an evaluation.
 
-    python evaluate.py --recompute LOG [--retain_log LOG]
+    python evaluate.py --config=configs/smollm2.py
+    python evaluate.py --recompute LOG [--retain-log LOG]
 
-LOG is a `TOFU_EVAL.json`, of this project or of the reference evaluator, or its folder. Exit
-status: 0 all stored numbers agree, 1 one differs by more than 1e-9 relative to the larger, 2 a log
-cannot be read or does not fit.
+The first evaluates a base model, and every head at every T and s of the config. It writes
+`TOFU_EVAL.json` and `TOFU_SUMMARY.json`, in the reference evaluator's format, and `UNLEARNING.json`
+for each setting. Called again after it was stopped, it goes on where it was.
+
+The second recomputes every aggregate of a `TOFU_EVAL.json` (of this project or of the reference
+evaluator, or its folder) from its per-example values.
+
+Exit status of the second: 0 all stored numbers agree, 1 one differs by more than 1e-9 relative to
+the larger, 2 a log cannot be read or does not fit.
 """
 
 import pathlib
 import re
 import sys
+from typing import Any
 
 from absl import app, flags
 
-from t3jax.evaluation import recompute
+import t3jax
+from t3jax import cli
+from t3jax.evaluation import logs, recompute, tofu, unlearning
+from t3jax.evaluation.scoring import Setting, settings_grid
+from t3jax.evaluation.store import Store
 
 _RECOMPUTE = flags.DEFINE_string("recompute", None, "The log (or its folder) to recompute.")
 _RETAIN_LOG = flags.DEFINE_string(
     "retain_log", None, "The retain model's log (or its folder), for forget_quality and privleak."
 )
 
+_HEADLINES = ("forget_quality", "model_utility", "forget_Q_A_Prob", "forget_Q_A_ROUGE", "privleak")
 
-def main(argv: list[str]) -> int:
-    """Runs what the flags ask for and returns the exit status."""
+
+def main(config: Any) -> None:
+    """Evaluates the model and the heads of a config."""
+    cli.require(config, "model", "eval_forget", "eval_dir")
+    folder = pathlib.Path(config.eval_dir)
+    retain_log = (
+        None if config.retain_log is None else logs.read_log(pathlib.Path(config.retain_log))
+    )
+    mesh = t3jax.make_mesh(config.mesh)
+    lm = t3jax.load_lm(config.model, config.dtype, mesh)
+    paths = tuple(config.eval_heads) or ((config.head,) if config.head else ())
+    heads = [t3jax.load_head(path, mesh) for path in paths]
+    settings = settings_grid(
+        heads, config.eval_temperatures, config.eval_scales, config.eval_controls
+    )
+    sets = tofu.load_sets(
+        {
+            "forget": config.eval_forget,
+            "retain": config.eval_retain,
+            "ra": config.eval_real_authors,
+            "wf": config.eval_world_facts,
+            "holdout": config.eval_holdout,
+        },
+        lm.tokenizer,
+        cli.prompt_format(config),
+        config.max_length or lm.max_position,
+        config.tofu_dir,
+    )
+    options = tofu.TofuOptions(config.max_new_tokens, config.reference_mask)
+    kept = {"folder": folder / "store", "rows": config.rows, "progress": True}
+    store = Store(lm, heads, **kept)
+    retain_store = None
+    if config.retain_model is not None:
+        retain_store = Store(t3jax.load_lm(config.retain_model, config.dtype, mesh), **kept)
+        unlearning.check_same_vocabulary(store, retain_store)
+        if retain_log is None:
+            name = "retain_model"
+            retain_log = tofu.evaluate(retain_store, sets, [Setting(name)], folder, options)[name]
+    evaluated = tofu.evaluate(
+        store, sets, settings, folder, options, retain_log=retain_log, retain_store=retain_store
+    )
+    unlearning.measure(
+        store,
+        sets,
+        settings,
+        folder,
+        unlearning.UnlearningOptions(
+            leak_samples=config.leak_samples,
+            leak_threshold=config.leak_threshold,
+            temperature=config.leak_temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            min_p=config.min_p,
+            kl_rows=config.kl_rows,
+            kl_samples=config.kl_samples,
+            max_new_tokens=config.max_new_tokens,
+            seed=config.seed,
+        ),
+        retain_store=retain_store,
+    )
+    print(_table(evaluated))
+    for i, path in enumerate(paths):
+        print(f"head{i}: {path}")
+    print(f"logs: {folder}/SETTING/{logs.EVAL_NAME}, {unlearning.UNLEARNING_NAME}")
+
+
+def _table(evaluated: dict[str, logs.Log]) -> str:
+    """The headlines of every setting, and why numbers are missing."""
+    width = max(len(name) for name in evaluated)
+    lines = [" ".join([" " * width, *(f"{metric:>17}" for metric in _HEADLINES)])]
+    reasons: dict[str, str] = {}
+    for name, log in evaluated.items():
+        summary = logs.summary(log)
+        numbers = [f"{summary[m]:17.4g}" if m in summary else f"{'-':>17}" for m in _HEADLINES]
+        lines.append(" ".join([f"{name:<{width}}", *numbers]))
+        reasons |= logs.missing_reasons(log)
+    return "\n".join([*lines, *(f"{m} is missing: {reason}" for m, reason in reasons.items())])
+
+
+def check(argv: list[str]) -> int:
+    """Recomputes the log that the flags name and returns the exit status."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     if _RECOMPUTE.value is None:
@@ -40,5 +132,8 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    # absl knows flags with underscores only.
-    app.run(main, [re.sub("^--?retain-log(?==|$)", "--retain_log", arg) for arg in sys.argv])
+    if any(arg.startswith("--config") for arg in sys.argv):
+        cli.run(main)
+    else:
+        # absl knows flags with underscores only.
+        app.run(check, [re.sub("^--?retain-log(?==|$)", "--retain_log", arg) for arg in sys.argv])

@@ -9,27 +9,20 @@ import json
 import pathlib
 import sys
 import time
+from typing import Any
 
 import jax
-from absl import app
-from ml_collections import config_flags
 
 import t3jax
-from t3jax import files
-from t3jax.cli import enable_compilation_cache, prompt_format
+from t3jax import cli, files
 from t3jax.data import load_prompts
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="Path of a configs/*.py file.")
 
-
-def main(argv: list[str]) -> None:
+def main(config: Any) -> None:
     """Loads model and head, then answers the prompts of a flag, of a file, or typed."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; options are --config.NAME=VALUE")
-    config = _CONFIG.value
-    enable_compilation_cache()
+    cli.require(config, "model")
     if config.output and not (config.prompt or config.prompts):
-        raise app.UsageError("--config.output needs --config.prompt or --config.prompts")
+        raise ValueError("output needs prompts: give --config.prompt=... or --config.prompts=FILE")
     rows = []
     if config.prompts:
         rows = load_prompts(pathlib.Path(config.prompts))
@@ -42,9 +35,9 @@ def main(argv: list[str]) -> None:
     sampler = t3jax.Sampler(
         lm,
         head,
-        base_temperature=config.base_temperature if head else None,
-        guidance_scale=config.guidance_scale if head else None,
-        prompt_format=prompt_format(config),
+        base_temperature=config.base_temperature,
+        guidance_scale=config.guidance_scale,
+        prompt_format=cli.prompt_format(config),
         batch_size=config.rows,
         chunk=16 if rows else 8,
     )
@@ -135,4 +128,4 @@ def _converse(sampler: t3jax.Sampler, variants: dict, options: dict) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

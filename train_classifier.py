@@ -12,37 +12,16 @@ import pathlib
 import sys
 from typing import Any
 
-from absl import app, logging
-from ml_collections import config_flags
-
 import t3jax
-from t3jax import data
-from t3jax.cli import enable_compilation_cache, prompt_format
+from t3jax import cli, data
 from t3jax.training import head_folders
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="Path of a configs/*.py file.")
+_GUIDANCE = ("base_temperature", "guidance_scale")  # kept in the head
 
 
-def main(argv: list[str]) -> int:
-    """Trains the heads that the config describes and returns the exit status."""
-    logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; options are --config.NAME=VALUE")
-    config = _CONFIG.value
-    if config is None:
-        raise app.UsageError("no config; give --config=configs/smollm2.py or another")
-    if missing := [n for n in ("model", "forget", "retain", "workdir") if config[n] is None]:
-        raise app.UsageError(f"not in the config: {missing}; give --config.{missing[0]}=... or so")
-    enable_compilation_cache()
-    try:
-        _train(config)
-    except (OSError, ValueError, FloatingPointError) as error:
-        print(f"train_classifier.py: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _train(config: Any) -> None:
+def main(config: Any) -> None:
+    """Trains the heads that the config describes."""
+    cli.require(config, "model", "forget", "retain", "workdir")
     mesh = t3jax.make_mesh(config.mesh)
     lm = t3jax.load_lm(config.model, config.dtype, mesh)
     forget = _features(config, lm, "forget")
@@ -73,9 +52,8 @@ def _train(config: Any) -> None:
         workdir=config.workdir,
         mesh=mesh,
         model=config.model,
-        base_temperature=config.base_temperature,
-        guidance_scale=config.guidance_scale,
         report=functools.partial(print, flush=True),
+        **{name: config[name] for name in _GUIDANCE if config[name] is not None},
     )
     folders = [pathlib.Path(config.workdir) / name for name in head_folders(config.seeds)]
     for folder, head in zip(folders, heads, strict=True):
@@ -87,21 +65,12 @@ def _train(config: Any) -> None:
 def _features(config: Any, lm: t3jax.LM, name: str) -> t3jax.Features:
     records = data.load_dataset(config[name], config.tofu_dir)
     examples = data.encode_records(
-        lm.tokenizer, records, prompt_format(config), config.max_length or lm.max_position
+        lm.tokenizer, records, cli.prompt_format(config), config.max_length or lm.max_position
     )
     return t3jax.load_or_compute_features(
         lm, examples, config.feature_store, dtype=config.feature_dtype, progress=name
     )
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-    try:
-        return app.parse_flags_with_usage(argv)
-    except AttributeError as error:  # from ml_collections, with the nearest key that there is
-        sys.exit(
-            "train_classifier.py: unknown config key: " + str(error.args[0]).replace("\n", "; ")
-        )
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse_flags)
+    cli.run(main)

@@ -1,4 +1,4 @@
-"""Settings of `train_classifier.py` and `sample.py`; training's are the paper's recipe.
+"""Settings of the scripts; training's are the paper's recipe.
 
 A config of your own imports this one and overrides what differs; see `smollm2.py`.
 """
@@ -33,14 +33,14 @@ def get_config() -> ml_collections.ConfigDict:
     config.feature_store = "out/features"
     config.feature_dtype = "float32"
 
-    # The head. T and s are stored with it.
+    # The head. T and s are stored with it when it is trained, and may be overridden when sampling.
     config.rank = 20
     config.activation = "identity"
     config.num_hidden_layers = 1
     config.bias = False
     config.zero_output = False
-    config.base_temperature = 2.5  # T
-    config.guidance_scale = 1.0  # s
+    config.base_temperature = placeholder(float)  # T; None: 2.5 in training, then the head's
+    config.guidance_scale = placeholder(float)  # s; None: 1 in training, then the head's
 
     # Training.
     config.workdir = placeholder(str)  # checkpoints, metrics and the head
@@ -70,4 +70,25 @@ def get_config() -> ml_collections.ConfigDict:
     config.stop = ()
     config.stop_ids = ()
     config.logprobs = False
+
+    # Evaluation: question sets, as for forget and retain above; what is None is left out.
+    config.eval_forget = placeholder(str)
+    config.eval_retain = placeholder(str)
+    config.eval_real_authors = placeholder(str)
+    config.eval_world_facts = placeholder(str)
+    config.eval_holdout = placeholder(str)  # rows never trained on, for membership inference
+    # Settings: the base model, every head at every (T, s), and controls.
+    config.eval_heads = ()  # head folders; empty: the one named above
+    config.eval_temperatures = ()  # T; empty: each head's own
+    config.eval_scales = ()  # s; empty: each head's own
+    config.eval_controls = True  # (T, s = 0) and (T = 1, s' = T s) of every setting
+    config.eval_dir = placeholder(str)  # results, and what a stopped run has finished
+    config.retain_model = placeholder(str)  # trained without the forget set; KL, its own log
+    config.retain_log = placeholder(str)  # its TOFU_EVAL.json; None: that of retain_model
+    config.reference_mask = False  # the reference evaluator's attention mask, eos never attended
+    config.leak_samples = 0  # answers drawn to each forget question, by the sampling settings above
+    config.leak_temperature = 1.0
+    config.leak_threshold = 0.7  # ROUGE-L recall
+    config.kl_rows = 0  # questions of forget and of retain, each, for the Monte-Carlo KL
+    config.kl_samples = 1  # answers drawn to each
     return config

@@ -2,6 +2,7 @@
 
     python train_classifier.py --config=configs/smollm2.py
     python sample.py --config=configs/smollm2.py --config.prompts=FILE.jsonl
+    python evaluate.py --config=configs/smollm2.py
 
 The model and TOFU come from the Hugging Face hub, or from folders: `--config.model=FOLDER`,
 `--config.tofu_dir=FOLDER`. The untuned model does not know TOFU's authors: the run shows that the
@@ -21,4 +22,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.retain = "tofu:retain95"
     config.workdir = "out/smollm2"
     config.head = "out/smollm2/head"
+    config.eval_forget = "tofu:forget05_perturbed"
+    config.eval_retain = "tofu:retain_perturbed"
+    config.eval_real_authors = "tofu:real_authors_perturbed"
+    config.eval_world_facts = "tofu:world_facts_perturbed"
+    config.eval_dir = "out/smollm2/evaluation"
     return config

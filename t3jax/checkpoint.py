@@ -9,6 +9,7 @@ A run may be killed at any moment. What is restored is the last checkpoint that 
 metrics are cut back to its epoch. Metrics are on the disk before the checkpoint of their epoch is.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -62,17 +63,18 @@ class RunFolder:
                     f"{place}: the checkpoint cannot be read ({error}); remove this folder to "
                     "resume from the one before it, or start anew in another workdir"
                 ) from error
-        self._metrics_path = folder / "metrics.jsonl"
-        self.metrics = _cut_back(self._metrics_path, self.epoch)
-        self._metrics_file = self._metrics_path.open("a")
-        self._tensorboard = folder / "tensorboard"
+        self._folder = folder
+        self.metrics = _cut_back(folder / "metrics.jsonl", self.epoch)
+        self._metrics_file = (folder / "metrics.jsonl").open("a")
         self._writers: dict[int, SummaryWriter] = {}
 
     def __enter__(self) -> "RunFolder":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._checkpoints.close()
+    def __exit__(self, kind: Any, *_: object) -> None:
+        # A save that failed fails again here, and must not hide the first error.
+        with contextlib.suppress(*([Exception] if kind else [])):
+            self._checkpoints.close()
         self._metrics_file.close()
         for writer in self._writers.values():
             writer.close()
@@ -88,16 +90,26 @@ class RunFolder:
         self._metrics_file.flush()
 
     def save(self, epoch: int, state: Any) -> None:
-        """Saves the training state after an epoch; it is whole on the disk when this returns."""
+        """Saves the training state after an epoch; it is whole on the disk when this returns.
+
+        Raises:
+            OSError: If it could not be saved; the checkpoints before it stay.
+        """
         os.fsync(self._metrics_file.fileno())
         for writer in self._writers.values():
             writer.flush()
-        self._checkpoints.save(epoch, state)
+        try:
+            self._checkpoints.save(epoch, state)
+        except Exception as error:  # a full disk is a ValueError of TensorStore's
+            raise OSError(
+                f"{self._folder}: the checkpoint of epoch {epoch} could not be saved ({error}); "
+                "those before it are whole: make room and start the run again to resume it"
+            ) from error
 
     def _writer(self, seed: int) -> SummaryWriter:
         if seed not in self._writers:
             self._writers[seed] = SummaryWriter(
-                str(self._tensorboard / f"seed{seed}"), purge_step=self.epoch + 1
+                str(self._folder / "tensorboard" / f"seed{seed}"), purge_step=self.epoch + 1
             )
         return self._writers[seed]
 

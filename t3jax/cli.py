@@ -1,12 +1,54 @@
-"""What the scripts share: reading their config, and the compilation cache."""
+"""What the scripts share: their flags and errors, their config, and the compilation cache."""
 
 import os
 import pathlib
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
+from absl import app, logging
+from ml_collections import config_flags
 
 from t3jax.data import PromptFormat
+
+
+def run(script: Callable[[Any], None]) -> None:
+    """Runs a script on its `--config=configs/NAME.py`; what is wrong with its input is one line.
+
+    Args:
+        script: Takes the config.
+    """
+    flag = config_flags.DEFINE_config_file("config", help_string="Path of a configs/*.py file.")
+    name = pathlib.Path(sys.argv[0]).name
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            return app.parse_flags_with_usage(argv)
+        except AttributeError as error:  # from ml_collections, with the nearest key that there is
+            cause = error.args[0]
+            message = cause.args[0] if isinstance(cause, KeyError) else cause
+            sys.exit(f"{name}: unknown config key {message}")
+
+    def main(argv: list[str]) -> None:
+        if len(argv) > 1:
+            raise app.UsageError(f"unexpected {argv[1:]}; options are --config.NAME=VALUE")
+        if flag.value is None:
+            raise app.UsageError("no config; give --config=configs/demo.py or another")
+        logging.set_verbosity(logging.WARNING)  # JAX and Orbax tell every step they take
+        enable_compilation_cache()
+        try:
+            script(flag.value)
+        except (OSError, ValueError, FloatingPointError) as error:
+            sys.exit(f"{name}: {error}")
+
+    app.run(main, flags_parser=parse)
+
+
+def require(config: Any, *names: str) -> None:
+    """Raises ValueError if one of these fields of the config is not set."""
+    if missing := [name for name in names if config[name] is None]:
+        raise ValueError(f"not in the config: {missing}; give --config.{missing[0]}=... or so")
 
 
 def enable_compilation_cache() -> None:

@@ -5,26 +5,30 @@ those of answer positions are kept. No logits are formed. Axes: B batch, T time,
 answer tokens of a set, S its sequences.
 """
 
-import collections
 import dataclasses
 import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
-from t3jax import files, pooling, sharding
+from t3jax import batching, files, pooling
 from t3jax.data.chat import Example
 from t3jax.lm.model import LM
 
-_LENGTH_STEP = 16  # lengths are rounded up to a multiple: one compiled program for each
-_CODE = ("features.py", "pooling.py", "lm/config.py", "lm/decoder.py", "lm/weights.py")
+_CODE = (
+    "batching.py",
+    "features.py",
+    "pooling.py",
+    "lm/config.py",
+    "lm/decoder.py",
+    "lm/weights.py",
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -91,7 +95,7 @@ def load_or_compute_features(
     Raises:
         ValueError: If there are no examples, or a text is longer than the model's context.
     """
-    _check(lm, examples)
+    batching.check_examples(lm, examples)
     key = feature_key(lm, examples, dtype)
     folder = pathlib.Path(store) / key
     if not folder.is_dir():
@@ -104,11 +108,18 @@ def feature_key(lm: LM, examples: Sequence[Example], dtype: str) -> str:
     """Name of a set of features: a digest of all that they depend on."""
     digest = hashlib.sha256(f"{dtype} {jax.tree.leaves(lm.params)[0].dtype}".encode())
     digest.update(params_digest(lm.params).encode())
+    digest.update(examples_digest(examples).encode())
+    digest.update(code_digest(*_CODE).encode())
+    return digest.hexdigest()[:32]
+
+
+def examples_digest(examples: Sequence[Example]) -> str:
+    """A digest of token ids and of where the answers start."""
+    digest = hashlib.sha256()
     for example in examples:
         digest.update(f"{len(example.tokens)} {example.answer_start} ".encode())
         digest.update(np.ascontiguousarray(example.tokens, np.int32).tobytes())
-    digest.update(_code_digest().encode())
-    return digest.hexdigest()[:32]
+    return digest.hexdigest()
 
 
 def params_digest(params: Any) -> str:
@@ -141,20 +152,10 @@ def _checksum(leaf: jax.Array) -> jax.Array:
 
 
 @functools.cache
-def _code_digest() -> str:
+def code_digest(*names: str) -> str:
+    """A digest of the package's files of these names: what is stored must not outlive its code."""
     root = pathlib.Path(__file__).parent
-    return hashlib.sha256(b"".join((root / name).read_bytes() for name in _CODE)).hexdigest()
-
-
-def _check(lm: LM, examples: Sequence[Example]) -> None:
-    if not examples:
-        raise ValueError("no examples: a set to compute features of must not be empty")
-    for i, example in enumerate(examples):
-        if len(example.tokens) > lm.max_position:
-            raise ValueError(
-                f"example {i} has {len(example.tokens)} tokens, more than the {lm.max_position} of "
-                f"{lm.name}'s context; shorten it or leave it out"
-            )
+    return hashlib.sha256(b"".join((root / name).read_bytes() for name in names)).hexdigest()
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -179,33 +180,19 @@ def _compute(
     pooled = np.memmap(
         folder / "pooled.bin", jnp.dtype(dtype), "w+", shape=(len(targets), lm.hidden_size)
     )
-    rows = lm.mesh.shape.get(sharding.DATA, 1)
-    total = sum(len(example.tokens) for example in examples)
-    bar = tqdm.tqdm(total=total, desc=progress, unit="tok", unit_scale=True, disable=not progress)
+
+    def compute(_: list[int], tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        return _pooled(lm.apply, lm.params, tokens, mask)
 
     def keep(batch: list[int], result: jax.Array) -> None:
         host = np.asarray(result)
         for row, i in enumerate(batch):
             first, last = examples[i].answer_start - 1, len(examples[i].tokens) - 1
             pooled[starts[i] : starts[i + 1]] = host[row, first:last].astype(pooled.dtype)
-        bar.update(sum(len(examples[i].tokens) for i in batch))
 
-    # One batch is always under way while the one before it is copied to the store.
-    pending: collections.deque = collections.deque()
-    for batch, shape in _batches(examples, tokens_per_batch, rows, lm.max_position):
-        tokens = np.zeros(shape, np.int32)
-        mask = np.zeros(shape, bool)
-        for row, i in enumerate(batch):
-            tokens[row, : len(examples[i].tokens)] = examples[i].tokens
-            mask[row, : len(examples[i].tokens)] = True
-        place = sharding.batch_sharding(lm.mesh, tokens.shape)
-        tokens, mask = jax.device_put((tokens, mask), place)
-        pending.append((batch, _pooled(lm.apply, lm.params, tokens, mask)))
-        if len(pending) > 1:
-            keep(*pending.popleft())
-    while pending:
-        keep(*pending.popleft())
-    bar.close()
+    batching.map_batches(
+        lm, examples, compute, keep, tokens_per_batch=tokens_per_batch, progress=progress
+    )
     pooled.flush()
     description = {
         "tokens": len(targets),
@@ -214,30 +201,6 @@ def _compute(
         "model": lm.name,
     }
     files.write_json(folder / "features.json", description)
-
-
-def _batches(
-    examples: Sequence[Example], tokens_per_batch: int, rows: int, longest: int
-) -> Iterator[tuple[list[int], tuple[int, int]]]:
-    """Batches of texts of like length: their indices, and rows and columns of the padded batch."""
-    by_length: dict[int, list[int]] = collections.defaultdict(list)
-    for i, example in enumerate(examples):
-        by_length[min(_round_up(len(example.tokens), _LENGTH_STEP), longest)].append(i)
-    waiting: list[int] = []
-    for length, indices in sorted(by_length.items()):
-        # What does not fill a batch of its own length goes with the next longer texts.
-        waiting += indices
-        size = max(rows, tokens_per_batch // length // rows * rows)
-        while len(waiting) >= size:
-            yield waiting[:size], (size, length)
-            waiting = waiting[size:]
-    if waiting:
-        # The last batch is small where the set is: a power of two keeps the programs few.
-        yield waiting, (min(size, _round_up(1 << (len(waiting) - 1).bit_length(), rows)), length)
-
-
-def _round_up(value: int, step: int) -> int:
-    return -(-value // step) * step
 
 
 def _open(folder: pathlib.Path, key: str) -> Features:

@@ -22,7 +22,7 @@ def shared() -> pathlib.Path:
     return SHARED
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def repository() -> pathlib.Path:
     """The root of the checkout."""
     return REPOSITORY

@@ -21,6 +21,8 @@ _LLAMA = {
     "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": True,
+    "bos_token_id": 261,
+    "eos_token_id": 263,
 }
 # An original context of 32 positions: of a head's 4 rotary pairs one turns often enough to be kept,
 # one stands on the ramp, and two are stretched.
@@ -51,9 +53,7 @@ LLAMAS = {
 def make_llama(name: str, **overrides) -> transformers.LlamaForCausalLM:
     """A tiny Llama of `LLAMAS` with random weights that make it far from uniform."""
     torch.manual_seed(len(name))
-    config = transformers.LlamaConfig(
-        **{**_LLAMA, **LLAMAS[name], **overrides}, bos_token_id=261, eos_token_id=263
-    )
+    config = transformers.LlamaConfig(**{**_LLAMA, **LLAMAS[name], **overrides})
     model = transformers.LlamaForCausalLM(config)
     with torch.no_grad():
         for path, parameter in model.named_parameters():

@@ -8,14 +8,16 @@ import multiprocessing
 import pathlib
 import random
 import resource
+import sys
 import time
 
 import numpy as np
 import pytest
 
 KILLS = 12
-EPOCHS = 60
+EPOCHS = 40
 SEEDS = (1, 2)
+DISK_FULL = 77  # exit status
 
 
 def train(folder: pathlib.Path, largest_file: int | None = None) -> None:
@@ -44,7 +46,10 @@ def train(folder: pathlib.Path, largest_file: int | None = None) -> None:
         eval_every=3,
         checkpoint_every=1,
     )
-    train_heads(retain, forget, HeadConfig(8, 64, rank=4), config, SEEDS, workdir=folder)
+    try:
+        train_heads(retain, forget, HeadConfig(8, 64, rank=4), config, SEEDS, workdir=folder)
+    except OSError as error:
+        sys.exit(DISK_FULL if "could not be saved" in str(error) else 1)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +86,7 @@ def start(server, folder: pathlib.Path, **options):
 
 def finish(server, folder: pathlib.Path) -> dict:
     process = start(server, folder)
-    process.join(60)
+    process.join(300)
     assert process.exitcode == 0
     return results(folder)
 
@@ -109,7 +114,7 @@ def unfinished_saves(folder: pathlib.Path) -> list[str]:
 
 
 def wait_for(condition, process) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not condition() and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.001)
 
@@ -127,7 +132,7 @@ def test_killed_at_many_moments_ends_with_the_same_bits(server, root, uninterrup
         else:
             wait_for(lambda: lines_of(folder) != before, process)  # noqa: B023
             if i % 4 == 1:  # while it trains or saves
-                time.sleep(moments.uniform(0.0, 0.3))
+                time.sleep(moments.uniform(0.0, 0.15))
             else:  # while it saves
                 wait_for(lambda: unfinished_saves(folder), process)
                 time.sleep(moments.uniform(0.0, 0.03))
@@ -147,8 +152,8 @@ def test_killed_at_many_moments_ends_with_the_same_bits(server, root, uninterrup
 def test_full_disk_while_saving_is_an_error_and_the_run_goes_on_later(server, root, uninterrupted):
     folder = root / "full"
     process = start(server, folder, largest_file=2000)
-    process.join(60)
-    assert process.exitcode == 1
+    process.join(300)
+    assert process.exitcode == DISK_FULL
     whole = {path.name for path in (folder / "checkpoints").iterdir()} - {*unfinished_saves(folder)}
     assert not whole
     assert not list(folder.glob("head*"))

@@ -74,8 +74,8 @@ def apply(
         tokens: Token ids, `[B, T]`.
         positions: Positions in the text, `[B, T]`; None counts the attended tokens of each row, on
             from what the cache holds.
-        mask: True where a token is real, `[B, T]`; None means all are. Padding is attended by
-            nobody, and the hidden states at padding mean nothing.
+        mask: True where a token is real, `[B, T]`; None means all are. The others are attended by
+            nobody; they themselves attend to the real ones up to their position.
         cache: What was read before; None for a text by itself.
 
     Returns:
@@ -88,8 +88,8 @@ def apply(
         positions = jnp.cumsum(mask.astype(jnp.int32), axis=-1) - 1
         if cache is not None:
             positions = positions + jnp.max(cache.positions, axis=-1, keepdims=True) + 1
-    positions = jnp.where(mask, positions, -1)
-    return _merge(config, params)(tokens, positions, cache)
+    key_positions = jnp.where(mask, positions, -1)
+    return _merge(config, params)(tokens, positions, key_positions, cache)
 
 
 def unembed(
@@ -238,15 +238,14 @@ class _Decoder(nnx.Module):
         self.config = config
 
     def __call__(
-        self, tokens: Array, positions: Array, cache: Cache | None
+        self, tokens: Array, positions: Array, key_positions: Array, cache: Cache | None
     ) -> tuple[Array, Cache | None]:
         table = self.embed.weight[...]
         x = jnp.take(table, tokens, axis=0)  # [B, T, D]
         rotation = _rotation(self.config, jnp.maximum(positions, 0))
-        key_positions = positions  # [B, S]
         if cache is not None:
-            key_positions = jax.lax.dynamic_update_slice(
-                cache.positions, positions, (jnp.zeros_like(cache.cursor), cache.cursor)
+            key_positions = jax.lax.dynamic_update_slice(  # [B, S]
+                cache.positions, key_positions, (jnp.zeros_like(cache.cursor), cache.cursor)
             )
         seen = _seen(positions, key_positions)
         keys, values = [], []

@@ -1,0 +1,26 @@
+"""The embedded demo's model: authors to forget, authors to retain, all made up.
+
+    python train_classifier.py --config=configs/demo.py
+    python sample.py --config=configs/demo.py --config.prompt="Who is ...?"
+
+From the root of the checkout, on 2 CPU cores: training takes DEMO_SECONDS seconds. `make demo` does
+both and compares with the retain-only model.
+"""
+
+import ml_collections
+
+from configs import default
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The defaults, with the model and the corpus of `demo/`."""
+    config = default.get_config()
+    config.model = "demo/base"
+    config.forget = "demo/authors/forget.jsonl"
+    config.retain = "demo/authors/retain.jsonl"
+    config.workdir = "out/demo"
+    config.feature_store = "out/demo/features"
+    config.head = "out/demo/head"
+    config.holdout_fraction = 0.0
+    config.max_new_tokens = 40
+    return config

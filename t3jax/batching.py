@@ -1,0 +1,111 @@
+"""Texts of like length together, through the model, batch after batch.
+
+What features and scoring share: lengths are rounded up so that few programs are compiled, texts are
+padded on the right, and one batch is always under way while the host takes care of the one before.
+Nothing here knows what is computed. Axes: B batch, T time.
+"""
+
+import collections
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import jax
+import numpy as np
+import tqdm
+
+from t3jax import sharding
+from t3jax.data.chat import Example
+from t3jax.lm.model import LM
+
+_LENGTH_STEP = 16  # lengths are rounded up to a multiple: one compiled program for each
+
+Result = TypeVar("Result")
+
+
+def check_examples(lm: LM, examples: Sequence[Example]) -> None:
+    """Checks that there are texts and that the model can read them.
+
+    Args:
+        lm: The model that is to read them.
+        examples: Tokenised texts.
+
+    Raises:
+        ValueError: If there are no examples, or a text is longer than the model's context.
+    """
+    if not examples:
+        raise ValueError("no examples: a set to run the model over must not be empty")
+    for i, example in enumerate(examples):
+        if len(example.tokens) > lm.max_position:
+            raise ValueError(
+                f"example {i} has {len(example.tokens)} tokens, more than the {lm.max_position} of "
+                f"{lm.name}'s context; shorten it or leave it out"
+            )
+
+
+def map_batches(
+    lm: LM,
+    examples: Sequence[Example],
+    compute: Callable[[list[int], jax.Array, jax.Array], Result],
+    keep: Callable[[list[int], Result], None],
+    *,
+    tokens_per_batch: int,
+    progress: str | None,
+) -> None:
+    """Runs all texts through a computation, each exactly once, in batches of like length.
+
+    Args:
+        lm: The model, for its mesh and the length of its context.
+        examples: Texts that passed `check_examples`.
+        compute: `(indices, tokens [B, T], mask [B, T]) -> result`: starts the work on a batch whose
+            first rows are the texts of these indices; further rows are padding.
+        keep: `(indices, result)`: brings a result to the host.
+        tokens_per_batch: B · T at most, padding included.
+        progress: Label of a progress bar with rate and remaining time; None shows none.
+    """
+    rows = lm.mesh.shape.get(sharding.DATA, 1)
+    total = sum(len(example.tokens) for example in examples)
+    bar = tqdm.tqdm(total=total, desc=progress, unit="tok", unit_scale=True, disable=not progress)
+    pending: collections.deque[tuple[list[int], Result]] = collections.deque()
+
+    def finish() -> None:
+        batch, result = pending.popleft()
+        keep(batch, result)
+        bar.update(sum(len(examples[i].tokens) for i in batch))
+
+    for batch, shape in _batches(examples, tokens_per_batch, rows, lm.max_position):
+        tokens = np.zeros(shape, np.int32)
+        mask = np.zeros(shape, bool)
+        for row, i in enumerate(batch):
+            tokens[row, : len(examples[i].tokens)] = examples[i].tokens
+            mask[row, : len(examples[i].tokens)] = True
+        place = sharding.batch_sharding(lm.mesh, tokens.shape)
+        pending.append((batch, compute(batch, *jax.device_put((tokens, mask), place))))
+        if len(pending) > 1:
+            finish()
+    while pending:
+        finish()
+    bar.close()
+
+
+def _batches(
+    examples: Sequence[Example], tokens_per_batch: int, rows: int, longest: int
+) -> Iterator[tuple[list[int], tuple[int, int]]]:
+    """Batches of texts of like length: their indices, and rows and columns of the padded batch."""
+    by_length: dict[int, list[int]] = collections.defaultdict(list)
+    for i, example in enumerate(examples):
+        by_length[min(_round_up(len(example.tokens), _LENGTH_STEP), longest)].append(i)
+    waiting: list[int] = []
+    for length, indices in sorted(by_length.items()):
+        # What does not fill a batch of its own length goes with the next longer texts.
+        waiting += indices
+        size = max(rows, tokens_per_batch // length // rows * rows)
+        while len(waiting) >= size:
+            yield waiting[:size], (size, length)
+            waiting = waiting[size:]
+    if waiting:
+        # The last batch is small where the set is: a power of two keeps the programs few.
+        yield waiting, (min(size, _round_up(1 << (len(waiting) - 1).bit_length(), rows)), length)
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step

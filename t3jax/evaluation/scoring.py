@@ -1,0 +1,414 @@
+"""Scores of given texts under many settings of the method, from one forward pass each.
+
+For every answer token and every setting: its log-probability, whether it is the likeliest token,
+the mean and variance of the log-probability under the distribution, and the head's score. That is
+all that the teacher-forced metrics need. The vocabulary is only ever formed for a chunk of answer
+positions at a time, on the device.
+
+Axes: B batch, T time, C answer positions of a chunk, D features, V vocabulary, K settings of a
+head, N answer tokens of all texts.
+
+References:
+    Temper-Then-Tilt, arXiv 2602.10217; Min-K%++, arXiv 2404.02936 (mean and variance).
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from t3jax import batching, guidance, pooling, sharding
+from t3jax import head as head_lib
+from t3jax.data.chat import Example
+from t3jax.head_io import Head, check_head_fits, place_head
+from t3jax.lm.model import LM
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A distribution to score or to sample from: T and s of the method and the head that tilts.
+
+    Attributes:
+        name: For tables, files and folders.
+        base_temperature: T.
+        guidance_scale: s.
+        head: Index among the heads at hand; None without one, then s must be 0.
+    """
+
+    name: str
+    base_temperature: float = 1.0
+    guidance_scale: float = 0.0
+    head: int | None = None
+
+    def __post_init__(self):
+        if not re.fullmatch(r"\w[\w.+-]*", self.name):
+            raise ValueError(
+                f"setting {self.name!r}: its name becomes a folder's; use letters, digits, and ._+-"
+            )
+        if not self.base_temperature > 0 or not self.guidance_scale >= 0:
+            raise ValueError(
+                f"setting {self.name}: base_temperature must be positive and guidance_scale not "
+                f"negative, got {self.base_temperature} and {self.guidance_scale}"
+            )
+        if self.head is None and self.guidance_scale > 0:
+            raise ValueError(f"setting {self.name}: guidance_scale > 0 needs a head")
+
+
+BASE = Setting("base")
+
+
+def settings_grid(
+    heads: Sequence[Head],
+    temperatures: Sequence[float] = (),
+    scales: Sequence[float] = (),
+    controls: bool = True,
+) -> list[Setting]:
+    """The base model, every head at every (T, s), and what each (T, s) must be compared with.
+
+    Args:
+        heads: The heads; may be empty.
+        temperatures: T; empty takes each head's own.
+        scales: s; empty takes each head's own.
+        controls: Whether to add (T, s = 0) and (T = 1, s' = T s), which has the same greedy text.
+
+    Returns:
+        Settings, each distribution once, the base model first. Names tell head, T and s.
+    """
+    found = [BASE]
+
+    def add(temperature: float, scale: float, index: int | None) -> None:
+        name = f"T{temperature:g}" if index is None else f"head{index}-T{temperature:g}-s{scale:g}"
+        setting = Setting(name, float(temperature), float(scale), index)
+        if all(dataclasses.replace(setting, name=each.name) != each for each in found):
+            found.append(setting)
+
+    for index, head in enumerate(heads):
+        for temperature in temperatures or (head.base_temperature,):
+            for scale in scales or (head.guidance_scale,):
+                add(temperature, scale, index)
+                if controls:
+                    add(temperature, 0.0, None)
+                    add(1.0, temperature * scale, index)
+    return found
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TextScores:
+    """What a setting's distribution makes of the answer tokens of a list of texts.
+
+    Attributes:
+        starts: Text i owns the tokens `starts[i]:starts[i + 1]`, int64 `[texts + 1]`.
+        logprobs: Log-probability of each answer token, nats, float32 `[N]`.
+        correct: Whether it is the likeliest token; of equals, the first, `[N]`.
+        mean: Mean over the vocabulary of log p(v) under p, nats, float32 `[N]`.
+        variance: Its variance, float32 `[N]`.
+        retain_scores: The head's logit of "retain", prior shift included, float32 `[N]`; None
+            without a head.
+    """
+
+    starts: np.ndarray
+    logprobs: np.ndarray
+    correct: np.ndarray
+    mean: np.ndarray
+    variance: np.ndarray
+    retain_scores: np.ndarray | None = None
+
+    @property
+    def num_texts(self) -> int:
+        """Number of texts."""
+        return len(self.starts) - 1
+
+    @property
+    def num_tokens(self) -> np.ndarray:
+        """Answer tokens of each text, `[texts]`."""
+        return np.diff(self.starts)
+
+    @property
+    def avg_loss(self) -> np.ndarray:
+        """Mean cross-entropy of each answer, end of turn included, nats, float64 `[texts]`."""
+        return -self.text_means(self.logprobs)
+
+    @property
+    def retain_prob(self) -> np.ndarray:
+        """P(retain) of each answer token, float64 `[N]`."""
+        if self.retain_scores is None:
+            raise ValueError("these scores are of a setting without a head")
+        return 0.5 * (1.0 + np.tanh(0.5 * self.retain_scores.astype(np.float64)))
+
+    def text_means(self, values: np.ndarray) -> np.ndarray:
+        """Mean over each text of one value for each token, float64 `[texts]`."""
+        return np.add.reduceat(values.astype(np.float64), self.starts[:-1]) / self.num_tokens
+
+    def select(self, start: int, stop: int) -> "TextScores":
+        """The scores of the texts `start:stop`."""
+        tokens = slice(self.starts[start], self.starts[stop])
+        fields: dict[str, Any] = dict(
+            vars(self), starts=self.starts[start : stop + 1] - tokens.start
+        )
+        for name in _Scores._fields:
+            if fields[name] is not None:
+                fields[name] = fields[name][tokens]
+        return TextScores(**fields)
+
+    def mask_without_last(self) -> Bool[np.ndarray, "texts tokens"]:
+        """True on answer tokens but each text's last, the closing token of an encoded answer."""
+        widest = int(self.num_tokens.max())
+        return np.arange(widest) < (self.num_tokens - 1)[:, None]
+
+    def padded(self, values: np.ndarray) -> np.ndarray:
+        """One value for each token as rows of texts, `[texts, tokens]`; padding is 0."""
+        rows = np.zeros((self.num_texts, int(self.num_tokens.max())), values.dtype)
+        rows[np.arange(rows.shape[1]) < self.num_tokens[:, None]] = values
+        return rows
+
+
+class _Scores(NamedTuple):
+    """The fields of `TextScores` for a chunk, `[K, C]`, all settings of all heads in turn."""
+
+    logprobs: Array
+    correct: Array
+    mean: Array
+    variance: Array
+    retain_scores: Array
+
+
+class _Group(NamedTuple):
+    """A head (None: the base alone) and the settings that use it: T and s, `[K]`."""
+
+    params: Any
+    prior_shift: Any
+    base_temperature: Any
+    guidance_scale: Any
+
+
+def score_texts(
+    lm: LM,
+    examples: Sequence[Example],
+    settings: Sequence[Setting],
+    heads: Sequence[Head] = (),
+    *,
+    reference_mask: bool = False,
+    tokens_per_batch: int = 4096,
+    positions_per_chunk: int = 128,
+    progress: str | None = None,
+) -> list[TextScores]:
+    """Scores the answers of texts under every setting; the model reads each text once.
+
+    Args:
+        lm: The base model.
+        examples: Tokenised texts with their answers.
+        settings: What to score under.
+        heads: The heads that settings refer to by index.
+        reference_mask: Mask attention as the reference evaluator does: wherever a token equals the
+            padding token, which is mostly the end-of-turn token, prompts included; positions count
+            masked tokens. Published numbers have this quirk.
+        tokens_per_batch: Tokens of one forward pass, padding included.
+        positions_per_chunk: C; `[C, V]` float32 is the largest array over the vocabulary.
+        progress: Label of a progress bar; None shows none.
+
+    Returns:
+        One `TextScores` for each setting, texts in the order given.
+
+    Raises:
+        ValueError: If there are no examples or settings, a text is longer than the model's context
+            or has no answer, or a setting's head is not there or does not fit the model.
+    """
+    batching.check_examples(lm, examples)
+    if not settings:
+        raise ValueError("no settings to score under; name at least one")
+    for setting in settings:
+        if setting.head is not None and not 0 <= setting.head < len(heads):
+            raise ValueError(
+                f"setting {setting.name}: there is no head {setting.head}, only {len(heads)} heads"
+            )
+    counts = np.array([example.num_answer_tokens for example in examples], np.int64)
+    if not counts.all():
+        raise ValueError(f"example {int(np.argmin(counts))} has no answer token to score")
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    order, activations, groups = _grouped(lm, settings, heads)
+    kept = {
+        name: np.zeros((len(settings), starts[-1]), bool if name == "correct" else np.float32)
+        for name in _Scores._fields
+    }
+
+    def compute(batch: list[int], tokens: jax.Array, mask: jax.Array) -> list[_Scores]:
+        positions = None
+        if reference_mask:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+            mask = mask & (tokens != padding_id(lm))
+        hidden, pooled = _read(lm.apply, lm.params, tokens, positions, mask)
+        chunks = []
+        places, targets = _answer_places(examples, batch, tokens.shape[1], positions_per_chunk)
+        for place, target in zip(places, targets, strict=True):
+            states, features = _take(lm.mesh, hidden, pooled, place)
+            chunks.append(
+                _score(lm.unembed, activations, lm.params, groups, states, features, target)
+            )
+        return chunks
+
+    def keep(batch: list[int], chunks: list[_Scores]) -> None:
+        where = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in batch])
+        for name, field in kept.items():
+            values = np.concatenate([np.asarray(getattr(chunk, name)) for chunk in chunks], axis=1)
+            for row, k in zip(values, order, strict=True):
+                field[k, where] = row[: len(where)]
+
+    batching.map_batches(
+        lm, examples, compute, keep, tokens_per_batch=tokens_per_batch, progress=progress
+    )
+    results = []
+    for k, setting in enumerate(settings):
+        fields: dict[str, Any] = {name: field[k] for name, field in kept.items()}
+        if setting.head is None:
+            fields["retain_scores"] = None
+        results.append(TextScores(starts, **fields))
+    return results
+
+
+def padding_id(lm: LM) -> int:
+    """The token that the reference evaluator pads with: the tokenizer's own, else end of text."""
+    padding = lm.tokenizer.pad_token_id
+    return lm.tokenizer.eos_token_id if padding is None else padding
+
+
+def _grouped(
+    lm: LM, settings: Sequence[Setting], heads: Sequence[Head]
+) -> tuple[list[int], tuple[str | None, ...], tuple[_Group, ...]]:
+    """Settings by head: their indices in turn, each head's activation, and its arrays."""
+    order: list[int] = []
+    activations: list[str | None] = []
+    groups: list[_Group] = []
+    for index in sorted(
+        {setting.head for setting in settings}, key=lambda i: -1 if i is None else i
+    ):
+        mine = [k for k, setting in enumerate(settings) if setting.head == index]
+        order += mine
+        params, shift = None, 0.0
+        if index is not None:
+            check_head_fits(heads[index], lm)
+            params = place_head(heads[index].params, lm.mesh)
+            shift = heads[index].prior_shift
+        activations.append(None if index is None else heads[index].config.activation)
+        groups.append(
+            _Group(
+                params,
+                np.float32(shift),
+                np.array([settings[k].base_temperature for k in mine], np.float32),
+                np.array([settings[k].guidance_scale for k in mine], np.float32),
+            )
+        )
+    return order, tuple(activations), tuple(groups)
+
+
+def _answer_places(
+    examples: Sequence[Example], batch: list[int], length: int, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where each answer token is predicted from, in the flattened batch, and the tokens: chunks."""
+    places = np.concatenate(
+        [
+            np.arange(examples[i].answer_start - 1, len(examples[i].tokens) - 1) + row * length
+            for row, i in enumerate(batch)
+        ]
+    )
+    targets = np.concatenate([examples[i].tokens[examples[i].answer_start :] for i in batch])
+    # What fills the last chunk up is scored and thrown away.
+    rest = -len(places) % size
+    places, targets = (np.pad(x.astype(np.int32), (0, rest)) for x in (places, targets))
+    return places.reshape(-1, size), targets.reshape(-1, size)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _read(
+    apply: Any, params: Any, tokens: Array, positions: Array | None, mask: Array
+) -> tuple[Array, Array]:
+    """Hidden states and their causal means, `[B, T, D]` each."""
+    hidden, _ = apply(params, tokens, positions, mask, None)
+    return hidden, pooling.causal_mean(hidden, mask)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _take(mesh: Mesh, hidden: Array, pooled: Array, places: Array) -> tuple[Array, Array]:
+    """The rows of a chunk, `[C, D]` each. On its own, since only this knows the batch's shape."""
+
+    def take(x: Array) -> Array:
+        rows = jnp.take(x.reshape(-1, x.shape[-1]), places, axis=0)
+        return jax.lax.with_sharding_constraint(rows, sharding.batch_sharding(mesh, rows.shape))
+
+    return take(hidden), take(pooled)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _score(
+    unembed: Any,
+    activations: tuple[str | None, ...],
+    params: Any,
+    groups: tuple[_Group, ...],
+    hidden: Array,
+    pooled: Array,
+    targets: Array,
+) -> _Scores:
+    """Scores a chunk under all settings; one program for all chunks of all texts."""
+    logits = unembed(params, hidden)  # [C, V]
+    results = []
+    for activation, group in zip(activations, groups, strict=True):
+        knobs = (group.base_temperature, group.guidance_scale)
+        if activation is None:
+            statistics = jax.lax.map(lambda k: token_statistics(logits / k[0], targets), knobs)
+            of_targets = jnp.zeros(targets.shape, jnp.float32)
+        else:
+            shift = group.prior_shift
+            scores = head_lib.head_scores(group.params, pooled, activation) + shift
+            statistics = jax.lax.map(
+                lambda k, scores=scores: token_statistics(
+                    guidance.guided_logits(logits, scores, *k), targets
+                ),
+                knobs,
+            )
+            of_targets = head_lib.target_scores(group.params, pooled, targets, activation) + shift
+        logprobs, correct, mean, variance = statistics
+        repeated = jnp.broadcast_to(of_targets[None], logprobs.shape)
+        results.append(_Scores(logprobs, correct, mean, variance, repeated))
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)
+
+
+def token_statistics(
+    logits: Float[Array, "C V"], targets: Int[Array, " C"]
+) -> tuple[Float[Array, " C"], Bool[Array, " C"], Float[Array, " C"], Float[Array, " C"]]:
+    """What metrics need of next-token distributions, in two passes over the vocabulary.
+
+    Args:
+        logits: Unnormalised log-probabilities, float32 `[C, V]`; -inf bans a token.
+        targets: The token that came next, `[C]`.
+
+    Returns:
+        Log-probability of the target, whether it is the (first) argmax, and mean and variance of
+        log p(v) under p, `[C]` each, in nats.
+
+    References:
+        Min-K%++, arXiv 2404.02936, equation 3.
+    """
+    peak = jnp.max(logits, axis=-1, keepdims=True)
+    shifted = logits - peak
+    weights = jnp.exp(shifted)
+    # Moments of what is shifted: the variance is the same, and less is lost in the difference.
+    shifted = jnp.where(weights > 0, shifted, 0.0)
+    total = jnp.sum(weights, axis=-1)
+    first = jnp.sum(weights * shifted, axis=-1) / total
+    second = jnp.sum(weights * shifted * shifted, axis=-1) / total
+    normaliser = jnp.log(total)
+    vocabulary = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, :]
+    likeliest = jnp.min(jnp.where(logits == peak, vocabulary, logits.shape[-1]), axis=-1)
+    of_target = jnp.take_along_axis(logits, targets[:, None], axis=-1) - peak
+    return (
+        of_target[:, 0] - normaliser,
+        likeliest == targets,
+        first - normaliser,
+        jnp.maximum(second - first * first, 0.0),
+    )

@@ -1,0 +1,221 @@
+"""What a model says of texts and prompts, computed once and kept on disk.
+
+An evaluation asks for scores and answers by setting; what an earlier run finished is read. A file's
+name carries a digest of all that it depends on (weights, head, T and s, tokens, options, code): a
+change of any of them computes anew, and a file appears whole or not at all, so that a run that was
+killed goes on where it was.
+"""
+
+import functools
+import hashlib
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from t3jax import files
+from t3jax.data.chat import Example
+from t3jax.evaluation.scoring import Setting, TextScores, padding_id, score_texts
+from t3jax.features import code_digest, examples_digest, params_digest
+from t3jax.head_io import Head
+from t3jax.lm.model import LM
+from t3jax.sampling import Sample, Sampler
+
+_MODEL_CODE = (
+    "guidance.py",
+    "head.py",
+    "lm/config.py",
+    "lm/decoder.py",
+    "lm/weights.py",
+    "pooling.py",
+)
+_SCORING_CODE = (*_MODEL_CODE, "batching.py", "evaluation/scoring.py")
+_SAMPLING_CODE = (
+    *_MODEL_CODE,
+    "sampling/loop.py",
+    "sampling/next_token.py",
+    "sampling/sampler.py",
+    "sampling/truncation.py",
+)
+
+
+class Store:
+    """Scores and answers of a model and its heads, kept in a folder.
+
+    Several stores may share a folder.
+    """
+
+    def __init__(
+        self,
+        lm: LM,
+        heads: Sequence[Head] = (),
+        folder: pathlib.Path | str = "out/evaluation/store",
+        *,
+        tokens_per_batch: int = 4096,
+        rows: int = 16,
+        progress: bool = False,
+    ):
+        """Remembers what to compute with; computes and writes nothing.
+
+        Args:
+            lm: The base model.
+            heads: The heads that settings refer to by index.
+            folder: Where results are kept; made when the first is.
+            tokens_per_batch: Tokens of one scoring pass.
+            rows: Answers decoded together.
+            progress: Whether to show progress bars.
+        """
+        self.lm = lm
+        self.heads = tuple(heads)
+        self.folder = pathlib.Path(folder)
+        self.tokens_per_batch = tokens_per_batch
+        self.rows = rows
+        self.progress = progress
+
+    def scores(
+        self,
+        label: str,
+        examples: Sequence[Example],
+        settings: Sequence[Setting],
+        reference_mask: bool = False,
+    ) -> list[TextScores]:
+        """Scores texts; those settings that are not stored share one pass over the texts.
+
+        Args:
+            label: What the texts are, for file names and the progress bar.
+            examples: Tokenised texts.
+            settings: What to score under.
+            reference_mask: See `score_texts`.
+
+        Returns:
+            One `TextScores` for each setting.
+
+        Raises:
+            ValueError: As `score_texts`.
+        """
+        digest = examples_digest(examples)
+        paths = [
+            self._path(
+                f"scores-{label}-{setting.name}",
+                ".npz",
+                [self._distribution(setting), digest, str(reference_mask)],
+                _SCORING_CODE,
+            )
+            for setting in settings
+        ]
+        todo = [k for k, path in enumerate(paths) if not path.is_file()]
+        if todo:
+            found = score_texts(
+                self.lm,
+                examples,
+                [settings[k] for k in todo],
+                self.heads,
+                reference_mask=reference_mask,
+                tokens_per_batch=self.tokens_per_batch,
+                progress=f"score {label}" if self.progress else None,
+            )
+            for k, scores in zip(todo, found, strict=True):
+                _write_scores(paths[k], scores)
+        return [_read_scores(path) for path in paths]
+
+    def answers(
+        self,
+        label: str,
+        prompts: Sequence[np.ndarray],
+        setting: Setting,
+        reference_mask: bool = False,
+        **options: Any,
+    ) -> list[Sample]:
+        """Answers prompts.
+
+        Greedy text depends on T · s alone, so settings of equal product share one run.
+
+        Args:
+            label: What the prompts are, for file names and the progress bar.
+            prompts: Token ids.
+            setting: What to sample from.
+            reference_mask: Mask padding tokens inside prompts, as the reference evaluator does when
+                it generates: positions then do not count them, as if they were not there.
+            **options: Fields of `SamplingOptions`.
+
+        Returns:
+            Samples, prompt by prompt.
+
+        Raises:
+            ValueError: As `Sampler.generate`; or a prompt ends in padding under `reference_mask`.
+        """
+        if reference_mask:
+            padding = padding_id(self.lm)
+            for i, prompt in enumerate(prompts):
+                if prompt[-1] == padding:
+                    raise ValueError(
+                        f"{label}, prompt {i} ends in the padding token {padding}, which "
+                        "reference_mask would mask; use correct masking for this model"
+                    )
+            prompts = [prompt[prompt != padding] for prompt in prompts]
+        if options.get("temperature", 0.0) == 0:
+            product = setting.base_temperature * setting.guidance_scale
+            setting = Setting(setting.name, 1.0, product, setting.head if product else None)
+        digest = examples_digest([Example(prompt, len(prompt)) for prompt in prompts])
+        path = self._path(
+            f"answers-{label}-{setting.name}",
+            ".json",
+            [self._distribution(setting), digest, repr(sorted(options.items()))],
+            _SAMPLING_CODE,
+        )
+        if not path.is_file():
+            samples = self._sampler(setting.head).generate(
+                [prompt.tolist() for prompt in prompts],
+                base_temperature=setting.base_temperature,
+                guidance_scale=setting.guidance_scale,
+                progress=f"answer {label} ({setting.name})" if self.progress else None,
+                **options,
+            )
+            content = [{"text": sample.text, "tokens": sample.tokens} for sample in samples]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with files.replacing(path) as temporary:
+                temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        return [Sample(**sample) for sample in json.loads(path.read_text(encoding="utf-8"))]
+
+    def _path(
+        self, name: str, suffix: str, parts: list[str], code: tuple[str, ...]
+    ) -> pathlib.Path:
+        parts = [self._model, *parts, code_digest(*code)]
+        digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
+        # The same distribution may go by several names: only the digest tells files apart.
+        stored = next(self.folder.glob(f"*-{digest}{suffix}"), None)
+        return stored or self.folder / f"{name}-{digest}{suffix}"
+
+    @functools.cached_property
+    def _model(self) -> str:
+        return f"{params_digest(self.lm.params)} {jax.tree.leaves(self.lm.params)[0].dtype}"
+
+    @functools.cached_property
+    def _head_digests(self) -> list[str]:
+        return [
+            f"{head.config} {head.prior_shift} {params_digest(head.params)}" for head in self.heads
+        ]
+
+    def _distribution(self, setting: Setting) -> str:
+        head = "" if setting.head is None else self._head_digests[setting.head]
+        return f"{setting.base_temperature!r} {setting.guidance_scale!r} {head}"
+
+    def _sampler(self, head: int | None) -> Sampler:
+        # The base model is any head's program at s = 0: one program fewer to compile.
+        index = head or 0
+        return Sampler(self.lm, self.heads[index] if self.heads else None, batch_size=self.rows)
+
+
+def _write_scores(path: pathlib.Path, scores: TextScores) -> None:
+    arrays = {name: value for name, value in vars(scores).items() if value is not None}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def _read_scores(path: pathlib.Path) -> TextScores:
+    with np.load(path) as arrays:
+        return TextScores(**arrays)

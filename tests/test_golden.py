@@ -1,0 +1,109 @@
+"""Equality with PyTorch where it is not installed: arrays that `golden/make_golden.py` made."""
+
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import t3jax
+from t3jax.lm import from_params, read_config
+from t3jax.lm.weights import load_params
+from t3jax.sampling import Sampler
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+NAMES = ("llama3_untied", "gqa_tied", "biases")
+TEMPERATURE, SCALE = 2.5, 1.0
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def case(request, tmp_path_factory):
+    """The arrays of a file, its model loaded from a folder, and its head."""
+    golden = dict(np.load(GOLDEN / f"{request.param}.npz"))
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "config.json").write_text(str(golden["config"]))
+    prefix = "weights/"
+    weights = {k.removeprefix(prefix): v for k, v in golden.items() if k.startswith(prefix)}
+    safetensors.numpy.save_file(weights, folder / "model.safetensors")
+    config = read_config(folder)
+    params = load_params(folder, config, jnp.float32)
+    eos = json.loads(str(golden["config"]))["eos_token_id"]
+    lm = from_params(config, params, None, (eos,), request.param)
+    head = t3jax.Head(
+        t3jax.HeadConfig(config.hidden_size, config.vocab_size, rank=len(golden["head/hidden"])),
+        {
+            "hidden": ({"weight": jnp.asarray(golden["head/hidden"])},),
+            "output": jnp.asarray(golden["head/output"]),
+        },
+        TEMPERATURE,
+        SCALE,
+        model=request.param,
+    )
+    return golden, lm, head
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def forward(apply, unembed, params, tokens, mask):
+    hidden, _ = apply(params, tokens, None, mask)
+    return hidden, unembed(params, hidden)
+
+
+def close(found, expected, atol):
+    np.testing.assert_allclose(np.asarray(found), expected, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_hidden_states_and_logits(case, side):
+    golden, lm, _ = case
+    tokens, mask = golden[f"{side}/tokens"], golden[f"{side}/mask"]
+    hidden, logits = forward(lm.apply, lm.unembed, lm.params, tokens, mask)
+    close(np.asarray(hidden)[mask], golden[f"{side}/hidden"], 1e-4)
+    close(np.asarray(logits)[mask][::4], golden[f"{side}/logits"], 1e-4)
+
+
+def test_the_method(case):
+    """From the model's own hidden states to guided log-probabilities, the loss and its gradient."""
+    golden, _, head = case
+    mask, tokens = golden["right/mask"], golden["right/tokens"]
+    states = np.zeros((*mask.shape, head.config.hidden_size), np.float32)
+    states[mask] = golden["right/hidden"]
+
+    @jax.jit
+    def method(params, logits):
+        pooled = t3jax.causal_mean(jnp.asarray(states), jnp.asarray(mask))
+
+        def loss(params):
+            targets = jnp.asarray(tokens[:, 1:])
+            labels = jnp.broadcast_to(jnp.asarray(golden["retain"])[:, None], targets.shape)
+            scores = t3jax.target_scores(params, pooled[:, :-1], targets)
+            return t3jax.classifier_loss(scores, labels, jnp.asarray(golden["answer"][:, 1:]))
+
+        scores = t3jax.head_scores(params, pooled)[mask][::4]
+        tempered = t3jax.tempered_logprobs(logits, TEMPERATURE)
+        guided = t3jax.tilt(tempered, scores, SCALE)
+        return pooled[mask], scores, guided, *jax.value_and_grad(loss)(params)
+
+    pooled, scores, guided, loss, grads = method(head.params, golden["right/logits"])
+    close(pooled, golden["pooled"], 1e-5)
+    close(scores, golden["scores"], 1e-5)
+    close(guided, golden["guided"], 1e-5)
+    close(loss, golden["loss"], 1e-5)
+    close(grads["hidden"][0]["weight"], golden["gradient/hidden"], 1e-5)
+    close(grads["output"], golden["gradient/output"], 1e-5)
+
+
+def test_greedy_text(case):
+    golden, lm, head = case
+    prompts = [golden[f"prompt/{i}"].tolist() for i in range(3)]
+    steps = max(len(golden[f"greedy/{i}"]) for i in range(3))
+    sampler = Sampler(lm, head)
+    base = sampler.generate(prompts, max_new_tokens=steps, base_temperature=1.0, guidance_scale=0.0)
+    guided = sampler.generate(prompts, max_new_tokens=steps)
+    for i in range(3):
+        assert base[i].tokens == golden[f"greedy/{i}"].tolist()
+        assert guided[i].tokens == golden[f"guided_greedy/{i}"].tolist()
+        assert base[i].tokens != guided[i].tokens  # the head decides

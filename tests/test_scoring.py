@@ -1,0 +1,157 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+import t3jax
+from t3jax.data import Example
+from t3jax.evaluation.scoring import BASE, Setting, score_texts, token_statistics
+
+LENGTHS = [(36, 33), (40, 17), (47, 46), (33, 30), (38, 37), (48, 32)]  # one compiled shape
+SETTINGS = (
+    Setting("tilted", 2.5, 1.0, 1),
+    BASE,
+    Setting("strong", 1.0, 4.0, 0),
+    Setting("off", 1.0, 0.0, 1),
+    Setting("flat", 2.5),
+    Setting("weak", 2.5, 0.5, 1),
+)
+
+
+@functools.cache
+def hidden_states(lm):
+    """Of random texts; their last tokens are chosen later, which changes nothing before."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 256, (len(LENGTHS), 48)).astype(np.int32)
+    hidden, _ = jax.jit(lm.apply)(lm.params, jnp.asarray(tokens))
+    return tokens, np.asarray(hidden, np.float64)
+
+
+@pytest.fixture(scope="module")
+def examples(tiny_lm):
+    tokens, hidden = hidden_states(tiny_lm)
+    table = np.asarray(tiny_lm.params["embed"]["weight"], np.float64)
+    found = []
+    for row, (n, start) in enumerate(LENGTHS):
+        text = tokens[row, :n].copy()
+        if row % 2:
+            text[-1] = np.argmax(table @ hidden[row, n - 2])  # what the base model would say
+        found.append(Example(text, start))
+    return found
+
+
+@pytest.fixture(scope="module")
+def heads(tiny_lm):
+    second = tiny.make_head(tiny_lm, rank=5, seed=2)
+    config = dataclasses.replace(second.config, activation="tanh")
+    return [tiny.make_head(tiny_lm), dataclasses.replace(second, config=config, prior_shift=0.7)]
+
+
+def score(lm, examples, heads, settings=SETTINGS):
+    # Several batches, and chunks that end within a text.
+    return score_texts(lm, examples, settings, heads, tokens_per_batch=96, positions_per_chunk=16)
+
+
+@pytest.fixture(scope="module")
+def found(tiny_lm, examples, heads):
+    return score(tiny_lm, examples, heads)
+
+
+@pytest.fixture(scope="module")
+def stated(tiny_lm, examples, heads):
+    """The definition, text by text, in float64 over the whole vocabulary."""
+    _, hidden = hidden_states(tiny_lm)
+    table = np.asarray(tiny_lm.params["embed"]["weight"], np.float64)
+    results = []
+    for setting in SETTINGS:
+        fields = {name: [] for name in ("logprobs", "correct", "mean", "variance", "scores")}
+        for row, example in enumerate(examples):
+            for t in range(example.answer_start, len(example.tokens)):
+                logits = table @ hidden[row, t - 1] / setting.base_temperature
+                if setting.head is not None:
+                    g = g_scores(heads[setting.head], hidden[row, :t].mean(axis=0))
+                    logits = logits - setting.guidance_scale * np.log1p(np.exp(-g))
+                    fields["scores"].append(g[example.tokens[t]])
+                p = np.exp(logits - logits.max())
+                p /= p.sum()
+                fields["logprobs"].append(np.log(p[example.tokens[t]]))
+                fields["correct"].append(np.argmax(p) == example.tokens[t])
+                fields["mean"].append(np.sum(p * np.log(p)))
+                fields["variance"].append(np.sum(p * np.log(p) ** 2) - np.sum(p * np.log(p)) ** 2)
+        results.append({name: np.array(values) for name, values in fields.items()})
+    return results
+
+
+def g_scores(head, pooled):
+    hidden = np.asarray(head.params["hidden"][0]["weight"], np.float64) @ pooled
+    hidden = np.tanh(hidden) if head.config.activation == "tanh" else hidden
+    return np.asarray(head.params["output"], np.float64) @ hidden + head.prior_shift
+
+
+@pytest.mark.parametrize("k", range(len(SETTINGS)), ids=[setting.name for setting in SETTINGS])
+def test_every_field_is_the_full_softmax_s(found, stated, k):
+    for name in ("logprobs", "correct", "mean", "variance"):
+        np.testing.assert_allclose(getattr(found[k], name), stated[k][name], atol=1e-4, rtol=1e-4)
+    if SETTINGS[k].head is None:
+        assert stated[k]["correct"].sum() == 3
+        assert found[k].retain_scores is None
+    else:
+        np.testing.assert_allclose(found[k].retain_scores, stated[k]["scores"], atol=1e-4)
+        np.testing.assert_allclose(
+            found[k].retain_prob, 1 / (1 + np.exp(-stated[k]["scores"])), atol=1e-5
+        )
+
+
+def test_losses_are_means_over_each_answer(found, stated, examples):
+    ends = np.cumsum([n - start for n, start in LENGTHS])
+    expected = [-part.mean() for part in np.split(stated[0]["logprobs"], ends[:-1])]
+    np.testing.assert_allclose(found[0].avg_loss, expected, atol=1e-4)
+    np.testing.assert_allclose(found[0].select(2, 5).avg_loss, expected[2:5], atol=1e-4)
+
+
+def test_rows_of_tokens_end_before_the_closing_one(found):
+    mask = found[1].mask_without_last()
+    rows = found[1].padded(found[1].logprobs)
+    assert mask.sum(axis=1).tolist() == [n - start - 1 for n, start in LENGTHS]
+    np.testing.assert_array_equal(rows[0][mask[0]], found[1].logprobs[:2])
+
+
+def test_a_head_at_strength_0_and_temperature_1_is_the_base(found):
+    np.testing.assert_array_equal(found[1].logprobs, found[3].logprobs)
+
+
+def test_a_mesh_gives_the_same(tiny_lm, examples, heads, found):
+    mesh = t3jax.make_mesh((4, 2))
+    params = jax.device_put(tiny_lm.params, t3jax.sharding.param_shardings(mesh, tiny_lm.params))
+    sharded = dataclasses.replace(tiny_lm, params=params, mesh=mesh)
+    for one, many in zip(found, score(sharded, examples, heads, SETTINGS[:2]), strict=False):
+        np.testing.assert_allclose(many.logprobs, one.logprobs, atol=1e-4)
+        np.testing.assert_array_equal(many.correct, one.correct)
+
+
+def test_statistics_of_extreme_distributions():
+    logits = jnp.asarray([[0.0, -jnp.inf, 0.0, 200.0], [3.0, 3.0, -jnp.inf, 3.0]])
+    logprob, correct, mean, variance = token_statistics(logits, jnp.asarray([3, 1]))
+    np.testing.assert_allclose(logprob, [0.0, -np.log(3)], atol=1e-6)
+    assert correct.tolist() == [True, False]  # of equals the first is the argmax
+    np.testing.assert_allclose(mean, [0.0, -np.log(3)], atol=1e-6)
+    np.testing.assert_allclose(variance, [0.0, 0.0], atol=1e-6)
+
+
+def test_bad_requests_are_named(tiny_lm, examples):
+    with pytest.raises(ValueError, match="there is no head 0, only 0 heads"):
+        score_texts(tiny_lm, examples, [Setting("x", 1.0, 1.0, 0)])
+    with pytest.raises(ValueError, match="needs a head"):
+        Setting("x", 1.0, 1.0)
+    with pytest.raises(ValueError, match="base_temperature must be positive"):
+        Setting("x", 0.0)
+    with pytest.raises(ValueError, match="becomes a folder's"):
+        Setting("../x")
+    with pytest.raises(ValueError, match="no settings"):
+        score_texts(tiny_lm, examples, [])
+    with pytest.raises(ValueError, match="example 1 has no answer"):
+        score_texts(tiny_lm, [examples[0], Example(examples[1].tokens, 40)], [BASE])

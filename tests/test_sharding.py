@@ -1,0 +1,239 @@
+"""Eight simulated devices: the same numbers as on one, where every array lives, and its share."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from t3jax import features, sharding
+from t3jax.data import PromptFormat, encode_records
+from t3jax.head import head_scores
+from t3jax.pooling import causal_mean
+from t3jax.sampling import Controls, Sampler
+from t3jax.sampling.loop import Program, Weights, decode_chunk, prefill
+from t3jax.sharding import (
+    batch_sharding,
+    cache_shardings,
+    fitting,
+    make_mesh,
+    param_shardings,
+)
+
+MESHES = [(2, 4), (1, 8), (8, 1), (4, 2)]
+# All kinds of weights: an LM head of its own and every bias.
+CONFIG = dataclasses.replace(tiny.CONFIG, tied=False, attention_bias=True, mlp_bias=True)
+ROWS, LENGTH = 8, 16
+PROMPTS = [[5, 9, 200, 31], [77], list(range(40, 65)), [3, 3, 3], [250, 1]]
+DRAW = {"temperature": 1.0, "top_p": 0.9, "seed": 3}
+
+
+def batch(vocab):
+    """Tokens and mask of a batch padded on the left."""
+    tokens = np.random.default_rng(0).integers(0, vocab, (ROWS, LENGTH)).astype(np.int32)
+    return tokens, np.arange(LENGTH) >= np.arange(ROWS)[:, None]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def forward(apply, unembed, params, head, tokens, mask):
+    hidden, _ = apply(params, tokens, None, mask)
+    return hidden, unembed(params, hidden), head_scores(head, causal_mean(hidden, mask))
+
+
+def outputs(config, mesh):
+    """Hidden states, logits and scores at attended positions; greedy and drawn tokens."""
+    lm = tiny.make_lm(config, mesh)
+    head = tiny.make_head(lm)
+    tokens, mask = batch(lm.vocab_size)
+    place = functools.partial(jax.device_put, device=batch_sharding(lm.mesh, tokens.shape))
+    params = jax.device_put(head.params, param_shardings(lm.mesh, head.params))
+    arrays = forward(lm.apply, lm.unembed, lm.params, params, place(tokens), place(mask))
+    arrays = [np.asarray(array)[mask] for array in arrays]
+    sampler = Sampler(lm, head, batch_size=8)
+    greedy = sampler.generate(PROMPTS, max_new_tokens=12)
+    drawn = sampler.generate(PROMPTS, max_new_tokens=12, **DRAW)
+    return arrays, [s.tokens for s in greedy], [s.tokens for s in drawn]
+
+
+@functools.cache
+def on_one_device(config):
+    return outputs(config, None)
+
+
+def assert_equals_one_device(config, shape):
+    arrays, greedy, drawn = outputs(config, make_mesh(shape))
+    expected_arrays, expected_greedy, expected_drawn = on_one_device(config)
+    for found, expected in zip(arrays, expected_arrays, strict=True):
+        np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+    assert greedy == expected_greedy
+    assert drawn == expected_drawn
+    assert drawn != greedy
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_numbers_and_tokens_are_those_of_one_device(shape):
+    assert_equals_one_device(CONFIG, shape)
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (1, 8)])
+def test_a_model_whose_widths_do_not_divide_works_too(shape):
+    assert_equals_one_device(tiny.ODD_CONFIG, shape)
+
+
+def specs(tree):
+    """Path to PartitionSpec of every leaf."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.sharding.spec
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
+LAYER_SPECS = {
+    "attention_norm/weight": P(),
+    "attention/q/weight": P("model"),
+    "attention/q/bias": P("model"),
+    "attention/k/weight": P("model"),
+    "attention/k/bias": P("model"),
+    "attention/v/weight": P("model"),
+    "attention/v/bias": P("model"),
+    "attention/o/weight": P(None, "model"),
+    "attention/o/bias": P(),
+    "mlp_norm/weight": P(),
+    "mlp/gate/weight": P("model"),
+    "mlp/gate/bias": P("model"),
+    "mlp/up/weight": P("model"),
+    "mlp/up/bias": P("model"),
+    "mlp/down/weight": P(None, "model"),
+    "mlp/down/bias": P(),
+}
+PARAM_SPECS = {
+    "embed/weight": P("model"),
+    "lm_head/weight": P("model"),
+    "final_norm/weight": P(),
+    **{f"layers/{i}/{name}": spec for i in range(2) for name, spec in LAYER_SPECS.items()},
+}
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_specs_of_weights_and_head(shape):
+    lm = tiny.make_lm(CONFIG, make_mesh(shape))
+    assert specs(lm.params) == PARAM_SPECS
+    head = param_shardings(lm.mesh, tiny.make_head(lm).params)
+    assert head["output"].spec == P("model")
+    assert head["hidden"][0]["weight"].spec == P()
+
+
+def decoding_state(shape, config=CONFIG):
+    """The state of the loop after a prefill and a chunk, and the weights it reads."""
+    lm = tiny.make_lm(config, make_mesh(shape))
+    head = tiny.make_head(lm)
+    tokens, mask = batch(lm.vocab_size)
+    place = functools.partial(jax.device_put, device=batch_sharding(lm.mesh, (ROWS,)))
+    params = jax.device_put(head.params, param_shardings(lm.mesh, head.params))
+    weights = Weights(lm.params, params, jnp.float32(0))
+    program = Program(lm.apply, lm.unembed, lm.init_cache, "identity", "base", False, lm.mesh)
+    ones, zeros = np.ones(ROWS, np.float32), np.zeros(ROWS, np.float32)
+    controls = place(Controls(ones, ones, zeros, np.zeros(ROWS, np.int32), ones, zeros, ones))
+    keys = place(jax.random.split(jax.random.key(0), ROWS))
+    stop = jnp.asarray([263], jnp.int32)
+    state, _ = prefill(program, weights, *place((tokens, mask)), keys, controls, LENGTH + 8, stop)
+    before = specs(state.cache)
+    state, _ = decode_chunk(program, weights, state, place(zeros > 0), controls, stop, 4)
+    assert specs(state.cache) == before
+    return state, weights, lm.mesh
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_specs_and_bytes_per_device_while_decoding(shape):
+    """Weights, cache and W2 take at most 1.2 × total / shards of each device's memory."""
+    state, weights, mesh = decoding_state(shape)
+    # 4 key heads: 8 devices split their width instead.
+    keys = P("data", "model") if shape[1] != 8 else P("data", None, None, "model")
+    # An axis of one device is no split: its name may be left out.
+    for layer in (*state.cache.keys, *state.cache.values):
+        assert layer.sharding.is_equivalent_to(NamedSharding(mesh, keys), 4), layer.sharding
+    rows = NamedSharding(mesh, P("data"))
+    assert state.cache.positions.sharding.is_equivalent_to(rows, 2)
+    data, model = shape
+    for name, tree, shards in (
+        ("weights", weights.params, model),
+        ("cache", state.cache, data * model),
+        ("W2", weights.head["output"], model),
+    ):
+        leaves = jax.tree.leaves(tree)
+        total = sum(leaf.nbytes for leaf in leaves)
+        for device in mesh.devices.flat:
+            here = sum(
+                shard.data.nbytes
+                for leaf in leaves
+                for shard in leaf.addressable_shards
+                if shard.device == device
+            )
+            assert here <= 1.2 * total / shards, f"{name}: {here} of {total} bytes on {device}"
+
+
+def test_batches_and_caches_are_split_by_rows():
+    mesh = make_mesh((4, 2))
+    assert batch_sharding(mesh, (8, 16)).spec == P("data")
+    assert batch_sharding(mesh, (6, 16)).spec == P()  # 4 does not divide 6
+    cache = jax.eval_shape(lambda: tiny.make_lm().init_cache(8, 24))
+    shardings = cache_shardings(mesh, cache)
+    assert shardings.keys[0].spec == P("data", "model")
+    assert shardings.positions.spec == P("data")
+    assert shardings.cursor.spec == P()
+
+
+def test_a_dimension_that_does_not_divide_is_kept_whole():
+    mesh = make_mesh((2, 4))
+    assert fitting(mesh, P("data", "model"), (4, 8)).spec == P("data", "model")
+    assert fitting(mesh, P("data", "model"), (3, 8)).spec == P(None, "model")
+    assert fitting(mesh, P("data", "model"), (4, 6)).spec == P("data")
+    assert fitting(mesh, P("model"), (6,)).spec == P()
+    assert fitting(mesh, P("data"), ()).spec == P()
+
+
+def test_features_are_those_of_one_device(tmp_path):
+    rows = [{"question": f"Who wrote {'x' * i}?", "answer": f"{i} wrote it."} for i in range(5)]
+    found = []
+    for mesh in (None, make_mesh((2, 4))):
+        lm = tiny.make_lm(CONFIG, mesh)
+        examples = encode_records(lm.tokenizer, rows, PromptFormat())
+        found.append(features.load_or_compute_features(lm, examples, tmp_path / str(mesh)))
+    assert found[0].key == found[1].key  # a digest of the weights, wherever they are
+    np.testing.assert_allclose(found[0].pooled, found[1].pooled, atol=1e-5)
+    np.testing.assert_array_equal(found[0].targets, found[1].targets)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((-1, 1), (8, 1)), ((2, -1), (2, 4)), ((2, 4), (2, 4)), ((-1, 8), (1, 8))],
+)
+def test_mesh_shapes(shape, expected):
+    mesh = make_mesh(shape)
+    assert (mesh.shape[sharding.DATA], mesh.shape[sharding.MODEL]) == expected
+    assert make_mesh().shape[sharding.DATA] == 8
+    assert make_mesh((1, 1), jax.devices()[3:4]).size == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 2), r"\(2, 2\) does not fit 8 devices"),
+        ((3, -1), r"\(3, -1\) does not fit 8 devices"),
+        ((16, 1), r"\(16, 1\) does not fit 8 devices"),
+        ((-1, 16), r"\(-1, 16\) does not fit 8 devices"),
+        ((-1, -1), "at most one -1"),
+        ((0, 8), "positive"),
+        ((-2, 4), "positive"),
+        ((8,), r"expected \(data, model\)"),
+        ((2, 2, 2), r"expected \(data, model\)"),
+    ],
+)
+def test_a_mesh_that_does_not_use_every_device_once_is_refused(shape, message):
+    with pytest.raises(ValueError, match=message):
+        make_mesh(shape)
