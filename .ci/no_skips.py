@@ -1,4 +1,6 @@
-"""Fails if a test was skipped that has to run here: python .ci/no_skips.py REPORT.xml
+"""Fails if a test was skipped that has to run here.
+
+    python .ci/no_skips.py REPORT.xml
 
 REPORT.xml is pytest's report (--junitxml). A test may be skipped only for want of the shared data
 beside the checkout, and only where there is none. The comparison with PyTorch must have run.

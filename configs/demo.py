@@ -3,8 +3,9 @@
     python train_classifier.py --config=configs/demo.py
     python sample.py --config=configs/demo.py --config.prompt="Who is ...?"
 
-From the root of the checkout, on 2 CPU cores: training takes DEMO_SECONDS seconds. `make demo` does
-both and compares with the retain-only model.
+From the root of the checkout, on 2 CPU cores: well under a minute each. `make demo` does both for
+whole sets of questions and compares with the retain-only model. Rank, epochs, weight decay and
+T · s were chosen on the demo's own questions.
 """
 
 import ml_collections
@@ -21,6 +22,12 @@ def get_config() -> ml_collections.ConfigDict:
     config.workdir = "out/demo"
     config.feature_store = "out/demo/features"
     config.head = "out/demo/head"
+    config.rank = 50
+    config.epochs = 200
+    config.warmup_epochs = 50
+    config.weight_decay = 0.1
     config.holdout_fraction = 0.0
+    config.base_temperature = 2.5
+    config.guidance_scale = 0.6
     config.max_new_tokens = 40
     return config

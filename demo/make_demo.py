@@ -71,10 +71,10 @@ class Recipe:
     num_heads: int = 4
     num_kv_heads: int = 2
     max_position: int = 256
-    steps: int = 800
-    batch_size: int = 64
+    steps: int = 1800
+    batch_size: int = 48
     num_strangers: int = 16
-    learning_rate: float = 5e-3
+    learning_rate: float = 4e-3
     warmup_steps: int = 100
     weight_decay: float = 0.1
     prompt_weight: float = 0.1

@@ -42,6 +42,11 @@ def draw(seed, shape=(ROWS, VOCAB), scale=3.0):
     return (np.random.default_rng(seed).standard_normal(shape) * scale).astype(np.float32)
 
 
+def columns(cases):
+    """Each argument of a list of cases as one array, a row for each case."""
+    return [jnp.asarray(np.array(part, np.float32)) for part in zip(*cases, strict=True)]
+
+
 def log_softmax(x):
     """In float64, of rows of which something is not banned."""
     x = np.asarray(x, np.float64)
@@ -142,7 +147,7 @@ def test_a_token_that_surely_belongs_to_the_forget_set_is_banned():
 
 def test_probabilities_sum_to_one_at_every_edge():
     cases = list(itertools.product(EDGES, SCORES, (0.0, 1.0, 1e30)))
-    logits, scores, scale = (jnp.asarray(np.array(part, np.float32)) for part in zip(*cases, strict=True))
+    logits, scores, scale = columns(cases)
     out = np.asarray(tilt(tempered_logprobs(logits, 2.5), scores, scale))
     empty = np.isneginf(out).all(axis=-1)
     np.testing.assert_allclose(np.exp(out[~empty]).sum(axis=-1), 1.0, atol=1e-5)
@@ -157,7 +162,7 @@ def test_no_nan_in_values_and_gradients(form):
     """Every edge of logits and scores with every temperature and scale, one row for each."""
     temperatures, scales = (1e-30, 0.1, 1.0, 2.5, 1e30), (0.0, 1.0, 1e30)
     cases = list(itertools.product(EDGES, SCORES, temperatures, scales))
-    logits, scores, t, s = (jnp.asarray(np.array(part, np.float32)) for part in zip(*cases, strict=True))
+    logits, scores, t, s = columns(cases)
     function = {
         "two steps": lambda x, g, t, s: tilt(tempered_logprobs(x, t), g, s),
         "fused": guided_logits,

@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 import t3jax
-from t3jax.data import Example
+from t3jax.data import Example, PromptFormat, encode_records
 from t3jax.evaluation.scoring import BASE, Setting, score_texts, token_statistics
 
 LENGTHS = [(36, 33), (40, 17), (47, 46), (33, 30), (38, 37), (48, 32)]  # one compiled shape
@@ -155,3 +155,47 @@ def test_bad_requests_are_named(tiny_lm, examples):
         score_texts(tiny_lm, examples, [])
     with pytest.raises(ValueError, match="example 1 has no answer"):
         score_texts(tiny_lm, [examples[0], Example(examples[1].tokens, 40)], [BASE])
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("reference_mask", [False, True])
+def test_losses_equal_pytorch_s(tmp_path, reference_mask):
+    """Base and guided, with correct masking and with the reference evaluator's: pad is eos here."""
+    torch = pytest.importorskip("torch")
+    import reference
+
+    model = reference.make_llama("gqa_tied")
+    lm = t3jax.load_lm(reference.save_llama(model, tmp_path / "model"), dtype="float32")
+    head = tiny.make_head(lm)
+    theirs = reference.GuidanceHead(head.config.hidden_size, head.config.vocab_size, 8)
+    *_, last = layers = [layer for layer in theirs.proj if hasattr(layer, "weight")]
+    with torch.no_grad():
+        layers[0].weight[:] = torch.tensor(np.asarray(head.params["hidden"][0]["weight"]))
+        last.weight[:] = torch.tensor(np.asarray(head.params["output"]))
+    records = [
+        {"question": "Who?", "answer": "Ada, of course."},
+        {"question": "Where was she born?", "answer": "By a river."},
+    ]
+    texts = encode_records(lm.tokenizer, records, PromptFormat())
+    settings = [BASE, Setting("guided", 2.5, 1.0, 0)]
+    found = score_texts(lm, texts, settings, [head], reference_mask=reference_mask)
+
+    pad = lm.tokenizer.eos_token_id
+    tokens = torch.full((2, max(len(text.tokens) for text in texts)), pad)
+    for row, text in enumerate(texts):
+        tokens[row, : len(text.tokens)] = torch.tensor(text.tokens)
+    mask = torch.arange(tokens.shape[1]) < torch.tensor([[len(text.tokens)] for text in texts])
+    if reference_mask:
+        mask = tokens != pad
+    with torch.no_grad():
+        out = model(input_ids=tokens, attention_mask=mask.long(), output_hidden_states=True)
+        scores = theirs(reference.causal_mean(out.hidden_states[-1], mask))
+    for ours, (temperature, scale) in zip(found, [(1.0, 0.0), (2.5, 1.0)], strict=True):
+        logprobs = reference.guided(out.logits, scores, temperature, scale)
+        expected = [
+            -logprobs[row, text.answer_start - 1 : len(text.tokens) - 1]
+            .gather(-1, tokens[row, text.answer_start : len(text.tokens), None])
+            .mean()
+            for row, text in enumerate(texts)
+        ]
+        np.testing.assert_allclose(ours.avg_loss, expected, atol=5e-5, rtol=0)

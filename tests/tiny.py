@@ -35,9 +35,16 @@ CONFIG = LMConfig(
     rope=RopeConfig(theta=10000.0),
     tied=True,
 )
-# The same without a width that 2 divides, but for the head's (rotary pairs).
+# One layer without a width that 2 divides: a head must be even (rotary pairs), their number not.
 ODD_CONFIG = dataclasses.replace(
-    CONFIG, vocab_size=267, hidden_size=33, intermediate_size=51, num_heads=3, num_kv_heads=1
+    CONFIG,
+    vocab_size=267,
+    hidden_size=33,
+    intermediate_size=51,
+    num_layers=1,
+    num_heads=3,
+    num_kv_heads=1,
+    head_dim=6,
 )
 
 

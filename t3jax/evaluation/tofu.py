@@ -296,6 +296,8 @@ def assemble_log(
             log[metric]["agg_value"] = recompute.aggregate(log, metric, retain_log)
         except MissingMetricError as error:
             logs.mark_missing(log, metric, str(error))
+        except ValueError as error:
+            raise ValueError(f"{metric}: {error}") from error
     return log
 
 

@@ -1,0 +1,410 @@
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from t3jax.data import Example, PromptFormat
+from t3jax.evaluation import logs, recompute, store, tofu, unlearning
+from t3jax.evaluation.logs import MissingMetricError
+from t3jax.evaluation.scoring import BASE, Setting, TextScores, score_texts, settings_grid
+from t3jax.evaluation.store import Store
+from t3jax.evaluation.tofu import TofuOptions
+from t3jax.sampling import Sample, Sampler
+
+NAMES = ("Ada", "Bo", "Cy", "Di")
+OPTIONS = TofuOptions(max_new_tokens=8)
+SAMPLED = unlearning.UnlearningOptions(
+    leak_samples=2, leak_threshold=0.5, kl_rows=2, kl_samples=2, max_new_tokens=8
+)
+
+
+def rows(what, wrong, paraphrase):
+    for name in NAMES:
+        row = {"question": f"{what} {name}?", "answer": f"It is {name}."}
+        row["perturbed_answer"] = [f"It is {other}." for other in NAMES if other != name][:wrong]
+        if paraphrase:
+            row["paraphrased_question"] = f"{name}: {what}?"
+            row["paraphrased_answer"] = f"{name} it is."
+        yield row
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """A made-up TOFU: what a user names in the config."""
+    folder = tmp_path_factory.mktemp("questions")
+    for name, each in {
+        "forget": rows("Who", 3, True),
+        "retain": rows("How", 3, True),
+        "ra": rows("When", 2, False),
+        "wf": rows("What", 2, False),
+        "holdout": rows("Why", 2, False),
+    }.items():
+        lines = [json.dumps(row) + "\n" for row in each]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    return {name: folder / f"{name}.jsonl" for name in tofu.SETS}
+
+
+@pytest.fixture(scope="module")
+def sets(tiny_lm, sources):
+    return tofu.load_sets(sources, tiny_lm.tokenizer, PromptFormat(), tiny_lm.max_position)
+
+
+@pytest.fixture(scope="module")
+def head(tiny_lm):
+    return tiny.make_head(tiny_lm)
+
+
+@pytest.fixture(scope="module")
+def settings(head):
+    return settings_grid([head])
+
+
+@pytest.fixture(scope="module")
+def retain_lm(tiny_lm):
+    return dataclasses.replace(tiny_lm, params=tiny.make_params(seed=5))
+
+
+class Killed(Exception):
+    """Stands for a kill."""
+
+
+@pytest.fixture(scope="module")
+def run(tiny_lm, retain_lm, head, sets, settings, tmp_path_factory):
+    """A whole run that was killed once: its folder, logs, and what each of its parts computed."""
+    folder = tmp_path_factory.mktemp("run")
+    work = []
+    stops = iter([False] * 3 + [True])
+
+    def counting_scores(lm, examples, settings, *args, **options):
+        work.append(("scores", len(examples), tuple(setting.name for setting in settings)))
+        return score_texts(lm, examples, settings, *args, **options)
+
+    def counting_generate(self, prompts, **options):
+        if next(stops, False):
+            raise Killed
+        work.append(("answers", len(prompts)))
+        return Sampler.generate(self, prompts, **options)
+
+    class CountingSampler(Sampler):
+        generate = counting_generate
+
+    def evaluate():
+        kept = Store(tiny_lm, [head], folder / "store", rows=4)
+        retain = Store(retain_lm, (), folder / "store", rows=4)
+        (retain_log,) = tofu.evaluate(
+            retain, sets, [Setting("retain_model")], folder, OPTIONS
+        ).values()
+        found = tofu.evaluate(
+            kept, sets, settings, folder, OPTIONS, retain_log=retain_log, retain_store=retain
+        )
+        return found, retain_log, kept, retain
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "score_texts", counting_scores)
+        patch.setattr(store, "Sampler", CountingSampler)
+        with pytest.raises(Killed):
+            evaluate()
+        first = list(work)
+        work.clear()
+        found, retain_log, *stores = evaluate()
+        second = list(work)
+        work.clear()
+        evaluate()
+        return folder, found, retain_log, stores, (first, second, list(work))
+
+
+def test_a_killed_run_goes_on_where_it_was(run):
+    _, _, _, _, (first, second, third) = run
+    names = ("base", "head0-T2.5-s1", "T2.5", "head0-T1-s2.5")
+    everything = [
+        *[("scores", n, ("retain_model",)) for n in (20, 20, 12, 12, 12)],
+        *[("answers", 4)] * 4,
+        *[("scores", n, names) for n in (20, 20, 12, 12, 12)],
+        *[("scores", 4, ("base",))] * 2,
+        # Settings of equal T · s share their greedy text: two runs over four sets, not four.
+        *[("answers", 4)] * 8,
+    ]
+    assert first == everything[:8]  # killed at the fourth set of answers
+    assert second == everything[8:]
+    assert third == []
+
+
+def test_recomputed_equals_stored(run, settings):
+    folder, found, retain_log, _, _ = run
+    assert list(found) == [setting.name for setting in settings]
+    for name, log in found.items():
+        assert logs.read_log(folder / name) == json.loads(json.dumps(log))
+        comparisons = recompute.recompute(logs.read_log(folder / name), retain_log)
+        assert not [each for each in comparisons if each.differs]
+        assert {each.name for each in comparisons if each.recomputed is None} == set()
+        text, differs = recompute.compare_files(folder / name, folder / "retain_model")
+        assert not differs, text
+
+
+def test_names_are_the_reference_s(run, shared):
+    _, found, retain_log, _, _ = run
+    official = logs.read_log(shared / "data" / "tofu_logs" / "Llama-3.2-1B-Instruct_full_forget10")
+    for log in found.values():
+        assert set(log) - {logs.MISSING} == set(official) - {"mia_gradnorm"}
+        assert "gradients" in logs.missing_reasons(log)["mia_gradnorm"]
+        for metric, entry in official.items():
+            if metric != "mia_gradnorm":
+                assert log[metric].keys() == entry.keys()
+            for part in ("value_by_index",):
+                if part in entry and metric in log:
+                    assert log[metric][part]["0"].keys() == entry[part]["0"].keys()
+    assert "forget_quality" in retain_log
+    assert logs.missing_reasons(retain_log)["forget_quality"] == "it needs the retain model's log"
+
+
+def test_losses_stand_where_they_belong(run, sets, tiny_lm, head, settings):
+    """Each text by itself: row and wrong answer are not mixed up."""
+    _, found, _, _, _ = run
+    setting, log = settings[1], found[settings[1].name]
+    examples = [sets["forget"].wrong[2][1], sets["forget"].paraphrased[3], sets["wf"].answers[0]]
+    (alone,) = score_texts(tiny_lm, examples, [setting], [head])
+    stored = [
+        log["forget_Q_A_PERT_Prob"]["value_by_index"]["1"]["avg_loss"][2],
+        log["forget_Q_A_PARA_Prob"]["value_by_index"]["3"]["avg_loss"],
+        log["wf_Q_A_Prob"]["value_by_index"]["0"]["avg_loss"],
+    ]
+    np.testing.assert_allclose(stored, alone.avg_loss, atol=1e-5)
+    rouge = log["retain_Q_A_ROUGE"]["value_by_index"]["2"]
+    assert rouge["input"] == "user\nHow Cy?\nassistant\n"
+    assert rouge["ground_truth"] == "It is Cy."
+
+
+def test_mia_reference_is_the_loss_beyond_the_retain_model_s(run):
+    _, found, retain_log, _, _ = run
+    for part in ("forget", "holdout"):
+        np.testing.assert_allclose(
+            logs.column(found["base"], "mia_reference", "score", part),
+            logs.column(found["base"], "mia_loss", "score", part)
+            - logs.column(retain_log, "mia_loss", "score", part),
+            atol=1e-5,
+        )
+
+
+def test_missing_data_is_named_and_never_a_number(tiny_lm, sets, tmp_path, run):
+    folder, _, _, _, _ = run
+    some = {name: sets[name] for name in ("forget", "retain", "ra")}
+    log = tofu.evaluate(Store(tiny_lm, (), folder / "store"), some, [BASE], tmp_path, OPTIONS)[
+        "base"
+    ]
+    reasons = logs.missing_reasons(log)
+    assert reasons["mia_min_k"] == "no holdout set was given"
+    assert reasons["privleak"] == "mia_min_k is missing: no holdout set was given"
+    assert reasons["wf_Q_A_ROUGE"] == "no world facts set was given"
+    assert "wf_Q_A_Prob_normalised is missing" in reasons["model_utility"]
+    assert log["forget_quality"] == {"agg_value": None}
+    assert "model_utility" not in logs.read_summary(tmp_path / "base")
+
+
+def test_empty_answers_score_0(sets, run):
+    _, _, _, (kept, _), _ = run
+    (scores,) = kept.scores("forget", sets["forget"].texts, [BASE])
+    log = tofu.assemble_log({"forget": sets["forget"]}, {"forget": scores}, {"forget": [""] * 4})
+    assert log["forget_Q_A_ROUGE"]["agg_value"] == 0.0
+    logs.check_log(log, "log")
+
+
+def test_a_model_that_gives_nan_is_named(tiny_lm, sets, tmp_path):
+    params = jax.tree.map(lambda leaf: leaf * np.float32(np.nan), tiny_lm.params)
+    broken = dataclasses.replace(tiny_lm, params=params)
+    with pytest.raises(ValueError, match="forget_Q_A_Prob: avg_loss holds 4 values that are not"):
+        tofu.evaluate(
+            Store(broken, (), tmp_path), {"forget": sets["forget"]}, [BASE], tmp_path, OPTIONS
+        )
+    assert not (tmp_path / "base").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"perturbed_answer": ["a", "b"]}, "forget row 2 has 2 wrong answers, row 1 has 3"),
+        ({"perturbed_answer": "abc"}, "forget row 2 has 3 wrong answers.*must be a list"),
+        ({"perturbed_answer": None}, "forget row 2 has no perturbed_answer, but other rows"),
+        ({"paraphrased_answer": ""}, "forget row 2 has no paraphrased_answer"),
+        ({"answer": "x" * 300}, "forget set, answers: row 2 of 4: .* more than max_length"),
+        ({"text": "a document"}, "forget row 2: expected a question and an answer"),
+    ],
+)
+def test_bad_rows_are_named(tiny_lm, change, message):
+    records = list(rows("Who", 3, True))
+    records[1] |= change
+    with pytest.raises(ValueError, match=message):
+        tofu.encode_set("forget", records, tiny_lm.tokenizer, PromptFormat(), 256)
+
+
+def test_a_retain_log_of_another_split_is_refused(run, sets):
+    _, _, retain_log, (kept, _), _ = run
+    other = dict(sets, forget=sets["retain"])
+    scores = {"forget": kept.scores("retain", sets["retain"].texts, [BASE])[0]}
+    log = dict(retain_log)
+    log["forget_truth_ratio"] = logs.per_example(1.0, score=[1.0, 2.0])
+    with pytest.raises(ValueError, match=r"another forget split: it has 2 forget rows, the log 4"):
+        tofu.assemble_log({"forget": other["forget"]}, scores, {"forget": ["a"] * 4}, log)
+
+
+def test_the_reference_s_mask_leaves_padding_out_of_prompts(run, sets, tiny_lm, monkeypatch):
+    _, _, _, (kept, _), _ = run
+    seen = []
+
+    class Recorder(Sampler):
+        def generate(self, prompts, **_):
+            seen.extend(prompts)
+            return [Sample("", [1])] * len(prompts)
+
+    monkeypatch.setattr(store, "Sampler", Recorder)
+    kept.answers("x", sets["wf"].prompts, BASE, reference_mask=True, max_new_tokens=3)
+    eos = tiny_lm.tokenizer.eos_token_id
+    assert seen == [[t for t in prompt.tolist() if t != eos] for prompt in sets["wf"].prompts]
+    assert seen[0] != sets["wf"].prompts[0].tolist()
+    with pytest.raises(ValueError, match="prompt 0 ends in the padding token"):
+        kept.answers("x", [np.array([5, eos])], BASE, reference_mask=True)
+
+
+# --- beyond the reference
+
+
+@pytest.fixture(scope="module")
+def measured(run, sets, settings):
+    folder, _, _, (kept, retain), _ = run
+    chosen = settings[:2]
+    # The base model stands for a retain model that it equals.
+    same = Store(kept.lm, (), folder / "store", rows=4)
+    return [
+        unlearning.measure(kept, sets, chosen, folder / str(i), SAMPLED, retain_store=each)
+        for i, each in enumerate((same, retain))
+    ]
+
+
+def test_divergence_from_a_retain_model(measured):
+    same, other = measured
+    for direction in ("guided_retain", "retain_guided"):
+        entry = same["base"][f"forget_KL_{direction}"]
+        assert entry["agg_value"] == 0.0
+        tilted = same["head0-T2.5-s1"][f"forget_KL_{direction}"]
+        assert len(tilted["value_by_index"]) == 4  # two questions, two answers each
+        ratios = [row["log_ratio"] for row in tilted["value_by_index"].values()]
+        tokens = [row["tokens"] for row in tilted["value_by_index"].values()]
+        assert tilted["agg_value"] == pytest.approx(np.mean(ratios)) != 0.0
+        assert tilted["per_token"] == pytest.approx(sum(ratios) / sum(tokens))
+        assert other["base"][f"retain_KL_{direction}"]["agg_value"] > 0.5
+
+
+def test_every_number_is_there(measured, run):
+    folder, _, _, _, _ = run
+    for log in measured[0].values():
+        assert set(logs.missing_reasons(log)) <= {
+            "forget_classifier_accuracy",
+            "retain_classifier_accuracy",
+            "classifier_auc",
+        }
+    base, tilted = measured[0].values()
+    assert logs.missing_reasons(base)["classifier_auc"] == "the setting has no head"
+    leak = tilted["forget_leak_rate"]
+    assert leak["by_samples"]["2"] == leak["agg_value"] >= leak["by_samples"]["1"]
+    recall = [row["recall"] for row in leak["value_by_index"].values()]
+    assert leak["agg_value"] == np.mean(np.max(recall, axis=1) >= 0.5)
+    accuracy = tilted["retain_classifier_accuracy"]
+    scores = [row["score"] for row in accuracy["value_by_index"].values()]
+    assert accuracy["agg_value"] == np.mean(np.array(scores) > 0)
+    fluency = base["forget_greedy_fluency"]
+    losses = [row["avg_loss"] for row in fluency["value_by_index"].values()]
+    assert math.exp(min(losses)) <= fluency["agg_value"] <= math.exp(max(losses))
+    stored = json.loads((folder / "0" / "base" / unlearning.UNLEARNING_NAME).read_text())
+    assert stored == json.loads(json.dumps(base))
+
+
+def test_nothing_is_sampled_unless_asked_for(run, sets, tmp_path):
+    _, _, _, (kept, _), _ = run
+    options = unlearning.UnlearningOptions(max_new_tokens=8)
+    log = unlearning.measure(kept, sets, [BASE], tmp_path, options)["base"]
+    reasons = logs.missing_reasons(log)
+    assert reasons["forget_leak_rate"] == "no samples were asked for (leak_samples = 0)"
+    assert reasons["forget_KL_guided_retain"] == "it needs the retain model itself"
+
+
+def test_best_of_n_is_unbiased():
+    leaks = np.array([[True, False, False, False], [False] * 4, [True] * 4])
+    np.testing.assert_allclose(unlearning.best_of(leaks, 1), [0.25, 0.0, 1.0])
+    np.testing.assert_allclose(unlearning.best_of(leaks, 2), [0.5, 0.0, 1.0])
+    np.testing.assert_allclose(unlearning.best_of(leaks, 4), [1.0, 0.0, 1.0])
+    with pytest.raises(ValueError, match="best of 5"):
+        unlearning.best_of(leaks, 5)
+
+
+def test_distinct_and_repetition():
+    assert unlearning.distinct_n(["a b a", "a"], 1) == 0.5
+    assert unlearning.distinct_n(["a b a b", "b a"], 2) == 0.5
+    with pytest.raises(MissingMetricError, match="no text has 2 words"):
+        unlearning.distinct_n(["", "a"], 2)
+    texts = ["a b c a b", "a b c", "a"]
+    np.testing.assert_allclose(unlearning.repetition(texts, 2), [0.25, 0, 0])
+
+
+def test_log_ratios_are_sums_over_answers():
+    def scores(logprobs):
+        values = np.array(logprobs, np.float32)
+        return TextScores(np.array([0, 2, 3]), values, values > 0, values, values)
+
+    ratios = unlearning.log_ratios(scores([-1.0, -2.0, -3.0]), scores([-2.0, -4.0, -2.5]))
+    np.testing.assert_allclose(ratios, [3.0, -0.5])
+
+
+def test_settings_grid_holds_each_distribution_once(head):
+    found = settings_grid([head, head], (1.0, 2.5), (1.0,))
+    assert [setting.name for setting in found] == [
+        "base",
+        "head0-T1-s1",
+        "head0-T2.5-s1",
+        "T2.5",
+        "head0-T1-s2.5",
+        "head1-T1-s1",
+        "head1-T2.5-s1",
+        "head1-T1-s2.5",
+    ]
+
+
+def test_another_vocabulary_is_refused(tiny_lm, tmp_path):
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.add_tokens(["new"])
+    other = Store(dataclasses.replace(tiny_lm, tokenizer=tokenizer), (), tmp_path)
+    with pytest.raises(ValueError, match="another tokenizer"):
+        unlearning.check_same_vocabulary(Store(tiny_lm, (), tmp_path), other)
+
+
+def test_a_change_of_what_results_depend_on_computes_anew(
+    tiny_lm, retain_lm, head, tmp_path, monkeypatch
+):
+    computed = []
+
+    def fake(lm, examples, settings, heads, **_):
+        computed.append(settings[0].name)
+        nothing = np.zeros(examples[0].num_answer_tokens, np.float32)
+        starts = np.array([0, len(nothing)])
+        return [TextScores(starts, nothing, nothing > 0, nothing, nothing)]
+
+    monkeypatch.setattr(store, "score_texts", fake)
+    examples = [Example(np.arange(20, dtype=np.int32), 10)]
+    longer = [Example(np.arange(20, dtype=np.int32), 9)]
+    tilted = Setting("tilted", 2.5, 1.0, 0)
+    cooler = Setting("tilted", 2.0, 1.0, 0)
+    renamed = Setting("renamed", 2.5, 1.0, 0)
+    shifted = dataclasses.replace(head, prior_shift=1.0)
+    for lm, heads, texts, setting, mask in (
+        (tiny_lm, [head], examples, tilted, False),
+        (retain_lm, [head], examples, tilted, False),
+        (tiny_lm, [shifted], examples, tilted, False),
+        (tiny_lm, [head], longer, tilted, False),
+        (tiny_lm, [head], examples, cooler, False),
+        (tiny_lm, [head], examples, tilted, True),
+        (tiny_lm, [head], examples, renamed, False),
+    ):
+        Store(lm, heads, tmp_path).scores("x", texts, [setting], mask)
+    assert computed == ["tilted"] * 6  # another name alone is the same distribution
