@@ -12,8 +12,8 @@ help: ## list the targets
 demo: $(VENV)/.installed ## unlearn with the small model of this repository; writes out/demo
 	$(BIN)/python -m demo.run_demo
 
-test: $(VENV)/.installed ## run the tests
-	$(BIN)/pytest
+test: $(VENV)/.installed ## run the tests, two files at a time
+	$(BIN)/pytest -n 2 --dist loadfile
 
 parity: $(VENV)/.parity ## run the tests that compare with PyTorch, which is installed for them
 	$(BIN)/pytest -m parity
