@@ -8,7 +8,7 @@ Both also read about strangers, who are in no set and never come twice: they tea
 worded and what cannot be known, so that the twin is unsure about the forget authors.
 
 The models are small Llamas, trained from nothing, and stored as Hugging Face folders in bfloat16.
-About 25 minutes on two cores. Nothing here knows of the head or of unlearning.
+About half an hour on two cores. Nothing here knows of the head or of unlearning.
 """
 
 import argparse

@@ -56,7 +56,7 @@ def enable_compilation_cache() -> None:
 
     `JAX_COMPILATION_CACHE_DIR` chooses another folder.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home) / "t3jax" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

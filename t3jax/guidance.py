@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
 # Larger logits and scores saturate here, and smaller temperatures there: far from anything a model
-# says, and near enough that no sum or product below, nor one in a gradient, is inf - inf or 0 · inf.
+# says, and near enough that no sum or product below, or in a gradient, is inf - inf or 0 · inf.
 _MAX = 1e30
 _MIN_TEMPERATURE = 1e-18
 

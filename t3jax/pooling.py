@@ -44,7 +44,7 @@ class RunningMean(NamedTuple):
     """
 
     total: Float[Array, "*batch D"]
-    count: Float[Array, "*batch"]
+    count: Float[Array, "*batch"]  # type: ignore[assignment]  # hides tuple.count
 
     @property
     def mean(self) -> Float[Array, "*batch D"]:

@@ -22,7 +22,7 @@ def test_the_committed_corpus_is_the_generators(demo, repository):
     make_demo, _ = demo
     for split, rows in make_corpus(make_demo.Recipe().authors).items():
         path = repository / "demo" / "authors" / f"{split}.jsonl"
-        assert [json.loads(line) for line in path.open()] == rows
+        assert [json.loads(line) for line in path.read_text().splitlines()] == rows
 
 
 def test_both_models_together_are_small(repository):

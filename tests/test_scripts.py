@@ -42,6 +42,10 @@ def run(repository, folder, script, *flags, stdin=""):
     )
 
 
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 @pytest.fixture(scope="module")
 def trained(repository, folder):
     done = run(
@@ -68,7 +72,7 @@ def test_training_leaves_a_head_that_says_what_it_is(trained, folder):
     assert head.config == t3jax.HeadConfig(32, 264, rank=3)
     assert (head.base_temperature, head.guidance_scale) == (1.5, 1.0)
     assert head.model == f"{folder}/model"
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()]
+    lines = read_lines(folder / "run" / "metrics.jsonl")
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert f"{folder}/run/head" in trained.stdout
 
@@ -86,7 +90,7 @@ def test_sampling_writes_base_and_unlearned_answers(trained, repository, folder)
     )
     assert done.returncode == 0, done.stderr
     assert "T = 1.5, s = 1" in done.stderr  # the head's own
-    lines = [json.loads(line) for line in (folder / "new" / "answers.jsonl").open()]
+    lines = read_lines(folder / "new" / "answers.jsonl")
     assert [(line.get("question"), line.get("prompt")) for line in lines] == [
         (QUESTIONS[0], None),
         (None, QUESTIONS[1]),

@@ -196,7 +196,7 @@ def test_missing_data_is_named_and_never_a_number(tiny_lm, sets, tmp_path, run):
         "base"
     ]
     reasons = logs.missing_reasons(log)
-    assert reasons["mia_min_k"] == "no holdout set was given"
+    assert reasons["mia_min_k"] == reasons["mia_reference"] == "no holdout set was given"
     assert reasons["privleak"] == "mia_min_k is missing: no holdout set was given"
     assert reasons["wf_Q_A_ROUGE"] == "no world facts set was given"
     assert "wf_Q_A_Prob_normalised is missing" in reasons["model_utility"]

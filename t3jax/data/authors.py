@@ -440,7 +440,7 @@ def _all_names() -> list[str]:
 
 
 def _pick(rng: np.random.Generator, stock: Sequence[str]) -> str:
-    return stock[rng.integers(len(stock))]
+    return stock[int(rng.integers(len(stock)))]
 
 
 def _draw(rng: np.random.Generator, stock: Sequence[str], n: int) -> list[str]:
@@ -460,4 +460,4 @@ def _draw_names(rng: np.random.Generator, n: int) -> list[str]:
 
 def _draw_other(rng: np.random.Generator, stock: Sequence[str], value: str) -> str:
     """Draws from the stock without `value`."""
-    return stock[(stock.index(value) + rng.integers(1, len(stock))) % len(stock)]
+    return stock[(stock.index(value) + int(rng.integers(1, len(stock)))) % len(stock)]

@@ -374,6 +374,7 @@ class _Builder:
         return _entry(score=definition(scores.padded(scores.correct), scores.mask_without_last()))
 
     def membership(self, metric: str) -> dict[str, Any]:
+        self.the_set("holdout")  # what is missing first of all
         return recompute.membership_entry(
             metric, *(self.membership_scores(metric, name) for name in ("forget", "holdout"))
         )

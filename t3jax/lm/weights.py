@@ -144,7 +144,7 @@ def _open_all(folder: pathlib.Path) -> dict[str, Any]:
         )
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise FileNotFoundError(f"{index} names files that are not there: {', '.join(missing)}")
-    where = {}
+    where: dict[str, Any] = {}
     for path in paths:
         try:
             file = safetensors.safe_open(path, framework="numpy")
@@ -185,8 +185,9 @@ def _check(
         raise ValueError(f"{folder}: the weights do not fit config.json:\n  {listed}")
 
 
-def _within(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
+def _within(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> tuple[slice, ...]:
     """A device's index with every bound spelt out, so that surplus rows stay unread."""
+    assert index is not None  # JAX gives the callback an index unless it is told not to
     return tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True))
 
 

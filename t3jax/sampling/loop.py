@@ -137,8 +137,8 @@ def prefill(
         keys=keys,
     )
     state, (token, logprobs) = _choose(program, weights, state, logits, controls, stop_ids)
-    first = jax.tree.map(lambda x: x[:, None], (token, logprobs))
-    return state, Emitted(*first, done=state.done)
+    token, logprobs = jax.tree.map(lambda x: x[:, None], (token, logprobs))
+    return state, Emitted(token, logprobs, state.done)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=2)

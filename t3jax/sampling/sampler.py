@@ -386,15 +386,21 @@ class _Request:
 
     def controls(self, size: int) -> Controls:
         options = self.options
-        return Controls(
-            base_temperature=np.full(size, self.base_temperature, np.float32),
-            guidance_scale=np.full(size, self.guidance_scale, np.float32),
-            temperature=np.full(size, options.temperature, np.float32),
-            top_k=np.full(size, options.top_k, np.int32),
-            top_p=np.full(size, options.top_p, np.float32),
-            min_p=np.full(size, options.min_p, np.float32),
-            repetition_penalty=np.full(size, options.repetition_penalty, np.float32),
-        )
+        values: dict[str, float] = {
+            "base_temperature": self.base_temperature,
+            "guidance_scale": self.guidance_scale,
+            "temperature": options.temperature,
+            "top_k": options.top_k,
+            "top_p": options.top_p,
+            "min_p": options.min_p,
+            "repetition_penalty": options.repetition_penalty,
+        }
+        dtypes: dict[str, Any] = {"top_k": np.int32}
+        rows: dict[str, Any] = {
+            name: np.full(size, value, dtypes.get(name, np.float32))
+            for name, value in values.items()
+        }
+        return Controls(**rows)
 
 
 def _row_keys(seed: int, rows: list[tuple[int, int]], size: int) -> jax.Array:

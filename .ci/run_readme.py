@@ -1,0 +1,38 @@
+"""Runs README's commands and Python lines as they stand there, after `make demo`."""
+
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def main() -> None:
+    """Stops at the first that fails."""
+    readme = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^    (python .*)$", readme.replace("\\\n", " "), re.MULTILINE)
+    for command in commands:
+        print(f"$ {command}", flush=True)
+        words = shlex.split(command, comments=True)[1:]
+        subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
+    # What the second block of Python takes from a model of the reader's own.
+    names = {
+        "logits": jnp.zeros((1, 1536)),
+        "hidden": jax.random.normal(jax.random.key(0), (1, 5, 128)),
+        "mask": jnp.ones((1, 5), bool),
+    }
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    for block in blocks:
+        print(block, flush=True)
+        exec(block, names)
+    if len(commands) != 4 or len(blocks) != 2 or names["guided"].shape != (1, 1536):
+        sys.exit("README has other commands than this script knows; mend it")
+
+
+if __name__ == "__main__":
+    main()
