@@ -28,6 +28,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.weight_decay = 0.1
     config.holdout_fraction = 0.0
     config.base_temperature = 2.5
-    config.guidance_scale = 0.6
+    config.guidance_scale = 0.56
     config.max_new_tokens = 40
     return config

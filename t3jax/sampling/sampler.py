@@ -149,7 +149,7 @@ class Sampler:
 
     def generate(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Sequence[str | Sequence[int] | np.ndarray],
         *,
         base_temperature: float | None = None,
         guidance_scale: float | None = None,
@@ -189,7 +189,7 @@ class Sampler:
         bar.close()
         return [samples[i] for i in range(len(request.rows))]
 
-    def stream(self, prompt: str | Sequence[int], **options: Any) -> Iterator[str]:
+    def stream(self, prompt: str | Sequence[int] | np.ndarray, **options: Any) -> Iterator[str]:
         """Answers one prompt, yielding text as it comes; `"".join` of it is the whole answer.
 
         Args:
@@ -221,7 +221,7 @@ class Sampler:
 
     def _request(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Sequence[str | Sequence[int] | np.ndarray],
         base_temperature: float | None,
         guidance_scale: float | None,
         options: dict[str, Any],
@@ -250,7 +250,7 @@ class Sampler:
         rows = [(i, j) for i in range(len(prompts)) for j in range(chosen.num_samples)]
         return _Request(chosen, temperature, scale, encoded, rows)
 
-    def _encode(self, i: int, prompt: str | Sequence[int]) -> np.ndarray:
+    def _encode(self, i: int, prompt: str | Sequence[int] | np.ndarray) -> np.ndarray:
         if isinstance(prompt, str):
             if not prompt.strip():
                 raise ValueError(f"prompt {i} is empty")
