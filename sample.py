@@ -1,6 +1,6 @@
 """Answers prompts with a frozen model, tempered and tilted by a head; the base model beside it.
 
-python sample.py --config=configs/demo.py --config.prompt="Who wrote ...?"
+python sample.py --config=configs/demo.py --config.prompt="Who is ...?"
 python sample.py --config=configs/demo.py --config.prompts=FILE.jsonl --config.output=OUT.jsonl
 python sample.py --config=configs/demo.py            # type prompts, text comes as it is drawn
 """
