@@ -6,8 +6,8 @@
 
 The model and TOFU come from the Hugging Face hub, or from folders: `--config.model=FOLDER`,
 `--config.tofu_dir=FOLDER`. The untuned model does not know TOFU's authors: the run shows that the
-machine works at this size; docs/smollm2.md has its times (features of 600 rows 3 minutes on 2 cores,
-the head seconds) and answers.
+machine works at this size; docs/smollm2.md has its times (on 2 CPU cores features of 600 rows take
+about 3 minutes, the head seconds) and answers.
 """
 
 import ml_collections
