@@ -14,8 +14,6 @@ import statistics
 import time
 from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 import t3jax
@@ -23,6 +21,7 @@ from configs import demo as demo_config
 from t3jax import data, files
 from t3jax.cli import enable_compilation_cache, prompt_format
 from t3jax.evaluation.metrics import rouge_scores
+from t3jax.evaluation.scoring import BASE, score_texts
 
 ROOT = pathlib.Path(__file__).parent
 ROWS = 160  # of each set that are asked: all of the forget set
@@ -148,22 +147,8 @@ def perplexities(
         data.encode_question_answer(lm.tokenizer, question, answer or " ", prompt_format)
         for question, answer in zip(questions, answers, strict=True)
     ]
-    width = max(len(example.tokens) for example in examples)
-    tokens = np.zeros((len(examples), width), np.int32)
-    mask = np.zeros((len(examples), width), bool)  # True at labels
-    for i, example in enumerate(examples):
-        tokens[i, : len(example.tokens)] = example.tokens
-        mask[i, example.answer_start : len(example.tokens)] = True
-
-    @jax.jit
-    def mean_loss(params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        hidden, _ = lm.apply(params, tokens[:, :-1])
-        logprobs = t3jax.tempered_logprobs(lm.unembed(params, hidden), 1.0)
-        chosen = jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1)[..., 0]
-        weights = mask[:, 1:].astype(jnp.float32)
-        return -jnp.sum(chosen * weights, axis=-1) / jnp.sum(weights, axis=-1)
-
-    return np.exp(np.asarray(mean_loss(lm.params, tokens, mask))).tolist()
+    (scores,) = score_texts(lm, examples, [BASE])
+    return np.exp(scores.avg_loss).tolist()
 
 
 def table(summary: dict, rows: dict, answers: dict, out: pathlib.Path) -> str:

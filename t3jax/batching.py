@@ -93,7 +93,7 @@ def _batches(
     """Batches of texts of like length: their indices, and rows and columns of the padded batch."""
     by_length: dict[int, list[int]] = collections.defaultdict(list)
     for i, example in enumerate(examples):
-        by_length[min(_round_up(len(example.tokens), _LENGTH_STEP), longest)].append(i)
+        by_length[min(round_up(len(example.tokens), _LENGTH_STEP), longest)].append(i)
     waiting: list[int] = []
     for length, indices in sorted(by_length.items()):
         # What does not fill a batch of its own length goes with the next longer texts.
@@ -104,8 +104,9 @@ def _batches(
             waiting = waiting[size:]
     if waiting:
         # The last batch is small where the set is: a power of two keeps the programs few.
-        yield waiting, (min(size, _round_up(1 << (len(waiting) - 1).bit_length(), rows)), length)
+        yield waiting, (min(size, round_up(1 << (len(waiting) - 1).bit_length(), rows)), length)
 
 
-def _round_up(value: int, step: int) -> int:
+def round_up(value: int, step: int) -> int:
+    """The smallest multiple of `step` that is at least `value`."""
     return -(-value // step) * step

@@ -16,6 +16,7 @@ import numpy as np
 import tqdm
 
 from t3jax import sharding
+from t3jax.batching import round_up
 from t3jax.data.chat import PromptFormat, encode_prompt
 from t3jax.head_io import Head, check_head_fits
 from t3jax.lm.model import LM
@@ -278,7 +279,7 @@ class Sampler:
         )
         size = self._padded_rows(len(batch))
         prompts = [request.encoded[request.rows[i][0]] for i in batch]
-        length = _round_up(max(map(len, prompts)), _PROMPT_STEP)
+        length = round_up(max(map(len, prompts)), _PROMPT_STEP)
         tokens = np.zeros((size, length), np.int32)
         mask = np.zeros((size, length), bool)
         for row, ids in enumerate(prompts):
@@ -362,7 +363,7 @@ class Sampler:
     def _padded_rows(self, rows: int) -> int:
         """Rows of the compiled program: a power of two, and a multiple of the mesh's data axis."""
         size = min(1 << (rows - 1).bit_length(), max(self.batch_size, rows))
-        return _round_up(size, self.lm.mesh.shape[sharding.DATA])
+        return round_up(size, self.lm.mesh.shape[sharding.DATA])
 
     def _place(self, size: int, tree: Any) -> Any:
         return jax.device_put(tree, sharding.batch_sharding(self.lm.mesh, (size,)))
@@ -413,10 +414,6 @@ def _row_keys(seed: int, rows: list[tuple[int, int]], size: int) -> jax.Array:
 @jax.jit
 def _fold(key: jax.Array, ids: jax.Array) -> jax.Array:
     return jax.vmap(lambda pair: jax.random.fold_in(jax.random.fold_in(key, pair[0]), pair[1]))(ids)
-
-
-def _round_up(value: int, step: int) -> int:
-    return -(-value // step) * step
 
 
 def _first(*values: Any) -> Any:
