@@ -22,10 +22,8 @@ from typing import Any
 from absl import app, flags
 
 import t3jax
-from t3jax import cli
-from t3jax.evaluation import logs, recompute, tofu, unlearning
-from t3jax.evaluation.scoring import Setting, settings_grid
-from t3jax.evaluation.store import Store
+from t3jax import cli, pipeline
+from t3jax.evaluation import logs, recompute, unlearning
 
 _RECOMPUTE = flags.DEFINE_string("recompute", None, "The log (or its folder) to recompute.")
 _RETAIN_LOG = flags.DEFINE_string(
@@ -38,66 +36,15 @@ _HEADLINES = ("forget_quality", "model_utility", "forget_Q_A_Prob", "forget_Q_A_
 def main(config: Any) -> None:
     """Evaluates the model and the heads of a config."""
     cli.require(config, "model", "eval_forget", "eval_dir")
-    folder = pathlib.Path(config.eval_dir)
-    retain_log = (
-        None if config.retain_log is None else logs.read_log(pathlib.Path(config.retain_log))
-    )
     mesh = t3jax.make_mesh(config.mesh)
     lm = t3jax.load_lm(config.model, config.dtype, mesh)
     paths = tuple(config.eval_heads) or ((config.head,) if config.head else ())
     heads = [t3jax.load_head(path, mesh) for path in paths]
-    settings = settings_grid(
-        heads, config.eval_temperatures, config.eval_scales, config.eval_controls
-    )
-    sets = tofu.load_sets(
-        {
-            "forget": config.eval_forget,
-            "retain": config.eval_retain,
-            "ra": config.eval_real_authors,
-            "wf": config.eval_world_facts,
-            "holdout": config.eval_holdout,
-        },
-        lm.tokenizer,
-        cli.prompt_format(config),
-        config.max_length or lm.max_position,
-        config.tofu_dir,
-    )
-    options = tofu.TofuOptions(config.max_new_tokens, config.reference_mask)
-    kept = {"folder": folder / "store", "rows": config.rows, "progress": True}
-    store = Store(lm, heads, **kept)
-    retain_store = None
-    if config.retain_model is not None:
-        retain_store = Store(t3jax.load_lm(config.retain_model, config.dtype, mesh), **kept)
-        unlearning.check_same_vocabulary(store, retain_store)
-        if retain_log is None:
-            name = "retain_model"
-            retain_log = tofu.evaluate(retain_store, sets, [Setting(name)], folder, options)[name]
-    evaluated = tofu.evaluate(
-        store, sets, settings, folder, options, retain_log=retain_log, retain_store=retain_store
-    )
-    unlearning.measure(
-        store,
-        sets,
-        settings,
-        folder,
-        unlearning.UnlearningOptions(
-            leak_samples=config.leak_samples,
-            leak_threshold=config.leak_threshold,
-            temperature=config.leak_temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            min_p=config.min_p,
-            kl_rows=config.kl_rows,
-            kl_samples=config.kl_samples,
-            max_new_tokens=config.max_new_tokens,
-            seed=config.seed,
-        ),
-        retain_store=retain_store,
-    )
-    print(_table(evaluated))
+    found = pipeline.evaluate(config, lm, heads, mesh)
+    print(_table(found.logs))
     for i, path in enumerate(paths):
         print(f"head{i}: {path}")
-    print(f"logs: {folder}/SETTING/{logs.EVAL_NAME}, {unlearning.UNLEARNING_NAME}")
+    print(f"logs: {config.eval_dir}/SETTING/{logs.EVAL_NAME}, {unlearning.UNLEARNING_NAME}")
 
 
 def _table(evaluated: dict[str, logs.Log]) -> str:

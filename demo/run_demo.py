@@ -18,7 +18,7 @@ import numpy as np
 
 import t3jax
 from configs import demo as demo_config
-from t3jax import data, files
+from t3jax import data, files, pipeline
 from t3jax.cli import enable_compilation_cache, prompt_format
 from t3jax.evaluation.metrics import rouge_scores
 from t3jax.evaluation.scoring import BASE, score_texts
@@ -104,33 +104,12 @@ def main() -> None:
 
 def train(config, lm: t3jax.LM, out: pathlib.Path) -> t3jax.Head:
     """Features, then the head: what `train_classifier.py --config=configs/demo.py` does."""
-    features = {
-        name: t3jax.load_or_compute_features(
-            lm,
-            data.encode_records(
-                lm.tokenizer,
-                data.load_records(config[name]),
-                prompt_format(config),
-                lm.max_position,
-            ),
-            config.feature_store,
-            progress=f"features, {name}",
-        )
-        for name in ("forget", "retain")
-    }
     (head,) = t3jax.train_heads(
-        features["retain"],
-        features["forget"],
-        t3jax.HeadConfig(lm.hidden_size, lm.vocab_size, config.rank),
-        t3jax.TrainConfig(
-            epochs=config.epochs,
-            warmup_epochs=config.warmup_epochs,
-            learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay,
-        ),
-        model=config.model,
-        base_temperature=config.base_temperature,
-        guidance_scale=config.guidance_scale,
+        retain=pipeline.features(config, lm, "retain"),
+        forget=pipeline.features(config, lm, "forget"),
+        head_config=pipeline.head_config(config, lm),
+        train_config=pipeline.train_config(config),
+        **pipeline.head_defaults(config),
     )
     t3jax.save_head(out / "head", head)
     return head

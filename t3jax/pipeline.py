@@ -1,0 +1,158 @@
+"""The stages of the scripts, as functions of their config: features, heads, evaluation.
+
+`train_classifier.py`, `sweep.py`, `evaluate.py` and the demo are these in turn. Everything here
+calls the library's functions with what the config says; there is no mathematics.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from jax.sharding import Mesh
+
+from t3jax import cli, data
+from t3jax.evaluation import logs, tofu, unlearning
+from t3jax.evaluation.logs import Log
+from t3jax.evaluation.scoring import Setting, settings_grid
+from t3jax.evaluation.store import Store
+from t3jax.features import Features, load_or_compute_features
+from t3jax.head import HeadConfig
+from t3jax.head_io import Head
+from t3jax.lm import LM, load_lm
+from t3jax.training import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What an evaluation of a model and its heads found.
+
+    Attributes:
+        settings: What was evaluated, the base model first.
+        logs: By setting's name, the TOFU metrics.
+        unlearning: By setting's name, the numbers beyond them.
+        retain_log: The retain model's TOFU metrics, if there is one.
+        sets: The question sets by key of `tofu.SETS`.
+        store: The scores and answers behind the numbers.
+        retain_store: Those of the retain model, if it was named.
+    """
+
+    settings: list[Setting]
+    logs: dict[str, Log]
+    unlearning: dict[str, Log]
+    retain_log: Log | None
+    sets: dict[str, tofu.QuestionSet]
+    store: Store
+    retain_store: Store | None
+
+
+def features(config: Any, lm: LM, name: str) -> Features:
+    """Features of the `forget` or the `retain` set of a config, computed or read from the store."""
+    records = data.load_dataset(config[name], config.tofu_dir)
+    examples = data.encode_records(
+        lm.tokenizer, records, cli.prompt_format(config), config.max_length or lm.max_position
+    )
+    return load_or_compute_features(
+        lm, examples, config.feature_store, dtype=config.feature_dtype, progress=name
+    )
+
+
+def head_config(config: Any, lm: LM) -> HeadConfig:
+    """The head that a config describes, for a model."""
+    return HeadConfig(
+        hidden_size=lm.hidden_size,
+        vocab_size=lm.vocab_size,
+        rank=config.rank,
+        activation=config.activation,
+        num_hidden_layers=config.num_hidden_layers,
+        bias=config.bias,
+    )
+
+
+def train_config(config: Any) -> TrainConfig:
+    """How a config says that heads are trained."""
+    return TrainConfig(
+        epochs=config.epochs,
+        warmup_epochs=config.warmup_epochs,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        zero_output=config.zero_output,
+        holdout_fraction=config.holdout_fraction,
+    )
+
+
+def head_defaults(config: Any) -> dict[str, Any]:
+    """What a trained head keeps of a config: the model, and T and s where they are set."""
+    knobs = {name: config[name] for name in ("base_temperature", "guidance_scale")}
+    return {"model": config.model} | {name: x for name, x in knobs.items() if x is not None}
+
+
+def evaluate(config: Any, lm: LM, heads: Sequence[Head], mesh: Mesh | None = None) -> Evaluation:
+    """Evaluates a model and heads over the question sets and settings of a config.
+
+    Args:
+        config: The settings; results go to its `eval_dir`.
+        lm: The model.
+        heads: The heads; settings refer to them by index.
+        mesh: Where the retain model goes.
+
+    Returns:
+        The results, which are also on disk.
+
+    Raises:
+        ValueError: If the retain log or model does not fit, or a score is not finite.
+    """
+    folder = pathlib.Path(config.eval_dir)
+    retain_log = (
+        None if config.retain_log is None else logs.read_log(pathlib.Path(config.retain_log))
+    )
+    settings = settings_grid(
+        heads, config.eval_temperatures, config.eval_scales, config.eval_controls
+    )
+    sets = tofu.load_sets(
+        {
+            "forget": config.eval_forget,
+            "retain": config.eval_retain,
+            "ra": config.eval_real_authors,
+            "wf": config.eval_world_facts,
+            "holdout": config.eval_holdout,
+        },
+        lm.tokenizer,
+        cli.prompt_format(config),
+        config.max_length or lm.max_position,
+        config.tofu_dir,
+    )
+    options = tofu.TofuOptions(config.max_new_tokens, config.reference_mask)
+    kept = {"folder": folder / "store", "rows": config.rows, "progress": True}
+    store = Store(lm, heads, **kept)
+    retain_store = None
+    if config.retain_model is not None:
+        retain_store = Store(load_lm(config.retain_model, config.dtype, mesh), **kept)
+        unlearning.check_same_vocabulary(store, retain_store)
+        if retain_log is None:
+            name = "retain_model"
+            retain_log = tofu.evaluate(retain_store, sets, [Setting(name)], folder, options)[name]
+    evaluated = tofu.evaluate(
+        store, sets, settings, folder, options, retain_log=retain_log, retain_store=retain_store
+    )
+    measured = unlearning.measure(
+        store,
+        sets,
+        settings,
+        folder,
+        unlearning.UnlearningOptions(
+            leak_samples=config.leak_samples,
+            leak_threshold=config.leak_threshold,
+            temperature=config.leak_temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            min_p=config.min_p,
+            kl_rows=config.kl_rows,
+            kl_samples=config.kl_samples,
+            max_new_tokens=config.max_new_tokens,
+            seed=config.seed,
+        ),
+        retain_store=retain_store,
+    )
+    return Evaluation(settings, evaluated, measured, retain_log, sets, store, retain_store)
