@@ -11,6 +11,8 @@ import torch
 import transformers
 from torch.nn import functional
 
+torch.set_num_threads(1)  # its threads wait spinning, which starves JAX's in the same process
+
 _LLAMA = {
     "vocab_size": 264,
     "hidden_size": 32,
