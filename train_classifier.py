@@ -14,7 +14,7 @@ from typing import Any
 
 import t3jax
 from t3jax import cli, pipeline
-from t3jax.training import head_folders
+from t3jax.training import make_members
 
 
 def main(config: Any) -> None:
@@ -33,7 +33,8 @@ def main(config: Any) -> None:
         report=functools.partial(print, flush=True),
         **pipeline.head_defaults(config),
     )
-    folders = [pathlib.Path(config.workdir) / name for name in head_folders(config.seeds)]
+    members = make_members([pipeline.train_config(config)], config.seeds)
+    folders = [pathlib.Path(config.workdir) / member.name for member in members]
     for folder, head in zip(folders, heads, strict=True):
         print(f"{folder}: {head.config.num_params} weights, {head.record['seconds']:.1f} s")
     flags = [arg for arg in sys.argv[1:] if not arg.startswith("--config.head=")]

@@ -2,7 +2,7 @@
 
     run.json        settings and data of the run; another run is refused
     checkpoints/    the last two training states, by epoch (Orbax)
-    metrics.jsonl   one line for each epoch and seed
+    metrics.jsonl   one line for each epoch and head
     tensorboard/    the same for TensorBoard
 
 A run may be killed at any moment. What is restored is the last checkpoint that was saved whole; the
@@ -66,7 +66,7 @@ class RunFolder:
         self._folder = folder
         self.metrics = _cut_back(folder / "metrics.jsonl", self.epoch)
         self._metrics_file = (folder / "metrics.jsonl").open("a")
-        self._writers: dict[int, SummaryWriter] = {}
+        self._writers: dict[str, SummaryWriter] = {}
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -80,12 +80,12 @@ class RunFolder:
             writer.close()
 
     def log(self, lines: Sequence[Metrics]) -> None:
-        """Adds the metrics of an epoch, one line for each seed."""
+        """Adds the metrics of an epoch, one line for each head."""
         for line in lines:
             self._metrics_file.write(json.dumps(line) + "\n")
-            writer = self._writer(line["seed"])
+            writer = self._writer(line["head"])
             for name, value in line.items():
-                if name not in ("epoch", "seed"):
+                if name not in ("epoch", "head", "seed"):
                     writer.add_scalar(name, value, line["epoch"])
         self._metrics_file.flush()
 
@@ -106,12 +106,12 @@ class RunFolder:
                 "those before it are whole: make room and start the run again to resume it"
             ) from error
 
-    def _writer(self, seed: int) -> SummaryWriter:
-        if seed not in self._writers:
-            self._writers[seed] = SummaryWriter(
-                str(self._folder / "tensorboard" / f"seed{seed}"), purge_step=self.epoch + 1
+    def _writer(self, head: str) -> SummaryWriter:
+        if head not in self._writers:
+            self._writers[head] = SummaryWriter(
+                str(self._folder / "tensorboard" / head), purge_step=self.epoch + 1
             )
-        return self._writers[seed]
+        return self._writers[head]
 
 
 def _check_same_run(folder: pathlib.Path, settings: dict[str, Any]) -> None:

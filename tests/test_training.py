@@ -11,11 +11,23 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from t3jax import sharding, training
+from t3jax import sharding
 from t3jax.features import Features
 from t3jax.head import HeadConfig, classifier_loss, head_scores, init_head, target_scores
 from t3jax.head_io import load_head
-from t3jax.training import TrainConfig, learning_rate_schedule, train_heads
+from t3jax.training import (
+    TrainConfig,
+    batches,
+    learning_rate_schedule,
+    make_members,
+    train_heads,
+)
+from t3jax.training import (
+    heads as training_heads,
+)
+from t3jax.training import (
+    trainer as training_trainer,
+)
 
 D, V = 6, 50
 HEAD = HeadConfig(D, V, rank=4)
@@ -120,6 +132,27 @@ def test_seeds_trained_together_equal_seeds_trained_alone():
     assert np.abs(together[0].params["output"] - together[1].params["output"]).max() > 0.1
 
 
+def test_recipes_trained_together_equal_recipes_trained_alone(tmp_path):
+    configs = [
+        dataclasses.replace(TRAIN, learning_rate=rate, weight_decay=decay)
+        for rate, decay in ((0.1, 0.0), (0.01, 0.5))
+    ]
+    together = train_heads(RETAIN, FORGET, HEAD, configs, (3, 0), workdir=tmp_path)
+    members = make_members(configs, (3, 0))
+    assert members[3].name == "head-lr0.01-wd0.5-seed0"
+    for head, member in zip(together, members, strict=True):
+        (alone,) = train_heads(RETAIN, FORGET, HEAD, member.config, (member.seed,))
+        assert_close(head.params, alone.params)
+        assert head.record["training"] == {**dataclasses.asdict(member.config), "seed": member.seed}
+        loaded = load_head(tmp_path / member.name)
+        jax.tree.map(np.testing.assert_array_equal, loaded.params, head.params)
+    assert np.abs(together[0].params["output"] - together[2].params["output"]).max() > 0.1
+    longer = dataclasses.replace(TRAIN, epochs=9)
+    for wrong in ([TRAIN, longer], [TRAIN, TRAIN], []):
+        with pytest.raises(ValueError, match="recipes"):
+            train_heads(RETAIN, FORGET, HEAD, wrong)
+
+
 def test_eight_devices_equal_one():
     # 8 does not divide the tokens of the sets.
     config = dataclasses.replace(TRAIN, holdout_fraction=0.2)
@@ -138,17 +171,18 @@ def test_eight_devices_equal_one():
 
 def test_placement_of_training_arrays():
     mesh = sharding.make_mesh((2, 4))
-    data = training._Data.build(RETAIN, FORGET, HEAD, TRAIN, mesh)
+    data = batches.Data.build(RETAIN, FORGET, HEAD, TRAIN, mesh)
     assert data.train.pooled.sharding.spec == P("data")
     assert {s.data.shape[0] * 2 for s in data.train.pooled.addressable_shards} == {
         data.train.pooled.shape[0]
     }
     # Filled up with tokens that never occur, so that 4 devices divide the rows.
     assert len(data.vocabulary) % 4 == 0
-    planner = training._Planner(data, TRAIN, (1, 2), mesh)
+    members = make_members([TRAIN], (1, 2))
+    planner = batches.Planner(data, members, mesh)
     rows, _ = planner.epoch(1)
     assert rows.sharding.spec == P(None, None, "data")
-    trainer = training._Trainer(data, HEAD, TRAIN, planner.steps, (1, 2), mesh)
+    trainer = training_trainer.Trainer(data, HEAD, members, planner.steps, mesh)
     state = trainer.init()
     for _ in range(2):
         state, _, _ = trainer.train_epoch(state, rows)
@@ -165,12 +199,13 @@ def test_one_trace_for_all_epochs_and_runs(monkeypatch):
         traces.append(args)
         return classifier_loss(*args, **kwargs)
 
-    monkeypatch.setattr(training, "classifier_loss", counted)
-    training._compile.cache_clear()
+    monkeypatch.setattr(training_trainer, "classifier_loss", counted)
+    training_trainer.compile_programs.cache_clear()
     train_heads(RETAIN, FORGET, HEAD, TRAIN, seeds=(1, 2))
-    train_heads(RETAIN, FORGET, HEAD, TRAIN, seeds=(3, 4))
+    other = dataclasses.replace(TRAIN, learning_rate=0.02, weight_decay=0.0)
+    train_heads(RETAIN, FORGET, HEAD, other, seeds=(3, 4))
     assert len(traces) == 1
-    training._compile.cache_clear()
+    training_trainer.compile_programs.cache_clear()
 
 
 def test_bfloat16_features_train_in_float32():
@@ -239,19 +274,19 @@ def test_equals_pytorch():
 
 
 def test_held_out_sequences_are_stratified_and_the_same_for_all_seeds():
-    kept, held = training._split(FORGET, 0.3, "forget", 1)
+    kept, held = batches.split(FORGET, 0.3, "forget", 1)
     assert (kept.num_sequences, held.num_sequences) == (7, 3)
     tokens = lambda f: {bytes(row) for row in f.pooled}  # noqa: E731
     assert tokens(kept) | tokens(held) == tokens(FORGET)
     assert not tokens(kept) & tokens(held)
-    assert tokens(training._split(FORGET, 0.3, "forget", 1)[1]) == tokens(held)
+    assert tokens(batches.split(FORGET, 0.3, "forget", 1)[1]) == tokens(held)
 
 
 def test_held_out_metrics_and_that_held_out_sequences_are_not_trained_on():
     config = dataclasses.replace(TRAIN, holdout_fraction=0.3)
     heads = train_heads(RETAIN, FORGET, HEAD, config, seeds=(1, 2))
-    retain, held_retain = training._split(RETAIN, 0.3, "retain", 0)
-    forget, held_forget = training._split(FORGET, 0.3, "forget", 1)
+    retain, held_retain = batches.split(RETAIN, 0.3, "retain", 0)
+    forget, held_forget = batches.split(FORGET, 0.3, "forget", 1)
     (without,) = train_heads(retain, forget, HEAD, TRAIN, seeds=(2,))
     seen = np.union1d(retain.targets, forget.targets)
     assert_close(heads[1].params["output"][seen], without.params["output"][seen])
@@ -302,9 +337,9 @@ def test_files(tmp_path):
     ]
     assert [m["epoch"] for m in metrics if "held_out_loss" in m] == [4, 4, 6, 6]
     assert len(lines) == len(metrics)
-    assert "epoch 6/6  seed 2" in lines[-1]
+    assert "epoch 6/6  head-seed2" in lines[-1]
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]
-    assert all(any((tmp_path / "tensorboard" / s).iterdir()) for s in ("seed1", "seed2"))
+    assert all(any((tmp_path / "tensorboard" / s).iterdir()) for s in ("head-seed1", "head-seed2"))
     for head, seed in zip(heads, (1, 2), strict=True):
         loaded = load_head(tmp_path / f"head-seed{seed}")
         jax.tree.map(np.testing.assert_array_equal, loaded.params, head.params)
@@ -353,10 +388,10 @@ def test_another_run_in_the_workdir_is_refused_by_name(tmp_path):
 
 def test_features_are_told_apart_by_key_or_bytes():
     keyed = [dataclasses.replace(FORGET, key=key) for key in "ab"]
-    digests = {training._digest(features) for features in (FORGET, RETAIN, *keyed)}
+    digests = {training_heads._digest(features) for features in (FORGET, RETAIN, *keyed)}
     assert len(digests) == 4
     part = dataclasses.replace(FORGET, key="a").select(range(5))
-    assert training._digest(part) not in digests
+    assert training_heads._digest(part) not in digests
 
 
 def test_non_finite_loss_names_epoch_seed_and_rate(tmp_path):

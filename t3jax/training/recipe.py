@@ -1,0 +1,162 @@
+"""How a head is trained: the recipe's settings, its learning rate and its optimizer.
+
+References:
+    Temper-Then-Tilt, arXiv 2602.10217, training.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How the head is trained; the defaults are the paper's recipe.
+
+    Attributes:
+        epochs: Passes over the forget set.
+        warmup_epochs: Epochs over which the learning rate rises from 0; it then falls to 0.
+        batch_size: Forget sequences of a batch; as many retain sequences come on top.
+        learning_rate: AdamW's at its peak.
+        weight_decay: AdamW's, decoupled: a step shrinks weights by learning rate times this.
+        b1: AdamW's decay of the mean gradient.
+        b2: AdamW's decay of the mean squared gradient.
+        eps: AdamW's, added to the root of the latter.
+        clip_norm: Largest global norm of a gradient.
+        zero_output: Start the output layer at zero (an extension, see `init_head`).
+        holdout_fraction: Share of the retain and of the forget sequences that is kept from training
+            and evaluated; the same sequences for every seed. The paper keeps none.
+        eval_every: Epochs between evaluations on the held-out sequences; the last always counts.
+        checkpoint_every: Epochs between checkpoints; the last is always saved.
+    """
+
+    epochs: int = 100
+    warmup_epochs: int = 25
+    batch_size: int = 32
+    learning_rate: float = 1e-2
+    weight_decay: float = 1e-2
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+    zero_output: bool = False
+    holdout_fraction: float = 0.0
+    eval_every: int = 5
+    checkpoint_every: int = 20
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size", "eval_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.warmup_epochs <= self.epochs:
+            raise ValueError(
+                f"warmup_epochs must lie between 0 and epochs = {self.epochs}, got "
+                f"{self.warmup_epochs}"
+            )
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
+        if not 0 <= self.holdout_fraction < 1:
+            raise ValueError(f"holdout_fraction must lie in [0, 1), got {self.holdout_fraction}")
+
+
+def learning_rate_schedule(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
+    """Linear from 0 to the peak, then linear to 0: `get_linear_schedule_with_warmup`.
+
+    Args:
+        config: The recipe.
+        steps_per_epoch: Batches of an epoch.
+
+    Returns:
+        The learning rate as a function of the number of steps done before; the first step has 0.
+    """
+    warmup = config.warmup_epochs * steps_per_epoch
+    total = config.epochs * steps_per_epoch
+
+    def schedule(count: Any) -> Any:
+        done = jnp.asarray(count, jnp.float32)
+        rise = done / max(1, warmup)
+        fall = (total - done) / max(1, total - warmup)
+        return config.learning_rate * jnp.where(done < warmup, rise, jnp.maximum(fall, 0.0))
+
+    return schedule
+
+
+def make_optimizer(
+    config: TrainConfig, steps_per_epoch: int, learning_rate: Any = None, weight_decay: Any = None
+) -> optax.GradientTransformation:
+    """AdamW with clipped gradients, warm-up and decay, as the recipe has it.
+
+    Args:
+        config: The recipe.
+        steps_per_epoch: Batches of an epoch.
+        learning_rate: In place of the recipe's at its peak; may be traced.
+        weight_decay: In place of the recipe's; may be traced.
+
+    Returns:
+        The optimizer; the form of its state depends on neither.
+    """
+    peak = config.learning_rate if learning_rate is None else learning_rate
+    shape = learning_rate_schedule(dataclasses.replace(config, learning_rate=1.0), steps_per_epoch)
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            lambda count: peak * shape(count),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay if weight_decay is None else weight_decay,
+        ),
+    )
+
+
+class Member(NamedTuple):
+    """One of the heads that are trained together.
+
+    Attributes:
+        name: Its folder's.
+        config: Its recipe.
+        seed: Decides its first weights and its batches.
+    """
+
+    name: str
+    config: TrainConfig
+    seed: int
+
+
+def make_members(configs: Sequence[TrainConfig], seeds: Sequence[int]) -> list[Member]:
+    """A head for every recipe and every seed, recipe by recipe.
+
+    Args:
+        configs: Recipes that differ in learning rate and weight decay alone.
+        seeds: The seeds.
+
+    Returns:
+        The members. Names tell what differs: `head`, `head-seed1`, `head-lr0.01-wd0.1-seed1`.
+
+    Raises:
+        ValueError: If recipes are equal or differ in more, or seeds are equal or negative.
+    """
+    if not seeds or len(set(seeds)) < len(seeds) or any(seed < 0 for seed in seeds):
+        raise ValueError(f"seeds must be different and not negative, at least one; got {seeds}")
+    if not configs or len(set(configs)) < len(configs):
+        raise ValueError(f"recipes must be different, at least one; got {list(configs)}")
+    if len({dataclasses.replace(c, learning_rate=1.0, weight_decay=0.0) for c in configs}) > 1:
+        raise ValueError(
+            "heads that are trained together may differ in learning_rate, weight_decay and seed "
+            f"alone; got the recipes {list(configs)}"
+        )
+    members = []
+    for config in configs:
+        recipe = f"-lr{config.learning_rate!r}-wd{config.weight_decay!r}"
+        for seed in seeds:
+            name = "head" + (recipe if len(configs) > 1 else "")
+            if len(configs) > 1 or len(seeds) > 1:
+                name += f"-seed{seed}"
+            members.append(Member(name, config, seed))
+    return members

@@ -1,0 +1,204 @@
+"""The compiled programs of a run: whole epochs in one scan, several heads at once.
+
+Only rows of W2 whose token occurs in the data get a gradient, so only those are trained. The other
+rows can but shrink by weight decay, by a factor that is known in closed form. Learning rates and
+weight decays are traced: one program serves heads that differ in them.
+
+Axes: K members, N answer tokens of all sequences, R rank, V vocabulary, U tokens of the vocabulary
+that are trained, M tokens of a batch.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from t3jax import sharding
+from t3jax.head import (
+    HeadConfig,
+    HeadParams,
+    classifier_loss,
+    head_shapes,
+    init_head,
+    target_scores,
+)
+from t3jax.training.batches import Data, Tokens
+from t3jax.training.recipe import Member, TrainConfig, learning_rate_schedule, make_optimizer
+
+
+class Programs(NamedTuple):
+    """What is compiled for one shape of run.
+
+    The training state is `(params, optimizer state)`, each leaf with a leading axis of members, and
+    W2 with the rows of the trained tokens only, `[K, U, R]`.
+
+    Attributes:
+        abstract_state: The training state as shapes with shardings.
+        init_optimizer: `params -> optimizer state`.
+        epoch: `(state, tokens, rows, knobs) -> (state, losses [K, steps], finite [K])`; the state
+            given is donated, `rows` `[K, steps, M]` says which tokens each batch has, -1 for none,
+            `knobs` are peak learning rates and weight decays, `[K]` each.
+        score: `(params, tokens) -> scores [K, N]`.
+    """
+
+    abstract_state: Any
+    init_optimizer: Callable[[HeadParams], Any]
+    epoch: Callable[[Any, Tokens, jax.Array, Any], tuple[Any, jax.Array, jax.Array]]
+    score: Callable[[HeadParams, Tokens], jax.Array]
+
+
+@functools.cache
+def compile_programs(
+    head_config: HeadConfig, config: TrainConfig, steps: int, members: int, mesh: Mesh
+) -> Programs:
+    """The programs for a head whose vocabulary is that of the trained tokens."""
+    optimizer = make_optimizer(config, steps)
+    activation = head_config.activation
+
+    def loss_fn(params: HeadParams, tokens: Tokens, rows: jax.Array) -> jax.Array:
+        index = jnp.maximum(rows, 0)
+        pooled = tokens.pooled.at[index].get(mode="promise_in_bounds")
+        targets = tokens.targets.at[index].get(mode="promise_in_bounds")
+        scores = target_scores(params, pooled, targets, activation)
+        return classifier_loss(scores, retain=rows < tokens.forget_start, mask=rows >= 0)
+
+    def train_one(state: Any, tokens: Tokens, rows: jax.Array, knobs: Any) -> tuple:
+        tuned = make_optimizer(config, steps, *knobs)
+
+        def step(state: Any, rows: jax.Array) -> tuple[Any, jax.Array]:
+            params, opt_state = state
+            loss, grads = jax.value_and_grad(loss_fn)(params, tokens, rows)
+            # Optax relies on implicit promotion where it corrects the bias of the means.
+            with jax.numpy_dtype_promotion("standard"):
+                updates, opt_state = tuned.update(grads, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state), loss
+
+        state, losses = jax.lax.scan(step, state, rows)
+        finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state[0])]
+        return state, losses, jnp.stack(finite).all()
+
+    def score_one(params: HeadParams, tokens: Tokens) -> jax.Array:
+        return target_scores(params, tokens.pooled, tokens.targets, activation)
+
+    shapes = head_shapes(head_config)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct((members, *x.shape), x.dtype), shapes)
+    opt_state = jax.eval_shape(jax.vmap(optimizer.init), params)
+    whole = NamedSharding(mesh, P())
+    placed = jax.tree.map(
+        lambda s: NamedSharding(mesh, P(None, *s.spec)), sharding.param_shardings(mesh, shapes)
+    )
+    placed_opt = optax.tree.map_params(
+        optimizer, lambda _, s: s, opt_state, placed, transform_non_params=lambda _: whole
+    )
+    # Scatter-adds and the choice of kernels would differ from run to run on a GPU.
+    deterministic = jax.default_backend() == "gpu"
+    return Programs(
+        abstract_state=jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            (params, opt_state),
+            (placed, placed_opt),
+        ),
+        init_optimizer=jax.jit(jax.vmap(optimizer.init), out_shardings=placed_opt),
+        epoch=jax.jit(
+            jax.vmap(train_one, in_axes=(0, None, 0, 0)),
+            donate_argnums=0,
+            out_shardings=((placed, placed_opt), whole, whole),
+            compiler_options={"xla_gpu_deterministic_ops": True} if deterministic else None,
+        ),
+        score=jax.jit(jax.vmap(score_one, in_axes=(0, None)), out_shardings=whole),
+    )
+
+
+_init_head = jax.jit(init_head, static_argnames=("config", "zero_output"))
+
+
+class Trainer:
+    """A run: its data, its programs, and what is known of the rows that are not trained."""
+
+    def __init__(
+        self,
+        data: Data,
+        head_config: HeadConfig,
+        members: Sequence[Member],
+        steps: int,
+        mesh: Mesh,
+    ):
+        self._data, self._head_config, self._members = data, head_config, members
+        trained = dataclasses.replace(head_config, vocab_size=len(data.vocabulary))
+        peaks, decays = (
+            np.array([getattr(member.config, name) for member in members], np.float32)
+            for name in ("learning_rate", "weight_decay")
+        )
+        config = dataclasses.replace(members[0].config, learning_rate=1.0, weight_decay=0.0)
+        self._programs = compile_programs(trained, config, steps, len(members), mesh)
+        self._knobs = jax.device_put((peaks, decays), NamedSharding(mesh, P()))
+        self.abstract_state = self._programs.abstract_state
+        schedule = learning_rate_schedule(config, steps)
+        shape = np.asarray(jax.jit(schedule)(np.arange(config.epochs * steps)))
+        self.learning_rates = peaks[:, None] * shape  # [K, steps of all epochs]
+
+    def init(self) -> Any:
+        """The training state before the first step."""
+        drawn = [self._draw(member.seed) for member in self._members]
+        trained = [{**p, "output": p["output"][self._data.vocabulary]} for p in drawn]
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *trained)
+        places = jax.tree.map(lambda x: x.sharding, self.abstract_state[0])
+        params = jax.device_put(stacked, places)
+        return params, self._programs.init_optimizer(params)
+
+    def train_epoch(self, state: Any, rows: jax.Array) -> tuple[Any, np.ndarray, np.ndarray]:
+        """The state after an epoch, losses `[K, steps]`, whether the weights are finite `[K]`."""
+        with jax.transfer_guard("disallow"):
+            state, losses, finite = self._programs.epoch(state, self._data.train, rows, self._knobs)
+        return state, *jax.device_get((losses, finite))
+
+    def evaluate(self, state: Any) -> list[dict[str, float]] | None:
+        """Metrics on the held-out sequences for each member; None if there are none."""
+        if self._data.held_out is None:
+            return None
+        scores = jax.device_get(self._programs.score(state[0], self._data.held_out))
+        return [_held_out_metrics(row, *self._data.held_out_starts) for row in scores]
+
+    def full_params(self, state: Any, k: int) -> HeadParams:
+        """The parameters of one head, on the host, W2 with all rows `[V, R]`.
+
+        Rows that were not trained had gradients of zero, hence no step but weight decay.
+        """
+        params = jax.tree.map(lambda leaf: leaf[k], jax.device_get(state[0]))
+        member = self._members[k]
+        rates = self.learning_rates[k].astype(np.float64)
+        shrunk = np.prod(1.0 - rates * member.config.weight_decay)
+        output = self._draw(member.seed)["output"] * np.float32(shrunk)
+        output[self._data.vocabulary] = params["output"]
+        return {**params, "output": output}
+
+    def _draw(self, seed: int) -> HeadParams:
+        """The whole head of a seed before the first step, on the host."""
+        key = jax.random.key(seed)
+        zero_output = self._members[0].config.zero_output
+        return jax.device_get(_init_head(key, config=self._head_config, zero_output=zero_output))
+
+
+def _held_out_metrics(
+    scores: np.ndarray, retain_starts: np.ndarray, forget_starts: np.ndarray
+) -> dict[str, float]:
+    """Loss in nats per token, and the shares of tokens and of sequences on the right side of 0.
+
+    A sequence is judged by the mean score of its answer tokens.
+    """
+    metrics, losses = {}, []
+    for name, starts, sign in (("retain", retain_starts, 1.0), ("forget", forget_starts, -1.0)):
+        signed = sign * scores[starts[0] : starts[-1]].astype(np.float64)
+        means = np.add.reduceat(signed, starts[:-1] - starts[0]) / np.diff(starts)
+        losses.append(np.logaddexp(0.0, -signed))
+        metrics[f"held_out_{name}_loss"] = float(losses[-1].mean())
+        metrics[f"held_out_{name}_token_accuracy"] = float((signed > 0).mean())
+        metrics[f"held_out_{name}_sequence_accuracy"] = float((means > 0).mean())
+    return {"held_out_loss": float(np.concatenate(losses).mean()), **metrics}
