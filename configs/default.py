@@ -82,6 +82,13 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval_temperatures = ()  # T; empty: each head's own
     config.eval_scales = ()  # s; empty: each head's own
     config.eval_controls = True  # (T, s = 0) and (T = 1, s' = T s) of every setting
+    # The sweep: a grid of heads, and the choice among them; an empty list is the value above.
+    config.sweep_learning_rates = ()
+    config.sweep_weight_decays = ()
+    config.sweep_ranks = ()
+    config.selection_rule = "utility_given_quality"  # or "smallest_distance"
+    config.selection_group = 20  # rows on one author stay in one half; TOFU has 20 to an author
+    config.second_retain_log = placeholder(str)  # of another retain model: the noise floor
     config.eval_dir = placeholder(str)  # results, and what a stopped run has finished
     config.retain_model = placeholder(str)  # trained without the forget set; KL, its own log
     config.retain_log = placeholder(str)  # its TOFU_EVAL.json; None: that of retain_model

@@ -5,6 +5,8 @@ calls the library's functions with what the config says; there is no mathematics
 """
 
 import dataclasses
+import functools
+import itertools
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -12,15 +14,16 @@ from typing import Any
 from jax.sharding import Mesh
 
 from t3jax import cli, data
-from t3jax.evaluation import logs, tofu, unlearning
+from t3jax.evaluation import logs, recompute, selection, tofu, unlearning
 from t3jax.evaluation.logs import Log
+from t3jax.evaluation.metrics import ForgetQuality
 from t3jax.evaluation.scoring import Setting, settings_grid
 from t3jax.evaluation.store import Store
 from t3jax.features import Features, load_or_compute_features
 from t3jax.head import HeadConfig
 from t3jax.head_io import Head
 from t3jax.lm import LM, load_lm
-from t3jax.training import TrainConfig
+from t3jax.training import TrainConfig, make_members, train_heads
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,6 +89,85 @@ def head_defaults(config: Any) -> dict[str, Any]:
     """What a trained head keeps of a config: the model, and T and s where they are set."""
     knobs = {name: config[name] for name in ("base_temperature", "guidance_scale")}
     return {"model": config.model} | {name: x for name, x in knobs.items() if x is not None}
+
+
+def train_grid(config: Any, lm: LM, mesh: Mesh) -> tuple[list[pathlib.Path], list[Head]]:
+    """Trains the heads of a sweep, those of one rank in one program.
+
+    Each rank's run has a folder of its own in the config's `workdir` and resumes by itself.
+
+    Args:
+        config: The settings.
+        lm: The model.
+        mesh: Where to train.
+
+    Returns:
+        Folders and heads, rank by rank.
+
+    Raises:
+        ValueError: As `train_heads`.
+    """
+    retain, forget = features(config, lm, "retain"), features(config, lm, "forget")
+    recipes = [
+        dataclasses.replace(train_config(config), learning_rate=rate, weight_decay=decay)
+        for rate, decay in itertools.product(
+            config.sweep_learning_rates or (config.learning_rate,),
+            config.sweep_weight_decays or (config.weight_decay,),
+        )
+    ]
+    folders: list[pathlib.Path] = []
+    heads: list[Head] = []
+    for rank in config.sweep_ranks or (config.rank,):
+        workdir = pathlib.Path(config.workdir) / f"sweep-rank{rank}"
+        heads += train_heads(
+            retain,
+            forget,
+            head_config=dataclasses.replace(head_config(config, lm), rank=rank),
+            train_config=recipes,
+            seeds=config.seeds,
+            workdir=workdir,
+            mesh=mesh,
+            report=functools.partial(print, flush=True),
+            **head_defaults(config),
+        )
+        folders += [workdir / member.name for member in make_members(recipes, config.seeds)]
+    return folders, heads
+
+
+def choose(
+    config: Any, evaluation: Evaluation, heads: Sequence[Head]
+) -> tuple[selection.CrossFit, ForgetQuality | None]:
+    """Chooses a setting of an evaluation by cross-fitting, and measures the noise floor.
+
+    Args:
+        config: The settings.
+        evaluation: The evaluation.
+        heads: Its heads.
+
+    Returns:
+        The choice, and the test between the retain model and a second one, if that is named.
+
+    Raises:
+        ValueError: If logs are of different rows, or the rule is unknown.
+    """
+    if evaluation.retain_log is None:
+        raise ValueError("choosing a setting needs the retain model's log")
+    # Controls are there to be compared with, not to be chosen.
+    asked = settings_grid(heads, config.eval_temperatures, config.eval_scales, controls=False)
+    found = selection.cross_fit(
+        {
+            setting.name: evaluation.logs[setting.name]
+            for setting in asked
+            if setting.guidance_scale > 0
+        },
+        evaluation.retain_log,
+        config.selection_rule,
+        group=config.selection_group,
+    )
+    if config.second_retain_log is None:
+        return found, None
+    second = logs.read_log(pathlib.Path(config.second_retain_log))
+    return found, recompute.forget_quality(second, evaluation.retain_log)
 
 
 def evaluate(config: Any, lm: LM, heads: Sequence[Head], mesh: Mesh | None = None) -> Evaluation:

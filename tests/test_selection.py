@@ -1,0 +1,122 @@
+"""Cross-fitted selection, on made-up logs whose truth is known."""
+
+import json
+
+import numpy as np
+import pytest
+
+from t3jax.evaluation import logs, selection
+
+SETS = {
+    "retain": ("_Q_A_Prob", 120),
+    "ra": ("_Q_A_Prob_normalised", 40),
+    "wf": ("_Q_A_Prob_normalised", 50),
+}
+
+
+def make_log(ratios, utility=0.8, names=("retain", "ra", "wf"), spread=0.0, seed=0):
+    """A log with these truth ratios of the forget rows and about this in every utility part."""
+    rng = np.random.default_rng(seed)
+    log = {"forget_truth_ratio": logs.per_example(0.5, score=np.asarray(ratios))}
+    for name in names:
+        prob, rows = SETS[name]
+        parts = np.clip(utility + spread * rng.standard_normal((3, rows)), 0.01, 1)
+        log[name + prob] = logs.per_example(0.0, prob=parts[0])
+        log[f"{name}_Q_A_ROUGE"] = logs.per_example(0.0, rougeL_recall=parts[1])
+        # The metric is max(0, 1 - r) of the stored r.
+        log[f"{name}_Truth_Ratio"] = logs.per_example(0.0, score=1 - parts[2])
+    return log
+
+
+@pytest.fixture
+def ratios():
+    return np.random.default_rng(1).uniform(0.2, 1.5, 200)
+
+
+def test_the_default_rule_takes_the_most_useful_of_those_that_forget(ratios):
+    candidates = {
+        "remembers": make_log(ratios + 3, utility=0.9),
+        "useful": make_log(ratios * 1.01, utility=0.7),
+        "useless": make_log(ratios, utility=0.3),
+    }
+    found = selection.cross_fit(candidates, make_log(ratios))
+    assert [choice.name for choice in (*found.halves, found.overall)] == ["useful"] * 3
+    assert found.overall.passed
+    assert found.utility_name == "model utility"
+    assert found.held_out.utility == pytest.approx(0.7)
+    assert found.held_out.quality.p_value > 0.9
+    nearest = selection.cross_fit(candidates, make_log(ratios), "smallest_distance")
+    assert nearest.overall.name == "useless"
+    assert nearest.held_out.quality.statistic == 0
+
+
+def test_where_nothing_forgets_the_nearest_is_taken_and_marked(ratios):
+    candidates = {"far": make_log(ratios + 9), "near": make_log(ratios + 0.5)}
+    found = selection.cross_fit(candidates, make_log(ratios))
+    assert (found.overall.name, found.overall.passed) == ("near", False)
+    assert "no setting met the rule's condition" in str(selection.summary_rows(found))
+
+
+def test_rows_never_leak_between_halves(ratios):
+    rng = np.random.default_rng(2)
+    candidates = {f"s{i}": make_log(ratios + rng.normal(0, 0.3, 200)) for i in range(5)}
+    before = selection.cross_fit(candidates, make_log(ratios), "smallest_distance")
+    in_a = selection.half(200)
+    for i, log in enumerate(candidates.values()):  # everything that half B says is turned round
+        rows = log["forget_truth_ratio"]["value_by_index"]
+        for row in np.flatnonzero(~in_a):
+            rows[str(row)]["score"] += 0.4 * (5 - i)
+    after = selection.cross_fit(candidates, make_log(ratios), "smallest_distance")
+    assert after.halves[0] == before.halves[0]
+    assert after.halves[1].name != before.halves[1].name
+
+
+def test_choosing_among_equals_flatters_and_cross_fitting_does_not(ratios):
+    """Sixty settings that differ by luck alone: their true utility is 0.5."""
+    optimistic, honest = [], []
+    for run in range(20):
+        candidates = {
+            f"s{i}": make_log(ratios, 0.5, spread=0.3, seed=60 * run + i) for i in range(60)
+        }
+        found = selection.cross_fit(candidates, make_log(ratios), seed=run)
+        optimistic.append(found.overall.score.utility)
+        honest.append(found.held_out.utility)
+    true = np.mean(
+        [selection.utility(*selection.rows_of(log).utility.values()) for log in candidates.values()]
+    )
+    assert np.mean(optimistic) > true + 0.01
+    assert abs(np.mean(honest) - true) < 0.005
+
+
+def test_halves_keep_groups_together():
+    in_a = selection.half(90, group=20, seed=3)
+    groups = [set(in_a[i : i + 20]) for i in range(0, 90, 20)]
+    assert all(len(each) == 1 for each in groups)
+    assert sum(True in each for each in groups) == 2
+    np.testing.assert_array_equal(in_a, selection.half(90, group=20, seed=3))
+    assert (in_a != selection.half(90, group=20, seed=4)).any()
+    with pytest.raises(ValueError, match="20 rows in groups of 20"):
+        selection.half(20, group=20)
+
+
+def test_without_other_sets_it_is_retain_utility(ratios):
+    candidates = {"one": make_log(ratios, 0.6, names=("retain",))}
+    found = selection.cross_fit(candidates, make_log(ratios), group=20)
+    assert found.utility_name == "retain utility"
+    assert found.held_out.utility == pytest.approx(0.6)
+    rows = dict((label, value) for label, value, _ in selection.summary_rows(found))
+    assert rows["retain utility, cross-fitted"] == "0.600"
+    json.dumps(selection.as_json(found))
+
+
+def test_what_cannot_be_compared_is_refused(ratios):
+    retain = make_log(ratios)
+    with pytest.raises(ValueError, match="no settings to choose from"):
+        selection.cross_fit({}, retain)
+    with pytest.raises(ValueError, match="unknown rule 'best'"):
+        selection.cross_fit({"a": make_log(ratios)}, retain, "best")
+    with pytest.raises(ValueError, match="another forget split"):
+        selection.cross_fit({"a": make_log(ratios[:100])}, retain)
+    some = make_log(ratios, names=("retain",))
+    with pytest.raises(ValueError, match="the same sets"):
+        selection.cross_fit({"a": make_log(ratios), "b": some}, retain)
