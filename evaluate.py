@@ -3,9 +3,10 @@
     python evaluate.py --config=configs/smollm2.py
     python evaluate.py --recompute LOG [--retain-log LOG]
 
-The first evaluates a base model, and every head at every T and s of the config. It writes
-`TOFU_EVAL.json` and `TOFU_SUMMARY.json`, in the reference evaluator's format, and `UNLEARNING.json`
-for each setting. Called again after it was stopped, it goes on where it was.
+The first evaluates a base model, and every head at every T and s of the config. It writes for each
+setting `TOFU_EVAL.json` and `TOFU_SUMMARY.json`, in the reference evaluator's format, and
+`UNLEARNING.json`; for all of them `report.html`. Called again after it was stopped, it goes on
+where it was.
 
 The second recomputes every aggregate of a `TOFU_EVAL.json` (of this project or of the reference
 evaluator, or its folder) from its per-example values.
@@ -24,6 +25,7 @@ from absl import app, flags
 import t3jax
 from t3jax import cli, pipeline
 from t3jax.evaluation import logs, recompute, unlearning
+from t3jax.report import write_report
 
 _RECOMPUTE = flags.DEFINE_string("recompute", None, "The log (or its folder) to recompute.")
 _RETAIN_LOG = flags.DEFINE_string(
@@ -45,6 +47,9 @@ def main(config: Any) -> None:
     for i, path in enumerate(paths):
         print(f"head{i}: {path}")
     print(f"logs: {config.eval_dir}/SETTING/{logs.EVAL_NAME}, {unlearning.UNLEARNING_NAME}")
+    report = pathlib.Path(config.eval_dir) / "report.html"
+    write_report(report, found, title=f"Unlearning with {config.model}")
+    print(f"report: {report}")
 
 
 def _table(evaluated: dict[str, logs.Log]) -> str:

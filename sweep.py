@@ -7,8 +7,8 @@ one program for each of `sweep_ranks`; an empty list is the config's own value. 
 `eval_temperatures` x `eval_scales`, with the controls. Scoring reads each text once for all
 settings, but answers are generated anew for every head and every T · s: that is the cost of a grid.
 
-Called again after it was stopped, it goes on where it was. Writes `selection.json` and the logs to
-`eval_dir`, and the heads to `workdir`.
+Called again after it was stopped, it goes on where it was. Writes `selection.json`, `report.html`
+and the logs to `eval_dir`, and the heads to `workdir`.
 """
 
 import pathlib
@@ -17,6 +17,7 @@ from typing import Any
 import t3jax
 from t3jax import cli, files, pipeline
 from t3jax.evaluation import logs, recompute, selection
+from t3jax.report import write_report
 
 
 def main(config: Any) -> None:
@@ -46,12 +47,20 @@ def main(config: Any) -> None:
         print(f"{label}: {value} ({note})")
     for metric, number in _generalisation(evaluation.unlearning[found.overall.name]).items():
         print(f"{found.overall.name}, {metric}: {number:.3f}")
-    path = pathlib.Path(config.eval_dir) / "selection.json"
-    files.write_json(path, selection.as_json(found, floor))
+    folder = pathlib.Path(config.eval_dir)
+    files.write_json(folder / "selection.json", selection.as_json(found, floor))
+    write_report(
+        folder / "report.html",
+        evaluation,
+        title=f"Choosing a head for {config.model}",
+        selected=selection.summary_rows(found, floor),
+        featured=found.overall.name,
+    )
     chosen = evaluation.settings[names.index(found.overall.name)]
     assert chosen.head is not None  # candidates have one
     print(
-        f"written: {path}\nuse: --config.head={folders[chosen.head]} "
+        f"written: {folder}/selection.json, {folder}/report.html\n"
+        f"use: --config.head={folders[chosen.head]} "
         f"--config.base_temperature={chosen.base_temperature:g} "
         f"--config.guidance_scale={chosen.guidance_scale:g}"
     )

@@ -77,6 +77,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval_real_authors = placeholder(str)
     config.eval_world_facts = placeholder(str)
     config.eval_holdout = placeholder(str)  # rows never trained on, for membership inference
+    config.eval_rows = placeholder(int)  # of each set at most, evenly spread; None: all
     # Settings: the base model, every head at every (T, s), and controls.
     config.eval_heads = ()  # head folders; empty: the one named above
     config.eval_temperatures = ()  # T; empty: each head's own
@@ -93,8 +94,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.retain_model = placeholder(str)  # trained without the forget set; KL, its own log
     config.retain_log = placeholder(str)  # its TOFU_EVAL.json; None: that of retain_model
     config.reference_mask = False  # the reference evaluator's attention mask, eos never attended
-    config.leak_samples = 0  # answers drawn to each forget question, by the sampling settings above
+    config.leak_samples = 0  # answers drawn to each forget question
     config.leak_temperature = 1.0
+    config.leak_top_k = 0
+    config.leak_top_p = 1.0
     config.leak_threshold = 0.7  # ROUGE-L recall
     config.kl_rows = 0  # questions of forget and of retain, each, for the Monte-Carlo KL
     config.kl_samples = 1  # answers drawn to each

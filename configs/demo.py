@@ -30,4 +30,13 @@ def get_config() -> ml_collections.ConfigDict:
     config.base_temperature = 2.5
     config.guidance_scale = 0.56
     config.max_new_tokens = 40
+    config.rows = 64
+    config.eval_forget = "demo/authors/forget_perturbed.jsonl"
+    config.eval_retain = "demo/authors/retain_perturbed.jsonl"
+    config.eval_rows = 160  # all of the forget set
+    config.eval_temperatures = (1.0, 1.5, 2.5)
+    config.eval_dir = "out/demo/evaluation"
+    config.retain_model = "demo/retain_only"
+    config.leak_samples = 4
+    config.leak_top_k = 20
     return config

@@ -1,18 +1,19 @@
-"""The whole story on the model that ships here: train the head, sample before and after, compare.
+"""The whole story on the model that ships here: train the head, evaluate before and after, compare.
 
     python -m demo.run_demo
 
 `base` knows all authors, `retain_only` was trained without those to forget: the gold standard. The
 head never sees the paraphrased questions, nor the authors of `unseen_retain`. Settings are those of
-`configs/demo.py`. Everything is written under `out/demo`; `summary.json` holds the numbers.
+`configs/demo.py`. Everything is written under `out/demo`: `summary.json` holds the numbers of the
+table, `report.html` the evaluation.
 """
 
-import functools
 import json
 import pathlib
 import statistics
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -21,10 +22,10 @@ from configs import demo as demo_config
 from t3jax import data, files, pipeline
 from t3jax.cli import enable_compilation_cache, prompt_format
 from t3jax.evaluation.metrics import rouge_scores
-from t3jax.evaluation.scoring import BASE, score_texts
+from t3jax.evaluation.scoring import BASE, settings_grid
+from t3jax.evaluation.store import Store
+from t3jax.report import write_report
 
-ROOT = pathlib.Path(__file__).parent
-ROWS = 160  # of each set that are asked: all of the forget set
 MODELS = ("base", "unlearned", "retain_only")
 LABELS = {
     "forget_recall": "forget authors",
@@ -41,19 +42,27 @@ def main() -> None:
     config = demo_config.get_config()
     out = pathlib.Path(config.workdir)
     lm = t3jax.load_lm(config.model)
-    twin = t3jax.load_lm(str(ROOT / "retain_only"))
     head = train(config, lm, out)
-    sampler = functools.partial(
-        t3jax.Sampler, prompt_format=prompt_format(config), batch_size=64, chunk=8
+    evaluation = pipeline.evaluate(config, lm, [head])
+    assert evaluation.retain_store is not None  # the config names the twin
+    unlearned = settings_grid([head], controls=False)[-1]  # at the head's own T and s
+    write_report(
+        out / "report.html",
+        evaluation,
+        title="t3jax demo: forgetting made-up authors",
+        featured=unlearned.name,
     )
-    samplers = {
-        "base": sampler(lm),
-        "unlearned": sampler(lm, head),
-        "retain_only": sampler(twin),
-    }
 
+    # What the evaluation asked already is read from its store.
+    models = {
+        "base": (evaluation.store, BASE),
+        "unlearned": (evaluation.store, unlearned),
+        "retain_only": (evaluation.retain_store, BASE),
+    }
     rows = {
-        name: _spread(data.load_records(ROOT / "authors" / f"{name}_perturbed.jsonl"), ROWS)
+        name: data.evenly_spread(
+            data.load_records(f"demo/authors/{name}_perturbed.jsonl"), config.eval_rows
+        )
         for name in ("forget", "retain", "unseen_retain")
     }
     asked = {
@@ -66,12 +75,12 @@ def main() -> None:
     recalls: dict[str, dict[str, float]] = {}
     for metric, (chosen, field) in asked.items():
         answers[metric], recalls[metric] = {}, {}
-        for model in MODELS:
-            texts = samplers[model](
-                [row[field] for row in chosen],
-                max_new_tokens=config.max_new_tokens,
-                progress=f"{LABELS[metric].strip()}, {model}",
-            )
+        prompts = [
+            data.encode_prompt(lm.tokenizer, row[field], prompt_format(config)) for row in chosen
+        ]
+        for model, (store, setting) in models.items():
+            samples = store.answers(metric, prompts, setting, max_new_tokens=config.max_new_tokens)
+            texts = [sample.text for sample in samples]
             answers[metric][model] = texts
             scores = rouge_scores([row["answer"] for row in chosen], texts)
             recalls[metric][model] = float(np.mean(scores["rougeL_recall"]))
@@ -79,7 +88,12 @@ def main() -> None:
     questions = [row["question"] for row in rows["forget"]]
     perplexity = {
         model: statistics.median(
-            perplexities(twin, questions, answers["forget_recall"][model], prompt_format(config))
+            perplexities(
+                evaluation.retain_store,
+                questions,
+                answers["forget_recall"][model],
+                prompt_format(config),
+            )
         )
         for model in ("unlearned", "retain_only")
     }
@@ -102,7 +116,7 @@ def main() -> None:
     print(table(summary, rows, answers, out))
 
 
-def train(config, lm: t3jax.LM, out: pathlib.Path) -> t3jax.Head:
+def train(config: Any, lm: t3jax.LM, out: pathlib.Path) -> t3jax.Head:
     """Features, then the head: what `train_classifier.py --config=configs/demo.py` does."""
     (head,) = t3jax.train_heads(
         retain=pipeline.features(config, lm, "retain"),
@@ -116,17 +130,17 @@ def train(config, lm: t3jax.LM, out: pathlib.Path) -> t3jax.Head:
 
 
 def perplexities(
-    lm: t3jax.LM,
+    store: Store,
     questions: Sequence[str],
     answers: Sequence[str],
     prompt_format: data.PromptFormat,
 ) -> list[float]:
     """Perplexity of each answer to its question under a model, closing token included."""
     examples = [
-        data.encode_question_answer(lm.tokenizer, question, answer or " ", prompt_format)
+        data.encode_question_answer(store.lm.tokenizer, question, answer or " ", prompt_format)
         for question, answer in zip(questions, answers, strict=True)
     ]
-    (scores,) = score_texts(lm, examples, [BASE])
+    (scores,) = store.scores("demo-answers", examples, [BASE])
     return np.exp(scores.avg_loss).tolist()
 
 
@@ -134,7 +148,8 @@ def table(summary: dict, rows: dict, answers: dict, out: pathlib.Path) -> str:
     """What a person should see at the end."""
     lines = [
         "",
-        f"How much of the true answers is recited (ROUGE-L recall, {ROWS} questions a row)",
+        "How much of the true answers is recited "
+        f"(ROUGE-L recall, {len(rows['forget'])} questions a row)",
         "",
         f"{'':28}{'base':>10}{'unlearned':>12}{'retain-only':>14}",
     ]
@@ -155,17 +170,11 @@ def table(summary: dict, rows: dict, answers: dict, out: pathlib.Path) -> str:
         lines += [f"> {row['question']}  ({name})", f"{'truth':>12} | {row['answer']}"]
         lines += [f"{model:>12} | {answers[metric][model][0]}" for model in MODELS]
         lines.append("")
-    lines.append(
-        f"{summary['seconds']:.0f} s; all numbers in {out}/summary.json, answers in answers.jsonl"
-    )
+    lines += [
+        f"{summary['seconds']:.0f} s; numbers: {out}/summary.json, answers: {out}/answers.jsonl",
+        f"report: {(out / 'report.html').absolute()}",
+    ]
     return "\n".join(lines)
-
-
-def _spread(rows: list[dict], count: int) -> list[dict]:
-    """`count` rows, evenly spread over the set."""
-    if len(rows) < count:
-        raise ValueError(f"the demo asks {count} questions of each set, got {len(rows)}")
-    return [rows[i * len(rows) // count] for i in range(count)]
 
 
 if __name__ == "__main__":

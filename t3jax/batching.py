@@ -64,7 +64,9 @@ def map_batches(
     """
     rows = lm.mesh.shape.get(sharding.DATA, 1)
     total = sum(len(example.tokens) for example in examples)
-    bar = tqdm.tqdm(total=total, desc=progress, unit="tok", unit_scale=True, disable=not progress)
+    bar = tqdm.tqdm(
+        total=total, desc=progress, unit="tok", unit_scale=True, delay=1, disable=not progress
+    )
     pending: collections.deque[tuple[list[int], Result]] = collections.deque()
 
     def finish() -> None:

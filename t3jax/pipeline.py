@@ -35,6 +35,7 @@ class Evaluation:
         logs: By setting's name, the TOFU metrics.
         unlearning: By setting's name, the numbers beyond them.
         retain_log: The retain model's TOFU metrics, if there is one.
+        retain_unlearning: Its numbers beyond them, if it was named.
         sets: The question sets by key of `tofu.SETS`.
         store: The scores and answers behind the numbers.
         retain_store: Those of the retain model, if it was named.
@@ -44,6 +45,7 @@ class Evaluation:
     logs: dict[str, Log]
     unlearning: dict[str, Log]
     retain_log: Log | None
+    retain_unlearning: Log | None
     sets: dict[str, tofu.QuestionSet]
     store: Store
     retain_store: Store | None
@@ -204,37 +206,44 @@ def evaluate(config: Any, lm: LM, heads: Sequence[Head], mesh: Mesh | None = Non
         cli.prompt_format(config),
         config.max_length or lm.max_position,
         config.tofu_dir,
+        config.eval_rows,
     )
     options = tofu.TofuOptions(config.max_new_tokens, config.reference_mask)
     kept = {"folder": folder / "store", "rows": config.rows, "progress": True}
     store = Store(lm, heads, **kept)
-    retain_store = None
+    beyond = unlearning.UnlearningOptions(
+        leak_samples=config.leak_samples,
+        leak_threshold=config.leak_threshold,
+        leak_temperature=config.leak_temperature,
+        leak_top_k=config.leak_top_k,
+        leak_top_p=config.leak_top_p,
+        kl_rows=config.kl_rows,
+        kl_samples=config.kl_samples,
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed,
+    )
+    retain_store, retain_unlearning = None, None
     if config.retain_model is not None:
         retain_store = Store(load_lm(config.retain_model, config.dtype, mesh), **kept)
         unlearning.check_same_vocabulary(store, retain_store)
+        itself = Setting("retain_model")
         if retain_log is None:
-            name = "retain_model"
-            retain_log = tofu.evaluate(retain_store, sets, [Setting(name)], folder, options)[name]
+            found = tofu.evaluate(retain_store, sets, [itself], folder, options)
+            retain_log = found[itself.name]
+        retain_unlearning = unlearning.measure(
+            retain_store, sets, [itself], folder, beyond, judge=store
+        )[itself.name]
     evaluated = tofu.evaluate(
         store, sets, settings, folder, options, retain_log=retain_log, retain_store=retain_store
     )
-    measured = unlearning.measure(
-        store,
-        sets,
+    measured = unlearning.measure(store, sets, settings, folder, beyond, retain_store=retain_store)
+    return Evaluation(
         settings,
-        folder,
-        unlearning.UnlearningOptions(
-            leak_samples=config.leak_samples,
-            leak_threshold=config.leak_threshold,
-            temperature=config.leak_temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            min_p=config.min_p,
-            kl_rows=config.kl_rows,
-            kl_samples=config.kl_samples,
-            max_new_tokens=config.max_new_tokens,
-            seed=config.seed,
-        ),
-        retain_store=retain_store,
+        evaluated,
+        measured,
+        retain_log,
+        retain_unlearning,
+        sets,
+        store,
+        retain_store,
     )
-    return Evaluation(settings, evaluated, measured, retain_log, sets, store, retain_store)

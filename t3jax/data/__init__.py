@@ -13,7 +13,7 @@ from t3jax.data.chat import (
     encode_question_answer,
     encode_records,
 )
-from t3jax.data.records import load_dataset, load_prompts, load_records
+from t3jax.data.records import evenly_spread, load_dataset, load_prompts, load_records
 
 if TYPE_CHECKING:
     from t3jax.data.tofu import Tofu, load_tofu
@@ -26,6 +26,7 @@ __all__ = [
     "encode_prompt",
     "encode_question_answer",
     "encode_records",
+    "evenly_spread",
     "load_dataset",
     "load_prompts",
     "load_records",

@@ -9,10 +9,11 @@ nothing is ever shortened, skipped or repaired.
 import json
 import os
 import pathlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 Record = dict[str, Any]
+Row = TypeVar("Row")
 
 TOFU_PREFIX = "tofu:"
 
@@ -139,6 +140,12 @@ def load_dataset(
 
         return tofu.load_tofu(source.removeprefix(TOFU_PREFIX), folder=tofu_dir)
     return load_records(source)
+
+
+def evenly_spread(rows: Sequence[Row], count: int) -> list[Row]:
+    """At most `count` rows, evenly spread over all of them, in their order."""
+    count = min(count, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
 
 
 def _files(source: pathlib.Path) -> list[pathlib.Path]:

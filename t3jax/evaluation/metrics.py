@@ -11,10 +11,13 @@ References:
 """
 
 import dataclasses
+import functools
 import math
+import types
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Array, Bool, Float
@@ -387,14 +390,13 @@ def rouge_scores(
     """
     # Here and not above: it brings in all of nltk, which takes seconds.
     from rouge_score.rouge_scorer import RougeScorer
-    from rouge_score.tokenizers import DefaultTokenizer
 
     if len(ground_truths) != len(generations):
         raise ValueError(
             f"rouge_scores got {len(ground_truths)} ground truths "
             f"but {len(generations)} generations"
         )
-    scorer = RougeScorer(["rouge1", "rougeL"], tokenizer=DefaultTokenizer(use_stemmer=True))
+    scorer = RougeScorer(["rouge1", "rougeL"], tokenizer=_stemming_tokenizer())
     scores = [
         scorer.score(truth, generation)
         for truth, generation in zip(ground_truths, generations, strict=True)
@@ -404,6 +406,16 @@ def rouge_scores(
         "rougeL_f1": np.array([s["rougeL"].fmeasure for s in scores], np.float64),
         "rougeL_recall": np.array([s["rougeL"].recall for s in scores], np.float64),
     }
+
+
+@functools.cache
+def _stemming_tokenizer() -> Any:
+    """rouge-score's tokenizer, which stems each word but once: most of the time went there."""
+    from nltk.stem.porter import PorterStemmer
+    from rouge_score.tokenize import tokenize
+
+    stemmer = types.SimpleNamespace(stem=functools.cache(PorterStemmer().stem))
+    return types.SimpleNamespace(tokenize=lambda text: tokenize(text, stemmer))
 
 
 @dataclasses.dataclass(frozen=True)

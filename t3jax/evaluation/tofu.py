@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from t3jax.data import Example, PromptFormat, encode_records, load_dataset
+from t3jax.data import Example, PromptFormat, encode_records, evenly_spread, load_dataset
 from t3jax.data.records import Record
 from t3jax.evaluation import logs, metrics, recompute
 from t3jax.evaluation.logs import Log, MissingMetricError
@@ -61,6 +61,7 @@ class QuestionSet:
         paraphrased: Each question with the reworded right answer; None where the set has none.
         wrong: For each j, each question with its j-th wrong answer; empty where there are none.
         reworded: Each reworded question with the right answer; None where the set has none.
+        questions: The questions.
         inputs: The prompts as text, special tokens left out.
         answer_texts: The right answers as text, as the tokenizer gives their tokens back.
     """
@@ -70,6 +71,7 @@ class QuestionSet:
     paraphrased: list[Example] | None
     wrong: list[list[Example]]
     reworded: list[Example] | None
+    questions: list[str]
     inputs: list[str]
     answer_texts: list[str]
 
@@ -105,6 +107,7 @@ def load_sets(
     prompt_format: PromptFormat,
     max_length: int,
     tofu_dir: str | os.PathLike[str] | None = None,
+    max_rows: int | None = None,
 ) -> dict[str, QuestionSet]:
     """Loads and encodes question sets.
 
@@ -115,6 +118,7 @@ def load_sets(
         prompt_format: How a question becomes a prompt.
         max_length: Longest text, tokens.
         tofu_dir: Folder with TOFU's files; None: the hub.
+        max_rows: Rows of each set at most, evenly spread over it; None: all.
 
     Returns:
         The sets that have a source.
@@ -123,11 +127,13 @@ def load_sets(
         FileNotFoundError: A file does not exist.
         ValueError: A broken file, or rows as in `encode_set`.
     """
-    return {
-        name: encode_set(name, load_dataset(source, tofu_dir), tokenizer, prompt_format, max_length)
-        for name, source in sources.items()
-        if source is not None
-    }
+    sets = {}
+    for name, source in sources.items():
+        if source is not None:
+            records = load_dataset(source, tofu_dir)
+            records = records if max_rows is None else evenly_spread(records, max_rows)
+            sets[name] = encode_set(name, records, tokenizer, prompt_format, max_length)
+    return sets
 
 
 def encode_set(
@@ -188,6 +194,7 @@ def encode_set(
             for j in range(len(wrong[0]))
         ],
         reworded=reworded and encode("paraphrased questions", reworded, answers),
+        questions=questions,
         inputs=[_decode(tokenizer, prompt) for prompt in prompts(encoded)],
         answer_texts=[_decode(tokenizer, each.tokens[each.answer_start :]) for each in encoded],
     )

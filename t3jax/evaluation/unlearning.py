@@ -37,10 +37,9 @@ class UnlearningOptions:
     Attributes:
         leak_samples: n answers drawn to each forget question; 0 draws none.
         leak_threshold: ROUGE-L recall from which an answer leaks.
-        temperature: Sampling temperature of these answers.
-        top_k: As in `SamplingOptions`.
-        top_p: As in `SamplingOptions`.
-        min_p: As in `SamplingOptions`.
+        leak_temperature: Sampling temperature of these answers.
+        leak_top_k: Their truncation, decided on the base distribution; see `SamplingOptions`.
+        leak_top_p: The same.
         kl_rows: Questions of the forget and of the retain set, each, for the Monte-Carlo KL, which
             draws from the whole distribution; 0 leaves it out.
         kl_samples: Answers drawn to each of them.
@@ -50,17 +49,16 @@ class UnlearningOptions:
 
     leak_samples: int = 0
     leak_threshold: float = 0.7
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    leak_temperature: float = 1.0
+    leak_top_k: int = 0
+    leak_top_p: float = 1.0
     kl_rows: int = 0
     kl_samples: int = 1
     max_new_tokens: int = 200
     seed: int = 0
 
     def __post_init__(self):
-        if self.leak_samples and not self.temperature > 0:
+        if self.leak_samples and not self.leak_temperature > 0:
             raise ValueError("best of several samples needs a sampling temperature above 0")
         if not 0 < self.leak_threshold <= 1:
             raise ValueError(f"leak_threshold must lie in (0, 1], got {self.leak_threshold}")
@@ -197,6 +195,7 @@ def measure(
     options: UnlearningOptions = UnlearningOptions(),
     *,
     retain_store: Store | None = None,
+    judge: Store | None = None,
 ) -> dict[str, Log]:
     """Runs the model for all of the above under every setting and writes the results.
 
@@ -209,6 +208,7 @@ def measure(
         folder: Where to; `UNLEARNING.json` goes to a folder by setting's name.
         options: What to sample, and how.
         retain_store: The retain model, for the Monte-Carlo KL.
+        judge: Whose base model's perplexity of answers tells their fluency; None: `store`'s.
 
     Returns:
         By setting's name, entries by metric; what is missing is noted with the reason.
@@ -218,7 +218,7 @@ def measure(
     """
     written = {}
     for index, setting in enumerate(settings):
-        measuring = _Measuring(store, sets, settings, index, options, retain_store)
+        measuring = _Measuring(store, sets, settings, index, options, retain_store, judge or store)
         log: Log = {}
         for metric, build in measuring.entries().items():
             try:
@@ -243,6 +243,7 @@ class _Measuring:
     index: int
     options: UnlearningOptions
     retain_store: Store | None
+    judge: Store
 
     @property
     def setting(self) -> Setting:
@@ -312,7 +313,7 @@ class _Measuring:
         """Perplexity of texts under the base model, and how much they repeat."""
         texts = [sample.text for sample in samples]
         label = f"{label}-{self.setting.name}"
-        (scores,) = self.store.scores(label, _answered(answers, samples), [BASE])
+        (scores,) = self.judge.scores(label, _answered(answers, samples), [BASE])
         tokens = int(scores.num_tokens.sum())
         perplexity = math.exp(-float(scores.logprobs.sum(dtype=np.float64)) / tokens)
         distinct: dict[str, float | None] = {}
@@ -400,10 +401,9 @@ class _Measuring:
             self.the_set("forget").prompts,
             self.setting,
             num_samples=self.options.leak_samples,
-            temperature=self.options.temperature,
-            top_k=self.options.top_k,
-            top_p=self.options.top_p,
-            min_p=self.options.min_p,
+            temperature=self.options.leak_temperature,
+            top_k=self.options.leak_top_k,
+            top_p=self.options.leak_top_p,
             max_new_tokens=self.options.max_new_tokens,
             seed=self.options.seed,
         )

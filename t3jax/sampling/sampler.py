@@ -176,7 +176,7 @@ class Sampler:
         """
         request = self._request(prompts, base_temperature, guidance_scale, options)
         samples: dict[int, Sample] = {}
-        bar = tqdm.tqdm(total=len(request.rows), desc=progress, disable=not progress)
+        bar = tqdm.tqdm(total=len(request.rows), desc=progress, delay=1, disable=not progress)
         for batch in request.batches(self.batch_size):
             tokens: list[list[int]] = [[] for _ in batch]
             logprobs: list[list[tuple[float, float]]] = [[] for _ in batch]

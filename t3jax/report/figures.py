@@ -1,0 +1,174 @@
+"""The report's figures: matplotlib, each returned as an SVG picture that HTML holds inline.
+
+Colours are Okabe and Ito's, which the colour-blind tell apart; markers and dashes tell the same.
+"""
+
+import base64
+import functools
+import io
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from t3jax.report import tables
+
+BLUE, ORANGE, GREEN, GREY, PURPLE = "#0072B2", "#D55E00", "#009E73", "#666666", "#CC79A7"
+LEVEL = 0.05
+FLOOR = 1e-12  # of forget quality in the trade-off
+# By kind of setting: colour, marker and line.
+STYLES = {
+    tables.BASE: (GREY, "s", ":"),
+    tables.UNLEARNED: (BLUE, "o", "-"),
+    tables.TEMPERED: (ORANGE, "v", "--"),
+    tables.TILTED: (PURPLE, "^", "-."),
+    tables.RETAIN_MODEL: (GREEN, "*", "-"),
+}
+# Of a temperature sweep, line by line.
+_LINES = [style for kind, style in STYLES.items() if kind != tables.RETAIN_MODEL]
+_SETTINGS: Any = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "t3jax",
+}
+
+
+class Point(NamedTuple):
+    """A setting in the trade-off.
+
+    Attributes:
+        label: What stands beside it; empty for none.
+        kind: A key of `STYLES`.
+        quality: Forget quality, p.
+        utility: Model or retain utility.
+    """
+
+    label: str
+    kind: str
+    quality: float
+    utility: float
+
+
+class Line(NamedTuple):
+    """A line of a temperature sweep.
+
+    Attributes:
+        label: What the legend says.
+        temperatures: T, ascending.
+        values: One for each T.
+    """
+
+    label: str
+    temperatures: Sequence[float]
+    values: Sequence[float]
+
+
+def _styled(draw: Callable[..., Any]) -> Callable[..., str]:
+    """Gives a drawing function its axes, in this module's style, and returns the picture."""
+
+    @functools.wraps(draw)
+    def picture(*arguments: Any) -> str:
+        import matplotlib as mpl  # slow to import: only who draws waits
+        from matplotlib.figure import Figure  # no pyplot: nothing global, no display
+
+        with mpl.rc_context(_SETTINGS):
+            figure = Figure(figsize=(5.4, 3.8), layout="constrained")
+            axes = figure.subplots()
+            draw(axes, *arguments)
+            figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+    return picture
+
+
+@_styled
+def trade_off(axes: Any, points: Sequence[Point], utility_name: str) -> None:
+    """Forget quality against utility: up and right is better."""
+    for kind, (colour, marker, _) in STYLES.items():
+        mine = [point for point in points if point.kind == kind]
+        if mine:
+            axes.scatter(
+                [point.utility for point in mine],
+                [max(point.quality, FLOOR) for point in mine],
+                s=190 if kind == tables.RETAIN_MODEL else 55,
+                c=colour,
+                marker=marker,
+                label=kind,
+                zorder=3,
+            )
+    for point in points:
+        if point.label:
+            axes.annotate(
+                point.label,
+                (point.utility, max(point.quality, FLOOR)),
+                xytext=(0, 8),
+                textcoords="offset points",
+                ha="center",
+                fontsize=9,
+            )
+    axes.axhline(LEVEL, color="black", linewidth=1, linestyle="--")
+    axes.text(0.01, LEVEL * 1.5, "p = 0.05", transform=axes.get_yaxis_transform(), fontsize=9)
+    axes.set(yscale="log", xlabel=utility_name, ylabel="forget quality (p)")
+    axes.set_ylim(FLOOR / 10, 20)
+    axes.margins(x=0.12)  # room for labels
+
+
+@_styled
+def distributions(axes: Any, ratios: Mapping[str, tuple[str, Float[np.ndarray, "rows"]]]) -> None:
+    """Distribution functions of the forget rows' truth ratios; by label, kind and ratios."""
+    for label, (kind, values) in ratios.items():
+        colour, _, line = STYLES[kind]
+        axes.ecdf(values, label=label, color=colour, linestyle=line, linewidth=2)
+    axes.set(xscale="log", xlabel="truth ratio (log scale)", ylabel="share of forget rows below")
+    low, high = axes.get_xlim()
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+    ticks = [m * 10.0**decade for decade in decades for m in (1, 2, 5)]
+    if len(decades) > 2:
+        ticks = [10.0**decade for decade in decades]
+    shown = [tick for tick in ticks if low <= tick <= high]
+    axes.set_xticks(shown, [f"{tick:g}" for tick in shown])
+    axes.set_xticks([], minor=True)
+
+
+@_styled
+def temperature_sweep(axes: Any, panel: str, lines: Sequence[Line]) -> None:
+    """One number over T, a line for each s."""
+    for line, (colour, marker, dashes) in zip(lines, itertools.cycle(_LINES)):
+        axes.plot(
+            line.temperatures,
+            line.values,
+            color=colour,
+            marker=marker,
+            linestyle=dashes,
+            label=line.label,
+        )
+    axes.set(xlabel="T", ylabel=panel)
+
+
+@_styled
+def leaks(axes: Any, rates: Mapping[str, tuple[str, Mapping[int, float]]]) -> None:
+    """Leak rate by number of samples; by label, kind and rate at n."""
+    for label, (kind, by_samples) in rates.items():
+        colour, marker, line = STYLES[kind]
+        drawn = sorted(by_samples)
+        axes.plot(
+            drawn,
+            [by_samples[n] for n in drawn],
+            color=colour,
+            marker=marker,
+            linestyle=line,
+            label=label,
+        )
+    axes.set(xlabel="answers drawn", ylabel="questions with a leak", ylim=(-0.02, 1.02))
+    axes.xaxis.get_major_locator().set_params(integer=True)

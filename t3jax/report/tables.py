@@ -1,0 +1,454 @@
+"""The report's numbers, samples and tokens as plain data: from logs to what the template shows.
+
+No number is computed here that `evaluation` does not define; this is choosing, rounding and naming.
+"""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from t3jax.data.records import evenly_spread
+from t3jax.evaluation import logs, metrics, recompute, selection
+from t3jax.evaluation.logs import Log, MissingMetricError
+from t3jax.evaluation.scoring import Setting, TextScores
+from t3jax.evaluation.tofu import SETS, QuestionSet
+
+BASE = "base"
+UNLEARNED = "unlearned"
+TEMPERED = "control: tempered only"
+TILTED = "control: tilted only"
+RETAIN_MODEL = "retain model"
+
+
+class Cell(NamedTuple):
+    """A number of a table.
+
+    Attributes:
+        text: The number; a dash where it is missing.
+        note: What stands beside it, small: its interval, for instance.
+    """
+
+    text: str
+    note: str = ""
+
+
+class Row(NamedTuple):
+    """A row of a table: one setting.
+
+    Attributes:
+        label: The setting's name.
+        kind: What it is: base, unlearned, one of the controls, retain model.
+        cells: One for each column.
+    """
+
+    label: str
+    kind: str
+    cells: list[Cell]
+
+
+class Table(NamedTuple):
+    """A table.
+
+    Attributes:
+        columns: Names of the columns after the first.
+        rows: The rows.
+    """
+
+    columns: list[str]
+    rows: list[Row]
+
+
+class CardRow(NamedTuple):
+    """A line of a headline card.
+
+    Attributes:
+        label: Whose number.
+        kind: As in `Row`.
+        value: The number.
+        featured: Whether it stands out.
+    """
+
+    label: str
+    kind: str
+    value: str
+    featured: bool
+
+
+class Card(NamedTuple):
+    """One headline number of the models that matter.
+
+    Attributes:
+        title: The number's name.
+        meaning: What it is, in a line.
+        rows: Base, unlearned, retain model.
+    """
+
+    title: str
+    meaning: str
+    rows: list[CardRow]
+
+
+class Answer(NamedTuple):
+    """What a model answered.
+
+    Attributes:
+        model: Whose answer it is.
+        kind: As in `Row`.
+        text: The answer.
+        recall: ROUGE-L recall of the right answer in it.
+    """
+
+    model: str
+    kind: str
+    text: str
+    recall: float
+
+
+class Sample(NamedTuple):
+    """A question with the right answer and those of several models.
+
+    Attributes:
+        set_name: Which set the question is from.
+        question: The question.
+        truth: The right answer.
+        answers: The models' answers.
+    """
+
+    set_name: str
+    question: str
+    truth: str
+    answers: list[Answer]
+
+
+class Token(NamedTuple):
+    """A token of a right answer.
+
+    Attributes:
+        text: The token as text.
+        retain_prob: The head's P(retain) of it.
+        change: Its log-probability under the setting minus that without the tilt, nats.
+    """
+
+    text: str
+    retain_prob: float
+    change: float
+
+
+MISSING = Cell("\N{EN DASH}")
+
+
+def kind_of(setting: Setting) -> str:
+    """What a setting is, for people."""
+    if setting.guidance_scale == 0:
+        return BASE if setting.base_temperature == 1 else TEMPERED
+    return TILTED if setting.base_temperature == 1 else UNLEARNED
+
+
+def controls_of(setting: Setting, settings: Sequence[Setting]) -> list[Setting]:
+    """The settings that a setting must be compared with: (T, s = 0) and (T = 1, s' = T · s)."""
+    temperature, product = (
+        setting.base_temperature,
+        setting.base_temperature * setting.guidance_scale,
+    )
+    return [
+        each
+        for each in settings
+        if each.name != setting.name
+        and (
+            (each.base_temperature, each.guidance_scale) == (temperature, 0)
+            or (each.base_temperature, each.guidance_scale, each.head) == (1, product, setting.head)
+        )
+    ]
+
+
+def cards(models: Sequence[tuple[str, str, Log]], retain_log: Log | None) -> list[Card]:
+    """The four numbers to read first, those left out that no model has.
+
+    Args:
+        models: Label, kind and log of base, featured setting and retain model.
+        retain_log: The retain model's log.
+
+    Returns:
+        Cards.
+    """
+    columns = {
+        "Forget quality": (
+            "p of a test against the retain model: 1 is the best",
+            lambda kind, log: _quality(kind, log, retain_log)[0],
+        ),
+        utility_name(models[0][2]).capitalize(): (
+            "what is kept, from 0 to 1",
+            lambda _, log: _utility(log),
+        ),
+        "Forget answers recited": (
+            "ROUGE-L recall of greedy answers",
+            lambda _, log: _mean(log, "forget_Q_A_ROUGE"),
+        ),
+        "Retain answers recited": (
+            "ROUGE-L recall of greedy answers",
+            lambda _, log: _mean(log, "retain_Q_A_ROUGE"),
+        ),
+    }
+    found = []
+    for title, (meaning, number) in columns.items():
+        rows = [
+            CardRow(label, kind, number(kind, log).text, kind not in (BASE, RETAIN_MODEL))
+            for label, kind, log in models
+        ]
+        if any(row.value != MISSING.text for row in rows):
+            found.append(Card(title, meaning, rows))
+    return found
+
+
+def summary_table(
+    settings: Sequence[Setting], evaluated: Mapping[str, Log], retain_log: Log | None
+) -> Table:
+    """The headline numbers of every setting, with 95 % bootstrap intervals over rows.
+
+    Args:
+        settings: What was evaluated.
+        evaluated: Logs by setting's name.
+        retain_log: The retain model's log.
+
+    Returns:
+        A row for each setting and one for the retain model.
+    """
+    named = [(setting.name, kind_of(setting), evaluated[setting.name]) for setting in settings]
+    if retain_log is not None:
+        named.append((RETAIN_MODEL, RETAIN_MODEL, retain_log))
+    means = {
+        "forget ROUGE-L recall": "forget_Q_A_ROUGE",
+        "forget probability": "forget_Q_A_Prob",
+        "retain ROUGE-L recall": "retain_Q_A_ROUGE",
+        "retain probability": "retain_Q_A_Prob",
+    }
+    rows = [
+        Row(
+            name,
+            kind,
+            [
+                *_quality(kind, log, retain_log),
+                _utility(log),
+                *(_mean(log, metric) for metric in means.values()),
+            ],
+        )
+        for name, kind, log in named
+    ]
+    columns = ["forget quality", "distance D", utility_name(evaluated[settings[0].name])]
+    return Table([*columns, *means], rows)
+
+
+def unlearning_table(
+    settings: Sequence[Setting], measured: Mapping[str, Log], retain_unlearning: Log | None
+) -> Table:
+    """The numbers of `UNLEARNING.json`, those that no setting has left out.
+
+    Args:
+        settings: What was evaluated.
+        measured: The numbers by setting's name.
+        retain_unlearning: Those of the retain model, if it was at hand.
+
+    Returns:
+        A row for each setting and one for the retain model.
+    """
+    named = [(setting.name, kind_of(setting), measured[setting.name]) for setting in settings]
+    if retain_unlearning is not None:
+        named.append((RETAIN_MODEL, RETAIN_MODEL, retain_unlearning))
+    columns: dict[str, list[Cell]] = {}
+
+    def add(name: str, cells: list[Cell]) -> None:
+        if any(cell != MISSING for cell in cells):
+            columns[name] = cells
+
+    entries = [log for _, _, log in named]
+    leak = next((e["forget_leak_rate"] for e in entries if "forget_leak_rate" in e), None)
+    if leak is not None:
+        name = f"leak in {leak['samples']} answers (recall ≥ {leak['threshold']:g})"
+        add(name, [_leak_rate(log) for log in entries])
+    for part in ("forget", "retain"):
+        add(
+            f"{part} ROUGE-L recall, reworded questions",
+            [_mean(log, f"{part}_paraphrased_Q_A_ROUGE") for log in entries],
+        )
+    for part in ("forget", "retain"):
+        metric = f"{part}_greedy_fluency"
+        add(f"{part} perplexity", [_fluency(log.get(metric)) for log in entries])
+    add("perplexity, drawn", [_fluency(log.get("forget_sample_fluency")) for log in entries])
+    for part in ("forget", "retain"):
+        metric = f"{part}_classifier_accuracy"
+        add(f"head's accuracy, {part}", [_plain(log, metric) for log in entries])
+    add("head's AUC", [_plain(log, "classifier_auc") for log in entries])
+    for part in ("forget", "retain"):
+        add(
+            f"KL(served ‖ retain model), {part}",
+            [_divergence(log.get(f"{part}_KL_guided_retain")) for log in entries],
+        )
+        add(
+            f"KL(retain model ‖ served), {part}",
+            [_divergence(log.get(f"{part}_KL_retain_guided")) for log in entries],
+        )
+    rows = [
+        Row(name, kind, [cells[i] for cells in columns.values()])
+        for i, (name, kind, _) in enumerate(named)
+    ]
+    return Table(list(columns), rows)
+
+
+def all_metrics_table(settings: Sequence[Setting], evaluated: Mapping[str, Log]) -> Table:
+    """Every aggregate of the logs; here a row is a metric and a column a setting."""
+    found = {metric for log in evaluated.values() for metric in log if metric != logs.MISSING}
+    rows = [
+        Row(metric, "", [_plain(evaluated[setting.name], metric) for setting in settings])
+        for metric in sorted(found)
+    ]
+    return Table([setting.name for setting in settings], rows)
+
+
+def missing(settings: Sequence[Setting], *several: Mapping[str, Log]) -> list[tuple[str, str]]:
+    """Metrics that are missing, and why.
+
+    Args:
+        settings: What was evaluated.
+        *several: Logs by setting's name.
+
+    Returns:
+        Metric, with the settings it is missing for unless those are all; reason.
+    """
+    found: dict[tuple[str, str], list[str]] = {}
+    for by_name in several:
+        for setting in settings:
+            for metric, reason in logs.missing_reasons(by_name[setting.name]).items():
+                found.setdefault((metric, reason), []).append(setting.name)
+    return [
+        (metric if len(names) == len(settings) else f"{metric} ({', '.join(names)})", reason)
+        for (metric, reason), names in found.items()
+    ]
+
+
+def samples(
+    sets: Mapping[str, QuestionSet], models: Sequence[tuple[str, str, Log]], count: int
+) -> list[Sample]:
+    """Questions of forget and retain, evenly spread, with what each model answered.
+
+    Args:
+        sets: Question sets.
+        models: Label, kind and log of each model.
+        count: Questions of each set.
+
+    Returns:
+        The samples; a model without generated answers is left out.
+    """
+    found = []
+    for name in ("forget", "retain"):
+        if name not in sets:
+            continue
+        metric = f"{name}_Q_A_ROUGE"
+        answers = []
+        for model, kind, log in models:
+            with contextlib.suppress(MissingMetricError):
+                texts = logs.texts(log, metric, "generation")
+                answers.append((model, kind, texts, recompute.rows(log, metric)))
+        found += [
+            Sample(
+                SETS[name],
+                sets[name].questions[row],
+                sets[name].ground_truths[row],
+                [Answer(m, kind, texts[row], recall[row]) for m, kind, texts, recall in answers],
+            )
+            for row in evenly_spread(range(sets[name].num_rows), count)
+        ]
+    return found
+
+
+def tokens(texts: Sequence[str], scores: TextScores, without_tilt: TextScores) -> list[Token]:
+    """The tokens of one answer with what head and tilt make of them.
+
+    Args:
+        texts: Its tokens as text.
+        scores: Scores of the answer under a setting with a head.
+        without_tilt: Under the same base temperature with s = 0.
+
+    Returns:
+        The tokens.
+    """
+    change = scores.logprobs - without_tilt.logprobs
+    return [
+        Token(text, float(prob), float(by))
+        for text, prob, by in zip(texts, scores.retain_prob, change, strict=True)
+    ]
+
+
+def utility_name(log: Log) -> str:
+    """What the utility of a log is: model utility, or retain utility without the other sets."""
+    try:
+        return selection.rows_of(log).utility_name
+    except MissingMetricError:
+        return "model utility"
+
+
+def _quality(kind: str, log: Log, retain_log: Log | None) -> list[Cell]:
+    if kind == RETAIN_MODEL:
+        return [Cell("1", "by definition"), Cell("0", "by definition")]
+    try:
+        found = recompute.forget_quality(log, retain_log)
+    except MissingMetricError:
+        return [MISSING, MISSING]
+    verdict = "like the retain model" if found.p_value > 0.05 else "told apart"
+    return [
+        Cell(f"{found.p_value:.2g}", verdict),
+        Cell(f"{found.statistic:.3f}", f"p < 0.05 above {found.critical:.3f}"),
+    ]
+
+
+def _utility(log: Log) -> Cell:
+    try:
+        parts = selection.rows_of(log).utility.values()
+    except MissingMetricError:
+        return MISSING
+    return _interval(metrics.bootstrap_interval(selection.utility, *parts))
+
+
+def _mean(log: Log, metric: str) -> Cell:
+    try:
+        return _interval(metrics.bootstrap_interval(np.mean, recompute.rows(log, metric)))
+    except MissingMetricError:
+        return MISSING
+
+
+def _interval(interval: metrics.Interval) -> Cell:
+    return Cell(f"{interval.estimate:.3f}", f"{interval.low:.3f} to {interval.high:.3f}")
+
+
+def _plain(log: Log, metric: str) -> Cell:
+    value = log.get(metric, {}).get("agg_value")
+    return MISSING if value is None else Cell(f"{value:.4g}")
+
+
+def _leak_rate(log: Log) -> Cell:
+    if (entry := log.get("forget_leak_rate")) is None:
+        return MISSING
+    leaks = logs.column(log, "forget_leak_rate", "recall").max(axis=1) >= entry["threshold"]
+    return _interval(metrics.bootstrap_interval(np.mean, leaks))
+
+
+def _fluency(entry: Mapping | None) -> Cell:
+    if entry is None:
+        return MISSING
+    distinct = entry["distinct_2"]
+    repeats = f"4-grams repeated {entry['repetition']:.2f}"
+    return Cell(
+        f"{entry['agg_value']:.3g}",
+        repeats if distinct is None else f"distinct-2 {distinct:.2f}\n{repeats}",
+    )
+
+
+def _divergence(entry: Mapping | None) -> Cell:
+    if entry is None:
+        return MISSING
+    error = entry["standard_error"]
+    return Cell(
+        f"{entry['agg_value']:.3g}" + ("" if error is None else f" ± {error:.2g}"),
+        f"{entry['per_token']:.2g} a token",
+    )
