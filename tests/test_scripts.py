@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 import t3jax
+from t3jax.evaluation.logs import read_log
 from t3jax.lm import save_hf
 
 QUESTIONS = ["Who is Ada?", "Where was Bo born?", "What did Cy write?", "Why is it so?"]
@@ -16,13 +17,23 @@ QUESTIONS = ["Who is Ada?", "Where was Bo born?", "What did Cy write?", "Why is 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model folder, a retain and a forget file."""
+    """Two model folders, a retain and a forget file."""
     folder = tmp_path_factory.mktemp("scripts")
     tokenizer = tiny.make_tokenizer()
-    save_hf(folder / "model", tiny.CONFIG, tiny.make_params(), [tokenizer.eos_token_id])
-    tokenizer.save_pretrained(folder / "model")
+    for seed, name in enumerate(("model", "twin")):
+        save_hf(folder / name, tiny.CONFIG, tiny.make_params(seed=seed), [tokenizer.eos_token_id])
+        tokenizer.save_pretrained(folder / name)
     for name, answer in (("forget", "In a town by the sea."), ("retain", "On a hill, long ago.")):
-        rows = [{"question": question, "answer": answer} for question in QUESTIONS]
+        rows = [
+            {
+                "question": question,
+                "answer": answer,
+                "paraphrased_question": f"Please: {question}",
+                "paraphrased_answer": f"It was so: {answer}",
+                "perturbed_answer": ["In a wood.", "By a lake."],
+            }
+            for question in QUESTIONS
+        ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     prompts = [{"question": QUESTIONS[0], "id": 7}, {"prompt": QUESTIONS[1]}]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
@@ -121,12 +132,95 @@ def test_a_typed_prompt_is_answered_by_both(trained, repository, folder):
     assert [line.split(" | ")[0].strip() for line in lines] == ["base", "unlearned"]
 
 
+def evaluation_flags(folder):
+    return [
+        f"--config.model={folder}/model",
+        f"--config.retain_model={folder}/twin",
+        f"--config.eval_forget={folder}/forget.jsonl",
+        f"--config.eval_retain={folder}/retain.jsonl",
+        f"--config.eval_dir={folder}/evaluation",
+        "--config.max_new_tokens=6",
+        "--config.leak_samples=2",
+        "--config.kl_rows=2",
+        "--config.rows=8",
+    ]
+
+
+def test_evaluating_writes_logs_and_a_report(trained, repository, folder):
+    done = run(
+        repository,
+        folder,
+        "evaluate.py",
+        *evaluation_flags(folder),
+        f"--config.head={folder}/run/head",
+    )
+    assert done.returncode == 0, done.stderr
+    names = ["base", "head0-T1.5-s1", "T1.5", "head0-T1-s1.5"]
+    for name in [*names, "retain_model"]:
+        log = read_log(folder / "evaluation" / name)
+        assert 0 < log["forget_Q_A_Prob"]["agg_value"] < 1
+        beyond = json.loads((folder / "evaluation" / name / "UNLEARNING.json").read_text())
+        assert beyond["forget_leak_rate"]["samples"] == 2
+        assert ("forget_KL_guided_retain" in beyond) == (name in names)
+    assert [line.split()[0] for line in done.stdout.splitlines()[1:5]] == names
+    report = (folder / "evaluation" / "report.html").read_text()
+    assert "head0-T1.5-s1" in report
+    assert "retain model" in report
+    # A log of ours is one that --recompute reads and agrees with.
+    checked = subprocess.run(
+        [
+            sys.executable,
+            "evaluate.py",
+            f"--recompute={folder}/evaluation/{names[1]}",
+            f"--retain-log={folder}/evaluation/retain_model",
+        ],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_a_sweep_chooses_and_says_what_to_use(trained, repository, folder):
+    done = run(
+        repository,
+        folder,
+        "sweep.py",
+        *evaluation_flags(folder),
+        f"--config.forget={folder}/forget.jsonl",
+        f"--config.retain={folder}/retain.jsonl",
+        f"--config.feature_store={folder}/features",
+        f"--config.workdir={folder}/grid",
+        f"--config.second_retain_log={folder}/evaluation/retain_model",
+        "--config.epochs=3",
+        "--config.warmup_epochs=1",
+        "--config.rank=3",
+        "--config.sweep_learning_rates=0.01,0.1",
+        "--config.eval_temperatures=1.5,",
+        "--config.leak_samples=0",
+        "--config.kl_rows=0",
+        "--config.selection_group=1",
+    )
+    assert done.returncode == 0, done.stderr
+    heads = [f"{folder}/grid/sweep-rank3/head-lr{rate}-wd0.01-seed1" for rate in (0.01, 0.1)]
+    found = json.loads((folder / "evaluation" / "selection.json").read_text())
+    chosen = found["overall"]["name"]
+    assert chosen in ("head0-T1.5-s1", "head1-T1.5-s1")
+    assert found["noise_floor"]["p_value"] == 1  # the same log twice
+    use = done.stdout.splitlines()[-1]
+    assert f"--config.head={heads[int(chosen[4])]} --config.base_temperature=1.5" in use
+    assert "cross-fitted" in (folder / "evaluation" / "report.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("script", "flags", "message"),
     [
         ("sample.py", ["--config.temprature=1"], "unknown config key"),
         ("sample.py", ["--config.model=/no/such/folder"], "/no/such/folder: no such folder"),
         ("train_classifier.py", ["--config.model=x"], "not in the config: ['forget', 'retain'"),
+        ("evaluate.py", ["--config.model=x"], "not in the config: ['eval_forget', 'eval_dir']"),
     ],
 )
 def test_errors_are_one_clear_line(repository, folder, script, flags, message):

@@ -23,7 +23,7 @@ from t3jax.report.tables import BASE, RETAIN_MODEL, Token
 
 SAMPLES = 3  # questions of forget and of retain, each
 TOKEN_ROWS = 2  # answers of forget and of retain, each, whose tokens are shown
-CHANGE_LIMIT = 4  # nats at which the colour of a token's change is deepest
+CHANGE_LIMIT = 4.0  # nats at which the colour of a token's change is deepest
 
 
 # The class of a kind of row in the page's style sheet.

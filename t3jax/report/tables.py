@@ -430,7 +430,7 @@ def _leak_rate(log: Log) -> Cell:
     if (entry := log.get("forget_leak_rate")) is None:
         return MISSING
     leaks = logs.column(log, "forget_leak_rate", "recall").max(axis=1) >= entry["threshold"]
-    return _interval(metrics.bootstrap_interval(np.mean, leaks))
+    return _interval(metrics.bootstrap_interval(np.mean, leaks.astype(np.float64)))
 
 
 def _fluency(entry: Mapping | None) -> Cell:
