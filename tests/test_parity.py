@@ -12,6 +12,9 @@ import pytest
 
 import t3jax
 from t3jax.data import PromptFormat, encode_prompt, encode_records
+from t3jax.evaluation import logs, tofu
+from t3jax.evaluation.scoring import BASE, Setting
+from t3jax.evaluation.store import Store
 from t3jax.lm import load_lm, save_hf
 from t3jax.sampling import Sampler
 
@@ -19,6 +22,7 @@ torch = pytest.importorskip(
     "torch", reason="torch is not installed: pip install -e .[test,parity] to compare with PyTorch"
 )
 import reference  # noqa: E402  (needs torch)
+import reference_evaluation  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -210,18 +214,19 @@ def test_guided_logits(temperature, scale):
     close(jax.nn.log_softmax(fused), expected, atol=1e-5)
 
 
-def guided_sampler(lm, scale):
-    """A Sampler with a random head as PyTorch draws it, its scores scaled up, and that head."""
+def both_heads(lm, scale):
+    """A random head as PyTorch draws it, its scores scaled up: ours, and PyTorch's."""
     config = t3jax.HeadConfig(lm.hidden_size, lm.vocab_size, rank=20)
     head, params = torch_head(config, scale)
     ours = t3jax.Head(config, params, base_temperature=2.5, guidance_scale=1.0, model=lm.name)
-    return Sampler(lm, ours), head
+    return ours, head
 
 
 def test_guided_greedy_text(load):
     model, lm = load("gqa_tied")
     prompts = [[5, 9, 200, 31], [77], list(range(40, 75))]
-    sampler, head = guided_sampler(lm, scale=8.0)
+    ours, head = both_heads(lm, scale=8.0)
+    sampler = Sampler(lm, ours)
     guided = sampler.generate(prompts, max_new_tokens=32)
     base = sampler.generate(prompts, max_new_tokens=32, base_temperature=1.0, guidance_scale=0.0)
     for prompt, ours, unguided in zip(prompts, guided, base, strict=True):
@@ -276,10 +281,10 @@ QUESTIONS = (
 )
 
 
-def tofu_rows(count):
+def tofu_rows(count, split="forget05"):
     import conftest
 
-    path = conftest.SHARED / "data" / "tofu" / "forget05.json"
+    path = conftest.SHARED / "data" / "tofu" / f"{split}.json"
     return [json.loads(line) for line in path.read_text().splitlines()[:count]]
 
 
@@ -317,7 +322,8 @@ def test_smollm2_greedy_text(smollm2):
     """64 tokens of the base model and 32 guided ones, by one compiled program."""
     model, lm = smollm2
     prompts = [encode_prompt(lm.tokenizer, q, PromptFormat()).tolist() for q in QUESTIONS]
-    sampler, head = guided_sampler(lm, scale=4.0)
+    ours, head = both_heads(lm, scale=4.0)
+    sampler = Sampler(lm, ours)
     base = sampler.generate(prompts, max_new_tokens=64, base_temperature=1.0, guidance_scale=0.0)
     assert "Paris" in base[0].text
     for prompt, sample in zip(prompts, base, strict=True):
@@ -327,3 +333,35 @@ def test_smollm2_greedy_text(smollm2):
         expected = reference.guided_greedy(model, head, prompt, 32, 2.5, 1.0)
         assert sample.tokens[:32] == expected
         assert expected != unguided.tokens[:32]
+
+
+def test_smollm2_evaluation(smollm2, tmp_path):
+    """Two rows of each of TOFU's sets, base and guided: losses, aggregates and answers."""
+    model, lm = smollm2
+    rows = {
+        name: tofu_rows(2, f"{split}_perturbed")
+        for name, split in {
+            "forget": "forget05",
+            "retain": "retain",
+            "ra": "real_authors",
+            "wf": "world_facts",
+        }.items()
+    }
+    rows["holdout"] = tofu_rows(2, "retain90")
+    sets = {
+        name: tofu.encode_set(name, each, lm.tokenizer, PromptFormat(), lm.max_position)
+        for name, each in rows.items()
+    }
+    ours, head = both_heads(lm, scale=4.0)
+    settings = [BASE, Setting("guided", 2.5, 1.0, 0)]
+    store = Store(lm, [ours], tmp_path, tokens_per_batch=1024)
+    found = tofu.evaluate(store, sets, settings, tmp_path, tofu.TofuOptions(max_new_tokens=10))
+    for setting, guidance in zip(settings, [(), (head, 2.5, 1.0)], strict=True):
+        evaluator = reference_evaluation.Evaluator(model, lm.tokenizer, *guidance)
+        aggregates, losses, answers = reference_evaluation.evaluate(evaluator, rows, steps=10)
+        log = found[setting.name]
+        for name, expected in losses.items():
+            close(logs.column(log, f"{name}_Q_A_Prob", "avg_loss"), expected, atol=5e-5)
+            assert logs.texts(log, f"{name}_Q_A_ROUGE", "generation") == answers[name]
+        for metric, value in aggregates.items():
+            close(log[metric]["agg_value"], value, atol=1e-4)
