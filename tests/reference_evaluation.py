@@ -61,7 +61,7 @@ class Evaluator:
         return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
     def token_statistics(self, question, answer):
-        """Log-probability, whether it is the argmax, Min-K%++ score of all answer tokens but one."""
+        """Of answer tokens but the last: log-probability, is it the argmax, Min-K%++ score."""
         found, tokens = (each[:-1] for each in self.logprobs(question, answer))
         chosen = found.gather(-1, tokens[:, None])[:, 0]
         mean = (found.exp() * found).sum(-1)
