@@ -72,7 +72,7 @@ def load_or_compute_features(
     store: pathlib.Path | str,
     *,
     dtype: str = "float32",
-    tokens_per_batch: int = 4096,
+    tokens_per_batch: int | None = None,
     progress: str | None = None,
 ) -> Features:
     """The features of `examples`, from the store if they are there, else computed and stored.
@@ -86,7 +86,7 @@ def load_or_compute_features(
         examples: Tokenised texts with their answers.
         store: Folder of the store; created if missing.
         dtype: "float32" or "bfloat16" on disk; the mean itself is always computed in float32.
-        tokens_per_batch: Tokens of one forward pass, padding included.
+        tokens_per_batch: Tokens of one forward pass, padding included; None: by the device.
         progress: Label of a progress bar with rate and remaining time; None shows none.
 
     Returns:
@@ -169,7 +169,7 @@ def _compute(
     examples: Sequence[Example],
     folder: pathlib.Path,
     dtype: str,
-    tokens_per_batch: int,
+    tokens_per_batch: int | None,
     progress: str | None,
 ) -> None:
     counts = [len(example.tokens) - example.answer_start for example in examples]

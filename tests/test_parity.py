@@ -354,7 +354,7 @@ def test_smollm2_evaluation(smollm2, tmp_path):
     }
     ours, head = both_heads(lm, scale=4.0)
     settings = [BASE, Setting("guided", 2.5, 1.0, 0)]
-    store = Store(lm, [ours], tmp_path, tokens_per_batch=1024)
+    store = Store(lm, [ours], tmp_path)
     found = tofu.evaluate(store, sets, settings, tmp_path, tofu.TofuOptions(max_new_tokens=10))
     for setting, guidance in zip(settings, [(), (head, 2.5, 1.0)], strict=True):
         evaluator = reference_evaluation.Evaluator(model, lm.tokenizer, *guidance)

@@ -195,7 +195,7 @@ def score_texts(
     heads: Sequence[Head] = (),
     *,
     reference_mask: bool = False,
-    tokens_per_batch: int = 4096,
+    tokens_per_batch: int | None = None,
     positions_per_chunk: int = 128,
     progress: str | None = None,
 ) -> list[TextScores]:
@@ -209,7 +209,7 @@ def score_texts(
         reference_mask: Mask attention as the reference evaluator does: wherever a token equals the
             padding token, which is mostly the end-of-turn token, prompts included; positions count
             masked tokens. Published numbers have this quirk.
-        tokens_per_batch: Tokens of one forward pass, padding included.
+        tokens_per_batch: Tokens of one forward pass, padding included; None: by the device.
         positions_per_chunk: C; `[C, V]` float32 is the largest array over the vocabulary.
         progress: Label of a progress bar; None shows none.
 

@@ -54,7 +54,6 @@ class Store:
         heads: Sequence[Head] = (),
         folder: pathlib.Path | str = "out/evaluation/store",
         *,
-        tokens_per_batch: int = 4096,
         rows: int = 16,
         progress: bool = False,
     ):
@@ -64,14 +63,12 @@ class Store:
             lm: The base model.
             heads: The heads that settings refer to by index.
             folder: Where results are kept; made when the first is.
-            tokens_per_batch: Tokens of one scoring pass.
             rows: Answers decoded together.
             progress: Whether to show progress bars.
         """
         self.lm = lm
         self.heads = tuple(heads)
         self.folder = pathlib.Path(folder)
-        self.tokens_per_batch = tokens_per_batch
         self.rows = rows
         self.progress = progress
 
@@ -114,7 +111,6 @@ class Store:
                 [settings[k] for k in todo],
                 self.heads,
                 reference_mask=reference_mask,
-                tokens_per_batch=self.tokens_per_batch,
                 progress=f"score {label}" if self.progress else None,
             )
             for k, scores in zip(todo, found, strict=True):

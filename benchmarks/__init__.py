@@ -1,0 +1,1 @@
+"""Measurements against PyTorch, side by side in one run: `python -m benchmarks NAME --help`."""

@@ -1,0 +1,236 @@
+"""A TOFU evaluation by t3jax and by transformers on PyTorch, scoring and generation apart.
+
+    python -m benchmarks evaluation --model=FOLDER --tofu=FOLDER
+    python -m benchmarks evaluation --model=FOLDER --tofu=FOLDER --whole
+
+The questions are those of forget05: 200 forget, 400 retain, 100 real authors and 117 world facts,
+with all their answers. The comparison takes every n-th row (`--every`), in blocks that both sides
+do in turn. PyTorch gets what makes it fast: one forward pass for each text, texts of like length
+together, logits of answer positions only, `generate` with its cache. Both decode greedily, as many
+rows at once, the same prompts. `--whole` times all rows with t3jax alone, once for the base model
+and once for it with two settings of a head as well.
+"""
+
+import argparse
+import functools
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+import t3jax
+from benchmarks.side_by_side import alternate, ratio, seconds, write
+from t3jax.data import Example, PromptFormat, evenly_spread, load_dataset
+from t3jax.evaluation.scoring import BASE, Setting, score_texts
+from t3jax.evaluation.tofu import QuestionSet, encode_set
+
+SETS = {
+    "forget": "tofu:forget05_perturbed",
+    "retain": "tofu:retain_perturbed",
+    "ra": "tofu:real_authors_perturbed",
+    "wf": "tofu:world_facts_perturbed",
+}
+
+
+def main() -> None:
+    """Reads the command line, measures, writes `out/benchmarks/evaluation.json`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="a Hugging Face folder")
+    parser.add_argument("--tofu", help="folder with TOFU's files; without it, the hub")
+    parser.add_argument("--every", type=int, default=20, help="take every n-th row")
+    parser.add_argument("--blocks", type=int, default=3, help="repeats, each on rows of its own")
+    parser.add_argument("--rows", type=int, default=16, help="answers decoded together")
+    parser.add_argument("--max_new_tokens", type=int, default=200)
+    parser.add_argument("--whole", action="store_true", help="time all rows with t3jax alone")
+    arguments = parser.parse_args()
+
+    lm = t3jax.load_lm(arguments.model, "float32")
+    records = {name: load_dataset(source, arguments.tofu) for name, source in SETS.items()}
+    encode = functools.partial(
+        encode_set, tokenizer=lm.tokenizer, prompt_format=PromptFormat(), max_length=lm.max_position
+    )
+    if arguments.whole:
+        figures, details = measure_whole(
+            lm, [encode(name, rows) for name, rows in records.items()], arguments
+        )
+        write("evaluation_whole", figures, details)
+        return
+    blocks = []
+    for block in range(arguments.blocks):
+        chosen = {
+            name: evenly_spread(rows[block:], len(rows) // arguments.every)
+            for name, rows in records.items()
+        }
+        blocks.append([encode(name, rows) for name, rows in chosen.items()])
+    figures, details = compare(lm, blocks, arguments)
+    write("evaluation", figures, details)
+
+
+def texts(sets: Sequence[QuestionSet]) -> list[Example]:
+    """All that is scored."""
+    return [example for each in sets for example in each.texts]
+
+
+def prompts(sets: Sequence[QuestionSet]) -> list[list[int]]:
+    """All that is answered."""
+    return [prompt.tolist() for each in sets for prompt in each.prompts]
+
+
+def measure_whole(lm: t3jax.LM, sets: Sequence[QuestionSet], arguments) -> tuple[dict, dict]:
+    """The whole evaluation by t3jax: seconds, compilation included."""
+    head = random_head(lm)
+    settings = [BASE, Setting("head", 2.5, 1.0, 0), Setting("T1", 1.0, 1.0, 0)]
+    sampler = t3jax.Sampler(lm, head, batch_size=arguments.rows)
+    answers: list[t3jax.Sample] = []
+
+    def answer() -> None:
+        answers.extend(
+            sampler.generate(
+                prompts(sets),
+                base_temperature=1.0,
+                guidance_scale=0.0,
+                max_new_tokens=arguments.max_new_tokens,
+                progress="answers",
+            )
+        )
+
+    figures = {
+        "scoring_base_seconds": seconds(
+            lambda: score_texts(lm, texts(sets), [BASE], progress="base")
+        ),
+        "scoring_base_and_two_settings_seconds": seconds(
+            lambda: score_texts(lm, texts(sets), settings, [head], progress="three settings")
+        ),
+        "generation_seconds": seconds(answer),
+    }
+    return figures, {
+        "texts": len(texts(sets)),
+        "tokens": int(sum(len(example.tokens) for example in texts(sets))),
+        "answer_tokens": int(sum(example.num_answer_tokens for example in texts(sets))),
+        "prompts": len(prompts(sets)),
+        "generated_tokens": sum(len(sample.tokens) for sample in answers),
+        "rows": arguments.rows,
+    }
+
+
+def compare(lm: t3jax.LM, blocks: Sequence[Sequence[QuestionSet]], arguments) -> tuple[dict, dict]:
+    """Both sides on each block in turn, after a first round that is not counted."""
+    peer = Peer(arguments.model, lm, arguments.rows, arguments.max_new_tokens)
+    sampler = t3jax.Sampler(lm, batch_size=arguments.rows)
+    ours: dict[int, list[float]] = {}
+    theirs: dict[int, list[float]] = {}
+    same_text = []
+
+    def score(block: int) -> None:
+        ours[block] = score_texts(lm, texts(blocks[block]), [BASE])[0].avg_loss.tolist()
+
+    def peer_score(block: int) -> None:
+        theirs[block] = peer.losses(texts(blocks[block]))
+
+    generated: dict[int, list[list[int]]] = {}
+
+    def answer(block: int) -> None:
+        found = sampler.generate(prompts(blocks[block]), max_new_tokens=arguments.max_new_tokens)
+        generated[block] = [sample.tokens for sample in found]
+
+    def peer_answer(block: int) -> None:
+        found = peer.answers(prompts(blocks[block]))
+        same_text.extend(a == b for a, b in zip(found, generated[block], strict=True))
+
+    compiling = {"scoring": seconds(lambda: score(0)), "generation": seconds(lambda: answer(0))}
+    peer_score(0)
+    works = {"score": score, "peer_score": peer_score, "answer": answer, "peer_answer": peer_answer}
+    times = alternate(works, len(blocks))
+    worst = max(float(np.abs(np.subtract(ours[block], theirs[block])).max()) for block in ours)
+    both = {
+        "ours": np.add(times["score"], times["answer"]),
+        "peer": np.add(times["peer_score"], times["peer_answer"]),
+    }
+    figures = {
+        "scoring_speedup": ratio(times["peer_score"], times["score"]),
+        "generation_speedup": ratio(times["peer_answer"], times["answer"]),
+        "evaluation_speedup": ratio(both["peer"], both["ours"]),
+        "largest_difference_of_losses": worst,
+        "share_of_answers_equal": float(np.mean(same_text)),
+    }
+    return figures, {
+        "seconds": times,
+        "first_round_seconds_with_compilation": compiling,
+        "texts_of_a_block": [len(texts(block)) for block in blocks],
+        "prompts_of_a_block": [len(prompts(block)) for block in blocks],
+        "rows": arguments.rows,
+    }
+
+
+def random_head(lm: t3jax.LM) -> t3jax.Head:
+    """A head of the paper's shape: what it says does not matter for time."""
+    config = t3jax.HeadConfig(lm.hidden_size, lm.vocab_size, rank=20)
+    params = t3jax.init_head(jax.random.key(0), config)
+    return t3jax.Head(config, params, base_temperature=2.5, guidance_scale=1.0, model=lm.name)
+
+
+class Peer:
+    """The same with transformers on PyTorch."""
+
+    def __init__(self, folder: str, lm: t3jax.LM, rows: int, max_new_tokens: int):
+        import torch
+        import transformers
+
+        self.torch = torch
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32
+        ).eval()
+        self.rows, self.max_new_tokens = rows, max_new_tokens
+        self.padding = lm.tokenizer.pad_token_id
+        self.ends = set(lm.eos_ids)
+
+    def losses(self, examples: Sequence[Example]) -> list[float]:
+        """Mean cross-entropy of each answer."""
+        torch = self.torch
+        found = [0.0] * len(examples)
+        order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
+        with torch.inference_mode():
+            for first in range(0, len(order), self.rows):
+                batch = order[first : first + self.rows]
+                width = max(len(examples[i].tokens) for i in batch)
+                tokens = torch.full((len(batch), width), self.padding)
+                mask = torch.zeros((len(batch), width), dtype=torch.long)
+                for row, i in enumerate(batch):
+                    tokens[row, : len(examples[i].tokens)] = torch.tensor(examples[i].tokens)
+                    mask[row, : len(examples[i].tokens)] = 1
+                hidden = self.model.model(input_ids=tokens, attention_mask=mask).last_hidden_state
+                for row, i in enumerate(batch):
+                    start, stop = examples[i].answer_start, len(examples[i].tokens)
+                    logits = self.model.lm_head(hidden[row, start - 1 : stop - 1])
+                    targets = tokens[row, start:stop]
+                    found[i] = float(torch.nn.functional.cross_entropy(logits, targets))
+        return found
+
+    def answers(self, prompts: Sequence[list[int]]) -> list[list[int]]:
+        """Greedy answers, up to and with the first end-of-text token."""
+        torch = self.torch
+        found: list[list[int]] = [[] for _ in prompts]
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        with torch.inference_mode():
+            for first in range(0, len(order), self.rows):
+                batch = order[first : first + self.rows]
+                width = max(len(prompts[i]) for i in batch)
+                tokens = torch.full((len(batch), width), self.padding)
+                mask = torch.zeros((len(batch), width), dtype=torch.long)
+                for row, i in enumerate(batch):
+                    tokens[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
+                    mask[row, width - len(prompts[i]) :] = 1
+                out = self.model.generate(
+                    tokens,
+                    attention_mask=mask,
+                    do_sample=False,
+                    max_new_tokens=self.max_new_tokens,
+                    pad_token_id=self.padding,
+                )
+                for row, i in enumerate(batch):
+                    answer = out[row, width:].tolist()
+                    ends = [at for at, token in enumerate(answer) if token in self.ends]
+                    found[i] = answer[: ends[0] + 1] if ends else answer
+        return found
