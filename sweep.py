@@ -49,11 +49,12 @@ def main(config: Any) -> None:
     path = pathlib.Path(config.eval_dir) / "selection.json"
     files.write_json(path, selection.as_json(found, floor))
     chosen = evaluation.settings[names.index(found.overall.name)]
-    assert chosen.head is not None  # candidates have one
+    (head,) = chosen.heads  # candidates have one
     print(
-        f"written: {path}\nuse: --config.head={folders[chosen.head]} "
+        f"written: {path}\nuse: --config.head={folders[head]} "
         f"--config.base_temperature={chosen.base_temperature:g} "
-        f"--config.guidance_scale={chosen.guidance_scale:g}"
+        f"--config.guidance_scale={chosen.guidance_scale:g} "
+        f"--config.refinements={chosen.refinements.name}"
     )
 
 

@@ -57,12 +57,15 @@ class Refinements:
         return "-".join(name for name, on in flags.items() if on) or "plain"
 
 
+PLAIN = Refinements()  # the paper's method
+
+
 def refined_logits(
     logits: Float[Array, "*batch V"],
     scores: Float[Array, "*batch V"],
     temperature: Num[Array, "*#batch"] | float,
     scale: Num[Array, "*#batch"] | float,
-    refinements: Refinements = Refinements(),
+    refinements: Refinements = PLAIN,
 ) -> Float[Array, "*batch V"]:
     """Temper and tilt, with what is on of the refinements; unnormalised.
 
