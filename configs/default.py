@@ -88,10 +88,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval_world_facts = placeholder(str)
     config.eval_holdout = placeholder(str)  # rows never trained on, for membership inference
     # Settings: the base model, every head at every (T, s), and controls.
-    config.eval_heads = ()  # each one or several, as `head` above; empty: that
+    # Each as `head` above, such as ("a", "b", "a,b"); empty: that.
+    config.eval_heads = ()
     config.eval_temperatures = ()  # T; empty: each head's own
     config.eval_scales = ()  # s; empty: each head's own
-    config.eval_refinements = ()  # each as `refinements` above; empty: that
+    config.eval_refinements = placeholder(str)  # with commas between; None: `refinements` above
     config.eval_controls = True  # (T, s = 0) and (T = 1, s' = T s) of every setting
     # The sweep: a grid of heads, and the choice among them; an empty list is the value above.
     config.sweep_learning_rates = ()

@@ -254,7 +254,7 @@ def _settings(
     controls: bool,
     groups: Sequence[tuple[int, ...]] | None = None,
 ) -> list[Setting]:
-    names = config.eval_refinements or (config.refinements,)
+    names = (config.eval_refinements or config.refinements).split(",")
     return settings_grid(
         heads,
         config.eval_temperatures,

@@ -131,11 +131,6 @@ def test_a_typed_prompt_is_answered_by_both(trained, repository, folder):
     ("script", "flags", "message"),
     [
         ("sample.py", ["--config.temprature=1"], "unknown config key"),
-        (
-            "sample.py",
-            ["--config.model=demo/base", "--config.refinements=gate"],
-            "unknown ['gate']",
-        ),
         ("sample.py", ["--config.model=/no/such/folder"], "/no/such/folder: no such folder"),
         ("train_classifier.py", ["--config.model=x"], "not in the config: ['forget', 'retain'"),
     ],

@@ -374,7 +374,13 @@ def test_settings_grid_holds_each_distribution_once(head):
 
 def test_settings_grid_refines_what_it_changes(head):
     stop = (5,)
-    refinements = (PLAIN, Refinements(gated=True), Refinements(gated=True, protected=stop))
+    product = Refinements(combine="product")
+    refinements = (
+        PLAIN,
+        Refinements(gated=True),
+        Refinements(gated=True, protected=stop),
+        product,
+    )
     found = settings_grid([head], (1.0, 2.5), (1.0,), refinements=refinements)
     assert [setting.name for setting in found] == [
         "base",
@@ -389,10 +395,13 @@ def test_settings_grid_refines_what_it_changes(head):
         "head0-T1-s2.5-protected",
     ]
     assert found[-2] == Setting(found[-2].name, 2.5, 1.0, (0,), refinements[2])
-    together = settings_grid([head, head], controls=False, groups=[(1,), (0, 1)])
+    together = settings_grid(
+        [head, head], controls=False, refinements=(PLAIN, product), groups=[(1,), (0, 1)]
+    )
     assert [(each.name, each.heads) for each in together[1:]] == [
         ("head1-T2.5-s1", (1,)),
         ("head0+1-T2.5-s1", (0, 1)),
+        ("head0+1-T2.5-s1-product", (0, 1)),
     ]
 
 

@@ -79,7 +79,8 @@ def settings_grid(
 ) -> list[Setting]:
     """The base model, every head at every (T, s), and what each (T, s) must be compared with.
 
-    A refinement that changes nothing is left out: a gate at T = 1, protection at s = 0.
+    A refinement that changes nothing is left out: a gate at T = 1, protection at s = 0, the product
+    of one head.
 
     Args:
         heads: The heads; may be empty.
@@ -104,6 +105,7 @@ def settings_grid(
             refined,
             gated=refined.gated and temperature != 1,
             protected=refined.protected if scale > 0 else (),
+            combine=refined.combine if len(group) > 1 else PLAIN.combine,
         )
         name = f"T{temperature:g}"
         if scale > 0 or refined.gated:
