@@ -20,7 +20,6 @@ from jaxtyping import Array, Bool, Float, Num
 
 from t3jax import guidance
 
-COMBINATIONS = ("disjoint", "product")
 _MAX = 1e30  # scores saturate here, as in `guidance`
 _FLAT = 1e6  # a gated temperature saturates here, where nothing is left of the base
 _SURE = 1e-30  # the least that a product of heads can say against retaining
@@ -41,10 +40,6 @@ class Refinements:
     gated: bool = False
     protected: tuple[int, ...] = ()
     combine: str = "disjoint"
-
-    def __post_init__(self):
-        if self.combine not in COMBINATIONS:
-            raise ValueError(f"combine must be one of {COMBINATIONS}, got {self.combine!r}")
 
     @property
     def name(self) -> str:
@@ -94,7 +89,7 @@ def refined_logits(
 def retain_probability(
     logits: Float[Array, "*batch V"], scores: Float[Array, "*batch V"]
 ) -> Float[Array, "*batch"]:
-    """P(retain | prefix), as the head and the base model tell it together.
+    """P(retain | prefix), as head and base model tell it together (an extension of the paper).
 
         q = Σ_v p(v) sigmoid(g(v))
 
@@ -115,10 +110,11 @@ def retain_probability(
 def gated_temperature(
     temperature: Num[Array, "*#batch"] | float, retain: Float[Array, "*batch"]
 ) -> Float[Array, "*batch"]:
-    """The base temperature, gated: T where the text is to be forgotten, 1 where it is not.
+    """The base temperature, gated by what the text is (an extension of the paper).
 
-    Tempering is there for the peaks of what is to be forgotten; on retain text it is only bias.
-    Since the tilt has the strength T · s relative to the base, that too is gated.
+    It is T where the text is to be forgotten and 1 where it is to be retained. Tempering is there
+    for the peaks of what is to be forgotten; on retain text it is only bias. Since the tilt has the
+    strength T · s relative to the base, that too is gated.
 
     Args:
         temperature: The base temperature T: a scalar, or one per row, `[...]`.
@@ -134,7 +130,7 @@ def gated_temperature(
 def protect(
     tempered: Float[Array, "*batch V"], tilted: Float[Array, "*batch V"], tokens: Sequence[int]
 ) -> Float[Array, "*batch V"]:
-    """Gives tokens S the probability back that they had before the tilt, each of them its own.
+    """Gives tokens S back what they had before the tilt, each its own (an extension of the paper).
 
     All of S is tilted by the mean tilt of the others, which leaves `P_tilted(S) = P_tempered(S)`:
 
@@ -167,7 +163,7 @@ def protect(
 def combine_heads(
     scores: Sequence[Float[Array, "*batch V"]], how: str = "disjoint"
 ) -> Float[Array, "*batch V"]:
-    """One score for several forget requests, from the scores of a head for each.
+    """One score for several forget requests, a head for each (an extension of the paper).
 
     Texts of different requests are different texts, so the requests share what is not retained:
 
@@ -183,7 +179,12 @@ def combine_heads(
     Returns:
         The logits g of "retain, whatever the request", float32 `[..., V]`; those of one head are
         as they are. `-inf` of one head bans a token.
+
+    Raises:
+        ValueError: If `how` is unknown.
     """
+    if how not in ("disjoint", "product"):
+        raise ValueError(f"heads are combined as 'disjoint' or by 'product', got {how!r}")
     if len(scores) == 1:
         return scores[0]
     impossible = functools.reduce(jnp.logical_or, [jnp.isneginf(g) for g in scores])

@@ -147,8 +147,8 @@ def test_combined_heads_at_their_edges(how, sure_of_both):
 def test_one_head_is_as_it_is_and_an_unknown_way_is_refused():
     scores = draw(0)
     assert combine_heads([scores]) is scores
-    with pytest.raises(ValueError, match="combine must be one of"):
-        Refinements(combine="sum")
+    with pytest.raises(ValueError, match="got 'sum'"):
+        combine_heads([scores, scores], "sum")
 
 
 # --- all of them
