@@ -40,9 +40,9 @@ def main(config: Any) -> None:
     cli.require(config, "model", "eval_forget", "eval_dir")
     mesh = t3jax.make_mesh(config.mesh)
     lm = t3jax.load_lm(config.model, config.dtype, mesh)
-    paths = tuple(config.eval_heads) or ((config.head,) if config.head else ())
-    heads = [t3jax.load_head(path, mesh) for path in paths]
-    found = pipeline.evaluate(config, lm, heads, mesh)
+    names = tuple(config.eval_heads) or ((config.head,) if config.head else ())
+    paths, heads, groups = cli.load_heads(config, names, mesh)
+    found = pipeline.evaluate(config, lm, heads, mesh, groups)
     print(_table(found.logs))
     for i, path in enumerate(paths):
         print(f"head{i}: {path}")

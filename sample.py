@@ -31,12 +31,13 @@ def main(config: Any) -> None:
 
     mesh = t3jax.make_mesh(config.mesh)
     lm = t3jax.load_lm(config.model, config.dtype, mesh)
-    head = t3jax.load_head(config.head, mesh) if config.head else None
+    _, heads, _ = cli.load_heads(config, [config.head] if config.head else [], mesh)
     sampler = t3jax.Sampler(
         lm,
-        head,
+        heads,
         base_temperature=config.base_temperature,
         guidance_scale=config.guidance_scale,
+        refinements=cli.refinements(config.refinements, lm),
         prompt_format=cli.prompt_format(config),
         batch_size=config.rows,
         chunk=16 if rows else 8,
@@ -44,7 +45,7 @@ def main(config: Any) -> None:
     print(
         f"{config.model} on {jax.device_count()} {jax.default_backend()} device(s), head "
         f"{config.head or '(none)'}, T = {sampler.base_temperature:g}, "
-        f"s = {sampler.guidance_scale:g}",
+        f"s = {sampler.guidance_scale:g}, {sampler.refinements.name}",
         file=sys.stderr,
     )
     options = {
@@ -64,7 +65,7 @@ def main(config: Any) -> None:
     }
     # The base model is the same program at T = 1, s = 0, drawn with the same random numbers.
     variants = {"base": {"base_temperature": 1.0, "guidance_scale": 0.0}}
-    if head is not None:
+    if heads:
         variants["unlearned"] = {}
     if rows:
         options |= {"num_samples": config.num_samples, "logprobs": config.logprobs}

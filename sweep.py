@@ -57,12 +57,13 @@ def main(config: Any) -> None:
         featured=found.overall.name,
     )
     chosen = evaluation.settings[names.index(found.overall.name)]
-    assert chosen.head is not None  # candidates have one
+    (head,) = chosen.heads  # candidates have one
     print(
         f"written: {folder}/selection.json, {folder}/report.html\n"
-        f"use: --config.head={folders[chosen.head]} "
+        f"use: --config.head={folders[head]} "
         f"--config.base_temperature={chosen.base_temperature:g} "
-        f"--config.guidance_scale={chosen.guidance_scale:g}"
+        f"--config.guidance_scale={chosen.guidance_scale:g} "
+        f"--config.refinements={chosen.refinements.name}"
     )
 
 

@@ -81,7 +81,7 @@ def prompts(sets: Sequence[QuestionSet]) -> list[list[int]]:
 def measure_whole(lm: t3jax.LM, sets: Sequence[QuestionSet], arguments) -> tuple[dict, dict]:
     """The whole evaluation by t3jax: seconds, compilation included."""
     head = random_head(lm)
-    settings = [BASE, Setting("head", 2.5, 1.0, 0), Setting("T1", 1.0, 1.0, 0)]
+    settings = [BASE, Setting("head", 2.5, 1.0, (0,)), Setting("T1", 1.0, 1.0, (0,))]
     sampler = t3jax.Sampler(lm, head, batch_size=arguments.rows)
     answers: list[t3jax.Sample] = []
 

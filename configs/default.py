@@ -41,6 +41,14 @@ def get_config() -> ml_collections.ConfigDict:
     config.zero_output = False
     config.base_temperature = placeholder(float)  # T; None: 2.5 in training, then the head's
     config.guidance_scale = placeholder(float)  # s; None: 1 in training, then the head's
+    # The forget set's share of forget and retain text in what the model learned: an extension that
+    # shifts the scores to this class prior. Stored and overridden as T and s are; None: half in
+    # training, as in the paper, then the head's.
+    config.forget_fraction = placeholder(float)
+    # Extensions when sampling: "plain", or some of "gated" (retain text is not tempered),
+    # "protected" (the tilt leaves stop tokens alone) and "product" (of several heads, instead of
+    # disjoint requests), joined by "-".
+    config.refinements = "plain"
 
     # Training.
     config.workdir = placeholder(str)  # checkpoints, metrics and the head
@@ -53,7 +61,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.holdout_fraction = 0.05  # kept from training and evaluated; the paper keeps none
 
     # Sampling.
-    config.head = placeholder(str)  # a head folder; None: the base model alone
+    # A head folder, or several with commas between, a head for each of several forget requests;
+    # None: the base model alone.
+    config.head = placeholder(str)
     config.prompt = placeholder(str)
     config.prompts = placeholder(str)  # a file; without prompts they are typed
     config.output = placeholder(str)  # a JSON-lines file; None: the terminal
@@ -79,9 +89,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval_holdout = placeholder(str)  # rows never trained on, for membership inference
     config.eval_rows = placeholder(int)  # of each set at most, evenly spread; None: all
     # Settings: the base model, every head at every (T, s), and controls.
-    config.eval_heads = ()  # head folders; empty: the one named above
+    # Each as `head` above, such as ("a", "b", "a,b"); empty: that.
+    config.eval_heads = ()
     config.eval_temperatures = ()  # T; empty: each head's own
     config.eval_scales = ()  # s; empty: each head's own
+    config.eval_refinements = placeholder(str)  # with commas between; None: `refinements` above
     config.eval_controls = True  # (T, s = 0) and (T = 1, s' = T s) of every setting
     # The sweep: a grid of heads, and the choice among them; an empty list is the value above.
     config.sweep_learning_rates = ()

@@ -18,6 +18,14 @@ from t3jax.head import (
 from t3jax.head_io import Head, load_head, save_head, save_reference_head
 from t3jax.lm import LM, load_lm
 from t3jax.pooling import RunningMean, causal_mean, running_mean
+from t3jax.refinements import (
+    Refinements,
+    combine_heads,
+    gated_temperature,
+    protect,
+    refined_logits,
+    retain_probability,
+)
 from t3jax.sampling import Sample, Sampler, SamplingOptions
 from t3jax.sharding import make_mesh
 from t3jax.training import TrainConfig, train_heads
@@ -27,6 +35,7 @@ __all__ = [
     "Features",
     "Head",
     "HeadConfig",
+    "Refinements",
     "RunningMean",
     "Sample",
     "Sampler",
@@ -35,6 +44,8 @@ __all__ = [
     "causal_mean",
     "class_prior_shift",
     "classifier_loss",
+    "combine_heads",
+    "gated_temperature",
     "guided_logits",
     "head_scores",
     "init_head",
@@ -42,6 +53,9 @@ __all__ = [
     "load_lm",
     "load_or_compute_features",
     "make_mesh",
+    "protect",
+    "refined_logits",
+    "retain_probability",
     "running_mean",
     "save_head",
     "save_reference_head",

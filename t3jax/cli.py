@@ -1,16 +1,22 @@
 """What the scripts share: their flags and errors, their config, and the compilation cache."""
 
+import dataclasses
 import os
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from absl import app, logging
+from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from t3jax.data import PromptFormat
+from t3jax.head import class_prior_shift
+from t3jax.head_io import Head, load_head
+from t3jax.lm import LM
+from t3jax.refinements import Refinements
 
 
 def run(script: Callable[[Any], None]) -> None:
@@ -70,4 +76,52 @@ def prompt_format(config: Any) -> PromptFormat:
         question_start=config.question_start,
         question_end=config.question_end,
         answer_start=config.answer_start,
+    )
+
+
+def load_heads(
+    config: Any, names: Sequence[str], mesh: Mesh
+) -> tuple[list[str], list[Head], list[tuple[int, ...]]]:
+    """Loads the heads that a config names, with its class prior where it has one.
+
+    Args:
+        config: The settings.
+        names: Head folders; "FOLDER,FOLDER" are several that are served together.
+        mesh: Where to.
+
+    Returns:
+        The folders, each once; their heads; and for each name the indices of its heads.
+    """
+    groups = [name.split(",") for name in names]
+    folders = list(dict.fromkeys(folder for group in groups for folder in group))
+    heads = [load_head(folder, mesh) for folder in folders]
+    if config.forget_fraction is not None:
+        shift = class_prior_shift(config.forget_fraction)
+        heads = [dataclasses.replace(head, prior_shift=shift) for head in heads]
+    return folders, heads, [tuple(map(folders.index, group)) for group in groups]
+
+
+def refinements(name: str, lm: LM) -> Refinements:
+    """Refinements by name; what is protected are the model's stop tokens.
+
+    Args:
+        name: `plain`, or some of `gated`, `protected` and `product`, joined by "-".
+        lm: The model.
+
+    Returns:
+        The refinements, of this `name`.
+
+    Raises:
+        ValueError: If a part of the name is unknown.
+    """
+    parts = set(name.split("-")) - {"plain"}
+    if unknown := sorted(parts - {"gated", "protected", "product"}):
+        raise ValueError(
+            f"refinements {name!r}: unknown {unknown}; expected plain, or some of gated, protected "
+            "and product, joined by '-'"
+        )
+    return Refinements(
+        gated="gated" in parts,
+        protected=lm.eos_ids if "protected" in parts else (),
+        combine="product" if "product" in parts else "disjoint",
     )

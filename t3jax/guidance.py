@@ -39,7 +39,7 @@ def tempered_logprobs(
     References:
         Temper-Then-Tilt, arXiv 2602.10217, tempering.
     """
-    return _log_softmax(_temper(logits, temperature))
+    return _log_softmax(temper(logits, temperature))
 
 
 def tilt(
@@ -90,10 +90,13 @@ def guided_logits(
     Raises:
         ValueError: If `temperature` or `scale` is a Python number out of range.
     """
-    return _tilt(_temper(logits, temperature), scores, scale)
+    return _tilt(temper(logits, temperature), scores, scale)
 
 
-def _temper(logits: Array, temperature: Array | float) -> Array:
+def temper(
+    logits: Float[Array, "*batch V"], temperature: Num[Array, "*#batch"] | float
+) -> Float[Array, "*batch V"]:
+    """`tempered_logprobs` without the normaliser: `logits / T`, the same arguments."""
     if isinstance(temperature, int | float) and not temperature > 0:
         raise ValueError(
             f"temperature must be positive (the method uses T >= 1), got {temperature}"

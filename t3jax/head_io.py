@@ -9,7 +9,7 @@ computed here; see `t3jax.head`.
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -189,6 +189,26 @@ def check_head_fits(head: Head, lm: LM) -> None:
                 f"{head.model or 'an unknown model'}, but {theirs} in {lm.name}; use the model the "
                 "head was trained on, or train a head on this one"
             )
+
+
+def common_default(heads: Sequence[Head], name: str, otherwise: float) -> float:
+    """T or s of heads that are served together.
+
+    Args:
+        heads: The heads.
+        name: `base_temperature` or `guidance_scale`.
+        otherwise: The value without a head.
+
+    Returns:
+        The value that all of them have.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    values = {getattr(head, name) for head in heads} or {otherwise}
+    if len(values) > 1:
+        raise ValueError(f"the heads differ in {name}, {sorted(values)}: say which one to use")
+    return values.pop()
 
 
 def _load_own(folder: pathlib.Path) -> Head:

@@ -20,7 +20,7 @@ from t3jax.evaluation.metrics import ForgetQuality
 from t3jax.evaluation.scoring import Setting, settings_grid
 from t3jax.evaluation.store import Store
 from t3jax.features import Features, load_or_compute_features
-from t3jax.head import HeadConfig
+from t3jax.head import HeadConfig, class_prior_shift
 from t3jax.head_io import Head
 from t3jax.lm import LM, load_lm
 from t3jax.training import TrainConfig, make_members, train_heads
@@ -88,8 +88,10 @@ def train_config(config: Any) -> TrainConfig:
 
 
 def head_defaults(config: Any) -> dict[str, Any]:
-    """What a trained head keeps of a config: the model, and T and s where they are set."""
+    """What a trained head keeps of a config: the model, and T, s and class prior where set."""
     knobs = {name: config[name] for name in ("base_temperature", "guidance_scale")}
+    if config.forget_fraction is not None:
+        knobs["prior_shift"] = class_prior_shift(config.forget_fraction)
     return {"model": config.model} | {name: x for name, x in knobs.items() if x is not None}
 
 
@@ -155,7 +157,7 @@ def choose(
     if evaluation.retain_log is None:
         raise ValueError("choosing a setting needs the retain model's log")
     # Controls are there to be compared with, not to be chosen.
-    asked = settings_grid(heads, config.eval_temperatures, config.eval_scales, controls=False)
+    asked = _settings(config, evaluation.store.lm, heads, controls=False)
     found = selection.cross_fit(
         {
             setting.name: evaluation.logs[setting.name]
@@ -172,7 +174,13 @@ def choose(
     return found, recompute.forget_quality(second, evaluation.retain_log)
 
 
-def evaluate(config: Any, lm: LM, heads: Sequence[Head], mesh: Mesh | None = None) -> Evaluation:
+def evaluate(
+    config: Any,
+    lm: LM,
+    heads: Sequence[Head],
+    mesh: Mesh | None = None,
+    groups: Sequence[tuple[int, ...]] | None = None,
+) -> Evaluation:
     """Evaluates a model and heads over the question sets and settings of a config.
 
     Args:
@@ -180,6 +188,7 @@ def evaluate(config: Any, lm: LM, heads: Sequence[Head], mesh: Mesh | None = Non
         lm: The model.
         heads: The heads; settings refer to them by index.
         mesh: Where the retain model goes.
+        groups: Heads that are served together, see `settings_grid`; None: each by itself.
 
     Returns:
         The results, which are also on disk.
@@ -191,9 +200,7 @@ def evaluate(config: Any, lm: LM, heads: Sequence[Head], mesh: Mesh | None = Non
     retain_log = (
         None if config.retain_log is None else logs.read_log(pathlib.Path(config.retain_log))
     )
-    settings = settings_grid(
-        heads, config.eval_temperatures, config.eval_scales, config.eval_controls
-    )
+    settings = _settings(config, lm, heads, config.eval_controls, groups)
     sets = tofu.load_sets(
         {
             "forget": config.eval_forget,
@@ -246,4 +253,22 @@ def evaluate(config: Any, lm: LM, heads: Sequence[Head], mesh: Mesh | None = Non
         sets,
         store,
         retain_store,
+    )
+
+
+def _settings(
+    config: Any,
+    lm: LM,
+    heads: Sequence[Head],
+    controls: bool,
+    groups: Sequence[tuple[int, ...]] | None = None,
+) -> list[Setting]:
+    names = (config.eval_refinements or config.refinements).split(",")
+    return settings_grid(
+        heads,
+        config.eval_temperatures,
+        config.eval_scales,
+        controls,
+        [cli.refinements(name, lm) for name in names],
+        groups,
     )

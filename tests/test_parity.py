@@ -353,7 +353,7 @@ def test_smollm2_evaluation(smollm2, tmp_path):
         for name, each in rows.items()
     }
     ours, head = both_heads(lm, scale=4.0)
-    settings = [BASE, Setting("guided", 2.5, 1.0, 0)]
+    settings = [BASE, Setting("guided", 2.5, 1.0, (0,))]
     store = Store(lm, [ours], tmp_path)
     found = tofu.evaluate(store, sets, settings, tmp_path, tofu.TofuOptions(max_new_tokens=10))
     for setting, guidance in zip(settings, [(), (head, 2.5, 1.0)], strict=True):

@@ -16,8 +16,8 @@ from t3jax.pipeline import Evaluation
 from t3jax.report import page, tables
 
 ROWS = 6
-SETTING = Setting("head0-T2-s0.5", 2.0, 0.5, 0)
-TEMPERED, TILTED = Setting("T2", 2.0), Setting("head0-T1-s1", 1.0, 1.0, 0)
+SETTING = Setting("head0-T2-s0.5", 2.0, 0.5, (0,))
+TEMPERED, TILTED = Setting("T2", 2.0), Setting("head0-T1-s1", 1.0, 1.0, (0,))
 SETTINGS = [BASE, SETTING, TEMPERED, TILTED]
 
 
@@ -176,7 +176,7 @@ def test_numbers_that_no_model_has_are_left_out(evaluation):
 
 def test_a_setting_is_shown_beside_its_controls():
     assert tables.controls_of(SETTING, SETTINGS) == [TEMPERED, TILTED]
-    other = [Setting("T3", 3.0), dataclasses.replace(TILTED, name="other", head=1)]
+    other = [Setting("T3", 3.0), dataclasses.replace(TILTED, name="other", heads=(1,))]
     assert tables.controls_of(SETTING, other) == []
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import t3jax
+from t3jax import Refinements
 from t3jax.sampling import loop
 
 QUESTIONS = ["Who wrote the book?", "Where was the author born?", "Why?"]
@@ -76,6 +77,45 @@ def test_changing_a_control_does_not_recompile(sampler):
     for change in changes:
         sampler.generate(QUESTIONS, **({"max_new_tokens": 20} | change))
     assert (loop.prefill._cache_size(), loop.decode_chunk._cache_size()) == compiled
+
+
+def test_changing_t_or_s_with_refinements_does_not_recompile(endless, head):
+    refined = Refinements(gated=True, protected=(3, 261))
+    sampler = t3jax.Sampler(endless, [head, head], refinements=refined, chunk=8, batch_size=4)
+    found = [tokens(sampler.generate(QUESTIONS, max_new_tokens=20))]
+    compiled = loop.prefill._cache_size(), loop.decode_chunk._cache_size()
+    for change in ({"base_temperature": 1.3}, {"guidance_scale": 0.2}):
+        found.append(tokens(sampler.generate(QUESTIONS, max_new_tokens=20, **change)))
+    # At T = 1 and s = 0 it is the base model, to which no refinement does anything.
+    base = sampler.generate(QUESTIONS, max_new_tokens=20, base_temperature=1.0, guidance_scale=0.0)
+    assert (loop.prefill._cache_size(), loop.decode_chunk._cache_size()) == compiled
+    assert tokens(base) == tokens(t3jax.Sampler(endless).generate(QUESTIONS, max_new_tokens=20))
+    assert len({str(each) for each in [*found, tokens(base)]}) == 4
+
+
+def test_a_head_that_minds_nothing_may_be_served_beside_another(sampler, endless, head):
+    """One that is sure of "retain" everywhere: revoking its request changes no answer."""
+    idle = dataclasses.replace(
+        head,
+        config=dataclasses.replace(head.config, rank=2, activation="tanh"),
+        params=t3jax.init_head(
+            jax.random.key(0), dataclasses.replace(head.config, rank=2), zero_output=True
+        ),
+        prior_shift=60.0,
+    )
+    both = t3jax.Sampler(endless, [idle, head], chunk=8, batch_size=4)
+    expected = tokens(sampler.generate(QUESTIONS, **DRAWN))
+    assert tokens(both.generate(QUESTIONS, **DRAWN)) == expected
+
+
+def test_heads_of_different_defaults_need_to_be_told(endless, head):
+    other = dataclasses.replace(head, base_temperature=2.0)
+    with pytest.raises(ValueError, match=r"differ in base_temperature, \[2.0, 2.5\]"):
+        t3jax.Sampler(endless, [head, other])
+    sampler = t3jax.Sampler(endless, [head, other], base_temperature=1.5)
+    assert (sampler.base_temperature, sampler.guidance_scale) == (1.5, 1.0)
+    with pytest.raises(ValueError, match="the refinements gated need a head"):
+        t3jax.Sampler(endless, refinements=Refinements(gated=True))
 
 
 def test_an_answer_ends_at_a_stop_token(sampler, endless, head):

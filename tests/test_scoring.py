@@ -10,15 +10,18 @@ import tiny
 import t3jax
 from t3jax.data import Example, PromptFormat, encode_records
 from t3jax.evaluation.scoring import BASE, Setting, score_texts, token_statistics
+from t3jax.refinements import Refinements
 
 LENGTHS = [(36, 33), (40, 17), (47, 46), (33, 30), (38, 37), (48, 32)]  # one compiled shape
 SETTINGS = (
-    Setting("tilted", 2.5, 1.0, 1),
+    Setting("tilted", 2.5, 1.0, (1,)),
     BASE,
-    Setting("strong", 1.0, 4.0, 0),
-    Setting("off", 1.0, 0.0, 1),
+    Setting("strong", 1.0, 4.0, (0,)),
+    Setting("off", 1.0, 0.0, (1,)),
     Setting("flat", 2.5),
-    Setting("weak", 2.5, 0.5, 1),
+    Setting("weak", 2.5, 0.5, (1,)),
+    Setting("both", 2.5, 1.0, (0, 1)),
+    Setting("refined", 2.5, 1.5, (1, 0), Refinements(gated=True, protected=(7, 101))),
 )
 
 
@@ -71,19 +74,32 @@ def stated(tiny_lm, examples, heads):
         fields = {name: [] for name in ("logprobs", "correct", "mean", "variance", "scores")}
         for row, example in enumerate(examples):
             for t in range(example.answer_start, len(example.tokens)):
-                logits = table @ hidden[row, t - 1] / setting.base_temperature
-                if setting.head is not None:
-                    g = g_scores(heads[setting.head], hidden[row, :t].mean(axis=0))
-                    logits = logits - setting.guidance_scale * np.log1p(np.exp(-g))
-                    fields["scores"].append(g[example.tokens[t]])
-                p = np.exp(logits - logits.max())
+                logits = table @ hidden[row, t - 1]
+                temperature, f = setting.base_temperature, 1.0
+                if setting.heads:
+                    g = [g_scores(heads[i], hidden[row, :t].mean(axis=0)) for i in setting.heads]
+                    f = 1 / (1 + np.exp(-np.array(g)).sum(axis=0))
+                    fields["scores"].append(np.log(f / (1 - f))[example.tokens[t]])
+                if setting.refinements.gated:
+                    temperature = 1 + (temperature - 1) * (1 - np.sum(softmax(logits) * f))
+                tempered = softmax(logits / temperature)
+                p = tempered * f**setting.guidance_scale
                 p /= p.sum()
+                if stop := list(setting.refinements.protected):
+                    p[stop] = 0
+                    p *= (1 - tempered[stop].sum()) / p.sum()
+                    p[stop] = tempered[stop]
                 fields["logprobs"].append(np.log(p[example.tokens[t]]))
                 fields["correct"].append(np.argmax(p) == example.tokens[t])
                 fields["mean"].append(np.sum(p * np.log(p)))
                 fields["variance"].append(np.sum(p * np.log(p) ** 2) - np.sum(p * np.log(p)) ** 2)
         results.append({name: np.array(values) for name, values in fields.items()})
     return results
+
+
+def softmax(logits):
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()
 
 
 def g_scores(head, pooled):
@@ -96,7 +112,7 @@ def g_scores(head, pooled):
 def test_every_field_is_the_full_softmax_s(found, stated, k):
     for name in ("logprobs", "correct", "mean", "variance"):
         np.testing.assert_allclose(getattr(found[k], name), stated[k][name], atol=1e-4, rtol=1e-4)
-    if SETTINGS[k].head is None:
+    if not SETTINGS[k].heads:
         assert stated[k]["correct"].sum() == 3
         assert found[k].retain_scores is None
     else:
@@ -144,9 +160,11 @@ def test_statistics_of_extreme_distributions():
 
 def test_bad_requests_are_named(tiny_lm, examples):
     with pytest.raises(ValueError, match="there is no head 0, only 0 heads"):
-        score_texts(tiny_lm, examples, [Setting("x", 1.0, 1.0, 0)])
+        score_texts(tiny_lm, examples, [Setting("x", 1.0, 1.0, (0,))])
     with pytest.raises(ValueError, match="needs a head"):
         Setting("x", 1.0, 1.0)
+    with pytest.raises(ValueError, match="needs a head, and so do refinements"):
+        Setting("x", 2.0, refinements=Refinements(gated=True))
     with pytest.raises(ValueError, match="base_temperature must be positive"):
         Setting("x", 0.0)
     with pytest.raises(ValueError, match="becomes a folder's"):
@@ -155,6 +173,28 @@ def test_bad_requests_are_named(tiny_lm, examples):
         score_texts(tiny_lm, examples, [])
     with pytest.raises(ValueError, match="example 1 has no answer"):
         score_texts(tiny_lm, [examples[0], Example(examples[1].tokens, 40)], [BASE])
+
+
+def test_the_sampler_draws_from_what_is_scored(tiny_lm, heads):
+    """Log-probabilities that the sampler returns, of drawn answers, are the scorer's."""
+    refinements = Refinements(gated=True, protected=tiny_lm.eos_ids, combine="product")
+    setting = Setting("refined", 2.5, 0.8, (0, 1), refinements)
+    sampler = t3jax.Sampler(
+        tiny_lm, heads, base_temperature=2.5, guidance_scale=0.8, refinements=refinements
+    )
+    prompts = [list(range(9)), [77, 3, 5]]
+    samples = sampler.generate(prompts, temperature=1.0, max_new_tokens=20, logprobs=True)
+    texts = [
+        Example(np.array(prompt + sample.tokens, np.int32), len(prompt))
+        for prompt, sample in zip(prompts, samples, strict=True)
+    ]
+    refined, base = score_texts(tiny_lm, texts, [setting, BASE], heads, positions_per_chunk=16)
+    guided = np.concatenate([sample.guided_logprobs for sample in samples])
+    assert np.abs(guided - base.logprobs).max() > 1  # the test would be idle otherwise
+    np.testing.assert_allclose(guided, refined.logprobs, atol=5e-5)
+    np.testing.assert_allclose(
+        np.concatenate([sample.base_logprobs for sample in samples]), base.logprobs, atol=5e-5
+    )
 
 
 @pytest.mark.parity
@@ -177,7 +217,7 @@ def test_losses_equal_pytorch_s(tmp_path, reference_mask):
         {"question": "Where was she born?", "answer": "By a river."},
     ]
     texts = encode_records(lm.tokenizer, records, PromptFormat())
-    settings = [BASE, Setting("guided", 2.5, 1.0, 0)]
+    settings = [BASE, Setting("guided", 2.5, 1.0, (0,))]
     found = score_texts(lm, texts, settings, [head], reference_mask=reference_mask)
 
     pad = lm.tokenizer.eos_token_id

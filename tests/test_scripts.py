@@ -1,6 +1,7 @@
 """The scripts, run as a user runs them, on a tiny random model."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -73,6 +74,8 @@ def trained(repository, folder):
         "--config.rank=3",
         "--config.base_temperature=1.5",
         "--config.holdout_fraction=0.25",
+        "--config.forget_fraction=0.2",
+        "--config.zero_output=True",
     )
     assert done.returncode == 0, done.stderr
     return done
@@ -83,6 +86,8 @@ def test_training_leaves_a_head_that_says_what_it_is(trained, folder):
     assert head.config == t3jax.HeadConfig(32, 264, rank=3)
     assert (head.base_temperature, head.guidance_scale) == (1.5, 1.0)
     assert head.model == f"{folder}/model"
+    assert head.prior_shift == pytest.approx(math.log(4))
+    assert head.record["training"]["zero_output"]
     lines = read_lines(folder / "run" / "metrics.jsonl")
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert f"{folder}/run/head" in trained.stdout
@@ -121,13 +126,14 @@ def test_a_typed_prompt_is_answered_by_both(trained, repository, folder):
         folder,
         "sample.py",
         f"--config.model={folder}/model",
-        f"--config.head={folder}/run/head",
+        f"--config.head={folder}/run/head,{folder}/run/head",
+        "--config.refinements=gated-protected",
         "--config.base_temperature=3.5",
         "--config.max_new_tokens=5",
         stdin=f"{QUESTIONS[0]}\n\n",
     )
     assert done.returncode == 0, done.stderr
-    assert "T = 3.5, s = 1" in done.stderr
+    assert "T = 3.5, s = 1, gated-protected" in done.stderr
     lines = [line for line in done.stdout.splitlines() if " | " in line]
     assert [line.split(" | ")[0].strip() for line in lines] == ["base", "unlearned"]
 

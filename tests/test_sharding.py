@@ -15,6 +15,7 @@ from t3jax import features, sharding
 from t3jax.data import PromptFormat, encode_records
 from t3jax.head import head_scores
 from t3jax.pooling import causal_mean
+from t3jax.refinements import Refinements
 from t3jax.sampling import Controls, Sampler
 from t3jax.sampling.loop import Program, Weights, decode_chunk, prefill
 from t3jax.sharding import (
@@ -89,6 +90,19 @@ def test_a_model_whose_widths_do_not_divide_works_too():
     assert_equals_one_device(tiny.ODD_CONFIG, (2, 4))
 
 
+def test_refined_text_is_that_of_one_device():
+    """Heads of several shapes, gated, stop tokens protected: greedy text on 8 devices."""
+    found = []
+    for mesh in (None, make_mesh((2, 4))):
+        lm = tiny.make_lm(CONFIG, mesh)
+        heads = [tiny.make_head(lm), tiny.make_head(lm, rank=3, seed=2)]
+        refinements = Refinements(gated=True, protected=lm.eos_ids)
+        sampler = Sampler(lm, heads, refinements=refinements, batch_size=ROWS, chunk=STEPS)
+        found.append([s.tokens for s in sampler.generate(PROMPTS, max_new_tokens=12)])
+    assert found[0] == found[1]
+    assert found[0] != on_one_device(CONFIG)[1]
+
+
 def specs(tree):
     """Path to PartitionSpec of every leaf."""
     return {
@@ -139,8 +153,8 @@ def decoding_state(shape, config=CONFIG):
     tokens, mask = batch(lm.vocab_size)
     place = functools.partial(jax.device_put, device=batch_sharding(lm.mesh, (ROWS,)))
     params = jax.device_put(head.params, param_shardings(lm.mesh, head.params))
-    weights = Weights(lm.params, params, jnp.float32(0))
-    program = Program(lm.apply, lm.unembed, lm.init_cache, "identity", "base", False, lm.mesh)
+    weights = Weights(lm.params, (params,), (jnp.float32(0),))
+    program = Program(lm.apply, lm.unembed, lm.init_cache, ("identity",), "base", False, lm.mesh)
     ones, zeros = np.ones(ROWS, np.float32), np.zeros(ROWS, np.float32)
     controls = place(Controls(ones, ones, zeros, np.zeros(ROWS, np.int32), ones, zeros, ones))
     keys = place(jax.random.split(jax.random.key(0), ROWS))
@@ -169,7 +183,7 @@ def test_specs_and_bytes_per_device_while_decoding(shape):
     for name, tree, shards in (
         ("weights", weights.params, model),
         ("cache", state.cache, data * model),
-        ("W2", weights.head["output"], model),
+        ("W2", weights.heads[0]["output"], model),
     ):
         leaves = jax.tree.leaves(tree)
         total = sum(leaf.nbytes for leaf in leaves)

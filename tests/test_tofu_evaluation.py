@@ -13,6 +13,7 @@ from t3jax.evaluation.logs import MissingMetricError
 from t3jax.evaluation.scoring import BASE, Setting, TextScores, score_texts, settings_grid
 from t3jax.evaluation.store import Store
 from t3jax.evaluation.tofu import TofuOptions
+from t3jax.refinements import PLAIN, Refinements
 from t3jax.sampling import Sample, Sampler
 
 NAMES = ("Ada", "Bo", "Cy", "Di")
@@ -371,6 +372,73 @@ def test_settings_grid_holds_each_distribution_once(head):
     ]
 
 
+def test_settings_grid_refines_what_it_changes(head):
+    stop = (5,)
+    product = Refinements(combine="product")
+    refinements = (
+        PLAIN,
+        Refinements(gated=True),
+        Refinements(gated=True, protected=stop),
+        product,
+    )
+    found = settings_grid([head], (1.0, 2.5), (1.0,), refinements=refinements)
+    assert [setting.name for setting in found] == [
+        "base",
+        "head0-T1-s1",
+        "head0-T1-s1-protected",
+        "head0-T2.5-s1",
+        "T2.5",
+        "head0-T1-s2.5",
+        "head0-T2.5-s1-gated",
+        "head0-T2.5-s0-gated",
+        "head0-T2.5-s1-gated-protected",
+        "head0-T1-s2.5-protected",
+    ]
+    assert found[-2] == Setting(found[-2].name, 2.5, 1.0, (0,), refinements[2])
+    together = settings_grid(
+        [head, head], controls=False, refinements=(PLAIN, product), groups=[(1,), (0, 1)]
+    )
+    assert [(each.name, each.heads) for each in together[1:]] == [
+        ("head1-T2.5-s1", (1,)),
+        ("head0+1-T2.5-s1", (0, 1)),
+        ("head0+1-T2.5-s1-product", (0, 1)),
+    ]
+
+
+def test_greedy_answers_are_shared_only_where_t_times_s_decides(
+    tiny_lm, head, tmp_path, monkeypatch
+):
+    asked = []
+
+    class Recorder(Sampler):
+        def generate(self, prompts, **_):
+            asked.append((self.base_temperature, self.guidance_scale, self.refinements.name))
+            return [Sample("", [1])] * len(prompts)
+
+    monkeypatch.setattr(store, "Sampler", Recorder)
+    kept = Store(tiny_lm, [head, dataclasses.replace(head, prior_shift=1.0)], tmp_path)
+    gated = Refinements(gated=True)
+    for setting in (
+        Setting("a", 2.5, 1.0, (0,)),
+        Setting("b", 1.0, 2.5, (0,)),  # as a
+        Setting("c", 2.5, 1.0, (0, 1)),
+        Setting("d", 2.5, 1.0, (0,), gated),
+        Setting("e", 1.0, 2.5, (0,), gated),
+        Setting("f", 2.5, 1.0, (0,), Refinements(protected=(5,))),
+        Setting("g", 2.5, 0.0, (0,)),
+        BASE,  # as g
+    ):
+        kept.answers("x", [np.array([4, 5])], setting, max_new_tokens=3)
+    assert asked == [
+        (1.0, 2.5, "plain"),
+        (1.0, 2.5, "plain"),
+        (2.5, 1.0, "gated"),
+        (1.0, 2.5, "gated"),
+        (2.5, 1.0, "protected"),
+        (1.0, 0.0, "plain"),
+    ]
+
+
 def test_another_vocabulary_is_refused(tiny_lm, tmp_path):
     tokenizer = tiny.make_tokenizer()
     tokenizer.add_tokens(["new"])
@@ -393,9 +461,10 @@ def test_a_change_of_what_results_depend_on_computes_anew(
     monkeypatch.setattr(store, "score_texts", fake)
     examples = [Example(np.arange(20, dtype=np.int32), 10)]
     longer = [Example(np.arange(20, dtype=np.int32), 9)]
-    tilted = Setting("tilted", 2.5, 1.0, 0)
-    cooler = Setting("tilted", 2.0, 1.0, 0)
-    renamed = Setting("renamed", 2.5, 1.0, 0)
+    tilted = Setting("tilted", 2.5, 1.0, (0,))
+    cooler = Setting("tilted", 2.0, 1.0, (0,))
+    renamed = Setting("renamed", 2.5, 1.0, (0,))
+    refined = dataclasses.replace(tilted, refinements=Refinements(protected=(5,)))
     shifted = dataclasses.replace(head, prior_shift=1.0)
     for lm, heads, texts, setting, mask in (
         (tiny_lm, [head], examples, tilted, False),
@@ -404,7 +473,8 @@ def test_a_change_of_what_results_depend_on_computes_anew(
         (tiny_lm, [head], longer, tilted, False),
         (tiny_lm, [head], examples, cooler, False),
         (tiny_lm, [head], examples, tilted, True),
+        (tiny_lm, [head], examples, refined, False),
         (tiny_lm, [head], examples, renamed, False),
     ):
         Store(lm, heads, tmp_path).scores("x", texts, [setting], mask)
-    assert computed == ["tilted"] * 6  # another name alone is the same distribution
+    assert computed == ["tilted"] * 7  # another name alone is the same distribution

@@ -24,28 +24,31 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from t3jax import batching, guidance, pooling, sharding
+from t3jax import batching, pooling, sharding
 from t3jax import head as head_lib
 from t3jax.data.chat import Example
-from t3jax.head_io import Head, check_head_fits, place_head
+from t3jax.head_io import Head, check_head_fits, common_default, place_head
 from t3jax.lm.model import LM
+from t3jax.refinements import PLAIN, Refinements, combine_heads, refined_logits
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A distribution to score or to sample from: T and s of the method and the head that tilts.
+    """A distribution to score or to sample from: T and s of the method and the heads that tilt.
 
     Attributes:
         name: For tables, files and folders.
         base_temperature: T.
         guidance_scale: s.
-        head: Index among the heads at hand; None without one, then s must be 0.
+        heads: Indices among the heads at hand, served together; without one s must be 0.
+        refinements: Extensions of the method; they need a head.
     """
 
     name: str
     base_temperature: float = 1.0
     guidance_scale: float = 0.0
-    head: int | None = None
+    heads: tuple[int, ...] = ()
+    refinements: Refinements = PLAIN
 
     def __post_init__(self):
         if not re.fullmatch(r"\w[\w.+-]*", self.name):
@@ -57,8 +60,10 @@ class Setting:
                 f"setting {self.name}: base_temperature must be positive and guidance_scale not "
                 f"negative, got {self.base_temperature} and {self.guidance_scale}"
             )
-        if self.head is None and self.guidance_scale > 0:
-            raise ValueError(f"setting {self.name}: guidance_scale > 0 needs a head")
+        if not self.heads and (self.guidance_scale > 0 or self.refinements != PLAIN):
+            raise ValueError(
+                f"setting {self.name}: guidance_scale > 0 needs a head, and so do refinements"
+            )
 
 
 BASE = Setting("base")
@@ -69,33 +74,59 @@ def settings_grid(
     temperatures: Sequence[float] = (),
     scales: Sequence[float] = (),
     controls: bool = True,
+    refinements: Sequence[Refinements] = (PLAIN,),
+    groups: Sequence[tuple[int, ...]] | None = None,
 ) -> list[Setting]:
     """The base model, every head at every (T, s), and what each (T, s) must be compared with.
+
+    A refinement that changes nothing is left out: a gate at T = 1, protection at s = 0, the product
+    of one head.
 
     Args:
         heads: The heads; may be empty.
         temperatures: T; empty takes each head's own.
         scales: s; empty takes each head's own.
-        controls: Whether to add (T, s = 0) and (T = 1, s' = T s), which has the same greedy text.
+        controls: Whether to add (T, s = 0) and (T = 1, s' = T s), which has the same greedy text
+            where there are no refinements.
+        refinements: What to refine the method by, in turn.
+        groups: Indices of the heads that are served together, in turn; None: each by itself.
 
     Returns:
-        Settings, each distribution once, the base model first. Names tell head, T and s.
+        Settings, each distribution once, the base model first. Names tell heads, T, s and what is
+        on: `head0-T2.5-s1`, `head0+1-T2.5-s1-gated`.
+
+    Raises:
+        ValueError: If heads of a group differ in T or s and none is given.
     """
     found = [BASE]
 
-    def add(temperature: float, scale: float, index: int | None) -> None:
-        name = f"T{temperature:g}" if index is None else f"head{index}-T{temperature:g}-s{scale:g}"
-        setting = Setting(name, float(temperature), float(scale), index)
+    def add(temperature: float, scale: float, group: tuple[int, ...], refined: Refinements) -> None:
+        refined = dataclasses.replace(
+            refined,
+            gated=refined.gated and temperature != 1,
+            protected=refined.protected if scale > 0 else (),
+            combine=refined.combine if len(group) > 1 else PLAIN.combine,
+        )
+        name = f"T{temperature:g}"
+        if scale > 0 or refined.gated:
+            name = f"head{'+'.join(map(str, group))}-{name}-s{scale:g}"
+        else:
+            group, refined = (), PLAIN
+        if refined != PLAIN:
+            name += f"-{refined.name}"
+        setting = Setting(name, float(temperature), float(scale), group, refined)
         if all(dataclasses.replace(setting, name=each.name) != each for each in found):
             found.append(setting)
 
-    for index, head in enumerate(heads):
-        for temperature in temperatures or (head.base_temperature,):
-            for scale in scales or (head.guidance_scale,):
-                add(temperature, scale, index)
-                if controls:
-                    add(temperature, 0.0, None)
-                    add(1.0, temperature * scale, index)
+    for group in [(index,) for index in range(len(heads))] if groups is None else groups:
+        own = [heads[index] for index in group]
+        for temperature in temperatures or (common_default(own, "base_temperature", 1.0),):
+            for scale in scales or (common_default(own, "guidance_scale", 0.0),):
+                for refined in refinements:
+                    add(temperature, scale, group, refined)
+                    if controls:
+                        add(temperature, 0.0, group, refined)
+                        add(1.0, temperature * scale, group, refined)
     return found
 
 
@@ -109,8 +140,8 @@ class TextScores:
         correct: Whether it is the likeliest token; of equals, the first, `[N]`.
         mean: Mean over the vocabulary of log p(v) under p, nats, float32 `[N]`.
         variance: Its variance, float32 `[N]`.
-        retain_scores: The head's logit of "retain", prior shift included, float32 `[N]`; None
-            without a head.
+        retain_scores: The logit of "retain" of the head, or of several combined, prior shift
+            included, float32 `[N]`; None without a head.
     """
 
     starts: np.ndarray
@@ -170,7 +201,7 @@ class TextScores:
 
 
 class _Scores(NamedTuple):
-    """The fields of `TextScores` for a chunk, `[K, C]`, all settings of all heads in turn."""
+    """The fields of `TextScores` for a chunk, `[K, C]`, all settings of all groups in turn."""
 
     logprobs: Array
     correct: Array
@@ -180,10 +211,25 @@ class _Scores(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """A head (None: the base alone) and the settings that use it: T and s, `[K]`."""
+    """What is compiled for settings that differ in T and s alone.
+
+    The heads are places among those served, each with its activation.
+    """
+
+    heads: tuple[tuple[int, str], ...]
+    refinements: Refinements
+
+
+class _Served(NamedTuple):
+    """A head as arrays."""
 
     params: Any
     prior_shift: Any
+
+
+class _Knobs(NamedTuple):
+    """T and s of the settings of a group, `[K]`."""
+
     base_temperature: Any
     guidance_scale: Any
 
@@ -224,15 +270,16 @@ def score_texts(
     if not settings:
         raise ValueError("no settings to score under; name at least one")
     for setting in settings:
-        if setting.head is not None and not 0 <= setting.head < len(heads):
-            raise ValueError(
-                f"setting {setting.name}: there is no head {setting.head}, only {len(heads)} heads"
-            )
+        for index in setting.heads:
+            if not 0 <= index < len(heads):
+                raise ValueError(
+                    f"setting {setting.name}: there is no head {index}, only {len(heads)} heads"
+                )
     counts = np.array([example.num_answer_tokens for example in examples], np.int64)
     if not counts.all():
         raise ValueError(f"example {int(np.argmin(counts))} has no answer token to score")
     starts = np.concatenate([[0], np.cumsum(counts)])
-    order, activations, groups = _grouped(lm, settings, heads)
+    order, groups, served, knobs = _grouped(lm, settings, heads)
     kept = {
         name: np.zeros((len(settings), starts[-1]), bool if name == "correct" else np.float32)
         for name in _Scores._fields
@@ -249,7 +296,7 @@ def score_texts(
         for place, target in zip(places, targets, strict=True):
             states, features = _take(lm.mesh, hidden, pooled, place)
             chunks.append(
-                _score(lm.unembed, activations, lm.params, groups, states, features, target)
+                _score(lm.unembed, groups, lm.params, served, knobs, states, features, target)
             )
         return chunks
 
@@ -266,7 +313,7 @@ def score_texts(
     results = []
     for k, setting in enumerate(settings):
         fields: dict[str, Any] = {name: field[k] for name, field in kept.items()}
-        if setting.head is None:
+        if not setting.heads:
             fields["retain_scores"] = None
         results.append(TextScores(starts, **fields))
     return results
@@ -280,31 +327,29 @@ def padding_id(lm: LM) -> int:
 
 def _grouped(
     lm: LM, settings: Sequence[Setting], heads: Sequence[Head]
-) -> tuple[list[int], tuple[str | None, ...], tuple[_Group, ...]]:
-    """Settings by head: their indices in turn, each head's activation, and its arrays."""
-    order: list[int] = []
-    activations: list[str | None] = []
-    groups: list[_Group] = []
-    for index in sorted(
-        {setting.head for setting in settings}, key=lambda i: -1 if i is None else i
-    ):
-        mine = [k for k, setting in enumerate(settings) if setting.head == index]
-        order += mine
-        params, shift = None, 0.0
-        if index is not None:
-            check_head_fits(heads[index], lm)
-            params = place_head(heads[index].params, lm.mesh)
-            shift = heads[index].prior_shift
-        activations.append(None if index is None else heads[index].config.activation)
-        groups.append(
-            _Group(
-                params,
-                np.float32(shift),
-                np.array([settings[k].base_temperature for k in mine], np.float32),
-                np.array([settings[k].guidance_scale for k in mine], np.float32),
-            )
+) -> tuple[list[int], tuple[_Group, ...], tuple[_Served, ...], tuple[_Knobs, ...]]:
+    """Settings by group: their indices in turn, the groups, the heads that they use, T and s."""
+    used = sorted({index for setting in settings for index in setting.heads})
+    served = []
+    for index in used:
+        check_head_fits(heads[index], lm)
+        params = place_head(heads[index].params, lm.mesh)
+        served.append(_Served(params, np.float32(heads[index].prior_shift)))
+    members: dict[_Group, list[int]] = {}
+    for k, setting in enumerate(settings):
+        places = [(used.index(index), heads[index].config.activation) for index in setting.heads]
+        members.setdefault(_Group(tuple(places), setting.refinements), []).append(k)
+    # Groups of the same heads follow one another: the scores of one are freed before the next's.
+    groups = sorted(members, key=lambda group: group.heads)
+    knobs = [
+        _Knobs(
+            np.array([settings[k].base_temperature for k in members[group]], np.float32),
+            np.array([settings[k].guidance_scale for k in members[group]], np.float32),
         )
-    return order, tuple(activations), tuple(groups)
+        for group in groups
+    ]
+    order = [k for group in groups for k in members[group]]
+    return order, tuple(groups), tuple(served), tuple(knobs)
 
 
 def _answer_places(
@@ -347,9 +392,10 @@ def _take(mesh: Mesh, hidden: Array, pooled: Array, places: Array) -> tuple[Arra
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _score(
     unembed: Any,
-    activations: tuple[str | None, ...],
-    params: Any,
     groups: tuple[_Group, ...],
+    params: Any,
+    served: tuple[_Served, ...],
+    knobs: tuple[_Knobs, ...],
     hidden: Array,
     pooled: Array,
     targets: Array,
@@ -357,25 +403,40 @@ def _score(
     """Scores a chunk under all settings; one program for all chunks of all texts."""
     logits = unembed(params, hidden)  # [C, V]
     results = []
-    for activation, group in zip(activations, groups, strict=True):
-        knobs = (group.base_temperature, group.guidance_scale)
-        if activation is None:
-            statistics = jax.lax.map(lambda k: token_statistics(logits / k[0], targets), knobs)
+    for group, of_group in zip(groups, knobs, strict=True):
+        if not group.heads:
+            statistics = jax.lax.map(
+                lambda k: token_statistics(logits / k.base_temperature, targets), of_group
+            )
             of_targets = jnp.zeros(targets.shape, jnp.float32)
         else:
-            shift = group.prior_shift
-            scores = head_lib.head_scores(group.params, pooled, activation) + shift
+            scores, of_targets = _retain_scores(group, served, pooled, targets)
             statistics = jax.lax.map(
-                lambda k, scores=scores: token_statistics(
-                    guidance.guided_logits(logits, scores, *k), targets
+                lambda k, scores=scores, group=group: token_statistics(
+                    refined_logits(
+                        logits, scores, k.base_temperature, k.guidance_scale, group.refinements
+                    ),
+                    targets,
                 ),
-                knobs,
+                of_group,
             )
-            of_targets = head_lib.target_scores(group.params, pooled, targets, activation) + shift
         logprobs, correct, mean, variance = statistics
         repeated = jnp.broadcast_to(of_targets[None], logprobs.shape)
         results.append(_Scores(logprobs, correct, mean, variance, repeated))
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)
+
+
+def _retain_scores(
+    group: _Group, served: tuple[_Served, ...], pooled: Array, targets: Array
+) -> tuple[Array, Array]:
+    """The heads' combined scores of all tokens as the next one, `[C, V]`, and of the targets."""
+    of_all, of_targets = [], []
+    for place, activation in group.heads:
+        params, shift = served[place]
+        of_all.append(head_lib.head_scores(params, pooled, activation) + shift)
+        of_targets.append(head_lib.target_scores(params, pooled, targets, activation) + shift)
+    how = group.refinements.combine
+    return combine_heads(of_all, how), combine_heads(of_targets, how)
 
 
 def token_statistics(

@@ -1,11 +1,12 @@
 """What a model says of texts and prompts, computed once and kept on disk.
 
 An evaluation asks for scores and answers by setting; what an earlier run finished is read. A file's
-name carries a digest of all that it depends on (weights, head, T and s, tokens, options, code): a
+name carries a digest of all that it depends on (weights, heads, T and s, tokens, options, code): a
 change of any of them computes anew, and a file appears whole or not at all, so that a run that was
 killed goes on where it was.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -31,6 +32,7 @@ _MODEL_CODE = (
     "lm/decoder.py",
     "lm/weights.py",
     "pooling.py",
+    "refinements.py",
 )
 _SCORING_CODE = (*_MODEL_CODE, "batching.py", "evaluation/scoring.py")
 _SAMPLING_CODE = (
@@ -127,7 +129,8 @@ class Store:
     ) -> list[Sample]:
         """Answers prompts.
 
-        Greedy text depends on T · s alone, so settings of equal product share one run.
+        Greedy text depends on T · s alone, so settings of equal product share one run, unless they
+        are gated or protect tokens.
 
         Args:
             label: What the prompts are, for file names and the progress bar.
@@ -152,9 +155,14 @@ class Store:
                         "reference_mask would mask; use correct masking for this model"
                     )
             prompts = [prompt[prompt != padding] for prompt in prompts]
-        if options.get("temperature", 0.0) == 0:
+        refined = setting.refinements.gated or setting.refinements.protected
+        if options.get("temperature", 0.0) == 0 and not refined:
             product = setting.base_temperature * setting.guidance_scale
-            setting = Setting(setting.name, 1.0, product, setting.head if product else None)
+            setting = (
+                dataclasses.replace(setting, base_temperature=1.0, guidance_scale=product)
+                if product
+                else Setting(setting.name)
+            )
         digest = examples_digest([Example(prompt, len(prompt)) for prompt in prompts])
         path = self._path(
             f"answers-{label}-{setting.name}",
@@ -163,10 +171,8 @@ class Store:
             _SAMPLING_CODE,
         )
         if not path.is_file():
-            samples = self._sampler(setting.head).generate(
+            samples = self._sampler(setting).generate(
                 [prompt.tolist() for prompt in prompts],
-                base_temperature=setting.base_temperature,
-                guidance_scale=setting.guidance_scale,
                 progress=f"answer {label} ({setting.name})" if self.progress else None,
                 **options,
             )
@@ -196,13 +202,20 @@ class Store:
         ]
 
     def _distribution(self, setting: Setting) -> str:
-        head = "" if setting.head is None else self._head_digests[setting.head]
-        return f"{setting.base_temperature!r} {setting.guidance_scale!r} {head}"
+        knobs = f"{setting.base_temperature!r} {setting.guidance_scale!r} {setting.refinements}"
+        return " ".join([knobs, *(self._head_digests[index] for index in setting.heads)])
 
-    def _sampler(self, head: int | None) -> Sampler:
+    def _sampler(self, setting: Setting) -> Sampler:
         # The base model is any head's program at s = 0: one program fewer to compile.
-        index = head or 0
-        return Sampler(self.lm, self.heads[index] if self.heads else None, batch_size=self.rows)
+        heads = [self.heads[index] for index in setting.heads] or self.heads[:1]
+        return Sampler(
+            self.lm,
+            heads,
+            base_temperature=setting.base_temperature,
+            guidance_scale=setting.guidance_scale,
+            refinements=setting.refinements,
+            batch_size=self.rows,
+        )
 
 
 def _write_scores(path: pathlib.Path, scores: TextScores) -> None:

@@ -3,6 +3,7 @@
 Only `answer_tokens` runs the model, on the few answers whose tokens are shown.
 """
 
+import dataclasses
 import importlib.resources
 import itertools
 import os
@@ -18,6 +19,7 @@ from t3jax.evaluation.scoring import Setting
 from t3jax.evaluation.store import Store
 from t3jax.evaluation.tofu import SETS, QuestionSet
 from t3jax.pipeline import Evaluation
+from t3jax.refinements import PLAIN
 from t3jax.report import figures, tables
 from t3jax.report.tables import BASE, RETAIN_MODEL, Token
 
@@ -191,7 +193,12 @@ def answer_tokens(
         for row in evenly_spread(range(each.num_rows), TOKEN_ROWS)
     ]
     examples = [each.answers[row] for each, row in chosen]
-    without_tilt = Setting(f"T{featured.base_temperature:g}", featured.base_temperature)
+    without_tilt = dataclasses.replace(
+        featured,
+        name=f"{featured.name}-untilted",
+        guidance_scale=0.0,
+        refinements=dataclasses.replace(featured.refinements, protected=()),
+    )
     tilted, tempered = store.scores("report", examples, [featured, without_tilt])
     return [
         TokenRow(
@@ -287,18 +294,22 @@ def _distributions(evaluation: Evaluation, featured: Setting | None) -> Figure |
 
 
 def _temperature_sweep(evaluation: Evaluation, featured: Setting | None) -> Figure | None:
-    """Lines of equal s over T, of the featured head and of tempering alone."""
-    head = None if featured is None else featured.head
-    grouped: dict[float, list[Setting]] = {}
+    """Lines of equal s over T, of the featured heads and of tempering alone."""
+    heads = () if featured is None else featured.heads
+    grouped: dict[str, list[Setting]] = {}
     for setting in evaluation.settings:
-        if setting.guidance_scale == 0 or setting.head == head:
-            grouped.setdefault(setting.guidance_scale, []).append(setting)
-    grouped = {
-        scale: sorted(members, key=lambda setting: setting.base_temperature)
-        for scale, members in sorted(grouped.items())
+        if setting.heads in ((), heads):
+            scale = setting.guidance_scale
+            label = f"s = {scale:g}" if scale else "s = 0 (tempered only)"
+            if setting.refinements != PLAIN:
+                label += f", {setting.refinements.name}"
+            grouped.setdefault(label, []).append(setting)
+    lines = {
+        label: sorted(members, key=lambda setting: setting.base_temperature)
+        for label, members in sorted(grouped.items())
         if len(members) > 1
     }
-    if not grouped:
+    if not lines:
         return None
     panels = {
         "distance D": lambda log: recompute.forget_quality(log, evaluation.retain_log).statistic,
@@ -306,10 +317,6 @@ def _temperature_sweep(evaluation: Evaluation, featured: Setting | None) -> Figu
             selection.utility(*selection.rows_of(log).utility.values())
         ),
         "forget ROUGE-L recall": lambda log: recompute.aggregate(log, "forget_Q_A_ROUGE"),
-    }
-    lines = {
-        "s = 0 (tempered only)" if scale == 0 else f"s = {scale:g}": members
-        for scale, members in grouped.items()
     }
     values: dict[str, dict[str, list[float]]] = {}
     for panel, number in panels.items():

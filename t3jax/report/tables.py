@@ -148,18 +148,25 @@ def kind_of(setting: Setting) -> str:
 
 def controls_of(setting: Setting, settings: Sequence[Setting]) -> list[Setting]:
     """The settings that a setting must be compared with: (T, s = 0) and (T = 1, s' = T · s)."""
-    temperature, product = (
-        setting.base_temperature,
-        setting.base_temperature * setting.guidance_scale,
-    )
+    temperature, on = setting.base_temperature, setting.refinements
+
+    def tempers_alike(each: Setting) -> bool:
+        same = (each.base_temperature, each.refinements.gated) == (temperature, on.gated)
+        return same and each.guidance_scale == 0
+
+    def tilts_alike(each: Setting) -> bool:
+        return (
+            each.base_temperature,
+            each.guidance_scale,
+            each.heads,
+            each.refinements.protected,
+            each.refinements.combine,
+        ) == (1, temperature * setting.guidance_scale, setting.heads, on.protected, on.combine)
+
     return [
         each
         for each in settings
-        if each.name != setting.name
-        and (
-            (each.base_temperature, each.guidance_scale) == (temperature, 0)
-            or (each.base_temperature, each.guidance_scale, each.head) == (1, product, setting.head)
-        )
+        if each.name != setting.name and (tempers_alike(each) or tilts_alike(each))
     ]
 
 

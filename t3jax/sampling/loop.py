@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Int, Key
 
 from t3jax import head as head_lib
 from t3jax import pooling, sharding
+from t3jax.refinements import PLAIN, Refinements, combine_heads
 from t3jax.sampling.next_token import Controls, Logprobs, next_token
 
 
@@ -28,19 +29,21 @@ class Program:
         apply: The model's `apply`.
         unembed: The model's `unembed`.
         init_cache: The model's `init_cache`.
-        activation: The head's activation; None where there is no head.
+        activations: The activation of each head; empty where there is none.
         truncate_on: "base" or "tilted".
         with_logprobs: Whether log-probabilities are computed.
         mesh: Where the state lives.
+        refinements: Which are on.
     """
 
     apply: Callable[..., Any]
     unembed: Callable[..., Any]
     init_cache: Callable[..., Any]
-    activation: str | None
+    activations: tuple[str, ...]
     truncate_on: str
     with_logprobs: bool
     mesh: Mesh
+    refinements: Refinements = PLAIN
 
 
 class Weights(NamedTuple):
@@ -48,13 +51,13 @@ class Weights(NamedTuple):
 
     Attributes:
         params: The language model's parameters.
-        head: The head's parameters; None where there is no head.
-        prior_shift: Added to every score; 0 in the paper.
+        heads: The parameters of each head.
+        prior_shifts: Added to every score of each; 0 in the paper.
     """
 
     params: Any
-    head: Any
-    prior_shift: Array
+    heads: tuple[Any, ...]
+    prior_shifts: tuple[Array, ...]
 
 
 class State(NamedTuple):
@@ -206,12 +209,25 @@ def _choose(
 ) -> tuple[State, tuple[Array, Logprobs | None]]:
     """Chooses each row's next token; the state then waits for the model to read it."""
     scores = None
-    if program.activation is not None:
-        scores = head_lib.head_scores(weights.head, state.pooled.mean, program.activation)
-        scores = scores + weights.prior_shift
+    if program.activations:
+        served = zip(weights.heads, program.activations, weights.prior_shifts, strict=True)
+        scores = combine_heads(
+            [
+                head_lib.head_scores(params, state.pooled.mean, activation) + shift
+                for params, activation, shift in served
+            ],
+            program.refinements.combine,
+        )
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.step)
     token, logprobs = next_token(
-        logits, scores, controls, keys, state.seen, program.truncate_on, program.with_logprobs
+        logits,
+        scores,
+        controls,
+        keys,
+        state.seen,
+        program.truncate_on,
+        program.with_logprobs,
+        program.refinements,
     )
     ended = state.done | jnp.any(token[:, None] == stop_ids[None, :], axis=-1)
     chosen = jnp.where(state.done, -1, token)

@@ -1,7 +1,10 @@
 """One next token from base logits and classifier scores: the order of operations, in one place.
 
 1. The repetition penalty changes the base logits of tokens already in the text.
-2. Temper and tilt: `logits / T + s · log_sigmoid(scores)`, the paper's distribution.
+2. Temper and tilt: `logits / T + s · log_sigmoid(scores)`, the paper's distribution. Of the
+   refinements that are on (`t3jax.refinements`), several heads are one score before this step, the
+   gate changes T by the base distribution of step 1, and protected tokens then get their tempered
+   probability back.
 3. Truncation decides the support, on the base distribution of step 1 (the default: tempering puts
    mass on the tail of the vocabulary, and the base knows what is fluent) or on the tilted one.
 4. The sampling temperature divides the tilted logits; the support is masked last; one Gumbel draw.
@@ -16,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from t3jax import guidance
+from t3jax.refinements import PLAIN, Refinements, refined_logits
 from t3jax.sampling import truncation
 
 
@@ -48,8 +51,8 @@ class Logprobs(NamedTuple):
 
     Attributes:
         base: Under the base model as it is.
-        guided: Under the tempered and tilted distribution, before truncation and the sampling
-            temperature.
+        guided: Under the tempered and tilted distribution of step 2, before truncation and the
+            sampling temperature.
     """
 
     base: Float[Array, " B"]
@@ -64,17 +67,20 @@ def next_token(
     seen: Bool[Array, "B V"],
     truncate_on: str = "base",
     with_logprobs: bool = False,
+    refinements: Refinements = PLAIN,
 ) -> tuple[Int[Array, " B"], Logprobs | None]:
     """Chooses the next token of each row.
 
     Args:
         logits: Base logits, float32 `[B, V]`.
-        scores: Classifier logits g(v), `[B, V]`; None for the base model without a head.
+        scores: Classifier logits g(v), `[B, V]`; None for the base model without a head, which
+            refinements then do not change.
         controls: The knobs, one value for each row.
         keys: A PRNG key for each row, used up here.
         seen: Tokens already in the text, for the repetition penalty, `[B, V]`.
         truncate_on: "base" or "tilted": the distribution that decides the support.
         with_logprobs: Whether to compute log-probabilities of the choice: two more passes over V.
+        refinements: Which are on.
 
     Returns:
         The tokens, int32 `[B]`, and their log-probabilities (None unless asked for).
@@ -88,8 +94,8 @@ def next_token(
     if scores is None:
         guided = penalised / controls.base_temperature[:, None]
     else:
-        guided = guidance.guided_logits(
-            penalised, scores, controls.base_temperature, controls.guidance_scale
+        guided = refined_logits(
+            penalised, scores, controls.base_temperature, controls.guidance_scale, refinements
         )
     truncating = (controls.top_k > 0) | (controls.top_p < 1) | (controls.min_p > 0)
     masked = jax.lax.cond(

@@ -18,8 +18,9 @@ import tqdm
 from t3jax import sharding
 from t3jax.batching import round_up
 from t3jax.data.chat import PromptFormat, encode_prompt
-from t3jax.head_io import Head, check_head_fits
+from t3jax.head_io import Head, check_head_fits, common_default, place_head
 from t3jax.lm.model import LM
+from t3jax.refinements import PLAIN, Refinements
 from t3jax.sampling.loop import Emitted, Program, Weights, decode_chunk, prefill
 from t3jax.sampling.next_token import Controls
 
@@ -93,7 +94,7 @@ class Sample:
 
 
 class Sampler:
-    """Answers prompts with a base model, tempered and tilted by a head.
+    """Answers prompts with a base model, tempered and tilted by a head or several.
 
     A value that changes from call to call (T, s, temperature, top-p, ...) never recompiles. What
     does: another number of rows, another bucket of prompt or answer lengths, with or without
@@ -103,43 +104,54 @@ class Sampler:
     def __init__(
         self,
         lm: LM,
-        head: Head | None = None,
+        head: Head | Sequence[Head] | None = None,
         *,
         base_temperature: float | None = None,
         guidance_scale: float | None = None,
+        refinements: Refinements = PLAIN,
         prompt_format: PromptFormat | None = None,
         batch_size: int = 16,
         chunk: int = 16,
     ):
-        """Places the head beside the model.
+        """Places the heads beside the model.
 
         Args:
             lm: The frozen base model.
-            head: The classifier; None samples from the base model itself.
-            base_temperature: T; None takes the head's own (1 without a head).
-            guidance_scale: s; None takes the head's own.
+            head: The classifier, or one for each of several forget requests; None samples from the
+                base model itself.
+            base_temperature: T; None takes the heads' own (1 without a head).
+            guidance_scale: s; None takes the heads' own.
+            refinements: Extensions of the paper's method; they need a head.
             prompt_format: How a question becomes a prompt; None is the chat template's default.
             batch_size: Rows decoded together, at most.
             chunk: Steps between two looks of the host: what a batch may run on in vain.
 
         Raises:
-            ValueError: If the head's vocabulary or width is not the model's.
+            ValueError: If a head's vocabulary or width is not the model's, heads have different T
+                or s and none is given, or refinements have no head.
         """
-        if head is not None:
-            check_head_fits(head, lm)
+        heads = [head] if isinstance(head, Head) else list(head or ())
+        for each in heads:
+            check_head_fits(each, lm)
+        if not heads and refinements != PLAIN:
+            raise ValueError(f"the refinements {refinements.name} need a head")
         self.lm = lm
-        self.base_temperature = _first(base_temperature, head and head.base_temperature, 1.0)
-        self.guidance_scale = _first(guidance_scale, head and head.guidance_scale, 0.0)
+        if base_temperature is None:
+            base_temperature = common_default(heads, "base_temperature", 1.0)
+        if guidance_scale is None:
+            guidance_scale = common_default(heads, "guidance_scale", 0.0)
+        self.base_temperature = base_temperature
+        self.guidance_scale = guidance_scale
+        self.refinements = refinements
         self.prompt_format = prompt_format or PromptFormat()
         self.batch_size = batch_size
         self.chunk = chunk
-        self._activation = head.config.activation if head is not None else None
-        params = None
-        if head is not None:
-            placing = sharding.param_shardings(lm.mesh, head.params)
-            params = jax.device_put(head.params, placing)
-        shift = jnp.asarray(head.prior_shift if head is not None else 0.0, jnp.float32)
-        self._weights = Weights(lm.params, params, shift)
+        self._activations = tuple(each.config.activation for each in heads)
+        self._weights = Weights(
+            lm.params,
+            tuple(place_head(each.params, lm.mesh) for each in heads),
+            tuple(jnp.asarray(each.prior_shift, jnp.float32) for each in heads),
+        )
 
     def __call__(self, prompts: Sequence[str], **options: Any) -> list[str]:
         """The answers' texts; see `generate`.
@@ -272,10 +284,11 @@ class Sampler:
             self.lm.apply,
             self.lm.unembed,
             self.lm.init_cache,
-            self._activation,
+            self._activations,
             options.truncate_on,
             options.logprobs,
             self.lm.mesh,
+            self.refinements,
         )
         size = self._padded_rows(len(batch))
         prompts = [request.encoded[request.rows[i][0]] for i in batch]

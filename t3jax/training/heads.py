@@ -41,6 +41,7 @@ def train_heads(
     model: str = "",
     base_temperature: float = 2.5,
     guidance_scale: float = 1.0,
+    prior_shift: float = 0.0,
     report: Callable[[str], None] | None = None,
 ) -> list[Head]:
     """Trains a head for each recipe and each seed, all at once.
@@ -62,6 +63,7 @@ def train_heads(
         model: Folder or hub id of the base model, kept in the head.
         base_temperature: T, kept in the head.
         guidance_scale: s, kept in the head.
+        prior_shift: Added to scores when the head is used, see `class_prior_shift`; kept in it.
         report: Called with a line of text for each epoch, such as `print`.
 
     Returns:
@@ -149,6 +151,7 @@ def train_heads(
                 base_temperature=base_temperature,
                 guidance_scale=guidance_scale,
                 model=model,
+                prior_shift=prior_shift,
                 record=record,
             )
         )

@@ -1,0 +1,212 @@
+"""Refinements of the method, each off by default: extensions of the paper, on the same arrays.
+
+- Gated tempering: text that the head takes for retain text is not tempered.
+- Protected tokens: the tilt does not touch the probability of, say, ending the turn.
+- Several forget requests, a head for each: trained, served and revoked on its own.
+
+`refined_logits` is the one way from base logits and scores to the served distribution: samplers and
+scorers call it. Without refinements it is `guidance.guided_logits`, the paper's. Axes: `...` any
+batch axes, V vocabulary. As in `guidance`, all is float32, a logit of `-inf` bans a token and stays
+`-inf`, and values and gradients are never NaN.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Num
+
+from t3jax import guidance
+
+_MAX = 1e30  # scores saturate here, as in `guidance`
+_FLAT = 1e6  # a gated temperature saturates here, where nothing is left of the base
+_SURE = 1e-30  # the least that a product of heads can say against retaining
+
+
+@dataclasses.dataclass(frozen=True)
+class Refinements:
+    """Which refinements are on: fixed when a program is compiled.
+
+    Attributes:
+        gated: Temper by `gated_temperature` of `retain_probability`.
+        protected: Tokens that are tempered and not tilted, see `protect`; mostly the model's stop
+            tokens, which are labels in both sets: a head learns to suppress them in forget
+            contexts, and answers run on.
+        combine: How several heads are one, see `combine_heads`.
+    """
+
+    gated: bool = False
+    protected: tuple[int, ...] = ()
+    combine: str = "disjoint"
+
+    @property
+    def name(self) -> str:
+        """What is on, as in `gated-protected`; `plain` is the paper's method."""
+        flags = {
+            "gated": self.gated,
+            "protected": bool(self.protected),
+            "product": self.combine == "product",
+        }
+        return "-".join(name for name, on in flags.items() if on) or "plain"
+
+
+PLAIN = Refinements()  # the paper's method
+
+
+def refined_logits(
+    logits: Float[Array, "*batch V"],
+    scores: Float[Array, "*batch V"],
+    temperature: Num[Array, "*#batch"] | float,
+    scale: Num[Array, "*#batch"] | float,
+    refinements: Refinements = PLAIN,
+) -> Float[Array, "*batch V"]:
+    """Temper and tilt, with what is on of the refinements; unnormalised.
+
+    Args:
+        logits: Logits of the base model, `[..., V]`.
+        scores: Classifier logits g(v), those of several heads combined, `[..., V]`.
+        temperature: The base temperature T > 0, scalar or `[...]`.
+        scale: The guidance scale s >= 0, scalar or `[...]`.
+        refinements: What is on.
+
+    Returns:
+        Unnormalised log-probabilities, float32 `[..., V]`.
+
+    Raises:
+        ValueError: As `guidance.guided_logits` and `protect`. A gated temperature is an array,
+            which is not checked.
+    """
+    if refinements.gated:
+        temperature = gated_temperature(temperature, retain_probability(logits, scores))
+    tilted = guidance.guided_logits(logits, scores, temperature, scale)
+    if not refinements.protected:
+        return tilted
+    return protect(guidance.temper(logits, temperature), tilted, refinements.protected)
+
+
+def retain_probability(
+    logits: Float[Array, "*batch V"], scores: Float[Array, "*batch V"]
+) -> Float[Array, "*batch"]:
+    """P(retain | prefix), as head and base model tell it together (an extension of the paper).
+
+        q = Σ_v p(v) sigmoid(g(v))
+
+    That is exact where g is the posterior of the very mixture that p is: of the right class prior,
+    see `head.class_prior_shift`. It is a heuristic where training was balanced.
+
+    Args:
+        logits: Logits of the base model, not tempered, `[..., V]`.
+        scores: Classifier logits g(v), `[..., V]`.
+
+    Returns:
+        q in [0, 1], float32 `[...]`; 0 where all tokens are banned.
+    """
+    p = jnp.exp(guidance.tempered_logprobs(logits, 1.0))
+    return jnp.sum(p * jax.nn.sigmoid(scores.astype(jnp.float32)), axis=-1)
+
+
+def gated_temperature(
+    temperature: Num[Array, "*#batch"] | float, retain: Float[Array, "*batch"]
+) -> Float[Array, "*batch"]:
+    """The base temperature, gated by what the text is (an extension of the paper).
+
+    It is T where the text is to be forgotten and 1 where it is to be retained. Tempering is there
+    for the peaks of what is to be forgotten; on retain text it is only bias. Since the tilt has the
+    strength T · s relative to the base, that too is gated.
+
+    Args:
+        temperature: The base temperature T: a scalar, or one per row, `[...]`.
+        retain: q = P(retain | prefix) of each row, `[...]`.
+
+    Returns:
+        `1 + (T - 1)(1 - q)`, float32 `[...]`.
+    """
+    temperature = jnp.minimum(jnp.asarray(temperature, jnp.float32), _FLAT)
+    return 1.0 + (temperature - 1.0) * (1.0 - retain)
+
+
+def protect(
+    tempered: Float[Array, "*batch V"], tilted: Float[Array, "*batch V"], tokens: Sequence[int]
+) -> Float[Array, "*batch V"]:
+    """Gives tokens S back what they had before the tilt, each its own (an extension of the paper).
+
+    All of S is tilted by the mean tilt of the others, which leaves `P_tilted(S) = P_tempered(S)`:
+
+        log f_S = (1/s) log[Σ_{v∉S} p_T(v) f(v)^s / Σ_{v∉S} p_T(v)]
+
+    Args:
+        tempered: Log-probabilities before the tilt, unnormalised, `[..., V]`.
+        tilted: The same after it, of the same normaliser: `guided_logits` of `temper`.
+        tokens: S, at least one token id, in [0, V).
+
+    Returns:
+        `tilted`, and `tempered + s log f_S` in S, float32 `[..., V]`. Where the tilt leaves nothing
+        outside S, or nothing was there, S is what remains.
+
+    Raises:
+        ValueError: If a token is not in the vocabulary.
+    """
+    size = tilted.shape[-1]
+    if not tokens or not all(0 <= token < size for token in tokens):
+        raise ValueError(f"protected tokens must lie in [0, {size}), at least one; got {tokens}")
+    vocabulary = jax.lax.broadcasted_iota(jnp.int32, tilted.shape, tilted.ndim - 1)
+    vocabulary = vocabulary + jnp.zeros_like(tilted, jnp.int32)  # sharded as the logits are
+    protected = functools.reduce(jnp.logical_or, [vocabulary == token for token in tokens])
+    before, after = (_logsumexp(x, ~protected) for x in (tempered, tilted))
+    something = ~jnp.isneginf(before) & ~jnp.isneginf(after)
+    shift = jnp.where(something, after, 0.0) - jnp.where(something, before, 0.0)
+    return jnp.where(protected, tempered + shift, tilted)
+
+
+def combine_heads(
+    scores: Sequence[Float[Array, "*batch V"]], how: str = "disjoint"
+) -> Float[Array, "*batch V"]:
+    """One score for several forget requests, a head for each (an extension of the paper).
+
+    Texts of different requests are different texts, so the requests share what is not retained:
+
+        P(retain) = 1 / (1 + Σ_i exp(-g_i)),  that is  g = -logsumexp_i(-g_i)
+
+    The product of the sigmoids, the other choice, counts what is retained once for each head: ten
+    heads of g = 2 make .28 of what is .42.
+
+    Args:
+        scores: Classifier logits g_i(v) of each head, `[..., V]` each, at least one.
+        how: "disjoint", or "product" for `sigmoid(g) = Π_i sigmoid(g_i)`.
+
+    Returns:
+        The logits g of "retain, whatever the request", float32 `[..., V]`; those of one head are
+        as they are. `-inf` of one head bans a token.
+
+    Raises:
+        ValueError: If `how` is unknown.
+    """
+    if how not in ("disjoint", "product"):
+        raise ValueError(f"heads are combined as 'disjoint' or by 'product', got {how!r}")
+    if len(scores) == 1:
+        return scores[0]
+    impossible = functools.reduce(jnp.logical_or, [jnp.isneginf(g) for g in scores])
+    against = [-jnp.clip(g.astype(jnp.float32), -_MAX, _MAX) for g in scores]
+    if how == "product":
+        # log(exp(x) - 1), where x = -log f.
+        x = functools.reduce(jnp.add, [jax.nn.softplus(g) for g in against])
+        x = jnp.maximum(x, _SURE)
+        combined = x + jnp.log(-jnp.expm1(-x))
+    else:
+        peak = jax.lax.stop_gradient(functools.reduce(jnp.maximum, against))
+        combined = peak + jnp.log(functools.reduce(jnp.add, [jnp.exp(g - peak) for g in against]))
+    return jnp.where(impossible, -jnp.inf, -combined)
+
+
+def _logsumexp(logits: Array, among: Bool[Array, "..."]) -> Array:
+    """Over the vocabulary, of some tokens, `[..., 1]`; -inf, without NaNs, if there are none."""
+    among = among & ~jnp.isneginf(logits)
+    masked = jnp.where(among, logits, -jnp.inf)
+    peak = jax.lax.stop_gradient(jnp.max(masked, axis=-1, keepdims=True))
+    nothing = jnp.isneginf(peak)
+    peak = jnp.where(nothing, 0.0, peak)
+    weights = jnp.where(among, jnp.exp(jnp.where(among, logits, peak) - peak), 0.0)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return jnp.where(nothing, -jnp.inf, peak + jnp.log(jnp.where(nothing, 1.0, total)))
