@@ -7,7 +7,7 @@ import pytest
 import transformers
 
 from t3jax.lm import LMConfig, RopeConfig, lm_config, read_config
-from t3jax.lm.config import hf_config
+from t3jax.lm.families import hf_config
 
 SHAPE = {
     "model_type": "llama",
@@ -107,11 +107,12 @@ def test_what_is_written_reads_back(tmp_path, rope, tied):
     [
         ({"model_type": "mamba"}, "model_type 'mamba' is not supported; known: .*llama"),
         ({"model_type": None}, "model_type None is not supported"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported.*expected silu"),
+        ({"hidden_act": "relu2"}, "hidden_act 'relu2' is not supported; known: silu, .*gelu_new"),
+        ({"quantization_config": {"bits": 4}}, "quantized weights are not supported"),
         ({"num_key_value_heads": 3}, "8 query heads do not divide among 3 key heads"),
         (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
-            "rope_type 'yarn' is not supported; known: default, linear, llama3",
+            {"rope_scaling": {"rope_type": "ntk", "factor": 2.0}},
+            "rope_type 'ntk' is not supported; known: default, linear, llama3, yarn, longrope",
         ),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "'dynamic'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "field 'factor' is missing"),

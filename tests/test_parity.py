@@ -37,7 +37,7 @@ def load(tmp_path_factory):
     @functools.cache
     def both(name):
         folder = tmp_path_factory.mktemp(name)
-        return llama(name), load_lm(reference.save_llama(llama(name), folder), dtype="float32")
+        return llama(name), load_lm(reference.save_model(llama(name), folder), dtype="float32")
 
     return both
 

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from t3jax import sharding
 from t3jax.lm import decoder
-from t3jax.lm.config import LMConfig, read_config
+from t3jax.lm.config import LMConfig
+from t3jax.lm.families import read_config
 from t3jax.lm.weights import load_params
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
