@@ -58,7 +58,7 @@ _GEMMA2 = {
     **_WIDE,
     "query_pre_attn_scalar": 24,
     "sliding_window": 6,
-    "final_logit_softcapping": 4.0,
+    "final_logit_softcapping": 1.5,
 }
 _YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0}
 _LONGROPE = {
@@ -95,30 +95,39 @@ FAMILIES = {
     "gpt2": {"n_inner": 48},
     "phi": {"hidden_act": "gelu_new", "tie_word_embeddings": False},
 }
+_SEEDS = {"gemma2": 3, "gemma3_text": 8}
 
 
 def make_llama(name: str, **overrides) -> transformers.LlamaForCausalLM:
     """A tiny Llama of `LLAMAS` with random weights that make it far from uniform."""
-    return _random("llama", len(name), {**_LLAMA, **LLAMAS[name], **overrides})
+    torch.manual_seed(len(name))
+    config = transformers.LlamaConfig(**{**_LLAMA, **LLAMAS[name], **overrides})
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if "norm" in path:
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(0.0, 0.25)
+    return model.eval()
 
 
 def make_family(name: str, **overrides) -> transformers.PreTrainedModel:
-    """A tiny model of `FAMILIES`, likewise."""
-    return _random(name, len(name), {**_LLAMA, **FAMILIES[name], **overrides})
-
-
-def _random(model_type: str, seed: int, settings: dict) -> transformers.PreTrainedModel:
-    torch.manual_seed(seed)
-    config = transformers.AutoConfig.for_model(model_type, **settings)
+    """A tiny model of `FAMILIES` with random weights, whose greedy text keeps changing."""
+    torch.manual_seed(_SEEDS.get(name, 2))
+    settings = {**_LLAMA, **FAMILIES[name], **overrides}
+    config = transformers.AutoConfig.for_model(name, **settings)
     model = transformers.AutoModelForCausalLM.from_config(config)
+    gemma = name.startswith("gemma")
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             if path.endswith("weight") and ("norm" in path or "ln_" in path):
                 parameter.uniform_(0.5, 1.5)
-                if model_type.startswith("gemma"):
-                    parameter -= 1  # the weight is what is added to 1
+                parameter -= 1.0 if gemma else 0.0  # there it is what is added to 1
+            elif "embed" in path or "lm_head" in path or "wte" in path:
+                parameter.normal_(0.0, 0.1 if gemma else 0.25)  # Gemma's is multiplied by sqrt(D)
             else:
-                parameter.normal_(0.0, 0.25)
+                parameter.normal_(0.0, 0.5)
     return model.eval()
 
 
@@ -150,6 +159,18 @@ def greedy(model: transformers.LlamaForCausalLM, prompt: list[int], steps: int) 
     """The tokens that transformers' own `generate` adds to a prompt."""
     out = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=steps)
     return out[0, len(prompt) :].tolist()
+
+
+@torch.no_grad()
+def continue_batch(
+    model: transformers.PreTrainedModel, tokens: torch.Tensor, mask: torch.Tensor, steps: int
+) -> torch.Tensor:
+    """The tokens `[B, steps]` that `generate` adds to prompts padded on the left; no stop."""
+    model.generation_config.eos_token_id = None
+    out = model.generate(
+        tokens, attention_mask=mask.long(), do_sample=False, max_new_tokens=steps, pad_token_id=0
+    )
+    return out[:, tokens.shape[1] :]
 
 
 def causal_mean(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -109,7 +109,7 @@ class LMConfig:
     parallel: bool = False
     qk_norm: str | None = None
     scaled_embedding: bool = False
-    query_pre_attn_scalar: float | None = None
+    query_pre_attn_scalar: int | None = None
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     window: int = 0
