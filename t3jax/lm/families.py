@@ -142,13 +142,14 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family(
         "Qwen2ForCausalLM",
         fixed={"qkv_bias": True},
+        defaults={"num_key_value_heads": 32},
         expected={"use_sliding_window": (False,)},
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         fixed={"qk_norm": "head"},
         fields={"attention_bias": "attention_bias"},
-        defaults={"head_dim": 128},
+        defaults={"num_key_value_heads": 32, "head_dim": 128},
         expected={"use_sliding_window": (False,)},
         weights={**_WEIGHTS, **_QK_NORMS},
     ),
@@ -174,7 +175,7 @@ FAMILIES: dict[str, Family] = {
         # Configs say "gelu" in `hidden_act` and mean the approximation.
         fixed={**_GEMMA, "activation": "gelu_pytorch_tanh"},
         fields={"activation": None, "attention_bias": "attention_bias"},
-        defaults=_GEMMA_DEFAULTS,
+        defaults={**_GEMMA_DEFAULTS, "num_key_value_heads": 16},
         expected={
             "hidden_act": ("gelu_pytorch_tanh", "gelu"),
             "hidden_activation": ("gelu_pytorch_tanh", None),
@@ -187,6 +188,7 @@ FAMILIES: dict[str, Family] = {
         fields={**_GEMMA2_FIELDS, "attention_softcap": "attn_logit_softcapping"},
         defaults={
             **_GEMMA_DEFAULTS,
+            "num_key_value_heads": 4,
             "query_pre_attn_scalar": 256,
             "sliding_window": 4096,
             "attn_logit_softcapping": 50.0,
