@@ -16,7 +16,7 @@ from t3jax.head import (
     target_scores,
 )
 from t3jax.head_io import Head, load_head, save_head, save_reference_head
-from t3jax.lm import LM, load_lm
+from t3jax.lm import LM, load_lm, make_lm
 from t3jax.pooling import RunningMean, causal_mean, running_mean
 from t3jax.refinements import (
     Refinements,
@@ -52,6 +52,7 @@ __all__ = [
     "load_head",
     "load_lm",
     "load_or_compute_features",
+    "make_lm",
     "make_mesh",
     "protect",
     "refined_logits",

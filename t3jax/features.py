@@ -27,6 +27,7 @@ _CODE = (
     "pooling.py",
     "lm/config.py",
     "lm/decoder.py",
+    "lm/families.py",
     "lm/weights.py",
 )
 

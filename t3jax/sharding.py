@@ -19,11 +19,12 @@ DATA, MODEL = "data", "model"
 # Weights of the language model and the head, [out, in], by path.
 PARAM_RULES: tuple[tuple[str, P], ...] = (
     (r"(embed|lm_head)/weight$", P(MODEL, None)),  # vocabulary
+    (r"lm_head/bias$", P(MODEL)),
     (r"/(q|k|v|gate|up)/weight$", P(MODEL, None)),  # heads, MLP width
     (r"/(q|k|v|gate|up)/bias$", P(MODEL)),
     (r"/(o|down)/weight$", P(None, MODEL)),
     (r"^output$", P(MODEL, None)),  # the head's W2, vocabulary
-    (r"", P()),  # norms, remaining biases, the head's hidden layers
+    (r"", P()),  # norms, remaining biases, learned positions, the head's hidden layers
 )
 
 

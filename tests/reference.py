@@ -1,4 +1,4 @@
-"""The method stated in PyTorch, and tiny random Llama folders made by transformers.
+"""The method stated in PyTorch, and tiny random models of every family made by transformers.
 
 Plain loops and PyTorch's own modules, written to be read beside the paper and not to be fast: what
 the JAX code is compared with. Needs torch; nothing here imports t3jax's array functions.
@@ -52,6 +52,52 @@ LLAMAS = {
 }
 
 
+# Windows shorter than the texts, soft caps that bend, every bias and norm that a family has.
+_WIDE = {"head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
+_GEMMA2 = {
+    **_WIDE,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 6,
+    "final_logit_softcapping": 1.5,
+}
+_YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 100.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.5, 3.0],
+    "long_factor": [2.0, 4.0, 8.0],
+}
+FAMILIES = {
+    "mistral": {"sliding_window": 6},
+    "qwen2": {"rope_parameters": {**_YARN, "original_max_position_embeddings": 32}},
+    "qwen3": {"head_dim": 16, "attention_bias": True},
+    "phi3": {
+        "sliding_window": 20,
+        "rope_parameters": _LONGROPE,
+        "original_max_position_embeddings": 128,
+        "tie_word_embeddings": False,
+        "pad_token_id": None,
+    },
+    "gemma": {**_WIDE, "num_key_value_heads": 1},
+    "gemma2": {**_GEMMA2, "attn_logit_softcapping": 2.0},
+    "gemma3_text": {
+        **_GEMMA2,
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    },
+    "olmo2": {"tie_word_embeddings": False},
+    "gpt_neox": {"hidden_act": "gelu", "tie_word_embeddings": False},
+    "gpt2": {"n_inner": 48},
+    "phi": {"hidden_act": "gelu_new", "tie_word_embeddings": False},
+}
+_SEEDS = {"gemma2": 3, "gemma3_text": 8}
+
+
 def make_llama(name: str, **overrides) -> transformers.LlamaForCausalLM:
     """A tiny Llama of `LLAMAS` with random weights that make it far from uniform."""
     torch.manual_seed(len(name))
@@ -66,7 +112,26 @@ def make_llama(name: str, **overrides) -> transformers.LlamaForCausalLM:
     return model.eval()
 
 
-def save_llama(model: transformers.LlamaForCausalLM, folder: pathlib.Path) -> pathlib.Path:
+def make_family(name: str, **overrides) -> transformers.PreTrainedModel:
+    """A tiny model of `FAMILIES` with random weights, whose greedy text keeps changing."""
+    torch.manual_seed(_SEEDS.get(name, 2))
+    settings = {**_LLAMA, **FAMILIES[name], **overrides}
+    config = transformers.AutoConfig.for_model(name, **settings)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    gemma = name.startswith("gemma")
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if path.endswith("weight") and ("norm" in path or "ln_" in path):
+                parameter.uniform_(0.5, 1.5)
+                parameter -= 1.0 if gemma else 0.0  # there it is what is added to 1
+            elif "embed" in path or "lm_head" in path or "wte" in path:
+                parameter.normal_(0.0, 0.1 if gemma else 0.25)  # Gemma's is multiplied by sqrt(D)
+            else:
+                parameter.normal_(0.0, 0.5)
+    return model.eval()
+
+
+def save_model(model: transformers.PreTrainedModel, folder: pathlib.Path) -> pathlib.Path:
     """Writes a model as transformers does, with the byte tokenizer of `tiny`."""
     model.save_pretrained(folder)
     tiny.make_tokenizer().save_pretrained(folder)
@@ -94,6 +159,18 @@ def greedy(model: transformers.LlamaForCausalLM, prompt: list[int], steps: int) 
     """The tokens that transformers' own `generate` adds to a prompt."""
     out = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=steps)
     return out[0, len(prompt) :].tolist()
+
+
+@torch.no_grad()
+def continue_batch(
+    model: transformers.PreTrainedModel, tokens: torch.Tensor, mask: torch.Tensor, steps: int
+) -> torch.Tensor:
+    """The tokens `[B, steps]` that `generate` adds to prompts padded on the left; no stop."""
+    model.generation_config.eos_token_id = None
+    out = model.generate(
+        tokens, attention_mask=mask.long(), do_sample=False, max_new_tokens=steps, pad_token_id=0
+    )
+    return out[:, tokens.shape[1] :]
 
 
 def causal_mean(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """Equality with PyTorch where it is not installed: arrays that `golden/make_golden.py` made."""
 
-import functools
 import json
 import pathlib
 
@@ -9,22 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import tiny
 
 import t3jax
-from t3jax.lm import from_params, read_config
+from t3jax.lm import families, from_params, read_config
 from t3jax.lm.weights import load_params
 from t3jax.sampling import Sampler
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 NAMES = ("llama3_untied", "gqa_tied", "biases")
+FAMILIES = sorted(set(families.FAMILIES) - {"llama"})
 TEMPERATURE, SCALE = 2.5, 1.0
 
 
-@pytest.fixture(scope="module", params=NAMES)
-def case(request, tmp_path_factory):
-    """The arrays of a file, its model loaded from a folder, and its head."""
-    golden = dict(np.load(GOLDEN / f"{request.param}.npz"))
-    folder = tmp_path_factory.mktemp(request.param)
+def load(name, folder):
+    """The arrays of a file and its model, loaded from a folder."""
+    golden = dict(np.load(GOLDEN / f"{name}.npz"))
     (folder / "config.json").write_text(str(golden["config"]))
     prefix = "weights/"
     weights = {k.removeprefix(prefix): v for k, v in golden.items() if k.startswith(prefix)}
@@ -32,9 +31,15 @@ def case(request, tmp_path_factory):
     config = read_config(folder)
     params = load_params(folder, config, jnp.float32)
     eos = json.loads(str(golden["config"]))["eos_token_id"]
-    lm = from_params(config, params, None, (eos,), request.param)
+    return golden, from_params(config, params, None, (eos,), name)
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def case(request, tmp_path_factory):
+    """The arrays of a file, its model, and its head."""
+    golden, lm = load(request.param, tmp_path_factory.mktemp(request.param))
     head = t3jax.Head(
-        t3jax.HeadConfig(config.hidden_size, config.vocab_size, rank=len(golden["head/hidden"])),
+        t3jax.HeadConfig(lm.hidden_size, lm.vocab_size, rank=len(golden["head/hidden"])),
         {
             "hidden": ({"weight": jnp.asarray(golden["head/hidden"])},),
             "output": jnp.asarray(golden["head/output"]),
@@ -46,12 +51,6 @@ def case(request, tmp_path_factory):
     return golden, lm, head
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def forward(apply, unembed, params, tokens, mask):
-    hidden, _ = apply(params, tokens, None, mask)
-    return hidden, unembed(params, hidden)
-
-
 def close(found, expected, atol):
     np.testing.assert_allclose(np.asarray(found), expected, atol=atol, rtol=0)
 
@@ -60,9 +59,27 @@ def close(found, expected, atol):
 def test_hidden_states_and_logits(case, side):
     golden, lm, _ = case
     tokens, mask = golden[f"{side}/tokens"], golden[f"{side}/mask"]
-    hidden, logits = forward(lm.apply, lm.unembed, lm.params, tokens, mask)
+    hidden, logits, _ = tiny.read(lm.apply, lm.unembed, lm.params, tokens, mask)
     close(np.asarray(hidden)[mask], golden[f"{side}/hidden"], 1e-4)
     close(np.asarray(logits)[mask][::4], golden[f"{side}/logits"], 1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family(name, tmp_path):
+    """Hidden states and logits, padded on either side, and greedy text after the left one."""
+    golden, lm = load(name, tmp_path)
+    rows, length = golden["left/tokens"].shape
+    steps = golden["greedy"].shape[1]
+    for side in ("right", "left"):
+        tokens, mask = golden[f"{side}/tokens"], golden[f"{side}/mask"]
+        cache = lm.init_cache(rows, length + steps)
+        hidden, logits, cache = tiny.read(lm.apply, lm.unembed, lm.params, tokens, mask, cache)
+        close(np.asarray(hidden)[mask], golden[f"{side}/hidden"], 1e-4)
+        close(np.asarray(logits)[mask][::4], golden[f"{side}/logits"], 1e-4)
+    found = tiny.continue_batch(lm, logits, cache, steps)
+    np.testing.assert_array_equal(found, golden["greedy"])
+    assert steps == 32
+    assert min(len(set(row)) for row in found.tolist()) > 3  # the text keeps changing
 
 
 def test_the_method(case):

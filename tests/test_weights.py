@@ -1,7 +1,10 @@
 """Loading: single and split files, casts, padding, ties, and every fault named in one error."""
 
 import dataclasses
+import functools
 import json
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +14,9 @@ import pytest
 import safetensors.numpy
 import tiny
 
-from t3jax import load_lm, make_mesh
-from t3jax.lm import save_hf
+from t3jax import load_lm, make_mesh, sharding
+from t3jax.lm import families, lm_config, save_hf, weights
+from t3jax.lm.decoder import abstract_params
 from t3jax.lm.weights import load_params
 
 TIED = dataclasses.replace(tiny.CONFIG, hidden_size=16, head_dim=4, intermediate_size=24)
@@ -67,6 +71,107 @@ def test_what_is_saved_loads(tmp_path, config):
     loaded = load_params(tmp_path, config, jnp.float32)
     assert jax.tree.structure(loaded) == jax.tree.structure(params)
     equal(loaded, params)
+
+
+FAMILIES = sorted(set(families.FAMILIES) - {"llama"})
+
+
+def family_config(name):
+    golden = np.load(pathlib.Path(__file__).parent / "golden" / f"{name}.npz")
+    return lm_config(json.loads(str(golden["config"])))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_saved_loads_in_every_family(tmp_path, name):
+    """In parts: fused, interleaved and transposed tensors are cut across heads and stacks."""
+    config = family_config(name)
+    params, _ = save(tmp_path, config)
+    mesh = make_mesh((2, 4))
+    shardings = functools.partial(sharding.param_shardings, mesh)
+    loaded = load_params(tmp_path, config, jnp.float32, shardings)
+    equal(loaded, params)
+    q = loaded["layers"][0]["attention"]["q"]["weight"]
+    assert q.addressable_shards[0].data.shape[0] == q.shape[0] // 4
+
+
+class Recorder:
+    """A tensor of a checkpoint that counts what is read of it."""
+
+    def __init__(self, array):
+        self.array = array
+        self.read = 0
+
+    def __getitem__(self, index):
+        part = self.array[index]
+        self.read += part.size
+        return part
+
+
+@pytest.mark.parametrize("name", ["phi3", "gpt_neox", "gpt2"])
+def test_no_more_is_read_than_is_wanted(name):
+    config = family_config(name)
+    abstract = abstract_params(config, jnp.float32)
+    leaves = jax.tree.leaves_with_path(abstract)
+    for (path, leaf), place in zip(leaves, weights._places(config, abstract), strict=True):
+        view = Recorder(np.zeros(place.stored_shape, np.float32))
+        third = slice(leaf.shape[0] // 3, 2 * leaf.shape[0] // 3)
+        index = (third, *(slice(0, size) for size in leaf.shape[1:]))
+        part = place.read(view, index)
+        assert part.shape == (third.stop - third.start, *leaf.shape[1:]), path
+        assert view.read == part.size
+
+
+def renamed(tensors, pairs):
+    for old, new in pairs:
+        tensors = {re.sub(old, new, name): value for name, value in tensors.items()}
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("name", "pairs", "more"),
+    [
+        ("gpt2", [(r"^transformer\.", "")], ["h.0.attn.bias", "h.1.attn.masked_bias"]),
+        (
+            "gpt_neox",
+            [(r"^embed_out", "lm_head")],
+            [
+                "gpt_neox.layers.0.attention.bias",
+                "gpt_neox.layers.1.attention.masked_bias",
+                "gpt_neox.layers.1.attention.rotary_emb.inv_freq",
+            ],
+        ),
+        (
+            "gemma3_text",
+            [("^", "language_model.")],
+            ["vision_tower.vision_model.head.bias", "multi_modal_projector.x"],
+        ),
+        (
+            "gemma3_text",
+            [(r"^model\.", "model.language_model.")],
+            ["model.vision_tower.vision_model.head.bias", "lm_head.weight"],
+        ),
+    ],
+)
+def test_other_names_and_what_is_no_part_of_the_decoder(tmp_path, name, pairs, more):
+    config = family_config(name)
+    params, tensors = save(tmp_path, config)
+    tensors = renamed(tensors, pairs)
+    rewrite(tmp_path, tensors | {each: np.zeros((1, 1), np.float32) for each in more})
+    equal(load_params(tmp_path, config, jnp.float32), params)
+
+
+def test_faults_in_a_fused_tensor_are_named_as_it_is_stored(tmp_path):
+    config = family_config("gpt2")
+    _, tensors = save(tmp_path, config)
+    tensors = renamed(tensors, [(r"^transformer\.", "")])
+    tensors["h.0.attn.c_attn.weight"] = tensors["h.0.attn.c_attn.weight"].T.copy()
+    tensors["h.0.attn.c_attn.scale"] = np.zeros(1, np.float32)
+    rewrite(tmp_path, tensors)
+    with pytest.raises(ValueError, match="do not fit") as raised:
+        load_params(tmp_path, config, jnp.float32)
+    message = str(raised.value)
+    assert "\n  h.0.attn.c_attn.weight: shape (48, 16), expected (16, 48)" in message
+    assert "\n  h.0.attn.c_attn.scale: not a weight of this gpt2 model" in message
 
 
 def test_several_files_with_an_index(tmp_path):

@@ -1,9 +1,11 @@
 """Tiny models for tests, without torch: a decoder with random weights, a tokenizer, a head."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tokenizers
 import transformers
 
@@ -80,6 +82,23 @@ def make_lm(config: LMConfig = CONFIG, mesh: jax.sharding.Mesh | None = None, se
         params = jax.device_put(params, sharding.param_shardings(mesh, params))
     tokenizer = make_tokenizer()
     return from_params(config, params, tokenizer, (tokenizer.eos_token_id,), "tiny", mesh)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def read(apply, unembed, params, tokens, mask, cache=None):
+    """Hidden states, logits and cache."""
+    hidden, cache = apply(params, tokens, None, mask, cache)
+    return hidden, unembed(params, hidden), cache
+
+
+def continue_batch(lm: LM, logits: jax.Array, cache, steps: int) -> np.ndarray:
+    """Greedy tokens `[B, steps]` after prompts, padded on the left, that `read` has read."""
+    tokens = [np.argmax(np.asarray(logits)[:, -1:], axis=-1).astype(np.int32)]
+    mask = np.ones(tokens[0].shape, bool)
+    for _ in range(steps - 1):
+        _, logits, cache = read(lm.apply, lm.unembed, lm.params, tokens[-1], mask, cache)
+        tokens.append(np.argmax(np.asarray(logits), axis=-1).astype(np.int32))
+    return np.concatenate(tokens, axis=1)
 
 
 def make_head(

@@ -30,6 +30,7 @@ _MODEL_CODE = (
     "head.py",
     "lm/config.py",
     "lm/decoder.py",
+    "lm/families.py",
     "lm/weights.py",
     "pooling.py",
     "refinements.py",

@@ -1,8 +1,9 @@
 """Language models: config, decoder, weights, and the loaded `LM`."""
 
-from t3jax.lm.config import LMConfig, RopeConfig, lm_config, read_config
+from t3jax.lm.config import LMConfig, RopeConfig
 from t3jax.lm.decoder import Cache, init_params
-from t3jax.lm.model import LM, from_params, load_lm
+from t3jax.lm.families import lm_config, read_config
+from t3jax.lm.model import LM, from_params, load_lm, make_lm
 from t3jax.lm.weights import save_hf
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "init_params",
     "lm_config",
     "load_lm",
+    "make_lm",
     "read_config",
     "save_hf",
 ]

@@ -1,15 +1,9 @@
-"""Shape of a decoder, read from a Hugging Face `config.json` of transformers 4 or 5.
+"""Shape of a decoder: all that `t3jax.lm.decoder` needs to know, in the field's words.
 
-`LMConfig` says all that the decoder needs to know; `FAMILIES` maps a `model_type` to the function
-that reads its config. A new family is an entry here, a table of weight names in
-`t3jax.lm.weights`, and whatever new field of `LMConfig` the decoder must learn to obey.
+`t3jax.lm.families` reads it from a Hugging Face `config.json` and writes it back.
 """
 
 import dataclasses
-import json
-import pathlib
-from collections.abc import Callable, Mapping
-from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,12 +12,23 @@ class RopeConfig:
 
     Attributes:
         theta: Base of the geometric series of wavelengths.
-        kind: "default"; "linear" (all wavelengths stretched by `factor`); or "llama3" (long
-            wavelengths stretched by `factor`, short ones kept, a ramp between).
-        factor: The stretch; 1 for "default".
+        kind: "default"; "linear" (all wavelengths stretched by `factor`); "llama3" (long
+            wavelengths stretched by `factor`, short ones kept, a ramp between); "yarn" (the same
+            with a ramp over the pairs); or "longrope" (each pair has its own stretch).
+        factor: The stretch; 1 for "default". "longrope": of the context, see `short_factors`.
         low_freq_factor: "llama3": wavelengths above original / low are stretched.
         high_freq_factor: "llama3": wavelengths below original / high are kept.
-        original_max_position: "llama3": context length before the stretch, tokens.
+        original_max_position: "llama3", "yarn", "longrope": context length before the stretch,
+            tokens.
+        rotated: Share of a head's width that is rotated, its first part; the rest is left alone.
+        attention_factor: "yarn", "longrope": cosine and sine are multiplied by it.
+        beta_fast: "yarn": pairs with more turns over the original context are kept.
+        beta_slow: "yarn": pairs with fewer turns are stretched.
+        truncate: "yarn": the ramp starts and ends at whole pairs.
+        short_factors: "longrope": the stretch of each pair in texts within the original context.
+            The model is read in that context only: beyond it every key would have to be rotated
+            anew, by `long_factors`.
+        long_factors: "longrope": kept to be written back.
     """
 
     theta: float = 10000.0
@@ -32,27 +37,53 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
+    rotated: float = 1.0
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class LMConfig:
-    """Shape of a decoder-only language model.
+    """Shape of a decoder-only language model; the defaults are Llama's.
 
     Attributes:
         model_type: The family, in Hugging Face's words.
         vocab_size: V, tokens the model scores; the tokenizer may know fewer.
         hidden_size: D, width of the residual stream.
-        intermediate_size: F, width of the gated MLP.
+        intermediate_size: F, width of the MLP.
         num_layers: Number of blocks.
         num_heads: H, query heads.
         num_kv_heads: K, key-value heads; H / K queries share one.
         head_dim: Width of a head.
         max_position: Longest text the model was made for, tokens.
-        norm_eps: Added to the mean square in RMS norms.
-        rope: Rotary positions.
+        norm_eps: Added to the mean square, or the variance, in norms.
+        rope: Rotary positions; None: a learned vector for each of the `max_position` positions is
+            added to the embeddings.
         tied: The LM head is the embedding table.
         attention_bias: Query, key, value and output projections have biases.
+        qkv_bias: Query, key and value projections have biases, whatever the output projection has.
         mlp_bias: The MLP's projections have biases.
+        head_bias: The LM head has a bias.
+        activation: Of the MLP: "silu", "gelu" or "gelu_pytorch_tanh" (GELU by its approximation).
+        gated: The MLP has a gate: down(activation(gate(x)) * up(x)), else down(activation(up(x))).
+        norm: "rms"; "rms_offset" (the weight is what is added to 1); or "layer" (mean subtracted,
+            with bias).
+        norms: Where a block norms: "pre" (the input of attention and of the MLP); "post" (their
+            outputs); "both"; or "shared" (one norm, whose output both read; with `parallel`).
+        parallel: Attention and MLP of a block both read the block's input.
+        qk_norm: Queries and keys are normed before rotation: "head" each head by itself, "width"
+            all heads together; None not.
+        scaled_embedding: Embeddings are multiplied by sqrt(D), rounded to the weights' dtype.
+        query_pre_attn_scalar: Attention scores are divided by its square root; None: `head_dim`.
+        attention_softcap: c: attention scores become c tanh(score / c); None not.
+        logit_softcap: The same for the logits.
+        window: Tokens that a local layer attends to, the query's own included; 0 without any.
+        local: For each layer whether it is local; () where none is.
+        local_rope: Rotary positions of the local layers; None: `rope`.
     """
 
     model_type: str
@@ -65,126 +96,22 @@ class LMConfig:
     head_dim: int
     max_position: int
     norm_eps: float
-    rope: RopeConfig
+    rope: RopeConfig | None
     tied: bool
     attention_bias: bool = False
+    qkv_bias: bool = False
     mlp_bias: bool = False
-
-
-def read_config(folder: pathlib.Path) -> LMConfig:
-    """Reads `config.json` of a Hugging Face folder.
-
-    Args:
-        folder: The model's folder.
-
-    Returns:
-        The decoder's shape.
-
-    Raises:
-        FileNotFoundError: If there is no `config.json`.
-        ValueError: If the family is unknown, a field is missing, or a value is one that the
-            decoder does not implement.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found; expected a Hugging Face model folder")
-    try:
-        return lm_config(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def lm_config(config: Mapping[str, Any]) -> LMConfig:
-    """The decoder's shape from the content of a `config.json`; see `read_config`."""
-    model_type = config.get("model_type")
-    if model_type not in FAMILIES:
-        raise ValueError(f"model_type {model_type!r} is not supported; known: {sorted(FAMILIES)}")
-    try:
-        return FAMILIES[model_type](config)
-    except KeyError as error:
-        raise ValueError(f"field {error} is missing") from error
-
-
-def hf_config(config: LMConfig) -> dict[str, Any]:
-    """The `config.json` content, in transformers 5's form, that reads back as `config`."""
-    rope: dict[str, Any] = {"rope_type": config.rope.kind, "rope_theta": config.rope.theta}
-    if config.rope.kind != "default":
-        rope["factor"] = config.rope.factor
-    if config.rope.kind == "llama3":
-        rope["low_freq_factor"] = config.rope.low_freq_factor
-        rope["high_freq_factor"] = config.rope.high_freq_factor
-        rope["original_max_position_embeddings"] = config.rope.original_max_position
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": config.model_type,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.max_position,
-        "rms_norm_eps": config.norm_eps,
-        "rope_parameters": rope,
-        "attention_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
-        "tie_word_embeddings": config.tied,
-    }
-
-
-def _llama(config: Mapping[str, Any]) -> LMConfig:
-    if (act := config.get("hidden_act", "silu")) not in ("silu", "swish"):
-        raise ValueError(f"hidden_act {act!r} is not supported in the llama family; expected silu")
-    num_heads = config["num_attention_heads"]
-    num_kv_heads = config.get("num_key_value_heads") or num_heads
-    if num_heads % num_kv_heads:
-        raise ValueError(f"{num_heads} query heads do not divide among {num_kv_heads} key heads")
-    return LMConfig(
-        model_type="llama",
-        vocab_size=config["vocab_size"],
-        hidden_size=config["hidden_size"],
-        intermediate_size=config["intermediate_size"],
-        num_layers=config["num_hidden_layers"],
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // num_heads,
-        max_position=config["max_position_embeddings"],
-        norm_eps=config["rms_norm_eps"],
-        rope=_rope(config),
-        tied=config.get("tie_word_embeddings", False),
-        attention_bias=config.get("attention_bias", False),
-        mlp_bias=config.get("mlp_bias", False),
-    )
-
-
-def _rope(config: Mapping[str, Any]) -> RopeConfig:
-    # transformers 5 keeps everything in `rope_parameters`; 4 has `rope_theta` at the top and the
-    # rest in `rope_scaling`, where `rope_type` was once called `type`.
-    rope = {
-        "rope_theta": config.get("rope_theta", 10000.0),
-        **(config.get("rope_scaling") or {}),
-        **(config.get("rope_parameters") or {}),
-    }
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = float(rope["rope_theta"])
-    if kind == "default":
-        return RopeConfig(theta)
-    if kind == "linear":
-        return RopeConfig(theta, kind, float(rope["factor"]))
-    if kind == "llama3":
-        return RopeConfig(
-            theta,
-            kind,
-            float(rope["factor"]),
-            float(rope["low_freq_factor"]),
-            float(rope["high_freq_factor"]),
-            int(rope["original_max_position_embeddings"]),
-        )
-    raise ValueError(f"rope_type {kind!r} is not supported; known: default, linear, llama3")
-
-
-FAMILIES: dict[str, Callable[[Mapping[str, Any]], LMConfig]] = {"llama": _llama}
+    head_bias: bool = False
+    activation: str = "silu"
+    gated: bool = True
+    norm: str = "rms"
+    norms: str = "pre"
+    parallel: bool = False
+    qk_norm: str | None = None
+    scaled_embedding: bool = False
+    query_pre_attn_scalar: int | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    window: int = 0
+    local: tuple[bool, ...] = ()
+    local_rope: RopeConfig | None = None

@@ -14,6 +14,7 @@ Norms, rotary angles, softmax and logits are computed in float32 whatever the we
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,11 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from t3jax.lm.config import LMConfig, RopeConfig
 
 Params = dict[str, Any]
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
@@ -33,6 +39,7 @@ class Cache(NamedTuple):
 
     New tokens of all rows are written at the same slots, so prompts of unequal length are padded on
     the left. A slot is seen by a query if it holds a real token at or before the query's position.
+    Local layers keep the whole text too, and mask what has left their window.
 
     Attributes:
         keys: Per layer `[B, K, S, h]`, rotated.
@@ -97,13 +104,17 @@ def unembed(
 ) -> Float[Array, "*batch V"]:
     """Logits of the next token from hidden states of `apply`, float32 `[..., V]`."""
     table = params["embed"]["weight"] if config.tied else params["lm_head"]["weight"]
-    return jnp.einsum(
+    logits = jnp.einsum(
         "...d,vd->...v",
         hidden,
         table,
         precision=_precision(table),
         preferred_element_type=jnp.float32,
     )
+    if config.head_bias:
+        bias = params["lm_head"]["bias"].astype(jnp.float32)
+        logits = logits + jnp.broadcast_to(bias, logits.shape)
+    return _capped(logits, config.logit_softcap)
 
 
 def abstract_params(config: LMConfig, dtype: Any) -> Params:
@@ -113,7 +124,7 @@ def abstract_params(config: LMConfig, dtype: Any) -> Params:
 
 
 def init_params(config: LMConfig, key: PRNGKeyArray, dtype: Any = jnp.float32) -> Params:
-    """Random weights, to train a model from nothing: normal with deviation 0.02, norms 1."""
+    """Random weights, to train a model from nothing: normal with deviation 0.02, norms at 1."""
     leaves, treedef = jax.tree.flatten_with_path(abstract_params(config, dtype))
     keys = jax.random.split(key, len(leaves))
 
@@ -122,7 +133,7 @@ def init_params(config: LMConfig, key: PRNGKeyArray, dtype: Any = jnp.float32) -
         if names[-1] == "bias":
             return jnp.zeros(leaf.shape, dtype)
         if "norm" in names[-2]:
-            return jnp.ones(leaf.shape, dtype)
+            return jnp.full(leaf.shape, 0.0 if config.norm == "rms_offset" else 1.0, dtype)
         # What is added to the residual stream starts smaller, as in GPT-2.
         shrink = math.sqrt(2 * config.num_layers) if names[-2] in ("o", "down") else 1.0
         return (jax.random.normal(key, leaf.shape) * (0.02 / shrink)).astype(dtype)
@@ -155,41 +166,82 @@ class _Linear(nnx.Module):
 
 
 class _RMSNorm(nnx.Module):
-    def __init__(self, width: int, eps: float):
+    def __init__(self, width: int, eps: float, offset: bool):
         self.weight = nnx.Param(jnp.ones((width,)))
         self.eps = eps
+        self.offset = offset
 
     def __call__(self, x: Array) -> Array:
         x32 = x.astype(jnp.float32)
         scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        # The product with the weight happens in the model's dtype, as transformers does it.
+        # The product with the weight happens in the model's dtype, as transformers does it; where
+        # the weight is an offset, in float32.
+        if self.offset:
+            weight = 1 + self.weight[...].astype(jnp.float32)
+            return (x32 * scale * jnp.broadcast_to(weight, x.shape)).astype(x.dtype)
         return (x32 * scale).astype(x.dtype) * jnp.broadcast_to(self.weight[...], x.shape)
+
+
+class _LayerNorm(nnx.Module):
+    def __init__(self, width: int, eps: float):
+        self.weight = nnx.Param(jnp.ones((width,)))
+        self.bias = nnx.Param(jnp.zeros((width,)))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        weight, bias = (
+            jnp.broadcast_to(part[...].astype(jnp.float32), x.shape)
+            for part in (self.weight, self.bias)
+        )
+        return (x32 * scale * weight + bias).astype(x.dtype)
+
+
+def _identity(x: Array) -> Array:
+    return x
+
+
+def _norm(config: LMConfig, width: int, wanted: bool = True) -> Any:
+    """The family's norm over vectors of a width; where it is not wanted, nothing."""
+    if not wanted:
+        return _identity
+    if config.norm == "layer":
+        return _LayerNorm(width, config.norm_eps)
+    return _RMSNorm(width, config.norm_eps, offset=config.norm == "rms_offset")
 
 
 class _Attention(nnx.Module):
     def __init__(self, config: LMConfig):
         width, bias = config.hidden_size, config.attention_bias
-        self.q = _Linear(width, config.num_heads * config.head_dim, bias)
-        self.k = _Linear(width, config.num_kv_heads * config.head_dim, bias)
-        self.v = _Linear(width, config.num_kv_heads * config.head_dim, bias)
-        self.o = _Linear(config.num_heads * config.head_dim, width, bias)
+        q_width = config.num_heads * config.head_dim
+        k_width = config.num_kv_heads * config.head_dim
+        self.q = _Linear(width, q_width, bias or config.qkv_bias)
+        self.k = _Linear(width, k_width, bias or config.qkv_bias)
+        self.v = _Linear(width, k_width, bias or config.qkv_bias)
+        self.o = _Linear(q_width, width, bias)
+        by_head, wanted = config.qk_norm == "head", config.qk_norm is not None
+        self.q_norm = _norm(config, config.head_dim if by_head else q_width, wanted)
+        self.k_norm = _norm(config, config.head_dim if by_head else k_width, wanted)
         self.config = config
 
     def __call__(
         self,
         x: Array,
-        rotation: tuple[Array, Array],
+        rotation: tuple[Array, Array] | None,
         seen: Array,
         past: tuple[Array, Array, Array] | None,
     ) -> tuple[Array, Array, Array]:
         c = self.config
         b, t, _ = x.shape
         group = c.num_heads // c.num_kv_heads
-        q = self.q(x).reshape(b, t, c.num_kv_heads, group, c.head_dim).transpose(0, 2, 3, 1, 4)
-        k = self.k(x).reshape(b, t, c.num_kv_heads, c.head_dim).transpose(0, 2, 1, 3)
+        q = self._heads(self.q(x), self.q_norm, c.num_kv_heads, group).transpose(0, 2, 3, 1, 4)
+        k = self._heads(self.k(x), self.k_norm, c.num_kv_heads).transpose(0, 2, 1, 3)
         v = self.v(x).reshape(b, t, c.num_kv_heads, c.head_dim).transpose(0, 2, 1, 3)
-        q = _rotate(q, rotation)  # [B, K, G, T, h]
-        k = _rotate(k, rotation)  # [B, K, T, h]
+        if rotation is not None:
+            q = _rotate(q, rotation)  # [B, K, G, T, h]
+            k = _rotate(k, rotation)  # [B, K, T, h]
         if past is not None:
             keys, values, cursor = past
             zero = jnp.zeros_like(cursor)
@@ -202,58 +254,101 @@ class _Attention(nnx.Module):
             precision=_precision(k),
             preferred_element_type=jnp.float32,
         )
-        scores = scores * (c.head_dim**-0.5)
+        scores = scores * ((c.query_pre_attn_scalar or c.head_dim) ** -0.5)
+        scores = _capped(scores, c.attention_softcap)
         # Where nothing is seen (padding) the weights become uniform, never NaN.
         scores = jnp.where(seen[:, None, None], scores, _MASKED)
         weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
         out = jnp.einsum("bkgts,bksh->btkgh", weights, v, precision=_precision(v))
         return self.o(out.reshape(b, t, c.num_heads * c.head_dim)), k, v
 
+    def _heads(self, x: Array, norm: Any, *heads: int) -> Array:
+        """Splits `[B, T, heads h]` into `[B, T, *heads, h]`, normed before or after."""
+        if self.config.qk_norm == "width":
+            x = norm(x)
+        x = x.reshape(*x.shape[:2], *heads, self.config.head_dim)
+        return norm(x) if self.config.qk_norm == "head" else x
+
 
 class _MLP(nnx.Module):
     def __init__(self, config: LMConfig):
-        self.gate = _Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        if config.gated:
+            self.gate = _Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
         self.up = _Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
         self.down = _Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
+        self.activation = _ACTIVATIONS[config.activation]
+        self.gated = config.gated
 
     def __call__(self, x: Array) -> Array:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        if self.gated:
+            return self.down(self.activation(self.gate(x)) * self.up(x))
+        return self.down(self.activation(self.up(x)))
 
 
 class _Block(nnx.Module):
     def __init__(self, config: LMConfig):
-        self.attention_norm = _RMSNorm(config.hidden_size, config.norm_eps)
+        width = config.hidden_size
+        before, after = config.norms != "post", config.norms in ("post", "both")
+        self.attention_norm = _norm(config, width, before)
         self.attention = _Attention(config)
-        self.mlp_norm = _RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention_post_norm = _norm(config, width, after)
+        self.mlp_norm = _norm(config, width, before and config.norms != "shared")
         self.mlp = _MLP(config)
+        self.mlp_post_norm = _norm(config, width, after)
+        self.config = config
+
+    def __call__(
+        self,
+        x: Array,
+        rotation: tuple[Array, Array] | None,
+        seen: Array,
+        past: tuple[Array, Array, Array] | None,
+    ) -> tuple[Array, Array, Array]:
+        normed = self.attention_norm(x)
+        out, k, v = self.attention(normed, rotation, seen, past)
+        attended = x + self.attention_post_norm(out)
+        read = x if self.config.parallel else attended
+        normed = normed if self.config.norms == "shared" else self.mlp_norm(read)
+        return attended + self.mlp_post_norm(self.mlp(normed)), k, v
 
 
 class _Decoder(nnx.Module):
     def __init__(self, config: LMConfig):
         self.embed = _Linear(config.hidden_size, config.vocab_size)  # [V, D]
+        if config.rope is None:
+            self.positions = _Linear(config.hidden_size, config.max_position)
         self.layers = nnx.List([_Block(config) for _ in range(config.num_layers)])
-        self.final_norm = _RMSNorm(config.hidden_size, config.norm_eps)
+        self.final_norm = _norm(config, config.hidden_size)
         if not config.tied:
-            self.lm_head = _Linear(config.hidden_size, config.vocab_size)
+            self.lm_head = _Linear(config.hidden_size, config.vocab_size, config.head_bias)
         self.config = config
 
     def __call__(
         self, tokens: Array, positions: Array, key_positions: Array, cache: Cache | None
     ) -> tuple[Array, Cache | None]:
+        c = self.config
         table = self.embed.weight[...]
         x = jnp.take(table, tokens, axis=0)  # [B, T, D]
-        rotation = _rotation(self.config, jnp.maximum(positions, 0))
+        if c.scaled_embedding:
+            x = x * jnp.sqrt(jnp.float32(c.hidden_size)).astype(x.dtype)
+        if c.rope is None:
+            x = x + jnp.take(self.positions.weight[...], positions, axis=0, mode="clip")
+        rotation = _rotation(c.rope, c.head_dim, positions)
         if cache is not None:
             key_positions = jax.lax.dynamic_update_slice(  # [B, S]
                 cache.positions, key_positions, (jnp.zeros_like(cache.cursor), cache.cursor)
             )
         seen = _seen(positions, key_positions)
+        # What the layers share: angles, and which keys are attended to. Local ones have their own.
+        whole = local = rotation, seen
+        if c.local:
+            near = key_positions[:, None, :] > positions[:, :, None] - c.window
+            local = _rotation(c.local_rope or c.rope, c.head_dim, positions), seen & near
         keys, values = [], []
         for i, block in enumerate(self.layers):
             past = None if cache is None else (cache.keys[i], cache.values[i], cache.cursor)
-            out, k, v = block.attention(block.attention_norm(x), rotation, seen, past)
-            x = x + out
-            x = x + block.mlp(block.mlp_norm(x))
+            rotation, attended = local if c.local and c.local[i] else whole
+            x, k, v = block(x, rotation, attended, past)
             keys.append(k)
             values.append(v)
         x = self.final_norm(x)
@@ -269,31 +364,53 @@ def _seen(query_positions: Array, key_positions: Array) -> Array:
     return (keys >= 0) & (keys <= query_positions[:, :, None])
 
 
-def _rotation(config: LMConfig, positions: Array) -> tuple[Array, Array]:
-    """Cosine and sine of the rotary angles, float32 `[B, T, h/2]`."""
-    angles = positions[..., None].astype(jnp.float32) * _inverse_wavelengths(
-        config.rope, config.head_dim
-    ).reshape(1, 1, -1)
-    return jnp.cos(angles), jnp.sin(angles)
+def _capped(x: Array, cap: float | None) -> Array:
+    """Values held softly between -cap and cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def _rotation(
+    rope: RopeConfig | None, head_dim: int, positions: Array
+) -> tuple[Array, Array] | None:
+    """Cosine and sine of the rotary angles, float32 `[B, T, r/2]`, r the rotated width."""
+    if rope is None:
+        return None
+    frequencies = _inverse_wavelengths(rope, head_dim).reshape(1, 1, -1)
+    angles = jnp.maximum(positions, 0)[..., None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if rope.attention_factor != 1:
+        cos, sin = cos * rope.attention_factor, sin * rope.attention_factor
+    return cos, sin
 
 
 def _rotate(x: Array, rotation: tuple[Array, Array]) -> Array:
-    """Rotates the pairs (x_i, x_{i+h/2}) of `[B, ..., T, h]` by the angles `[B, T, h/2]`."""
+    """Rotates the pairs (x_i, x_{i+r/2}) of `[B, ..., T, h]`, i < r/2, by the angles `[B, T, r/2]`.
+
+    What lies beyond the first r of a head stays as it is.
+    """
     middle = (1,) * (x.ndim - 3)
     cos, sin = (
         part.reshape(part.shape[0], *middle, *part.shape[1:]).astype(x.dtype) for part in rotation
     )
+    rotated = 2 * cos.shape[-1]
+    x, rest = (x, []) if rotated == x.shape[-1] else (x[..., :rotated], [x[..., rotated:]])
     first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, *rest], axis=-1)
 
 
 @functools.cache
 def _inverse_wavelengths(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """Radians per position of each rotary pair, float32 `[h/2]`."""
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    """Radians per position of each rotary pair, float32 `[r/2]`."""
+    width = int(head_dim * rope.rotated)
+    exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
     frequencies = (1.0 / np.float32(rope.theta) ** exponents).astype(np.float32)
     if rope.kind == "linear":
         return frequencies / np.float32(rope.factor)
+    if rope.kind == "longrope":
+        return frequencies / np.asarray(rope.short_factors, np.float32)
+    if rope.kind == "yarn":
+        keep = _yarn_ramp(rope, width)
+        return ((1 - keep) * frequencies / rope.factor + keep * frequencies).astype(np.float32)
     if rope.kind == "default":
         return frequencies
     # Llama 3.1: how many turns a pair makes over the original context decides how far it is
@@ -302,6 +419,22 @@ def _inverse_wavelengths(rope: RopeConfig, head_dim: int) -> np.ndarray:
     ramp = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     keep = np.clip(ramp, 0.0, 1.0)
     return ((1 - keep) * frequencies / rope.factor + keep * frequencies).astype(np.float32)
+
+
+def _yarn_ramp(rope: RopeConfig, width: int) -> np.ndarray:
+    """How far each pair keeps its wavelength, from 1 (all turns) to 0, float32 `[width/2]`."""
+
+    def pair(turns: float) -> float:
+        """The pair, a real number, that makes so many turns over the original context."""
+        length = rope.original_max_position / (turns * 2 * math.pi)
+        return width * math.log(length) / (2 * math.log(rope.theta))
+
+    low, high = pair(rope.beta_fast), pair(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    ramp = (np.arange(width // 2, dtype=np.float32) - low) / max(high - low, 0.001)
+    return 1 - np.clip(ramp, 0.0, 1.0)
 
 
 def _precision(weight: Array) -> jax.lax.Precision | None:

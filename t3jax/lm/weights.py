@@ -7,7 +7,7 @@ that is wrong is reported in one error. Each device reads only its own slice.
 import json
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,27 +17,11 @@ import safetensors
 import safetensors.numpy
 
 from t3jax import files
-from t3jax.lm.config import LMConfig, hf_config
+from t3jax.lm.config import LMConfig
 from t3jax.lm.decoder import Params, abstract_params
+from t3jax.lm.families import FAMILIES, checkpoint_name, hf_config
 
-# Where each of the decoder's parameters stands in a checkpoint; {i} is the layer. One table for
-# each family.
-LLAMA = {
-    "embed": "model.embed_tokens",
-    "final_norm": "model.norm",
-    "lm_head": "lm_head",
-    "layers.{i}.attention_norm": "model.layers.{i}.input_layernorm",
-    "layers.{i}.attention.q": "model.layers.{i}.self_attn.q_proj",
-    "layers.{i}.attention.k": "model.layers.{i}.self_attn.k_proj",
-    "layers.{i}.attention.v": "model.layers.{i}.self_attn.v_proj",
-    "layers.{i}.attention.o": "model.layers.{i}.self_attn.o_proj",
-    "layers.{i}.mlp_norm": "model.layers.{i}.post_attention_layernorm",
-    "layers.{i}.mlp.gate": "model.layers.{i}.mlp.gate_proj",
-    "layers.{i}.mlp.up": "model.layers.{i}.mlp.up_proj",
-    "layers.{i}.mlp.down": "model.layers.{i}.mlp.down_proj",
-}
-NAMES: Mapping[str, Mapping[str, str]] = {"llama": LLAMA}
-
+_VOCABULARY = ("embed", "lm_head")
 _MAX_REPORTED = 12
 
 
@@ -65,25 +49,28 @@ def load_params(
         ValueError: If a file is broken or truncated, or names or shapes do not fit the config.
     """
     abstract = abstract_params(config, dtype)
-    leaves, treedef = jax.tree.flatten_with_path(abstract)
-    names = [_checkpoint_name(config, path) for path, _ in leaves]
-    where = _open_all(folder)
-    _check(folder, config, names, [leaf.shape for _, leaf in leaves], where)
+    leaves, treedef = jax.tree.flatten(abstract)
+    places = _places(config, abstract)
+    where = _open_all(folder, config)
+    _check(folder, config, places, where)
     placed = (
         jax.tree.leaves(shardings(abstract))
         if shardings is not None
         else [jax.sharding.SingleDeviceSharding(jax.devices()[0])] * len(leaves)
     )
 
-    def read(name: str, leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
-        view = where[name].get_slice(name)
+    def read(place: _Place, leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
+        file, stored_name = where[place.name]
+        view = file.get_slice(stored_name)
         return jax.make_array_from_callback(
-            leaf.shape, sharding, lambda index: _cast(view[_within(index, leaf.shape)], dtype)
+            leaf.shape,
+            sharding,
+            lambda index: _cast(place.read(view, _within(index, leaf.shape)), dtype),
         )
 
     loaded = [
-        read(name, leaf, sharding)
-        for name, (_, leaf), sharding in zip(names, leaves, placed, strict=True)
+        read(place, leaf, sharding)
+        for place, leaf, sharding in zip(places, leaves, placed, strict=True)
     ]
     return jax.tree.unflatten(treedef, loaded)
 
@@ -105,27 +92,111 @@ def save_hf(
         dtype: Dtype of the weights on disk.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    leaves, _ = jax.tree.flatten_with_path(params)
-    tensors = {
-        _checkpoint_name(config, path): np.ascontiguousarray(_cast(np.asarray(leaf), dtype))
-        for path, leaf in leaves
-    }
+    stacks: dict[str, list[tuple[_Place, np.ndarray]]] = {}
+    for place, leaf in zip(_places(config, params), jax.tree.leaves(params), strict=True):
+        stacks.setdefault(place.name, []).append((place, _cast(np.asarray(leaf), dtype)))
+    tensors = {name: np.ascontiguousarray(_stacked(parts)) for name, parts in stacks.items()}
     with files.replacing(folder / "model.safetensors") as temporary:
         safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
-    description = hf_config(config) | {"dtype": jnp.dtype(dtype).name, "eos_token_id": eos_ids}
+    description = hf_config(config) | {
+        "dtype": jnp.dtype(dtype).name,
+        "eos_token_id": eos_ids,
+        "pad_token_id": None,  # transformers' own default may lie outside of the vocabulary
+    }
     files.write_json(folder / "config.json", description)
     files.write_json(folder / "generation_config.json", {"eos_token_id": eos_ids})
 
 
-def _checkpoint_name(config: LMConfig, path: tuple) -> str:
-    *module, kind = [str(part.key) for part in path]
-    layer = next((part for part in module if part.isdigit()), "")
-    key = ".".join("{i}" if part.isdigit() else part for part in module)
-    return NAMES[config.model_type][key].replace("{i}", layer) + f".{kind}"
+class _Place(NamedTuple):
+    """Where a parameter stands in a checkpoint: in rows of a tensor that others may share.
+
+    The rows of the tensor fall into equal groups; each holds some rows of the parameter in turn. A
+    tensor of one parameter alone is one group.
+
+    Attributes:
+        name: Of the tensor, in the family's table.
+        groups: Number of groups.
+        start: The parameter's first row in a group.
+        rows: Its rows in a group.
+        group_rows: Rows of a group, those of all parameters.
+        columns: The other dimension, `(in,)`; () of a vector.
+        transposed: The tensor is stored [in, out].
+    """
+
+    name: str
+    groups: int
+    start: int
+    rows: int
+    group_rows: int
+    columns: tuple[int, ...]
+    transposed: bool
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
+        shape = (self.groups * self.group_rows, *self.columns)
+        return shape[::-1] if self.transposed else shape
+
+    def read(self, view: Any, index: tuple[slice, ...]) -> np.ndarray:
+        """Reads a part of the parameter from the tensor, and nothing else."""
+        wanted, *columns = index
+        parts = []
+        for group in range(wanted.start // self.rows, -(-wanted.stop // self.rows)):
+            first = max(wanted.start, group * self.rows)
+            last = min(wanted.stop, (group + 1) * self.rows)
+            shift = group * (self.group_rows - self.rows) + self.start
+            rows = slice(first + shift, last + shift)
+            parts.append(view[(*columns, rows)].T if self.transposed else view[(rows, *columns)])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _open_all(folder: pathlib.Path) -> dict[str, Any]:
-    """Every tensor name in the folder's checkpoint, with the open file that holds it."""
+def _places(config: LMConfig, params: Params) -> list[_Place]:
+    """The place of every parameter, in the order of the tree's leaves."""
+    family = FAMILIES[config.model_type]
+    order = list(family.weights)
+    stacks: dict[str, dict[str, tuple[int, ...]]] = {}  # tensor: the shapes of what it holds
+    names = []
+    for path, leaf in jax.tree.leaves_with_path(params):
+        *parts, kind = [str(part.key) for part in path]
+        layer = next((part for part in parts if part.isdigit()), "")
+        key = ".".join("{i}" if part.isdigit() else part for part in parts)
+        name = f"{family.weights[key].replace('{i}', layer)}.{kind}"
+        names.append((key, name))
+        stacks.setdefault(name, {})[key] = leaf.shape
+    places = []
+    for key, name in names:
+        shapes = {k: stacks[name][k] for k in sorted(stacks[name], key=order.index)}
+        groups = config.num_heads if family.by_head and len(shapes) > 1 else 1
+        rows = {k: shape[0] // groups for k, shape in shapes.items()}
+        before = list(rows)[: list(rows).index(key)]
+        module, kind = name.rsplit(".", 1)
+        places.append(
+            _Place(
+                name,
+                groups,
+                start=sum(rows[k] for k in before),
+                rows=rows[key],
+                group_rows=sum(rows.values()),
+                columns=shapes[key][1:],
+                transposed=kind == "weight" and module.endswith(family.transposed),
+            )
+        )
+    return places
+
+
+def _stacked(parts: list[tuple[_Place, np.ndarray]]) -> np.ndarray:
+    """A tensor of a checkpoint from the parameters that it holds."""
+    place = parts[0][0]
+    grouped = [
+        array.reshape(p.groups, p.rows, *p.columns)
+        for p, array in sorted(parts, key=lambda part: part[0].start)
+    ]
+    tensor = np.concatenate(grouped, axis=1).reshape(-1, *place.columns)
+    return tensor.T if place.transposed else tensor
+
+
+def _open_all(folder: pathlib.Path, config: LMConfig) -> dict[str, tuple[Any, str]]:
+    """Every tensor in the folder's checkpoint: the open file that holds it and its name there."""
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     if index.is_file():
@@ -144,7 +215,8 @@ def _open_all(folder: pathlib.Path) -> dict[str, Any]:
         )
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise FileNotFoundError(f"{index} names files that are not there: {', '.join(missing)}")
-    where: dict[str, Any] = {}
+    family = FAMILIES[config.model_type]
+    where: dict[str, tuple[Any, str]] = {}
     for path in paths:
         try:
             file = safetensors.safe_open(path, framework="numpy")
@@ -152,33 +224,35 @@ def _open_all(folder: pathlib.Path) -> dict[str, Any]:
             raise ValueError(
                 f"{path}: not a whole safetensors file ({error}); download or write it again"
             ) from error
-        where |= dict.fromkeys(file.keys(), file)
+        for stored_name in file.keys():  # noqa: SIM118  (not a dict)
+            if (name := checkpoint_name(family, stored_name)) is not None:
+                where[name] = (file, stored_name)
     return where
 
 
 def _check(
     folder: pathlib.Path,
     config: LMConfig,
-    names: list[str],
-    shapes: list[tuple[int, ...]],
-    where: Mapping[str, Any],
+    places: list[_Place],
+    where: Mapping[str, tuple[Any, str]],
 ) -> None:
     wrong = []
-    vocabulary = {f"{NAMES[config.model_type][key]}.weight" for key in ("embed", "lm_head")}
-    for name, shape in zip(names, shapes, strict=True):
+    table = FAMILIES[config.model_type].weights
+    vocabulary = {f"{table[key]}.{kind}" for key in _VOCABULARY for kind in ("weight", "bias")}
+    shapes = {place.name: place.stored_shape for place in places}
+    for name, shape in shapes.items():
         if name not in where:
             wrong.append(f"{name}: missing, expected shape {shape}")
             continue
-        found = tuple(where[name].get_slice(name).get_shape())
+        file, stored_name = where[name]
+        found = tuple(file.get_slice(stored_name).get_shape())
         # A padded vocabulary has more rows than tokens; the surplus is never read.
         padded = name in vocabulary and found[1:] == shape[1:] and found[0] >= shape[0]
         if found != shape and not padded:
-            wrong.append(f"{name}: shape {found}, expected {shape}")
-    # Buffers of old checkpoints, and an LM head beside a tied embedding, are harmless.
-    ignored = (".rotary_emb.inv_freq", "lm_head.weight")
-    for name in sorted(set(where) - set(names)):
-        if not name.endswith(ignored):
-            wrong.append(f"{name}: not a weight of this {config.model_type} model")
+            wrong.append(f"{stored_name}: shape {found}, expected {shape}")
+    # An LM head beside a tied embedding is harmless.
+    for name in sorted(set(where) - set(shapes) - {f"{table['lm_head']}.weight"}):
+        wrong.append(f"{where[name][1]}: not a weight of this {config.model_type} model")
     if wrong:
         more = len(wrong) - _MAX_REPORTED
         listed = "\n  ".join(wrong[:_MAX_REPORTED] + ([f"and {more} more"] if more > 0 else []))
@@ -196,4 +270,4 @@ def _cast(array: np.ndarray, dtype: Any) -> np.ndarray:
         raise ValueError(
             f"weights of dtype {array.dtype} are not supported; expected float32, float16, bfloat16"
         )
-    return array.astype(dtype)
+    return array.astype(dtype, copy=False)
