@@ -75,14 +75,16 @@ def batch_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
 def cache_shardings(mesh: Mesh, cache: Any) -> Any:
     """Shardings of a key-value cache: rows over `data`, key heads (or their width) over `model`."""
 
-    def place(leaf: Any) -> NamedSharding:
+    def place(path: tuple, leaf: Any) -> NamedSharding:
         if len(leaf.shape) != 4:
             return batch_sharding(mesh, leaf.shape)
-        heads_divide = leaf.shape[1] % mesh.shape[MODEL] == 0
-        spec = P(DATA, MODEL) if heads_divide else P(DATA, None, None, MODEL)
+        if leaf.shape[1] % mesh.shape[MODEL] == 0:
+            return fitting(mesh, P(DATA, MODEL), leaf.shape)
+        transposed = "keys" in jax.tree_util.keystr(path)  # [B, K, h, S]
+        spec = P(DATA, None, MODEL) if transposed else P(DATA, None, None, MODEL)
         return fitting(mesh, spec, leaf.shape)
 
-    return jax.tree.map(place, cache)
+    return jax.tree.map_with_path(place, cache)
 
 
 def fitting(mesh: Mesh, spec: P, shape: Sequence[int]) -> NamedSharding:

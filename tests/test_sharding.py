@@ -173,10 +173,12 @@ def test_specs_and_bytes_per_device_while_decoding(shape):
     """Weights, cache and W2 take at most 1.2 × total / shards of each device's memory."""
     state, weights, mesh = decoding_state(shape)
     # 4 key heads: 8 devices split their width instead.
-    keys = P("data", "model") if shape[1] != 8 else P("data", None, None, "model")
+    by_width = P("data", None, "model"), P("data", None, None, "model")
+    specs = by_width if shape[1] == 8 else (P("data", "model"),) * 2
     # An axis of one device is no split: its name may be left out.
-    for layer in (*state.cache.keys, *state.cache.values):
-        assert layer.sharding.is_equivalent_to(NamedSharding(mesh, keys), 4), layer.sharding
+    for layers, spec in zip((state.cache.keys, state.cache.values), specs, strict=True):
+        for layer in layers:
+            assert layer.sharding.is_equivalent_to(NamedSharding(mesh, spec), 4), layer.sharding
     rows = NamedSharding(mesh, P("data"))
     assert state.cache.positions.sharding.is_equivalent_to(rows, 2)
     data, model = shape

@@ -42,13 +42,14 @@ class Cache(NamedTuple):
     Local layers keep the whole text too, and mask what has left their window.
 
     Attributes:
-        keys: Per layer `[B, K, S, h]`, rotated.
-        values: Per layer `[B, K, S, h]`.
+        keys: Per layer `[B, K, h, S]`, rotated.
+        values: Per layer `[B, K, S, h]`. Both stand as the products of a decoding step read them:
+            otherwise a CPU transposes the whole cache at every step.
         positions: Position of the token in each slot, `[B, S]`; -1 where there is none.
         cursor: Next slot to write, scalar.
     """
 
-    keys: tuple[Float[Array, "B K S h"], ...]
+    keys: tuple[Float[Array, "B K h S"], ...]
     values: tuple[Float[Array, "B K S h"], ...]
     positions: Int[Array, "B S"]
     cursor: Int[Array, ""]
@@ -56,10 +57,10 @@ class Cache(NamedTuple):
 
 def init_cache(config: LMConfig, batch: int, slots: int, dtype: Any) -> Cache:
     """An empty cache for `batch` texts of up to `slots` tokens, padding included."""
-    shape = (batch, config.num_kv_heads, slots, config.head_dim)
+    rows, width, layers = (batch, config.num_kv_heads), config.head_dim, range(config.num_layers)
     return Cache(
-        keys=tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)),
-        values=tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)),
+        keys=tuple(jnp.zeros((*rows, width, slots), dtype) for _ in layers),
+        values=tuple(jnp.zeros((*rows, slots, width), dtype) for _ in layers),
         positions=jnp.full((batch, slots), -1, jnp.int32),
         cursor=jnp.zeros((), jnp.int32),
     )
@@ -242,13 +243,14 @@ class _Attention(nnx.Module):
         if rotation is not None:
             q = _rotate(q, rotation)  # [B, K, G, T, h]
             k = _rotate(k, rotation)  # [B, K, T, h]
+        k = k.swapaxes(2, 3)
         if past is not None:
             keys, values, cursor = past
             zero = jnp.zeros_like(cursor)
-            k = jax.lax.dynamic_update_slice(keys, k, (zero, zero, cursor, zero))
+            k = jax.lax.dynamic_update_slice(keys, k, (zero, zero, zero, cursor))
             v = jax.lax.dynamic_update_slice(values, v, (zero, zero, cursor, zero))
         scores = jnp.einsum(
-            "bkgth,bksh->bkgts",
+            "bkgth,bkhs->bkgts",
             q,
             k,
             precision=_precision(k),
@@ -259,8 +261,9 @@ class _Attention(nnx.Module):
         # Where nothing is seen (padding) the weights become uniform, never NaN.
         scores = jnp.where(seen[:, None, None], scores, _MASKED)
         weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-        out = jnp.einsum("bkgts,bksh->btkgh", weights, v, precision=_precision(v))
-        return self.o(out.reshape(b, t, c.num_heads * c.head_dim)), k, v
+        out = jnp.einsum("bkgts,bksh->bkgth", weights, v, precision=_precision(v))
+        out = out.transpose(0, 3, 1, 2, 4).reshape(b, t, c.num_heads * c.head_dim)
+        return self.o(out), k, v
 
     def _heads(self, x: Array, norm: Any, *heads: int) -> Array:
         """Splits `[B, T, heads h]` into `[B, T, *heads, h]`, normed before or after."""
