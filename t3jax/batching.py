@@ -17,7 +17,7 @@ from t3jax import sharding
 from t3jax.data.chat import Example
 from t3jax.lm.model import LM
 
-_LENGTH_STEP = 16  # lengths are rounded up to a multiple: one compiled program for each
+LENGTH_STEP = 16  # lengths are rounded up to a multiple: one compiled program for each
 
 Result = TypeVar("Result")
 
@@ -93,7 +93,7 @@ def _batches(
     """Batches of texts of like length: their indices, and rows and columns of the padded batch."""
     by_length: dict[int, list[int]] = collections.defaultdict(list)
     for i, example in enumerate(examples):
-        by_length[min(round_up(len(example.tokens), _LENGTH_STEP), longest)].append(i)
+        by_length[min(round_up(len(example.tokens), LENGTH_STEP), longest)].append(i)
     waiting: list[int] = []
     for length, indices in sorted(by_length.items()):
         # What does not fill a batch of its own length goes with the next longer texts.

@@ -5,9 +5,9 @@ The modules only exist while one of them is traced. The forward pass returns hid
 logits: features need no logits at all and decoding needs only the last position's.
 
 Axes: B batch, T time (new tokens), S cache slots, D features, H query heads, K key-value heads,
-G queries for each key head (H = K G), h head width, F MLP width, V vocabulary. Weights stand as
-Hugging Face stores them, [out, in]: that is also the layout in which a CPU reads a matrix once,
-row after row, when it multiplies a single vector.
+G queries for each key head (H = K G), h head width, F MLP width, R rank, V vocabulary. Weights
+stand as Hugging Face stores them, [out, in]: that is also the layout in which a CPU reads a matrix
+once, row after row, when it multiplies a single vector.
 
 Norms, rotary angles, softmax and logits are computed in float32 whatever the weights' dtype.
 """
@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from t3jax.lm.config import LMConfig, RopeConfig
 
 Params = dict[str, Any]
+Lora = dict[str, dict[str, Array]]  # path of a linear layer: "a" [R, in], "b" [out, R]
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
@@ -65,6 +66,8 @@ def apply(
     positions: Int[Array, "B T"] | None = None,
     mask: Bool[Array, "B T"] | None = None,
     cache: Cache | None = None,
+    lora: Lora | None = None,
+    remat: bool = False,
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
     """Reads tokens and returns the last hidden states, after the final norm.
 
@@ -77,6 +80,10 @@ def apply(
         mask: True where a token is real, `[B, T]`; None means all are. The others are attended by
             nobody; they themselves attend to the real ones up to their position.
         cache: What was read before; None for a text by itself.
+        lora: Low-rank updates of linear layers, by path such as `layers/0/attention/q`: the layer
+            multiplies by W + B A, which is never formed.
+        remat: Keep only the blocks' inputs for the backward pass, which computes the rest again;
+            static under jit.
 
     Returns:
         The hidden states `[B, T, D]` in the weights' dtype, and the cache with the new tokens
@@ -89,7 +96,13 @@ def apply(
         if cache is not None:
             positions = positions + jnp.max(cache.positions, axis=-1, keepdims=True) + 1
     key_positions = jnp.where(mask, positions, -1)
-    return _merge(config, params)(tokens, positions, key_positions, cache)
+    model = _merge(config, params)
+    for path, factors in (lora or {}).items():
+        module: Any = model
+        for name in path.split("/"):
+            module = module[int(name)] if name.isdigit() else getattr(module, name)
+        module.lora_a, module.lora_b = factors["a"], factors["b"]
+    return model(tokens, positions, key_positions, cache, remat)
 
 
 def unembed(
@@ -142,6 +155,9 @@ def _merge(config: LMConfig, params: Params) -> "_Decoder":
 
 
 class _Linear(nnx.Module):
+    lora_a: Array | None = None
+    lora_b: Array | None = None
+
     def __init__(self, fan_in: int, fan_out: int, bias: bool = False):
         self.weight = nnx.Param(jnp.zeros((fan_out, fan_in)))
         if bias:
@@ -149,9 +165,14 @@ class _Linear(nnx.Module):
         self.has_bias = bias
 
     def __call__(self, x: Array) -> Array:
-        weight = self.weight[...]
-        y = jnp.einsum("btd,od->bto", x, weight, precision=_precision(weight))
-        return y + jnp.broadcast_to(self.bias[...], y.shape) if self.has_bias else y
+        # Rows on one axis: a CPU is slow at a weight's gradient when that sums over two.
+        rows = x.reshape(-1, x.shape[-1])
+        y = _product(rows, self.weight[...])
+        if self.lora_a is not None:
+            y = y + _product(_product(rows, self.lora_a), self.lora_b)
+        if self.has_bias:
+            y = y + jnp.broadcast_to(self.bias[...], y.shape)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 class _RMSNorm(nnx.Module):
@@ -227,6 +248,17 @@ class _Block(nnx.Module):
         self.mlp_norm = _RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = _MLP(config)
 
+    def __call__(
+        self,
+        x: Array,
+        rotation: tuple[Array, Array],
+        seen: Array,
+        past: tuple[Array, Array, Array] | None,
+    ) -> tuple[Array, Array, Array]:
+        out, k, v = self.attention(self.attention_norm(x), rotation, seen, past)
+        x = x + out
+        return x + self.mlp(self.mlp_norm(x)), k, v
+
 
 class _Decoder(nnx.Module):
     def __init__(self, config: LMConfig):
@@ -238,7 +270,12 @@ class _Decoder(nnx.Module):
         self.config = config
 
     def __call__(
-        self, tokens: Array, positions: Array, key_positions: Array, cache: Cache | None
+        self,
+        tokens: Array,
+        positions: Array,
+        key_positions: Array,
+        cache: Cache | None,
+        remat: bool,
     ) -> tuple[Array, Cache | None]:
         table = self.embed.weight[...]
         x = jnp.take(table, tokens, axis=0)  # [B, T, D]
@@ -251,9 +288,8 @@ class _Decoder(nnx.Module):
         keys, values = [], []
         for i, block in enumerate(self.layers):
             past = None if cache is None else (cache.keys[i], cache.values[i], cache.cursor)
-            out, k, v = block.attention(block.attention_norm(x), rotation, seen, past)
-            x = x + out
-            x = x + block.mlp(block.mlp_norm(x))
+            read = jax.checkpoint(block.__call__) if remat else block
+            x, k, v = read(x, rotation, seen, past)
             keys.append(k)
             values.append(v)
         x = self.final_norm(x)
@@ -302,6 +338,11 @@ def _inverse_wavelengths(rope: RopeConfig, head_dim: int) -> np.ndarray:
     ramp = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     keep = np.clip(ramp, 0.0, 1.0)
     return ((1 - keep) * frequencies / rope.factor + keep * frequencies).astype(np.float32)
+
+
+def _product(rows: Array, weight: Array) -> Array:
+    """`[N, in]` times `[out, in]`."""
+    return jnp.einsum("ni,oi->no", rows, weight, precision=_precision(weight))
 
 
 def _precision(weight: Array) -> jax.lax.Precision | None:
