@@ -6,6 +6,7 @@ The path of the data is the order of the modules: text (`data`) -> tokens -> fea
 """
 
 from t3jax.features import Features, load_or_compute_features
+from t3jax.finetuning import FinetuneConfig, finetune
 from t3jax.guidance import guided_logits, tempered_logprobs, tilt
 from t3jax.head import (
     HeadConfig,
@@ -25,6 +26,7 @@ from t3jax.training import TrainConfig, train_heads
 __all__ = [
     "LM",
     "Features",
+    "FinetuneConfig",
     "Head",
     "HeadConfig",
     "RunningMean",
@@ -35,6 +37,7 @@ __all__ = [
     "causal_mean",
     "class_prior_shift",
     "classifier_loss",
+    "finetune",
     "guided_logits",
     "head_scores",
     "init_head",

@@ -97,7 +97,7 @@ class RunFolder:
         self._metrics_file.flush()
 
     def save(self, done: int, state: Any) -> None:
-        """Saves the training state after an epoch or step; it is whole on the disk when this returns.
+        """Saves the state after an epoch or step; it is whole on the disk when this returns.
 
         Raises:
             OSError: If it could not be saved; the checkpoints before it stay.
@@ -109,8 +109,8 @@ class RunFolder:
             self._checkpoints.save(done, state)
         except Exception as error:  # a full disk is a ValueError of TensorStore's
             raise OSError(
-                f"{self._folder}: the checkpoint of {self._unit} {done} could not be saved ({error}); "
-                "those before it are whole: make room and start the run again to resume it"
+                f"{self._folder}: the checkpoint of {self._unit} {done} could not be saved "
+                f"({error}); those before it are whole: make room and start the run again to resume"
             ) from error
 
     def _writer(self, head: str) -> SummaryWriter:

@@ -5,7 +5,7 @@ shard.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,23 +20,23 @@ class Batch(NamedTuple):
 
     Attributes:
         tokens: Padded on the right, `[M, B, T]`; the B rows stand shard by shard.
-        index: Where each scored token's hidden state is among the B T / S of its shard: one place
+        places: Where each scored token's hidden state is among the B T / S of its shard: one place
             before the token itself, `[M, S, A]`.
         labels: The scored tokens, `[M, S, A]`.
         weights: Their weights in the loss, 0 for padding, `[M, S, A]`.
     """
 
-    tokens: np.ndarray
-    index: np.ndarray
-    labels: np.ndarray
-    weights: np.ndarray
+    tokens: Any
+    places: Any
+    labels: Any
+    weights: Any
 
 
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """The rows of every batch of an epoch, a function of seed and epoch.
 
-    Rows of like length come together, which are like from an epoch to the next only in that; the
-    batches come in random order, the one that is not full among them.
+    A batch has rows of like length, drawn anew in each epoch; the batches come in random order, the
+    one that is not full among them.
 
     Args:
         lengths: Tokens of each row.
@@ -85,7 +85,7 @@ def make_batch(
     most = max(sum(len(example.tokens) - first(example) for example in part) for part in dealt)
     width = round_up(most, -(-height * length // _PARTS))
     tokens = np.zeros((parts, height, length), np.int32)
-    index, labels = np.zeros((2, parts, width), np.int32)
+    places, labels = np.zeros((2, parts, width), np.int32)
     weights = np.zeros((parts, width), np.float32)
     for part, mine in enumerate(dealt):
         end = 0
@@ -94,13 +94,13 @@ def make_batch(
             scored = np.arange(first(example), count)
             start, end = end, end + len(scored)
             tokens[part, row, :count] = example.tokens
-            index[part, start:end] = row * length + scored - 1
+            places[part, start:end] = row * length + scored - 1
             labels[part, start:end] = example.tokens[scored]
             weights[part, start:end] = np.where(scored < example.answer_start, prompt_weight, 1)
     split = (microbatches, shards, width)
     return Batch(
         tokens.reshape(microbatches, rows, length),
-        index.reshape(split),
+        places.reshape(split),
         labels.reshape(split),
         weights.reshape(split),
     )

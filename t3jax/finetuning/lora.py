@@ -70,16 +70,17 @@ def merge_lora(params: Params, lora: Lora, scale: float) -> Params:
         A tree like `params`, each sum taken in float32 and cast to the weight's dtype; leaves
         without an update are those of `params`.
     """
+    scaled = scale_lora(lora, scale)
 
     def merge(path: tuple, leaf: jax.Array) -> jax.Array:
         *module, kind = [str(part.key) for part in path]
-        factors = lora.get("/".join(module)) if kind == "weight" else None
-        return leaf if factors is None else _merge(leaf, factors["a"], factors["b"], scale)
+        factors = scaled.get("/".join(module)) if kind == "weight" else None
+        return leaf if factors is None else _merge(leaf, factors["a"], factors["b"])
 
     return jax.tree.map_with_path(merge, params)
 
 
 @jax.jit
-def _merge(weight: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-    update = jnp.matmul(b, a, precision=jax.lax.Precision.HIGHEST) * scale
+def _merge(weight: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    update = jnp.matmul(b, a, precision=jax.lax.Precision.HIGHEST)
     return (weight.astype(jnp.float32) + update).astype(weight.dtype)

@@ -139,9 +139,7 @@ def _open_folder(
     return RunFolder(pathlib.Path(workdir), settings, abstract_state, unit="step")
 
 
-def _check(
-    lm_config: LMConfig, examples: Sequence[Example], validation: Sequence[Example]
-) -> None:
+def _check(lm_config: LMConfig, examples: Sequence[Example], validation: Sequence[Example]) -> None:
     if not examples:
         raise ValueError("no examples: there must be rows to train on")
     longest = max(len(example.tokens) for example in [*examples, *validation])

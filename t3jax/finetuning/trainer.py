@@ -71,9 +71,9 @@ def compile_programs(
         if config.lora_rank:
             params, lora = frozen, scale_lora(trained, config.lora_scale)
         hidden, _ = decoder.apply(lm_config, params, part.tokens, lora=lora, remat=config.remat)
-        hidden = hidden.reshape(part.index.shape[0], -1, hidden.shape[-1])  # [S, B T / S, D]
-        scored = jax.vmap(lambda rows, i: rows.at[i].get(mode="promise_in_bounds"))(
-            hidden, part.index
+        hidden = hidden.reshape(part.places.shape[0], -1, hidden.shape[-1])  # [S, B T / S, D]
+        scored = jax.vmap(lambda rows, at: rows.at[at].get(mode="promise_in_bounds"))(
+            hidden, part.places
         )
         logits = decoder.unembed(lm_config, params, scored)  # [S, A, V]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, part.labels)
@@ -95,7 +95,7 @@ def compile_programs(
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(grads, opt_state, trained)
         trained = optax.apply_updates(trained, updates)
-        return (trained, opt_state), loss, optax.global_norm(grads)
+        return (trained, opt_state), loss, optax.tree.norm(grads)
 
     def loss(state: Any, frozen: Params, batch: Batch) -> jax.Array:
         working = cast(state[0])
@@ -159,9 +159,7 @@ class Trainer:
         """The training state before the first step."""
         return self._programs.init(self._params)
 
-    def step(
-        self, state: Any, examples: Sequence[Example]
-    ) -> tuple[Any, jax.Array, jax.Array]:
+    def step(self, state: Any, examples: Sequence[Example]) -> tuple[Any, jax.Array, jax.Array]:
         """One optimizer step.
 
         Args:

@@ -168,7 +168,7 @@ class _Linear(nnx.Module):
         # Rows on one axis: a CPU is slow at a weight's gradient when that sums over two.
         rows = x.reshape(-1, x.shape[-1])
         y = _product(rows, self.weight[...])
-        if self.lora_a is not None:
+        if self.lora_a is not None and self.lora_b is not None:
             y = y + _product(_product(rows, self.lora_a), self.lora_b)
         if self.has_bias:
             y = y + jnp.broadcast_to(self.bias[...], y.shape)
