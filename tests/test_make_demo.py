@@ -98,7 +98,7 @@ def test_training_lowers_the_loss(script, made):
     config, params = script.train_lm(rows, [], tokenizer, recipe, "one batch")
     trainer = script.make_trainer(config, recipe)
     examples = encode_records(tokenizer, rows, PromptFormat())
-    assert trainer.loss((params, None), examples) < 1.0 < trainer.loss(trainer.init(), examples)
+    assert trainer.loss(params, examples) < 1.0 < trainer.loss(trainer.init()[0], examples)
 
 
 def test_same_recipe_same_weights(script, made):

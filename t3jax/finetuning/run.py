@@ -111,7 +111,7 @@ def finetune(
             _check_finite(line, config)
             epoch_ends = place + 1 == steps_per_epoch
             if epoch_ends and validation:
-                line["validation_loss"] = trainer.loss(state, validation)
+                line["validation_loss"] = trainer.loss(state[0], validation)
             line["seconds"] = time.perf_counter() - start
             metrics.append(line)
             if folder is not None:

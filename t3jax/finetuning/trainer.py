@@ -1,4 +1,4 @@
-"""The compiled programs of fine-tuning: a step, and the loss of held-out rows.
+"""The compiled programs of fine-tuning: gradient and update, and the loss of held-out rows.
 
 What is trained (all weights, or LoRA's factors) and its moments are float32, and split over the
 mesh as the weights are. They are cast once a step to the dtype of the forward and backward pass;
@@ -36,13 +36,16 @@ class Programs(NamedTuple):
     Attributes:
         abstract_state: The state as shapes with shardings.
         init: `params -> state`.
-        step: `(state, frozen, batch) -> (state, loss, gradient norm)`; the state is donated.
-        loss: `(state, frozen, batch) -> sum of the weighted losses`.
+        gradient: `(trained, frozen, batch) -> (loss, gradient)`; compiled for each shape of batch.
+        update: `(state, gradient) -> (state, norm of the gradient)`; the state is donated. A program
+            of its own, so that it is compiled once.
+        loss: `(trained, frozen, batch) -> sum of the weighted losses`.
     """
 
     abstract_state: Any
     init: Callable[[Params], Any]
-    step: Callable[[Any, Params, Batch], tuple[Any, jax.Array, jax.Array]]
+    gradient: Callable[[Any, Params, Batch], tuple[jax.Array, Any]]
+    update: Callable[[Any, Any], tuple[Any, jax.Array]]
     loss: Callable[[Any, Params, Batch], jax.Array]
 
 
@@ -79,8 +82,7 @@ def compile_programs(
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, part.labels)
         return jnp.sum(losses * part.weights)
 
-    def step(state: Any, frozen: Params, batch: Batch) -> tuple[Any, jax.Array, jax.Array]:
-        trained, opt_state = state
+    def gradient(trained: Any, frozen: Params, batch: Batch) -> tuple[jax.Array, Any]:
         working = cast(trained)
 
         def add(total: Any, part: Batch) -> tuple[Any, None]:
@@ -90,15 +92,17 @@ def compile_programs(
         zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trained))
         total, _ = jax.lax.scan(add, zero, batch)
         share = 1 / jnp.sum(batch.weights)
-        loss, grads = jax.tree.map(lambda x: x * share, total)
+        return jax.tree.map(lambda x: x * share, total)
+
+    def update(state: Any, grads: Any) -> tuple[Any, jax.Array]:
+        trained, opt_state = state
         # Optax relies on implicit promotion where it corrects the bias of the means.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(grads, opt_state, trained)
-        trained = optax.apply_updates(trained, updates)
-        return (trained, opt_state), loss, optax.tree.norm(grads)
+        return (optax.apply_updates(trained, updates), opt_state), optax.tree.norm(grads)
 
-    def loss(state: Any, frozen: Params, batch: Batch) -> jax.Array:
-        working = cast(state[0])
+    def loss(trained: Any, frozen: Params, batch: Batch) -> jax.Array:
+        working = cast(trained)
         return jnp.sum(jax.lax.map(lambda part: loss_sum(working, frozen, part), batch))
 
     shapes = decoder.abstract_params(lm_config, jnp.float32)
@@ -117,12 +121,12 @@ def compile_programs(
             (placed, placed_opt),
         ),
         init=jax.jit(init, out_shardings=(placed, placed_opt)),
-        step=jax.jit(
-            step,
-            donate_argnums=0,
-            out_shardings=((placed, placed_opt), whole, whole),
+        gradient=jax.jit(
+            gradient,
+            out_shardings=(whole, placed),
             compiler_options={"xla_gpu_deterministic_ops": True} if deterministic else None,
         ),
+        update=jax.jit(update, donate_argnums=0, out_shardings=((placed, placed_opt), whole)),
         loss=jax.jit(loss, out_shardings=whole),
     )
 
@@ -172,15 +176,25 @@ class Trainer:
         """
         batch = self._place(self._arrays(examples, self._config.prompt_weight))
         with jax.transfer_guard("disallow"):
-            return self._programs.step(state, self._frozen, batch)
+            loss, grads = self._programs.gradient(state[0], self._frozen, batch)
+            state, norm = self._programs.update(state, grads)
+        return state, loss, norm
 
-    def loss(self, state: Any, examples: Sequence[Example]) -> float:
-        """Mean cross-entropy of answer tokens, nats, over any number of texts."""
+    def loss(self, trained: Any, examples: Sequence[Example]) -> float:
+        """Mean cross-entropy of answer tokens, nats, over any number of texts.
+
+        Args:
+            trained: The first half of a training state.
+            examples: Tokenised texts.
+
+        Returns:
+            The mean over the answer tokens of all of them.
+        """
         size, total, count = self._config.batch_size, 0.0, 0.0
         ordered = sorted(examples, key=lambda example: len(example.tokens))
         for start in range(0, len(ordered), size):
             batch = self._arrays(ordered[start : start + size], prompt_weight=0.0)
-            total += float(self._programs.loss(state, self._frozen, self._place(batch)))
+            total += float(self._programs.loss(trained, self._frozen, self._place(batch)))
             count += float(batch.weights.sum())
         return total / count
 
