@@ -16,6 +16,8 @@ from t3jax import cli, pipeline
 def main(config: Any) -> None:
     """Makes the model that the config describes."""
     cli.require(config, "model", "finetune_workdir")
+    if not config.finetune_data:
+        raise ValueError("nothing to train on; give --config.finetune_data=\"('SOURCE',)\"")
     folder = pipeline.finetuned(config, t3jax.make_mesh(config.mesh))
     print(f"written: {folder}")
 

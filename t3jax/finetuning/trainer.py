@@ -36,9 +36,9 @@ class Programs(NamedTuple):
     Attributes:
         abstract_state: The state as shapes with shardings.
         init: `params -> state`.
-        gradient: `(trained, frozen, batch) -> (loss, gradient)`; compiled for each shape of batch.
-        update: `(state, gradient) -> (state, norm of the gradient)`; the state is donated. A program
-            of its own, so that it is compiled once.
+        gradient: `(trained, frozen, batch) -> (loss, gradient)`, compiled for each shape of batch.
+        update: `(state, gradient) -> (state, norm of the gradient)`, compiled once; the state is
+            donated.
         loss: `(trained, frozen, batch) -> sum of the weighted losses`.
     """
 
