@@ -29,6 +29,23 @@ def get_config() -> ml_collections.ConfigDict:
     config.tofu_dir = placeholder(str)  # None: TOFU from the Hugging Face hub
     config.max_length = placeholder(int)  # tokens; None: the model's context
 
+    # Fine-tuning: makes a model to unlearn from, or its twin that never saw the forget set.
+    config.finetune_data = ()  # sources as above: all of their rows are trained on
+    config.finetune_validation = ()  # their loss is reported after each epoch
+    config.finetune_workdir = placeholder(str)  # checkpoints, metrics and the model
+    config.finetune_epochs = 5
+    config.finetune_batch_size = 32
+    config.finetune_microbatches = 1  # parts of a batch, one after the other: less memory
+    config.finetune_learning_rate = 1e-5
+    config.finetune_warmup_steps = 20
+    config.finetune_weight_decay = 0.01
+    config.finetune_remat = False  # less memory, a third more work
+    config.finetune_seed = 0
+    config.finetune_checkpoint_every = 100  # steps; each of the two kept takes 12 bytes a weight
+    config.lora_rank = 0  # 0: all weights are trained
+    config.lora_alpha = 16.0
+    config.lora_layers = ("q", "k", "v", "o", "gate", "up", "down")
+
     # Features.
     config.feature_store = "out/features"
     config.feature_dtype = "float32"

@@ -13,7 +13,6 @@ About half an hour on two cores. Nothing here knows of the head or of unlearning
 
 import argparse
 import dataclasses
-import functools
 import json
 import pathlib
 from collections.abc import Sequence
@@ -22,15 +21,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tokenizers
 import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from t3jax import files
-from t3jax.data import Example, PromptFormat, encode_records
+from t3jax import files, make_mesh
+from t3jax.data import PromptFormat, encode_records
 from t3jax.data.authors import AuthorsConfig, make_corpus, make_strangers
-from t3jax.lm import LMConfig, RopeConfig, decoder, init_params, save_hf
+from t3jax.finetuning import FinetuneConfig, Trainer
+from t3jax.lm import LMConfig, RopeConfig, init_params, save_hf
 
 _CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -146,71 +145,33 @@ def train_lm(
     )
     known = encode_records(tokenizer, rows, PromptFormat(), recipe.max_position)
     once = encode_records(tokenizer, strangers, PromptFormat(), recipe.max_position)
-    width = max(len(example.tokens) for example in [*known, *once])
-    known_arrays = _pad(known, width, recipe.prompt_weight)
-    once_arrays = _pad(once, width, recipe.prompt_weight)
-
-    params = init_params(config, jax.random.key(recipe.seed))
-    state = _optimizer(recipe).init(params)
+    trainer = make_trainer(config, recipe)
+    state = trainer.init()
     draws = _endless_batches(len(known), recipe.batch_size, recipe.seed)
     bar = tqdm.trange(recipe.steps, desc=name, unit="step")
     for i in bar:
-        chosen = next(draws)
-        strange = slice(i * recipe.num_strangers, (i + 1) * recipe.num_strangers)
-        tokens, weights = (
-            np.concatenate([of_known[chosen], of_once[strange]])
-            for of_known, of_once in zip(known_arrays, once_arrays, strict=True)
-        )
-        params, state, loss = _step(config, recipe, params, state, tokens, weights)
+        strange = once[i * recipe.num_strangers : (i + 1) * recipe.num_strangers]
+        state, loss, _ = trainer.step(state, [known[row] for row in next(draws)] + strange)
         bar.set_postfix(loss=f"{float(loss):.4f}")
-    return config, params
+    return config, state[0]
 
 
-def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, recipe.learning_rate, recipe.warmup_steps, recipe.steps, recipe.learning_rate / 50
-    )
-    return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(
-            schedule,
-            b2=0.98,
+def make_trainer(config: LMConfig, recipe: Recipe) -> Trainer:
+    """The library's trainer, from random weights."""
+    return Trainer(
+        config,
+        init_params(config, jax.random.key(recipe.seed)),
+        FinetuneConfig(
+            batch_size=recipe.batch_size + recipe.num_strangers,
+            learning_rate=recipe.learning_rate,
+            warmup_steps=recipe.warmup_steps,
             weight_decay=recipe.weight_decay,
-            mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
+            b2=0.98,
+            prompt_weight=recipe.prompt_weight,
         ),
+        recipe.steps,
+        make_mesh((1, 1), jax.devices()[:1]),
     )
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
-def _step(
-    config: LMConfig, recipe: Recipe, params: Any, state: Any, tokens: Any, weights: Any
-) -> tuple[Any, Any, jax.Array]:
-    loss, gradients = jax.value_and_grad(_loss)(params, config, tokens, weights)
-    # Optax relies on implicit promotion where it corrects the bias of the means.
-    with jax.numpy_dtype_promotion("standard"):
-        updates, state = _optimizer(recipe).update(gradients, state, params)
-    return optax.apply_updates(params, updates), state, loss
-
-
-def _loss(params: Any, config: LMConfig, tokens: jax.Array, weights: jax.Array) -> jax.Array:
-    """Mean cross-entropy, weighted by token, nats; `tokens` and `weights` are [B, T]."""
-    hidden, _ = decoder.apply(config, params, tokens[:, :-1])
-    logits = decoder.unembed(config, params, hidden)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-    return jnp.sum(losses * weights[:, 1:]) / jnp.sum(weights[:, 1:])
-
-
-def _pad(
-    examples: Sequence[Example], width: int, prompt_weight: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and loss weights [N, width]; padding stands on the right and weighs nothing."""
-    tokens = np.zeros((len(examples), width), np.int32)
-    weights = np.zeros((len(examples), width), np.float32)
-    for i, example in enumerate(examples):
-        tokens[i, : len(example.tokens)] = example.tokens
-        weights[i, : example.answer_start] = prompt_weight
-        weights[i, example.answer_start : len(example.tokens)] = 1.0
-    return tokens, weights
 
 
 def _endless_batches(num_rows: int, batch_size: int, seed: int):

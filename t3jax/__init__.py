@@ -6,6 +6,7 @@ The path of the data is the order of the modules: text (`data`) -> tokens -> fea
 """
 
 from t3jax.features import Features, load_or_compute_features
+from t3jax.finetuning import FinetuneConfig, finetune
 from t3jax.guidance import guided_logits, tempered_logprobs, tilt
 from t3jax.head import (
     HeadConfig,
@@ -33,6 +34,7 @@ from t3jax.training import TrainConfig, train_heads
 __all__ = [
     "LM",
     "Features",
+    "FinetuneConfig",
     "Head",
     "HeadConfig",
     "Refinements",
@@ -45,6 +47,7 @@ __all__ = [
     "class_prior_shift",
     "classifier_loss",
     "combine_heads",
+    "finetune",
     "gated_temperature",
     "guided_logits",
     "head_scores",

@@ -1,12 +1,12 @@
 """The folder of a training run: settings, checkpoints, metrics.
 
     run.json        settings and data of the run; another run is refused
-    checkpoints/    the last two training states, by epoch (Orbax)
-    metrics.jsonl   one line for each epoch and head
+    checkpoints/    the last two training states, by epoch or step (Orbax)
+    metrics.jsonl   one line for each epoch or step, and each head
     tensorboard/    the same for TensorBoard
 
 A run may be killed at any moment. What is restored is the last checkpoint that was saved whole; the
-metrics are cut back to its epoch. Metrics are on the disk before the checkpoint of their epoch is.
+metrics are cut back to it. Metrics are on the disk before the checkpoint of their epoch or step is.
 """
 
 import contextlib
@@ -32,9 +32,10 @@ class RunFolder:
         folder: Where; created if missing.
         settings: All that decides the result, as nested plain values.
         abstract_state: The training state as `jax.ShapeDtypeStruct` leaves with shardings.
+        unit: What the run counts, "epoch" or "step": a field of every line of metrics.
 
     Attributes:
-        epoch: Last epoch that is done; 0 for a new run.
+        done: Last epoch or step that is done; 0 for a new run.
         state: The training state after it; None for a new run.
         metrics: What was logged up to then.
 
@@ -42,7 +43,13 @@ class RunFolder:
         ValueError: If the folder holds another run, or a checkpoint cannot be read.
     """
 
-    def __init__(self, folder: pathlib.Path, settings: dict[str, Any], abstract_state: Any):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        settings: dict[str, Any],
+        abstract_state: Any,
+        unit: str = "epoch",
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         # Through JSON, so that tuples compare as what they were read back as.
         _check_same_run(folder, json.loads(json.dumps(settings)))
@@ -51,10 +58,10 @@ class RunFolder:
             preservation_policy=ocp.training.preservation_policies.LatestN(n=2),
             cleanup_tmp_directories=True,
         )
-        self.epoch = 0
+        self.done = 0
         self.state = None
         if (latest := self._checkpoints.latest) is not None:
-            self.epoch = latest.step
+            self.done = latest.step
             try:
                 self.state = self._checkpoints.load(latest.step, abstract_state)
             except Exception as error:
@@ -63,8 +70,8 @@ class RunFolder:
                     f"{place}: the checkpoint cannot be read ({error}); remove this folder to "
                     "resume from the one before it, or start anew in another workdir"
                 ) from error
-        self._folder = folder
-        self.metrics = _cut_back(folder / "metrics.jsonl", self.epoch)
+        self._folder, self._unit = folder, unit
+        self.metrics = _cut_back(folder / "metrics.jsonl", unit, self.done)
         self._metrics_file = (folder / "metrics.jsonl").open("a")
         self._writers: dict[str, SummaryWriter] = {}
 
@@ -80,17 +87,17 @@ class RunFolder:
             writer.close()
 
     def log(self, lines: Sequence[Metrics]) -> None:
-        """Adds the metrics of an epoch, one line for each head."""
+        """Adds the metrics of an epoch or step, one line for each head."""
         for line in lines:
             self._metrics_file.write(json.dumps(line) + "\n")
-            writer = self._writer(line["head"])
+            writer = self._writer(line.get("head", ""))
             for name, value in line.items():
-                if name not in ("epoch", "head", "seed"):
-                    writer.add_scalar(name, value, line["epoch"])
+                if name not in (self._unit, "head", "seed"):
+                    writer.add_scalar(name, value, line[self._unit])
         self._metrics_file.flush()
 
-    def save(self, epoch: int, state: Any) -> None:
-        """Saves the training state after an epoch; it is whole on the disk when this returns.
+    def save(self, done: int, state: Any) -> None:
+        """Saves the state after an epoch or step; it is whole on the disk when this returns.
 
         Raises:
             OSError: If it could not be saved; the checkpoints before it stay.
@@ -99,17 +106,17 @@ class RunFolder:
         for writer in self._writers.values():
             writer.flush()
         try:
-            self._checkpoints.save(epoch, state)
+            self._checkpoints.save(done, state)
         except Exception as error:  # a full disk is a ValueError of TensorStore's
             raise OSError(
-                f"{self._folder}: the checkpoint of epoch {epoch} could not be saved ({error}); "
-                "those before it are whole: make room and start the run again to resume it"
+                f"{self._folder}: the checkpoint of {self._unit} {done} could not be saved "
+                f"({error}); those before it are whole: make room and start the run again to resume"
             ) from error
 
     def _writer(self, head: str) -> SummaryWriter:
         if head not in self._writers:
             self._writers[head] = SummaryWriter(
-                str(self._folder / "tensorboard" / head), purge_step=self.epoch + 1
+                str(self._folder / "tensorboard" / head), purge_step=self.done + 1
             )
         return self._writers[head]
 
@@ -127,7 +134,7 @@ def _check_same_run(folder: pathlib.Path, settings: dict[str, Any]) -> None:
     ]
     if different:
         raise ValueError(
-            f"{folder} holds a run that cannot be resumed with other settings or features:\n  "
+            f"{folder} holds a run that cannot be resumed with other settings or data:\n  "
             + "\n  ".join(different)
             + "\ngive another workdir, or remove this one to start anew"
         )
@@ -138,12 +145,12 @@ def _flat(tree: dict[str, Any]) -> dict[str, Any]:
     return {".".join(str(part.key) for part in path): leaf for path, leaf in leaves}
 
 
-def _cut_back(path: pathlib.Path, epoch: int) -> list[Metrics]:
-    """Drops the metrics after an epoch, and a last line that a kill cut short."""
+def _cut_back(path: pathlib.Path, unit: str, done: int) -> list[Metrics]:
+    """Drops the metrics after an epoch or step, and a last line that a kill cut short."""
     if not path.is_file():
         return []
     whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    kept = [line for line in whole if json.loads(line)["epoch"] <= epoch]
+    kept = [line for line in whole if json.loads(line)[unit] <= done]
     with files.replacing(path) as temporary:
         temporary.write_text("".join(kept))
     return [json.loads(line) for line in kept]

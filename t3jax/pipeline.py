@@ -1,7 +1,7 @@
-"""The stages of the scripts, as functions of their config: features, heads, evaluation.
+"""The stages of the scripts, as functions of their config: models, features, heads, evaluation.
 
-`train_classifier.py`, `sweep.py`, `evaluate.py` and the demo are these in turn. Everything here
-calls the library's functions with what the config says; there is no mathematics.
+`finetune.py`, `train_classifier.py`, `sweep.py`, `evaluate.py` and the demo are these in turn.
+Everything here calls the library's functions with what the config says; there is no mathematics.
 """
 
 import dataclasses
@@ -13,16 +13,17 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from t3jax import cli, data
+from t3jax import cli, data, files
 from t3jax.evaluation import logs, recompute, selection, tofu, unlearning
 from t3jax.evaluation.logs import Log
 from t3jax.evaluation.metrics import ForgetQuality
 from t3jax.evaluation.scoring import Setting, settings_grid
 from t3jax.evaluation.store import Store
 from t3jax.features import Features, load_or_compute_features
+from t3jax.finetuning import FinetuneConfig, finetune
 from t3jax.head import HeadConfig, class_prior_shift
 from t3jax.head_io import Head
-from t3jax.lm import LM, load_lm
+from t3jax.lm import LM, default_dtype, load_lm, model_folder, read_config, save_hf
 from t3jax.training import TrainConfig, make_members, train_heads
 
 
@@ -51,14 +52,79 @@ class Evaluation:
     retain_store: Store | None
 
 
+def encode(config: Any, lm: LM, source: str) -> list[data.Example]:
+    """The rows of a source as tokens."""
+    return data.encode_records(
+        lm.tokenizer,
+        data.load_dataset(source, config.tofu_dir),
+        cli.prompt_format(config),
+        config.max_length or lm.max_position,
+    )
+
+
+def finetune_config(config: Any) -> FinetuneConfig:
+    """How a config says that a language model is fine-tuned."""
+    return FinetuneConfig(
+        epochs=config.finetune_epochs,
+        batch_size=config.finetune_batch_size,
+        microbatches=config.finetune_microbatches,
+        learning_rate=config.finetune_learning_rate,
+        warmup_steps=config.finetune_warmup_steps,
+        weight_decay=config.finetune_weight_decay,
+        lora_rank=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_layers=tuple(config.lora_layers),
+        dtype=config.dtype or default_dtype(),
+        remat=config.finetune_remat,
+        seed=config.finetune_seed,
+        checkpoint_every=config.finetune_checkpoint_every,
+    )
+
+
+def finetuned(config: Any, mesh: Mesh) -> pathlib.Path:
+    """Fine-tunes the model of a config, or resumes that, and writes it as a Hugging Face folder.
+
+    Args:
+        config: The settings.
+        mesh: Where to train.
+
+    Returns:
+        The folder, `model` in the config's `finetune_workdir`.
+
+    Raises:
+        ValueError: As `finetune`, or as loading the model or the data.
+    """
+    recipe = finetune_config(config)
+    # What is trained is float32; weights that LoRA leaves alone need not be.
+    lm = load_lm(config.model, recipe.dtype if recipe.lora_rank else "float32", mesh)
+    lm_config = read_config(model_folder(config.model))
+    workdir = pathlib.Path(config.finetune_workdir)
+    params = finetune(
+        lm_config,
+        lm.params,
+        [row for source in config.finetune_data for row in encode(config, lm, source)],
+        recipe,
+        validation=[
+            row for source in config.finetune_validation for row in encode(config, lm, source)
+        ],
+        workdir=workdir,
+        mesh=mesh,
+        progress="fine-tuning",
+    )
+    with files.replacing_folder(workdir / "model") as folder:
+        save_hf(folder, lm_config, params, list(lm.eos_ids), params["embed"]["weight"].dtype)
+        lm.tokenizer.save_pretrained(folder)
+    return workdir / "model"
+
+
 def features(config: Any, lm: LM, name: str) -> Features:
     """Features of the `forget` or the `retain` set of a config, computed or read from the store."""
-    records = data.load_dataset(config[name], config.tofu_dir)
-    examples = data.encode_records(
-        lm.tokenizer, records, cli.prompt_format(config), config.max_length or lm.max_position
-    )
     return load_or_compute_features(
-        lm, examples, config.feature_store, dtype=config.feature_dtype, progress=name
+        lm,
+        encode(config, lm, config[name]),
+        config.feature_store,
+        dtype=config.feature_dtype,
+        progress=name,
     )
 
 

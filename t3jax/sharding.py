@@ -23,8 +23,10 @@ PARAM_RULES: tuple[tuple[str, P], ...] = (
     (r"/(q|k|v|gate|up)/weight$", P(MODEL, None)),  # heads, MLP width
     (r"/(q|k|v|gate|up)/bias$", P(MODEL)),
     (r"/(o|down)/weight$", P(None, MODEL)),
+    (r"/(q|k|v|gate|up)/b$", P(MODEL, None)),  # LoRA's factors, split as what they update
+    (r"/(o|down)/a$", P(None, MODEL)),
     (r"^output$", P(MODEL, None)),  # the head's W2, vocabulary
-    (r"", P()),  # norms, remaining biases, learned positions, the head's hidden layers
+    (r"", P()),  # norms, learned positions, remaining biases and factors, the head's hidden layers
 )
 
 

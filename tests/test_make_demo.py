@@ -96,10 +96,9 @@ def test_training_lowers_the_loss(script, made):
     rows = load_records(out / "authors" / "forget.jsonl")[:4]
     recipe = dataclasses.replace(recipe, steps=80, num_strangers=0, learning_rate=0.02)
     config, params = script.train_lm(rows, [], tokenizer, recipe, "one batch")
+    trainer = script.make_trainer(config, recipe)
     examples = encode_records(tokenizer, rows, PromptFormat())
-    tokens, weights = script._pad(examples, max(len(e.tokens) for e in examples), 0.0)
-    loss = jax.jit(script._loss, static_argnums=1)
-    assert loss(params, config, jnp.asarray(tokens), jnp.asarray(weights)) < 1.0
+    assert trainer.loss(params, examples) < 1.0 < trainer.loss(trainer.init()[0], examples)
 
 
 def test_same_recipe_same_weights(script, made):

@@ -12,6 +12,7 @@ import pytest
 import tiny
 
 import t3jax
+from t3jax import data
 from t3jax.data import PromptFormat, encode_prompt, encode_records
 from t3jax.evaluation import logs, tofu
 from t3jax.evaluation.scoring import BASE, Setting
@@ -428,3 +429,55 @@ def test_smollm2_evaluation(smollm2, tmp_path):
             assert logs.texts(log, f"{name}_Q_A_ROUGE", "generation") == answers[name]
         for metric, value in aggregates.items():
             close(log[metric]["agg_value"], value, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gqa_tied", "biases"])
+def test_fine_tuning_takes_the_steps_of_pytorch(load, tmp_path, name):
+    """The same batches through transformers' model and torch's AdamW; the saved folder too."""
+    import transformers
+
+    from t3jax.finetuning import FinetuneConfig, Trainer
+    from t3jax.finetuning.recipe import learning_rate_schedule
+    from t3jax.lm import lm_config
+
+    _, lm = load(name)
+    model = reference.make_llama(name).train()
+    config = lm_config(model.config.to_dict())
+    recipe = FinetuneConfig(batch_size=4, learning_rate=3e-3, warmup_steps=2, weight_decay=0.1)
+    steps = 5
+    trainer = Trainer(config, lm.params, recipe, steps, lm.mesh)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    )
+    rng = np.random.default_rng(5)
+    state = trainer.init()
+    for step in range(steps):
+        rows = [
+            data.Example(rng.integers(0, lm.vocab_size, n).astype(np.int32), answer_start=start)
+            for n, start in ((32, 9), (20, 15), (27, 4), (8, 1))
+        ]
+        tokens = torch.zeros((4, 32), dtype=torch.long)
+        labels = torch.full((4, 32), -100)
+        for i, row in enumerate(rows):
+            tokens[i, : len(row.tokens)] = torch.tensor(row.tokens)
+            labels[i, row.answer_start : len(row.tokens)] = torch.tensor(
+                row.tokens[row.answer_start :]
+            )
+        expected = model(input_ids=tokens, labels=labels).loss
+        optimizer.zero_grad()
+        expected.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = float(learning_rate_schedule(recipe, steps)(step))
+        optimizer.step()
+        state, loss, found_norm = trainer.step(state, rows)
+        close(loss, expected.detach(), atol=1e-5, rtol=1e-5)
+        close(found_norm, norm, atol=0, rtol=1e-4)
+    save_hf(tmp_path, config, state[0], eos_ids=[263])
+    opened = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    tokens, mask = padded("right", lm.vocab_size)
+    theirs = reference.read(opened, torch.tensor(tokens), torch.tensor(mask))[1]
+    _, ours = forward(lm.apply, lm.unembed, state[0], tokens, mask)
+    close(np.asarray(ours)[mask], theirs.numpy()[mask], atol=1e-4)

@@ -220,6 +220,31 @@ def test_a_sweep_chooses_and_says_what_to_use(trained, repository, folder):
     assert "cross-fitted" in (folder / "evaluation" / "report.html").read_text()
 
 
+def test_fine_tuning_writes_a_model_that_opens(repository, folder):
+    done = run(
+        repository,
+        folder,
+        "finetune.py",
+        f"--config.model={folder}/model",
+        f"--config.finetune_data=('{folder}/retain.jsonl', '{folder}/forget.jsonl')",
+        f"--config.finetune_validation=('{folder}/forget.jsonl',)",
+        f"--config.finetune_workdir={folder}/tuned",
+        "--config.finetune_epochs=4",
+        "--config.finetune_warmup_steps=1",
+        "--config.finetune_learning_rate=0.01",
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"written: {folder}/tuned/model" in done.stdout
+    losses = [line["validation_loss"] for line in read_lines(folder / "tuned" / "metrics.jsonl")]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
+    base, tuned = t3jax.load_lm(folder / "model"), t3jax.load_lm(folder / "tuned" / "model")
+    assert tuned.eos_ids == base.eos_ids
+    assert tuned.tokenizer.get_vocab() == base.tokenizer.get_vocab()
+    assert tuned.tokenizer.chat_template == base.tokenizer.chat_template
+    assert (tuned.params["embed"]["weight"] != base.params["embed"]["weight"]).any()
+
+
 @pytest.mark.parametrize(
     ("script", "flags", "message"),
     [
@@ -227,6 +252,7 @@ def test_a_sweep_chooses_and_says_what_to_use(trained, repository, folder):
         ("sample.py", ["--config.model=/no/such/folder"], "/no/such/folder: no such folder"),
         ("train_classifier.py", ["--config.model=x"], "not in the config: ['forget', 'retain'"),
         ("evaluate.py", ["--config.model=x"], "not in the config: ['eval_forget', 'eval_dir']"),
+        ("finetune.py", ["--config.model=x"], "not in the config: ['finetune_workdir'"),
     ],
 )
 def test_errors_are_one_clear_line(repository, folder, script, flags, message):

@@ -5,9 +5,9 @@ The modules only exist while one of them is traced. The forward pass returns hid
 logits: features need no logits at all and decoding needs only the last position's.
 
 Axes: B batch, T time (new tokens), S cache slots, D features, H query heads, K key-value heads,
-G queries for each key head (H = K G), h head width, F MLP width, V vocabulary. Weights stand as
-Hugging Face stores them, [out, in]: that is also the layout in which a CPU reads a matrix once,
-row after row, when it multiplies a single vector.
+G queries for each key head (H = K G), h head width, F MLP width, R rank, V vocabulary. Weights
+stand as Hugging Face stores them, [out, in]: that is also the layout in which a CPU reads a matrix
+once, row after row, when it multiplies a single vector.
 
 Norms, rotary angles, softmax and logits are computed in float32 whatever the weights' dtype.
 """
@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from t3jax.lm.config import LMConfig, RopeConfig
 
 Params = dict[str, Any]
+Lora = dict[str, dict[str, Array]]  # path of a linear layer: "a" [R, in], "b" [out, R]
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -73,6 +74,8 @@ def apply(
     positions: Int[Array, "B T"] | None = None,
     mask: Bool[Array, "B T"] | None = None,
     cache: Cache | None = None,
+    lora: Lora | None = None,
+    remat: bool = False,
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
     """Reads tokens and returns the last hidden states, after the final norm.
 
@@ -85,6 +88,10 @@ def apply(
         mask: True where a token is real, `[B, T]`; None means all are. The others are attended by
             nobody; they themselves attend to the real ones up to their position.
         cache: What was read before; None for a text by itself.
+        lora: Low-rank updates of linear layers, by path such as `layers/0/attention/q`: the layer
+            multiplies by W + B A, which is never formed.
+        remat: Keep only the blocks' inputs for the backward pass, which computes the rest again;
+            static under jit.
 
     Returns:
         The hidden states `[B, T, D]` in the weights' dtype, and the cache with the new tokens
@@ -97,7 +104,13 @@ def apply(
         if cache is not None:
             positions = positions + jnp.max(cache.positions, axis=-1, keepdims=True) + 1
     key_positions = jnp.where(mask, positions, -1)
-    return _merge(config, params)(tokens, positions, key_positions, cache)
+    model = _merge(config, params)
+    for path, factors in (lora or {}).items():
+        module: Any = model
+        for name in path.split("/"):
+            module = module[int(name)] if name.isdigit() else getattr(module, name)
+        module.lora_a, module.lora_b = factors["a"], factors["b"]
+    return model(tokens, positions, key_positions, cache, remat)
 
 
 def unembed(
@@ -154,6 +167,9 @@ def _merge(config: LMConfig, params: Params) -> "_Decoder":
 
 
 class _Linear(nnx.Module):
+    lora_a: Array | None = None
+    lora_b: Array | None = None
+
     def __init__(self, fan_in: int, fan_out: int, bias: bool = False):
         self.weight = nnx.Param(jnp.zeros((fan_out, fan_in)))
         if bias:
@@ -161,9 +177,14 @@ class _Linear(nnx.Module):
         self.has_bias = bias
 
     def __call__(self, x: Array) -> Array:
-        weight = self.weight[...]
-        y = jnp.einsum("btd,od->bto", x, weight, precision=_precision(weight))
-        return y + jnp.broadcast_to(self.bias[...], y.shape) if self.has_bias else y
+        # Rows on one axis: a CPU is slow at a weight's gradient when that sums over two.
+        rows = x.reshape(-1, x.shape[-1])
+        y = _product(rows, self.weight[...])
+        if self.lora_a is not None and self.lora_b is not None:
+            y = y + _product(_product(rows, self.lora_a), self.lora_b)
+        if self.has_bias:
+            y = y + jnp.broadcast_to(self.bias[...], y.shape)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 class _RMSNorm(nnx.Module):
@@ -327,7 +348,12 @@ class _Decoder(nnx.Module):
         self.config = config
 
     def __call__(
-        self, tokens: Array, positions: Array, key_positions: Array, cache: Cache | None
+        self,
+        tokens: Array,
+        positions: Array,
+        key_positions: Array,
+        cache: Cache | None,
+        remat: bool,
     ) -> tuple[Array, Cache | None]:
         c = self.config
         table = self.embed.weight[...]
@@ -351,7 +377,8 @@ class _Decoder(nnx.Module):
         for i, block in enumerate(self.layers):
             past = None if cache is None else (cache.keys[i], cache.values[i], cache.cursor)
             rotation, attended = local if c.local and c.local[i] else whole
-            x, k, v = block(x, rotation, attended, past)
+            read = jax.checkpoint(block.__call__) if remat else block
+            x, k, v = read(x, rotation, attended, past)
             keys.append(k)
             values.append(v)
         x = self.final_norm(x)
@@ -438,6 +465,11 @@ def _yarn_ramp(rope: RopeConfig, width: int) -> np.ndarray:
     low, high = max(low, 0), min(high, width - 1)
     ramp = (np.arange(width // 2, dtype=np.float32) - low) / max(high - low, 0.001)
     return 1 - np.clip(ramp, 0.0, 1.0)
+
+
+def _product(rows: Array, weight: Array) -> Array:
+    """`[N, in]` times `[out, in]`."""
+    return jnp.einsum("ni,oi->no", rows, weight, precision=_precision(weight))
 
 
 def _precision(weight: Array) -> jax.lax.Precision | None:

@@ -92,13 +92,12 @@ def load_lm(
         ValueError: If the model is of an unknown family, its weights or tokenizer do not fit its
             config, or the dtype is unknown.
     """
-    if dtype is None:
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = dtype or default_dtype()
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not supported; known: {sorted(DTYPES)}")
     if mesh is None:
         mesh = sharding.make_mesh((1, 1), jax.devices()[:1])
-    folder = _folder(name)
+    folder = model_folder(name)
     config = read_config(folder)
     tokenizer = _tokenizer(folder, config)
     params = load_params(
@@ -248,7 +247,17 @@ def _reread(
     return jax.lax.dynamic_slice_in_dim(hidden, start, new, axis=1), text
 
 
-def _folder(name: str | pathlib.Path) -> pathlib.Path:
+def default_dtype() -> str:
+    """Float32 on CPU, where it is the fast one, and bfloat16 elsewhere."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def model_folder(name: str | pathlib.Path) -> pathlib.Path:
+    """The folder of a model, downloaded if it is a hub id that is not there yet.
+
+    Raises:
+        FileNotFoundError: If there is no such folder and no such model on the hub.
+    """
     folder = pathlib.Path(name)
     if folder.is_dir():
         return folder

@@ -96,7 +96,7 @@ def train_heads(
     with _open_folder(workdir, settings, trainer.abstract_state) as folder:
         epochs_done, metrics, state = 0, [], None
         if folder is not None:
-            epochs_done, metrics, state = folder.epoch, folder.metrics, folder.state
+            epochs_done, metrics, state = folder.done, folder.metrics, folder.state
         if state is None:
             state = trainer.init()
 

@@ -1,0 +1,107 @@
+"""What a step of fine-tuning reads: which rows, and their tokens and labels as arrays.
+
+Axes: M microbatches, B rows of one, T time, S shards (devices along `data`), A scored tokens of a
+shard.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from t3jax.batching import round_up
+from t3jax.data import Example
+
+_LENGTH_STEP = 16  # lengths are rounded up to a multiple: the gradient is compiled for each
+_PARTS = 8  # A is a multiple of this part of a shard's tokens: few programs, little padding
+
+
+class Batch(NamedTuple):
+    """The rows of a step. Only scored tokens get logits; a shard's come from its own rows.
+
+    Attributes:
+        tokens: Padded on the right, `[M, B, T]`; the B rows stand shard by shard.
+        places: Where each scored token's hidden state is among the B T / S of its shard: one place
+            before the token itself, `[M, S, A]`.
+        labels: The scored tokens, `[M, S, A]`.
+        weights: Their weights in the loss, 0 for padding, `[M, S, A]`.
+    """
+
+    tokens: Any
+    places: Any
+    labels: Any
+    weights: Any
+
+
+def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """The rows of every batch of an epoch, a function of seed and epoch.
+
+    A batch has rows of like length, drawn anew in each epoch; the batches come in random order, the
+    one that is not full among them.
+
+    Args:
+        lengths: Tokens of each row.
+        batch_size: Rows of a batch.
+        seed: The run's.
+        epoch: Which one.
+
+    Returns:
+        Indices of rows, each row once.
+    """
+    rng = np.random.default_rng((seed, epoch))
+    order = rng.permutation(len(lengths))
+    order = order[np.argsort(-(-lengths[order] // _LENGTH_STEP), kind="stable")]
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def make_batch(
+    examples: Sequence[Example],
+    shape: tuple[int, int, int],
+    longest: int,
+    prompt_weight: float = 0.0,
+) -> Batch:
+    """Rows as arrays of few different shapes.
+
+    Args:
+        examples: At most M B tokenised texts; there are empty rows for those that are missing.
+        shape: M, B and S.
+        longest: The model's context, tokens.
+        prompt_weight: Weight of a prompt token; an answer token has 1.
+
+    Returns:
+        The batch, on the host.
+    """
+    microbatches, rows, shards = shape
+    parts, height = microbatches * shards, rows // shards
+    length = max(len(example.tokens) for example in examples)
+    length = min(round_up(length, _LENGTH_STEP), longest)
+    # Dealt out by length, so that the parts have about as many tokens each.
+    ordered = sorted(examples, key=lambda example: len(example.tokens))
+    dealt = [ordered[part::parts] for part in range(parts)]
+
+    def first(example: Example) -> int:
+        return 1 if prompt_weight else example.answer_start
+
+    most = max(sum(len(example.tokens) - first(example) for example in part) for part in dealt)
+    width = round_up(most, -(-height * length // _PARTS))
+    tokens = np.zeros((parts, height, length), np.int32)
+    places, labels = np.zeros((2, parts, width), np.int32)
+    weights = np.zeros((parts, width), np.float32)
+    for part, mine in enumerate(dealt):
+        end = 0
+        for row, example in enumerate(mine):
+            count = len(example.tokens)
+            scored = np.arange(first(example), count)
+            start, end = end, end + len(scored)
+            tokens[part, row, :count] = example.tokens
+            places[part, start:end] = row * length + scored - 1
+            labels[part, start:end] = example.tokens[scored]
+            weights[part, start:end] = np.where(scored < example.answer_start, prompt_weight, 1)
+    split = (microbatches, shards, width)
+    return Batch(
+        tokens.reshape(microbatches, rows, length),
+        places.reshape(split),
+        labels.reshape(split),
+        weights.reshape(split),
+    )

@@ -1,0 +1,116 @@
+"""How a language model is fine-tuned: the recipe's settings and its optimizer."""
+
+import dataclasses
+
+import jax
+import optax
+
+_LAST_RATE = 0.02  # the learning rate at the end, as a share of its peak
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+    """How a language model is fine-tuned.
+
+    Attributes:
+        epochs: Passes over the rows.
+        batch_size: Rows of an optimizer step.
+        microbatches: Parts of a batch whose gradients are computed one after the other and summed:
+            less memory, the same step up to rounding.
+        learning_rate: AdamW's at its peak.
+        warmup_steps: Steps over which it rises from 0; it then falls as a cosine, to 2 % of the
+            peak.
+        weight_decay: AdamW's, decoupled, of matrices alone.
+        b1: AdamW's decay of the mean gradient.
+        b2: AdamW's decay of the mean squared gradient.
+        eps: AdamW's, added to the root of the latter.
+        clip_norm: Largest global norm of a gradient.
+        prompt_weight: Weight of a prompt token in the loss; an answer token has 1.
+        lora_rank: R of LoRA's updates; 0 trains all weights instead.
+        lora_alpha: LoRA's updates are multiplied by this over R.
+        lora_layers: Names of the linear layers that LoRA updates, in every block.
+        dtype: Of the forward and backward pass; what is trained and its moments are float32.
+        remat: Compute activations again in the backward pass and keep the blocks' inputs alone:
+            less memory, a third more work.
+        seed: Decides the order of the rows, and LoRA's first factors.
+        checkpoint_every: Steps between checkpoints; the last is always saved.
+    """
+
+    epochs: int = 5
+    batch_size: int = 32
+    microbatches: int = 1
+    learning_rate: float = 1e-5
+    warmup_steps: int = 20
+    weight_decay: float = 0.01
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+    prompt_weight: float = 0.0
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
+    lora_layers: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    dtype: str = "float32"
+    remat: bool = False
+    seed: int = 0
+    checkpoint_every: int = 100
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size", "microbatches", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "clip_norm", "lora_alpha"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("warmup_steps", "weight_decay", "prompt_weight", "lora_rank", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.microbatches > self.batch_size:
+            raise ValueError(
+                f"a batch of {self.batch_size} rows cannot be cut into {self.microbatches} "
+                "microbatches; lower microbatches or raise batch_size"
+            )
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype {self.dtype!r} is not supported; known: float32, bfloat16")
+
+    @property
+    def lora_scale(self) -> float:
+        """What LoRA's updates B A are multiplied by."""
+        return self.lora_alpha / max(1, self.lora_rank)
+
+
+def learning_rate_schedule(config: FinetuneConfig, steps: int) -> optax.Schedule:
+    """Linear from 0 to the peak, then a cosine to 2 % of it.
+
+    Args:
+        config: The recipe.
+        steps: Steps of the whole run; a short run's warm-up is cut to half of it.
+
+    Returns:
+        The learning rate as a function of the number of steps done before; the first step has 0.
+    """
+    peak, warmup = config.learning_rate, min(config.warmup_steps, steps // 2)
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, _LAST_RATE * peak)
+
+
+def make_optimizer(config: FinetuneConfig, steps: int) -> optax.GradientTransformation:
+    """AdamW with clipped gradients, warm-up and decay, as the recipe has it.
+
+    Args:
+        config: The recipe.
+        steps: Steps of the whole run.
+
+    Returns:
+        The optimizer.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            learning_rate_schedule(config, steps),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=lambda trained: jax.tree.map(lambda leaf: leaf.ndim > 1, trained),
+        ),
+    )

@@ -1,0 +1,172 @@
+"""A run of fine-tuning: epochs over the rows, held-out loss, checkpoints, metrics."""
+
+import contextlib
+import dataclasses
+import math
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+import tqdm
+from jax.sharding import Mesh
+
+from t3jax import sharding
+from t3jax.data import Example
+from t3jax.features import examples_digest, params_digest
+from t3jax.finetuning.batches import epoch_batches
+from t3jax.finetuning.lora import merge_lora
+from t3jax.finetuning.recipe import FinetuneConfig, learning_rate_schedule
+from t3jax.finetuning.trainer import Params, Trainer
+from t3jax.lm import LMConfig
+
+if TYPE_CHECKING:
+    from t3jax.checkpoint import RunFolder
+
+
+def finetune(
+    lm_config: LMConfig,
+    params: Params,
+    examples: Sequence[Example],
+    config: FinetuneConfig | None = None,
+    *,
+    validation: Sequence[Example] = (),
+    workdir: str | pathlib.Path | None = None,
+    mesh: Mesh | None = None,
+    progress: str | None = None,
+) -> Params:
+    """Fine-tunes a language model on the answers of some rows.
+
+    With a `workdir` the run can be killed at any moment and called again: it resumes from its last
+    checkpoint and ends with the very bits of the uninterrupted run (same machine, number of devices
+    and versions). Metrics of every step go to `metrics.jsonl` and `tensorboard/` in it.
+
+    Training all weights takes 16 bytes for each (the weight, two moments, a gradient) beside
+    `params` and the activations; LoRA takes that for its factors alone.
+
+    Args:
+        lm_config: The model's shape.
+        params: Its parameter tree; left as it is.
+        examples: Tokenised texts with their answers.
+        config: The recipe; None means the defaults.
+        validation: Texts to report the loss of after every epoch; never trained on.
+        workdir: Folder of the run; None writes nothing.
+        mesh: Where to train; None means one device.
+        progress: Label of a progress bar with loss and remaining time, which leaves a line for each
+            epoch; None shows nothing.
+
+    Returns:
+        The trained parameter tree, placed on the mesh: float32, or with LoRA merged into `params`
+        and of their dtype.
+
+    Raises:
+        ValueError: If there are no examples, a text is longer than the model's context, LoRA names
+            a layer that is not there, or the workdir holds another run.
+        FloatingPointError: If loss or gradient become infinite or NaN; checkpoints stay as they
+            were.
+        OSError: If the disk is full; checkpoints stay as they were.
+    """
+    config = FinetuneConfig() if config is None else config
+    if mesh is None:
+        mesh = sharding.make_mesh((1, 1), jax.devices()[:1])
+    _check(lm_config, examples, validation)
+    lengths = np.array([len(example.tokens) for example in examples])
+    steps_per_epoch = -(-len(examples) // config.batch_size)
+    steps = config.epochs * steps_per_epoch
+    trainer = Trainer(lm_config, params, config, steps, mesh)
+    schedule = learning_rate_schedule(config, steps)
+    settings = {
+        "model": dataclasses.asdict(lm_config),
+        "weights": params_digest(params),
+        "finetuning": dataclasses.asdict(config),
+        "data": examples_digest(examples),
+        "validation": examples_digest(validation),
+    }
+
+    with _open_folder(workdir, settings, trainer.abstract_state) as folder:
+        done, metrics, state = 0, [], None
+        if folder is not None:
+            done, metrics, state = folder.done, folder.metrics, folder.state
+        if state is None:
+            state = trainer.init()
+        bar = tqdm.tqdm(
+            total=steps, initial=done, desc=progress, unit="step", disable=progress is None
+        )
+        for step in range(done + 1, steps + 1):
+            start = time.perf_counter()
+            epoch, place = divmod(step - 1, steps_per_epoch)
+            rows = epoch_batches(lengths, config.batch_size, config.seed, epoch)[place]
+            batch = [examples[row] for row in rows]
+            state, loss, norm = trainer.step(state, batch)
+            line = {
+                "step": step,
+                "epoch": epoch + 1,
+                "loss": float(loss),
+                "gradient_norm": float(norm),
+                "learning_rate": float(schedule(step - 1)),
+                "answer_tokens": sum(example.num_answer_tokens for example in batch),
+            }
+            _check_finite(line, config)
+            epoch_ends = place + 1 == steps_per_epoch
+            if epoch_ends and validation:
+                line["validation_loss"] = trainer.loss(state[0], validation)
+            line["seconds"] = time.perf_counter() - start
+            metrics.append(line)
+            if folder is not None:
+                folder.log([line])
+                if step == steps or step % config.checkpoint_every == 0:
+                    folder.save(step, state)
+            bar.set_postfix(loss=f"{line['loss']:.4f}")
+            bar.update()
+            if epoch_ends and progress is not None:
+                bar.write(_describe(metrics, config.epochs))
+        bar.close()
+    if config.lora_rank:
+        params = jax.device_put(params, sharding.param_shardings(mesh, params))
+        return merge_lora(params, state[0], config.lora_scale)
+    return state[0]
+
+
+def _open_folder(
+    workdir: str | pathlib.Path | None, settings: dict[str, Any], abstract_state: Any
+) -> "contextlib.AbstractContextManager[RunFolder | None]":
+    if workdir is None:
+        return contextlib.nullcontext()
+    from t3jax.checkpoint import RunFolder  # slow to import: only who keeps files waits
+
+    return RunFolder(pathlib.Path(workdir), settings, abstract_state, unit="step")
+
+
+def _check(lm_config: LMConfig, examples: Sequence[Example], validation: Sequence[Example]) -> None:
+    if not examples:
+        raise ValueError("no examples: there must be rows to train on")
+    longest = max(len(example.tokens) for example in [*examples, *validation])
+    if longest > lm_config.max_position:
+        raise ValueError(
+            f"a row has {longest} tokens, more than the {lm_config.max_position} of the model's "
+            "context; shorten it or leave it out"
+        )
+
+
+def _check_finite(line: dict[str, Any], config: FinetuneConfig) -> None:
+    if math.isfinite(line["loss"]) and math.isfinite(line["gradient_norm"]):
+        return
+    raise FloatingPointError(
+        f"step {line['step']}: the loss is {line['loss']} and the norm of its gradient "
+        f"{line['gradient_norm']} (learning_rate {config.learning_rate}, dtype {config.dtype}); "
+        "train with a smaller learning_rate, in another workdir"
+    )
+
+
+def _describe(metrics: Sequence[dict[str, Any]], epochs: int) -> str:
+    """What the last epoch came to; tokens of different steps weigh the same."""
+    last = metrics[-1]
+    lines = [line for line in metrics if line["epoch"] == last["epoch"]]
+    tokens = sum(line["answer_tokens"] for line in lines)
+    loss = sum(line["loss"] * line["answer_tokens"] for line in lines) / tokens
+    text = f"epoch {last['epoch']:>{len(str(epochs))}}/{epochs}  loss {loss:.4f}"
+    if "validation_loss" in last:
+        text += f"  validation {last['validation_loss']:.4f}"
+    return text + f"  {sum(line['seconds'] for line in lines):.0f} s"

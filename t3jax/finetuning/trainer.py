@@ -1,0 +1,212 @@
+"""The compiled programs of fine-tuning: gradient and update, and the loss of held-out rows.
+
+What is trained (all weights, or LoRA's factors) and its moments are float32, and split over the
+mesh as the weights are. They are cast once a step to the dtype of the forward and backward pass;
+gradients are summed in float32.
+
+Axes: M microbatches, B rows of one, T time, S shards, A scored tokens of a shard, D features, V
+vocabulary.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from t3jax import sharding
+from t3jax.batching import round_up
+from t3jax.data import Example
+from t3jax.finetuning.batches import Batch, make_batch
+from t3jax.finetuning.lora import init_lora, scale_lora
+from t3jax.finetuning.recipe import FinetuneConfig, make_optimizer
+from t3jax.lm import LMConfig, decoder
+
+Params = decoder.Params
+
+
+class Programs(NamedTuple):
+    """What is compiled for a model and a recipe; a state is `(trained, optimizer state)`.
+
+    Attributes:
+        abstract_state: The state as shapes with shardings.
+        init: `params -> state`.
+        gradient: `(trained, frozen, batch) -> (loss, gradient)`, compiled for each shape of batch.
+        update: `(state, gradient) -> (state, norm of the gradient)`, compiled once; the state is
+            donated.
+        loss: `(trained, frozen, batch) -> sum of the weighted losses`.
+    """
+
+    abstract_state: Any
+    init: Callable[[Params], Any]
+    gradient: Callable[[Any, Params, Batch], tuple[jax.Array, Any]]
+    update: Callable[[Any, Any], tuple[Any, jax.Array]]
+    loss: Callable[[Any, Params, Batch], jax.Array]
+
+
+@functools.cache
+def compile_programs(
+    lm_config: LMConfig, config: FinetuneConfig, steps: int, mesh: Mesh
+) -> Programs:
+    """The programs of a run of so many steps."""
+    optimizer = make_optimizer(config, steps)
+    dtype = jnp.dtype(config.dtype)
+
+    def init(params: Params) -> Any:
+        if config.lora_rank:
+            key = jax.random.key(config.seed)
+            trained = init_lora(params, config.lora_rank, config.lora_layers, key)
+        else:
+            trained = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+        return trained, optimizer.init(trained)
+
+    def cast(trained: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), trained)
+
+    def loss_sum(trained: Any, frozen: Params, part: Batch) -> jax.Array:
+        """Of one microbatch; the arrays of `part` lack their first axis."""
+        params, lora = trained, None
+        if config.lora_rank:
+            params, lora = frozen, scale_lora(trained, config.lora_scale)
+        hidden, _ = decoder.apply(lm_config, params, part.tokens, lora=lora, remat=config.remat)
+        hidden = hidden.reshape(part.places.shape[0], -1, hidden.shape[-1])  # [S, B T / S, D]
+        scored = jax.vmap(lambda rows, at: rows.at[at].get(mode="promise_in_bounds"))(
+            hidden, part.places
+        )
+        logits = decoder.unembed(lm_config, params, scored)  # [S, A, V]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, part.labels)
+        return jnp.sum(losses * part.weights)
+
+    def gradient(trained: Any, frozen: Params, batch: Batch) -> tuple[jax.Array, Any]:
+        working = cast(trained)
+
+        def add(total: Any, part: Batch) -> tuple[Any, None]:
+            found = jax.value_and_grad(loss_sum)(working, frozen, part)
+            return jax.tree.map(lambda t, x: t + x.astype(jnp.float32), total, found), None
+
+        zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trained))
+        total, _ = jax.lax.scan(add, zero, batch)
+        share = 1 / jnp.sum(batch.weights)
+        return jax.tree.map(lambda x: x * share, total)
+
+    def update(state: Any, grads: Any) -> tuple[Any, jax.Array]:
+        trained, opt_state = state
+        # Optax relies on implicit promotion where it corrects the bias of the means.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optimizer.update(grads, opt_state, trained)
+        return (optax.apply_updates(trained, updates), opt_state), optax.tree.norm(grads)
+
+    def loss(trained: Any, frozen: Params, batch: Batch) -> jax.Array:
+        working = cast(trained)
+        return jnp.sum(jax.lax.map(lambda part: loss_sum(working, frozen, part), batch))
+
+    shapes = decoder.abstract_params(lm_config, jnp.float32)
+    trained, opt_state = jax.eval_shape(init, shapes)
+    whole = NamedSharding(mesh, P())
+    placed = sharding.param_shardings(mesh, trained)
+    placed_opt = optax.tree.map_params(
+        optimizer, lambda _, s: s, opt_state, placed, transform_non_params=lambda _: whole
+    )
+    # Scatter-adds and the choice of kernels would differ from run to run on a GPU.
+    deterministic = jax.default_backend() == "gpu"
+    return Programs(
+        abstract_state=jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            (trained, opt_state),
+            (placed, placed_opt),
+        ),
+        init=jax.jit(init, out_shardings=(placed, placed_opt)),
+        gradient=jax.jit(
+            gradient,
+            out_shardings=(whole, placed),
+            compiler_options={"xla_gpu_deterministic_ops": True} if deterministic else None,
+        ),
+        update=jax.jit(update, donate_argnums=0, out_shardings=((placed, placed_opt), whole)),
+        loss=jax.jit(loss, out_shardings=whole),
+    )
+
+
+class Trainer:
+    """Fine-tunes a model step by step; which rows a step reads is the caller's.
+
+    Args:
+        lm_config: The model's shape.
+        params: Its parameter tree; never changed. LoRA reads it in every step, full-parameter
+            training only in `init`.
+        config: The recipe.
+        steps: Steps of the whole run, for the learning rate.
+        mesh: Where to train.
+
+    Attributes:
+        abstract_state: The training state as `jax.ShapeDtypeStruct` leaves with shardings.
+    """
+
+    def __init__(
+        self, lm_config: LMConfig, params: Params, config: FinetuneConfig, steps: int, mesh: Mesh
+    ):
+        self._programs = compile_programs(lm_config, config, steps, mesh)
+        self._config, self._mesh = config, mesh
+        self._longest = lm_config.max_position
+        self._params = params
+        self._frozen = {}
+        if config.lora_rank:
+            cast = jax.tree.map(lambda leaf: leaf.astype(config.dtype), params)
+            self._frozen = jax.device_put(cast, sharding.param_shardings(mesh, cast))
+        self.abstract_state = self._programs.abstract_state
+
+    def init(self) -> Any:
+        """The training state before the first step."""
+        return self._programs.init(self._params)
+
+    def step(self, state: Any, examples: Sequence[Example]) -> tuple[Any, jax.Array, jax.Array]:
+        """One optimizer step.
+
+        Args:
+            state: The training state; donated, so that it cannot be used again.
+            examples: At most `batch_size` tokenised texts.
+
+        Returns:
+            The state after it, the loss before it (nats a token, weighted), and the norm of its
+            gradient.
+        """
+        batch = self._place(self._arrays(examples, self._config.prompt_weight))
+        with jax.transfer_guard("disallow"):
+            loss, grads = self._programs.gradient(state[0], self._frozen, batch)
+            state, norm = self._programs.update(state, grads)
+        return state, loss, norm
+
+    def loss(self, trained: Any, examples: Sequence[Example]) -> float:
+        """Mean cross-entropy of answer tokens, nats, over any number of texts.
+
+        Args:
+            trained: The first half of a training state.
+            examples: Tokenised texts.
+
+        Returns:
+            The mean over the answer tokens of all of them.
+        """
+        size, total, count = self._config.batch_size, 0.0, 0.0
+        ordered = sorted(examples, key=lambda example: len(example.tokens))
+        for start in range(0, len(ordered), size):
+            batch = self._arrays(ordered[start : start + size], prompt_weight=0.0)
+            total += float(self._programs.loss(trained, self._frozen, self._place(batch)))
+            count += float(batch.weights.sum())
+        return total / count
+
+    def _arrays(self, examples: Sequence[Example], prompt_weight: float) -> Batch:
+        microbatches, shards = self._config.microbatches, self._mesh.shape[sharding.DATA]
+        rows = round_up(-(-self._config.batch_size // microbatches), shards)
+        return make_batch(examples, (microbatches, rows, shards), self._longest, prompt_weight)
+
+    def _place(self, batch: Batch) -> Batch:
+        return jax.tree.map(
+            lambda x: jax.device_put(
+                x, sharding.fitting(self._mesh, P(None, sharding.DATA), np.shape(x))
+            ),
+            batch,
+        )
