@@ -30,7 +30,7 @@ def main() -> None:
     for block in blocks:
         print(block, flush=True)
         exec(block, names)
-    if len(commands) != 4 or len(blocks) != 2 or names["guided"].shape != (1, 1536):
+    if len(commands) != 5 or len(blocks) != 2 or names["guided"].shape != (1, 1536):
         sys.exit("README has other commands than this script knows; mend it")
 
 

@@ -37,7 +37,8 @@ class SamplingOptions:
         top_k: Draw among the k likeliest tokens; 0 among all.
         top_p: Draw among the likeliest tokens whose probability reaches p; 1 among all.
         min_p: Draw among tokens at least this share as likely as the likeliest; 0 among all.
-        truncate_on: Whether "base" or "tilted" decides top-k, top-p and min-p.
+        truncate_on: Whether "base" or "tilted" decides top-k, top-p and min-p. On the base, a
+            tight top-p or min-p keeps but one token where the base is sure: the one to forget.
         repetition_penalty: Above 1, tokens already in prompt or answer become less likely.
         num_samples: Answers to each prompt.
         seed: Of the draws.
