@@ -8,6 +8,7 @@ import pytest
 import t3jax
 from t3jax import Refinements
 from t3jax.sampling import loop
+from t3jax.sampling import sampler as sampler_module
 
 QUESTIONS = ["Who wrote the book?", "Where was the author born?", "Why?"]
 DRAWN = {"temperature": 1.0, "max_new_tokens": 20}
@@ -47,6 +48,22 @@ def test_draws_depend_on_neither_chunk_size_nor_batch(sampler, endless, head):
     expected = tokens(sampler.generate(QUESTIONS, **DRAWN))
     other = t3jax.Sampler(endless, head, chunk=3, batch_size=1)
     assert tokens(other.generate(QUESTIONS, **DRAWN)) == expected
+
+
+def test_a_cache_that_grows_changes_nothing(sampler, endless, head, monkeypatch):
+    expected = tokens(sampler.generate(QUESTIONS, **DRAWN))
+    grown = []
+
+    def grow(program, state, slots):
+        grown.append((state.cache.positions.shape[1], slots))
+        return loop.grow(program, state, slots)
+
+    monkeypatch.setattr(sampler_module, "grow", grow)
+    monkeypatch.setattr(sampler_module, "_SLOT_STEP", 8)
+    other = t3jax.Sampler(endless, head, chunk=4, batch_size=4)
+    assert tokens(other.generate(QUESTIONS, **DRAWN)) == expected
+    # Prompts of up to 64 tokens, then 1 + 20 rounded up to chunks; by half, but not beyond that.
+    assert grown == [(72, 85)]
 
 
 def test_samples_of_a_prompt_differ_and_follow_one_another(sampler):

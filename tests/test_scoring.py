@@ -205,7 +205,7 @@ def test_losses_equal_pytorch_s(tmp_path, reference_mask):
     import reference
 
     model = reference.make_llama("gqa_tied")
-    lm = t3jax.load_lm(reference.save_llama(model, tmp_path / "model"), dtype="float32")
+    lm = t3jax.load_lm(reference.save_model(model, tmp_path / "model"), dtype="float32")
     head = tiny.make_head(lm)
     theirs = reference.GuidanceHead(head.config.hidden_size, head.config.vocab_size, 8)
     *_, last = layers = [layer for layer in theirs.proj if hasattr(layer, "weight")]

@@ -464,12 +464,13 @@ def token_statistics(
     first = jnp.sum(weights * shifted, axis=-1) / total
     second = jnp.sum(weights * shifted * shifted, axis=-1) / total
     normaliser = jnp.log(total)
+    of_target = jnp.take_along_axis(logits, targets[:, None], axis=-1)
+    # The first argmax, without one: a CPU finds a float's maximum four times as fast.
     vocabulary = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, :]
-    likeliest = jnp.min(jnp.where(logits == peak, vocabulary, logits.shape[-1]), axis=-1)
-    of_target = jnp.take_along_axis(logits, targets[:, None], axis=-1) - peak
+    before = jnp.max(jnp.where(vocabulary < targets[:, None], logits, -jnp.inf), axis=-1)
     return (
-        of_target[:, 0] - normaliser,
-        likeliest == targets,
+        (of_target - peak)[:, 0] - normaliser,
+        (of_target == peak)[:, 0] & (before < peak[:, 0]),
         first - normaliser,
         jnp.maximum(second - first * first, 0.0),
     )

@@ -144,6 +144,30 @@ def prefill(
     return state, Emitted(token, logprobs, state.done)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def grow(program: Program, state: State, slots: int) -> State:
+    """The same state with a longer cache: what is read at every step need only hold what is there.
+
+    Args:
+        program: What is compiled.
+        state: From `prefill` or a chunk.
+        slots: S of the new cache, more than it has.
+
+    Returns:
+        The state. For a moment both caches are in memory.
+    """
+
+    def copied(new: Array, old: Array) -> Array:
+        if new.shape == old.shape:
+            return old
+        return jax.lax.dynamic_update_slice(new, old, (0,) * new.ndim)
+
+    empty = program.init_cache(state.token.shape[0], slots)
+    return state._replace(
+        cache=_placed(program, jax.tree.map(copied, empty, state.cache)),
+    )
+
+
 @functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=2)
 def decode_chunk(
     program: Program,

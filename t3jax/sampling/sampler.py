@@ -21,9 +21,10 @@ from t3jax.data.chat import PromptFormat, encode_prompt
 from t3jax.head_io import Head, check_head_fits, common_default, place_head
 from t3jax.lm.model import LM
 from t3jax.refinements import PLAIN, Refinements
-from t3jax.sampling.loop import Emitted, Program, Weights, decode_chunk, prefill
+from t3jax.sampling.loop import Emitted, Program, Weights, decode_chunk, grow, prefill
 from t3jax.sampling.next_token import Controls
 
+_SLOT_STEP = 64  # slots of the cache, which grows as answers do, by half at least
 _PROMPT_STEP = 32  # prompt lengths are rounded up to a multiple: one compiled program for each
 
 
@@ -304,19 +305,18 @@ class Sampler:
         controls = place(request.controls(size))
         stop_ids = jnp.asarray([*self.lm.eos_ids, *options.stop_ids], jnp.int32)
         chunks = -(-(options.max_new_tokens - 1) // self.chunk)
+        most = length + 1 + chunks * self.chunk
+        slots = min(most, round_up(length + 1 + self.chunk, _SLOT_STEP))
         state, emitted = prefill(
-            program,
-            self._weights,
-            *place((tokens, mask)),
-            keys,
-            controls,
-            length + 1 + chunks * self.chunk,
-            stop_ids,
+            program, self._weights, *place((tokens, mask)), keys, controls, slots, stop_ids
         )
         stopped = np.zeros(size, bool)
         text_so_far: list[list[int]] = [[] for _ in batch]
         left = options.max_new_tokens
-        for _ in range(chunks):
+        for i in range(chunks):
+            if (needed := length + 1 + (i + 1) * self.chunk) > slots:
+                slots = min(most, round_up(max(needed, slots * 3 // 2), _SLOT_STEP))
+                state = grow(program, state, slots)
             # The next chunk is under way before the host looks at the one before it.
             state, following = decode_chunk(
                 program, self._weights, state, place(stopped), controls, stop_ids, self.chunk
