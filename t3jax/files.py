@@ -34,8 +34,16 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def replacing_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Like `replacing`, for a folder: all of its files appear together or not at all."""
+    """Like `replacing`, for a folder: all of its files appear together or not at all.
+
+    A folder that a kill left set aside, just before the new one stood, comes back first.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.name}.*.old"):
+        if path.exists():
+            shutil.rmtree(left)
+        else:
+            os.replace(left, path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     shutil.rmtree(temporary, ignore_errors=True)

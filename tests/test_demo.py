@@ -4,22 +4,14 @@ import json
 import statistics
 
 import numpy as np
-import pytest
 
+from demo import make_demo, run_demo
 from t3jax.data import PromptFormat
 from t3jax.data.authors import make_corpus
+from t3jax.evaluation.store import Store
 
 
-@pytest.fixture
-def demo(repository, monkeypatch):
-    monkeypatch.syspath_prepend(str(repository))
-    from demo import make_demo, run_demo
-
-    return make_demo, run_demo
-
-
-def test_the_committed_corpus_is_the_generators(demo, repository):
-    make_demo, _ = demo
+def test_the_committed_corpus_is_the_generators(repository):
     for split, rows in make_corpus(make_demo.Recipe().authors).items():
         path = repository / "demo" / "authors" / f"{split}.jsonl"
         assert [json.loads(line) for line in path.read_text().splitlines()] == rows
@@ -30,18 +22,11 @@ def test_both_models_together_are_small(repository):
     assert sum(path.stat().st_size for path in paths) < 6e6
 
 
-def test_perplexity_is_that_of_the_answer_alone(demo, tiny_lm):
-    _, run_demo = demo
+def test_perplexity_is_that_of_the_answer_alone(tiny_lm, tmp_path):
+    store = Store(tiny_lm, folder=tmp_path)
     rng = np.random.default_rng(0)
     answers = ["".join(rng.choice(list("abcdef "), 12)) for _ in range(3)]
-    found = run_demo.perplexities(tiny_lm, ["Who?"] * 3, answers, PromptFormat())
-    alone = [run_demo.perplexities(tiny_lm, ["Who?"], [a], PromptFormat())[0] for a in answers]
+    found = run_demo.perplexities(store, ["Who?"] * 3, answers, PromptFormat())
+    alone = [run_demo.perplexities(store, ["Who?"], [a], PromptFormat())[0] for a in answers]
     np.testing.assert_allclose(found, alone, rtol=1e-4)
     assert statistics.median(found) > 2  # a random model is surprised by everything
-
-
-def test_rows_are_spread_over_the_set(demo):
-    _, run_demo = demo
-    assert run_demo._spread([{"i": i} for i in range(10)], 5) == [{"i": i} for i in (0, 2, 4, 6, 8)]
-    with pytest.raises(ValueError, match="asks 11 questions"):
-        run_demo._spread([{}] * 10, 11)

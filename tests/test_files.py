@@ -32,6 +32,15 @@ def test_a_folder_appears_whole_and_replaces_the_old_one(tmp_path):
     assert [p.name for p in folder.parent.iterdir()] == ["folder"]
 
 
+def test_a_folder_that_a_kill_set_aside_comes_back(tmp_path):
+    folder = tmp_path / "folder"
+    (tmp_path / ".folder.1.old").mkdir()
+    (tmp_path / ".folder.1.old" / "a").write_text("1")
+    with files.replacing_folder(folder):
+        assert (folder / "a").read_text() == "1"
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
 def test_a_failed_folder_leaves_the_old_one(tmp_path):
     folder = tmp_path / "folder"
     with files.replacing_folder(folder) as temporary:

@@ -1,5 +1,6 @@
 """Equality with PyTorch: transformers' models, and the method as `reference` states it."""
 
+import dataclasses
 import functools
 import json
 import subprocess
@@ -479,5 +480,5 @@ def test_fine_tuning_takes_the_steps_of_pytorch(load, tmp_path, name):
     opened = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
     tokens, mask = padded("right", lm.vocab_size)
     theirs = reference.read(opened, torch.tensor(tokens), torch.tensor(mask))[1]
-    _, ours = forward(lm.apply, lm.unembed, state[0], tokens, mask)
+    _, ours = forward(dataclasses.replace(lm, params=state[0]), tokens, mask)
     close(np.asarray(ours)[mask], theirs.numpy()[mask], atol=1e-4)

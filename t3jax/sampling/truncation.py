@@ -6,6 +6,8 @@ reduction each: cheaper than a sort, and under a sharded vocabulary only one num
 exchanged in a round. Axes: B batch, V vocabulary.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -39,25 +41,29 @@ def support(
     order = _ordered_bits(weights)
     wanted_mass = top_p * jnp.sum(weights, axis=-1)
 
-    def enough(threshold: Array) -> Array:
-        """Whether the tokens at or above each of the two thresholds suffice, `[2, B]`."""
-        by_k = order >= threshold[0][:, None]
-        by_p = order >= threshold[1][:, None]
-        count = jnp.sum(by_k, axis=-1, dtype=jnp.int32)
-        mass = jnp.sum(jnp.where(by_p, weights, 0.0), axis=-1)
-        return jnp.stack([count >= top_k, mass >= wanted_mass])
+    def threshold(enough: Callable[[Array], Array], wanted: Array) -> Array:
+        """The largest threshold at which the tokens at or above it are enough, `[B]`."""
 
-    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds  # the tokens at or above `low` suffice, those above `high` do not
-        middle = low + (high - low + 1) // 2
-        suffices = enough(middle)
-        return jnp.where(suffices, middle, low), jnp.where(suffices, high, middle - 1)
+        def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+            low, high = bounds  # the tokens at or above `low` suffice, those above `high` do not
+            middle = low + (high - low + 1) // 2
+            suffices = enough(order >= middle[:, None])
+            return jnp.where(suffices, middle, low), jnp.where(suffices, high, middle - 1)
 
-    low = jnp.zeros((2, logits.shape[0]), jnp.int32)
-    high = jnp.broadcast_to(jnp.max(order, axis=-1)[None], low.shape)
-    low, _ = jax.lax.fori_loop(0, _BITS, halve, (low, high))
-    keep_k = (order >= low[0][:, None]) | (top_k == 0)[:, None]
-    keep_p = (order >= low[1][:, None]) | (top_p >= 1)[:, None]
+        low, high = jnp.zeros_like(order[:, 0]), jnp.max(order, axis=-1)
+        # A rule that no row uses costs nothing.
+        return jax.lax.cond(
+            jnp.any(wanted),
+            lambda: jax.lax.fori_loop(0, _BITS, halve, (low, high))[0],
+            lambda: low,
+        )
+
+    by_k = threshold(lambda kept: jnp.sum(kept, axis=-1, dtype=jnp.int32) >= top_k, top_k > 0)
+    by_p = threshold(
+        lambda kept: jnp.sum(jnp.where(kept, weights, 0.0), axis=-1) >= wanted_mass, top_p < 1
+    )
+    keep_k = (order >= by_k[:, None]) | (top_k == 0)[:, None]
+    keep_p = (order >= by_p[:, None]) | (top_p >= 1)[:, None]
     keep = keep_k & keep_p & (weights >= min_p[:, None])
     return keep & ~jnp.isneginf(logits)
 
