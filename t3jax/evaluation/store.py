@@ -81,6 +81,7 @@ class Store:
         examples: Sequence[Example],
         settings: Sequence[Setting],
         reference_mask: bool = False,
+        moments: bool = False,
     ) -> list[TextScores]:
         """Scores texts; those settings that are not stored share one pass over the texts.
 
@@ -89,6 +90,7 @@ class Store:
             examples: Tokenised texts.
             settings: What to score under.
             reference_mask: See `score_texts`.
+            moments: See `score_texts`.
 
         Returns:
             One `TextScores` for each setting.
@@ -101,7 +103,7 @@ class Store:
             self._path(
                 f"scores-{label}-{setting.name}",
                 ".npz",
-                [self._distribution(setting), digest, str(reference_mask)],
+                [self._distribution(setting), digest, f"{reference_mask} {moments}"],
                 _SCORING_CODE,
             )
             for setting in settings
@@ -114,6 +116,7 @@ class Store:
                 [settings[k] for k in todo],
                 self.heads,
                 reference_mask=reference_mask,
+                moments=moments,
                 progress=f"score {label}" if self.progress else None,
             )
             for k, scores in zip(todo, found, strict=True):

@@ -89,7 +89,7 @@ def write_report(
         OSError: If the file cannot be written.
     """
     setting = _featured(evaluation, featured)
-    token_rows = answer_tokens(evaluation.store, evaluation.sets, setting)
+    token_rows = answer_tokens(evaluation.examined.store, evaluation.examined.sets, setting)
     page = render(contents(evaluation, title, selected, setting, token_rows))
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +120,7 @@ def contents(
     heads = [
         f"head{i}: rank {head.config.rank}, {head.config.activation}; trained to serve at "
         f"T = {head.base_temperature:g}, s = {head.guidance_scale:g}"
-        for i, head in enumerate(evaluation.store.heads)
+        for i, head in enumerate(evaluation.examined.store.heads)
     ]
     models = [(BASE, BASE, evaluated[settings[0].name])]
     if featured is not None:
@@ -130,9 +130,9 @@ def contents(
         models.append((RETAIN_MODEL, RETAIN_MODEL, evaluation.retain_log))
     return {
         "title": title,
-        "model": evaluation.store.lm.name,
+        "model": evaluation.examined.store.lm.name,
         "heads": heads,
-        "sets": {SETS[name]: each.num_rows for name, each in evaluation.sets.items()},
+        "sets": {SETS[name]: each.num_rows for name, each in evaluation.examined.sets.items()},
         "featured": featured,
         "cards": tables.cards(
             [(kind, kind, log) for _, kind, log in models], evaluation.retain_log
@@ -141,7 +141,7 @@ def contents(
         "summary": tables.summary_table(settings, evaluated, evaluation.retain_log),
         "selected": selected,
         "figures": _figures(evaluation, featured),
-        "samples": tables.samples(evaluation.sets, models, SAMPLES),
+        "samples": tables.samples(evaluation.examined.sets, models, SAMPLES),
         "token_rows": token_rows,
         "change_limit": CHANGE_LIMIT,
         "unlearning": tables.unlearning_table(
@@ -226,13 +226,13 @@ def _featured(evaluation: Evaluation, name: str | None) -> Setting | None:
         return None
     try:
         ratios = logs.column(evaluation.retain_log or {}, "forget_truth_ratio", "score")
-        scores = [
+        base, *scores = (
             selection.score(selection.rows_of(evaluation.logs[setting.name]), ratios)
-            for setting in candidates
-        ]
+            for setting in [evaluation.settings[0], *candidates]
+        )
     except MissingMetricError:
         return candidates[0]
-    return candidates[selection.RULES["utility_given_quality"](scores)[0]]
+    return candidates[selection.RULES["utility_given_quality"](scores, base)[0]]
 
 
 def _figures(evaluation: Evaluation, featured: Setting | None) -> list[Figure]:
@@ -352,9 +352,10 @@ def _leaks(evaluation: Evaluation, featured: Setting | None) -> Figure | None:
         evaluation, featured, evaluation.unlearning, evaluation.retain_unlearning
     ):
         entry = log.get("forget_leak_rate")
-        if entry is None or entry["samples"] < 2:
-            return None
-        rates[label] = (kind, {int(n): rate for n, rate in entry["by_samples"].items()})
+        if entry is not None and entry["samples"] > 1:
+            rates[label] = (kind, {int(n): rate for n, rate in entry["by_samples"].items()})
+    if not rates:
+        return None
     return Figure(
         "Leaks when many answers are drawn",
         "The share of forget questions for which at least one of n drawn answers contains the "
