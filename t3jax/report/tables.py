@@ -185,7 +185,7 @@ def cards(models: Sequence[tuple[str, str, Log]], retain_log: Log | None) -> lis
             "p of a test against the retain model: 1 is the best",
             lambda kind, log: _quality(kind, log, retain_log)[0],
         ),
-        utility_name(models[0][2]).capitalize(): (
+        _sentence(utility_name(models[0][2])): (
             "what is kept, from 0 to 1",
             lambda _, log: _utility(log),
         ),
@@ -397,6 +397,10 @@ def utility_name(log: Log) -> str:
         return selection.rows_of(log).utility_name
     except MissingMetricError:
         return "model utility"
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _quality(kind: str, log: Log, retain_log: Log | None) -> list[Cell]:
