@@ -54,10 +54,12 @@ _ROPE_TENSORS = r"^rope_(freqs|factors_(long|short))\.weight$"
 _PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _DEQUANTIZED_AT_ONCE = 1 << 22  # numbers, in float32
 
-# How a byte-level tokenizer cuts text before it merges, by llama.cpp's names: with tiktoken's
-# convention of whole words first and a bos, or GPT-2's cut, which transformers takes for every name
-# that it does not know. Single digits need no cut of their own where no merge has a digit.
+# Tokens of these types are never cut.
+_CONTROL, _USER_DEFINED = 3, 4
+# Byte-level tokenizers by what llama.cpp calls their way of cutting text before they merge. Those in
+# tiktoken's manner take whole words before merges, and start with a bos.
 _TIKTOKEN = ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "midm-2.0", "tekken")
+# Cut as GPT-2's; some cut single digits too, which makes no difference as no merge has a digit.
 _LIKE_GPT2 = ("gpt-2", "mpt", "olmo", "phi-2", "refact", "smollm", "starcoder")
 # Files name one token that ends a text; chat models end turns with others too.
 _TURN_ENDS = (
@@ -218,16 +220,13 @@ def read_tokenizer(file: GGUFFile) -> Any:
             f"{file.path}: tokenizer.ggml.pre {cut!r} is not supported, so text would be cut "
             f"wrongly; known: {', '.join(sorted(known))}"
         )
-    described = {
-        "tokenizer_type": kind,
-        "pre_tokenizer_type": cut,
-        "tokens": tokens,
-        "token_type": stored("token_type"),
-    }
-    described |= {key: stored(key) for key in ("scores", "merges") if stored(key) is not None}
-    backend, _ = conversion.convert_gguf_tokenizer(file.architecture, described)
-    if cut in _TIKTOKEN:
-        backend.model.ignore_merges = True
+    # transformers' own way for byte-level ones would add GPT-2's special token to every vocabulary.
+    if kind == "gpt2":
+        backend = _byte_level(stored, conversion.GGUF_PRE_TOKENIZER_SPLITS.get(cut))
+    else:
+        described = {"tokenizer_type": kind, "tokens": tokens, "token_type": stored("token_type")}
+        described |= {key: stored(key) for key in ("scores", "merges") if stored(key)}
+        backend, _ = conversion.convert_gguf_tokenizer(file.architecture, described)
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     ids = {name: stored(f"{key}_token_id") for name, key in names.items()}
     return PreTrainedTokenizerFast(
@@ -237,6 +236,34 @@ def read_tokenizer(file: GGUFFile) -> Any:
         add_eos_token=stored("add_eos_token", False),
         chat_template=file.metadata.get("tokenizer.chat_template"),
     )
+
+
+def _byte_level(stored: Callable[..., Any], cut: str | None) -> Any:
+    """Byte-level BPE after cutting text at a regular expression; None is GPT-2's."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    tokens, kinds = stored("tokens"), stored("token_type") or []
+    backend = Tokenizer(
+        models.BPE(
+            {token: i for i, token in enumerate(tokens)},
+            [tuple(merge.split(" ")) for merge in stored("merges", [])],
+            ignore_merges=stored("pre") in _TIKTOKEN,
+        )
+    )
+    if cut is None:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(cut), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    backend.decoder = decoders.ByteLevel()
+    for token, kind in zip(tokens, kinds, strict=False):
+        if kind in (_CONTROL, _USER_DEFINED):
+            backend.add_tokens([AddedToken(token, normalized=False, special=kind == _CONTROL)])
+    return backend
 
 
 def read_eos_ids(file: GGUFFile) -> tuple[int, ...]:
@@ -319,7 +346,7 @@ def _windows(file: GGUFFile, family: Family) -> dict[str, Any]:
         return {} if window is None else {"sliding_window": None}
     if family.slides is None:
         raise ValueError("attention.sliding_window is not supported in this architecture")
-    config = {"sliding_window": window}
+    config: dict[str, Any] = {"sliding_window": window}
     if isinstance(pattern, list):
         config["layer_types"] = [f"{'sliding' if each else 'full'}_attention" for each in pattern]
     elif pattern is not None:
@@ -338,7 +365,7 @@ def _ropes(file: GGUFFile, family: Family, head_dim: int) -> dict[str, Any]:
     if "rope_local_base_freq" in family.defaults:
         local = rope | {"rope_theta": file.get("rope.freq_base_swa", 1e4)}
         return {"rope_parameters": {"full_attention": full, "sliding_attention": local}}
-    config = {"rope_parameters": full}
+    config: dict[str, Any] = {"rope_parameters": full}
     if "original_max_position_embeddings" in family.defaults:
         config["original_max_position_embeddings"] = full.get("original_max_position_embeddings")
     return config
