@@ -20,6 +20,7 @@ import tiny
 
 from t3jax import load_lm, make_mesh, sharding
 from t3jax.lm import decoder, from_params, gguf, lm_config, load_config, save_hf, weights
+from t3jax.lm.families import hf_config
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 LLAMAS = ("llama3_untied", "gqa_tied", "biases")
@@ -186,6 +187,7 @@ def test_a_file_is_the_folder(name, tmp_path):
     file = gguf.open_gguf(write(tmp_path / "model.gguf", config, tensors))
     found = gguf.read_config(file)
     same_config(found, config)
+    assert lm_config(hf_config(found)) == found  # it can be written as a folder
     shardings = functools.partial(sharding.param_shardings, make_mesh((2, 4)))
     params = gguf.load_params(file, found, jnp.float32, shardings)
     expected = weights.load_params(tmp_path, config, jnp.float32, shardings)
@@ -243,17 +245,17 @@ def test_load_lm(folder, tmp_path, kind):
         for m in (lm, expected)
     )
     if kind == "Q8_0":
-        # 32 numbers share a step, the largest of them / 127: off by half a step at most.
+        # 32 numbers share a step, the largest / 127, in float16: off by half a step and a little.
         def within(ours, exact):
             step = np.abs(np.asarray(exact)).max() / 127 if exact.ndim > 1 else 0
-            close(ours, exact, 0.502 * step)
+            close(ours, exact, 0.57 * step)
 
         jax.tree.map(within, lm.params, expected.params)
         assert 1e-3 < np.abs(logits - theirs).max() < 0.03 * np.abs(theirs).max()
     else:
         expected_params = jax.tree.map(functools.partial(rounded, kind), expected.params)
         jax.tree.map(np.testing.assert_array_equal, lm.params, expected_params)
-        bound = {"F32": 0, "F16": 2**-10, "BF16": 2**-7}[kind]
+        bound = {"F32": 0, "F16": 2**-9, "BF16": 2**-6}[kind]
         close(logits, theirs, bound * np.abs(theirs).max())
     assert (lm.eos_ids, lm.name) == (expected.eos_ids, str(path))
     ours, theirs = lm.tokenizer, expected.tokenizer
@@ -276,6 +278,14 @@ def test_weights_are_cast_and_sharded(folder, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, lm.params, expected)
     down = lm.params["layers"][0]["mlp"]["down"]["weight"]
     assert down.addressable_shards[0].data.shape == (32, 16)  # half a block's columns
+
+
+def test_weights_do_not_change_with_the_file(folder, tmp_path):
+    path = write_like(folder, tmp_path / "model.gguf")
+    lm, expected = load_lm(path, "float32"), load_lm(folder, "float32")
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    jax.tree.map(np.testing.assert_array_equal, lm.params, expected.params)
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_1", "Q4_K", "Q6_K"])
@@ -331,7 +341,7 @@ def tensor(kind, shape):
 # ---- tokenizers ----
 
 
-def described(**values):
+def only_tokenizer(**values):
     """A file that is all tokenizer."""
     values = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
     return gguf.GGUFFile(pathlib.Path("x.gguf"), {"general.architecture": "llama", **values}, {})
@@ -340,7 +350,7 @@ def described(**values):
 def byte_level(**more):
     values = dict(tokenizer_metadata(tiny.make_tokenizer()))
     values = {key.removeprefix("tokenizer.ggml."): value for key, value in values.items()}
-    return described(**{**values, **more})
+    return only_tokenizer(**{**values, **more})
 
 
 def test_the_cut_and_the_bos_follow_the_name_of_the_tokenizer():
@@ -363,12 +373,14 @@ def test_the_cut_and_the_bos_follow_the_name_of_the_tokenizer():
 
 
 def test_whole_words_come_before_merges_in_a_tokenizer_of_tiktoken():
-    tokens = (*dict(tokenizer_metadata(tiny.make_tokenizer()))["tokenizer.ggml.tokens"], "cat")
-    ids = [
-        gguf.read_tokenizer(byte_level(pre=pre, tokens=tokens, add_bos_token=False))("cat")
-        for pre in ("gpt-2", "llama-bpe")
-    ]
-    assert [len(each["input_ids"]) for each in ids] == [3, 1]
+    stored = dict(tokenizer_metadata(tiny.make_tokenizer()))
+    more = {
+        "tokens": (*stored["tokenizer.ggml.tokens"], "cat"),
+        "token_type": (*stored["tokenizer.ggml.token_type"], 1),
+        "add_bos_token": False,
+    }
+    for pre, count in (("gpt-2", 3), ("llama-bpe", 1)):
+        assert len(gguf.read_tokenizer(byte_level(pre=pre, **more))("cat")["input_ids"]) == count
 
 
 def test_sentencepiece():
@@ -376,7 +388,7 @@ def test_sentencepiece():
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
     kinds = [2, 3, 3, *[6] * 256, *[1] * len(letters)]
     scores = [*[0.0] * 259, *(-float(i) for i in range(len(letters)))]
-    file = described(
+    file = only_tokenizer(
         model="llama",
         tokens=tokens,
         token_type=kinds,
@@ -391,15 +403,18 @@ def test_sentencepiece():
         *("<s>", "▁cat", "s", "▁", "<0xC3>", "<0xA9>", "</s>")
     ]
     assert tokenizer.decode(ids, skip_special_tokens=True) == "cats é"
+    file.metadata["tokenizer.ggml.add_space_prefix"] = False
+    ids = gguf.read_tokenizer(file)("cats cat")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", "c", "at", "s", "▁cat"]
     assert gguf.read_eos_ids(file) == (2,)
 
 
 def test_ends_of_turns_end_an_answer_too():
     tokens = ["a", "<|im_end|>", "<eos>", "<end_of_turn>", "b"]
-    file = described(tokens=tokens, eos_token_id=2, eot_token_id=3)
+    file = only_tokenizer(tokens=tokens, eos_token_id=2, eot_token_id=3)
     assert gguf.read_eos_ids(file) == (2, 3, 1)
     with pytest.raises(ValueError, match=r"x\.gguf: no end-of-text token"):
-        gguf.read_eos_ids(described(tokens=["a"]))
+        gguf.read_eos_ids(only_tokenizer(tokens=["a"]))
 
 
 @pytest.mark.parametrize(
@@ -508,7 +523,8 @@ def test_transformers_reads_the_same(folder, tmp_path, kind):
 
     path = write_like(folder, tmp_path / "model.gguf", kind)
     # What `from_pretrained` does with a file, which asks for accelerate too.
-    read = transformers.modeling_gguf_pytorch_utils.load_gguf_checkpoint
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint as read
+
     config = read(path, return_tensors=False)["config"]
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).eval()
     model.load_state_dict(read(path, return_tensors=True, model_to_load=model)["tensors"], False)

@@ -9,7 +9,7 @@ quantised weights. Not read: models in several files, and mixtures of experts.
 import dataclasses
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -56,11 +56,12 @@ _DEQUANTIZED_AT_ONCE = 1 << 22  # numbers, in float32
 
 # Tokens of these types are never cut.
 _CONTROL, _USER_DEFINED = 3, 4
-# Byte-level tokenizers by what llama.cpp calls their way of cutting text before they merge. Those in
-# tiktoken's manner take whole words before merges, and start with a bos.
+# Byte-level tokenizers, by llama.cpp's names of how text is cut before merges. Those in tiktoken's
+# manner look whole words up before they merge, and start with a bos.
 _TIKTOKEN = ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "midm-2.0", "tekken")
 # Cut as GPT-2's; some cut single digits too, which makes no difference as no merge has a digit.
 _LIKE_GPT2 = ("gpt-2", "mpt", "olmo", "phi-2", "refact", "smollm", "starcoder")
+_SENTENCEPIECE = ("tokens", "token_type", "scores", "merges")  # what such a tokenizer is made of
 # Files name one token that ends a text; chat models end turns with others too.
 _TURN_ENDS = (
     "<|eot_id|>",
@@ -167,17 +168,12 @@ def load_params(
         ValueError: If names or shapes do not fit the config, or a tensor is quantised in a way that
             the package `gguf` does not know.
     """
-    library = _library()
     for tensor in file.tensors.values():
-        kind = tensor.tensor_type
-        try:
-            if kind.name not in _PLAIN:
-                library.dequantize(np.zeros((1, library.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
-        except NotImplementedError as error:
+        if not _readable(tensor):
             raise ValueError(
-                f"{file.path}: {tensor.name} is stored as {kind.name}, which the installed gguf "
-                "cannot dequantise; use a file quantised otherwise, such as Q8_0 or Q4_K_M"
-            ) from error
+                f"{file.path}: {tensor.name} is stored as {tensor.tensor_type.name}, which the "
+                "installed gguf cannot dequantise; use a file quantised otherwise, such as Q8_0"
+            )
     tensors = {
         name: (_Tensor(tensor, _head_width(file, config, name), _shift(config, name), dtype), name)
         for name, tensor in file.tensors.items()
@@ -206,61 +202,60 @@ def read_tokenizer(file: GGUFFile) -> Any:
     except ImportError as error:
         raise _not_installed("transformers 5.22") from error
 
-    def stored(key: str, default: Any = None) -> Any:
-        return file.metadata.get(f"tokenizer.ggml.{key}", default)
-
-    tokens, kind, cut = stored("tokens"), stored("model"), stored("pre")
+    prefix = "tokenizer.ggml."
+    stored = {k.removeprefix(prefix): v for k, v in file.metadata.items() if k.startswith(prefix)}
+    tokens, kind, cut = (stored.get(key) for key in ("tokens", "model", "pre"))
+    splits = conversion.GGUF_PRE_TOKENIZER_SPLITS
+    known = {*splits, *_LIKE_GPT2}
     if not tokens:
         raise ValueError(f"{file.path}: no tokenizer in it (tokenizer.ggml.tokens is missing)")
     if kind not in ("gpt2", "llama"):
         raise ValueError(f"{file.path}: tokenizer {kind!r} is not supported; known: gpt2, llama")
-    known = {*conversion.GGUF_PRE_TOKENIZER_SPLITS, *_LIKE_GPT2}
     if kind == "gpt2" and cut not in known:
         raise ValueError(
             f"{file.path}: tokenizer.ggml.pre {cut!r} is not supported, so text would be cut "
             f"wrongly; known: {', '.join(sorted(known))}"
         )
-    # transformers' own way for byte-level ones would add GPT-2's special token to every vocabulary.
-    if kind == "gpt2":
-        backend = _byte_level(stored, conversion.GGUF_PRE_TOKENIZER_SPLITS.get(cut))
+    if kind == "gpt2":  # transformers' own way would add GPT-2's special token to every vocabulary
+        backend = _byte_level(stored, splits.get(cut))
     else:
-        described = {"tokenizer_type": kind, "tokens": tokens, "token_type": stored("token_type")}
-        described |= {key: stored(key) for key in ("scores", "merges") if stored(key)}
+        described = {key: stored[key] for key in _SENTENCEPIECE if key in stored}
+        described["tokenizer_type"] = kind
         backend, _ = conversion.convert_gguf_tokenizer(file.architecture, described)
+        if file.architecture == "llama" and not stored.get("add_space_prefix", True):
+            backend.pre_tokenizer.prepend_scheme = "never"
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    ids = {name: stored(f"{key}_token_id") for name, key in names.items()}
+    ids = {name: stored.get(f"{key}_token_id") for name, key in names.items()}
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         **{f"{name}_token": None if i is None else tokens[i] for name, i in ids.items()},
-        add_bos_token=stored("add_bos_token", kind == "llama" or cut in _TIKTOKEN),
-        add_eos_token=stored("add_eos_token", False),
+        add_bos_token=stored.get("add_bos_token", kind == "llama" or cut in _TIKTOKEN),
+        add_eos_token=stored.get("add_eos_token", False),
         chat_template=file.metadata.get("tokenizer.chat_template"),
     )
 
 
-def _byte_level(stored: Callable[..., Any], cut: str | None) -> Any:
-    """Byte-level BPE after cutting text at a regular expression; None is GPT-2's."""
+def _byte_level(stored: Mapping[str, Any], split: str | None) -> Any:
+    """Byte-level BPE after a split of the text by a regular expression; None is GPT-2's."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    tokens, kinds = stored("tokens"), stored("token_type") or []
     backend = Tokenizer(
         models.BPE(
-            {token: i for i, token in enumerate(tokens)},
-            [tuple(merge.split(" ")) for merge in stored("merges", [])],
-            ignore_merges=stored("pre") in _TIKTOKEN,
+            {token: i for i, token in enumerate(stored["tokens"])},
+            [tuple(merge.split(" ")) for merge in stored["merges"]],
+            ignore_merges=stored["pre"] in _TIKTOKEN,
         )
     )
-    if cut is None:
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    else:
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if split is not None:
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
-                pre_tokenizers.Split(Regex(cut), behavior="isolated"),
+                pre_tokenizers.Split(Regex(split), behavior="isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
     backend.decoder = decoders.ByteLevel()
-    for token, kind in zip(tokens, kinds, strict=False):
+    for token, kind in zip(stored["tokens"], stored["token_type"], strict=True):
         if kind in (_CONTROL, _USER_DEFINED):
             backend.add_tokens([AddedToken(token, normalized=False, special=kind == _CONTROL)])
     return backend
@@ -301,6 +296,17 @@ def _value(field: Any) -> Any:
 
 def _shape(tensor: Any) -> tuple[int, ...]:
     return tuple(int(size) for size in reversed(tensor.shape))  # ggml counts from the inside
+
+
+def _readable(tensor: Any) -> bool:
+    library, kind = _library(), tensor.tensor_type
+    if kind.name in _PLAIN:
+        return True
+    try:
+        library.dequantize(np.zeros((1, library.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return len(tensor.shape) == 2
 
 
 def _hf_config(file: GGUFFile) -> dict[str, Any]:
@@ -456,7 +462,8 @@ class _Tensor:
         data = self.stored.data[self._stored_rows(rows)]
         kind = self.stored.tensor_type
         if (plain := _PLAIN.get(kind.name)) is not None:
-            part = data.view(plain)[(slice(None), *columns)]
+            # A copy, since an array may alias it, and what is mapped changes with the file.
+            part = np.array(data.view(plain)[(slice(None), *columns)])
             return part + np.float32(self.shift) if self.shift else part
         return self._dequantized(data, *columns)
 
