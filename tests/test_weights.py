@@ -311,7 +311,7 @@ def test_load_lm_names_what_is_wrong_with_the_folder(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         load_lm("./absent")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match="no such folder, and it could not be had"):
+    with pytest.raises(FileNotFoundError, match="no such folder or file, and it could not be had"):
         load_lm("absent/model")
     model_folder(tmp_path)
     with pytest.raises(ValueError, match=r"dtype 'int8' is not supported; known: .*bfloat16"):

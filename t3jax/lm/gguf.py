@@ -217,7 +217,7 @@ def read_tokenizer(file: GGUFFile) -> Any:
             f"wrongly; known: {', '.join(sorted(known))}"
         )
     if kind == "gpt2":  # transformers' own way would add GPT-2's special token to every vocabulary
-        backend = _byte_level(stored, splits.get(cut))
+        backend = _byte_level(stored, splits.get(str(cut)))
     else:
         described = {key: stored[key] for key in _SENTENCEPIECE if key in stored}
         described["tokenizer_type"] = kind

@@ -288,8 +288,8 @@ def model_path(name: str | pathlib.Path) -> pathlib.Path:
     except Exception as error:
         raise FileNotFoundError(
             f"{not_found}, and it could not be had from the Hugging Face hub either "
-            f"({type(error).__name__}: {error}); give a model folder, a GGUF file, or a hub id and "
-            "a network"
+            f"({type(error).__name__}: {error}); give a model folder or a GGUF file, or a hub id "
+            "with a network"
         ) from error
 
 
