@@ -11,7 +11,7 @@ def get_config() -> ml_collections.ConfigDict:
     """The defaults. A `placeholder` is None until it is set."""
     config = ml_collections.ConfigDict()
 
-    # The base model: a Hugging Face folder or hub id.
+    # The base model: a Hugging Face folder, hub id or GGUF file.
     config.model = placeholder(str)
     config.dtype = placeholder(str)  # None: float32 on CPU, bfloat16 elsewhere
     config.mesh = (-1, 1)  # devices along (data, model); -1 takes what remains

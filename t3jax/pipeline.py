@@ -23,7 +23,7 @@ from t3jax.features import Features, load_or_compute_features
 from t3jax.finetuning import FinetuneConfig, finetune
 from t3jax.head import HeadConfig, class_prior_shift
 from t3jax.head_io import Head
-from t3jax.lm import LM, default_dtype, load_lm, model_folder, read_config, save_hf
+from t3jax.lm import LM, default_dtype, load_config, load_lm, save_hf
 from t3jax.training import TrainConfig
 
 
@@ -123,7 +123,7 @@ def finetuned(config: Any, mesh: Mesh) -> pathlib.Path:
         return record.parent
     # What is trained is float32; weights that LoRA leaves alone need not be.
     lm = load_lm(config.model, recipe.dtype if recipe.lora_rank else "float32", mesh)
-    lm_config = read_config(model_folder(config.model))
+    lm_config = load_config(config.model)
     params = finetune(
         lm_config,
         lm.params,
