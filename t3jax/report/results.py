@@ -76,8 +76,9 @@ def _choice(found: Experiment) -> str:
             found.sweep.choice, found.sweep.noise_floor
         )
     ]
-    shares = [each.score.utility / base for each in found.sweep.choice.held_out]
-    rows.append(["share of the base model's utility", " ".join(f"{x:.3f}" for x in shares), ""])
+    if base > 0:
+        shares = [each.score.utility / base for each in found.sweep.choice.held_out]
+        rows.append(["share of the base model's utility", " ".join(f"{x:.3f}" for x in shares), ""])
     return _table(["", "value", "meaning"], rows)
 
 
