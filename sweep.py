@@ -15,7 +15,7 @@ import pathlib
 from typing import Any
 
 import t3jax
-from t3jax import cli, files, pipeline
+from t3jax import cli, files, hosts, pipeline
 from t3jax.evaluation import logs, recompute, selection
 from t3jax.report import write_report
 
@@ -48,7 +48,8 @@ def main(config: Any) -> None:
     for metric, number in _generalisation(evaluation.unlearning[found.overall.name]).items():
         print(f"{found.overall.name}, {metric}: {number:.3f}")
     folder = pathlib.Path(config.eval_dir)
-    files.write_json(folder / "selection.json", selection.as_json(found, floor))
+    if hosts.is_lead():
+        files.write_json(folder / "selection.json", selection.as_json(found, floor))
     write_report(
         folder / "report.html",
         evaluation,

@@ -13,7 +13,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from t3jax import cli, data, files
+from t3jax import cli, data, files, hosts
 from t3jax.evaluation import logs, recompute, selection, tofu, unlearning
 from t3jax.evaluation.logs import Log
 from t3jax.evaluation.metrics import ForgetQuality
@@ -111,9 +111,13 @@ def finetuned(config: Any, mesh: Mesh) -> pathlib.Path:
         mesh=mesh,
         progress="fine-tuning",
     )
-    with files.replacing_folder(workdir / "model") as folder:
-        save_hf(folder, lm_config, params, list(lm.eos_ids), params["embed"]["weight"].dtype)
-        lm.tokenizer.save_pretrained(folder)
+    dtype = params["embed"]["weight"].dtype
+    params = hosts.fetch_to_lead(params)
+    if hosts.is_lead():
+        with files.replacing_folder(workdir / "model") as folder:
+            save_hf(folder, lm_config, params, list(lm.eos_ids), dtype)
+            lm.tokenizer.save_pretrained(folder)
+    hosts.wait_for(workdir / "model")
     return workdir / "model"
 
 
