@@ -61,7 +61,7 @@ def run(script: Callable[[Any], None]) -> None:
             sys.exit(hosts.PREEMPTED_STATUS)
         except (OSError, ValueError, FloatingPointError) as error:
             _fail(f"{name}: {error}")
-        except Exception:
+        except (Exception, KeyboardInterrupt):
             if not jax.distributed.is_initialized():
                 raise
             _fail(

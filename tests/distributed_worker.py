@@ -1,4 +1,4 @@
-"""One of the processes of test_distributed.py: runs scripts, one after the other, as one program."""
+"""A process of test_distributed.py: runs scripts, one after the other, with others as one."""
 
 import importlib
 import os

@@ -49,9 +49,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def config(folder):
-    config = default.get_config()
-    values = {
+def settings(folder):
+    return {
         "model": f"{folder}/model",
         "mesh": MESH,
         "forget": f"{folder}/forget.jsonl",
@@ -73,13 +72,21 @@ def config(folder):
         "finetune_batch_size": 2,
         "finetune_learning_rate": 0.01,
     }
-    config.update(values)
-    config.flags = [f"--config.{name}={value}" for name, value in values.items()]
+
+
+@pytest.fixture(scope="module")
+def config(settings):
+    config = default.get_config()
+    config.update(settings)
     return config
 
 
-def run_pair(repository, folder, flags):
-    """Starts two processes; gives their exit status, output and errors, and the seconds between."""
+def run_pair(repository, folder, settings, *flags):
+    """Runs scripts in two processes.
+
+    Returns:
+        Output, errors and status of each, and the seconds that the first outlived the second.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -92,6 +99,7 @@ def run_pair(repository, folder, flags):
         "PYTHONPATH": str(repository),
     }
     command = [sys.executable, "tests/distributed_worker.py", "--config=configs/default.py", *flags]
+    command += [f"--config.{name}={value}" for name, value in settings.items()]
     first, second = (
         subprocess.Popen(
             command,
@@ -109,16 +117,17 @@ def run_pair(repository, folder, flags):
         ended_first = *first.communicate(timeout=120), first.returncode
         return ended_first, ended_second, time.monotonic() - start
     finally:
-        first.kill()
-        second.kill()
+        for process in (first, second):
+            process.kill()
+            process.communicate()
 
 
 @pytest.fixture(scope="module")
-def told_to_end(repository, folder, config):
+def told_to_end(repository, folder, settings):
     """Sampling and fine-tuning whole; head training until one process gets SIGTERM."""
     scripts = "--scripts=sample,finetune,train_classifier"
     when = f"--signal=SIGTERM,epoch,{TOLD_AFTER}"
-    first, second, _ = run_pair(repository, folder, [*config.flags, scripts, when])
+    first, second, _ = run_pair(repository, folder, settings, scripts, when)
     assert first[2] == second[2] == hosts.PREEMPTED_STATUS, first[1] + second[1]
     return first, second
 
@@ -129,6 +138,7 @@ def train(config, mesh, workdir):
         *(pipeline.features(config, lm, name) for name in ("retain", "forget")),
         pipeline.head_config(config, lm),
         pipeline.train_config(config),
+        seeds=config.seeds,
         workdir=workdir,
         mesh=mesh,
     )
@@ -194,11 +204,11 @@ def test_what_eight_devices_saved_is_resumed_on_four(told_to_end, in_one_process
     assert_close(lines, in_one_process[1])
 
 
-def test_a_killed_process_ends_the_other(told_to_end, in_one_process, repository, folder, config):
+def test_a_killed_process_ends_the_other(told_to_end, in_one_process, repository, folder, settings):
     """Both first resume what they were told to end, and then one is killed in fine-tuning."""
-    flags = [f"--config.finetune_workdir={folder}/killed", "--signal=SIGKILL,step,2"]
-    scripts = "--scripts=train_classifier,finetune"
-    first, second, seconds = run_pair(repository, folder, [*config.flags, *flags, scripts])
+    flags = "--scripts=train_classifier,finetune", "--signal=SIGKILL,step,2"
+    again = settings | {"finetune_workdir": f"{folder}/killed"}
+    first, second, seconds = run_pair(repository, folder, again, *flags)
     assert_close(t3jax.load_head(folder / "run" / "head").params, in_one_process[0].params)
     assert second[2] == -signal.SIGKILL
     assert first[2] not in (0, hosts.PREEMPTED_STATUS)
