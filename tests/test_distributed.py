@@ -32,14 +32,15 @@ from t3jax.training import TrainConfig, train_heads
 MESH = (2, 4)
 QUESTIONS = ["Who is Ada?", "Where was Bo born?", "What did Cy write?", "Why is it so?"]
 TOLD_AFTER = 5  # epochs
+CONFIG = dataclasses.replace(tiny.CONFIG, num_layers=1)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model, a head, a retain and a forget file, prompts."""
     folder = tmp_path_factory.mktemp("hosts")
-    lm = tiny.make_lm()
-    save_hf(folder / "model", tiny.CONFIG, tiny.make_params(), list(lm.eos_ids))
+    lm = tiny.make_lm(CONFIG)
+    save_hf(folder / "model", CONFIG, lm.params, list(lm.eos_ids))
     lm.tokenizer.save_pretrained(folder / "model")
     save_head(folder / "head", tiny.make_head(lm))
     for name, answer in (("forget", "In a town by the sea."), ("retain", "On a hill.")):
@@ -112,7 +113,7 @@ def run_pair(repository, folder, settings, *flags):
         for index in range(2)
     )
     try:
-        ended_second = *second.communicate(timeout=300), second.returncode
+        ended_second = *second.communicate(timeout=600), second.returncode
         start = time.monotonic()
         ended_first = *first.communicate(timeout=120), first.returncode
         return ended_first, ended_second, time.monotonic() - start
@@ -166,10 +167,8 @@ def assert_close(found, expected):
 
 def test_sampling_gives_the_answers_of_one_process(told_to_end, folder, config):
     lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
-    lm = t3jax.load_lm(config.model, mesh=make_mesh(MESH))
-    expected = t3jax.Sampler(lm, t3jax.load_head(folder / "head", lm.mesh)).generate(
-        QUESTIONS, max_new_tokens=8
-    )
+    sampler = t3jax.Sampler(t3jax.load_lm(config.model), t3jax.load_head(folder / "head"))
+    expected = sampler.generate(QUESTIONS, max_new_tokens=8)
     assert [line["unlearned_tokens"] for line in lines] == [sample.tokens for sample in expected]
 
 
@@ -177,7 +176,7 @@ def test_fine_tuning_gives_the_model_of_one_process(told_to_end, folder, config)
     lm = t3jax.load_lm(config.model, mesh=make_mesh(MESH))
     rows = pipeline.encode(config, lm, config.finetune_data[0])
     recipe = pipeline.finetune_config(config)
-    expected = t3jax.finetune(tiny.CONFIG, lm.params, rows, recipe, mesh=lm.mesh)
+    expected = t3jax.finetune(CONFIG, lm.params, rows, recipe, mesh=lm.mesh)
     assert_close(t3jax.load_lm(folder / "tuning" / "model").params, expected)
 
 
@@ -193,7 +192,7 @@ def test_only_the_first_process_prints(told_to_end):
     (output, errors, _), (no_output, other_errors, _) = told_to_end
     assert "written: " in output
     assert "wrote 4 lines" in errors
-    assert no_output == ""
+    assert not [line for line in no_output.splitlines() if not line.startswith("[Gloo]")]
     assert "wrote" not in other_errors
 
 
@@ -247,14 +246,13 @@ def test_a_head_told_to_end_is_resumed_to_the_same_bits(tmp_path):
 
 
 def test_a_model_told_to_end_is_resumed_on_other_devices(tmp_path, monkeypatch):
-    config = dataclasses.replace(tiny.CONFIG, num_layers=1)
     recipe = FinetuneConfig(epochs=4, batch_size=2, learning_rate=0.01, warmup_steps=1)
     rng = np.random.default_rng(0)
     rows = [t3jax.data.Example(rng.integers(0, 264, 12).astype(np.int32), 5) for _ in range(2)]
 
     def run(mesh, workdir):
-        params = tiny.make_params(config)
-        return t3jax.finetune(config, params, rows, recipe, workdir=workdir, mesh=mesh)
+        params = tiny.make_params(CONFIG)
+        return t3jax.finetune(CONFIG, params, rows, recipe, workdir=workdir, mesh=mesh)
 
     expected = run(make_mesh(MESH), None)
     step = t3jax.finetuning.trainer.Trainer.step
