@@ -22,7 +22,7 @@ import t3jax
 from configs import default
 from t3jax import hosts, pipeline
 from t3jax.features import Features
-from t3jax.finetuning import FinetuneConfig
+from t3jax.finetuning.trainer import Trainer
 from t3jax.head import HeadConfig
 from t3jax.head_io import save_head
 from t3jax.lm import save_hf
@@ -172,12 +172,20 @@ def test_sampling_gives_the_answers_of_one_process(told_to_end, folder, config):
     assert [line["unlearned_tokens"] for line in lines] == [sample.tokens for sample in expected]
 
 
-def test_fine_tuning_gives_the_model_of_one_process(told_to_end, folder, config):
-    lm = t3jax.load_lm(config.model, mesh=make_mesh(MESH))
+def tune(config, mesh, workdir=None):
+    lm = t3jax.load_lm(config.model, mesh=mesh)
     rows = pipeline.encode(config, lm, config.finetune_data[0])
     recipe = pipeline.finetune_config(config)
-    expected = t3jax.finetune(CONFIG, lm.params, rows, recipe, mesh=lm.mesh)
-    assert_close(t3jax.load_lm(folder / "tuning" / "model").params, expected)
+    return t3jax.finetune(CONFIG, lm.params, rows, recipe, workdir=workdir, mesh=mesh)
+
+
+@pytest.fixture(scope="module")
+def tuned_in_one_process(config):
+    return tune(config, make_mesh(MESH))
+
+
+def test_fine_tuning_gives_the_model_of_one_process(told_to_end, folder, tuned_in_one_process):
+    assert_close(t3jax.load_lm(folder / "tuning" / "model").params, tuned_in_one_process)
 
 
 def test_sigterm_to_one_saves_the_epoch_and_ends_both(told_to_end, folder, in_one_process):
@@ -245,17 +253,10 @@ def test_a_head_told_to_end_is_resumed_to_the_same_bits(tmp_path):
     assert metrics(tmp_path / "told") == metrics(tmp_path / "whole")
 
 
-def test_a_model_told_to_end_is_resumed_on_other_devices(tmp_path, monkeypatch):
-    recipe = FinetuneConfig(epochs=4, batch_size=2, learning_rate=0.01, warmup_steps=1)
-    rng = np.random.default_rng(0)
-    rows = [t3jax.data.Example(rng.integers(0, 264, 12).astype(np.int32), 5) for _ in range(2)]
-
-    def run(mesh, workdir):
-        params = tiny.make_params(CONFIG)
-        return t3jax.finetune(CONFIG, params, rows, recipe, workdir=workdir, mesh=mesh)
-
-    expected = run(make_mesh(MESH), None)
-    step = t3jax.finetuning.trainer.Trainer.step
+def test_a_model_told_to_end_is_resumed_on_other_devices(
+    config, tuned_in_one_process, tmp_path, monkeypatch
+):
+    step = Trainer.step
     steps = []
 
     def step_and_tell(self, state, examples):
@@ -264,10 +265,11 @@ def test_a_model_told_to_end_is_resumed_on_other_devices(tmp_path, monkeypatch):
             terminate()
         return step(self, state, examples)
 
-    monkeypatch.setattr(t3jax.finetuning.trainer.Trainer, "step", step_and_tell)
+    monkeypatch.setattr(Trainer, "step", step_and_tell)
     with pytest.raises(hosts.Preempted, match="step 2 is saved"):
-        run(make_mesh(MESH), tmp_path)
-    assert_close(run(make_mesh((2, 2), jax.devices()[:4]), tmp_path), expected)
+        tune(config, make_mesh(MESH), tmp_path)
+    found = tune(config, make_mesh((2, 2), jax.devices()[:4]), tmp_path)
+    assert_close(found, tuned_in_one_process)
     assert len(steps) == 4
 
 
