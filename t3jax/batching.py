@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import tqdm
 
-from t3jax import sharding
+from t3jax import hosts, sharding
 from t3jax.data.chat import Example
 from t3jax.lm.model import LM
 
@@ -66,7 +66,12 @@ def map_batches(
         tokens_per_batch = 1024 if jax.default_backend() == "cpu" else 16384 * rows
     total = sum(len(example.tokens) for example in examples)
     bar = tqdm.tqdm(
-        total=total, desc=progress, unit="tok", unit_scale=True, delay=1, disable=not progress
+        total=total,
+        desc=progress,
+        unit="tok",
+        unit_scale=True,
+        delay=1,
+        disable=not progress or not hosts.is_lead(),
     )
     pending: collections.deque[tuple[list[int], Result]] = collections.deque()
 
@@ -82,7 +87,7 @@ def map_batches(
             tokens[row, : len(examples[i].tokens)] = examples[i].tokens
             mask[row, : len(examples[i].tokens)] = True
         place = sharding.batch_sharding(lm.mesh, tokens.shape)
-        pending.append((batch, compute(batch, *jax.device_put((tokens, mask), place))))
+        pending.append((batch, compute(batch, *hosts.place((tokens, mask), place))))
         if len(pending) > 1:
             finish()
     while pending:

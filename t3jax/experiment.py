@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from t3jax import cli, data, files, pipeline
+from t3jax import cli, data, files, hosts, pipeline
 from t3jax.data.records import Record
 from t3jax.evaluation import metrics, probes, recompute, selection
 from t3jax.evaluation.logs import Log
@@ -101,6 +101,7 @@ def experiment(config: Any, mesh: Mesh) -> Experiment:
         points = [*swept(found), *varied(config, lm, mesh, found)]
     with stage("probing"):
         found_probes = probed(config, found)
+    hosts.wait_for(folder / "stages.json")
     stages = json.loads((folder / "stages.json").read_text())
     return Experiment(found, points, found_probes, stages)
 
@@ -310,5 +311,6 @@ def _stage(path: pathlib.Path, name: str) -> Iterator[None]:
             stage["seconds"] += time.perf_counter() - start
             stage["peak_gigabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
             stage["done"] = done
-            path.parent.mkdir(parents=True, exist_ok=True)
-            files.write_json(path, known | {name: stage})
+            if hosts.is_lead():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                files.write_json(path, known | {name: stage})

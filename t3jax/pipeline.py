@@ -14,7 +14,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from t3jax import cli, data, files
+from t3jax import cli, data, files, hosts
 from t3jax.evaluation import logs, tofu, unlearning
 from t3jax.evaluation.logs import Log
 from t3jax.evaluation.scoring import Setting, settings_grid
@@ -119,7 +119,8 @@ def finetuned(config: Any, mesh: Mesh) -> pathlib.Path:
         },
     }
     record = workdir / "model" / "finetuning.json"
-    if record.is_file() and json.loads(record.read_text()) == json.loads(json.dumps(made_by)):
+    made_by = json.loads(json.dumps(made_by))  # as it is read back
+    if hosts.of_lead(record.is_file() and json.loads(record.read_text()) == made_by):
         return record.parent
     # What is trained is float32; weights that LoRA leaves alone need not be.
     lm = load_lm(config.model, recipe.dtype if recipe.lora_rank else "float32", mesh)
@@ -136,10 +137,14 @@ def finetuned(config: Any, mesh: Mesh) -> pathlib.Path:
         mesh=mesh,
         progress="fine-tuning",
     )
-    with files.replacing_folder(workdir / "model") as folder:
-        save_hf(folder, lm_config, params, list(lm.eos_ids), params["embed"]["weight"].dtype)
-        lm.tokenizer.save_pretrained(folder)
-        files.write_json(folder / record.name, made_by)
+    dtype = params["embed"]["weight"].dtype
+    params = hosts.fetch_to_lead(params)
+    if hosts.is_lead():
+        with files.replacing_folder(workdir / "model") as folder:
+            save_hf(folder, lm_config, params, list(lm.eos_ids), dtype)
+            lm.tokenizer.save_pretrained(folder)
+            files.write_json(folder / record.name, made_by)
+    hosts.wait_for(record)
     return record.parent
 
 

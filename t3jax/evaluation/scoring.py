@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from t3jax import batching, pooling, sharding
+from t3jax import batching, hosts, pooling, sharding
 from t3jax import head as head_lib
 from t3jax.data.chat import Example
 from t3jax.head_io import Head, check_head_fits, common_default, place_head
@@ -292,7 +292,7 @@ def score_texts(
     def compute(batch: list[int], tokens: jax.Array, mask: jax.Array) -> list[_Scores]:
         positions = None
         if reference_mask:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+            positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
             mask = mask & (tokens != padding_id(lm))
         hidden, pooled = _read(lm.apply, lm.params, tokens, positions, mask)
         chunks = []
@@ -312,7 +312,7 @@ def score_texts(
                     target,
                 )
             )
-        return chunks
+        return hosts.gathered(chunks)
 
     def keep(batch: list[int], chunks: list[_Scores]) -> None:
         where = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in batch])

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from t3jax import files
+from t3jax import files, hosts
 from t3jax.data import Example, evenly_spread
 from t3jax.evaluation import logs, metrics
 from t3jax.evaluation.logs import Log, MissingMetricError
@@ -246,9 +246,10 @@ def measure(
             except MissingMetricError as error:
                 logs.mark_missing(log, metric, str(error))
         logs.check_log(log, UNLEARNING_NAME)
-        path = pathlib.Path(folder) / setting.name / UNLEARNING_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(path, log)
+        if hosts.is_lead():
+            path = pathlib.Path(folder) / setting.name / UNLEARNING_NAME
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.write_json(path, log)
         written[setting.name] = log
     return written
 

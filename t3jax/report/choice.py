@@ -3,7 +3,7 @@
 import os
 import pathlib
 
-from t3jax import files
+from t3jax import files, hosts
 from t3jax.evaluation import recompute, selection
 from t3jax.report.page import write_report
 from t3jax.sweep import Sweep
@@ -33,7 +33,9 @@ def write_sweep(folder: str | os.PathLike[str], found: Sweep, *, title: str) -> 
         selected=summary,
         featured=chosen.name,
     )
-    files.write_json(folder / "selection.json", selection.as_json(found.choice, found.noise_floor))
+    if hosts.is_lead():
+        described = selection.as_json(found.choice, found.noise_floor)
+        files.write_json(folder / "selection.json", described)
     width = max(map(len, found.scored))
     heading = selection.rows_of(next(iter(found.scored.values()))).utility_name
     lines = [f"{'':{width}} {'forget quality':>15} {'D':>7}  {heading}"]

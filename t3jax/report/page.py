@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from t3jax import files
+from t3jax import files, hosts
 from t3jax.data.records import evenly_spread
 from t3jax.evaluation import logs, recompute, selection
 from t3jax.evaluation.logs import Log, MissingMetricError
@@ -91,6 +91,8 @@ def write_report(
     setting = _featured(evaluation, featured)
     token_rows = answer_tokens(evaluation.examined.store, evaluation.examined.sets, setting)
     page = render(contents(evaluation, title, selected, setting, token_rows))
+    if not hosts.is_lead():
+        return
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(path) as temporary:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from t3jax import files
+from t3jax import files, hosts
 from t3jax.evaluation import logs, metrics, recompute, selection, unlearning
 from t3jax.evaluation.logs import Log, MissingMetricError
 from t3jax.experiment import Experiment
@@ -39,13 +39,7 @@ def write_experiment(folder: str | os.PathLike[str], found: Experiment, *, title
         OSError: If a file cannot be written.
     """
     folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     write_sweep(folder, found.sweep, title=title)
-    files.write_json(folder / "experiment.json", _as_json(found))
-    pictures = {"varied.svg": figures.varied(found.points)}
-    for name, picture in pictures.items():
-        with files.replacing(folder / name) as temporary:
-            temporary.write_bytes(base64.b64decode(picture.partition(",")[2]))
     sections = [
         ("Chosen by cross-fitting", _choice(found)),
         ("What was chosen, its controls and the models", _settings(found)),
@@ -58,8 +52,13 @@ def write_experiment(folder: str | os.PathLike[str], found: Experiment, *, title
     text = "\n\n".join(
         [f"# {title}", *(f"## {heading}\n\n{body}" for heading, body in sections if body)]
     )
-    with files.replacing(folder / "results.md") as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    if hosts.is_lead():
+        files.write_json(folder / "experiment.json", _as_json(found))
+        picture = base64.b64decode(figures.varied(found.points).partition(",")[2])
+        with files.replacing(folder / "varied.svg") as temporary:
+            temporary.write_bytes(picture)
+        with files.replacing(folder / "results.md") as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
     return text
 
 

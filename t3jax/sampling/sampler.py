@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from t3jax import sharding
+from t3jax import hosts, sharding
 from t3jax.batching import round_up
 from t3jax.data.chat import PromptFormat, encode_prompt
 from t3jax.head_io import Head, check_head_fits, common_default, place_head
@@ -152,7 +152,7 @@ class Sampler:
         self._weights = Weights(
             lm.params,
             tuple(place_head(each.params, lm.mesh) for each in heads),
-            tuple(jnp.asarray(each.prior_shift, jnp.float32) for each in heads),
+            tuple(np.float32(each.prior_shift) for each in heads),
         )
 
     def __call__(self, prompts: Sequence[str], **options: Any) -> list[str]:
@@ -190,7 +190,8 @@ class Sampler:
         """
         request = self._request(prompts, base_temperature, guidance_scale, options)
         samples: dict[int, Sample] = {}
-        bar = tqdm.tqdm(total=len(request.rows), desc=progress, delay=1, disable=not progress)
+        hidden = not progress or not hosts.is_lead()
+        bar = tqdm.tqdm(total=len(request.rows), desc=progress, delay=1, disable=hidden)
         for batch in request.batches(self.batch_size):
             tokens: list[list[int]] = [[] for _ in batch]
             logprobs: list[list[tuple[float, float]]] = [[] for _ in batch]
@@ -303,7 +304,7 @@ class Sampler:
         place = functools.partial(self._place, size)
         keys = place(_row_keys(options.seed, [request.rows[i] for i in batch], size))
         controls = place(request.controls(size))
-        stop_ids = jnp.asarray([*self.lm.eos_ids, *options.stop_ids], jnp.int32)
+        stop_ids = np.asarray([*self.lm.eos_ids, *options.stop_ids], np.int32)
         chunks = -(-(options.max_new_tokens - 1) // self.chunk)
         most = length + 1 + chunks * self.chunk
         slots = min(most, round_up(length + 1 + self.chunk, _SLOT_STEP))
@@ -380,7 +381,7 @@ class Sampler:
         return round_up(size, self.lm.mesh.shape[sharding.DATA])
 
     def _place(self, size: int, tree: Any) -> Any:
-        return jax.device_put(tree, sharding.batch_sharding(self.lm.mesh, (size,)))
+        return hosts.place(tree, sharding.batch_sharding(self.lm.mesh, (size,)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,12 +18,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from t3jax import sharding
+from t3jax import hosts, sharding
 from t3jax.features import Features
 from t3jax.head import HeadConfig
 from t3jax.training.recipe import Member, TrainConfig
 
 _HOLDOUT_SEED = 0
+_VOCABULARY_STEPS = (64, 32, 16, 8, 4, 2, 1)
 _BATCH_STEP = 64
 
 
@@ -70,32 +71,51 @@ class Data:
     ) -> "Data":
         """Splits the sets and places them on the mesh."""
         seen = np.union1d(retain.targets, forget.targets)
-        # Unseen tokens fill up, so that the rows divide among the devices.
+        # Unseen tokens fill up, so that the rows divide among the devices; a checkpoint must have
+        # the same shape whatever their number.
         unseen = np.setdiff1d(np.arange(head_config.vocab_size), seen)
-        vocabulary = np.union1d(seen, unseen[: -len(seen) % mesh.shape[sharding.MODEL]])
+        missing = (-len(seen) % step for step in _VOCABULARY_STEPS)
+        vocabulary = np.union1d(seen, unseen[: next(n for n in missing if n <= len(unseen))])
 
+        sets = ("retain", retain), ("forget", forget)
         parts = [
             split(features, config.holdout_fraction, name, stream)
-            for stream, (name, features) in enumerate((("retain", retain), ("forget", forget)))
+            for stream, (name, features) in enumerate(sets)
         ]
 
-        def placed(sets: Sequence[Features]) -> Tokens:
-            total = sum(features.num_tokens for features in sets)
-            padded = total + -total % mesh.shape[sharding.DATA]
-            pooled = np.zeros((padded, head_config.hidden_size), retain.pooled.dtype)
-            targets = np.zeros(padded, np.int32)
-            end = 0
-            for features in sets:
-                start, end = end, end + features.num_tokens
-                pooled[start:end] = features.pooled
-                targets[start:end] = np.searchsorted(vocabulary, features.targets)
-            rows, whole = sharding.batch_sharding(mesh, targets.shape), NamedSharding(mesh, P())
-            arrays = (pooled, targets, np.int32(sets[0].num_tokens))
-            return Tokens(*jax.device_put(arrays, (rows, rows, whole)))
+        def placed(sequences: Sequence[np.ndarray]) -> Tokens:
+            rows = [_rows(retain.starts, sequences[0]), _rows(forget.starts, sequences[1])]
+            targets = np.concatenate([retain.targets[rows[0]], forget.targets[rows[1]]])
+            padding = -len(targets) % mesh.shape[sharding.DATA]
+            targets = np.pad(np.searchsorted(vocabulary, targets).astype(np.int32), (0, padding))
+            shape = (len(targets), head_config.hidden_size)
 
-        def starts(sets: Sequence[Features]) -> tuple[np.ndarray, np.ndarray]:
-            first, second = sets
-            return first.starts, second.starts + first.num_tokens
+            def read(index: tuple[slice, ...] | None) -> np.ndarray:
+                """Reads the features of one device's tokens, and no others."""
+                assert index is not None  # JAX gives one unless it is told not to
+                start, stop, _ = index[0].indices(len(targets))
+                pooled = np.zeros((stop - start, *shape[1:]), retain.pooled.dtype)
+                end = 0
+                for features, own in zip((retain, forget), rows, strict=True):
+                    mine = own[max(start, 0) : max(stop, 0)]
+                    pooled[end : end + len(mine)] = features.pooled[mine]
+                    end += len(mine)
+                    start, stop = start - len(own), stop - len(own)
+                return pooled
+
+            by_rows, whole = sharding.batch_sharding(mesh, shape), NamedSharding(mesh, P())
+            return Tokens(
+                jax.make_array_from_callback(shape, by_rows, read),
+                *hosts.place((targets, np.int32(len(rows[0]))), (by_rows, whole)),
+            )
+
+        def starts(sequences: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+            lengths = [
+                np.diff(features.starts)[own]
+                for features, own in zip((retain, forget), sequences, strict=True)
+            ]
+            first, second = (np.concatenate([[0], np.cumsum(each)]) for each in lengths)
+            return first, second + first[-1]
 
         train, held_out = zip(*parts, strict=True)
         return cls(
@@ -146,7 +166,7 @@ class Planner:
                     [_rows(self._forget, forget[batch]), _rows(self._retain, retain[batch])]
                 )
                 rows[mine, step, : len(read)] = read
-        return jax.device_put(rows, self._sharding), np.stack([counts[s] for s in self._seeds])
+        return hosts.place(rows, self._sharding), np.stack([counts[s] for s in self._seeds])
 
     def _pairs(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The forget sequences in this epoch's order, and the retain sequence drawn for each."""
@@ -161,10 +181,12 @@ class Planner:
         return np.add.reduceat(lengths, self._firsts)
 
 
-def split(features: Features, fraction: float, name: str, stream: int) -> tuple[Features, Features]:
-    """Sequences to train on and held-out ones, both in their order."""
+def split(
+    features: Features, fraction: float, name: str, stream: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the sequences to train on and of the held-out ones, both in their order."""
     if not fraction:
-        return features, features.select([])
+        return np.arange(features.num_sequences), np.arange(0)
     count = max(1, round(fraction * features.num_sequences))
     if count >= features.num_sequences:
         raise ValueError(
@@ -172,7 +194,7 @@ def split(features: Features, fraction: float, name: str, stream: int) -> tuple[
             f"{fraction} leaves none to train on; give more sequences or set it to 0"
         )
     order = np.random.default_rng((_HOLDOUT_SEED, stream)).permutation(features.num_sequences)
-    return features.select(np.sort(order[count:])), features.select(np.sort(order[:count]))
+    return np.sort(order[count:]), np.sort(order[:count])
 
 
 def _rows(starts: np.ndarray, sequences: np.ndarray) -> np.ndarray:

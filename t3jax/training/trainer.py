@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from t3jax import sharding
+from t3jax import hosts, optimizer, sharding
 from t3jax.head import (
     HeadConfig,
     HeadParams,
@@ -59,7 +58,7 @@ def compile_programs(
     head_config: HeadConfig, config: TrainConfig, steps: int, members: int, mesh: Mesh
 ) -> Programs:
     """The programs for a head whose vocabulary is that of the trained tokens."""
-    optimizer = make_optimizer(config, steps)
+    adamw = make_optimizer(config, steps)
     activation = head_config.activation
 
     def loss_fn(params: HeadParams, tokens: Tokens, rows: jax.Array) -> jax.Array:
@@ -73,12 +72,8 @@ def compile_programs(
         tuned = make_optimizer(config, steps, *knobs)
 
         def step(state: Any, rows: jax.Array) -> tuple[Any, jax.Array]:
-            params, opt_state = state
-            loss, grads = jax.value_and_grad(loss_fn)(params, tokens, rows)
-            # Optax relies on implicit promotion where it corrects the bias of the means.
-            with jax.numpy_dtype_promotion("standard"):
-                updates, opt_state = tuned.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), opt_state), loss
+            loss, grads = jax.value_and_grad(loss_fn)(state[0], tokens, rows)
+            return optimizer.step(tuned, state, grads), loss
 
         state, losses = jax.lax.scan(step, state, rows)
         finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state[0])]
@@ -89,28 +84,22 @@ def compile_programs(
 
     shapes = head_shapes(head_config)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct((members, *x.shape), x.dtype), shapes)
-    opt_state = jax.eval_shape(jax.vmap(optimizer.init), params)
+    init_optimizer = jax.vmap(adamw.init)
     whole = NamedSharding(mesh, P())
     placed = jax.tree.map(
         lambda s: NamedSharding(mesh, P(None, *s.spec)), sharding.param_shardings(mesh, shapes)
     )
-    placed_opt = optax.tree.map_params(
-        optimizer, lambda _, s: s, opt_state, placed, transform_non_params=lambda _: whole
-    )
-    # Scatter-adds and the choice of kernels would differ from run to run on a GPU.
-    deterministic = jax.default_backend() == "gpu"
+    abstract = params, jax.eval_shape(init_optimizer, params)
+    abstract = optimizer.abstract_state(adamw, abstract, placed, mesh)
+    placed_state = jax.tree.map(lambda x: x.sharding, abstract)
     return Programs(
-        abstract_state=jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            (params, opt_state),
-            (placed, placed_opt),
-        ),
-        init_optimizer=jax.jit(jax.vmap(optimizer.init), out_shardings=placed_opt),
+        abstract_state=abstract,
+        init_optimizer=jax.jit(init_optimizer, out_shardings=placed_state[1]),
         epoch=jax.jit(
             jax.vmap(train_one, in_axes=(0, None, 0, 0)),
             donate_argnums=0,
-            out_shardings=((placed, placed_opt), whole, whole),
-            compiler_options={"xla_gpu_deterministic_ops": True} if deterministic else None,
+            out_shardings=(placed_state, whole, whole),
+            compiler_options=optimizer.reproducible(),
         ),
         score=jax.jit(jax.vmap(score_one, in_axes=(0, None)), out_shardings=whole),
     )
@@ -138,7 +127,7 @@ class Trainer:
         )
         config = dataclasses.replace(members[0].config, learning_rate=1.0, weight_decay=0.0)
         self._programs = compile_programs(trained, config, steps, len(members), mesh)
-        self._knobs = jax.device_put((peaks, decays), NamedSharding(mesh, P()))
+        self._knobs = hosts.place((peaks, decays), NamedSharding(mesh, P()))
         self.abstract_state = self._programs.abstract_state
         schedule = learning_rate_schedule(config, steps)
         shape = np.asarray(jax.jit(schedule)(np.arange(config.epochs * steps)))
@@ -150,7 +139,7 @@ class Trainer:
         trained = [{**p, "output": p["output"][self._data.vocabulary]} for p in drawn]
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *trained)
         places = jax.tree.map(lambda x: x.sharding, self.abstract_state[0])
-        params = jax.device_put(stacked, places)
+        params = hosts.place(stacked, places)
         return params, self._programs.init_optimizer(params)
 
     def train_epoch(self, state: Any, rows: jax.Array) -> tuple[Any, np.ndarray, np.ndarray]:
@@ -171,7 +160,7 @@ class Trainer:
 
         Rows that were not trained had gradients of zero, hence no step but weight decay.
         """
-        params = jax.tree.map(lambda leaf: leaf[k], jax.device_get(state[0]))
+        params = jax.tree.map(lambda leaf: leaf[k], hosts.fetch(state[0]))
         member = self._members[k]
         rates = self.learning_rates[k].astype(np.float64)
         shrunk = np.prod(1.0 - rates * member.config.weight_decay)
