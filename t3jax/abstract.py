@@ -72,6 +72,7 @@ class Job:
         new_tokens: Longest answer, tokens.
         chunk: Steps of a chunk of decoding.
         text: Longest text of the feature pass, and of fine-tuning, tokens.
+        text_rows: Texts of a batch of the feature pass.
         texts: Texts of the forget and of the retain set together.
         answer: Mean length of their answers, tokens.
         feature_dtype: Of the features.
@@ -89,6 +90,7 @@ class Job:
     new_tokens: int = 200
     chunk: int = 16
     text: int = 1024
+    text_rows: int = 16
     texts: int = 4000
     answer: int = 40
     feature_dtype: Any = jnp.float32
@@ -107,11 +109,6 @@ class Job:
         """Slots of the cache: those that prefill makes, and in each chunk."""
         chunks = -(-(self.new_tokens - 1) // self.chunk)
         return cache_slots(self.prompt, chunks, self.chunk)
-
-    @property
-    def feature_rows(self) -> int:
-        """Rows of a batch of features, texts being of the longest kind."""
-        return self.row_shards * max(1, batching.TOKENS_PER_SHARD // self.text)
 
 
 @functools.cache
@@ -184,10 +181,10 @@ def state(job: Job, slots: int) -> loop.State:
     return by_rows(job.mesh, made._replace(cache=None))._replace(cache=cache)
 
 
-def feature_pass(job: Job, rows: int) -> Step:
-    """The feature pass over a batch of so many rows."""
+def feature_pass(job: Job) -> Step:
+    """The feature pass over a batch."""
     lm = abstract_lm(job.config, job.dtype, job.mesh)
-    batch = by_rows(job.mesh, _texts(rows, job.text))
+    batch = by_rows(job.mesh, _texts(job.text_rows, job.text))
     return Step(features.feature_pass, (lm.apply, lm.params, *batch))
 
 
@@ -275,6 +272,7 @@ def on_one_device(job: Job, layers: int = 1) -> Job:
         mesh=sharding.make_mesh((1,) * job.mesh.devices.ndim, jax.local_devices(backend="cpu")[:1]),
         heads=tuple(dataclasses.replace(head, vocab_size=vocabulary) for head in job.heads),
         rows=-(-job.rows // shards),
+        text_rows=-(-job.text_rows // shards),
         texts=-(-job.texts // shards),
         recipe=dataclasses.replace(job.recipe, batch_size=-(-job.recipe.batch_size // shards)),
         finetuning=recipe,

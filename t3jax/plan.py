@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from absl import flags
 
 from t3jax import abstract, cli, pipeline, sharding
-from t3jax.abstract import Job
+from t3jax.abstract import Job, Step
+from t3jax.batching import TOKENS_PER_SHARD
 from t3jax.lm import LMConfig, lm_config, read_config
 from t3jax.lm.model import DTYPES
 
@@ -88,22 +89,48 @@ def shard_bytes(tree: Any) -> int:
     """Bytes of a tree on each device.
 
     Args:
-        tree: Leaves with shape, dtype and sharding.
+        tree: Abstract arrays with shardings; other leaves take nothing.
 
     Returns:
-        The sum over the leaves' shards.
+        The sum over the arrays' shards.
     """
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
+        if isinstance(leaf, jax.ShapeDtypeStruct)
     )
+
+
+def temporary_bytes(job: Job, program: Callable[[Job], Step]) -> int:
+    """Bytes that a program takes on each device besides its arguments, an estimate.
+
+    Args:
+        job: What is planned for.
+        program: The step of a job, such as `t3jax.abstract.prefill`.
+
+    Returns:
+        Activations, and results that do not stand in an argument's place.
+    """
+    return program(abstract.on_one_device(job)).peak_bytes()
+
+
+def gathered_bytes(job: Job) -> int:
+    """Bytes of what a device has to gather to use it, a layer's weights or a table at a time."""
+    stored, used = _params(job), _params(abstract.on_one_device(job))
+
+    def gathered(stored: Any, used: Any) -> int:
+        pairs = zip(*map(jax.tree.leaves, (stored, used)), strict=True)
+        sizes = [(shard_bytes(share), shard_bytes(whole)) for share, whole in pairs]
+        return sum(whole for share, whole in sizes if whole > share)
+
+    tables = [gathered(stored[name], used[name]) for name in ("embed", "lm_head") if name in stored]
+    return max(gathered(stored["layers"][0], used["layers"][0]), *tables)
 
 
 def decoding(job: Job) -> Stage:
     """Prefill, and chunks of decoding with the longest cache."""
     slots, weights = job.slots, abstract.prefill(job).arguments[1]
-    state, local = abstract.state(job, slots[-1]), abstract.on_one_device(job)
-    steps = abstract.prefill(local), abstract.decode(local)
+    state = abstract.state(job, slots[-1])
     # A cache that grows is in memory twice for a moment, as it was and as it will be.
     before = max((s for s in slots if s < slots[-1]), default=0)
     return Stage(
@@ -115,19 +142,23 @@ def decoding(job: Job) -> Stage:
         },
         max(
             shard_bytes(abstract.state(job, before).cache) if before else 0,
-            *(step.peak_bytes() + _gathered(job) for step in steps),
+            temporary_bytes(job, abstract.prefill) + gathered_bytes(job),
+            temporary_bytes(job, abstract.decode) + gathered_bytes(job),
         ),
     )
 
 
-def feature_pass(job: Job, rows: int | None = None) -> Stage:
-    """The feature pass over batches of so many rows; None: of as many as it takes by itself."""
-    mine = (job.feature_rows if rows is None else rows) // job.row_shards
-    step = abstract.feature_pass(abstract.on_one_device(job), mine)
-    # The result of the batch before is on its way to the host.
-    pending = mine * job.text * job.config.hidden_size * 4
+def feature_pass(job: Job) -> Stage:
+    """The feature pass, while the result of the batch before is on its way to the host."""
+    pending = jax.eval_shape(
+        lambda: jnp.zeros((job.text_rows, job.text, job.config.hidden_size), jnp.float32)
+    )
     return Stage(
-        {"weights": shard_bytes(_params(job))}, step.peak_bytes() + pending + _gathered(job)
+        {
+            "weights": shard_bytes(_params(job)),
+            "features": shard_bytes(abstract.by_rows(job.mesh, pending)),
+        },
+        temporary_bytes(job, abstract.feature_pass) + gathered_bytes(job),
     )
 
 
@@ -141,7 +172,7 @@ def head_training(job: Job) -> Stage:
             "heads": shard_bytes(state[0]),
             "optimizer state": shard_bytes(state[1]),
         },
-        abstract.head_training(abstract.on_one_device(job)).peak_bytes(),
+        temporary_bytes(job, abstract.head_training),
     )
 
 
@@ -166,25 +197,28 @@ def fine_tuning(job: Job) -> Stage:
             "gradient": _gradient_bytes(job),
             "copy in bfloat16": copy,
         },
-        max(0, one + (job.config.num_layers - 1) * (two - one)) + _gathered(job),
+        max(0, one + (job.config.num_layers - 1) * (two - one)) + gathered_bytes(job),
     )
 
 
-def largest_rows(job: Job, stage: Callable[[int], Stage], capacity: int) -> int:
+def largest_rows(stage: Callable[[Job], Stage], job: Job, field: str, capacity: int) -> int:
     """The largest batch that fits, a power of two of rows on each part of the mesh.
 
     Args:
+        stage: The stage of a job.
         job: What is planned for.
-        stage: A stage of so many rows.
+        field: The job's number of rows that is varied.
         capacity: Bytes of a device.
 
     Returns:
         Rows; 0 if not even one on each part fits.
     """
     rows, following = 0, job.row_shards
-    while stage(following).total <= USABLE * capacity:
+    while True:
+        changed: dict[str, Any] = {field: following}
+        if stage(dataclasses.replace(job, **changed)).total > USABLE * capacity:
+            return rows
         rows, following = following, 2 * following
-    return rows
 
 
 def make_job(config: Any, prompt: int, text: int, texts: int, answer: int) -> Job:
@@ -213,7 +247,8 @@ def make_job(config: Any, prompt: int, text: int, texts: int, answer: int) -> Jo
     grids = [config.seeds, config.sweep_learning_rates, config.sweep_weight_decays]
     head = pipeline.head_config(config, lm)
     head = dataclasses.replace(head, rank=max([head.rank, *config.sweep_ranks]))
-    return Job(
+    text = min(text, config.max_length or text, shape.max_position)
+    job = Job(
         config=shape,
         dtype=DTYPES[dtype],
         mesh=mesh,
@@ -221,7 +256,7 @@ def make_job(config: Any, prompt: int, text: int, texts: int, answer: int) -> Jo
         rows=config.rows,
         prompt=prompt,
         new_tokens=config.max_new_tokens,
-        text=min(text, config.max_length or text, shape.max_position),
+        text=text,
         texts=texts,
         answer=answer,
         feature_dtype=jnp.dtype(config.feature_dtype),
@@ -233,6 +268,8 @@ def make_job(config: Any, prompt: int, text: int, texts: int, answer: int) -> Jo
             else None
         ),
     )
+    rows = max(1, TOKENS_PER_SHARD // text) * job.row_shards
+    return dataclasses.replace(job, text_rows=rows)
 
 
 def read_shape(model: str) -> LMConfig:
@@ -283,12 +320,12 @@ def describe(job: Job, capacity: int) -> str:
         lines.append(f"{name:30}" + "".join(f"{value / GIB:15.3f}" for value in values))
     fits = ["yes" if s.total <= USABLE * capacity else "no" for s in found.values()]
     lines.append(f"{f'in {USABLE:.0%} of a device':30}" + "".join(f"{word:>15}" for word in fits))
-    most = largest_rows(job, lambda rows: decoding(dataclasses.replace(job, rows=rows)), capacity)
+    most = largest_rows(decoding, job, "rows", capacity)
     lines.append(
         f"decoding: {job.rows} rows of {job.prompt} + {job.new_tokens} tokens; {most} would fit"
     )
-    most = largest_rows(job, lambda rows: feature_pass(job, rows), capacity)
-    lines.append(f"features: {job.feature_rows} rows of {job.text} tokens; {most} would fit")
+    most = largest_rows(feature_pass, job, "text_rows", capacity)
+    lines.append(f"features: {job.text_rows} rows of {job.text} tokens; {most} would fit")
     return "\n".join(lines)
 
 
@@ -324,20 +361,6 @@ def main() -> None:
 
 def _params(job: Job) -> Any:
     return abstract.abstract_lm(job.config, job.dtype, job.mesh).params
-
-
-def _gathered(job: Job) -> int:
-    """Bytes of what has to be gathered to be used, a layer's weights or a table at a time."""
-    stored, used = _params(job), _params(abstract.on_one_device(job))
-
-    def more(stored: Any, used: Any) -> int:
-        pairs = zip(*map(jax.tree.leaves, (stored, used)), strict=True)
-        return sum(
-            size for share, leaf in pairs if (size := shard_bytes(leaf)) > shard_bytes(share)
-        )
-
-    tables = [more(stored[name], used[name]) for name in ("embed", "lm_head") if name in stored]
-    return max(more(stored["layers"][0], used["layers"][0]), *tables)
 
 
 def _gradient_bytes(job: Job) -> int:
