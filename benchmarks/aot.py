@@ -3,7 +3,7 @@
     pip install -e '.[aot]'
     python -m benchmarks aot --model=llama-3.1-8b --topology=v5e:2x4 --mesh=1,8
 
-Prefill, a chunk of decoding with guidance, the feature pass and an epoch of head training are compiled
+Prefill, a chunk of decoding with guidance, the feature pass and an epoch of head training are built
 by libtpu, which needs neither a TPU nor the weights. For each it says what the compiler takes
 beside what `t3jax.plan` foretold, and lists the collectives: kind, shape on a device, bytes, how
 often they stand in the program (those in a loop stand there once). It fails if one of them is

@@ -113,12 +113,15 @@ class _Memory:
             operands[0].holders += len(eqn.outvars)
             results = [operands[0]] * len(eqn.outvars)
         else:
-            if name == "cond":  # a branch's results are among what it allocates
-                self.peak = max(self.peak, self.live + _peak_inside(eqn))
             holds = collections.Counter(operands)
-            dying = [b for b, count in holds.items() if b.holders == count and name not in _FRESH]
-            results = [self._result(_bytes(var.aval), dying) for var in eqn.outvars]
-            inside = _peak_inside(eqn) if name in ("scan", "while") else 0
+            dying = [b for b, count in holds.items() if b.holders == count]
+            if name == "cond":  # a branch's results are among what it allocates
+                free = [buffer in dying for buffer in operands[1:]]
+                inside = max(peak_bytes(branch, free) for branch in _programs(eqn))
+                self.peak = max(self.peak, self.live + inside)
+            reusable = [] if name in _FRESH else dying
+            results = [self._result(_bytes(var.aval), reusable) for var in eqn.outvars]
+            inside = _peak_of_loop(eqn) if name in ("scan", "while") else 0
             self.peak = max(self.peak, self.live + inside)
         for buffer in operands:
             self._release(buffer)
@@ -147,17 +150,13 @@ class _Memory:
             self.live -= buffer.size
 
 
-def _peak_inside(eqn: jex.JaxprEqn) -> int:
-    """The peak of a loop's bodies, which may write to what they carry, or of a cond's branches."""
-    owned = {"cond": slice(0, None), "while": slice(-len(eqn.outvars), None)}
-    if eqn.primitive.name == "scan":
-        first = eqn.params["num_consts"]
-        owned["scan"] = slice(first, first + eqn.params["num_carry"])
+def _peak_of_loop(eqn: jex.JaxprEqn) -> int:
+    """The peak of a loop's body and condition, which may write to what the loop carries."""
     peaks = []
     for program in _programs(eqn):
-        arguments = range(len(program.invars))
-        mine = set(arguments[owned[eqn.primitive.name]])
-        peaks.append(peak_bytes(program, [i in mine for i in arguments]))
+        first = eqn.params.get("num_consts", len(program.invars) - len(eqn.outvars))
+        carried = range(first, first + eqn.params.get("num_carry", len(eqn.outvars)))
+        peaks.append(peak_bytes(program, [i in carried for i in range(len(program.invars))]))
     return max(peaks)
 
 
