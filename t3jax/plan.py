@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import flags
+from jax.sharding import Mesh
 
 from t3jax import abstract, cli, pipeline, sharding
 from t3jax.abstract import Job, Step
@@ -221,13 +222,21 @@ def largest_rows(stage: Callable[[Job], Stage], job: Job, field: str, capacity: 
         rows, following = following, 2 * following
 
 
-def make_job(config: Any, prompt: int, text: int, texts: int, answer: int) -> Job:
-    """The job that a config describes; see `Job` for the numbers that it does not have.
+def make_job(
+    config: Any,
+    mesh: Mesh,
+    prompt: int = 128,
+    text: int = 1024,
+    texts: int = 4000,
+    answer: int = 40,
+) -> Job:
+    """The job that a config describes, and the lengths and numbers of texts that it does not have.
 
     Args:
-        config: The settings; its mesh is one of `jax.devices()`.
+        config: The settings.
+        mesh: The devices, in the place of the config's mesh.
         prompt: Longest prompt, tokens.
-        text: Longest text, tokens.
+        text: Longest text, tokens; cut to what model and config allow.
         texts: Texts of the forget and of the retain set together.
         answer: Mean length of their answers, tokens.
 
@@ -235,14 +244,14 @@ def make_job(config: Any, prompt: int, text: int, texts: int, answer: int) -> Jo
         The job, in bfloat16 unless the config says otherwise.
 
     Raises:
-        ValueError: If mesh, dtype, model or recipe are not valid.
+        ValueError: If dtype, model or recipe are not valid.
         FileNotFoundError: If there is no such model.
     """
     cli.require(config, "model")
     dtype = config.dtype or "bfloat16"
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not supported; known: {sorted(DTYPES)}")
-    shape, mesh = read_shape(config.model), sharding.make_mesh(config.mesh)
+    shape = read_shape(config.model)
     lm = abstract.abstract_lm(shape, DTYPES[dtype], mesh)
     grids = [config.seeds, config.sweep_learning_rates, config.sweep_weight_decays]
     head = pipeline.head_config(config, lm)
@@ -353,7 +362,7 @@ def main() -> None:
             )
         simulate(given.devices)
         numbers = given.prompt_tokens, given.text_tokens, given.texts, given.answer_tokens
-        job = make_job(config, *numbers)
+        job = make_job(config, sharding.make_mesh(config.mesh), *numbers)
         print(describe(job, DEVICES.get(given.device) or int(given.device)))
 
     cli.run(script)
