@@ -118,6 +118,8 @@ def measure(job: Job, program: Any, step: Step) -> tuple[Any, dict[str, Any]]:
     found = compiled.memory_analysis()
     reads_model = program is not abstract.head_training
     gathered = plan.gathered_bytes(job) if reads_model else 0
+    if program in (abstract.prefill, abstract.decode):
+        gathered += plan.gathered_cache_bytes(job)
     sizes = {
         "planned_arguments": plan.shard_bytes(step.arguments),
         "arguments": found.argument_size_in_bytes,
@@ -147,9 +149,10 @@ def measure(job: Job, program: Any, step: Step) -> tuple[Any, dict[str, Any]]:
 
 def largest_expected(job: Job, program: Any) -> int:
     """Bytes of the largest exchange that the model calls for, besides gathered weights."""
-    if program is abstract.head_training:  # its gradient
-        (params, _), *_ = abstract.head_training(job).arguments
-        return max(map(plan.shard_bytes, jax.tree.leaves(params)))
+    if program is abstract.head_training:  # a batch of features, from whoever has them; gradients
+        (params, _), data, rows, _ = abstract.head_training(job).arguments
+        batch = rows.shape[-1] // job.row_shards * data.pooled.shape[-1] * 4
+        return max(batch, *map(plan.shard_bytes, jax.tree.leaves(params)))
     rows, tokens = {
         abstract.prefill: (job.rows, job.prompt),
         abstract.decode: (job.rows, 1),

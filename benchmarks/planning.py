@@ -77,10 +77,8 @@ def row(model: str, device: str, rows: int, widths: int) -> str:
         text if stage.total <= plan.USABLE * capacity else f"**{text}**"
         for text, stage in zip(gib[2:], (features, training), strict=True)
     ]
-    return (
-        f"| {model} | {device} {tuple(config.mesh)} | {gib[0]} | {gib[1]} | {most['rows']} | {gib[2]} "
-        f"| {most['text_rows']} | {gib[3]} |"
-    )
+    cells = [model, f"{device} {tuple(config.mesh)}", gib[0], gib[1], most["rows"], gib[2]]
+    return "| " + " | ".join(map(str, [*cells, most["text_rows"], gib[3]])) + " |"
 
 
 if __name__ == "__main__":

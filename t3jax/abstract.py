@@ -248,13 +248,19 @@ def on_one_device(job: Job, layers: int = 1) -> Job:
     """
     config, shards, recipe = job.config, job.row_shards, job.finetuning
     lm = abstract_lm(config, job.dtype, job.mesh)
-    vocabulary, mlp = (
+    layer = lm.params["layers"][0]
+    vocabulary, mlp, queries = (
         leaf.sharding.shard_shape(leaf.shape)[0]
-        for leaf in (lm.params["embed"]["weight"], lm.params["layers"][0]["mlp"]["up"]["weight"])
+        for leaf in (
+            lm.params["embed"]["weight"],
+            layer["mlp"]["up"]["weight"],
+            layer["attention"]["q"]["weight"],
+        )
     )
-    # Where key heads do not divide among devices, each has all heads' attention.
-    keys = state(job, 1).cache.keys[0]
-    heads = keys.sharding.shard_shape(keys.shape)[1]
+    # Where there are more devices than key heads, several share one.
+    group = config.num_heads // config.num_kv_heads
+    heads = max(1, queries // config.head_dim)
+    keys = heads // group if heads % group == 0 else math.gcd(heads, config.num_kv_heads)
     if recipe is not None:
         rows = -(-recipe.batch_size // (recipe.microbatches * shards))
         recipe = dataclasses.replace(recipe, batch_size=rows * recipe.microbatches)
@@ -265,8 +271,8 @@ def on_one_device(job: Job, layers: int = 1) -> Job:
             vocab_size=vocabulary,
             intermediate_size=mlp,
             num_layers=layers,
-            num_heads=config.num_heads // config.num_kv_heads * heads,
-            num_kv_heads=heads,
+            num_heads=heads,
+            num_kv_heads=keys,
             local=config.local[:layers],
         ),
         mesh=sharding.make_mesh((1,) * job.mesh.devices.ndim, jax.local_devices(backend="cpu")[:1]),
