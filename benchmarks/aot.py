@@ -1,7 +1,7 @@
 """Compiles the programs of a large model for TPUs that are not here, and looks at what comes out.
 
     pip install -e '.[aot]'
-    python -m benchmarks aot --model=llama-3.1-8b --topology=v5e:2x4 --mesh=1,8
+    python -m benchmarks aot --model=llama-3.1-8b --topology=v5e:2x4
 
 Prefill, a chunk of decoding with guidance, the feature pass and an epoch of head training are built
 by libtpu, which needs neither a TPU nor the weights. For each it says what the compiler takes
@@ -24,6 +24,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from benchmarks.side_by_side import write
+from configs import default
 from t3jax import HeadConfig, abstract, plan, sharding
 from t3jax.abstract import Job, Step
 
@@ -74,7 +76,9 @@ def main() -> None:
     )
     parser.add_argument("--model", default="llama-3.1-8b", help=", ".join(plan.SHAPES))
     parser.add_argument("--topology", default="v5e:2x4", help="such as v5e:8x8 or v5p:4x4x4")
-    parser.add_argument("--mesh", default="1,8", help="as config.mesh")
+    parser.add_argument(
+        "--mesh", help="as config.mesh; all devices along its last axis, if not given"
+    )
     parser.add_argument("--layers", type=int, help="of the model; all, if not given")
     parser.add_argument("--rows", type=int, default=16, help="answers decoded together")
     parser.add_argument("--text", type=int, default=1024, help="tokens of a text")
@@ -86,7 +90,9 @@ def main() -> None:
     if arguments.layers:
         config = dataclasses.replace(config, num_layers=arguments.layers)
     head = HeadConfig(config.hidden_size, config.vocab_size)
-    mesh = tpu_mesh(arguments.topology, [int(n) for n in arguments.mesh.split(",")])
+    widths = (*(1,) * (len(default.get_config().mesh) - 1), -1)
+    shape = tuple(map(int, arguments.mesh.split(","))) if arguments.mesh else widths
+    mesh = tpu_mesh(arguments.topology, shape)
     job = Job(config, jnp.bfloat16, mesh, (head,), rows=arguments.rows, text=arguments.text)
     figures: dict[str, Any] = {}
     state = None
@@ -103,7 +109,7 @@ def main() -> None:
         sys.exit("larger than expected:\n  " + "\n  ".join(wrong))
 
 
-def tpu_mesh(topology: str, shape: list[int]) -> jax.sharding.Mesh:
+def tpu_mesh(topology: str, shape: Sequence[int]) -> jax.sharding.Mesh:
     """A mesh over the devices of a TPU topology that need not be here."""
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no metadata server to ask
     found = topologies.get_topology_desc(topology, platform="tpu")
@@ -120,10 +126,12 @@ def measure(job: Job, program: Any, step: Step) -> tuple[Any, dict[str, Any]]:
     gathered = plan.gathered_bytes(job) if reads_model else 0
     if program in (abstract.prefill, abstract.decode):
         gathered += plan.gathered_cache_bytes(job)
+    # What prefill makes is an argument of what follows.
+    made = plan.shard_bytes(abstract.state(job, job.slots[0])) if program is abstract.prefill else 0
     sizes = {
         "planned_arguments": plan.shard_bytes(step.arguments),
         "arguments": found.argument_size_in_bytes,
-        "planned_temporary": plan.temporary_bytes(job, program) + gathered,
+        "planned_temporary": plan.temporary_bytes(job, program) + gathered + made,
         "temporary": found.temp_size_in_bytes
         + found.output_size_in_bytes
         - found.alias_size_in_bytes,
