@@ -126,12 +126,10 @@ def measure(job: Job, program: Any, step: Step) -> tuple[Any, dict[str, Any]]:
     gathered = plan.gathered_bytes(job) if reads_model else 0
     if program in (abstract.prefill, abstract.decode):
         gathered += plan.gathered_cache_bytes(job)
-    # What prefill makes is an argument of what follows.
-    made = plan.shard_bytes(abstract.state(job, job.slots[0])) if program is abstract.prefill else 0
     sizes = {
         "planned_arguments": plan.shard_bytes(step.arguments),
         "arguments": found.argument_size_in_bytes,
-        "planned_temporary": plan.temporary_bytes(job, program) + gathered + made,
+        "planned_temporary": plan.temporary_bytes(job, program) + gathered,
         "temporary": found.temp_size_in_bytes
         + found.output_size_in_bytes
         - found.alias_size_in_bytes,

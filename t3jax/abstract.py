@@ -241,7 +241,7 @@ def on_one_device(job: Job, layers: int = 1) -> Job:
 
     Args:
         job: What is planned for.
-        layers: Of the model; what lives for a moment grows with them in a backward pass alone.
+        layers: Of the model; few are quick to trace.
 
     Returns:
         The job, on a mesh of one device.

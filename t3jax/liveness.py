@@ -32,7 +32,8 @@ _VIEWS = {
     "stop_gradient",
     "transpose",
 }
-_FRESH = {"concatenate", "cumsum", "dot_general", "gather", "sort"}  # not in an operand's place
+# What cannot stand in an operand's place; what a branch writes to, XLA copies.
+_FRESH = {"concatenate", "cond", "cumsum", "dot_general", "gather", "sort"}
 
 
 def peak_bytes(jaxpr: jex.Jaxpr, donated: Sequence[bool] = ()) -> int:
@@ -113,14 +114,12 @@ class _Memory:
             operands[0].holders += len(eqn.outvars)
             results = [operands[0]] * len(eqn.outvars)
         else:
-            holds = collections.Counter(operands)
-            dying = [b for b, count in holds.items() if b.holders == count]
             if name == "cond":  # a branch's results are among what it allocates
-                free = [buffer in dying for buffer in operands[1:]]
-                inside = max(peak_bytes(branch, free) for branch in _programs(eqn))
+                inside = max(peak_bytes(branch) for branch in _programs(eqn))
                 self.peak = max(self.peak, self.live + inside)
-            reusable = [] if name in _FRESH else dying
-            results = [self._result(_bytes(var.aval), reusable) for var in eqn.outvars]
+            holds = collections.Counter(operands)
+            dying = [b for b, count in holds.items() if b.holders == count and name not in _FRESH]
+            results = [self._result(_bytes(var.aval), dying) for var in eqn.outvars]
             inside = _peak_of_loop(eqn) if name in ("scan", "while") else 0
             self.peak = max(self.peak, self.live + inside)
         for buffer in operands:

@@ -112,7 +112,11 @@ def temporary_bytes(job: Job, program: Callable[[Job], Step]) -> int:
     Returns:
         Activations, and results that do not stand in an argument's place.
     """
-    return program(abstract.on_one_device(job)).peak_bytes()
+    layers = job.config.num_layers
+    # Three layers tell what each further one adds.
+    traced = range(max(1, min(layers, 3) - 1), min(layers, 3) + 1)
+    *before, last = (program(abstract.on_one_device(job, n)).peak_bytes() for n in traced)
+    return last + (layers - traced[-1]) * (last - before[0] if before else 0)
 
 
 def gathered_bytes(job: Job) -> int:
@@ -143,6 +147,7 @@ def decoding(job: Job) -> Stage:
     # A cache that grows is in memory twice for a moment, as it was and as it will be.
     before = max((s for s in slots if s < slots[-1]), default=0)
     gathered = gathered_bytes(job) + gathered_cache_bytes(job)
+    made = shard_bytes(abstract.state(job, slots[0]))
     return Stage(
         {
             "weights": shard_bytes(weights.params),
@@ -152,7 +157,7 @@ def decoding(job: Job) -> Stage:
         },
         max(
             shard_bytes(abstract.state(job, before).cache) if before else 0,
-            temporary_bytes(job, abstract.prefill) + gathered,
+            temporary_bytes(job, abstract.prefill) - made + gathered,
             temporary_bytes(job, abstract.decode) + gathered,
         ),
     )
@@ -193,12 +198,9 @@ def fine_tuning(job: Job) -> Stage:
     trained, optimizer = abstract.finetuning_programs(job).abstract_state
     begun = job if recipe.lora_rank else dataclasses.replace(job, dtype=jnp.float32)
     copy = shard_bytes(trained) // 2 if recipe.dtype == "bfloat16" else 0
-    # Two layers tell what each further one adds: what the backward pass needs of it. The gradient
-    # is split as the weights are, which the program of one device does not know.
-    one, two = (
-        abstract.gradient(local).peak_bytes() - _gradient_bytes(local)
-        for local in (abstract.on_one_device(job, layers) for layers in (1, 2))
-    )
+    # The gradient is split as the weights are, which the program of one device does not know.
+    known = abstract.on_one_device(job, job.config.num_layers)
+    activations = temporary_bytes(job, abstract.gradient) - _gradient_bytes(known)
     return Stage(
         {
             "weights": shard_bytes(_params(begun)),
@@ -207,7 +209,7 @@ def fine_tuning(job: Job) -> Stage:
             "gradient": _gradient_bytes(job),
             "copy in bfloat16": copy,
         },
-        max(0, one + (job.config.num_layers - 1) * (two - one)) + gathered_bytes(job),
+        max(0, activations) + gathered_bytes(job),
     )
 
 
