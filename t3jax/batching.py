@@ -19,6 +19,8 @@ from t3jax.lm.model import LM
 
 Result = TypeVar("Result")
 
+TOKENS_PER_SHARD = 16384  # of a batch, on each part of the rows: what keeps an accelerator busy
+
 
 def check_examples(lm: LM, examples: Sequence[Example]) -> None:
     """Checks that there are texts and that the model can read them.
@@ -63,7 +65,7 @@ def map_batches(
     rows = lm.mesh.shape.get(sharding.DATA, 1)
     if tokens_per_batch is None:
         # Products of 512 rows are as fast as larger ones on a CPU, and small batches pad less.
-        tokens_per_batch = 1024 if jax.default_backend() == "cpu" else 16384 * rows
+        tokens_per_batch = 1024 if jax.default_backend() == "cpu" else TOKENS_PER_SHARD * rows
     total = sum(len(example.tokens) for example in examples)
     bar = tqdm.tqdm(
         total=total,

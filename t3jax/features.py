@@ -163,7 +163,8 @@ def code_digest(*names: str) -> str:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _pooled(apply: Any, params: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+def feature_pass(apply: Any, params: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    """The feature of every prefix of a batch, float32 `[B, T, D]`; `apply` as in `LM`."""
     hidden, _ = apply(params, tokens, None, mask, None)
     return pooling.causal_mean(hidden, mask)
 
@@ -189,7 +190,7 @@ def _compute(
         )
 
     def compute(_: list[int], tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        return hosts.gathered(_pooled(lm.apply, lm.params, tokens, mask))
+        return hosts.gathered(feature_pass(lm.apply, lm.params, tokens, mask))
 
     def keep(batch: list[int], result: jax.Array) -> None:
         if pooled is None:

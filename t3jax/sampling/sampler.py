@@ -306,18 +306,16 @@ class Sampler:
         controls = place(request.controls(size))
         stop_ids = np.asarray([*self.lm.eos_ids, *options.stop_ids], np.int32)
         chunks = -(-(options.max_new_tokens - 1) // self.chunk)
-        most = length + 1 + chunks * self.chunk
-        slots = min(most, round_up(length + 1 + self.chunk, _SLOT_STEP))
+        slots = cache_slots(length, chunks, self.chunk)
         state, emitted = prefill(
-            program, self._weights, *place((tokens, mask)), keys, controls, slots, stop_ids
+            program, self._weights, *place((tokens, mask)), keys, controls, slots[0], stop_ids
         )
         stopped = np.zeros(size, bool)
         text_so_far: list[list[int]] = [[] for _ in batch]
         left = options.max_new_tokens
         for i in range(chunks):
-            if (needed := length + 1 + (i + 1) * self.chunk) > slots:
-                slots = min(most, round_up(max(needed, slots * 3 // 2), _SLOT_STEP))
-                state = grow(program, state, slots)
+            if slots[i + 1] > slots[i]:
+                state = grow(program, state, slots[i + 1])
             # The next chunk is under way before the host looks at the one before it.
             state, following = decode_chunk(
                 program, self._weights, state, place(stopped), controls, stop_ids, self.chunk
@@ -382,6 +380,26 @@ class Sampler:
 
     def _place(self, size: int, tree: Any) -> Any:
         return hosts.place(tree, sharding.batch_sharding(self.lm.mesh, (size,)))
+
+
+def cache_slots(length: int, chunks: int, chunk: int) -> list[int]:
+    """Slots of the cache while an answer is decoded: it grows as it is filled.
+
+    Args:
+        length: Slots of the prompt, padding included.
+        chunks: Chunks at most.
+        chunk: Steps of one.
+
+    Returns:
+        The slots that `prefill` makes, and those in each chunk.
+    """
+    most = length + 1 + chunks * chunk
+    slots = [min(most, round_up(length + 1 + chunk, _SLOT_STEP))]
+    for i in range(chunks):
+        needed, last = length + 1 + (i + 1) * chunk, slots[-1]
+        grown = min(most, round_up(max(needed, last * 3 // 2), _SLOT_STEP))
+        slots.append(grown if needed > last else last)
+    return slots
 
 
 @dataclasses.dataclass(frozen=True)
