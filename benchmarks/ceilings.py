@@ -56,7 +56,7 @@ def measure_ceilings() -> Ceilings:
 
 
 def weight_bytes(lm: LM) -> int:
-    """What a step of decoding has to read: all weights, of an embedding table of its own nothing."""
+    """What a step of decoding has to read: all weights but an embedding table of its own."""
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(lm.params))
     return total if read_config(model_folder(lm.name)).tied else total - _embedding(lm).nbytes
 

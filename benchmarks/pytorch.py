@@ -12,6 +12,8 @@ import torch
 import transformers
 from torch.nn import functional
 
+transformers.utils.logging.disable_progress_bar()
+
 
 class Machine:
     """The machine's ceilings as PyTorch reaches them, in seconds."""
@@ -160,38 +162,40 @@ class HeadTrainer:
         self.sizes = (hidden_size, rank, vocab_size)
         self.base = folder and LanguageModel(folder).model.model
 
-    def store(self, pooled: np.ndarray, targets: np.ndarray, forget_start: int, batches: list):
-        """Keeps features and which rows of them each batch reads, indexed and labelled."""
+    def store(
+        self, pooled: np.ndarray, targets: np.ndarray, forget_start: int, batches: list[np.ndarray]
+    ) -> None:
+        """Keeps features, and which rows of them each batch reads, indexed and labelled."""
         self.pooled, self.targets = torch.from_numpy(pooled), torch.from_numpy(targets).long()
         rows = [torch.from_numpy(batch) for batch in batches]
         self.batches = [
             (index, self.targets[index], (index < forget_start).float()) for index in rows
         ]
 
-    def train(self, epochs: int, warmup_epochs: int, optimizer: str, knobs: list) -> list[float]:
-        """Trains a head on what is stored, one for each of the knobs, one after the other.
+    def train(self, optimizer: str, steps: int, rate: float, decay: float) -> list[float]:
+        """Trains a head on what is stored.
 
         Args:
-            epochs: Over which the batches are spread.
-            warmup_epochs: Of which the learning rate rises.
             optimizer: How AdamW works: "for-loop", "foreach" or "fused".
-            knobs: Learning rate and weight decay of each head.
+            steps: How many, a quarter of them warm-up.
+            rate: The learning rate at its peak.
+            decay: The weight decay.
 
         Returns:
-            The loss of each head's last batch.
+            The loss of every step.
         """
-        losses = []
-        steps = len(self.batches)
-        for knob in knobs:
-            step = self._step(*knob, optimizer, steps * warmup_epochs // epochs, steps)
-            for index, targets, labels in self.batches:
-                loss = step(self.pooled[index], targets, labels)
-            losses.append(float(loss))
-        return losses
+        step = self._step(optimizer, steps, rate, decay)
+        losses = [
+            step(self.pooled[index], targets, labels)
+            for index, targets, labels in self.batches[:steps]
+        ]
+        return torch.stack(losses).tolist()
 
-    def rerun(self, texts: list, starts: list[int], retain: list[bool], steps: int) -> float:
-        """Seconds of a step that runs the base model, as the reference's does."""
-        step = self._step(1e-2, 1e-2, "fused", 0, 1000)
+    def rerun(
+        self, texts: list[np.ndarray], starts: list[int], retain: list[bool], steps: int
+    ) -> float:
+        """Seconds of a step that runs the base model, as the reference does: the fastest."""
+        step = self._step("fused", 1000, 1e-2, 1e-2)
         tokens, mask = _padded(texts)
         answer = torch.zeros(tokens.shape, dtype=torch.bool)
         for row, start in enumerate(starts):
@@ -209,7 +213,7 @@ class HeadTrainer:
         return _best(work, steps)
 
     def _step(
-        self, rate: float, decay: float, optimizer: str, warmup: int, steps: int
+        self, optimizer: str, steps: int, rate: float, decay: float
     ) -> Callable[..., torch.Tensor]:
         """A step of a new head: features, targets and labels of a batch to its loss."""
         width, rank, vocab = self.sizes
@@ -218,7 +222,7 @@ class HeadTrainer:
         output = torch.nn.Linear(rank, vocab, bias=False).weight
         how = {} if optimizer == "for-loop" else {optimizer: True}
         adamw = torch.optim.AdamW([projection, output], lr=rate, weight_decay=decay, **how)
-        schedule = transformers.get_linear_schedule_with_warmup(adamw, warmup, steps)
+        schedule = transformers.get_linear_schedule_with_warmup(adamw, steps // 4, steps)
 
         def step(pooled: torch.Tensor, targets: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             hidden = pooled @ projection.T
@@ -229,7 +233,7 @@ class HeadTrainer:
             torch.nn.utils.clip_grad_norm_([projection, output], 1.0)
             adamw.step()
             schedule.step()
-            return loss
+            return loss.detach()
 
         return step
 
