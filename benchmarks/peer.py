@@ -9,7 +9,7 @@ own PyTorch keeps its defaults and its memory is counted apart; `alternate` wait
 import importlib
 import multiprocessing
 import os
-import resource
+import pathlib
 import traceback
 from multiprocessing.connection import Connection
 from typing import Any
@@ -62,6 +62,12 @@ def thread_counts() -> list[int]:
     return sorted({1, max(1, cores // 2), cores})
 
 
+def peak_memory_gib(process: int | str = "self") -> float:
+    """The most that a process has held; unlike `getrusage`, nothing of its parent counts."""
+    status = pathlib.Path(f"/proc/{process}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
+
+
 def _serve(pipe: Connection, name: str, args: tuple, options: dict) -> None:
     """Answers calls until the parent is gone."""
     try:
@@ -69,7 +75,7 @@ def _serve(pipe: Connection, name: str, args: tuple, options: dict) -> None:
 
         common = {
             "set_threads": torch.set_num_threads,
-            "peak_memory_gib": lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            "peak_memory_gib": peak_memory_gib,
         }
         served = getattr(importlib.import_module("benchmarks.pytorch"), name)(*args, **options)
         pipe.send((None, None))

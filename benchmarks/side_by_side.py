@@ -6,7 +6,6 @@ import json
 import os
 import pathlib
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ import jax
 import scipy.stats
 
 import t3jax
-from benchmarks.peer import Peer, thread_counts
+from benchmarks.peer import Peer, peak_memory_gib, thread_counts
 from t3jax import files
 
 _PAUSE = 0.05  # seconds; libgomp's idle threads spin for 6 ms before they sleep, see `peer.py`
@@ -57,12 +56,9 @@ def alternate(
 def fastest(works: Mapping[Any, Callable[[], Any]]) -> tuple[Any, dict[Any, float]]:
     """The key of the fastest of several ways to do the same, and the seconds of all.
 
-    Each runs once uncounted, to compile and to touch its memory, and then twice.
+    Each runs twice, and the faster counts: the first may have to compile.
     """
-    times = {}
-    for key, work in works.items():
-        work()
-        times[key] = min(seconds(work), seconds(work))
+    times = {key: min(seconds(work), seconds(work)) for key, work in works.items()}
     return min(times, key=lambda key: times[key]), times
 
 
@@ -163,7 +159,7 @@ def write(name: str, figures: Mapping[str, Any], details: Mapping[str, Any]) -> 
     content = {
         "figures": {**figures, **medians},
         "bounds": bounds,
-        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_memory_gib": peak_memory_gib(),
         **details,
         "machine": machine(),
     }

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 import t3jax
+from benchmarks.peer import peak_memory_gib
 from benchmarks.side_by_side import random_head, ratio, write
 from t3jax.head_io import save_head
 
@@ -114,10 +115,10 @@ def start(command: Sequence[str], environment: Mapping[str, str]) -> tuple[float
             raise RuntimeError(f"{' '.join(command[:2])} ended without an answer: {shown!r}")
         shown += piece
     seconds = time.perf_counter() - begin
+    memory = peak_memory_gib(process.pid)
     process.stdout.read()  # what follows, or it would block
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return seconds, usage.ru_maxrss / 2**20
+    process.wait()
+    return seconds, memory
 
 
 def _peer_command(model: str, dtype: str) -> list[str]:
