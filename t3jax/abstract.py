@@ -77,7 +77,7 @@ class Job:
         answer: Mean length of their answers, tokens.
         feature_dtype: Of the features.
         recipe: How heads are trained.
-        members: Heads that are trained together.
+        members: Heads that are trained together; counted as of different seeds.
         finetuning: How the model is fine-tuned; None if it is not.
     """
 
@@ -197,7 +197,7 @@ def head_training(job: Job) -> Step:
     # Half of the texts are forget texts at most, and each has its retain text in the same batch.
     steps = math.ceil(job.texts / 2 / job.recipe.batch_size)
     size = batching.round_up(2 * job.recipe.batch_size * job.answer, 64 * job.row_shards)
-    programs = head_trainer.compile_programs(head, job.recipe, steps, job.members, mesh)
+    programs = head_trainer.compile_programs(head, job.recipe, steps, (1, job.members), mesh)
     pooled = _Abstract((tokens, head.hidden_size), job.feature_dtype)
     pooled, targets = by_rows(mesh, (pooled, _Abstract((tokens,), jnp.int32)))
     start: Any = _Abstract((), jnp.int32, sharding=whole)

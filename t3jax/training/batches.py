@@ -4,8 +4,8 @@ Sequences are ragged and never padded one by one: the host plans each epoch as r
 array, and one step gathers the rows of its batch. An epoch is one pass over the forget sequences,
 each paired with a retain sequence drawn at random.
 
-Axes: K members, N answer tokens of all sequences, D features, U tokens of the vocabulary that are
-trained, M tokens of a batch.
+Axes: K members, S seeds of theirs, N answer tokens of all sequences, D features, U tokens of the
+vocabulary that are trained, M tokens of a batch.
 """
 
 import dataclasses
@@ -128,7 +128,7 @@ class Data:
 
 
 class Planner:
-    """Which rows of the training tokens each step of each epoch reads, for every member.
+    """Which rows of the training tokens each step of each epoch reads, for every seed.
 
     Attributes:
         steps: Batches of an epoch.
@@ -137,7 +137,8 @@ class Planner:
     def __init__(self, data: Data, members: Sequence[Member], mesh: Mesh):
         self._retain, self._forget = data.starts
         config = members[0].config  # what counts here is the same in all
-        self._seeds = [member.seed for member in members]
+        self._members = [member.seed for member in members]
+        self._seeds = list(dict.fromkeys(self._members))
         self._batch_size = config.batch_size
         forget_sequences = len(self._forget) - 1
         self._firsts = np.arange(0, forget_sequences, config.batch_size)
@@ -145,28 +146,27 @@ class Planner:
         # The largest batch that will ever come, so that one compiled program serves all epochs.
         largest = max(
             self._counts(seed, epoch).max()
-            for seed in set(self._seeds)
+            for seed in self._seeds
             for epoch in range(1, config.epochs + 1)
         )
         # Rounded up, so that it serves other seeds too and divides among the devices.
         size = int(largest) + -int(largest) % math.lcm(_BATCH_STEP, mesh.shape[sharding.DATA])
-        self._shape = (len(members), self.steps, size)
+        self._shape = (len(self._seeds), self.steps, size)
         self._sharding = sharding.fitting(mesh, P(None, None, sharding.DATA), self._shape)
 
     def epoch(self, epoch: int) -> tuple[jax.Array, np.ndarray]:
-        """Rows `[K, steps, M]`, -1 where a batch has fewer, and tokens per batch `[K, steps]`."""
+        """Rows `[S, steps, M]`, -1 where a batch has fewer, and tokens per batch `[K, steps]`."""
         rows = np.full(self._shape, -1, np.int32)
-        counts = {seed: self._counts(seed, epoch) for seed in self._seeds}
-        for seed in counts:
-            mine = np.equal(self._seeds, seed)
+        for s, seed in enumerate(self._seeds):
             forget, retain = self._pairs(seed, epoch)
             for step, first in enumerate(self._firsts):
                 batch = slice(first, first + self._batch_size)
                 read = np.concatenate(
                     [_rows(self._forget, forget[batch]), _rows(self._retain, retain[batch])]
                 )
-                rows[mine, step, : len(read)] = read
-        return hosts.place(rows, self._sharding), np.stack([counts[s] for s in self._seeds])
+                rows[s, step, : len(read)] = read
+        counts = {seed: self._counts(seed, epoch) for seed in self._seeds}
+        return hosts.place(rows, self._sharding), np.stack([counts[s] for s in self._members])
 
     def _pairs(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The forget sequences in this epoch's order, and the retain sequence drawn for each."""

@@ -4,12 +4,17 @@ Only rows of W2 whose token occurs in the data get a gradient, so only those are
 rows can but shrink by weight decay, by a factor that is known in closed form. Learning rates and
 weight decays are traced: one program serves heads that differ in them.
 
-Axes: K members, N answer tokens of all sequences, R rank, V vocabulary, U tokens of the vocabulary
-that are trained, M tokens of a batch.
+Heads of one seed read the same batches: their features are gathered once, and multiplied by the
+weights of all of these heads in one product.
+
+Axes: K members, a grid of C recipes and S seeds (K = C S, seeds the inner one), N answer tokens of
+all sequences, R rank, V vocabulary, U tokens of the vocabulary that are trained, M tokens of a
+batch.
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -42,7 +47,7 @@ class Programs(NamedTuple):
         abstract_state: The training state as shapes with shardings.
         init_optimizer: `params -> optimizer state`.
         epoch: `(state, tokens, rows, knobs) -> (state, losses [K, steps], finite [K])`; the state
-            given is donated, `rows` `[K, steps, M]` says which tokens each batch has, -1 for none,
+            given is donated, `rows` `[S, steps, M]` says which tokens each batch has, -1 for none,
             `knobs` are peak learning rates and weight decays, `[K]` each.
         score: `(params, tokens) -> scores [K, N]`.
     """
@@ -55,9 +60,9 @@ class Programs(NamedTuple):
 
 @functools.cache
 def compile_programs(
-    head_config: HeadConfig, config: TrainConfig, steps: int, members: int, mesh: Mesh
+    head_config: HeadConfig, config: TrainConfig, steps: int, grid: tuple[int, int], mesh: Mesh
 ) -> Programs:
-    """The programs for a head whose vocabulary is that of the trained tokens."""
+    """The programs for a grid of heads whose vocabulary is that of the trained tokens."""
     adamw = make_optimizer(config, steps)
     activation = head_config.activation
 
@@ -79,11 +84,20 @@ def compile_programs(
         finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state[0])]
         return state, losses, jnp.stack(finite).all()
 
+    def train_all(state: Any, tokens: Tokens, rows: jax.Array, knobs: Any) -> tuple:
+        same_seed = jax.vmap(train_one, in_axes=(0, None, None, 0))
+        every = jax.vmap(same_seed, in_axes=(1, None, 0, 1), out_axes=1)
+        state, knobs = jax.tree.map(lambda x: x.reshape(*grid, *x.shape[1:]), (state, knobs))
+        found = every(state, tokens, rows, knobs)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+
     def score_one(params: HeadParams, tokens: Tokens) -> jax.Array:
         return target_scores(params, tokens.pooled, tokens.targets, activation)
 
     shapes = head_shapes(head_config)
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct((members, *x.shape), x.dtype), shapes)
+    params = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((math.prod(grid), *x.shape), x.dtype), shapes
+    )
     init_optimizer = jax.vmap(adamw.init)
     whole = NamedSharding(mesh, P())
     placed = jax.tree.map(
@@ -96,7 +110,7 @@ def compile_programs(
         abstract_state=abstract,
         init_optimizer=jax.jit(init_optimizer, out_shardings=placed_state[1]),
         epoch=jax.jit(
-            jax.vmap(train_one, in_axes=(0, None, 0, 0)),
+            train_all,
             donate_argnums=0,
             out_shardings=(placed_state, whole, whole),
             compiler_options=optimizer.reproducible(),
@@ -119,6 +133,7 @@ class Trainer:
         steps: int,
         mesh: Mesh,
     ):
+        """Compiles nothing yet; `members` are those of `make_members`, in its order."""
         self._data, self._head_config, self._members = data, head_config, members
         trained = dataclasses.replace(head_config, vocab_size=len(data.vocabulary))
         peaks, decays = (
@@ -126,7 +141,9 @@ class Trainer:
             for name in ("learning_rate", "weight_decay")
         )
         config = dataclasses.replace(members[0].config, learning_rate=1.0, weight_decay=0.0)
-        self._programs = compile_programs(trained, config, steps, len(members), mesh)
+        seeds = len({member.seed for member in members})
+        grid = (len(members) // seeds, seeds)
+        self._programs = compile_programs(trained, config, steps, grid, mesh)
         self._knobs = hosts.place((peaks, decays), NamedSharding(mesh, P()))
         self.abstract_state = self._programs.abstract_state
         schedule = learning_rate_schedule(config, steps)
