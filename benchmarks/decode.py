@@ -24,7 +24,7 @@ import t3jax
 from benchmarks.ceilings import measure_ceilings, weight_bytes
 from benchmarks.peer import Peer
 from benchmarks.side_by_side import alternate, overhead, random_head, ratio, seconds, tune, write
-from t3jax.lm import model_folder, read_config
+from t3jax.lm import load_config
 from t3jax.refinements import PLAIN, Refinements
 from t3jax.sampling import Controls
 from t3jax.sampling.loop import Program, State, Weights, decode_chunk, prefill
@@ -73,9 +73,7 @@ def main() -> None:
     variants |= {name: stretch(head, temperature=1.0, **x) for name, x in TRUNCATIONS.items()}
     costs, _ = step_costs(variants, "greedy", -(-arguments.rounds // 3))
     figures |= {f"{name}_cost_batch{rows}": value for name, value in costs.items()}
-    needed = (
-        weight_bytes(read_config(model_folder(arguments.model)), lm.params) / ceilings.bandwidth
-    )
+    needed = weight_bytes(load_config(arguments.model), lm.params) / ceilings.bandwidth
     figures["bandwidth_share_batch1"] = needed / details["step_seconds_batch1"]["plain"]
     if arguments.growth:
         details["growth"] = growth(lm, arguments)

@@ -25,7 +25,7 @@ from benchmarks.side_by_side import alternate, ratio, seconds, tune, write
 from t3jax.batching import map_batches
 from t3jax.data import Example, PromptFormat, encode_records, evenly_spread, load_dataset
 from t3jax.features import load_or_compute_features
-from t3jax.lm import model_folder, read_config
+from t3jax.lm import load_config
 
 LENGTHS = (256, 1024, 2048)
 
@@ -44,7 +44,7 @@ def main() -> None:
 
     ceilings = measure_ceilings()
     lm = t3jax.load_lm(arguments.model, "float32")
-    config = read_config(model_folder(arguments.model))
+    config = load_config(arguments.model)
     sets = {"": tofu_texts(lm, arguments)}
     for length in LENGTHS:
         if length <= lm.max_position:

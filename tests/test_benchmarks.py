@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
+from benchmarks.__main__ import NAMES, main
 from benchmarks.ceilings import forward_operations, weight_bytes
 from benchmarks.peer import Peer
 from benchmarks.side_by_side import alternate, overhead, ratio, write
@@ -65,3 +66,11 @@ def test_peer_works_in_a_process_of_its_own():
         assert 0 < peer.peak_memory_gib < 4
         with pytest.raises(RuntimeError, match="no attribute 'nothing'"):
             peer("nothing")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_benchmark_tells_its_options(name, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["benchmarks", name, "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    assert "usage: python -m benchmarks" in capsys.readouterr().out
