@@ -181,19 +181,9 @@ class Stretch:
         **knobs: float,
     ):
         self.steps = arguments.steps
-        values = {
-            "base_temperature": 1.0,
-            "guidance_scale": 0.0,
-            "temperature": 0.0,
-            "top_k": 0,
-            "top_p": 1.0,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            **knobs,
-        }
         if head is not None:
-            values |= {"base_temperature": head.base_temperature, "guidance_scale": 1.0}
-        self._controls = Controls(**{name: jnp.full(rows, x) for name, x in values.items()})
+            knobs |= {"base_temperature": head.base_temperature, "guidance_scale": 1.0}
+        self._controls = jax.device_put(Controls.filled(rows, **knobs))
         heads = [] if head is None else [head]
         self._program = Program(
             lm.apply,

@@ -137,12 +137,9 @@ def prefill(job: Job) -> Step:
         tuple(placed(head, sharding.param_shardings(job.mesh, head)) for head in heads),
         tuple(_Abstract((), jnp.float32, sharding=whole) for _ in heads),  # type: ignore[misc]
     )
-    knobs: dict[str, Any] = {
-        name: _Abstract((job.rows,), jnp.int32 if name == "top_k" else jnp.float32)
-        for name in Controls._fields
-    }
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), job.rows))
-    batch = by_rows(job.mesh, (*_texts(job.rows, job.prompt), keys, Controls(**knobs)))
+    controls = jax.eval_shape(lambda: Controls.filled(job.rows))
+    batch = by_rows(job.mesh, (*_texts(job.rows, job.prompt), keys, controls))
     stop_ids = _Abstract((2,), jnp.int32, sharding=whole)
     return Step(loop.prefill, (program, weights, *batch, job.slots[0], stop_ids))
 

@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from t3jax import cli, data, files, hosts, pipeline
-from t3jax.data.records import Record
+from t3jax import data, files, hosts, pipeline
 from t3jax.evaluation import metrics, probes, recompute, selection
 from t3jax.evaluation.logs import Log
 from t3jax.evaluation.scoring import BASE, Setting
@@ -150,11 +149,11 @@ def with_leaks(config: Any, found: Sweep) -> Sweep:
     Returns:
         The sweep with these leaks in its evaluation.
     """
-    drawn = pipeline.evaluate(config, found.evaluation.examined, found.chosen)
+    drawn, of_retain_model = pipeline.measure(config, found.evaluation.examined, found.chosen)
     evaluation = dataclasses.replace(
         found.evaluation,
-        unlearning=found.evaluation.unlearning | drawn.unlearning,
-        retain_unlearning=drawn.retain_unlearning,
+        unlearning=found.evaluation.unlearning | drawn,
+        retain_unlearning=of_retain_model,
     )
     return dataclasses.replace(found, evaluation=evaluation)
 
@@ -215,7 +214,8 @@ def varied(config: Any, lm: LM, mesh: Mesh, found: Sweep) -> list[Point]:
     heads = list(dict.fromkeys(head for _, _, several in trained for head in several))
     chosen = dataclasses.replace(found.chosen[0], name="head0-varied", heads=(0,))
     settings = of_seeds(chosen, len(heads))
-    examined = pipeline.examine(config, lm, heads, mesh)
+    examined = found.evaluation.examined
+    examined = dataclasses.replace(examined, store=examined.store.with_heads(heads))
     scored, retain_log = pipeline.score(config, examined, settings, answers=False)
     by_head = dict(zip(heads, scored.values(), strict=True))
     return [
@@ -239,7 +239,8 @@ def probed(config: Any, found: Sweep) -> dict[str, list[probes.Probe]]:
     texts = {"forget answers (trained on)": sets["forget"].answers}
     texts["forget, reworded questions"] = sets["forget"].reworded or []
     forget = data.load_dataset(config.eval_forget, config.tofu_dir)
-    texts["forget answers cut in two"] = _encode(config, store.lm, probes.split_answers(forget))
+    cut = probes.split_answers(forget)
+    texts["forget answers cut in two"] = pipeline.encode_rows(config, store.lm, cut)
     texts["retain answers (trained on)"] = sets["retain"].answers
     texts["retain, reworded questions"] = sets["retain"].reworded or []
     for name, kind in (("ra", "real authors"), ("wf", "world facts")):
@@ -262,12 +263,6 @@ def probed(config: Any, found: Sweep) -> dict[str, list[probes.Probe]]:
                 for tilted, served in zip(plain, found.chosen, strict=True)
             ]
     return results
-
-
-def _encode(config: Any, lm: LM, records: Sequence[Record]) -> list[data.Example]:
-    return data.encode_records(
-        lm.tokenizer, records, cli.prompt_format(config), config.max_length or lm.max_position
-    )
 
 
 def _point(axis: str, line: str, value: float, seeds: Sequence[Log], retain_log: Any) -> Point:

@@ -15,6 +15,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from t3jax import cli, data, files, hosts
+from t3jax.data.records import Record
 from t3jax.evaluation import logs, tofu, unlearning
 from t3jax.evaluation.logs import Log
 from t3jax.evaluation.scoring import Setting, settings_grid
@@ -65,11 +66,13 @@ class Evaluation:
 
 def encode(config: Any, lm: LM, source: str) -> list[data.Example]:
     """The rows of a source as tokens."""
+    return encode_rows(config, lm, data.load_dataset(source, config.tofu_dir))
+
+
+def encode_rows(config: Any, lm: LM, rows: Sequence[Record]) -> list[data.Example]:
+    """Rows as tokens."""
     return data.encode_records(
-        lm.tokenizer,
-        data.load_dataset(source, config.tofu_dir),
-        cli.prompt_format(config),
-        config.max_length or lm.max_position,
+        lm.tokenizer, rows, cli.prompt_format(config), config.max_length or lm.max_position
     )
 
 
@@ -313,6 +316,26 @@ def evaluate(config: Any, examined: Examined, settings: Sequence[Setting]) -> Ev
         ValueError: As `score`.
     """
     evaluated, retain_log = score(config, examined, settings)
+    measured, retain_unlearning = measure(config, examined, settings)
+    return Evaluation(examined, list(settings), evaluated, measured, retain_log, retain_unlearning)
+
+
+def measure(
+    config: Any, examined: Examined, settings: Sequence[Setting]
+) -> tuple[dict[str, Log], Log | None]:
+    """The numbers beyond the TOFU metrics, see `t3jax.evaluation.unlearning`.
+
+    Args:
+        config: The settings; logs go to its `eval_dir`.
+        examined: What to evaluate.
+        settings: Under which settings.
+
+    Returns:
+        Logs by setting's name, and the retain model's, if it was named.
+
+    Raises:
+        ValueError: If a score is not finite.
+    """
     store, retain_store, sets = examined.store, examined.retain_store, examined.sets
     beyond = unlearning.UnlearningOptions(
         leak_samples=config.leak_samples,
@@ -334,4 +357,4 @@ def evaluate(config: Any, examined: Examined, settings: Sequence[Setting]) -> Ev
             retain_store, sets, [itself], folder, beyond, judge=store
         )[itself.name]
     measured = unlearning.measure(store, sets, settings, folder, beyond, retain_store=retain_store)
-    return Evaluation(examined, list(settings), evaluated, measured, retain_log, retain_unlearning)
+    return measured, retain_unlearning

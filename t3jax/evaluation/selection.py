@@ -187,6 +187,15 @@ def utility(*parts: Float[np.ndarray, "_ parts"]) -> float:
     return 0.0 if np.any(means == 0) else float(len(means) / np.sum(1 / means))
 
 
+def log_utility(log: Log) -> float:
+    """The `utility` of a log.
+
+    Raises:
+        MissingMetricError: As `rows_of`.
+    """
+    return utility(*rows_of(log).utility.values())
+
+
 def score(rows: Rows, retain_ratios: Float[np.ndarray, "retain_rows"]) -> Score:
     """Scores rows.
 
@@ -261,10 +270,11 @@ def cross_fit(
     if len({len(candidates[name]) for name in names}) > 1:
         raise ValueError("candidates must have as many logs as there are seeds, all the same")
     ratios = logs.column(retain_log, "forget_truth_ratio", "score")
-    base, *table = (
-        [_checked_rows(name, log, base_log, retain_log) for log in several]
-        for name, several in [("base", [base_log]), *candidates.items()]
-    )
+    logs.check_retain_log(base_log, retain_log)
+    base = rows_of(base_log)
+    table = [
+        [_checked_rows(name, log, base, retain_log) for log in candidates[name]] for name in names
+    ]
 
     def choose(side: bool | None) -> Choice:
         chosen = ratios if side is None else ratios[_in_a(ratios, group, seed) == side]
@@ -273,7 +283,7 @@ def cross_fit(
             return score(rows if side is None else _part(rows, side, group, seed), chosen)
 
         scores = [_median_seed([on_side(rows) for rows in seeds]) for seeds in table]
-        index, passed = RULES[rule](scores, on_side(base[0]))
+        index, passed = RULES[rule](scores, on_side(base))
         return Choice(names[index], passed, scores[index])
 
     by_a, by_b = choose(True), choose(False)
@@ -305,8 +315,9 @@ def held_out(by_a: Log, by_b: Log, retain_log: Log, *, group: int = 1, seed: int
         MissingMetricError: If a log lacks what the scores need.
         ValueError: If the logs are of different rows.
     """
-    from_b = _checked_rows("the choice of half B", by_b, by_a, retain_log)
-    from_a = _checked_rows("the choice of half A", by_a, by_a, retain_log)
+    logs.check_retain_log(by_a, retain_log)
+    from_a = rows_of(by_a)
+    from_b = _checked_rows("the choice of half B", by_b, from_a, retain_log)
     in_a = _in_a(from_a.truth_ratios, group, seed)
     joined = Rows(
         np.where(in_a, from_b.truth_ratios, from_a.truth_ratios),
@@ -386,12 +397,12 @@ def as_json(found: CrossFit, noise_floor: metrics.ForgetQuality | None = None) -
     return {**dataclasses.asdict(found), "noise_floor": floor}
 
 
-def _checked_rows(name: str, log: Log, first: Log, retain_log: Log) -> Rows:
-    """The rows of a log, which must be those of another one and of the retain model's."""
+def _checked_rows(name: str, log: Log, like: Rows, retain_log: Log) -> Rows:
+    """The rows of a log, which must be as many as others, and the retain model's."""
     logs.check_retain_log(log, retain_log)
     rows = rows_of(log)
     shapes, expected = (
-        {k: part.shape for k, part in each.utility.items()} for each in (rows, rows_of(first))
+        {k: part.shape for k, part in each.utility.items()} for each in (rows, like)
     )
     if shapes != expected:
         raise ValueError(

@@ -75,6 +75,10 @@ class Store:
         self.rows = rows
         self.progress = progress
 
+    def with_heads(self, heads: Sequence[Head]) -> "Store":
+        """The same model and folder with other heads."""
+        return Store(self.lm, heads, self.folder, rows=self.rows, progress=self.progress)
+
     def scores(
         self,
         label: str,

@@ -41,7 +41,7 @@ def write_sweep(folder: str | os.PathLike[str], found: Sweep, *, title: str) -> 
     lines = [f"{'':{width}} {'forget quality':>15} {'D':>7}  {heading}"]
     for name, log in found.scored.items():
         quality = recompute.forget_quality(log, found.retain_scored)
-        utility = selection.utility(*selection.rows_of(log).utility.values())
+        utility = selection.log_utility(log)
         lines.append(
             f"{name:{width}} {quality.p_value:15.3g} {quality.statistic:7.3f} {utility:.3f}"
         )

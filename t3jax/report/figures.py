@@ -85,7 +85,7 @@ def _styled(draw: Callable[..., Any]) -> Callable[..., str]:
             axes = figure.subplots()
             draw(axes, *arguments)
             figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-            return _data_address(figure)
+            return "data:image/svg+xml;base64," + base64.b64encode(_svg(figure)).decode()
 
     return picture
 
@@ -172,14 +172,14 @@ def leaks(axes: Any, rates: Mapping[str, tuple[str, Mapping[int, float]]]) -> No
     axes.xaxis.get_major_locator().set_params(integer=True)
 
 
-def varied(points: Sequence[Any]) -> str:
+def varied(points: Sequence[Any]) -> bytes:
     """What depends on what was varied: a row for each axis, with the spread over seeds.
 
     Args:
         points: `t3jax.experiment.Point`s.
 
     Returns:
-        The picture: D, utility without ROUGE and the forget answers' probability over each axis.
+        An SVG file: D, utility without ROUGE and the forget answers' probability over each axis.
         Lines are the median seed; bands are the 95 % bootstrap interval of the first seed or, for
         D, the range of the seeds.
     """
@@ -218,10 +218,10 @@ def varied(points: Sequence[Any]) -> str:
                 if values[0] > 0 and values[-1] > 6 * values[0]:
                     axes.set_xscale("log")
             row[0].legend(fontsize=8)
-        return _data_address(figure)
+        return _svg(figure)
 
 
-def _data_address(figure: Any) -> str:
+def _svg(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()

@@ -259,15 +259,15 @@ def _trade_off(evaluation: Evaluation, featured: Setting | None) -> Figure | Non
                     setting.name if shown else "",
                     tables.kind_of(setting),
                     recompute.forget_quality(log, retain_log).p_value,
-                    selection.utility(*selection.rows_of(log).utility.values()),
+                    selection.log_utility(log),
                 )
             )
     except MissingMetricError:
         return None
     name = tables.utility_name(evaluation.logs[evaluation.settings[0].name])
     try:
-        parts = selection.rows_of(retain_log or {}).utility.values()
-        points.append(figures.Point("", RETAIN_MODEL, 1.0, selection.utility(*parts)))
+        utility = selection.log_utility(retain_log or {})
+        points.append(figures.Point("", RETAIN_MODEL, 1.0, utility))
     except MissingMetricError:
         pass  # a retain log of truth ratios alone
     return Figure(
@@ -316,7 +316,7 @@ def _temperature_sweep(evaluation: Evaluation, featured: Setting | None) -> Figu
     panels = {
         "distance D": lambda log: recompute.forget_quality(log, evaluation.retain_log).statistic,
         tables.utility_name(evaluation.logs[evaluation.settings[0].name]): lambda log: (
-            selection.utility(*selection.rows_of(log).utility.values())
+            selection.log_utility(log)
         ),
         "forget ROUGE-L recall": lambda log: recompute.aggregate(log, "forget_Q_A_ROUGE"),
     }

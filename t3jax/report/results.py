@@ -1,6 +1,5 @@
 """An experiment for people: `results.md`, its figures, and every number in `experiment.json`."""
 
-import base64
 import itertools
 import os
 import pathlib
@@ -54,9 +53,8 @@ def write_experiment(folder: str | os.PathLike[str], found: Experiment, *, title
     )
     if hosts.is_lead():
         files.write_json(folder / "experiment.json", _as_json(found))
-        picture = base64.b64decode(figures.varied(found.points).partition(",")[2])
         with files.replacing(folder / "varied.svg") as temporary:
-            temporary.write_bytes(picture)
+            temporary.write_bytes(figures.varied(found.points))
         with files.replacing(folder / "results.md") as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
     return text
@@ -68,7 +66,7 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _choice(found: Experiment) -> str:
-    base = _utility(found.sweep.evaluation.logs["base"])
+    base = selection.log_utility(found.sweep.evaluation.logs["base"])
     rows = [
         [label, value, note]
         for label, value, note in selection.summary_rows(
@@ -94,7 +92,7 @@ def _settings(found: Experiment) -> str:
     columns = {
         "forget quality p": lambda log, _: f"{_quality(found, log).p_value:.2g}",
         "D": lambda log, _: f"{_quality(found, log).statistic:.3f}",
-        "utility": lambda log, _: f"{_utility(log):.3f}",
+        "utility": lambda log, _: f"{selection.log_utility(log):.3f}",
         "forget prob.": lambda log, _: _mean(log, "forget_Q_A_Prob"),
         "forget ROUGE": lambda log, _: _mean(log, "forget_Q_A_ROUGE"),
         "reworded": lambda _, more: _aggregate(more, "forget_paraphrased_Q_A_ROUGE"),
@@ -210,10 +208,6 @@ def _aggregates(log: Log) -> dict[str, float]:
 
 def _quality(found: Experiment, log: Log) -> metrics.ForgetQuality:
     return recompute.forget_quality(log, found.sweep.evaluation.retain_log)
-
-
-def _utility(log: Log) -> float:
-    return selection.utility(*selection.rows_of(log).utility.values())
 
 
 def _mean(log: Log, metric: str) -> str:

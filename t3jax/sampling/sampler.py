@@ -420,21 +420,16 @@ class _Request:
 
     def controls(self, size: int) -> Controls:
         options = self.options
-        values: dict[str, float] = {
-            "base_temperature": self.base_temperature,
-            "guidance_scale": self.guidance_scale,
-            "temperature": options.temperature,
-            "top_k": options.top_k,
-            "top_p": options.top_p,
-            "min_p": options.min_p,
-            "repetition_penalty": options.repetition_penalty,
-        }
-        dtypes: dict[str, Any] = {"top_k": np.int32}
-        rows: dict[str, Any] = {
-            name: np.full(size, value, dtypes.get(name, np.float32))
-            for name, value in values.items()
-        }
-        return Controls(**rows)
+        return Controls.filled(
+            size,
+            base_temperature=self.base_temperature,
+            guidance_scale=self.guidance_scale,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+            repetition_penalty=options.repetition_penalty,
+        )
 
 
 def _row_keys(seed: int, rows: list[tuple[int, int]], size: int) -> jax.Array:
