@@ -3,6 +3,7 @@
 import importlib
 import os
 import signal
+import sys
 
 import jax
 from absl import flags
@@ -35,4 +36,8 @@ def main(config) -> None:
 
 
 if __name__ == "__main__":
+    # Gloo's threads write to the process's stdout, into one another's lines: it goes to stderr, and
+    # what Python prints stays alone.
+    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
     cli.run(main)
