@@ -27,8 +27,8 @@ from t3jax.liveness import peak_bytes
 from t3jax.lm import LM, LMConfig, from_params
 from t3jax.lm.decoder import abstract_params
 from t3jax.sampling import loop
+from t3jax.sampling.cache import cache_slots
 from t3jax.sampling.next_token import Controls
-from t3jax.sampling.sampler import cache_slots
 from t3jax.training import TrainConfig
 from t3jax.training import trainer as head_trainer
 from t3jax.training.batches import Tokens
@@ -88,7 +88,7 @@ class Job:
     rows: int = 16
     prompt: int = 128
     new_tokens: int = 200
-    chunk: int = 16
+    chunk: int = 8
     text: int = 1024
     text_rows: int = 16
     texts: int = 4000

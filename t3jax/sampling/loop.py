@@ -124,7 +124,7 @@ def prefill(
         The state to continue from, and the first tokens, `[B, 1]`.
     """
     batch, _ = prompts.shape
-    cache = _placed(program, program.init_cache(batch, slots))
+    cache = placed(program, program.init_cache(batch, slots))
     hidden, cache = program.apply(weights.params, prompts, None, mask, cache)
     pooled = pooling.running_mean(hidden, mask)
     # The last prompt token of every row stands in the last slot: only its logits are formed.
@@ -145,30 +145,6 @@ def prefill(
     return state, _everywhere(program, Emitted(token, logprobs, state.done))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def grow(program: Program, state: State, slots: int) -> State:
-    """The same state with a longer cache: what is read at every step need only hold what is there.
-
-    Args:
-        program: What is compiled.
-        state: From `prefill` or a chunk.
-        slots: S of the new cache, more than it has.
-
-    Returns:
-        The state. For a moment both caches are in memory.
-    """
-
-    def copied(new: Array, old: Array) -> Array:
-        if new.shape == old.shape:
-            return old
-        return jax.lax.dynamic_update_slice(new, old, (0,) * new.ndim)
-
-    empty = program.init_cache(state.token.shape[0], slots)
-    return state._replace(
-        cache=_placed(program, jax.tree.map(copied, empty, state.cache)),
-    )
-
-
 @functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=2)
 def decode_chunk(
     program: Program,
@@ -180,8 +156,6 @@ def decode_chunk(
     steps: int,
 ) -> tuple[State, Emitted]:
     """Chooses up to `steps` more tokens for every row that is not finished.
-
-    When all rows are finished before it starts, a chunk costs nothing: the host may run ahead.
 
     Args:
         program: What is compiled.
@@ -202,24 +176,15 @@ def decode_chunk(
             weights.params, state.token[:, None], None, reading, state.cache
         )
         state = state._replace(
-            cache=_placed(program, cache),
+            cache=placed(program, cache),
             pooled=pooling.running_mean(hidden, reading, state.pooled),
         )
         logits = program.unembed(weights.params, hidden[:, 0])
         return _choose(program, weights, state, logits, controls, stop_ids)
 
-    def work(state: State) -> tuple[State, tuple[Array, Logprobs | None]]:
-        return jax.lax.scan(step, state, None, length=steps)
-
-    def idle(state: State) -> tuple[State, tuple[Array, Logprobs | None]]:
-        shape = (steps, state.token.shape[0])
-        nothing = jnp.zeros(shape, jnp.float32)
-        logprobs = Logprobs(nothing, nothing) if program.with_logprobs else None
-        return state, (jnp.full(shape, -1, jnp.int32), logprobs)
-
     state = state._replace(done=state.done | stopped)
-    # The branch is taken once a chunk: inside the scan it would copy the cache at every step.
-    state, emitted = jax.lax.cond(jnp.all(state.done), idle, work, state)
+    # No branch around it, though all rows may be finished: that would copy the cache once a chunk.
+    state, emitted = jax.lax.scan(step, state, None, length=steps)
     tokens, logprobs = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), emitted)
     return state, _everywhere(program, Emitted(tokens, logprobs, state.done))
 
@@ -265,7 +230,8 @@ def _choose(
     return state, (chosen, logprobs)
 
 
-def _placed(program: Program, cache: Any) -> Any:
+def placed(program: Program, cache: Any) -> Any:
+    """A cache where it belongs: rows and key heads split as the mesh is."""
     if program.mesh.size == 1:
         return cache
     shardings = sharding.cache_shardings(program.mesh, cache)
