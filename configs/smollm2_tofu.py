@@ -45,5 +45,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.vary_ranks = (2, 5, 100)
     config.vary_epochs = (10, 25, 400)
     config.vary_retain_rows = (40, 100, 200)
+    config.refine_rows = 64
     config.plain_chat = "configs/plain_chat.jsonl"
     return config
