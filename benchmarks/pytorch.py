@@ -58,7 +58,8 @@ class LanguageModel:
             options["disable_compile"] = cache != "compiled"
         if cache == "compiled":
             config = transformers.CompileConfig(fullgraph=False)
-            config._compile_all_devices = True  # type: ignore[assignment] # by default generate compiles on a GPU only
+            # By default generate compiles on a GPU only.
+            config._compile_all_devices = True  # type: ignore[assignment]
             options["compile_config"] = config
         out = self.model.generate(
             torch.from_numpy(prompts).long(),
