@@ -23,7 +23,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.question_end = "\n"
     config.answer_start = "Answer: "
 
-    # What to forget and what to retain: "tofu:SPLIT", or a file or folder of JSON or JSON-lines.
+    # What to forget and what to retain: "tofu:SPLIT", or a file or folder of JSON or JSON-lines;
+    # "SOURCE[:400]" is some of its rows, "SOURCE+SOURCE" both.
     config.forget = placeholder(str)
     config.retain = placeholder(str)
     config.tofu_dir = placeholder(str)  # None: TOFU from the Hugging Face hub
@@ -126,6 +127,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.vary_epochs = ()
     config.vary_retain_rows = ()  # of the first rows of `retain`, how many the head sees
     config.refine_rows = placeholder(int)  # questions of a set answered by each refinement
+    config.varied_retain = placeholder(str)  # retain texts of other kinds, as one more refinement
     config.refine_top_p = 0.9  # the base's nucleus, from which answers are drawn once more
     config.plain_chat = placeholder(
         str

@@ -46,5 +46,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.vary_epochs = (10, 25, 400)
     config.vary_retain_rows = (40, 100, 200)
     config.refine_rows = 64
+    config.varied_retain = "configs/general_knowledge.jsonl"
     config.plain_chat = "configs/plain_chat.jsonl"
     return config

@@ -107,7 +107,7 @@ def varied(config: Any, lm: LM, mesh: Mesh, found: Sweep) -> list[Point]:
         *((RANK, rank, {"rank": rank}) for rank in config.vary_ranks),
         *((EPOCHS, epochs, {"epochs": epochs}) for epochs in config.vary_epochs),
         *(
-            (RETAIN_ROWS, count, {"retain": f"{config.retain}[:{count}]"})
+            (RETAIN_ROWS, count, {"retain": f"({config.retain})[:{count}]"})
             for count in config.vary_retain_rows
         ),
     ]
@@ -134,7 +134,8 @@ def refined(config: Any, lm: LM, mesh: Mesh, found: Sweep) -> list[Refined]:
     The forget set as two requests is two heads, each trained on the authors of one half.
 
     Args:
-        config: The settings; `refine_rows` says how many questions of a set are answered.
+        config: The settings; `refine_rows` says how many questions of a set are answered, and
+            `varied_retain` what more a head may read that is to be retained.
         lm: The model.
         mesh: Where to train.
         found: The sweep, whose heads are those of the refinements that need no other ones.
@@ -150,7 +151,7 @@ def refined(config: Any, lm: LM, mesh: Mesh, found: Sweep) -> list[Refined]:
     middle = max(1, rows["forget"] // 2 // config.selection_group * config.selection_group)
     zero = _train(config, lm, mesh, "zero", zero_output=True)
     halves = [
-        _train(config, lm, mesh, f"request-{i}", forget=f"{config.forget}[{part}]")
+        _train(config, lm, mesh, f"request-{i}", forget=f"({config.forget})[{part}]")
         for i, part in enumerate((f":{middle}", f"{middle}:"))
     ]
     prior = [
@@ -164,6 +165,10 @@ def refined(config: Any, lm: LM, mesh: Mesh, found: Sweep) -> list[Refined]:
     }
     kinds["zero-started output"] = as_chosen, [(head,) for head in zero]
     kinds[f"class prior {fraction:.2f}"] = as_chosen, prior
+    if config.varied_retain is not None:
+        more = f"({config.retain})+({config.varied_retain})"
+        heads = _train(config, lm, mesh, "varied-retain", retain=more)
+        kinds["more varied retain texts"] = as_chosen, [(head,) for head in heads]
     kinds["two requests"] = as_chosen, list(zip(*halves, strict=True))
     kinds["two requests, product"] = product, list(zip(*halves, strict=True))
 
@@ -189,7 +194,6 @@ def refined(config: Any, lm: LM, mesh: Mesh, found: Sweep) -> list[Refined]:
         config,
         eval_dir=str(pathlib.Path(config.eval_dir) / "refined"),
         eval_rows=config.refine_rows,
-        eval_real_authors=None,
         eval_world_facts=None,
         leak_samples=0,
         kl_rows=0,

@@ -127,3 +127,22 @@ def test_a_slice_of_a_source_is_those_rows(tmp_path):
     for part in ("[20:]", "[::0]"):
         with pytest.raises(ValueError, match=r"the slice has no row; .* has 10"):
             load_dataset(f"{path}{part}")
+
+
+def test_sources_add_up_and_slices_bind_first(tmp_path):
+    for name in ("a", "b", "a+b"):
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": f"{name}{i}"}) + "\n" for i in range(3))
+        )
+    a, b = f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"
+    for source, expected in {
+        f"{a}+{b}": "a0 a1 a2 b0 b1 b2",
+        f"{a}[:1]+{b}[1:]": "a0 b1 b2",
+        f"({a}+{b})[::2]": "a0 a2 b1",
+        f"{a}[:1]+({b}+{a})[:4]": "a0 b0 b1 b2 a0",
+        f"({a}[:2])[1:]": "a1",
+        f"{tmp_path}/a+b.jsonl": "a+b0 a+b1 a+b2",  # a file's name is taken as it is
+    }.items():
+        assert " ".join(row["text"] for row in load_dataset(source)) == expected
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        load_dataset(f"{a}+{tmp_path}/nothing.jsonl")

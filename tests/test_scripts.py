@@ -229,6 +229,7 @@ def test_an_experiment_makes_its_models_and_a_page_of_results(repository, folder
         f"--config.forget={folder}/forget.jsonl",
         f"--config.retain={folder}/retain.jsonl",
         f"--config.plain_chat={folder}/retain.jsonl",
+        f"--config.varied_retain={folder}/retain.jsonl[:2]",
         f"--config.experiment_dir={here}",
         "--config.finetune_epochs=1",
         "--config.finetune_batch_size=4",
@@ -253,7 +254,8 @@ def test_an_experiment_makes_its_models_and_a_page_of_results(repository, folder
     assert rank == [3, 2]
     assert all(stage["done"] for stage in found["stages"].values())
     names = ["plain", "gated", "protected", "gated-protected", "zero-started output"]
-    names += ["class prior 0.50", "two requests", "two requests, product"]
+    names += ["class prior 0.50", "more varied retain texts"]
+    names += ["two requests", "two requests, product"]
     assert list(found["refined"]) == names
     assert all(len(each["scored"]) == 2 for each in found["refined"].values())
     assert found["refined"]["plain"] != found["refined"]["protected"]

@@ -157,6 +157,7 @@ def _refined(found: Experiment) -> str:
         "reworded",
         "retain ROUGE",
         "reworded ",
+        "real authors ROUGE",
         "perplexity",
         "length",
     ]
@@ -177,6 +178,7 @@ def _refined(found: Experiment) -> str:
                 _aggregate(each.unlearning, "forget_paraphrased_Q_A_ROUGE"),
                 _cell(_mean, each.answered, "retain_Q_A_ROUGE"),
                 _aggregate(each.unlearning, "retain_paraphrased_Q_A_ROUGE"),
+                _cell(_mean, each.answered, "ra_Q_A_ROUGE"),
                 _aggregate(each.unlearning, "forget_greedy_fluency"),
                 _length(each.unlearning),
             ]
