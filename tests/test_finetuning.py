@@ -39,7 +39,7 @@ def examples(count=20, seed=0):
 
 
 def make_trainer(config=RECIPE, mesh=None):
-    mesh = mesh or make_mesh((1, 1), jax.devices()[:1])
+    mesh = mesh or make_mesh(devices=jax.devices()[:1])
     return Trainer(CONFIG, tiny.make_params(CONFIG), config, STEPS, mesh)
 
 
@@ -209,13 +209,13 @@ def test_lora_refuses_a_layer_that_is_not_there():
 
 @pytest.mark.parametrize(("recipe", "run"), [(RECIPE, "plain"), (LORA, "lora_run")])
 def test_eight_devices_take_the_steps_of_one(recipe, run, request):
-    trainer = make_trainer(recipe, make_mesh((2, 4)))
+    trainer = make_trainer(recipe, make_mesh((2, 1, 4)))
     assert_close(train(trainer), request.getfixturevalue(run))
 
 
 @pytest.mark.parametrize("recipe", [RECIPE, LORA])
 def test_weights_and_moments_are_split_over_the_mesh(recipe):
-    trainer = make_trainer(recipe, make_mesh((2, 4)))
+    trainer = make_trainer(recipe, make_mesh((2, 1, 4)))
     trained, opt_state = trainer.init()
     moments = optax.tree.get(opt_state, "mu"), optax.tree.get(opt_state, "nu")
     for tree in (trained, *moments):

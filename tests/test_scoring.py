@@ -141,7 +141,7 @@ def test_a_head_at_strength_0_and_temperature_1_is_the_base(found):
 
 
 def test_a_mesh_gives_the_same(tiny_lm, examples, heads, found):
-    mesh = t3jax.make_mesh((4, 2))
+    mesh = t3jax.make_mesh((4, 1, 2))
     params = jax.device_put(tiny_lm.params, t3jax.sharding.param_shardings(mesh, tiny_lm.params))
     sharded = dataclasses.replace(tiny_lm, params=params, mesh=mesh)
     for one, many in zip(found, score(sharded, examples, heads, SETTINGS[:2]), strict=False):

@@ -93,7 +93,7 @@ def test_a_model_whose_widths_do_not_divide_works_too():
 def test_refined_text_is_that_of_one_device():
     """Heads of several shapes, gated, stop tokens protected: greedy text on 8 devices."""
     found = []
-    for mesh in (None, make_mesh((2, 4))):
+    for mesh in (None, make_mesh((2, 1, 4))):
         lm = tiny.make_lm(CONFIG, mesh)
         heads = [tiny.make_head(lm), tiny.make_head(lm, rank=3, seed=2)]
         refinements = Refinements(gated=True, protected=lm.eos_ids)
@@ -200,7 +200,7 @@ def test_specs_and_bytes_per_device_while_decoding(shape):
 
 
 def test_batches_and_caches_are_split_by_rows():
-    mesh = make_mesh((4, 2))
+    mesh = make_mesh((4, 1, 2))
     assert batch_sharding(mesh, (8, 16)).spec == P("data")
     assert batch_sharding(mesh, (6, 16)).spec == P()  # 4 does not divide 6
     cache = jax.eval_shape(lambda: tiny.make_lm().init_cache(8, 24))
@@ -211,7 +211,7 @@ def test_batches_and_caches_are_split_by_rows():
 
 
 def test_a_dimension_that_does_not_divide_is_kept_whole():
-    mesh = make_mesh((2, 4))
+    mesh = make_mesh((2, 1, 4))
     assert fitting(mesh, P("data", "model"), (4, 8)).spec == P("data", "model")
     assert fitting(mesh, P("data", "model"), (3, 8)).spec == P(None, "model")
     assert fitting(mesh, P("data", "model"), (4, 6)).spec == P("data")
@@ -222,7 +222,7 @@ def test_a_dimension_that_does_not_divide_is_kept_whole():
 def test_features_are_those_of_one_device(tmp_path):
     rows = [{"question": f"Who wrote {'x' * i}?", "answer": f"{i} wrote it."} for i in range(5)]
     found = []
-    for mesh in (None, make_mesh((2, 4))):
+    for mesh in (None, make_mesh((2, 1, 4))):
         lm = tiny.make_lm(CONFIG, mesh)
         examples = encode_records(lm.tokenizer, rows, PromptFormat())
         found.append(features.load_or_compute_features(lm, examples, tmp_path / str(mesh)))

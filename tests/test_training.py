@@ -170,7 +170,7 @@ def test_eight_devices_equal_one():
 
 
 def test_placement_of_training_arrays():
-    mesh = sharding.make_mesh((2, 4))
+    mesh = sharding.make_mesh((2, 1, 4))
     data = batches.Data.build(RETAIN, FORGET, HEAD, TRAIN, mesh)
     assert data.train.pooled.sharding.spec == P("data")
     assert {s.data.shape[0] * 2 for s in data.train.pooled.addressable_shards} == {

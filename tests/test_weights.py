@@ -86,7 +86,7 @@ def test_what_is_saved_loads_in_every_family(tmp_path, name):
     """In parts: fused, interleaved and transposed tensors are cut across heads and stacks."""
     config = family_config(name)
     params, _ = save(tmp_path, config)
-    mesh = make_mesh((2, 4))
+    mesh = make_mesh((2, 1, 4))
     shardings = functools.partial(sharding.param_shardings, mesh)
     loaded = load_params(tmp_path, config, jnp.float32, shardings)
     equal(loaded, params)
@@ -297,7 +297,7 @@ def test_load_lm(tmp_path):
     (tmp_path / "generation_config.json").unlink()
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": "{{ 'x' }}"}))
-    lm = load_lm(str(tmp_path), dtype="bfloat16", mesh=make_mesh((2, 4)))
+    lm = load_lm(str(tmp_path), dtype="bfloat16", mesh=make_mesh((2, 1, 4)))
     assert lm.eos_ids == (263,)
     assert lm.tokenizer.chat_template == "{{ 'x' }}"
     assert lm.params["embed"]["weight"].dtype == jnp.bfloat16

@@ -199,14 +199,14 @@ class Trainer:
         return total / count
 
     def _arrays(self, examples: Sequence[Example], prompt_weight: float) -> Batch:
-        microbatches, shards = self._config.microbatches, self._mesh.shape[sharding.DATA]
+        microbatches, shards = self._config.microbatches, sharding.row_shards(self._mesh)
         rows = round_up(-(-self._config.batch_size // microbatches), shards)
         return make_batch(examples, (microbatches, rows, shards), self._longest, prompt_weight)
 
     def _place(self, batch: Batch) -> Batch:
         return jax.tree.map(
             lambda x: jax.device_put(
-                x, sharding.fitting(self._mesh, P(None, sharding.DATA), np.shape(x))
+                x, sharding.fitting(self._mesh, P(None, sharding.ROWS), np.shape(x))
             ),
             batch,
         )

@@ -128,8 +128,9 @@ def prefill(
     pooled = pooling.running_mean(hidden, mask)
     # The last prompt token of every row stands in the last slot: only its logits are formed.
     logits = program.unembed(weights.params, hidden[:, -1])
-    rows = jnp.broadcast_to(jnp.arange(batch)[:, None], prompts.shape)
-    seen = jnp.zeros(logits.shape, bool).at[rows, prompts].max(mask)
+    seen = jax.vmap(lambda row, ids, real: row.at[ids].max(real))(
+        jnp.zeros(logits.shape, bool), prompts, mask
+    )
     state = State(
         cache=cache,
         pooled=pooled,
@@ -231,7 +232,15 @@ def _choose(
     controls: Controls,
     stop_ids: Array,
 ) -> tuple[State, tuple[Array, Logprobs | None]]:
-    """Chooses each row's next token; the state then waits for the model to read it."""
+    """Chooses each row's next token; the state then waits for the model to read it.
+
+    Where the vocabulary is split, each device looks at its own part: what is exchanged is one
+    number for each row, or one for each row and part.
+    """
+    split = functools.partial(
+        sharding.constrain, mesh=program.mesh, spec=(sharding.ROWS, sharding.MODEL)
+    )
+    logits = split(logits)
     scores = None
     if program.activations:
         served = zip(weights.heads, program.activations, weights.prior_shifts, strict=True)
@@ -242,6 +251,7 @@ def _choose(
             ],
             program.refinements.combine,
         )
+        scores = split(scores)
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.step)
     token, logprobs = next_token(
         logits,
@@ -259,7 +269,7 @@ def _choose(
         token=token,
         done=ended,
         step=state.step + 1,
-        seen=state.seen.at[jnp.arange(token.shape[0]), token].set(True),
+        seen=jax.vmap(lambda row, id: row.at[id].set(True))(state.seen, token),
     )
     return state, (chosen, logprobs)
 

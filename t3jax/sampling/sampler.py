@@ -375,9 +375,9 @@ class Sampler:
         return text[: min(ends)] if ends else text
 
     def _padded_rows(self, rows: int) -> int:
-        """Rows of the compiled program: a power of two, and a multiple of the mesh's data axis."""
+        """Rows of the compiled program: a power of two, and a multiple of what the mesh splits rows into."""
         size = min(1 << (rows - 1).bit_length(), max(self.batch_size, rows))
-        return round_up(size, self.lm.mesh.shape[sharding.DATA])
+        return round_up(size, sharding.row_shards(self.lm.mesh))
 
     def _place(self, size: int, tree: Any) -> Any:
         return jax.device_put(tree, sharding.batch_sharding(self.lm.mesh, (size,)))

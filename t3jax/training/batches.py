@@ -81,7 +81,7 @@ class Data:
 
         def placed(sets: Sequence[Features]) -> Tokens:
             total = sum(features.num_tokens for features in sets)
-            padded = total + -total % mesh.shape[sharding.DATA]
+            padded = total + -total % sharding.row_shards(mesh)
             pooled = np.zeros((padded, head_config.hidden_size), retain.pooled.dtype)
             targets = np.zeros(padded, np.int32)
             end = 0
@@ -129,9 +129,9 @@ class Planner:
             for epoch in range(1, config.epochs + 1)
         )
         # Rounded up, so that it serves other seeds too and divides among the devices.
-        size = int(largest) + -int(largest) % math.lcm(_BATCH_STEP, mesh.shape[sharding.DATA])
+        size = int(largest) + -int(largest) % math.lcm(_BATCH_STEP, sharding.row_shards(mesh))
         self._shape = (len(members), self.steps, size)
-        self._sharding = sharding.fitting(mesh, P(None, None, sharding.DATA), self._shape)
+        self._sharding = sharding.fitting(mesh, P(None, None, sharding.ROWS), self._shape)
 
     def epoch(self, epoch: int) -> tuple[jax.Array, np.ndarray]:
         """Rows `[K, steps, M]`, -1 where a batch has fewer, and tokens per batch `[K, steps]`."""
