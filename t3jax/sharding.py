@@ -78,7 +78,7 @@ def param_shardings(mesh: Mesh, params: Any) -> Any:
 
 
 def gathered(mesh: Mesh | None, params: Any) -> Any:
-    """Weights as a product uses them, inside of jit: gathered along `fsdp`, the rest as it is."""
+    """Weights as products use them, inside of jit: gathered along `fsdp`, the rest as it is."""
     if mesh is None or mesh.shape[FSDP] == 1:
         return params
 

@@ -73,12 +73,14 @@ def compile_programs(
         params, lora = trained, None
         if config.lora_rank:
             params, lora = frozen, scale_lora(trained, config.lora_scale)
-        hidden, _ = decoder.apply(lm_config, params, part.tokens, lora=lora, remat=config.remat)
+        hidden, _ = decoder.apply(
+            lm_config, params, part.tokens, lora=lora, remat=config.remat, mesh=mesh
+        )
         hidden = hidden.reshape(part.places.shape[0], -1, hidden.shape[-1])  # [S, B T / S, D]
         scored = jax.vmap(lambda rows, at: rows.at[at].get(mode="promise_in_bounds"))(
             hidden, part.places
         )
-        logits = decoder.unembed(lm_config, params, scored)  # [S, A, V]
+        logits = decoder.unembed(lm_config, params, scored, mesh)  # [S, A, V]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, part.labels)
         return jnp.sum(losses * part.weights)
 

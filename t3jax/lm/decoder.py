@@ -404,7 +404,11 @@ class _Decoder(nnx.Module):
             past = None if cache is None else (cache.keys[i], cache.values[i], cache.cursor)
             rotation, attended = local if c.local and c.local[i] else whole
             read = functools.partial(_read_block, mesh, block)
-            x, k, v = (jax.checkpoint(read) if remat else read)(x, rotation, attended, past)
+            if remat:
+                read = jax.checkpoint(read)
+            elif mesh is not None and mesh.shape[sharding.FSDP] > 1:
+                read = jax.checkpoint(read, policy=_not_gathered)
+            x, k, v = read(x, rotation, attended, past)
             keys.append(k)
             values.append(v)
         x = self.final_norm(x)
@@ -412,6 +416,11 @@ class _Decoder(nnx.Module):
             return x, None
         cursor = cache.cursor + jnp.asarray(tokens.shape[1], jnp.int32)
         return x, Cache(tuple(keys), tuple(values), key_positions, cursor)
+
+
+def _not_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """What the backward pass keeps of a layer: all but what moved, such as gathered weights."""
+    return primitive.name != "sharding_constraint"
 
 
 def _read_block(mesh: Mesh | None, block: _Block, x: Array, *rest: Any) -> tuple[Array, ...]:

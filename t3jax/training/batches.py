@@ -1,24 +1,26 @@
 """What a run reads: tokens on the device, held-out sequences, and the rows of every batch.
 
 Sequences are ragged and never padded one by one: the host plans each epoch as rows of the feature
-array, and one step gathers the rows of its batch. An epoch is one pass over the forget sequences,
+array, and one step gathers the rows of its batch. Tokens are dealt out to the devices one by one, so
+that each has about the same share of every sequence, and a batch reads on each device what lies
+there: features never travel. An epoch is one pass over the forget sequences,
 each paired with a retain sequence drawn at random.
 
-Axes: K members, N answer tokens of all sequences, D features, U tokens of the vocabulary that are
-trained, M tokens of a batch.
+Axes: K members, S shards (parts into which the mesh splits rows), N answer tokens of a shard, D
+features, U tokens of the vocabulary that are trained, M tokens of a batch in a shard.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from t3jax import sharding
+from t3jax.batching import round_up
 from t3jax.features import Features
 from t3jax.head import HeadConfig
 from t3jax.training.recipe import Member, TrainConfig
@@ -28,17 +30,19 @@ _BATCH_STEP = 64
 
 
 class Tokens(NamedTuple):
-    """Answer tokens on the device: those of retain sequences, of forget sequences, padding.
+    """Answer tokens on the devices: those of retain sequences, of forget sequences, padding.
+
+    Token i of all is token i // S of shard i % S.
 
     Attributes:
-        pooled: Features, `[N, D]`.
-        targets: Row of the trained W2 of the token that came next, `[N]`.
-        forget_start: First token of the forget sequences.
+        pooled: Features, `[S, N, D]`.
+        targets: Row of the trained W2 of the token that came next, `[S, N]`.
+        forget_starts: First token of the forget sequences in each shard, `[S]`.
     """
 
     pooled: jax.Array
     targets: jax.Array
-    forget_start: jax.Array
+    forget_starts: jax.Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,7 +52,8 @@ class Data:
     Attributes:
         train: Tokens to train on.
         held_out: Tokens of the held-out sequences; None if there are none.
-        starts: Of the retain and of the forget sequences in `train`, `[S + 1]` each.
+        starts: Of the retain and of the forget sequences among all tokens of `train`, one each
+            and their end.
         held_out_starts: The same in `held_out`.
         vocabulary: Token ids of the trained rows of W2, sorted, `[U]`.
     """
@@ -79,9 +84,10 @@ class Data:
             for stream, (name, features) in enumerate((("retain", retain), ("forget", forget)))
         ]
 
+        shards = sharding.row_shards(mesh)
+
         def placed(sets: Sequence[Features]) -> Tokens:
-            total = sum(features.num_tokens for features in sets)
-            padded = total + -total % sharding.row_shards(mesh)
+            padded = round_up(sum(features.num_tokens for features in sets), shards)
             pooled = np.zeros((padded, head_config.hidden_size), retain.pooled.dtype)
             targets = np.zeros(padded, np.int32)
             end = 0
@@ -89,9 +95,12 @@ class Data:
                 start, end = end, end + features.num_tokens
                 pooled[start:end] = features.pooled
                 targets[start:end] = np.searchsorted(vocabulary, features.targets)
-            rows, whole = sharding.batch_sharding(mesh, targets.shape), NamedSharding(mesh, P())
-            arrays = (pooled, targets, np.int32(sets[0].num_tokens))
-            return Tokens(*jax.device_put(arrays, (rows, rows, whole)))
+            forget_starts = _before(sets[0].num_tokens, shards)
+            pooled, targets = (
+                np.swapaxes(x.reshape(-1, shards, *x.shape[1:]), 0, 1) for x in (pooled, targets)
+            )
+            arrays = Tokens(pooled, targets, forget_starts.astype(np.int32))
+            return jax.device_put(arrays, sharding.batch_sharding(mesh, (shards,)))
 
         def starts(sets: Sequence[Features]) -> tuple[np.ndarray, np.ndarray]:
             first, second = sets
@@ -116,6 +125,7 @@ class Planner:
 
     def __init__(self, data: Data, members: Sequence[Member], mesh: Mesh):
         self._retain, self._forget = data.starts
+        self._shards = sharding.row_shards(mesh)
         config = members[0].config  # what counts here is the same in all
         self._seeds = [member.seed for member in members]
         self._batch_size = config.batch_size
@@ -128,13 +138,13 @@ class Planner:
             for seed in set(self._seeds)
             for epoch in range(1, config.epochs + 1)
         )
-        # Rounded up, so that it serves other seeds too and divides among the devices.
-        size = int(largest) + -int(largest) % math.lcm(_BATCH_STEP, sharding.row_shards(mesh))
-        self._shape = (len(members), self.steps, size)
+        # Rounded up, so that it serves other seeds too.
+        size = round_up(int(largest), _BATCH_STEP)
+        self._shape = (len(members), self.steps, self._shards, size)
         self._sharding = sharding.fitting(mesh, P(None, None, sharding.ROWS), self._shape)
 
     def epoch(self, epoch: int) -> tuple[jax.Array, np.ndarray]:
-        """Rows `[K, steps, M]`, -1 where a batch has fewer, and tokens per batch `[K, steps]`."""
+        """Rows `[K, steps, S, M]`, -1 where there are fewer; tokens of a batch `[K, steps]`."""
         rows = np.full(self._shape, -1, np.int32)
         counts = {seed: self._counts(seed, epoch) for seed in self._seeds}
         for seed in counts:
@@ -145,8 +155,11 @@ class Planner:
                 read = np.concatenate(
                     [_rows(self._forget, forget[batch]), _rows(self._retain, retain[batch])]
                 )
-                rows[mine, step, : len(read)] = read
-        return jax.device_put(rows, self._sharding), np.stack([counts[s] for s in self._seeds])
+                for shard in range(self._shards):
+                    here = read[read % self._shards == shard] // self._shards
+                    rows[mine, step, shard, : len(here)] = here
+        tokens = np.stack([counts[seed].sum(axis=1) for seed in self._seeds])
+        return jax.device_put(rows, self._sharding), tokens
 
     def _pairs(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The forget sequences in this epoch's order, and the retain sequence drawn for each."""
@@ -156,9 +169,13 @@ class Planner:
         return forget, retain
 
     def _counts(self, seed: int, epoch: int) -> np.ndarray:
+        """Tokens of each batch in each shard, `[steps, S]`."""
         forget, retain = self._pairs(seed, epoch)
-        lengths = np.diff(self._forget)[forget] + np.diff(self._retain)[retain]
-        return np.add.reduceat(lengths, self._firsts)
+        of_forget, of_retain = (
+            np.diff(_before(starts, self._shards), axis=0)
+            for starts in (self._forget, self._retain)
+        )
+        return np.add.reduceat(of_forget[forget] + of_retain[retain], self._firsts)
 
 
 def split(features: Features, fraction: float, name: str, stream: int) -> tuple[Features, Features]:
@@ -173,6 +190,11 @@ def split(features: Features, fraction: float, name: str, stream: int) -> tuple[
         )
     order = np.random.default_rng((_HOLDOUT_SEED, stream)).permutation(features.num_sequences)
     return features.select(np.sort(order[count:])), features.select(np.sort(order[:count]))
+
+
+def _before(tokens: int | np.ndarray, shards: int) -> np.ndarray:
+    """How many of the first so many tokens are in each shard, `[..., S]`."""
+    return -((np.arange(shards) - np.asarray(tokens)[..., None]) // shards)
 
 
 def _rows(starts: np.ndarray, sequences: np.ndarray) -> np.ndarray:
