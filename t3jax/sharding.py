@@ -72,9 +72,7 @@ def row_shards(mesh: Mesh) -> int:
 
 def param_shardings(mesh: Mesh, params: Any) -> Any:
     """Shardings of a tree of weights by `PARAM_RULES`, a tree of the same structure."""
-    return jax.tree.map_with_path(
-        lambda path, leaf: fitting(mesh, _rule(path), leaf.shape), params
-    )
+    return jax.tree.map_with_path(lambda path, leaf: fitting(mesh, _rule(path), leaf.shape), params)
 
 
 def gathered(mesh: Mesh | None, params: Any) -> Any:
@@ -151,8 +149,7 @@ def fitting(mesh: Mesh, spec: P, shape: Sequence[int]) -> NamedSharding:
         return math.prod(mesh.shape[name] for name in names)
 
     parts = [
-        axes if size % devices(axes) == 0 else None
-        for axes, size in zip(spec, shape, strict=False)
+        axes if size % devices(axes) == 0 else None for axes, size in zip(spec, shape, strict=False)
     ]
     while parts and parts[-1] is None:
         parts.pop()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,12 @@ import tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.scaling import collectives
 from t3jax import features, sharding
 from t3jax.data import PromptFormat, encode_records
 from t3jax.head import head_scores
 from t3jax.pooling import causal_mean
-from t3jax.refinements import Refinements
+from t3jax.refinements import PLAIN, Refinements
 from t3jax.sampling import Controls, Sampler
 from t3jax.sampling.loop import Program, Weights, decode_chunk, prefill
 from t3jax.sharding import (
@@ -24,14 +26,19 @@ from t3jax.sharding import (
     fitting,
     make_mesh,
     param_shardings,
+    row_shards,
 )
 
-MESHES = [(2, 4), (1, 8), (8, 1), (4, 2)]
-# All kinds of weights: an LM head of its own and every bias. One layer: compiling for 8 devices is
-# what takes the time here.
-CONFIG = dataclasses.replace(
-    tiny.CONFIG, num_layers=1, tied=False, attention_bias=True, mlp_bias=True
-)
+BY_ROWS = sharding.ROWS
+MESHES = [
+    (data, fsdp, 8 // (data * fsdp))
+    for data in (1, 2, 4, 8)
+    for fsdp in (1, 2, 4, 8)
+    if data * fsdp <= 8
+]
+# All kinds of weights: an LM head of its own and every bias.
+CONFIG = dataclasses.replace(tiny.CONFIG, tied=False, attention_bias=True, mlp_bias=True)
+ONE_LAYER = dataclasses.replace(CONFIG, num_layers=1)
 # Rows, prompt slots, steps of a chunk and cache slots that the Sampler takes for the prompts below:
 # what calls the loop itself then meets programs that are compiled already.
 ROWS, LENGTH, STEPS = 8, 32, 16
@@ -87,13 +94,13 @@ def test_numbers_and_tokens_are_those_of_one_device(shape):
 
 
 def test_a_model_whose_widths_do_not_divide_works_too():
-    assert_equals_one_device(tiny.ODD_CONFIG, (2, 4))
+    assert_equals_one_device(tiny.ODD_CONFIG, (1, 2, 4))
 
 
 def test_refined_text_is_that_of_one_device():
     """Heads of several shapes, gated, stop tokens protected: greedy text on 8 devices."""
     found = []
-    for mesh in (None, make_mesh((2, 1, 4))):
+    for mesh in (None, make_mesh((2, 2, 2))):
         lm = tiny.make_lm(CONFIG, mesh)
         heads = [tiny.make_head(lm), tiny.make_head(lm, rank=3, seed=2)]
         refinements = Refinements(gated=True, protected=lm.eos_ids)
@@ -113,25 +120,25 @@ def specs(tree):
 
 LAYER_SPECS = {
     "attention_norm/weight": P(),
-    "attention/q/weight": P("model"),
+    "attention/q/weight": P("model", "fsdp"),
     "attention/q/bias": P("model"),
-    "attention/k/weight": P("model"),
+    "attention/k/weight": P("model", "fsdp"),
     "attention/k/bias": P("model"),
-    "attention/v/weight": P("model"),
+    "attention/v/weight": P("model", "fsdp"),
     "attention/v/bias": P("model"),
-    "attention/o/weight": P(None, "model"),
+    "attention/o/weight": P("fsdp", "model"),
     "attention/o/bias": P(),
     "mlp_norm/weight": P(),
-    "mlp/gate/weight": P("model"),
+    "mlp/gate/weight": P("model", "fsdp"),
     "mlp/gate/bias": P("model"),
-    "mlp/up/weight": P("model"),
+    "mlp/up/weight": P("model", "fsdp"),
     "mlp/up/bias": P("model"),
-    "mlp/down/weight": P(None, "model"),
+    "mlp/down/weight": P("fsdp", "model"),
     "mlp/down/bias": P(),
 }
 PARAM_SPECS = {
-    "embed/weight": P("model"),
-    "lm_head/weight": P("model"),
+    "embed/weight": P("model", "fsdp"),
+    "lm_head/weight": P("model", "fsdp"),
     "final_norm/weight": P(),
     **{f"layers/{i}/{name}": spec for i in range(2) for name, spec in LAYER_SPECS.items()},
 }
@@ -139,33 +146,79 @@ PARAM_SPECS = {
 
 @pytest.mark.parametrize("shape", MESHES)
 def test_specs_of_weights_and_head(shape):
-    lm = tiny.make_lm(dataclasses.replace(CONFIG, num_layers=2), make_mesh(shape))
+    lm = tiny.make_lm(CONFIG, make_mesh(shape))
     assert specs(lm.params) == PARAM_SPECS
     head = param_shardings(lm.mesh, tiny.make_head(lm).params)
     assert head["output"].spec == P("model")
     assert head["hidden"][0]["weight"].spec == P()
 
 
-def decoding_state(shape, config=CONFIG):
-    """The state of the loop after a prefill and a chunk, and the weights it reads."""
+def decoding(shape, config=CONFIG, with_logprobs=False, refinements=PLAIN):
+    """The loop's program, and the arguments of its prefill; then those of a chunk."""
     lm = tiny.make_lm(config, make_mesh(shape))
     head = tiny.make_head(lm)
     tokens, mask = batch(lm.vocab_size)
     place = functools.partial(jax.device_put, device=batch_sharding(lm.mesh, (ROWS,)))
     params = jax.device_put(head.params, param_shardings(lm.mesh, head.params))
     weights = Weights(lm.params, (params,), (jnp.float32(0),))
-    program = Program(lm.apply, lm.unembed, lm.init_cache, ("identity",), "base", False, lm.mesh)
+    program = Program(
+        lm.apply,
+        lm.unembed,
+        lm.init_cache,
+        ("identity",),
+        "base",
+        with_logprobs,
+        lm.mesh,
+        refinements,
+    )
     ones, zeros = np.ones(ROWS, np.float32), np.zeros(ROWS, np.float32)
     controls = place(Controls(ones, ones, zeros, np.zeros(ROWS, np.int32), ones, zeros, ones))
     keys = place(jax.random.split(jax.random.key(0), ROWS))
     stop = jnp.asarray([263], jnp.int32)
-    state, _ = prefill(
-        program, weights, *place((tokens, mask)), keys, controls, LENGTH + 1 + STEPS, stop
-    )
+    reading = (*place((tokens, mask)), keys, controls, LENGTH + 1 + STEPS, stop)
+    return program, weights, reading, (place(zeros > 0), controls, stop, STEPS)
+
+
+def decoding_state(shape):
+    """The state of the loop after a prefill and a chunk, and the weights it reads."""
+    program, weights, reading, writing = decoding(shape)
+    state, _ = prefill(program, weights, *reading)
     before = specs(state.cache)
-    state, _ = decode_chunk(program, weights, state, place(zeros > 0), controls, stop, STEPS)
+    state, emitted = decode_chunk(program, weights, state, *writing)
     assert specs(state.cache) == before
-    return state, weights, lm.mesh
+    rows = batch_sharding(program.mesh, (ROWS,))
+    assert emitted.tokens.sharding.is_equivalent_to(rows, 2)
+    return state, weights, program.mesh
+
+
+def dimensions(text):
+    """All sizes of dimensions in a compiled program."""
+    return {int(n) for shape in re.findall(r"[a-z]\w*\[([\d,]+)\]", text) for n in shape.split(",")}
+
+
+@pytest.mark.parametrize(
+    ("shape", "refined"), [((2, 1, 4), False), ((1, 1, 8), True), ((2, 2, 2), True)]
+)
+def test_no_step_of_decoding_exchanges_anything_as_long_as_the_vocabulary(shape, refined):
+    """Greedy and drawn (one program): each device sees its part of logits, noise and support."""
+    refinements = Refinements(gated=True, protected=(263,)) if refined else PLAIN
+    program, weights, reading, writing = decoding(shape, ONE_LAYER, refined, refinements)
+    state, _ = jax.eval_shape(lambda: prefill(program, weights, *reading))
+    mesh = program.mesh
+    places = jax.tree.map(lambda x: batch_sharding(mesh, x.shape), state)._replace(
+        cache=cache_shardings(mesh, state.cache),
+        seen=fitting(mesh, P(BY_ROWS, "model"), state.seen.shape),
+    )
+    state = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places
+    )
+    text = decode_chunk.lower(program, weights, state, *writing).compile().as_text()
+    part = 264 // shape[2]
+    found = {shape for _, _, shape in collectives(text) if {264, part} & set(shape)}
+    # What else is gathered along `fsdp` are the rows of a weight.
+    assert found == ({(part, 32)} if shape[1] > 1 else set())
+    assert part in dimensions(text)
+    assert 264 not in dimensions(text)
 
 
 @pytest.mark.parametrize("shape", MESHES)
@@ -173,18 +226,19 @@ def test_specs_and_bytes_per_device_while_decoding(shape):
     """Weights, cache and W2 take at most 1.2 × total / shards of each device's memory."""
     state, weights, mesh = decoding_state(shape)
     # 4 key heads: 8 devices split their width instead.
-    by_width = P("data", None, "model"), P("data", None, None, "model")
-    specs = by_width if shape[1] == 8 else (P("data", "model"),) * 2
+    by_width = P(BY_ROWS, None, "model"), P(BY_ROWS, None, None, "model")
+    specs = by_width if shape[2] == 8 else (P(BY_ROWS, "model"),) * 2
     # An axis of one device is no split: its name may be left out.
     for layers, spec in zip((state.cache.keys, state.cache.values), specs, strict=True):
         for layer in layers:
             assert layer.sharding.is_equivalent_to(NamedSharding(mesh, spec), 4), layer.sharding
-    rows = NamedSharding(mesh, P("data"))
+    rows = NamedSharding(mesh, P(BY_ROWS))
+    assert state.seen.sharding.is_equivalent_to(NamedSharding(mesh, P(BY_ROWS, "model")), 2)
     assert state.cache.positions.sharding.is_equivalent_to(rows, 2)
-    data, model = shape
+    _, fsdp, model = shape
     for name, tree, shards in (
-        ("weights", weights.params, model),
-        ("cache", state.cache, data * model),
+        ("weights", weights.params, fsdp * model),
+        ("cache", state.cache, 8),
         ("W2", weights.heads[0]["output"], model),
     ):
         leaves = jax.tree.leaves(tree)
@@ -200,18 +254,20 @@ def test_specs_and_bytes_per_device_while_decoding(shape):
 
 
 def test_batches_and_caches_are_split_by_rows():
-    mesh = make_mesh((4, 1, 2))
-    assert batch_sharding(mesh, (8, 16)).spec == P("data")
+    mesh = make_mesh((2, 2, 2))
+    assert row_shards(mesh) == 4
+    assert batch_sharding(mesh, (8, 16)).spec == P(BY_ROWS)
     assert batch_sharding(mesh, (6, 16)).spec == P()  # 4 does not divide 6
     cache = jax.eval_shape(lambda: tiny.make_lm().init_cache(8, 24))
     shardings = cache_shardings(mesh, cache)
-    assert shardings.keys[0].spec == P("data", "model")
-    assert shardings.positions.spec == P("data")
+    assert shardings.keys[0].spec == P(BY_ROWS, "model")
+    assert shardings.positions.spec == P(BY_ROWS)
     assert shardings.cursor.spec == P()
 
 
 def test_a_dimension_that_does_not_divide_is_kept_whole():
     mesh = make_mesh((2, 1, 4))
+    assert fitting(make_mesh((2, 2, 2)), P(BY_ROWS, "model"), (2, 4)).spec == P(None, "model")
     assert fitting(mesh, P("data", "model"), (4, 8)).spec == P("data", "model")
     assert fitting(mesh, P("data", "model"), (3, 8)).spec == P(None, "model")
     assert fitting(mesh, P("data", "model"), (4, 6)).spec == P("data")
@@ -222,7 +278,7 @@ def test_a_dimension_that_does_not_divide_is_kept_whole():
 def test_features_are_those_of_one_device(tmp_path):
     rows = [{"question": f"Who wrote {'x' * i}?", "answer": f"{i} wrote it."} for i in range(5)]
     found = []
-    for mesh in (None, make_mesh((2, 1, 4))):
+    for mesh in (None, make_mesh((2, 2, 2))):
         lm = tiny.make_lm(CONFIG, mesh)
         examples = encode_records(lm.tokenizer, rows, PromptFormat())
         found.append(features.load_or_compute_features(lm, examples, tmp_path / str(mesh)))
@@ -233,27 +289,26 @@ def test_features_are_those_of_one_device(tmp_path):
 
 @pytest.mark.parametrize(
     ("shape", "expected"),
-    [((-1, 1), (8, 1)), ((2, -1), (2, 4)), ((2, 4), (2, 4)), ((-1, 8), (1, 8))],
+    [((-1, 1, 1), (8, 1, 1)), ((2, 1, -1), (2, 1, 4)), ((1, -1, 2), (1, 4, 2))],
 )
 def test_mesh_shapes(shape, expected):
-    mesh = make_mesh(shape)
-    assert (mesh.shape[sharding.DATA], mesh.shape[sharding.MODEL]) == expected
+    assert tuple(make_mesh(shape).shape.values()) == expected
     assert make_mesh().shape[sharding.DATA] == 8
-    assert make_mesh((1, 1), jax.devices()[3:4]).size == 1
+    assert make_mesh(devices=jax.devices()[3:4]).size == 1
 
 
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((2, 2), r"\(2, 2\) does not fit 8 devices"),
-        ((3, -1), r"\(3, -1\) does not fit 8 devices"),
-        ((16, 1), r"\(16, 1\) does not fit 8 devices"),
-        ((-1, 16), r"\(-1, 16\) does not fit 8 devices"),
-        ((-1, -1), "at most one -1"),
-        ((0, 8), "positive"),
-        ((-2, 4), "positive"),
-        ((8,), r"expected \(data, model\)"),
-        ((2, 2, 2), r"expected \(data, model\)"),
+        ((2, 2, 1), r"\(2, 2, 1\) does not fit 8 devices"),
+        ((3, -1, 1), r"\(3, -1, 1\) does not fit 8 devices"),
+        ((16, 1, 1), r"\(16, 1, 1\) does not fit 8 devices"),
+        ((-1, 1, 16), r"\(-1, 1, 16\) does not fit 8 devices"),
+        ((-1, -1, 1), "one may be -1"),
+        ((0, 1, 8), "positive"),
+        ((-2, 1, 4), "positive"),
+        ((2, 4), r"mesh \(2, 4\): expected \(data, fsdp, model\).* is \(2, 1, 4\)"),
+        ((2, 2, 2, 1), r"expected \(data, fsdp, model\)"),
     ],
 )
 def test_a_mesh_that_does_not_use_every_device_once_is_refused(shape, message):

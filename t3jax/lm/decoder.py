@@ -285,8 +285,7 @@ class _Attention(nnx.Module):
         if mesh is not None:
             specs = sharding.attention_specs(mesh, c.num_kv_heads, t)
             q, k, v = (
-                sharding.constrain(x, mesh, spec)
-                for x, spec in zip((q, k, v), specs, strict=True)
+                sharding.constrain(x, mesh, spec) for x, spec in zip((q, k, v), specs, strict=True)
             )
         scores = jnp.einsum(
             "bkgth,bkhs->bkgts",

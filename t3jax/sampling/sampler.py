@@ -375,7 +375,7 @@ class Sampler:
         return text[: min(ends)] if ends else text
 
     def _padded_rows(self, rows: int) -> int:
-        """Rows of the compiled program: a power of two, and a multiple of what the mesh splits rows into."""
+        """Rows of the compiled program: a power of two, and a multiple of the row shards."""
         size = min(1 << (rows - 1).bit_length(), max(self.batch_size, rows))
         return round_up(size, sharding.row_shards(self.lm.mesh))
 

@@ -1,10 +1,9 @@
 """What a run reads: tokens on the device, held-out sequences, and the rows of every batch.
 
 Sequences are ragged and never padded one by one: the host plans each epoch as rows of the feature
-array, and one step gathers the rows of its batch. Tokens are dealt out to the devices one by one, so
-that each has about the same share of every sequence, and a batch reads on each device what lies
-there: features never travel. An epoch is one pass over the forget sequences,
-each paired with a retain sequence drawn at random.
+array, and one step gathers the rows of its batch. Tokens are dealt out to the devices one by one:
+each has its share of every sequence, and of a batch it reads what it has. Features never travel. An
+epoch is one pass over the forget sequences, each paired with a retain sequence drawn at random.
 
 Axes: K members, S shards (parts into which the mesh splits rows), N answer tokens of a shard, D
 features, U tokens of the vocabulary that are trained, M tokens of a batch in a shard.

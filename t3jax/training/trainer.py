@@ -43,8 +43,8 @@ class Programs(NamedTuple):
         abstract_state: The training state as shapes with shardings.
         init_optimizer: `params -> optimizer state`.
         epoch: `(state, tokens, rows, knobs) -> (state, losses [K, steps], finite [K])`; the state
-            given is donated, `rows` `[K, steps, S, M]` says which tokens each batch has, -1 for none,
-            `knobs` are peak learning rates and weight decays, `[K]` each.
+            given is donated, `rows` `[K, steps, S, M]` says which tokens of each shard a batch has,
+            -1 for none, `knobs` are peak learning rates and weight decays, `[K]` each.
         score: `(params, tokens) -> scores [K, S, N]`.
     """
 
