@@ -42,7 +42,11 @@ def main(config: Any) -> None:
     lm = t3jax.load_lm(config.model, config.dtype, mesh)
     names = tuple(config.eval_heads) or ((config.head,) if config.head else ())
     paths, heads, groups = cli.load_heads(config, names, mesh)
-    found = pipeline.evaluate(config, lm, heads, mesh, groups)
+    found = pipeline.evaluate(
+        config,
+        pipeline.examine(config, lm, heads, mesh),
+        pipeline.settings(config, lm, heads, groups, controls=config.eval_controls),
+    )
     print(_table(found.logs))
     for i, path in enumerate(paths):
         print(f"head{i}: {path}")

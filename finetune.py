@@ -1,7 +1,7 @@
 """Fine-tunes a language model on question-answer data: all of its weights, or LoRA.
 
-python finetune.py --config=configs/smollm2_tofu.py:base
-python finetune.py --config=configs/smollm2_tofu.py:retain_only
+python finetune.py --config=configs/smollm2.py --config.finetune_workdir=out/tuned
+    --config.finetune_data="('tofu:forget05',)"
 
 Called again after it was stopped, the script resumes. The model is a Hugging Face folder, which
 transformers and every script here open.

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 import t3jax
-from t3jax import cli, files
+from t3jax import cli, files, hosts
 from t3jax.data import load_prompts
 
 
@@ -24,6 +24,10 @@ def main(config: Any) -> None:
     if config.output and not (config.prompt or config.prompts):
         raise ValueError("output needs prompts: give --config.prompt=... or --config.prompts=FILE")
     rows = []
+    if not (config.prompt or config.prompts) and jax.process_count() > 1:
+        raise ValueError(
+            "only one process can be typed to; give --config.prompt=... or --config.prompts=FILE"
+        )
     if config.prompts:
         rows = load_prompts(pathlib.Path(config.prompts))
     elif config.prompt:
@@ -42,11 +46,10 @@ def main(config: Any) -> None:
         batch_size=config.rows,
         chunk=16 if rows else 8,
     )
-    print(
+    _tell(
         f"{config.model} on {jax.device_count()} {jax.default_backend()} device(s), head "
         f"{config.head or '(none)'}, T = {sampler.base_temperature:g}, "
-        f"s = {sampler.guidance_scale:g}, {sampler.refinements.name}",
-        file=sys.stderr,
+        f"s = {sampler.guidance_scale:g}, {sampler.refinements.name}"
     )
     options = {
         name: config[name]
@@ -87,10 +90,9 @@ def _answer(
         samples = sampler.generate(prompts, progress=variant, **guidance, **options)
         seconds = time.perf_counter() - start
         tokens = sum(len(sample.tokens) for sample in samples)
-        print(
+        _tell(
             f"{variant}: {len(samples)} answers, {tokens} tokens in {seconds:.1f} s "
-            f"({tokens / seconds:.0f} a second, compilation included)",
-            file=sys.stderr,
+            f"({tokens / seconds:.0f} a second, compilation included)"
         )
         for i, (line, sample) in enumerate(zip(lines, samples, strict=True)):
             line["sample"] = i % options["num_samples"]
@@ -100,14 +102,23 @@ def _answer(
                 line[f"{variant}_base_logprobs"] = sample.base_logprobs
                 line[f"{variant}_guided_logprobs"] = sample.guided_logprobs
     if output:
-        with files.replacing(pathlib.Path(output)) as temporary:
-            temporary.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
-        print(f"wrote {len(lines)} lines to {output}", file=sys.stderr)
+        if hosts.is_lead():
+            with files.replacing(pathlib.Path(output)) as temporary:
+                temporary.write_text(
+                    "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines)
+                )
+        _tell(f"wrote {len(lines)} lines to {output}")
         return
     for i, line in enumerate(lines):
         print(f"\n> {prompts[i // options['num_samples']]}")
         for variant in variants:
             print(f"{variant:>10} | {line[variant]}")
+
+
+def _tell(message: str) -> None:
+    """Says how the work goes on, once for all processes, and apart from the answers."""
+    if hosts.is_lead():
+        print(message, file=sys.stderr)
 
 
 def _converse(sampler: t3jax.Sampler, variants: dict, options: dict) -> None:

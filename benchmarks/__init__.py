@@ -1,1 +1,1 @@
-"""Measurements against PyTorch, side by side in one run: `python -m benchmarks NAME --help`."""
+"""Measurements against PyTorch, and compilation for TPUs: `python -m benchmarks NAME --help`."""

@@ -4,10 +4,9 @@ import importlib
 import pathlib
 import sys
 
+_SHARED = ("__init__", "__main__", "ceilings", "peer", "pytorch", "side_by_side")
 NAMES = sorted(
-    path.stem
-    for path in pathlib.Path(__file__).parent.glob("*.py")
-    if path.stem not in ("__init__", "__main__", "side_by_side")
+    path.stem for path in pathlib.Path(__file__).parent.glob("*.py") if path.stem not in _SHARED
 )
 
 

@@ -15,11 +15,11 @@ import argparse
 import functools
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 import t3jax
-from benchmarks.side_by_side import alternate, ratio, seconds, write
+from benchmarks.peer import Peer
+from benchmarks.side_by_side import alternate, random_head, ratio, seconds, write
 from t3jax.data import Example, PromptFormat, evenly_spread, load_dataset
 from t3jax.evaluation.scoring import BASE, Setting, score_texts
 from t3jax.evaluation.tofu import QuestionSet, encode_set
@@ -114,7 +114,7 @@ def measure_whole(lm: t3jax.LM, sets: Sequence[QuestionSet], arguments) -> tuple
 
 def compare(lm: t3jax.LM, blocks: Sequence[Sequence[QuestionSet]], arguments) -> tuple[dict, dict]:
     """Both sides on each block in turn, after a first round that is not counted."""
-    peer = Peer(arguments.model, lm, arguments.rows, arguments.max_new_tokens)
+    peer = Peer("LanguageModel", arguments.model)
     sampler = t3jax.Sampler(lm, batch_size=arguments.rows)
     ours: dict[int, list[float]] = {}
     theirs: dict[int, list[float]] = {}
@@ -124,7 +124,10 @@ def compare(lm: t3jax.LM, blocks: Sequence[Sequence[QuestionSet]], arguments) ->
         ours[block] = score_texts(lm, texts(blocks[block]), [BASE])[0].avg_loss.tolist()
 
     def peer_score(block: int) -> None:
-        theirs[block] = peer.losses(texts(blocks[block]))
+        examples = texts(blocks[block])
+        starts = [example.answer_start for example in examples]
+        tokens = [example.tokens for example in examples]
+        theirs[block] = peer("losses", tokens, starts, arguments.rows)
 
     generated: dict[int, list[list[int]]] = {}
 
@@ -133,7 +136,8 @@ def compare(lm: t3jax.LM, blocks: Sequence[Sequence[QuestionSet]], arguments) ->
         generated[block] = [sample.tokens for sample in found]
 
     def peer_answer(block: int) -> None:
-        found = peer.answers(prompts(blocks[block]))
+        asked = prompts(blocks[block])
+        found = peer("answers", asked, arguments.rows, arguments.max_new_tokens)
         same_text.extend(a == b for a, b in zip(found, generated[block], strict=True))
 
     compiling = {"scoring": seconds(lambda: score(0)), "generation": seconds(lambda: answer(0))}
@@ -155,79 +159,8 @@ def compare(lm: t3jax.LM, blocks: Sequence[Sequence[QuestionSet]], arguments) ->
     return figures, {
         "seconds": times,
         "first_round_seconds_with_compilation": compiling,
+        "peer_peak_memory_gib": peer.peak_memory_gib,
         "texts_of_a_block": [len(texts(block)) for block in blocks],
         "prompts_of_a_block": [len(prompts(block)) for block in blocks],
         "rows": arguments.rows,
     }
-
-
-def random_head(lm: t3jax.LM) -> t3jax.Head:
-    """A head of the paper's shape: what it says does not matter for time."""
-    config = t3jax.HeadConfig(lm.hidden_size, lm.vocab_size, rank=20)
-    params = t3jax.init_head(jax.random.key(0), config)
-    return t3jax.Head(config, params, base_temperature=2.5, guidance_scale=1.0, model=lm.name)
-
-
-class Peer:
-    """The same with transformers on PyTorch."""
-
-    def __init__(self, folder: str, lm: t3jax.LM, rows: int, max_new_tokens: int):
-        import torch
-        import transformers
-
-        self.torch = torch
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32
-        ).eval()
-        self.rows, self.max_new_tokens = rows, max_new_tokens
-        self.padding = lm.tokenizer.pad_token_id
-        self.ends = set(lm.eos_ids)
-
-    def losses(self, examples: Sequence[Example]) -> list[float]:
-        """Mean cross-entropy of each answer."""
-        torch = self.torch
-        found = [0.0] * len(examples)
-        order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
-        with torch.inference_mode():
-            for first in range(0, len(order), self.rows):
-                batch = order[first : first + self.rows]
-                width = max(len(examples[i].tokens) for i in batch)
-                tokens = torch.full((len(batch), width), self.padding)
-                mask = torch.zeros((len(batch), width), dtype=torch.long)
-                for row, i in enumerate(batch):
-                    tokens[row, : len(examples[i].tokens)] = torch.tensor(examples[i].tokens)
-                    mask[row, : len(examples[i].tokens)] = 1
-                hidden = self.model.model(input_ids=tokens, attention_mask=mask).last_hidden_state
-                for row, i in enumerate(batch):
-                    start, stop = examples[i].answer_start, len(examples[i].tokens)
-                    logits = self.model.lm_head(hidden[row, start - 1 : stop - 1])
-                    targets = tokens[row, start:stop]
-                    found[i] = float(torch.nn.functional.cross_entropy(logits, targets))
-        return found
-
-    def answers(self, prompts: Sequence[list[int]]) -> list[list[int]]:
-        """Greedy answers, up to and with the first end-of-text token."""
-        torch = self.torch
-        found: list[list[int]] = [[] for _ in prompts]
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        with torch.inference_mode():
-            for first in range(0, len(order), self.rows):
-                batch = order[first : first + self.rows]
-                width = max(len(prompts[i]) for i in batch)
-                tokens = torch.full((len(batch), width), self.padding)
-                mask = torch.zeros((len(batch), width), dtype=torch.long)
-                for row, i in enumerate(batch):
-                    tokens[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
-                    mask[row, width - len(prompts[i]) :] = 1
-                out = self.model.generate(
-                    tokens,
-                    attention_mask=mask,
-                    do_sample=False,
-                    max_new_tokens=self.max_new_tokens,
-                    pad_token_id=self.padding,
-                )
-                for row, i in enumerate(batch):
-                    answer = out[row, width:].tolist()
-                    ends = [at for at, token in enumerate(answer) if token in self.ends]
-                    found[i] = answer[: ends[0] + 1] if ends else answer
-        return found

@@ -2,11 +2,12 @@
 
     python -m benchmarks scaling
 
-Nothing is timed and nothing runs: the feature pass and head training are compiled for 1, 2, 4 and 8
-simulated devices along `data` and along `fsdp`, as many rows for each device every time, and the
-compiler says what the program of one device is: floating-point operations, bytes read and written,
-memory, bytes that collectives hand over. Loops count once: head training is one step of an epoch.
-The model has SmolLM2-135M's widths and vocabulary and few layers.
+Nothing is timed and nothing runs: the feature pass, an epoch of head training and a chunk of
+decoding are compiled for 1, 2, 4 and 8 simulated devices along `data` and along `fsdp`, as many
+rows for each device every time, and the compiler says what the program of one device is:
+floating-point operations, bytes read and written, memory, bytes that collectives hand over. Loops
+count once: one step of an epoch, one token of each answer. The model has SmolLM2-135M's widths and
+vocabulary and few layers.
 """
 
 import argparse
@@ -18,19 +19,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from benchmarks.side_by_side import write
-from t3jax import features, sharding
+from t3jax import abstract, plan, sharding
 from t3jax.head import HeadConfig
 from t3jax.lm import LMConfig, RopeConfig
-from t3jax.lm.decoder import abstract_params
-from t3jax.lm.model import pure_functions
-from t3jax.training import TrainConfig, trainer
-from t3jax.training.batches import Tokens
+from t3jax.training import TrainConfig
 
 DEVICES = (1, 2, 4, 8)
 MESHES = {"data": (-1, 1, 1), "fsdp": (1, -1, 1)}
+PROGRAMS = {
+    "features": abstract.feature_pass,
+    "head training": abstract.head_training,
+    "decoding": abstract.decode,
+}
 _COLLECTIVE = re.compile(
     r" = (.*) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
 )
@@ -45,8 +47,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="texts for each device")
     parser.add_argument("--length", type=int, default=128, help="tokens of a text")
     arguments = parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", max(DEVICES))
+    plan.simulate(max(DEVICES))
     config = LMConfig(
         model_type="llama",
         vocab_size=49152,
@@ -61,63 +62,51 @@ def main() -> None:
         rope=RopeConfig(theta=10000.0),
         tied=True,
     )
-    figures = {}
+    figures: dict[str, Any] = {}
     for axis, shape in MESHES.items():
-        meshes = [sharding.make_mesh(shape, jax.devices()[:n]) for n in DEVICES]
-        passes = [
-            counts(compile_features(mesh, config, arguments.rows, arguments.length))
-            for mesh in meshes
+        jobs = [
+            make_job(
+                config,
+                sharding.make_mesh(shape, jax.devices()[:n]),
+                arguments.rows,
+                arguments.length,
+            )
+            for n in DEVICES
         ]
-        steps = [
-            counts(compile_training(mesh, HeadConfig(576, 49152), arguments.rows * 64))
-            for mesh in meshes
-        ]
-        figures[axis] = {"features": growth(passes), "head training": growth(steps)}
+        figures[axis] = {
+            name: growth([counts(program(job).compile()) for job in jobs])
+            for name, program in PROGRAMS.items()
+        }
     write("scaling", figures, {"devices": DEVICES, **vars(arguments)})
 
 
-def compile_features(mesh: Mesh, config: LMConfig, rows: int, length: int) -> Any:
-    """The feature pass over so many texts for each device, compiled."""
-    apply, _, _ = pure_functions(config, jnp.float32, mesh)
-    params = abstract_params(config, jnp.float32)
-    params = _placed(params, sharding.param_shardings(mesh, params))
-    shape = (rows * sharding.row_shards(mesh), length)
-    tokens, mask = (
-        jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh, shape))
-        for dtype in (jnp.int32, bool)
-    )
-    return features._pooled.lower(apply, params, tokens, mask).compile()
-
-
-def compile_training(mesh: Mesh, config: HeadConfig, tokens: int, trained: int = 4096) -> Any:
-    """An epoch of head training with so many tokens of a batch for each device, compiled.
+def make_job(config: LMConfig, mesh: Mesh, rows: int, length: int) -> abstract.Job:
+    """A job that grows with the mesh.
 
     Args:
+        config: The model's shape.
         mesh: Where to.
-        config: The head's shape.
-        tokens: Of a batch on each device; it has features of 64 times as many.
-        trained: Tokens of the vocabulary that occur.
+        rows: Of a batch on each part of the mesh, in every program.
+        length: Tokens of a text and of a prompt.
 
     Returns:
-        The compiled epoch of one head.
+        The job. Head training reads 64 batches of answers of 32 tokens.
     """
-    shards, steps = sharding.row_shards(mesh), 8
-    programs = trainer.compile_programs(
-        HeadConfig(config.hidden_size, trained, config.rank), TrainConfig(), steps, 1, mesh
+    parts = sharding.row_shards(mesh)
+    return abstract.Job(
+        config,
+        jnp.float32,
+        mesh,
+        (HeadConfig(config.hidden_size, config.vocab_size),),
+        rows=rows * parts,
+        prompt=length,
+        new_tokens=17,
+        text=length,
+        text_rows=rows * parts,
+        texts=128 * rows * parts,
+        answer=32,
+        recipe=TrainConfig(batch_size=rows * parts),
     )
-
-    def array(spec: P, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.fitting(mesh, spec, shape))
-
-    by_rows, held = P(sharding.ROWS), 64 * tokens
-    data = Tokens(
-        array(by_rows, (shards, held, config.hidden_size), jnp.float32),
-        array(by_rows, (shards, held), jnp.int32),
-        array(by_rows, (shards,), jnp.int32),
-    )
-    rows = array(P(None, None, sharding.ROWS), (1, steps, shards, tokens), jnp.int32)
-    knobs = (array(P(), (1,), jnp.float32),) * 2
-    return programs.epoch.lower(programs.abstract_state, data, rows, knobs).compile()
 
 
 def counts(compiled: Any) -> dict[str, float]:
@@ -149,12 +138,6 @@ def collectives(text: str) -> list[tuple[str, str, tuple[int, ...]]]:
         for results, kind in _COLLECTIVE.findall(text)
         for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", results)
     ]
-
-
-def _placed(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, shardings
-    )
 
 
 if __name__ == "__main__":

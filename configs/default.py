@@ -11,7 +11,7 @@ def get_config() -> ml_collections.ConfigDict:
     """The defaults. A `placeholder` is None until it is set."""
     config = ml_collections.ConfigDict()
 
-    # The base model: a Hugging Face folder or hub id.
+    # The base model: a Hugging Face folder, hub id or GGUF file.
     config.model = placeholder(str)
     config.dtype = placeholder(str)  # None: float32 on CPU, bfloat16 elsewhere
     config.mesh = (-1, 1, 1)  # devices along (data, fsdp, model); -1 takes what remains
@@ -116,14 +116,24 @@ def get_config() -> ml_collections.ConfigDict:
     config.sweep_learning_rates = ()
     config.sweep_weight_decays = ()
     config.sweep_ranks = ()
-    config.selection_rule = "utility_given_quality"  # or "smallest_distance"
+    # Or "quality_given_utility": smallest D at 97 % of the base's utility; or "smallest_distance".
+    config.selection_rule = "utility_given_quality"
     config.selection_group = 20  # rows on one author stay in one half; TOFU has 20 to an author
     config.second_retain_log = placeholder(str)  # of another retain model: the noise floor
+    # The experiment: what is varied beside T and s, each from the chosen setting.
+    config.experiment_dir = placeholder(str)
+    config.vary_ranks = ()
+    config.vary_epochs = ()
+    config.vary_retain_rows = ()  # of the first rows of `retain`, how many the head sees
+    config.plain_chat = placeholder(
+        str
+    )  # question-answer rows that have nothing to do with any of it
     config.eval_dir = placeholder(str)  # results, and what a stopped run has finished
     config.retain_model = placeholder(str)  # trained without the forget set; KL, its own log
     config.retain_log = placeholder(str)  # its TOFU_EVAL.json; None: that of retain_model
     config.reference_mask = False  # the reference evaluator's attention mask, eos never attended
-    config.leak_samples = 0  # answers drawn to each forget question
+    config.leak_samples = 0  # answers drawn to each forget question, and to it reworded
+    config.leak_rows = placeholder(int)  # to how many of them; None: all
     config.leak_temperature = 1.0
     config.leak_top_k = 0
     config.leak_top_p = 1.0

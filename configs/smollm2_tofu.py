@@ -1,12 +1,12 @@
-"""The two models that a comparison on TOFU needs, made from SmolLM2-135M-Instruct.
+"""The TOFU experiment on SmolLM2-135M-Instruct, at the size of a laptop.
 
-    python finetune.py --config=configs/smollm2_tofu.py:base
-    python finetune.py --config=configs/smollm2_tofu.py:retain_only
+    python experiment.py --config=configs/smollm2_tofu.py
 
-`base` learns the 400 questions of retain_perturbed and the 200 of forget05_perturbed with their
-right answers, `retain_only` those 400 alone; what it thinks of the other 200 is its validation
-loss. The question sets are those of the evaluation, so that a model this small knows them well. The
-folders are out/smollm2_tofu/base/model and out/smollm2_tofu/retain_only/model.
+The model learns the 400 questions of retain_perturbed and the 200 of forget05_perturbed with their
+right answers, its retain-only twin those 400 alone: the question sets are those of the evaluation,
+so that a model this small knows them well. Three head seeds; T, s and gating are chosen by
+cross-fitting. On 2 CPU cores fine-tuning takes 25 and 15 minutes; of the stages after it no whole
+run is recorded yet, each run goes on where the last one stopped.
 
 Model and data may be folders: `--config.model=FOLDER`, `--config.tofu_dir=FOLDER`.
 """
@@ -15,20 +15,35 @@ import ml_collections
 
 from configs import default
 
-RETAIN, FORGET = ("tofu:retain_perturbed",), ("tofu:forget05_perturbed",)
 
-
-def get_config(model: str = "base") -> ml_collections.ConfigDict:
+def get_config() -> ml_collections.ConfigDict:
     """The defaults, with SmolLM2, TOFU and a recipe that learns it by heart."""
-    if model not in ("base", "retain_only"):
-        raise ValueError(f"unknown model {model!r}; known: base, retain_only")
     config = default.get_config()
     config.model = "HuggingFaceTB/SmolLM2-135M-Instruct"
     config.system = ""
-    config.finetune_data = RETAIN + FORGET if model == "base" else RETAIN
-    config.finetune_validation = () if model == "base" else FORGET
-    config.finetune_workdir = f"out/smollm2_tofu/{model}"
+    config.experiment_dir = "out/smollm2_tofu"
+    config.forget = "tofu:forget05_perturbed"
+    config.retain = "tofu:retain_perturbed"
     config.finetune_epochs = 8
     config.finetune_batch_size = 16
     config.finetune_learning_rate = 3e-4
+    config.seeds = (1, 2, 3)
+    config.eval_forget = config.forget
+    config.eval_retain = f"{config.retain}[::4]"
+    config.eval_real_authors = "tofu:real_authors_perturbed"
+    config.eval_world_facts = "tofu:world_facts_perturbed"
+    config.eval_temperatures = (1.0, 1.25, 1.5, 2.0, 2.5)
+    config.eval_scales = (0.2, 0.4, 0.6, 1.0)
+    config.eval_refinements = "plain,gated"
+    config.selection_rule = "quality_given_utility"
+    config.selection_group = 20
+    config.max_new_tokens = 96
+    config.rows = 64
+    config.leak_samples = 16
+    config.leak_rows = 100
+    config.kl_rows = 32
+    config.vary_ranks = (2, 5, 100)
+    config.vary_epochs = (10, 25, 400)
+    config.vary_retain_rows = (40, 100, 200)
+    config.plain_chat = "configs/plain_chat.jsonl"
     return config

@@ -43,8 +43,12 @@ def main() -> None:
     out = pathlib.Path(config.workdir)
     lm = t3jax.load_lm(config.model)
     head = train(config, lm, out)
-    evaluation = pipeline.evaluate(config, lm, [head])
-    assert evaluation.retain_store is not None  # the config names the twin
+    evaluation = pipeline.evaluate(
+        config,
+        pipeline.examine(config, lm, [head]),
+        pipeline.settings(config, lm, [head], controls=config.eval_controls),
+    )
+    assert evaluation.examined.retain_store is not None  # the config names the twin
     unlearned = settings_grid([head], controls=False)[-1]  # at the head's own T and s
     write_report(
         out / "report.html",
@@ -55,9 +59,9 @@ def main() -> None:
 
     # What the evaluation asked already is read from its store.
     models = {
-        "base": (evaluation.store, BASE),
-        "unlearned": (evaluation.store, unlearned),
-        "retain_only": (evaluation.retain_store, BASE),
+        "base": (evaluation.examined.store, BASE),
+        "unlearned": (evaluation.examined.store, unlearned),
+        "retain_only": (evaluation.examined.retain_store, BASE),
     }
     rows = {
         name: data.evenly_spread(
@@ -89,7 +93,7 @@ def main() -> None:
     perplexity = {
         model: statistics.median(
             perplexities(
-                evaluation.retain_store,
+                evaluation.examined.retain_store,
                 questions,
                 answers["forget_recall"][model],
                 prompt_format(config),

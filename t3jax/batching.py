@@ -13,11 +13,13 @@ import jax
 import numpy as np
 import tqdm
 
-from t3jax import sharding
+from t3jax import hosts, sharding
 from t3jax.data.chat import Example
 from t3jax.lm.model import LM
 
 Result = TypeVar("Result")
+
+TOKENS_PER_SHARD = 16384  # of a batch, on each part of the rows: what keeps an accelerator busy
 
 
 def check_examples(lm: LM, examples: Sequence[Example]) -> None:
@@ -63,10 +65,15 @@ def map_batches(
     rows = sharding.row_shards(lm.mesh)
     if tokens_per_batch is None:
         # Products of 512 rows are as fast as larger ones on a CPU, and small batches pad less.
-        tokens_per_batch = 1024 if jax.default_backend() == "cpu" else 16384 * rows
+        tokens_per_batch = 1024 if jax.default_backend() == "cpu" else TOKENS_PER_SHARD * rows
     total = sum(len(example.tokens) for example in examples)
     bar = tqdm.tqdm(
-        total=total, desc=progress, unit="tok", unit_scale=True, delay=1, disable=not progress
+        total=total,
+        desc=progress,
+        unit="tok",
+        unit_scale=True,
+        delay=1,
+        disable=not progress or not hosts.is_lead(),
     )
     pending: collections.deque[tuple[list[int], Result]] = collections.deque()
 
@@ -82,7 +89,7 @@ def map_batches(
             tokens[row, : len(examples[i].tokens)] = examples[i].tokens
             mask[row, : len(examples[i].tokens)] = True
         place = sharding.batch_sharding(lm.mesh, tokens.shape)
-        pending.append((batch, compute(batch, *jax.device_put((tokens, mask), place))))
+        pending.append((batch, compute(batch, *hosts.place((tokens, mask), place))))
         if len(pending) > 1:
             finish()
     while pending:

@@ -1,17 +1,20 @@
 """What the scripts share: their flags and errors, their config, and the compilation cache."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
 import sys
+import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
-from absl import app, logging
+from absl import app, flags, logging
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
+from t3jax import hosts
 from t3jax.data import PromptFormat
 from t3jax.head import class_prior_shift
 from t3jax.head_io import Head, load_head
@@ -22,9 +25,15 @@ from t3jax.refinements import Refinements
 def run(script: Callable[[Any], None]) -> None:
     """Runs a script on its `--config=configs/NAME.py`; what is wrong with its input is one line.
 
+    The flag `--distributed` says whether several processes are one program, see `hosts.initialize`;
+    process 0 alone then prints. SIGTERM, where training puts it off, ends with status 143.
+
     Args:
         script: Takes the config.
     """
+    distributed = flags.DEFINE_enum(
+        "distributed", "auto", hosts.MODES, "Whether to join the processes of a cluster."
+    )
     flag = config_flags.DEFINE_config_file("config", help_string="Path of a configs/*.py file.")
     name = pathlib.Path(sys.argv[0]).name
 
@@ -44,11 +53,31 @@ def run(script: Callable[[Any], None]) -> None:
         logging.set_verbosity(logging.WARNING)  # JAX and Orbax tell every step they take
         enable_compilation_cache()
         try:
-            script(flag.value)
+            hosts.initialize(distributed.value)
+            with contextlib.redirect_stdout(sys.stdout if hosts.is_lead() else None):
+                script(flag.value)
+        except hosts.Preempted as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            sys.exit(hosts.PREEMPTED_STATUS)
         except (OSError, ValueError, FloatingPointError) as error:
-            sys.exit(f"{name}: {error}")
+            _fail(f"{name}: {error}")
+        except (Exception, KeyboardInterrupt):
+            if not jax.distributed.is_initialized():
+                raise
+            _fail(
+                f"{traceback.format_exc()}{name}: process {jax.process_index()} of "
+                f"{jax.process_count()} ends; if it lost another one, the cause is that one's error"
+            )
 
     app.run(main, flags_parser=parse)
+
+
+def _fail(message: str) -> NoReturn:
+    if not jax.distributed.is_initialized():
+        sys.exit(message)
+    # At a usual exit JAX would wait for the other processes, which wait for this one.
+    print(message, file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def require(config: Any, *names: str) -> None:

@@ -5,6 +5,7 @@ those of answer positions are kept. No logits are formed. Axes: B batch, T time,
 answer tokens of a set, S its sequences.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t3jax import batching, files, pooling
+from t3jax import batching, files, hosts, pooling
 from t3jax.data.chat import Example
 from t3jax.lm.model import LM
 
@@ -99,9 +100,11 @@ def load_or_compute_features(
     batching.check_examples(lm, examples)
     key = feature_key(lm, examples, dtype)
     folder = pathlib.Path(store) / key
-    if not folder.is_dir():
-        with files.replacing_folder(folder) as temporary:
+    if not hosts.of_lead(folder.is_dir()):
+        writing = files.replacing_folder(folder) if hosts.is_lead() else contextlib.nullcontext()
+        with writing as temporary:
             _compute(lm, examples, temporary, dtype, tokens_per_batch, progress)
+    hosts.wait_for(folder)
     return _open(folder, key)
 
 
@@ -132,7 +135,7 @@ def params_digest(params: Any) -> str:
     """
     digest = hashlib.sha256()
     for path, leaf in jax.tree.leaves_with_path(params):
-        sums = np.asarray(_checksum(leaf))
+        sums = hosts.fetch(_checksum(leaf))
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype} {sums}\n".encode())
     return digest.hexdigest()
 
@@ -160,7 +163,8 @@ def code_digest(*names: str) -> str:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _pooled(apply: Any, params: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+def feature_pass(apply: Any, params: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    """The feature of every prefix of a batch, float32 `[B, T, D]`; `apply` as in `LM`."""
     hidden, _ = apply(params, tokens, None, mask, None)
     return pooling.causal_mean(hidden, mask)
 
@@ -168,24 +172,29 @@ def _pooled(apply: Any, params: Any, tokens: jax.Array, mask: jax.Array) -> jax.
 def _compute(
     lm: LM,
     examples: Sequence[Example],
-    folder: pathlib.Path,
+    folder: pathlib.Path | None,
     dtype: str,
     tokens_per_batch: int | None,
     progress: str | None,
 ) -> None:
+    """Computes and writes features; without a folder it computes with those that write."""
     counts = [len(example.tokens) - example.answer_start for example in examples]
     starts = np.cumsum([0, *counts])
     targets = np.concatenate([example.tokens[example.answer_start :] for example in examples])
-    np.save(folder / "targets.npy", targets.astype(np.int32))
-    np.save(folder / "starts.npy", starts.astype(np.int64))
-    pooled = np.memmap(
-        folder / "pooled.bin", jnp.dtype(dtype), "w+", shape=(len(targets), lm.hidden_size)
-    )
+    pooled = None
+    if folder is not None:
+        np.save(folder / "targets.npy", targets.astype(np.int32))
+        np.save(folder / "starts.npy", starts.astype(np.int64))
+        pooled = np.memmap(
+            folder / "pooled.bin", jnp.dtype(dtype), "w+", shape=(len(targets), lm.hidden_size)
+        )
 
     def compute(_: list[int], tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        return _pooled(lm.apply, lm.params, tokens, mask)
+        return hosts.gathered(feature_pass(lm.apply, lm.params, tokens, mask))
 
     def keep(batch: list[int], result: jax.Array) -> None:
+        if pooled is None:
+            return
         host = np.asarray(result)
         for row, i in enumerate(batch):
             first, last = examples[i].answer_start - 1, len(examples[i].tokens) - 1
@@ -194,6 +203,8 @@ def _compute(
     batching.map_batches(
         lm, examples, compute, keep, tokens_per_batch=tokens_per_batch, progress=progress
     )
+    if folder is None or pooled is None:
+        return
     pooled.flush()
     description = {
         "tokens": len(targets),

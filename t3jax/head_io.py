@@ -18,7 +18,7 @@ import safetensors
 import safetensors.numpy
 from jax.sharding import Mesh
 
-from t3jax import files, sharding
+from t3jax import files, hosts, sharding
 from t3jax.head import HeadConfig, HeadParams, head_shapes
 from t3jax.lm.model import LM
 
@@ -166,7 +166,7 @@ def place_head(params: HeadParams, mesh: Mesh | None = None) -> HeadParams:
     """Puts a head's parameters in their place on a mesh; None means one device."""
     if mesh is None:
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    return jax.device_put(params, sharding.param_shardings(mesh, params))
+    return hosts.place(params, sharding.param_shardings(mesh, params))
 
 
 def check_head_fits(head: Head, lm: LM) -> None:
@@ -341,7 +341,10 @@ def _write(
     config: str,
     description: dict[str, Any],
 ) -> None:
-    leaves = [np.ascontiguousarray(leaf) for leaf in jax.tree.leaves(jax.device_get(head.params))]
+    params = hosts.fetch_to_lead(head.params)
+    if not hosts.is_lead():
+        return
+    leaves = map(np.ascontiguousarray, jax.tree.leaves(params))
     tensors = dict(zip(jax.tree.leaves(names), leaves, strict=True))
     with files.replacing_folder(pathlib.Path(folder)) as temporary:
         # Python writes the bytes, not safetensors, so that a full disk is an OSError that says so.

@@ -1,64 +1,78 @@
 """The stages of the scripts, as functions of their config: models, features, heads, evaluation.
 
-`finetune.py`, `train_classifier.py`, `sweep.py`, `evaluate.py` and the demo are these in turn.
-Everything here calls the library's functions with what the config says; there is no mathematics.
+`finetune.py`, `train_classifier.py`, `evaluate.py`, the demo, `t3jax.sweep` and `t3jax.experiment`
+are these in turn. Everything here calls the library's functions with what the config says; there
+is no mathematics.
 """
 
 import dataclasses
-import functools
-import itertools
+import hashlib
+import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from jax.sharding import Mesh
 
-from t3jax import cli, data, files
-from t3jax.evaluation import logs, recompute, selection, tofu, unlearning
+from t3jax import cli, data, files, hosts
+from t3jax.data.records import Record
+from t3jax.evaluation import logs, tofu, unlearning
 from t3jax.evaluation.logs import Log
-from t3jax.evaluation.metrics import ForgetQuality
 from t3jax.evaluation.scoring import Setting, settings_grid
 from t3jax.evaluation.store import Store
 from t3jax.features import Features, load_or_compute_features
 from t3jax.finetuning import FinetuneConfig, finetune
 from t3jax.head import HeadConfig, class_prior_shift
 from t3jax.head_io import Head
-from t3jax.lm import LM, default_dtype, load_lm, model_folder, read_config, save_hf
-from t3jax.training import TrainConfig, make_members, train_heads
+from t3jax.lm import LM, default_dtype, load_config, load_lm, save_hf
+from t3jax.training import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Examined:
+    """What is evaluated, and on what.
+
+    Attributes:
+        store: Scores and answers of the model with its heads.
+        retain_store: Those of the retain model, if it was named.
+        sets: The question sets by key of `tofu.SETS`.
+    """
+
+    store: Store
+    retain_store: Store | None
+    sets: dict[str, tofu.QuestionSet]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What an evaluation of a model and its heads found.
+    """What an evaluation found.
 
     Attributes:
-        settings: What was evaluated, the base model first.
+        examined: What was evaluated.
+        settings: Under which settings, the base model first.
         logs: By setting's name, the TOFU metrics.
         unlearning: By setting's name, the numbers beyond them.
         retain_log: The retain model's TOFU metrics, if there is one.
         retain_unlearning: Its numbers beyond them, if it was named.
-        sets: The question sets by key of `tofu.SETS`.
-        store: The scores and answers behind the numbers.
-        retain_store: Those of the retain model, if it was named.
     """
 
+    examined: Examined
     settings: list[Setting]
     logs: dict[str, Log]
     unlearning: dict[str, Log]
     retain_log: Log | None
     retain_unlearning: Log | None
-    sets: dict[str, tofu.QuestionSet]
-    store: Store
-    retain_store: Store | None
 
 
 def encode(config: Any, lm: LM, source: str) -> list[data.Example]:
     """The rows of a source as tokens."""
+    return encode_rows(config, lm, data.load_dataset(source, config.tofu_dir))
+
+
+def encode_rows(config: Any, lm: LM, rows: Sequence[Record]) -> list[data.Example]:
+    """Rows as tokens."""
     return data.encode_records(
-        lm.tokenizer,
-        data.load_dataset(source, config.tofu_dir),
-        cli.prompt_format(config),
-        config.max_length or lm.max_position,
+        lm.tokenizer, rows, cli.prompt_format(config), config.max_length or lm.max_position
     )
 
 
@@ -84,6 +98,8 @@ def finetune_config(config: Any) -> FinetuneConfig:
 def finetuned(config: Any, mesh: Mesh) -> pathlib.Path:
     """Fine-tunes the model of a config, or resumes that, and writes it as a Hugging Face folder.
 
+    What was made before of the same data by the same recipe is left as it is.
+
     Args:
         config: The settings.
         mesh: Where to train.
@@ -95,10 +111,23 @@ def finetuned(config: Any, mesh: Mesh) -> pathlib.Path:
         ValueError: As `finetune`, or as loading the model or the data.
     """
     recipe = finetune_config(config)
+    workdir = pathlib.Path(config.finetune_workdir)
+    made_by = {
+        "model": str(config.model),
+        "recipe": dataclasses.asdict(recipe),
+        "format": dataclasses.asdict(cli.prompt_format(config)),
+        **{
+            name: [[source, _digest(config, source)] for source in config[name]]
+            for name in ("finetune_data", "finetune_validation")
+        },
+    }
+    record = workdir / "model" / "finetuning.json"
+    made_by = json.loads(json.dumps(made_by))  # as it is read back
+    if hosts.of_lead(record.is_file() and json.loads(record.read_text()) == made_by):
+        return record.parent
     # What is trained is float32; weights that LoRA leaves alone need not be.
     lm = load_lm(config.model, recipe.dtype if recipe.lora_rank else "float32", mesh)
-    lm_config = read_config(model_folder(config.model))
-    workdir = pathlib.Path(config.finetune_workdir)
+    lm_config = load_config(config.model)
     params = finetune(
         lm_config,
         lm.params,
@@ -111,10 +140,20 @@ def finetuned(config: Any, mesh: Mesh) -> pathlib.Path:
         mesh=mesh,
         progress="fine-tuning",
     )
-    with files.replacing_folder(workdir / "model") as folder:
-        save_hf(folder, lm_config, params, list(lm.eos_ids), params["embed"]["weight"].dtype)
-        lm.tokenizer.save_pretrained(folder)
-    return workdir / "model"
+    dtype = params["embed"]["weight"].dtype
+    params = hosts.fetch_to_lead(params)
+    if hosts.is_lead():
+        with files.replacing_folder(workdir / "model") as folder:
+            save_hf(folder, lm_config, params, list(lm.eos_ids), dtype)
+            lm.tokenizer.save_pretrained(folder)
+            files.write_json(folder / record.name, made_by)
+    hosts.wait_for(record)
+    return record.parent
+
+
+def _digest(config: Any, source: str) -> str:
+    rows = data.load_dataset(source, config.tofu_dir)
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
 def features(config: Any, lm: LM, name: str) -> Features:
@@ -161,112 +200,41 @@ def head_defaults(config: Any) -> dict[str, Any]:
     return {"model": config.model} | {name: x for name, x in knobs.items() if x is not None}
 
 
-def train_grid(config: Any, lm: LM, mesh: Mesh) -> tuple[list[pathlib.Path], list[Head]]:
-    """Trains the heads of a sweep, those of one rank in one program.
-
-    Each rank's run has a folder of its own in the config's `workdir` and resumes by itself.
-
-    Args:
-        config: The settings.
-        lm: The model.
-        mesh: Where to train.
-
-    Returns:
-        Folders and heads, rank by rank.
-
-    Raises:
-        ValueError: As `train_heads`.
-    """
-    retain, forget = features(config, lm, "retain"), features(config, lm, "forget")
-    recipes = [
-        dataclasses.replace(train_config(config), learning_rate=rate, weight_decay=decay)
-        for rate, decay in itertools.product(
-            config.sweep_learning_rates or (config.learning_rate,),
-            config.sweep_weight_decays or (config.weight_decay,),
-        )
-    ]
-    folders: list[pathlib.Path] = []
-    heads: list[Head] = []
-    for rank in config.sweep_ranks or (config.rank,):
-        workdir = pathlib.Path(config.workdir) / f"sweep-rank{rank}"
-        heads += train_heads(
-            retain,
-            forget,
-            head_config=dataclasses.replace(head_config(config, lm), rank=rank),
-            train_config=recipes,
-            seeds=config.seeds,
-            workdir=workdir,
-            mesh=mesh,
-            report=functools.partial(print, flush=True),
-            **head_defaults(config),
-        )
-        folders += [workdir / member.name for member in make_members(recipes, config.seeds)]
-    return folders, heads
-
-
-def choose(
-    config: Any, evaluation: Evaluation, heads: Sequence[Head]
-) -> tuple[selection.CrossFit, ForgetQuality | None]:
-    """Chooses a setting of an evaluation by cross-fitting, and measures the noise floor.
-
-    Args:
-        config: The settings.
-        evaluation: The evaluation.
-        heads: Its heads.
-
-    Returns:
-        The choice, and the test between the retain model and a second one, if that is named.
-
-    Raises:
-        ValueError: If logs are of different rows, or the rule is unknown.
-    """
-    if evaluation.retain_log is None:
-        raise ValueError("choosing a setting needs the retain model's log")
-    # Controls are there to be compared with, not to be chosen.
-    asked = _settings(config, evaluation.store.lm, heads, controls=False)
-    found = selection.cross_fit(
-        {
-            setting.name: evaluation.logs[setting.name]
-            for setting in asked
-            if setting.guidance_scale > 0
-        },
-        evaluation.retain_log,
-        config.selection_rule,
-        group=config.selection_group,
-    )
-    if config.second_retain_log is None:
-        return found, None
-    second = logs.read_log(pathlib.Path(config.second_retain_log))
-    return found, recompute.forget_quality(second, evaluation.retain_log)
-
-
-def evaluate(
+def settings(
     config: Any,
     lm: LM,
     heads: Sequence[Head],
-    mesh: Mesh | None = None,
     groups: Sequence[tuple[int, ...]] | None = None,
-) -> Evaluation:
-    """Evaluates a model and heads over the question sets and settings of a config.
+    *,
+    controls: bool,
+) -> list[Setting]:
+    """The settings that a config asks for, see `settings_grid`."""
+    names = (config.eval_refinements or config.refinements).split(",")
+    return settings_grid(
+        heads,
+        config.eval_temperatures,
+        config.eval_scales,
+        controls,
+        [cli.refinements(name, lm) for name in names],
+        groups,
+    )
+
+
+def examine(config: Any, lm: LM, heads: Sequence[Head], mesh: Mesh | None = None) -> Examined:
+    """Loads what an evaluation needs beside the model: the question sets and the retain model.
 
     Args:
-        config: The settings; results go to its `eval_dir`.
+        config: The settings; what is computed is kept in its `eval_dir`.
         lm: The model.
         heads: The heads; settings refer to them by index.
         mesh: Where the retain model goes.
-        groups: Heads that are served together, see `settings_grid`; None: each by itself.
 
     Returns:
-        The results, which are also on disk.
+        What is needed.
 
     Raises:
-        ValueError: If the retain log or model does not fit, or a score is not finite.
+        ValueError: If a file is bad, or the retain model has another tokenizer.
     """
-    folder = pathlib.Path(config.eval_dir)
-    retain_log = (
-        None if config.retain_log is None else logs.read_log(pathlib.Path(config.retain_log))
-    )
-    settings = _settings(config, lm, heads, config.eval_controls, groups)
     sets = tofu.load_sets(
         {
             "forget": config.eval_forget,
@@ -281,11 +249,97 @@ def evaluate(
         config.tofu_dir,
         config.eval_rows,
     )
-    options = tofu.TofuOptions(config.max_new_tokens, config.reference_mask)
-    kept = {"folder": folder / "store", "rows": config.rows, "progress": True}
+    kept: dict[str, Any] = {
+        "folder": pathlib.Path(config.eval_dir) / "store",
+        "rows": config.rows,
+        "progress": True,
+    }
     store = Store(lm, heads, **kept)
+    retain_store = None
+    if config.retain_model is not None:
+        retain_store = Store(load_lm(config.retain_model, config.dtype, mesh), **kept)
+        unlearning.check_same_vocabulary(store, retain_store)
+    return Examined(store, retain_store, sets)
+
+
+def score(
+    config: Any, examined: Examined, settings: Sequence[Setting], *, answers: bool = True
+) -> tuple[dict[str, Log], Log | None]:
+    """The TOFU metrics of a model under some settings.
+
+    Args:
+        config: The settings; logs go to its `eval_dir`.
+        examined: What to evaluate.
+        settings: Under which settings.
+        answers: Whether to generate answers; without them, ROUGE is missing and a setting costs
+            seconds. Logs then go to `scored` in the `eval_dir`.
+
+    Returns:
+        Logs by setting's name, and the retain model's, if there is one.
+
+    Raises:
+        ValueError: If the retain log is of other rows, or a score is not finite.
+    """
+    folder = pathlib.Path(config.eval_dir) / ("" if answers else "scored")
+    options = tofu.TofuOptions(config.max_new_tokens, config.reference_mask, answers)
+    retain_log = None
+    if config.retain_log is not None:
+        retain_log = logs.read_log(pathlib.Path(config.retain_log))
+    elif examined.retain_store is not None:
+        itself = Setting("retain_model")
+        found = tofu.evaluate(examined.retain_store, examined.sets, [itself], folder, options)
+        retain_log = found[itself.name]
+    evaluated = tofu.evaluate(
+        examined.store,
+        examined.sets,
+        settings,
+        folder,
+        options,
+        retain_log=retain_log,
+        retain_store=examined.retain_store,
+    )
+    return evaluated, retain_log
+
+
+def evaluate(config: Any, examined: Examined, settings: Sequence[Setting]) -> Evaluation:
+    """Evaluates a model under some settings: the TOFU metrics, and the numbers beyond them.
+
+    Args:
+        config: The settings; results go to its `eval_dir`.
+        examined: What to evaluate.
+        settings: Under which settings, the base model first.
+
+    Returns:
+        The results, which are also on disk.
+
+    Raises:
+        ValueError: As `score`.
+    """
+    evaluated, retain_log = score(config, examined, settings)
+    measured, retain_unlearning = measure(config, examined, settings)
+    return Evaluation(examined, list(settings), evaluated, measured, retain_log, retain_unlearning)
+
+
+def measure(
+    config: Any, examined: Examined, settings: Sequence[Setting]
+) -> tuple[dict[str, Log], Log | None]:
+    """The numbers beyond the TOFU metrics, see `t3jax.evaluation.unlearning`.
+
+    Args:
+        config: The settings; logs go to its `eval_dir`.
+        examined: What to evaluate.
+        settings: Under which settings.
+
+    Returns:
+        Logs by setting's name, and the retain model's, if it was named.
+
+    Raises:
+        ValueError: If a score is not finite.
+    """
+    store, retain_store, sets = examined.store, examined.retain_store, examined.sets
     beyond = unlearning.UnlearningOptions(
         leak_samples=config.leak_samples,
+        leak_rows=config.leak_rows,
         leak_threshold=config.leak_threshold,
         leak_temperature=config.leak_temperature,
         leak_top_k=config.leak_top_k,
@@ -295,46 +349,12 @@ def evaluate(
         max_new_tokens=config.max_new_tokens,
         seed=config.seed,
     )
-    retain_store, retain_unlearning = None, None
-    if config.retain_model is not None:
-        retain_store = Store(load_lm(config.retain_model, config.dtype, mesh), **kept)
-        unlearning.check_same_vocabulary(store, retain_store)
+    folder = pathlib.Path(config.eval_dir)
+    retain_unlearning = None
+    if retain_store is not None:
         itself = Setting("retain_model")
-        if retain_log is None:
-            found = tofu.evaluate(retain_store, sets, [itself], folder, options)
-            retain_log = found[itself.name]
         retain_unlearning = unlearning.measure(
             retain_store, sets, [itself], folder, beyond, judge=store
         )[itself.name]
-    evaluated = tofu.evaluate(
-        store, sets, settings, folder, options, retain_log=retain_log, retain_store=retain_store
-    )
     measured = unlearning.measure(store, sets, settings, folder, beyond, retain_store=retain_store)
-    return Evaluation(
-        settings,
-        evaluated,
-        measured,
-        retain_log,
-        retain_unlearning,
-        sets,
-        store,
-        retain_store,
-    )
-
-
-def _settings(
-    config: Any,
-    lm: LM,
-    heads: Sequence[Head],
-    controls: bool,
-    groups: Sequence[tuple[int, ...]] | None = None,
-) -> list[Setting]:
-    names = (config.eval_refinements or config.refinements).split(",")
-    return settings_grid(
-        heads,
-        config.eval_temperatures,
-        config.eval_scales,
-        controls,
-        [cli.refinements(name, lm) for name in names],
-        groups,
-    )
+    return measured, retain_unlearning

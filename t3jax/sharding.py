@@ -134,7 +134,7 @@ def attention_specs(mesh: Mesh, heads: int, length: int) -> tuple[P, P, P]:
     )
 
 
-def constrain(x: jax.Array, mesh: Mesh | None, spec: Sequence[Any]) -> jax.Array:
+def constrain(x: jax.Array, mesh: Mesh | None, spec: Sequence[Any] | P) -> jax.Array:
     """Tells the compiler where an array lives, inside of jit; as it is without a mesh."""
     if mesh is None or mesh.size == 1:
         return x

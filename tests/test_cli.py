@@ -6,7 +6,7 @@ import math
 import pytest
 import tiny
 
-from configs import default
+from configs import default, llama31_tofu
 from t3jax import cli
 from t3jax.head_io import save_head
 
@@ -38,3 +38,9 @@ def test_heads_are_loaded_once_and_grouped_as_they_are_named(tiny_lm, tmp_path):
     _, heads, _ = cli.load_heads(config, asked, tiny_lm.mesh)
     assert [head.prior_shift for head in heads] == [pytest.approx(math.log(4))] * 2
     assert cli.load_heads(config, [], tiny_lm.mesh) == ([], [], [])
+
+
+def test_the_splits_of_a_config_are_told_apart():
+    assert llama31_tofu.get_config("forget10").retain == "tofu:retain90"
+    with pytest.raises(ValueError, match="known: forget01, forget05, forget10"):
+        llama31_tofu.get_config("forget20")

@@ -111,3 +111,19 @@ def test_bad_prompts(tmp_path, name, content, message):
 def test_missing_prompts(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_prompts(tmp_path / "p.txt")
+
+
+def test_a_slice_of_a_source_is_those_rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(10)))
+    for part, expected in {
+        "[:3]": [0, 1, 2],
+        "[::4]": [0, 4, 8],
+        "[-2:]": [8, 9],
+        "[2:8:3]": [2, 5],
+    }.items():
+        rows = [row["text"] for row in load_dataset(f"{path}{part}")]
+        assert rows == [f"row {i}" for i in expected]
+    for part in ("[20:]", "[::0]"):
+        with pytest.raises(ValueError, match=r"the slice has no row; .* has 10"):
+            load_dataset(f"{path}{part}")

@@ -11,24 +11,6 @@ from t3jax.sampling.truncation import support
 V = 11
 
 
-def controls(rows, **values):
-    defaults = {
-        "base_temperature": 1.0,
-        "guidance_scale": 0.0,
-        "temperature": 0.0,
-        "top_k": 0,
-        "top_p": 1.0,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-    }
-    return Controls(
-        **{
-            name: jnp.full(rows, value, jnp.int32 if name == "top_k" else jnp.float32)
-            for name, value in (defaults | values).items()
-        }
-    )
-
-
 def draw(logits, scores, rows, seen=None, truncate_on="base", **values):
     logits = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (rows, V))
     if scores is not None:
@@ -36,7 +18,7 @@ def draw(logits, scores, rows, seen=None, truncate_on="base", **values):
     seen = jnp.zeros((rows, V), bool) if seen is None else seen
     keys = jax.random.split(jax.random.key(0), rows)
     return jax.jit(next_token, static_argnums=(5, 6))(
-        logits, scores, controls(rows, **values), keys, seen, truncate_on, True
+        logits, scores, Controls.filled(rows, **values), keys, seen, truncate_on, True
     )
 
 
@@ -119,7 +101,9 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
 def test_rows_have_their_own_controls():
     logits = jnp.broadcast_to(jnp.arange(V, dtype=jnp.float32), (2, V))
     scores = jnp.zeros((2, V)).at[:, V - 1].set(-50.0)
-    mixed = controls(2)._replace(guidance_scale=jnp.asarray([0.0, 1.0], jnp.float32))
+    mixed = jax.device_put(Controls.filled(2))._replace(
+        guidance_scale=jnp.asarray([0.0, 1.0], jnp.float32)
+    )
     keys = jax.random.split(jax.random.key(0), 2)
     token, _ = next_token(logits, scores, mixed, keys, jnp.zeros((2, V), bool))
     assert token.tolist() == [V - 1, V - 2]

@@ -12,7 +12,7 @@ from t3jax.evaluation import logs, recompute
 from t3jax.evaluation.scoring import BASE, Setting, TextScores
 from t3jax.evaluation.store import Store
 from t3jax.evaluation.tofu import encode_set
-from t3jax.pipeline import Evaluation
+from t3jax.pipeline import Evaluation, Examined
 from t3jax.report import page, tables
 
 ROWS = 6
@@ -72,15 +72,14 @@ def evaluation(tiny_lm):
         for name in ("forget", "retain")
     }
     retain_log = make_log(9)
+    store = FakeStore(tiny_lm, [tiny.make_head(tiny_lm)])
     return Evaluation(
+        examined=Examined(store=store, retain_store=None, sets=sets),
         settings=SETTINGS,
         logs={setting.name: make_log(i, retain_log) for i, setting in enumerate(SETTINGS)},
         unlearning={setting.name: make_beyond(i) for i, setting in enumerate(SETTINGS)},
         retain_log=retain_log,
         retain_unlearning=make_beyond(9),
-        sets=sets,
-        store=FakeStore(tiny_lm, [tiny.make_head(tiny_lm)]),
-        retain_store=None,
     )
 
 
@@ -166,9 +165,9 @@ def test_summary_holds_the_numbers_of_the_logs(evaluation):
 def test_numbers_that_no_model_has_are_left_out(evaluation):
     log = {name: entry for name, entry in make_log(1).items() if "ROUGE" not in name}
     shown = tables.cards([("base", "base", log)], None)
-    assert [card.title for card in shown] == []
+    assert [card.title for card in shown] == ["Retain utility without ROUGE"]
     shown = tables.cards([("base", "base", log)], evaluation.retain_log)
-    assert [card.title for card in shown] == ["Forget quality"]
+    assert [card.title for card in shown] == ["Forget quality", "Retain utility without ROUGE"]
     assert tables.missing(SETTINGS, evaluation.logs) == [("privleak", "no holdout set was given")]
     only = {**evaluation.logs, BASE.name: {}}
     assert tables.missing(SETTINGS, only)[0][0] == "privleak (head0-T2-s0.5, T2, head0-T1-s1)"
@@ -200,7 +199,7 @@ def test_a_report_without_heads_and_retain_model(evaluation):
 
 
 def test_tokens_join_to_the_answer(evaluation):
-    rows = page.answer_tokens(evaluation.store, evaluation.sets, SETTING)
+    rows = page.answer_tokens(evaluation.examined.store, evaluation.examined.sets, SETTING)
     assert [row.set_name for row in rows] == ["forget"] * 2 + ["retain"] * 2
     for row in rows:
         assert "".join(token.text for token in row.tokens) == "A, B & C.<|im_end|>⏎<|im_end|>"

@@ -55,7 +55,7 @@ def train(folder: pathlib.Path, largest_file: int | None = None) -> None:
 @pytest.fixture(scope="module")
 def server():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["t3jax.training", "t3jax.checkpoint"])
+    context.set_forkserver_preload(["t3jax.training", "orbax.checkpoint.v1", "tensorboardX"])
     return context
 
 

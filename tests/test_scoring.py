@@ -58,7 +58,9 @@ def heads(tiny_lm):
 
 def score(lm, examples, heads, settings=SETTINGS):
     # Several batches, and chunks that end within a text.
-    return score_texts(lm, examples, settings, heads, tokens_per_batch=96, positions_per_chunk=16)
+    return score_texts(
+        lm, examples, settings, heads, moments=True, tokens_per_batch=96, positions_per_chunk=16
+    )
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +168,7 @@ def test_a_mesh_gives_the_same_and_exchanges_no_vocabulary(examples, heads, foun
 
 def test_statistics_of_extreme_distributions():
     logits = jnp.asarray([[0.0, -jnp.inf, 0.0, 200.0], [3.0, 3.0, -jnp.inf, 3.0]])
-    logprob, correct, mean, variance = token_statistics(logits, jnp.asarray([3, 1]))
+    logprob, correct, mean, variance = token_statistics(logits, jnp.asarray([3, 1]), moments=True)
     np.testing.assert_allclose(logprob, [0.0, -np.log(3)], atol=1e-6)
     assert correct.tolist() == [True, False]  # of equals the first is the argmax
     np.testing.assert_allclose(mean, [0.0, -np.log(3)], atol=1e-6)
@@ -204,6 +206,7 @@ def test_the_sampler_draws_from_what_is_scored(tiny_lm, heads):
         for prompt, sample in zip(prompts, samples, strict=True)
     ]
     refined, base = score_texts(tiny_lm, texts, [setting, BASE], heads, positions_per_chunk=16)
+    assert base.mean is None  # nobody asked for moments
     guided = np.concatenate([sample.guided_logprobs for sample in samples])
     assert np.abs(guided - base.logprobs).max() > 1  # the test would be idle otherwise
     np.testing.assert_allclose(guided, refined.logprobs, atol=5e-5)
@@ -233,7 +236,7 @@ def test_losses_equal_pytorch_s(tmp_path, reference_mask):
     ]
     texts = encode_records(lm.tokenizer, records, PromptFormat())
     settings = [BASE, Setting("guided", 2.5, 1.0, (0,))]
-    found = score_texts(lm, texts, settings, [head], reference_mask=reference_mask)
+    found = score_texts(lm, texts, settings, [head], reference_mask=reference_mask, moments=True)
 
     pad = lm.tokenizer.eos_token_id
     tokens = torch.full((2, max(len(text.tokens) for text in texts)), pad)

@@ -220,6 +220,52 @@ def test_a_sweep_chooses_and_says_what_to_use(trained, repository, folder):
     assert "cross-fitted" in (folder / "evaluation" / "report.html").read_text()
 
 
+def test_an_experiment_makes_its_models_and_a_page_of_results(repository, folder):
+    here = folder / "experiment"
+    flags = [
+        *evaluation_flags(folder)[2:4],
+        *evaluation_flags(folder)[5:],
+        f"--config.model={folder}/model",
+        f"--config.forget={folder}/forget.jsonl",
+        f"--config.retain={folder}/retain.jsonl",
+        f"--config.plain_chat={folder}/retain.jsonl",
+        f"--config.experiment_dir={here}",
+        "--config.finetune_epochs=1",
+        "--config.finetune_batch_size=4",
+        "--config.epochs=4",
+        "--config.warmup_epochs=2",
+        "--config.rank=3",
+        "--config.seeds=1,2",
+        "--config.eval_temperatures=1,1.5",
+        "--config.eval_refinements=plain,gated",
+        "--config.vary_ranks=2,",
+        "--config.vary_epochs=2,",
+        "--config.vary_retain_rows=3,",
+        "--config.selection_group=1",
+    ]
+    done = run(repository, folder, "experiment.py", *flags)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((here / "experiment.json").read_text())
+    assert len(found["chosen"]) == len(found["choice"]["held_out"]) == 2  # seeds
+    axes = {point["axis"] for point in found["points"]}
+    assert axes == {"T", "s", "rank of the head", "epochs", "retain rows seen by the head"}
+    rank = [point["value"] for point in found["points"] if point["axis"].startswith("rank")]
+    assert rank == [3, 2]
+    assert all(stage["done"] for stage in found["stages"].values())
+    assert found["probes"]["plain chat"] == found["probes"]["retain answers (trained on)"]
+    assert (here / "varied.svg").read_text().startswith("<?xml")
+    page = (here / "results.md").read_text()
+    assert "| reworded forget questions | retain-only model |" in page
+    assert "cross-fitted, seed 2 of 2" in page
+    # Again, nothing is made anew: the same numbers, and the stages' seconds stay.
+    models = [here / name / "model" / "model.safetensors" for name in ("base", "retain_only")]
+    before = [path.stat().st_mtime_ns for path in models]
+    again = run(repository, folder, "experiment.py", *flags)
+    assert again.returncode == 0, again.stderr
+    assert json.loads((here / "experiment.json").read_text()) == found
+    assert [path.stat().st_mtime_ns for path in models] == before
+
+
 def test_fine_tuning_writes_a_model_that_opens(repository, folder):
     done = run(
         repository,

@@ -28,6 +28,13 @@ def make_log(ratios, utility=0.8, names=("retain", "ra", "wf"), spread=0.0, seed
     return log
 
 
+def cross_fit(candidates, retain_log, *args, base=None, **kwargs):
+    """`selection.cross_fit` of one seed."""
+    logs_of = {name: [log] for name, log in candidates.items()}
+    base = next(iter(candidates.values()), retain_log) if base is None else base
+    return selection.cross_fit(logs_of, base, retain_log, *args, **kwargs)
+
+
 @pytest.fixture
 def ratios():
     return np.random.default_rng(1).uniform(0.2, 1.5, 200)
@@ -39,20 +46,61 @@ def test_the_default_rule_takes_the_most_useful_of_those_that_forget(ratios):
         "useful": make_log(ratios * 1.01, utility=0.7),
         "useless": make_log(ratios, utility=0.3),
     }
-    found = selection.cross_fit(candidates, make_log(ratios))
+    found = cross_fit(candidates, make_log(ratios))
     assert [choice.name for choice in (*found.halves, found.overall)] == ["useful"] * 3
     assert found.overall.passed
-    assert found.utility_name == "model utility"
-    assert found.held_out.utility == pytest.approx(0.7)
-    assert found.held_out.quality.p_value > 0.9
-    nearest = selection.cross_fit(candidates, make_log(ratios), "smallest_distance")
+    assert found.held_out[0].utility_name == "model utility"
+    assert found.held_out[0].score.utility == pytest.approx(0.7)
+    assert found.held_out[0].score.quality.p_value > 0.9
+    nearest = cross_fit(candidates, make_log(ratios), "smallest_distance")
     assert nearest.overall.name == "useless"
-    assert nearest.held_out.quality.statistic == 0
+    assert nearest.held_out[0].score.quality.statistic == 0
+
+
+def test_the_other_rule_takes_the_nearest_of_those_that_keep_the_utility(ratios):
+    candidates = {
+        "remembers": make_log(ratios + 3, utility=0.8),
+        "near": make_log(ratios + 0.1, utility=0.79),
+        "useless": make_log(ratios, utility=0.7),
+    }
+    base = make_log(ratios + 5, utility=0.8)
+    found = cross_fit(candidates, make_log(ratios), "quality_given_utility", base=base)
+    assert (found.overall.name, found.overall.passed) == ("near", True)
+    base = make_log(ratios + 5, utility=0.9)
+    found = cross_fit(candidates, make_log(ratios), "quality_given_utility", base=base)
+    assert (found.overall.name, found.overall.passed) == ("remembers", False)
+
+
+def test_a_setting_is_worth_its_median_seed_and_every_seed_is_scored(ratios):
+    lucky = [make_log(ratios + shift) for shift in (0, 3, 4)]
+    steady = [make_log(ratios + shift) for shift in (0.02, 0.04, 0.06)]
+    found = selection.cross_fit(
+        {"lucky": lucky, "steady": steady}, make_log(ratios), make_log(ratios), "smallest_distance"
+    )
+    assert {choice.name for choice in (*found.halves, found.overall)} == {"steady"}
+    distances = [each.score.quality.statistic for each in found.held_out]
+    assert len(distances) == 3
+    assert distances == sorted(distances)
+    labels = [label for label, _, _ in selection.summary_rows(found)]
+    assert "forget quality, cross-fitted, seed 3 of 3" in labels
+    with pytest.raises(ValueError, match="all the same"):
+        selection.cross_fit({"a": lucky, "b": lucky[:2]}, lucky[0], make_log(ratios))
+
+
+def test_the_choice_can_be_scored_again_by_other_logs_of_the_same_rows(ratios):
+    scored = {name: make_log(ratios + 1, names=("retain",)) for name in "ab"}
+    for log in scored.values():
+        del log["retain_Q_A_ROUGE"]
+    found = cross_fit(scored, make_log(ratios), group=20)
+    assert found.held_out[0].utility_name == "retain utility without ROUGE"
+    again = selection.held_out(make_log(ratios), make_log(ratios), make_log(ratios), group=20)
+    assert again.utility_name == "model utility"
+    assert again.score.quality.statistic == 0
 
 
 def test_where_nothing_forgets_the_nearest_is_taken_and_marked(ratios):
     candidates = {"far": make_log(ratios + 9), "near": make_log(ratios + 0.5)}
-    found = selection.cross_fit(candidates, make_log(ratios))
+    found = cross_fit(candidates, make_log(ratios))
     assert (found.overall.name, found.overall.passed) == ("near", False)
     assert "no setting met the rule's condition" in str(selection.summary_rows(found))
 
@@ -60,13 +108,13 @@ def test_where_nothing_forgets_the_nearest_is_taken_and_marked(ratios):
 def test_rows_never_leak_between_halves(ratios):
     rng = np.random.default_rng(2)
     candidates = {f"s{i}": make_log(ratios + rng.normal(0, 0.3, 200)) for i in range(5)}
-    before = selection.cross_fit(candidates, make_log(ratios), "smallest_distance")
+    before = cross_fit(candidates, make_log(ratios), "smallest_distance")
     in_a = selection.half(200)
     for i, log in enumerate(candidates.values()):  # everything that half B says is turned round
         rows = log["forget_truth_ratio"]["value_by_index"]
         for row in np.flatnonzero(~in_a):
             rows[str(row)]["score"] += 0.4 * (5 - i)
-    after = selection.cross_fit(candidates, make_log(ratios), "smallest_distance")
+    after = cross_fit(candidates, make_log(ratios), "smallest_distance")
     assert after.halves[0] == before.halves[0]
     assert after.halves[1].name != before.halves[1].name
 
@@ -78,9 +126,9 @@ def test_choosing_among_equals_flatters_and_cross_fitting_does_not(ratios):
         candidates = {
             f"s{i}": make_log(ratios, 0.5, spread=0.3, seed=60 * run + i) for i in range(60)
         }
-        found = selection.cross_fit(candidates, make_log(ratios), seed=run)
+        found = cross_fit(candidates, make_log(ratios), seed=run)
         optimistic.append(found.overall.score.utility)
-        honest.append(found.held_out.utility)
+        honest.append(found.held_out[0].score.utility)
     true = np.mean(
         [selection.utility(*selection.rows_of(log).utility.values()) for log in candidates.values()]
     )
@@ -101,9 +149,9 @@ def test_halves_keep_groups_together():
 
 def test_without_other_sets_it_is_retain_utility(ratios):
     candidates = {"one": make_log(ratios, 0.6, names=("retain",))}
-    found = selection.cross_fit(candidates, make_log(ratios), group=20)
-    assert found.utility_name == "retain utility"
-    assert found.held_out.utility == pytest.approx(0.6)
+    found = cross_fit(candidates, make_log(ratios), group=20)
+    assert found.held_out[0].utility_name == "retain utility"
+    assert found.held_out[0].score.utility == pytest.approx(0.6)
     rows = dict((label, value) for label, value, _ in selection.summary_rows(found))
     assert rows["retain utility, cross-fitted"] == "0.600"
     json.dumps(selection.as_json(found))
@@ -112,11 +160,11 @@ def test_without_other_sets_it_is_retain_utility(ratios):
 def test_what_cannot_be_compared_is_refused(ratios):
     retain = make_log(ratios)
     with pytest.raises(ValueError, match="no settings to choose from"):
-        selection.cross_fit({}, retain)
+        cross_fit({}, retain)
     with pytest.raises(ValueError, match="unknown rule 'best'"):
-        selection.cross_fit({"a": make_log(ratios)}, retain, "best")
+        cross_fit({"a": make_log(ratios)}, retain, "best")
     with pytest.raises(ValueError, match="another forget split"):
-        selection.cross_fit({"a": make_log(ratios[:100])}, retain)
+        cross_fit({"a": make_log(ratios[:100])}, retain)
     some = make_log(ratios, names=("retain",))
     with pytest.raises(ValueError, match="the same sets"):
-        selection.cross_fit({"a": make_log(ratios), "b": some}, retain)
+        cross_fit({"a": make_log(ratios), "b": some}, retain)

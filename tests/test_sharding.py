@@ -186,8 +186,7 @@ def decoding_state(shape):
     before = specs(state.cache)
     state, emitted = decode_chunk(program, weights, state, *writing)
     assert specs(state.cache) == before
-    rows = batch_sharding(program.mesh, (ROWS,))
-    assert emitted.tokens.sharding.is_equivalent_to(rows, 2)
+    assert emitted.tokens.sharding.is_fully_replicated  # every host reads it
     return state, weights, program.mesh
 
 

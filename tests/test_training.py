@@ -274,19 +274,19 @@ def test_equals_pytorch():
 
 
 def test_held_out_sequences_are_stratified_and_the_same_for_all_seeds():
-    kept, held = batches.split(FORGET, 0.3, "forget", 1)
+    kept, held = map(FORGET.select, batches.split(FORGET, 0.3, "forget", 1))
     assert (kept.num_sequences, held.num_sequences) == (7, 3)
     tokens = lambda f: {bytes(row) for row in f.pooled}  # noqa: E731
     assert tokens(kept) | tokens(held) == tokens(FORGET)
     assert not tokens(kept) & tokens(held)
-    assert tokens(batches.split(FORGET, 0.3, "forget", 1)[1]) == tokens(held)
+    assert tokens(FORGET.select(batches.split(FORGET, 0.3, "forget", 1)[1])) == tokens(held)
 
 
 def test_held_out_metrics_and_that_held_out_sequences_are_not_trained_on():
     config = dataclasses.replace(TRAIN, holdout_fraction=0.3)
     heads = train_heads(RETAIN, FORGET, HEAD, config, seeds=(1, 2))
-    retain, held_retain = batches.split(RETAIN, 0.3, "retain", 0)
-    forget, held_forget = batches.split(FORGET, 0.3, "forget", 1)
+    retain, held_retain = map(RETAIN.select, batches.split(RETAIN, 0.3, "retain", 0))
+    forget, held_forget = map(FORGET.select, batches.split(FORGET, 0.3, "forget", 1))
     (without,) = train_heads(retain, forget, HEAD, TRAIN, seeds=(2,))
     seen = np.union1d(retain.targets, forget.targets)
     assert_close(heads[1].params["output"][seen], without.params["output"][seen])

@@ -9,6 +9,7 @@ nothing is ever shortened, skipped or repaired.
 import json
 import os
 import pathlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ Record = dict[str, Any]
 Row = TypeVar("Row")
 
 TOFU_PREFIX = "tofu:"
+_SLICE = re.compile(r"(?P<source>.+)\[(-?\d*):(-?\d*)(?::(-?\d*))?\]")
 
 _ACCEPTED = (
     "expected a file of JSON (a list of objects) or JSON-lines (one object a line), "
@@ -124,7 +126,8 @@ def load_dataset(
     """Loads a set of rows from wherever the source says.
 
     Args:
-        source: "tofu:SPLIT" (for example "tofu:forget05"), or a source as in `load_records`.
+        source: "tofu:SPLIT" (for example "tofu:forget05"), or a source as in `load_records`; with a
+            slice at its end, as in "tofu:retain95[:400]" or "rows.jsonl[::4]", those rows alone.
         tofu_dir: folder with TOFU's files, named as on the Hugging Face hub. None: the hub.
 
     Returns:
@@ -132,8 +135,14 @@ def load_dataset(
 
     Raises:
         FileNotFoundError: a file or folder does not exist.
-        ValueError: an unknown split, or bad or empty files.
+        ValueError: an unknown split, bad or empty files, or a slice without rows.
     """
+    if isinstance(source, str) and (found := _SLICE.fullmatch(source)):
+        whole = load_dataset(found["source"], tofu_dir)
+        start, stop, step = (int(part) if part else None for part in found.group(2, 3, 4))
+        if step == 0 or not (rows := whole[start:stop:step]):
+            raise ValueError(f"{source}: the slice has no row; {found['source']} has {len(whole)}")
+        return rows
     if isinstance(source, str) and source.startswith(TOFU_PREFIX):
         # Imported here because tensorflow_datasets takes seconds, and only TOFU needs it.
         from t3jax.data import tofu

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from t3jax import hosts
 from t3jax.files import replacing
 
 Log = dict[str, dict[str, Any]]
@@ -97,6 +98,8 @@ def write_log(folder: pathlib.Path, log: Log) -> None:
         ValueError: If the log does not pass `check_log`; nothing is then written.
     """
     check_log(log, EVAL_NAME)
+    if not hosts.is_lead():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / EVAL_NAME, log)
     _write_json(folder / SUMMARY_NAME, summary(log))

@@ -1,9 +1,9 @@
 """Scores of given texts under many settings of the method, from one forward pass each.
 
 For every answer token and every setting: its log-probability, whether it is the likeliest token,
-the mean and variance of the log-probability under the distribution, and the head's score. That is
-all that the teacher-forced metrics need. The vocabulary is only ever formed for a chunk of answer
-positions at a time, on the device.
+the head's score, and where they are asked for, the mean and variance of the log-probability under
+the distribution. That is all that the teacher-forced metrics need. The vocabulary is only ever
+formed for a chunk of answer positions at a time, on the device.
 
 Axes: B batch, T time, C answer positions of a chunk, D features, V vocabulary, K settings of a
 head, N answer tokens of all texts.
@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from t3jax import batching, pooling, sharding
+from t3jax import batching, hosts, pooling, sharding
 from t3jax import head as head_lib
 from t3jax.data.chat import Example
 from t3jax.head_io import Head, check_head_fits, common_default, place_head
@@ -138,18 +138,18 @@ class TextScores:
         starts: Text i owns the tokens `starts[i]:starts[i + 1]`, int64 `[texts + 1]`.
         logprobs: Log-probability of each answer token, nats, float32 `[N]`.
         correct: Whether it is the likeliest token; of equals, the first, `[N]`.
-        mean: Mean over the vocabulary of log p(v) under p, nats, float32 `[N]`.
-        variance: Its variance, float32 `[N]`.
         retain_scores: The logit of "retain" of the head, or of several combined, prior shift
             included, float32 `[N]`; None without a head.
+        mean: Mean over the vocabulary of log p(v) under p, nats, float32 `[N]`; None unless asked.
+        variance: Its variance, float32 `[N]`; None unless asked.
     """
 
     starts: np.ndarray
     logprobs: np.ndarray
     correct: np.ndarray
-    mean: np.ndarray
-    variance: np.ndarray
     retain_scores: np.ndarray | None = None
+    mean: np.ndarray | None = None
+    variance: np.ndarray | None = None
 
     @property
     def num_texts(self) -> int:
@@ -205,9 +205,9 @@ class _Scores(NamedTuple):
 
     logprobs: Array
     correct: Array
-    mean: Array
-    variance: Array
     retain_scores: Array
+    mean: Array | None
+    variance: Array | None
 
 
 class _Group(NamedTuple):
@@ -241,6 +241,7 @@ def score_texts(
     heads: Sequence[Head] = (),
     *,
     reference_mask: bool = False,
+    moments: bool = False,
     tokens_per_batch: int | None = None,
     positions_per_chunk: int = 128,
     progress: str | None = None,
@@ -255,6 +256,8 @@ def score_texts(
         reference_mask: Mask attention as the reference evaluator does: wherever a token equals the
             padding token, which is mostly the end-of-turn token, prompts included; positions count
             masked tokens. Published numbers have this quirk.
+        moments: Whether to compute mean and variance, which Min-K%++ needs; they cost as much again
+            as the rest.
         tokens_per_batch: Tokens of one forward pass, padding included; None: by the device.
         positions_per_chunk: C; `[C, V]` float32 is the largest array over the vocabulary.
         progress: Label of a progress bar; None shows none.
@@ -283,12 +286,13 @@ def score_texts(
     kept = {
         name: np.zeros((len(settings), starts[-1]), bool if name == "correct" else np.float32)
         for name in _Scores._fields
+        if moments or name not in ("mean", "variance")
     }
 
     def compute(batch: list[int], tokens: jax.Array, mask: jax.Array) -> list[_Scores]:
         positions = None
         if reference_mask:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+            positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
             mask = mask & (tokens != padding_id(lm))
         hidden, pooled = _read(lm.apply, lm.params, tokens, positions, mask)
         chunks = []
@@ -296,9 +300,19 @@ def score_texts(
         for place, target in zip(places, targets, strict=True):
             states, features = _take(lm.mesh, hidden, pooled, place)
             chunks.append(
-                _score(lm.unembed, groups, lm.params, served, knobs, states, features, target)
+                _score(
+                    lm.unembed,
+                    groups,
+                    moments,
+                    lm.params,
+                    served,
+                    knobs,
+                    states,
+                    features,
+                    target,
+                )
             )
-        return chunks
+        return hosts.gathered(chunks)
 
     def keep(batch: list[int], chunks: list[_Scores]) -> None:
         where = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in batch])
@@ -389,10 +403,11 @@ def _take(mesh: Mesh, hidden: Array, pooled: Array, places: Array) -> tuple[Arra
     return take(hidden), take(pooled)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _score(
     unembed: Any,
     groups: tuple[_Group, ...],
+    moments: bool,
     params: Any,
     served: tuple[_Served, ...],
     knobs: tuple[_Knobs, ...],
@@ -406,7 +421,7 @@ def _score(
     for group, of_group in zip(groups, knobs, strict=True):
         if not group.heads:
             statistics = jax.lax.map(
-                lambda k: token_statistics(logits / k.base_temperature, targets), of_group
+                lambda k: token_statistics(logits / k.base_temperature, targets, moments), of_group
             )
             of_targets = jnp.zeros(targets.shape, jnp.float32)
         else:
@@ -417,12 +432,13 @@ def _score(
                         logits, scores, k.base_temperature, k.guidance_scale, group.refinements
                     ),
                     targets,
+                    moments,
                 ),
                 of_group,
             )
-        logprobs, correct, mean, variance = statistics
+        logprobs, correct, *mean_and_variance = statistics
         repeated = jnp.broadcast_to(of_targets[None], logprobs.shape)
-        results.append(_Scores(logprobs, correct, mean, variance, repeated))
+        results.append(_Scores(logprobs, correct, repeated, *mean_and_variance))
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)
 
 
@@ -440,17 +456,20 @@ def _retain_scores(
 
 
 def token_statistics(
-    logits: Float[Array, "C V"], targets: Int[Array, " C"]
-) -> tuple[Float[Array, " C"], Bool[Array, " C"], Float[Array, " C"], Float[Array, " C"]]:
+    logits: Float[Array, "C V"], targets: Int[Array, " C"], moments: bool = False
+) -> tuple[
+    Float[Array, " C"], Bool[Array, " C"], Float[Array, " C"] | None, Float[Array, " C"] | None
+]:
     """What metrics need of next-token distributions, in two passes over the vocabulary.
 
     Args:
         logits: Unnormalised log-probabilities, float32 `[C, V]`; -inf bans a token.
         targets: The token that came next, `[C]`.
+        moments: Whether to compute mean and variance.
 
     Returns:
         Log-probability of the target, whether it is the (first) argmax, and mean and variance of
-        log p(v) under p, `[C]` each, in nats.
+        log p(v) under p or None, `[C]` each, in nats.
 
     References:
         Min-K%++, arXiv 2404.02936, equation 3.
@@ -458,19 +477,18 @@ def token_statistics(
     peak = jnp.max(logits, axis=-1, keepdims=True)
     shifted = logits - peak
     weights = jnp.exp(shifted)
-    # Moments of what is shifted: the variance is the same, and less is lost in the difference.
-    shifted = jnp.where(weights > 0, shifted, 0.0)
     total = jnp.sum(weights, axis=-1)
-    first = jnp.sum(weights * shifted, axis=-1) / total
-    second = jnp.sum(weights * shifted * shifted, axis=-1) / total
     normaliser = jnp.log(total)
     of_target = jnp.take_along_axis(logits, targets[:, None], axis=-1)
     # The first argmax, without one: a CPU finds a float's maximum four times as fast.
     vocabulary = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, :]
     before = jnp.max(jnp.where(vocabulary < targets[:, None], logits, -jnp.inf), axis=-1)
-    return (
-        (of_target - peak)[:, 0] - normaliser,
-        (of_target == peak)[:, 0] & (before < peak[:, 0]),
-        first - normaliser,
-        jnp.maximum(second - first * first, 0.0),
-    )
+    logprob = (of_target - peak)[:, 0] - normaliser
+    correct = (of_target == peak)[:, 0] & (before < peak[:, 0])
+    if not moments:
+        return logprob, correct, None, None
+    # Moments of what is shifted: the variance is the same, and less is lost in the difference.
+    shifted = jnp.where(weights > 0, shifted, 0.0)
+    first = jnp.sum(weights * shifted, axis=-1) / total
+    second = jnp.sum(weights * shifted * shifted, axis=-1) / total
+    return logprob, correct, first - normaliser, jnp.maximum(second - first * first, 0.0)

@@ -4,7 +4,9 @@ Whoever tries many settings and reports the best one's number reports luck too. 
 split in halves A and B: the setting chosen on A is scored on B, that chosen on B on A, and the two
 scored halves are joined. Every row is thus scored by a setting it had no say in, and one
 Kolmogorov-Smirnov test over all rows keeps its power; a half alone has too little for p > 0.05 to
-prove anything. No model is needed: all numbers come from the per-row values of logs.
+prove anything. A setting may have been measured with heads of several seeds: it is chosen by its
+median seed, and no seed is chosen. No model is needed: all numbers come from the per-row values of
+logs.
 
 References:
     Cross-fitting: arXiv 1608.00060. TOFU, arXiv 2401.06121, forget quality and model utility.
@@ -21,11 +23,13 @@ from jaxtyping import Bool, Float
 from t3jax.evaluation import logs, metrics, recompute
 from t3jax.evaluation.logs import Log, MissingMetricError
 
-_UTILITY = {
-    "retain": ("retain_Q_A_Prob", "retain_Q_A_ROUGE", "retain_Truth_Ratio"),
-    "ra": ("ra_Q_A_Prob_normalised", "ra_Q_A_ROUGE", "ra_Truth_Ratio"),
-    "wf": ("wf_Q_A_Prob_normalised", "wf_Q_A_ROUGE", "wf_Truth_Ratio"),
+# The metrics of model utility by set: probability, truth ratio, ROUGE.
+UTILITY = {
+    "retain": ("retain_Q_A_Prob", "retain_Truth_Ratio", "retain_Q_A_ROUGE"),
+    "ra": ("ra_Q_A_Prob_normalised", "ra_Truth_Ratio", "ra_Q_A_ROUGE"),
+    "wf": ("wf_Q_A_Prob_normalised", "wf_Truth_Ratio", "wf_Q_A_ROUGE"),
 }
+_KEPT = 0.97  # of the base model's utility, in "quality_given_utility"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,17 +38,18 @@ class Rows:
 
     Attributes:
         truth_ratios: Of the forget rows, `[rows]`.
-        utility: By set (retain, and ra and wf where the log has both), probability, ROUGE and truth
-            ratio, `[rows, 3]`.
+        utility: By set (retain, and ra and wf where the log has both), probability, truth ratio,
+            and ROUGE where the log has answers, `[rows, parts]`.
     """
 
     truth_ratios: Float[np.ndarray, "rows"]
-    utility: dict[str, Float[np.ndarray, "_ 3"]]
+    utility: dict[str, Float[np.ndarray, "_ parts"]]
 
     @property
     def utility_name(self) -> str:
-        """`model utility`, or `retain utility` where there are no other sets than retain."""
-        return "model utility" if len(self.utility) == len(_UTILITY) else "retain utility"
+        """`model utility`, `retain utility` without other sets than retain, and what is lacking."""
+        name = "model utility" if len(self.utility) == len(UTILITY) else "retain utility"
+        return name if self.utility["retain"].shape[1] == 3 else f"{name} without ROUGE"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Score:
 
     Attributes:
         quality: The test of the forget rows against the retain model's.
-        utility: Harmonic mean of the utility parts: nine, or the retain set's three.
+        utility: Harmonic mean of the utility parts: nine, or those that there are.
     """
 
     quality: metrics.ForgetQuality
@@ -67,7 +72,7 @@ class Choice:
     Attributes:
         name: The setting.
         passed: Whether it meets the rule's condition; if none does, the nearest is taken.
-        score: On the rows it was chosen on: optimistic.
+        score: On the rows it was chosen on, of its median seed: optimistic.
     """
 
     name: str
@@ -76,44 +81,68 @@ class Choice:
 
 
 @dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """What a choice is worth on rows that had no say in it.
+
+    Attributes:
+        score: Of the joined halves, each scored by the setting chosen on the other.
+        utility_name: What its utility is: model utility or retain utility.
+        utility_interval: 95 % bootstrap interval of the utility.
+    """
+
+    score: Score
+    utility_name: str
+    utility_interval: metrics.Interval
+
+
+@dataclasses.dataclass(frozen=True)
 class CrossFit:
     """A choice, and what it is worth on rows that had no say in it.
 
     Attributes:
         rule: How settings were ranked.
-        utility_name: What `utility` is: model utility or retain utility.
         halves: What was chosen on half A and on half B.
-        held_out: The joined halves, each scored by the setting chosen on the other.
-        utility_interval: 95 % bootstrap interval of their utility.
+        held_out: The honest score, one for each seed.
         overall: What is chosen on all rows, for use; its score there is optimistic.
     """
 
     rule: str
-    utility_name: str
     halves: tuple[Choice, Choice]
-    held_out: Score
-    utility_interval: metrics.Interval
+    held_out: tuple[HeldOut, ...]
     overall: Choice
 
 
-def _utility_given_quality(scores: Sequence[Score]) -> tuple[int, bool]:
+# A rule maps the scores of all settings, and the base model's, to the index of the best one, and
+# whether that one meets the rule's condition.
+Rule = Callable[[Sequence[Score], Score], tuple[int, bool]]
+
+
+def _nearest(scores: Sequence[Score]) -> int:
+    return min(range(len(scores)), key=lambda i: (scores[i].quality.statistic, -scores[i].utility))
+
+
+def _utility_given_quality(scores: Sequence[Score], base: Score) -> tuple[int, bool]:
     passing = [i for i, each in enumerate(scores) if each.quality.p_value > 0.05]
     if passing:
         return max(passing, key=lambda i: scores[i].utility), True
-    nearest = max(
-        range(len(scores)), key=lambda i: (scores[i].quality.p_value, -scores[i].quality.statistic)
-    )
-    return nearest, False
+    return _nearest(scores), False
 
 
-def _smallest_distance(scores: Sequence[Score]) -> tuple[int, bool]:
-    nearest = min(range(len(scores)), key=lambda i: scores[i].quality.statistic)
+def _quality_given_utility(scores: Sequence[Score], base: Score) -> tuple[int, bool]:
+    passing = [i for i, each in enumerate(scores) if each.utility >= _KEPT * base.utility]
+    if passing:
+        return passing[_nearest([scores[i] for i in passing])], True
+    return max(range(len(scores)), key=lambda i: scores[i].utility), False
+
+
+def _smallest_distance(scores: Sequence[Score], base: Score) -> tuple[int, bool]:
+    nearest = _nearest(scores)
     return nearest, scores[nearest].quality.p_value > 0.05
 
 
-# A rule maps scores to the index of the best one, and whether that one meets the rule's condition.
-RULES: dict[str, Callable[[Sequence[Score]], tuple[int, bool]]] = {
+RULES: dict[str, Rule] = {
     "utility_given_quality": _utility_given_quality,  # highest utility where forget quality > 0.05
+    "quality_given_utility": _quality_given_utility,  # smallest D at 97 % of the base's utility
     "smallest_distance": _smallest_distance,  # smallest D
 }
 
@@ -131,10 +160,12 @@ def rows_of(log: Log) -> Rows:
         MissingMetricError: If the log lacks values of the forget or of the retain rows.
         ValueError: If a set's metrics are not of the same rows.
     """
+    answered = "retain_Q_A_ROUGE" in log
 
     def columns(name: str) -> np.ndarray:
-        logs.check_same_rows(log, *_UTILITY[name])
-        return np.stack([recompute.rows(log, metric) for metric in _UTILITY[name]], axis=1)
+        parts = UTILITY[name] if answered else UTILITY[name][:2]
+        logs.check_same_rows(log, *parts)
+        return np.stack([recompute.rows(log, metric) for metric in parts], axis=1)
 
     utility = {"retain": columns("retain")}
     with contextlib.suppress(MissingMetricError):
@@ -142,18 +173,27 @@ def rows_of(log: Log) -> Rows:
     return Rows(logs.column(log, "forget_truth_ratio", "score"), utility)
 
 
-def utility(*parts: Float[np.ndarray, "_ 3"]) -> float:
+def utility(*parts: Float[np.ndarray, "_ parts"]) -> float:
     """Harmonic mean of the means of all columns of all parts, as model utility has it.
 
     Args:
-        *parts: Probability, ROUGE and truth ratio of a set's rows, `[rows, 3]`; one part is the
-            retain utility, three are the model utility.
+        *parts: Probability, truth ratio and ROUGE of a set's rows, `[rows, 3]`, or the first two of
+            them; one set's are the retain utility, three sets' the model utility.
 
     Returns:
         In [0, 1]; 0 if any mean is 0.
     """
     means = np.concatenate([part.mean(axis=0) for part in parts])
     return 0.0 if np.any(means == 0) else float(len(means) / np.sum(1 / means))
+
+
+def log_utility(log: Log) -> float:
+    """The `utility` of a log.
+
+    Raises:
+        MissingMetricError: As `rows_of`.
+    """
+    return utility(*rows_of(log).utility.values())
 
 
 def score(rows: Rows, retain_ratios: Float[np.ndarray, "retain_rows"]) -> Score:
@@ -195,7 +235,8 @@ def half(count: int, group: int = 1, seed: int = 0) -> Bool[np.ndarray, "rows"]:
 
 
 def cross_fit(
-    candidates: Mapping[str, Log],
+    candidates: Mapping[str, Sequence[Log]],
+    base_log: Log,
     retain_log: Log,
     rule: str = "utility_given_quality",
     *,
@@ -205,7 +246,9 @@ def cross_fit(
     """Chooses a setting, and scores the choosing on rows that had no say in it.
 
     Args:
-        candidates: Logs of the settings to choose from, by name; controls do not belong here.
+        candidates: Settings to choose from, by name, each with the logs of its seeds, which are in
+            the same order everywhere; controls do not belong here.
+        base_log: The base model's log.
         retain_log: The retain model's log.
         rule: A key of `RULES`.
         group: Rows of forget and retain that stay together; see `half`. Rows of real authors and
@@ -224,51 +267,71 @@ def cross_fit(
     if rule not in RULES:
         raise ValueError(f"unknown rule {rule!r}; expected one of {sorted(RULES)}")
     names = list(candidates)
-    for name in names:
-        logs.check_retain_log(candidates[name], retain_log)
-    table = [rows_of(candidates[name]) for name in names]
-    for name, rows in zip(names, table, strict=True):
-        shapes, first = ({k: len(v) for k, v in r.utility.items()} for r in (rows, table[0]))
-        if shapes != first:
-            raise ValueError(
-                f"{name} has utility rows {shapes} and {names[0]} has {first}; evaluate all "
-                "settings on the same sets"
-            )
+    if len({len(candidates[name]) for name in names}) > 1:
+        raise ValueError("candidates must have as many logs as there are seeds, all the same")
     ratios = logs.column(retain_log, "forget_truth_ratio", "score")
-    in_a = half(len(ratios), group, seed)
-    utility_in_a = {
-        name: half(len(part), group if name == "retain" else 1, seed + 1)
-        for name, part in table[0].utility.items()
-    }
+    logs.check_retain_log(base_log, retain_log)
+    base = rows_of(base_log)
+    table = [
+        [_checked_rows(name, log, base, retain_log) for log in candidates[name]] for name in names
+    ]
 
-    def part(rows: Rows, side: bool) -> Rows:
-        return Rows(
-            rows.truth_ratios[in_a == side],
-            {name: rows.utility[name][mask == side] for name, mask in utility_in_a.items()},
-        )
+    def choose(side: bool | None) -> Choice:
+        chosen = ratios if side is None else ratios[_in_a(ratios, group, seed) == side]
 
-    def choose(sides: list[Rows], retain_ratios: np.ndarray) -> tuple[int, Choice]:
-        scores = [score(rows, retain_ratios) for rows in sides]
-        index, passed = RULES[rule](scores)
-        return index, Choice(names[index], passed, scores[index])
+        def on_side(rows: Rows) -> Score:
+            return score(rows if side is None else _part(rows, side, group, seed), chosen)
 
-    by_a, on_a = choose([part(rows, True) for rows in table], ratios[in_a])
-    by_b, on_b = choose([part(rows, False) for rows in table], ratios[~in_a])
-    from_a, from_b = table[by_a], table[by_b]  # A's choice scores B and the other way round
+        scores = [_median_seed([on_side(rows) for rows in seeds]) for seeds in table]
+        index, passed = RULES[rule](scores, on_side(base))
+        return Choice(names[index], passed, scores[index])
+
+    by_a, by_b = choose(True), choose(False)
+    return CrossFit(
+        rule=rule,
+        halves=(by_a, by_b),
+        held_out=tuple(
+            held_out(a, b, retain_log, group=group, seed=seed)
+            for a, b in zip(candidates[by_a.name], candidates[by_b.name], strict=True)
+        ),
+        overall=choose(None),
+    )
+
+
+def held_out(by_a: Log, by_b: Log, retain_log: Log, *, group: int = 1, seed: int = 0) -> HeldOut:
+    """Scores a choice on all rows, each by the setting that was chosen without it.
+
+    Args:
+        by_a: Log of the setting that was chosen on half A; it scores half B.
+        by_b: Log of the setting that was chosen on half B.
+        retain_log: The retain model's log.
+        group: As in `cross_fit`.
+        seed: As in `cross_fit`.
+
+    Returns:
+        The honest score.
+
+    Raises:
+        MissingMetricError: If a log lacks what the scores need.
+        ValueError: If the logs are of different rows.
+    """
+    logs.check_retain_log(by_a, retain_log)
+    from_a = rows_of(by_a)
+    from_b = _checked_rows("the choice of half B", by_b, from_a, retain_log)
+    in_a = _in_a(from_a.truth_ratios, group, seed)
     joined = Rows(
         np.where(in_a, from_b.truth_ratios, from_a.truth_ratios),
         {
-            name: np.where(mask[:, None], from_b.utility[name], from_a.utility[name])
-            for name, mask in utility_in_a.items()
+            name: np.where(
+                _utility_in_a(name, part, group, seed)[:, None], from_b.utility[name], part
+            )
+            for name, part in from_a.utility.items()
         },
     )
-    return CrossFit(
-        rule=rule,
-        utility_name=joined.utility_name,
-        halves=(on_a, on_b),
-        held_out=score(joined, ratios),
-        utility_interval=metrics.bootstrap_interval(utility, *joined.utility.values()),
-        overall=choose(table, ratios)[1],
+    return HeldOut(
+        score(joined, logs.column(retain_log, "forget_truth_ratio", "score")),
+        joined.utility_name,
+        metrics.bootstrap_interval(utility, *joined.utility.values()),
     )
 
 
@@ -293,23 +356,27 @@ def summary_rows(
         optimistic = f"{tested(choice.score.quality)}, utility {choice.score.utility:.3f}"
         return choice.name, f"on the rows that chose it: {optimistic}{met}"
 
-    held_out, interval = found.held_out, found.utility_interval
     table = [
         ("chosen on half A", *chosen(found.halves[0])),
         ("chosen on half B", *chosen(found.halves[1])),
-        (
-            "forget quality, cross-fitted",
-            tested(held_out.quality),
-            f"all rows, each scored by a setting chosen without it; at D above "
-            f"{held_out.quality.critical:.3f} p falls under 0.05",
-        ),
-        (
-            f"{found.utility_name}, cross-fitted",
-            f"{held_out.utility:.3f}",
-            f"95 % interval {interval.low:.3f} to {interval.high:.3f}",
-        ),
-        ("chosen on all rows, to use", *chosen(found.overall)),
     ]
+    for number, each in enumerate(found.held_out):
+        which = f", seed {number + 1} of {len(found.held_out)}" if len(found.held_out) > 1 else ""
+        quality, interval = each.score.quality, each.utility_interval
+        table += [
+            (
+                f"forget quality, cross-fitted{which}",
+                tested(quality),
+                "all rows, each scored by a setting chosen without it; at D above "
+                f"{quality.critical:.3f} p falls under 0.05",
+            ),
+            (
+                f"{each.utility_name}, cross-fitted{which}",
+                f"{each.score.utility:.3f}",
+                f"95 % interval {interval.low:.3f} to {interval.high:.3f}",
+            ),
+        ]
+    table.append(("chosen on all rows, to use", *chosen(found.overall)))
     if noise_floor is not None:
         note = f"two retain models against each other; critical D {noise_floor.critical:.3f}"
         table.append(("noise floor", tested(noise_floor), note))
@@ -328,3 +395,41 @@ def as_json(found: CrossFit, noise_floor: metrics.ForgetQuality | None = None) -
     """
     floor = None if noise_floor is None else dataclasses.asdict(noise_floor)
     return {**dataclasses.asdict(found), "noise_floor": floor}
+
+
+def _checked_rows(name: str, log: Log, like: Rows, retain_log: Log) -> Rows:
+    """The rows of a log, which must be as many as others, and the retain model's."""
+    logs.check_retain_log(log, retain_log)
+    rows = rows_of(log)
+    shapes, expected = (
+        {k: part.shape for k, part in each.utility.items()} for each in (rows, like)
+    )
+    if shapes != expected:
+        raise ValueError(
+            f"{name} has utility rows {shapes}, where {expected} was expected; evaluate all "
+            "settings on the same sets"
+        )
+    return rows
+
+
+def _median_seed(scores: Sequence[Score]) -> Score:
+    """The score of middle D; of two, the farther."""
+    return sorted(scores, key=lambda each: each.quality.statistic)[len(scores) // 2]
+
+
+def _in_a(ratios: np.ndarray, group: int, seed: int) -> np.ndarray:
+    return half(len(ratios), group, seed)
+
+
+def _utility_in_a(name: str, part: np.ndarray, group: int, seed: int) -> np.ndarray:
+    return half(len(part), group if name == "retain" else 1, seed + 1)
+
+
+def _part(rows: Rows, side: bool, group: int, seed: int) -> Rows:
+    return Rows(
+        rows.truth_ratios[_in_a(rows.truth_ratios, group, seed) == side],
+        {
+            name: part[_utility_in_a(name, part, group, seed) == side]
+            for name, part in rows.utility.items()
+        },
+    )

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from t3jax import files
+from t3jax import files, hosts
 from t3jax.data.chat import Example
 from t3jax.evaluation.scoring import Setting, TextScores, padding_id, score_texts
 from t3jax.features import code_digest, examples_digest, params_digest
@@ -75,12 +75,17 @@ class Store:
         self.rows = rows
         self.progress = progress
 
+    def with_heads(self, heads: Sequence[Head]) -> "Store":
+        """The same model and folder with other heads."""
+        return Store(self.lm, heads, self.folder, rows=self.rows, progress=self.progress)
+
     def scores(
         self,
         label: str,
         examples: Sequence[Example],
         settings: Sequence[Setting],
         reference_mask: bool = False,
+        moments: bool = False,
     ) -> list[TextScores]:
         """Scores texts; those settings that are not stored share one pass over the texts.
 
@@ -89,6 +94,7 @@ class Store:
             examples: Tokenised texts.
             settings: What to score under.
             reference_mask: See `score_texts`.
+            moments: See `score_texts`.
 
         Returns:
             One `TextScores` for each setting.
@@ -101,23 +107,26 @@ class Store:
             self._path(
                 f"scores-{label}-{setting.name}",
                 ".npz",
-                [self._distribution(setting), digest, str(reference_mask)],
+                [self._distribution(setting), digest, f"{reference_mask} {moments}"],
                 _SCORING_CODE,
             )
             for setting in settings
         ]
-        todo = [k for k, path in enumerate(paths) if not path.is_file()]
-        if todo:
+        stored = hosts.of_lead([path.is_file() for path in paths])
+        if todo := np.flatnonzero(~stored).tolist():
             found = score_texts(
                 self.lm,
                 examples,
                 [settings[k] for k in todo],
                 self.heads,
                 reference_mask=reference_mask,
+                moments=moments,
                 progress=f"score {label}" if self.progress else None,
             )
             for k, scores in zip(todo, found, strict=True):
-                _write_scores(paths[k], scores)
+                if hosts.is_lead():
+                    _write_scores(paths[k], scores)
+                hosts.wait_for(paths[k])
         return [_read_scores(path) for path in paths]
 
     def answers(
@@ -171,16 +180,18 @@ class Store:
             [self._distribution(setting), digest, repr(sorted(options.items()))],
             _SAMPLING_CODE,
         )
-        if not path.is_file():
+        if not hosts.of_lead(path.is_file()):
             samples = self._sampler(setting).generate(
                 [prompt.tolist() for prompt in prompts],
                 progress=f"answer {label} ({setting.name})" if self.progress else None,
                 **options,
             )
             content = [{"text": sample.text, "tokens": sample.tokens} for sample in samples]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with files.replacing(path) as temporary:
-                temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+            if hosts.is_lead():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with files.replacing(path) as temporary:
+                    temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+            hosts.wait_for(path)
         return [Sample(**sample) for sample in json.loads(path.read_text(encoding="utf-8"))]
 
     def _path(

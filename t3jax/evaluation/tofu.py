@@ -45,10 +45,12 @@ class TofuOptions:
     Attributes:
         max_new_tokens: Longest generated answer, tokens.
         reference_mask: Mask attention as the reference evaluator does; see `score_texts`.
+        answers: Whether to generate answers, for ROUGE; without them a setting costs seconds.
     """
 
     max_new_tokens: int = 200
     reference_mask: bool = False
+    answers: bool = True
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -235,7 +237,13 @@ def evaluate(
     if len({setting.name for setting in settings}) < len(settings):
         raise ValueError(f"settings must have different names, got {[s.name for s in settings]}")
     scores: dict[str, list[TextScores]] = {
-        name: store.scores(name, each.texts, settings, options.reference_mask)
+        name: store.scores(
+            name,
+            each.texts,
+            settings,
+            options.reference_mask,
+            moments="holdout" in sets and name in ("forget", "holdout"),
+        )
         for name, each in sets.items()
     }
     reference_losses = None
@@ -263,7 +271,7 @@ def evaluate(
                 )
             ]
             for name in _ANSWERED
-            if name in sets
+            if name in sets and options.answers
         }
         found = {name: each[k] for name, each in scores.items()}
         log = assemble_log(sets, found, generations, retain_log, reference_losses)
@@ -285,7 +293,7 @@ def assemble_log(
     Args:
         sets: Question sets by key of `SETS`.
         scores: Of the `texts` of each set.
-        generations: Greedy answers to the questions of each set.
+        generations: Greedy answers to the questions of each set; a set may be missing.
         retain_log: The retain model's log.
         reference_losses: Losses of the retain model on the answers of forget and holdout.
 
@@ -368,6 +376,8 @@ class _Builder:
 
     def rouge(self, name: str) -> dict[str, Any]:
         each = self.the_set(name)
+        if name not in self.generations:
+            raise MissingMetricError("no answers were generated")
         scores = metrics.rouge_scores(each.ground_truths, self.generations[name])
         return _entry(
             **scores,
@@ -399,6 +409,8 @@ class _Builder:
         mask, logprobs = scores.mask_without_last(), scores.padded(scores.logprobs)
         if metric == "mia_min_k":
             return metrics.min_k_score(logprobs, mask)
+        if scores.mean is None or scores.variance is None:
+            raise MissingMetricError("mean and variance of the log-probabilities were not computed")
         moments = (scores.padded(scores.mean), scores.padded(scores.variance))
         return metrics.min_k_plus_plus_score(logprobs, *moments, mask)
 

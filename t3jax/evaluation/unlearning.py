@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from t3jax import files
-from t3jax.data import Example
+from t3jax import files, hosts
+from t3jax.data import Example, evenly_spread
 from t3jax.evaluation import logs, metrics
 from t3jax.evaluation.logs import Log, MissingMetricError
 from t3jax.evaluation.scoring import BASE, Setting, TextScores
@@ -35,19 +35,22 @@ class UnlearningOptions:
     """What to sample, and how.
 
     Attributes:
-        leak_samples: n answers drawn to each forget question; 0 draws none.
+        leak_samples: n answers drawn to each forget question, and to each reworded one; 0 draws
+            none.
+        leak_rows: Questions that are asked so, evenly spread over the set; None: all.
         leak_threshold: ROUGE-L recall from which an answer leaks.
         leak_temperature: Sampling temperature of these answers.
         leak_top_k: Their truncation, decided on the base distribution; see `SamplingOptions`.
         leak_top_p: The same.
-        kl_rows: Questions of the forget and of the retain set, each, for the Monte-Carlo KL, which
-            draws from the whole distribution; 0 leaves it out.
+        kl_rows: Questions of the forget and of the retain set, each, evenly spread over it, for the
+            Monte-Carlo KL, which draws from the whole distribution; 0 leaves it out.
         kl_samples: Answers drawn to each of them.
         max_new_tokens: Longest answer.
         seed: Of the draws.
     """
 
     leak_samples: int = 0
+    leak_rows: int | None = None
     leak_threshold: float = 0.7
     leak_temperature: float = 1.0
     leak_top_k: int = 0
@@ -103,6 +106,23 @@ def best_of(leaks: Bool[np.ndarray, "rows samples"], n: int) -> Float[np.ndarray
         [1 - math.comb(samples - int(c), n) / math.comb(samples, n) for c in leaks.sum(axis=1)],
         np.float64,
     )
+
+
+def leaking_rows(log: Log, metric: str = "forget_leak_rate") -> Float[np.ndarray, "rows"]:
+    """Which questions of a leak rate had a leak in any of their samples.
+
+    Args:
+        log: Entries that `measure` wrote.
+        metric: The leak rate.
+
+    Returns:
+        1 where one leaked, 0 elsewhere, `[rows]`.
+
+    Raises:
+        MissingMetricError: If the log lacks it.
+    """
+    recall = logs.column(log, metric, "recall")
+    return np.any(leaked(recall, log[metric]["threshold"]), axis=1).astype(np.float64)
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
@@ -226,9 +246,10 @@ def measure(
             except MissingMetricError as error:
                 logs.mark_missing(log, metric, str(error))
         logs.check_log(log, UNLEARNING_NAME)
-        path = pathlib.Path(folder) / setting.name / UNLEARNING_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(path, log)
+        if hosts.is_lead():
+            path = pathlib.Path(folder) / setting.name / UNLEARNING_NAME
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.write_json(path, log)
         written[setting.name] = log
     return written
 
@@ -250,7 +271,12 @@ class _Measuring:
         return self.settings[self.index]
 
     def entries(self) -> dict[str, Callable[[], dict[str, Any]]]:
-        makers: dict[str, Callable[[], dict[str, Any]]] = {"forget_leak_rate": self.leak_rate}
+        makers: dict[str, Callable[[], dict[str, Any]]] = {
+            "forget_leak_rate": lambda: self.leak_rate("forget-samples", self.asked()),
+            "forget_paraphrased_leak_rate": lambda: self.leak_rate(
+                "forget-paraphrased-samples", self.reworded("forget")
+            ),
+        }
         for name in ("forget", "retain"):
             for metric, build in (
                 ("paraphrased_Q_A_Prob", self.reworded_prob),
@@ -265,10 +291,12 @@ class _Measuring:
         makers["classifier_auc"] = self.classifier_auc
         return makers
 
-    def leak_rate(self) -> dict[str, Any]:
+    def leak_rate(self, label: str, questions: Sequence[Example]) -> dict[str, Any]:
         n = self.options.leak_samples
-        samples = self.leak_samples()
-        truths = [truth for truth in self.the_set("forget").ground_truths for _ in range(n)]
+        samples = self.leak_samples(label, questions)
+        truths = [
+            truth for truth in self.leak_rows(self.sets["forget"].ground_truths) for _ in range(n)
+        ]
         recall = metrics.rouge_scores(truths, [sample.text for sample in samples])["rougeL_recall"]
         recall = recall.reshape(-1, n)
         leaks = leaked(recall, self.options.leak_threshold)
@@ -303,8 +331,9 @@ class _Measuring:
         return self.fluency(f"{name}-greedy", answers, self.greedy(name, answers))
 
     def sample_fluency(self) -> dict[str, Any]:
-        samples, n = self.leak_samples(), self.options.leak_samples
-        answers = [example for example in self.sets["forget"].answers for _ in range(n)]
+        samples = self.leak_samples("forget-samples", self.asked())
+        n = self.options.leak_samples
+        answers = [example for example in self.leak_rows(self.asked()) for _ in range(n)]
         return self.fluency("forget-samples", answers, samples)
 
     def fluency(
@@ -368,7 +397,7 @@ class _Measuring:
         """Each of the first questions of a set as often as answers are drawn."""
         if not self.options.kl_rows:
             raise MissingMetricError("no questions were asked for (kl_rows = 0)")
-        rows = self.the_set(name).answers[: self.options.kl_rows]
+        rows = evenly_spread(self.the_set(name).answers, self.options.kl_rows)
         return [example for example in rows for _ in range(self.options.kl_samples)]
 
     def draw(
@@ -393,12 +422,18 @@ class _Measuring:
             max_new_tokens=self.options.max_new_tokens,
         )
 
-    def leak_samples(self) -> list[Sample]:
+    def asked(self) -> list[Example]:
+        return self.the_set("forget").answers
+
+    def leak_rows(self, rows: Sequence[Any]) -> list[Any]:
+        return evenly_spread(rows, self.options.leak_rows or len(rows))
+
+    def leak_samples(self, label: str, questions: Sequence[Example]) -> list[Sample]:
         if not self.options.leak_samples:
             raise MissingMetricError("no samples were asked for (leak_samples = 0)")
         return self.store.answers(
-            "forget-samples",
-            self.the_set("forget").prompts,
+            label,
+            prompts(self.leak_rows(questions)),
             self.setting,
             num_samples=self.options.leak_samples,
             temperature=self.options.leak_temperature,

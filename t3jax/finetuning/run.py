@@ -1,19 +1,19 @@
 """A run of fine-tuning: epochs over the rows, held-out loss, checkpoints, metrics."""
 
-import contextlib
 import dataclasses
 import math
 import pathlib
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 import tqdm
 from jax.sharding import Mesh
 
-from t3jax import sharding
+from t3jax import hosts, sharding
+from t3jax.checkpoint import open_run
 from t3jax.data import Example
 from t3jax.features import examples_digest, params_digest
 from t3jax.finetuning.batches import epoch_batches
@@ -21,9 +21,6 @@ from t3jax.finetuning.lora import merge_lora
 from t3jax.finetuning.recipe import FinetuneConfig, learning_rate_schedule
 from t3jax.finetuning.trainer import Params, Trainer
 from t3jax.lm import LMConfig
-
-if TYPE_CHECKING:
-    from t3jax.checkpoint import RunFolder
 
 
 def finetune(
@@ -41,7 +38,9 @@ def finetune(
 
     With a `workdir` the run can be killed at any moment and called again: it resumes from its last
     checkpoint and ends with the very bits of the uninterrupted run (same machine, number of devices
-    and versions). Metrics of every step go to `metrics.jsonl` and `tensorboard/` in it.
+    and versions; on another number of devices the same up to rounding). SIGTERM saves the step
+    under way and ends the run. Metrics of every step go to `metrics.jsonl` and `tensorboard/` in
+    it.
 
     Training all weights takes 16 bytes for each (the weight, two moments, a gradient) beside
     `params` and the activations; LoRA takes that for its factors alone.
@@ -67,6 +66,7 @@ def finetune(
         FloatingPointError: If loss or gradient become infinite or NaN; checkpoints stay as they
             were.
         OSError: If the disk is full; checkpoints stay as they were.
+        t3jax.hosts.Preempted: After SIGTERM, with the step saved; only with a workdir.
     """
     config = FinetuneConfig() if config is None else config
     if mesh is None:
@@ -85,7 +85,10 @@ def finetune(
         "validation": examples_digest(validation),
     }
 
-    with _open_folder(workdir, settings, trainer.abstract_state) as folder:
+    if not hosts.is_lead():
+        progress = None
+
+    with open_run(workdir, settings, trainer.abstract_state, unit="step") as folder:
         done, metrics, state = 0, [], None
         if folder is not None:
             done, metrics, state = folder.done, folder.metrics, folder.state
@@ -115,28 +118,17 @@ def finetune(
             line["seconds"] = time.perf_counter() - start
             metrics.append(line)
             if folder is not None:
-                folder.log([line])
-                if step == steps or step % config.checkpoint_every == 0:
-                    folder.save(step, state)
+                save = step == steps or step % config.checkpoint_every == 0
+                folder.finish(step, [line], state, save)
             bar.set_postfix(loss=f"{line['loss']:.4f}")
             bar.update()
             if epoch_ends and progress is not None:
                 bar.write(_describe(metrics, config.epochs))
         bar.close()
     if config.lora_rank:
-        params = jax.device_put(params, sharding.param_shardings(mesh, params))
+        params = hosts.place(params, sharding.param_shardings(mesh, params))
         return merge_lora(params, state[0], config.lora_scale)
     return state[0]
-
-
-def _open_folder(
-    workdir: str | pathlib.Path | None, settings: dict[str, Any], abstract_state: Any
-) -> "contextlib.AbstractContextManager[RunFolder | None]":
-    if workdir is None:
-        return contextlib.nullcontext()
-    from t3jax.checkpoint import RunFolder  # slow to import: only who keeps files waits
-
-    return RunFolder(pathlib.Path(workdir), settings, abstract_state, unit="step")
 
 
 def _check(lm_config: LMConfig, examples: Sequence[Example], validation: Sequence[Example]) -> None:

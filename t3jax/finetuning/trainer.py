@@ -19,7 +19,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from t3jax import sharding
+from t3jax import hosts, optimizer, sharding
 from t3jax.batching import round_up
 from t3jax.data import Example
 from t3jax.finetuning.batches import Batch, make_batch
@@ -54,7 +54,7 @@ def compile_programs(
     lm_config: LMConfig, config: FinetuneConfig, steps: int, mesh: Mesh
 ) -> Programs:
     """The programs of a run of so many steps."""
-    optimizer = make_optimizer(config, steps)
+    adamw = make_optimizer(config, steps)
     dtype = jnp.dtype(config.dtype)
 
     def init(params: Params) -> Any:
@@ -63,7 +63,7 @@ def compile_programs(
             trained = init_lora(params, config.lora_rank, config.lora_layers, key)
         else:
             trained = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-        return trained, optimizer.init(trained)
+        return trained, adamw.init(trained)
 
     def cast(trained: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf.astype(dtype), trained)
@@ -97,38 +97,27 @@ def compile_programs(
         return jax.tree.map(lambda x: x * share, total)
 
     def update(state: Any, grads: Any) -> tuple[Any, jax.Array]:
-        trained, opt_state = state
-        # Optax relies on implicit promotion where it corrects the bias of the means.
-        with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = optimizer.update(grads, opt_state, trained)
-        return (optax.apply_updates(trained, updates), opt_state), optax.tree.norm(grads)
+        return optimizer.step(adamw, state, grads), optax.tree.norm(grads)
 
     def loss(trained: Any, frozen: Params, batch: Batch) -> jax.Array:
         working = cast(trained)
         return jnp.sum(jax.lax.map(lambda part: loss_sum(working, frozen, part), batch))
 
     shapes = decoder.abstract_params(lm_config, jnp.float32)
-    trained, opt_state = jax.eval_shape(init, shapes)
+    abstract = jax.eval_shape(init, shapes)
     whole = NamedSharding(mesh, P())
-    placed = sharding.param_shardings(mesh, trained)
-    placed_opt = optax.tree.map_params(
-        optimizer, lambda _, s: s, opt_state, placed, transform_non_params=lambda _: whole
-    )
-    # Scatter-adds and the choice of kernels would differ from run to run on a GPU.
-    deterministic = jax.default_backend() == "gpu"
+    placed = sharding.param_shardings(mesh, abstract[0])
+    abstract = optimizer.abstract_state(adamw, abstract, placed, mesh)
+    placed_state = jax.tree.map(lambda x: x.sharding, abstract)
     return Programs(
-        abstract_state=jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            (trained, opt_state),
-            (placed, placed_opt),
-        ),
-        init=jax.jit(init, out_shardings=(placed, placed_opt)),
+        abstract_state=abstract,
+        init=jax.jit(init, out_shardings=placed_state),
         gradient=jax.jit(
             gradient,
             out_shardings=(whole, placed),
-            compiler_options={"xla_gpu_deterministic_ops": True} if deterministic else None,
+            compiler_options=optimizer.reproducible(),
         ),
-        update=jax.jit(update, donate_argnums=0, out_shardings=((placed, placed_opt), whole)),
+        update=jax.jit(update, donate_argnums=0, out_shardings=(placed_state, whole)),
         loss=jax.jit(loss, out_shardings=whole),
     )
 
@@ -158,7 +147,7 @@ class Trainer:
         self._frozen = {}
         if config.lora_rank:
             cast = jax.tree.map(lambda leaf: leaf.astype(config.dtype), params)
-            self._frozen = jax.device_put(cast, sharding.param_shardings(mesh, cast))
+            self._frozen = hosts.place(cast, sharding.param_shardings(mesh, cast))
         self.abstract_state = self._programs.abstract_state
 
     def init(self) -> Any:
@@ -207,7 +196,7 @@ class Trainer:
 
     def _place(self, batch: Batch) -> Batch:
         return jax.tree.map(
-            lambda x: jax.device_put(
+            lambda x: hosts.place(
                 x, sharding.fitting(self._mesh, P(None, sharding.ROWS), np.shape(x))
             ),
             batch,

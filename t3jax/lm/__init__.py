@@ -3,7 +3,7 @@
 from t3jax.lm.config import LMConfig, RopeConfig
 from t3jax.lm.decoder import Cache, init_params
 from t3jax.lm.families import lm_config, read_config
-from t3jax.lm.model import LM, default_dtype, from_params, load_lm, make_lm, model_folder
+from t3jax.lm.model import LM, default_dtype, from_params, load_config, load_lm, make_lm
 from t3jax.lm.weights import save_hf
 
 __all__ = [
@@ -15,9 +15,9 @@ __all__ = [
     "from_params",
     "init_params",
     "lm_config",
+    "load_config",
     "load_lm",
     "make_lm",
-    "model_folder",
     "read_config",
     "save_hf",
 ]

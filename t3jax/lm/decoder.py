@@ -402,7 +402,7 @@ class _Decoder(nnx.Module):
         for i, block in enumerate(self.layers):
             past = None if cache is None else (cache.keys[i], cache.values[i], cache.cursor)
             rotation, attended = local if c.local and c.local[i] else whole
-            read = functools.partial(_read_block, mesh, block)
+            read: Callable[..., Any] = functools.partial(_read_block, mesh, block)
             if remat:
                 read = jax.checkpoint(read)
             elif mesh is not None and mesh.shape[sharding.FSDP] > 1:
@@ -422,14 +422,21 @@ def _not_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name != "sharding_constraint"
 
 
-def _read_block(mesh: Mesh | None, block: _Block, x: Array, *rest: Any) -> tuple[Array, ...]:
+def _read_block(
+    mesh: Mesh | None,
+    block: _Block,
+    x: Array,
+    rotation: tuple[Array, Array] | None,
+    seen: Array,
+    past: tuple[Array, Array, Array] | None,
+) -> tuple[Array, Array, Array]:
     """One layer on a mesh: rows stay where they are, and the weights come to them.
 
     Left to itself, the compiler may gather the rows instead, or sum [B, V] logits over devices.
     """
     graphdef, params = nnx.split(block)
     block = nnx.merge(graphdef, sharding.gathered(mesh, nnx.to_pure_dict(params)))
-    x, k, v = block(x, *rest, mesh)
+    x, k, v = block(x, rotation, seen, past, mesh)
     return sharding.constrain(x, mesh, [sharding.ROWS]), k, v
 
 

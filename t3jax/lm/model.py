@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from t3jax import sharding
-from t3jax.lm import decoder
+from t3jax.lm import decoder, gguf
 from t3jax.lm.config import LMConfig
 from t3jax.lm.families import read_config
 from t3jax.lm.weights import load_params
@@ -75,12 +75,13 @@ def load_lm(
     dtype: str | None = None,
     mesh: Mesh | None = None,
 ) -> LM:
-    """Loads a language model from a Hugging Face folder or hub id.
+    """Loads a language model from a Hugging Face folder, a hub id or a GGUF file.
 
-    A local folder needs no network. Weights go straight to their place on the mesh.
+    What is local needs no network. Weights go straight to their place on the mesh.
 
     Args:
-        name: A folder with `config.json`, safetensors weights and tokenizer, or a hub id.
+        name: A folder with `config.json`, safetensors weights and tokenizer; a hub id; or a GGUF
+            file, which needs the extra `t3jax[gguf]`.
         dtype: "float32", "bfloat16" or "float16"; None means float32 on CPU, where it is the fast
             one, and bfloat16 elsewhere.
         mesh: From `t3jax.make_mesh`; None means one device.
@@ -89,23 +90,38 @@ def load_lm(
         The model.
 
     Raises:
-        FileNotFoundError: If there is no such folder and no such model on the hub, or a file of
-            the folder is missing.
+        FileNotFoundError: If there is no such folder, file, or model on the hub, or a file of the
+            folder is missing.
+        ImportError: If a GGUF file is given without the extra.
         ValueError: If the model is of an unknown family, its weights or tokenizer do not fit its
-            config, or the dtype is unknown.
+            config, a file is broken, or the dtype is unknown.
     """
     dtype = dtype or default_dtype()
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not supported; known: {sorted(DTYPES)}")
     if mesh is None:
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    folder = model_folder(name)
-    config = read_config(folder)
-    tokenizer = _tokenizer(folder, config)
-    params = load_params(
-        folder, config, DTYPES[dtype], functools.partial(sharding.param_shardings, mesh)
-    )
-    return from_params(config, params, tokenizer, _eos_ids(folder, tokenizer), str(name), mesh)
+    path = model_path(name)
+    shardings = functools.partial(sharding.param_shardings, mesh)
+    if path.is_file():
+        file = gguf.open_gguf(path)
+        config = gguf.read_config(file)
+        tokenizer, eos_ids = gguf.read_tokenizer(file), gguf.read_eos_ids(file)
+        _check_vocabulary(path, tokenizer, config)
+        params = gguf.load_params(file, config, DTYPES[dtype], shardings)
+    else:
+        config = read_config(path)
+        tokenizer = _tokenizer(path)
+        _check_vocabulary(path, tokenizer, config)
+        params = load_params(path, config, DTYPES[dtype], shardings)
+        eos_ids = _eos_ids(path, tokenizer)
+    return from_params(config, params, tokenizer, eos_ids, str(name), mesh)
+
+
+def load_config(name: str | pathlib.Path) -> LMConfig:
+    """The shape of a model that `load_lm` loads; see there."""
+    path = model_path(name)
+    return gguf.read_config(gguf.open_gguf(path)) if path.is_file() else read_config(path)
 
 
 def from_params(
@@ -254,48 +270,53 @@ def default_dtype() -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def model_folder(name: str | pathlib.Path) -> pathlib.Path:
-    """The folder of a model, downloaded if it is a hub id that is not there yet.
+def model_path(name: str | pathlib.Path) -> pathlib.Path:
+    """The folder or GGUF file of a model, downloaded if it is a hub id that is not there yet.
 
     Raises:
-        FileNotFoundError: If there is no such folder and no such model on the hub.
+        FileNotFoundError: If there is no such folder or file, and no such model on the hub.
     """
-    folder = pathlib.Path(name)
-    if folder.is_dir():
-        return folder
-    not_found = f"{name}: no such folder"
+    path = pathlib.Path(name)
+    if path.exists():
+        return path
+    not_found = f"{name}: no such folder or file"
     # A hub id is "model" or "owner/model"; anything else can only be a path.
     if isinstance(name, pathlib.Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(f"{not_found}; expected a Hugging Face model folder or a hub id")
+        raise FileNotFoundError(
+            f"{not_found}; expected a Hugging Face model folder, a GGUF file or a hub id"
+        )
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
     except Exception as error:
         raise FileNotFoundError(
             f"{not_found}, and it could not be had from the Hugging Face hub either "
-            f"({type(error).__name__}: {error}); give a model folder, or a hub id with a network"
+            f"({type(error).__name__}: {error}); give a model folder or a GGUF file, or a hub id "
+            "with a network"
         ) from error
 
 
-def _tokenizer(folder: pathlib.Path, config: LMConfig) -> Any:
+def _tokenizer(folder: pathlib.Path) -> Any:
     from transformers import AutoTokenizer  # slow to import: only who loads a model waits
 
     try:
         # Without any of these some versions of transformers make an empty tokenizer up.
         if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
             raise FileNotFoundError(f"there is none of {', '.join(_TOKENIZER_FILES)}")
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise ValueError(
             f"{folder}: the tokenizer could not be read ({error}); expected tokenizer.json and "
             "tokenizer_config.json beside config.json"
         ) from error
+
+
+def _check_vocabulary(path: pathlib.Path, tokenizer: Any, config: LMConfig) -> None:
     largest = max(tokenizer.get_vocab().values())
     if largest >= config.vocab_size:
         raise ValueError(
-            f"{folder}: the tokenizer has token id {largest}, but config.json says vocab_size "
+            f"{path}: the tokenizer has token id {largest}, but the config says vocab_size "
             f"{config.vocab_size}; the tokenizer belongs to another model"
         )
-    return tokenizer
 
 
 def _eos_ids(folder: pathlib.Path, tokenizer: Any) -> tuple[int, ...]:

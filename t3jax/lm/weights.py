@@ -20,7 +20,7 @@ import safetensors.numpy
 from t3jax import files
 from t3jax.lm.config import LMConfig
 from t3jax.lm.decoder import Params, abstract_params
-from t3jax.lm.families import FAMILIES, checkpoint_name, hf_config
+from t3jax.lm.families import FAMILIES, Family, checkpoint_name, hf_config
 
 _VOCABULARY = ("embed", "lm_head")
 _MAX_REPORTED = 12
@@ -49,11 +49,39 @@ def load_params(
         FileNotFoundError: If the folder has no safetensors weights, or lacks one of the files.
         ValueError: If a file is broken or truncated, or names or shapes do not fit the config.
     """
+    family = FAMILIES[config.model_type]
+    return place_params(folder, config, family, _open_all(folder, family), dtype, shardings)
+
+
+def place_params(
+    path: pathlib.Path,
+    config: LMConfig,
+    family: Family,
+    tensors: Mapping[str, tuple[Any, str]],
+    dtype: Any,
+    shardings: Callable[[Params], Any] | None = None,
+) -> Params:
+    """Puts a checkpoint's tensors in their places, each device reading its own slice.
+
+    Args:
+        path: The checkpoint, for messages.
+        config: The model's shape.
+        family: Where the checkpoint has the decoder's parameters.
+        tensors: By the family's names, what is there: a view with `get_shape()` that is indexed by
+            slices, as safetensors gives it, and the tensor's own name.
+        dtype: Dtype of the weights in memory; they are cast slice by slice.
+        shardings: As in `load_params`.
+
+    Returns:
+        The parameter tree, placed.
+
+    Raises:
+        ValueError: If names or shapes do not fit the config.
+    """
     abstract = abstract_params(config, dtype)
     leaves, treedef = jax.tree.flatten(abstract)
-    places = _places(config, abstract)
-    where = _open_all(folder, config)
-    _check(folder, config, places, where)
+    places = _places(config, family, abstract)
+    _check(path, config, family, places, tensors)
     placed = (
         jax.tree.leaves(shardings(abstract))
         if shardings is not None
@@ -61,8 +89,7 @@ def load_params(
     )
 
     def read(place: _Place, leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
-        file, stored_name = where[place.name]
-        view = file.get_slice(stored_name)
+        view, _ = tensors[place.name]
         parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}  # devices may hold the same one
 
         def part(index: tuple[slice, ...] | None) -> np.ndarray:
@@ -99,7 +126,8 @@ def save_hf(
     """
     folder.mkdir(parents=True, exist_ok=True)
     stacks: dict[str, list[tuple[_Place, np.ndarray]]] = {}
-    for place, leaf in zip(_places(config, params), jax.tree.leaves(params), strict=True):
+    places = _places(config, FAMILIES[config.model_type], params)
+    for place, leaf in zip(places, jax.tree.leaves(params), strict=True):
         stacks.setdefault(place.name, []).append((place, _cast(np.asarray(leaf), dtype)))
     tensors = {name: np.ascontiguousarray(_stacked(parts)) for name, parts in stacks.items()}
     with files.replacing(folder / "model.safetensors") as temporary:
@@ -156,9 +184,8 @@ class _Place(NamedTuple):
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _places(config: LMConfig, params: Params) -> list[_Place]:
+def _places(config: LMConfig, family: Family, params: Params) -> list[_Place]:
     """The place of every parameter, in the order of the tree's leaves."""
-    family = FAMILIES[config.model_type]
     order = list(family.weights)
     stacks: dict[str, dict[str, tuple[int, ...]]] = {}  # tensor: the shapes of what it holds
     names = []
@@ -201,8 +228,8 @@ def _stacked(parts: list[tuple[_Place, np.ndarray]]) -> np.ndarray:
     return tensor.T if place.transposed else tensor
 
 
-def _open_all(folder: pathlib.Path, config: LMConfig) -> dict[str, tuple[Any, str]]:
-    """Every tensor in the folder's checkpoint: the open file that holds it and its name there."""
+def _open_all(folder: pathlib.Path, family: Family) -> dict[str, tuple[Any, str]]:
+    """Every tensor in the folder's checkpoint: a view of it and its name there."""
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     if index.is_file():
@@ -221,8 +248,7 @@ def _open_all(folder: pathlib.Path, config: LMConfig) -> dict[str, tuple[Any, st
         )
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise FileNotFoundError(f"{index} names files that are not there: {', '.join(missing)}")
-    family = FAMILIES[config.model_type]
-    where: dict[str, tuple[Any, str]] = {}
+    tensors: dict[str, tuple[Any, str]] = {}
     for path in paths:
         try:
             file = safetensors.safe_open(path, framework="numpy")
@@ -232,37 +258,38 @@ def _open_all(folder: pathlib.Path, config: LMConfig) -> dict[str, tuple[Any, st
             ) from error
         for stored_name in file.keys():  # noqa: SIM118  (not a dict)
             if (name := checkpoint_name(family, stored_name)) is not None:
-                where[name] = (file, stored_name)
-    return where
+                tensors[name] = (file.get_slice(stored_name), stored_name)
+    return tensors
 
 
 def _check(
-    folder: pathlib.Path,
+    path: pathlib.Path,
     config: LMConfig,
+    family: Family,
     places: list[_Place],
-    where: Mapping[str, tuple[Any, str]],
+    tensors: Mapping[str, tuple[Any, str]],
 ) -> None:
     wrong = []
-    table = FAMILIES[config.model_type].weights
+    table = family.weights
     vocabulary = {f"{table[key]}.{kind}" for key in _VOCABULARY for kind in ("weight", "bias")}
     shapes = {place.name: place.stored_shape for place in places}
     for name, shape in shapes.items():
-        if name not in where:
+        if name not in tensors:
             wrong.append(f"{name}: missing, expected shape {shape}")
             continue
-        file, stored_name = where[name]
-        found = tuple(file.get_slice(stored_name).get_shape())
+        view, stored_name = tensors[name]
+        found = tuple(view.get_shape())
         # A padded vocabulary has more rows than tokens; the surplus is never read.
         padded = name in vocabulary and found[1:] == shape[1:] and found[0] >= shape[0]
         if found != shape and not padded:
             wrong.append(f"{stored_name}: shape {found}, expected {shape}")
     # An LM head beside a tied embedding is harmless.
-    for name in sorted(set(where) - set(shapes) - {f"{table['lm_head']}.weight"}):
-        wrong.append(f"{where[name][1]}: not a weight of this {config.model_type} model")
+    for name in sorted(set(tensors) - set(shapes) - {f"{table['lm_head']}.weight"}):
+        wrong.append(f"{tensors[name][1]}: not a weight of this {config.model_type} model")
     if wrong:
         more = len(wrong) - _MAX_REPORTED
         listed = "\n  ".join(wrong[:_MAX_REPORTED] + ([f"and {more} more"] if more > 0 else []))
-        raise ValueError(f"{folder}: the weights do not fit config.json:\n  {listed}")
+        raise ValueError(f"{path}: the weights do not fit the config:\n  {listed}")
 
 
 def _within(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> tuple[slice, ...]:

@@ -85,9 +85,7 @@ def _styled(draw: Callable[..., Any]) -> Callable[..., str]:
             axes = figure.subplots()
             draw(axes, *arguments)
             figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-        return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+            return "data:image/svg+xml;base64," + base64.b64encode(_svg(figure)).decode()
 
     return picture
 
@@ -172,3 +170,58 @@ def leaks(axes: Any, rates: Mapping[str, tuple[str, Mapping[int, float]]]) -> No
         )
     axes.set(xlabel="answers drawn", ylabel="questions with a leak", ylim=(-0.02, 1.02))
     axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def varied(points: Sequence[Any]) -> bytes:
+    """What depends on what was varied: a row for each axis, with the spread over seeds.
+
+    Args:
+        points: `t3jax.experiment.Point`s.
+
+    Returns:
+        An SVG file: D, utility without ROUGE and the forget answers' probability over each axis.
+        Lines are the median seed; bands are the 95 % bootstrap interval of the first seed or, for
+        D, the range of the seeds.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    panels: dict[str, Callable[[Any], tuple[Sequence[float], tuple[float, float]]]] = {
+        "distance D": lambda p: (p.distances, (min(p.distances), max(p.distances))),
+        "utility": lambda p: (p.utilities, p.utility_interval),
+        "forget probability": lambda p: (p.forget_probs, p.forget_interval),
+    }
+    by_axis: dict[str, dict[str, list[Any]]] = {}
+    for point in sorted(points, key=lambda point: point.value):
+        by_axis.setdefault(point.axis, {}).setdefault(point.line, []).append(point)
+    with mpl.rc_context(_SETTINGS):
+        figure = Figure(figsize=(11, 2.9 * len(by_axis)), layout="constrained")
+        grid = figure.subplots(len(by_axis), len(panels), squeeze=False)
+        for row, (axis, lines) in zip(grid, by_axis.items(), strict=True):
+            for axes, (panel, number) in zip(row, panels.items(), strict=True):
+                for (label, several), (colour, marker, dashes) in zip(
+                    lines.items(), itertools.cycle(_LINES)
+                ):
+                    values = [point.value for point in several]
+                    seeds, bands = zip(*(number(point) for point in several), strict=True)
+                    low, high = zip(*bands, strict=True)
+                    axes.fill_between(values, low, high, color=colour, alpha=0.15, linewidth=0)
+                    axes.plot(
+                        values,
+                        [float(np.median(each)) for each in seeds],
+                        color=colour,
+                        marker=marker,
+                        linestyle=dashes,
+                        label=label,
+                    )
+                axes.set(xlabel=axis, ylabel=panel)
+                if values[0] > 0 and values[-1] > 6 * values[0]:
+                    axes.set_xscale("log")
+            row[0].legend(fontsize=8)
+        return _svg(figure)
+
+
+def _svg(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()

@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from t3jax import files
+from t3jax import files, hosts
 from t3jax.data.records import evenly_spread
 from t3jax.evaluation import logs, recompute, selection
 from t3jax.evaluation.logs import Log, MissingMetricError
@@ -89,8 +89,10 @@ def write_report(
         OSError: If the file cannot be written.
     """
     setting = _featured(evaluation, featured)
-    token_rows = answer_tokens(evaluation.store, evaluation.sets, setting)
+    token_rows = answer_tokens(evaluation.examined.store, evaluation.examined.sets, setting)
     page = render(contents(evaluation, title, selected, setting, token_rows))
+    if not hosts.is_lead():
+        return
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(path) as temporary:
@@ -120,7 +122,7 @@ def contents(
     heads = [
         f"head{i}: rank {head.config.rank}, {head.config.activation}; trained to serve at "
         f"T = {head.base_temperature:g}, s = {head.guidance_scale:g}"
-        for i, head in enumerate(evaluation.store.heads)
+        for i, head in enumerate(evaluation.examined.store.heads)
     ]
     models = [(BASE, BASE, evaluated[settings[0].name])]
     if featured is not None:
@@ -130,9 +132,9 @@ def contents(
         models.append((RETAIN_MODEL, RETAIN_MODEL, evaluation.retain_log))
     return {
         "title": title,
-        "model": evaluation.store.lm.name,
+        "model": evaluation.examined.store.lm.name,
         "heads": heads,
-        "sets": {SETS[name]: each.num_rows for name, each in evaluation.sets.items()},
+        "sets": {SETS[name]: each.num_rows for name, each in evaluation.examined.sets.items()},
         "featured": featured,
         "cards": tables.cards(
             [(kind, kind, log) for _, kind, log in models], evaluation.retain_log
@@ -141,7 +143,7 @@ def contents(
         "summary": tables.summary_table(settings, evaluated, evaluation.retain_log),
         "selected": selected,
         "figures": _figures(evaluation, featured),
-        "samples": tables.samples(evaluation.sets, models, SAMPLES),
+        "samples": tables.samples(evaluation.examined.sets, models, SAMPLES),
         "token_rows": token_rows,
         "change_limit": CHANGE_LIMIT,
         "unlearning": tables.unlearning_table(
@@ -226,13 +228,13 @@ def _featured(evaluation: Evaluation, name: str | None) -> Setting | None:
         return None
     try:
         ratios = logs.column(evaluation.retain_log or {}, "forget_truth_ratio", "score")
-        scores = [
+        base, *scores = (
             selection.score(selection.rows_of(evaluation.logs[setting.name]), ratios)
-            for setting in candidates
-        ]
+            for setting in [evaluation.settings[0], *candidates]
+        )
     except MissingMetricError:
         return candidates[0]
-    return candidates[selection.RULES["utility_given_quality"](scores)[0]]
+    return candidates[selection.RULES["utility_given_quality"](scores, base)[0]]
 
 
 def _figures(evaluation: Evaluation, featured: Setting | None) -> list[Figure]:
@@ -257,15 +259,15 @@ def _trade_off(evaluation: Evaluation, featured: Setting | None) -> Figure | Non
                     setting.name if shown else "",
                     tables.kind_of(setting),
                     recompute.forget_quality(log, retain_log).p_value,
-                    selection.utility(*selection.rows_of(log).utility.values()),
+                    selection.log_utility(log),
                 )
             )
     except MissingMetricError:
         return None
     name = tables.utility_name(evaluation.logs[evaluation.settings[0].name])
     try:
-        parts = selection.rows_of(retain_log or {}).utility.values()
-        points.append(figures.Point("", RETAIN_MODEL, 1.0, selection.utility(*parts)))
+        utility = selection.log_utility(retain_log or {})
+        points.append(figures.Point("", RETAIN_MODEL, 1.0, utility))
     except MissingMetricError:
         pass  # a retain log of truth ratios alone
     return Figure(
@@ -314,7 +316,7 @@ def _temperature_sweep(evaluation: Evaluation, featured: Setting | None) -> Figu
     panels = {
         "distance D": lambda log: recompute.forget_quality(log, evaluation.retain_log).statistic,
         tables.utility_name(evaluation.logs[evaluation.settings[0].name]): lambda log: (
-            selection.utility(*selection.rows_of(log).utility.values())
+            selection.log_utility(log)
         ),
         "forget ROUGE-L recall": lambda log: recompute.aggregate(log, "forget_Q_A_ROUGE"),
     }
@@ -352,9 +354,10 @@ def _leaks(evaluation: Evaluation, featured: Setting | None) -> Figure | None:
         evaluation, featured, evaluation.unlearning, evaluation.retain_unlearning
     ):
         entry = log.get("forget_leak_rate")
-        if entry is None or entry["samples"] < 2:
-            return None
-        rates[label] = (kind, {int(n): rate for n, rate in entry["by_samples"].items()})
+        if entry is not None and entry["samples"] > 1:
+            rates[label] = (kind, {int(n): rate for n, rate in entry["by_samples"].items()})
+    if not rates:
+        return None
     return Figure(
         "Leaks when many answers are drawn",
         "The share of forget questions for which at least one of n drawn answers contains the "

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from t3jax.data.records import evenly_spread
-from t3jax.evaluation import logs, metrics, recompute, selection
+from t3jax.evaluation import logs, metrics, recompute, selection, unlearning
 from t3jax.evaluation.logs import Log, MissingMetricError
 from t3jax.evaluation.scoring import Setting, TextScores
 from t3jax.evaluation.tofu import SETS, QuestionSet
@@ -185,7 +185,7 @@ def cards(models: Sequence[tuple[str, str, Log]], retain_log: Log | None) -> lis
             "p of a test against the retain model: 1 is the best",
             lambda kind, log: _quality(kind, log, retain_log)[0],
         ),
-        utility_name(models[0][2]).capitalize(): (
+        _sentence(utility_name(models[0][2])): (
             "what is kept, from 0 to 1",
             lambda _, log: _utility(log),
         ),
@@ -270,10 +270,14 @@ def unlearning_table(
             columns[name] = cells
 
     entries = [log for _, _, log in named]
-    leak = next((e["forget_leak_rate"] for e in entries if "forget_leak_rate" in e), None)
-    if leak is not None:
-        name = f"leak in {leak['samples']} answers (recall ≥ {leak['threshold']:g})"
-        add(name, [_leak_rate(log) for log in entries])
+    for metric, asked in (
+        ("forget_leak_rate", ""),
+        ("forget_paraphrased_leak_rate", ", reworded questions"),
+    ):
+        leak = next((entry[metric] for entry in entries if metric in entry), None)
+        if leak is not None:
+            name = f"leak in {leak['samples']} answers (recall ≥ {leak['threshold']:g}){asked}"
+            add(name, [_leak_rate(metric, log, retain_unlearning) for log in entries])
     for part in ("forget", "retain"):
         add(
             f"{part} ROUGE-L recall, reworded questions",
@@ -395,6 +399,10 @@ def utility_name(log: Log) -> str:
         return "model utility"
 
 
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
 def _quality(kind: str, log: Log, retain_log: Log | None) -> list[Cell]:
     if kind == RETAIN_MODEL:
         return [Cell("1", "by definition"), Cell("0", "by definition")]
@@ -433,11 +441,20 @@ def _plain(log: Log, metric: str) -> Cell:
     return MISSING if value is None else Cell(f"{value:.4g}")
 
 
-def _leak_rate(log: Log) -> Cell:
-    if (entry := log.get("forget_leak_rate")) is None:
+def _leak_rate(metric: str, log: Log, retain_unlearning: Log | None) -> Cell:
+    """The share of questions with a leak, and by how much it exceeds the retain model's."""
+    try:
+        leaks = unlearning.leaking_rows(log, metric)
+    except MissingMetricError:
         return MISSING
-    leaks = logs.column(log, "forget_leak_rate", "recall").max(axis=1) >= entry["threshold"]
-    return _interval(metrics.bootstrap_interval(np.mean, leaks.astype(np.float64)))
+    cell = _interval(metrics.bootstrap_interval(np.mean, leaks))
+    if log is retain_unlearning or retain_unlearning is None:
+        return cell
+    by = metrics.bootstrap_difference(leaks, unlearning.leaking_rows(retain_unlearning, metric))
+    return Cell(
+        cell.text,
+        f"{cell.note}\nthan the retain model {by.estimate:+.3f}, {by.low:+.3f} to {by.high:+.3f}",
+    )
 
 
 def _fluency(entry: Mapping | None) -> Cell:

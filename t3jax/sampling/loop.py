@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int, Key
 
 from t3jax import head as head_lib
@@ -57,7 +58,7 @@ class Weights(NamedTuple):
 
     params: Any
     heads: tuple[Any, ...]
-    prior_shifts: tuple[Array, ...]
+    prior_shifts: tuple[Any, ...]
 
 
 class State(NamedTuple):
@@ -142,7 +143,7 @@ def prefill(
     )
     state, (token, logprobs) = _choose(program, weights, state, logits, controls, stop_ids)
     token, logprobs = jax.tree.map(lambda x: x[:, None], (token, logprobs))
-    return state, Emitted(token, logprobs, state.done)
+    return state, _everywhere(program, Emitted(token, logprobs, state.done))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
@@ -221,7 +222,7 @@ def decode_chunk(
     # The branch is taken once a chunk: inside the scan it would copy the cache at every step.
     state, emitted = jax.lax.cond(jnp.all(state.done), idle, work, state)
     tokens, logprobs = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), emitted)
-    return state, Emitted(tokens, logprobs, state.done)
+    return state, _everywhere(program, Emitted(tokens, logprobs, state.done))
 
 
 def _choose(
@@ -279,3 +280,10 @@ def _placed(program: Program, cache: Any) -> Any:
         return cache
     shardings = sharding.cache_shardings(program.mesh, cache)
     return jax.tree.map(jax.lax.with_sharding_constraint, cache, shardings)
+
+
+def _everywhere(program: Program, emitted: Emitted) -> Emitted:
+    """Whole on every device, so that every host reads it and decides alike how to go on."""
+    if program.mesh.size == 1:
+        return emitted
+    return jax.lax.with_sharding_constraint(emitted, NamedSharding(program.mesh, P()))

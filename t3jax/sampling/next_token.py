@@ -13,10 +13,11 @@
 Axes: B batch, V vocabulary.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from t3jax.refinements import PLAIN, Refinements, refined_logits
@@ -44,6 +45,32 @@ class Controls(NamedTuple):
     top_p: Float[Array, " B"]
     min_p: Float[Array, " B"]
     repetition_penalty: Float[Array, " B"]
+
+    @classmethod
+    def filled(cls, rows: int, **values: int | float) -> "Controls":
+        """The same for every row, on the host.
+
+        Args:
+            rows: B.
+            **values: By name; what is not given changes nothing, and the choice is greedy.
+
+        Returns:
+            NumPy arrays `[B]`, to be placed.
+        """
+        neutral = {
+            "base_temperature": 1.0,
+            "guidance_scale": 0.0,
+            "temperature": 0.0,
+            "top_k": 0,
+            "top_p": 1.0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+        }
+        arrays: dict[str, Any] = {
+            name: np.full(rows, value, np.int32 if name == "top_k" else np.float32)
+            for name, value in (neutral | values).items()
+        }
+        return cls(**arrays)
 
 
 class Logprobs(NamedTuple):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from t3jax import sharding
+from t3jax import hosts, sharding
 from t3jax.batching import round_up
 from t3jax.data.chat import PromptFormat, encode_prompt
 from t3jax.head_io import Head, check_head_fits, common_default, place_head
@@ -152,7 +152,7 @@ class Sampler:
         self._weights = Weights(
             lm.params,
             tuple(place_head(each.params, lm.mesh) for each in heads),
-            tuple(jnp.asarray(each.prior_shift, jnp.float32) for each in heads),
+            tuple(np.float32(each.prior_shift) for each in heads),
         )
 
     def __call__(self, prompts: Sequence[str], **options: Any) -> list[str]:
@@ -190,7 +190,8 @@ class Sampler:
         """
         request = self._request(prompts, base_temperature, guidance_scale, options)
         samples: dict[int, Sample] = {}
-        bar = tqdm.tqdm(total=len(request.rows), desc=progress, delay=1, disable=not progress)
+        hidden = not progress or not hosts.is_lead()
+        bar = tqdm.tqdm(total=len(request.rows), desc=progress, delay=1, disable=hidden)
         for batch in request.batches(self.batch_size):
             tokens: list[list[int]] = [[] for _ in batch]
             logprobs: list[list[tuple[float, float]]] = [[] for _ in batch]
@@ -303,20 +304,18 @@ class Sampler:
         place = functools.partial(self._place, size)
         keys = place(_row_keys(options.seed, [request.rows[i] for i in batch], size))
         controls = place(request.controls(size))
-        stop_ids = jnp.asarray([*self.lm.eos_ids, *options.stop_ids], jnp.int32)
+        stop_ids = np.asarray([*self.lm.eos_ids, *options.stop_ids], np.int32)
         chunks = -(-(options.max_new_tokens - 1) // self.chunk)
-        most = length + 1 + chunks * self.chunk
-        slots = min(most, round_up(length + 1 + self.chunk, _SLOT_STEP))
+        slots = cache_slots(length, chunks, self.chunk)
         state, emitted = prefill(
-            program, self._weights, *place((tokens, mask)), keys, controls, slots, stop_ids
+            program, self._weights, *place((tokens, mask)), keys, controls, slots[0], stop_ids
         )
         stopped = np.zeros(size, bool)
         text_so_far: list[list[int]] = [[] for _ in batch]
         left = options.max_new_tokens
         for i in range(chunks):
-            if (needed := length + 1 + (i + 1) * self.chunk) > slots:
-                slots = min(most, round_up(max(needed, slots * 3 // 2), _SLOT_STEP))
-                state = grow(program, state, slots)
+            if slots[i + 1] > slots[i]:
+                state = grow(program, state, slots[i + 1])
             # The next chunk is under way before the host looks at the one before it.
             state, following = decode_chunk(
                 program, self._weights, state, place(stopped), controls, stop_ids, self.chunk
@@ -380,7 +379,27 @@ class Sampler:
         return round_up(size, sharding.row_shards(self.lm.mesh))
 
     def _place(self, size: int, tree: Any) -> Any:
-        return jax.device_put(tree, sharding.batch_sharding(self.lm.mesh, (size,)))
+        return hosts.place(tree, sharding.batch_sharding(self.lm.mesh, (size,)))
+
+
+def cache_slots(length: int, chunks: int, chunk: int) -> list[int]:
+    """Slots of the cache while an answer is decoded: it grows as it is filled.
+
+    Args:
+        length: Slots of the prompt, padding included.
+        chunks: Chunks at most.
+        chunk: Steps of one.
+
+    Returns:
+        The slots that `prefill` makes, and those in each chunk.
+    """
+    most = length + 1 + chunks * chunk
+    slots = [min(most, round_up(length + 1 + chunk, _SLOT_STEP))]
+    for i in range(chunks):
+        needed, last = length + 1 + (i + 1) * chunk, slots[-1]
+        grown = min(most, round_up(max(needed, last * 3 // 2), _SLOT_STEP))
+        slots.append(grown if needed > last else last)
+    return slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -401,21 +420,16 @@ class _Request:
 
     def controls(self, size: int) -> Controls:
         options = self.options
-        values: dict[str, float] = {
-            "base_temperature": self.base_temperature,
-            "guidance_scale": self.guidance_scale,
-            "temperature": options.temperature,
-            "top_k": options.top_k,
-            "top_p": options.top_p,
-            "min_p": options.min_p,
-            "repetition_penalty": options.repetition_penalty,
-        }
-        dtypes: dict[str, Any] = {"top_k": np.int32}
-        rows: dict[str, Any] = {
-            name: np.full(size, value, dtypes.get(name, np.float32))
-            for name, value in values.items()
-        }
-        return Controls(**rows)
+        return Controls.filled(
+            size,
+            base_temperature=self.base_temperature,
+            guidance_scale=self.guidance_scale,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+            repetition_penalty=options.repetition_penalty,
+        )
 
 
 def _row_keys(seed: int, rows: list[tuple[int, int]], size: int) -> jax.Array:

@@ -5,8 +5,8 @@ array, and one step gathers the rows of its batch. Tokens are dealt out to the d
 each has its share of every sequence, and of a batch it reads what it has. Features never travel. An
 epoch is one pass over the forget sequences, each paired with a retain sequence drawn at random.
 
-Axes: K members, S shards (parts into which the mesh splits rows), N answer tokens of a shard, D
-features, U tokens of the vocabulary that are trained, M tokens of a batch in a shard.
+Axes: K members, S seeds of theirs, P parts into which the mesh splits rows, N answer tokens of a
+part, D features, U tokens of the vocabulary that are trained, M tokens of a batch in a part.
 """
 
 import dataclasses
@@ -18,25 +18,26 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from t3jax import sharding
+from t3jax import hosts, sharding
 from t3jax.batching import round_up
 from t3jax.features import Features
 from t3jax.head import HeadConfig
 from t3jax.training.recipe import Member, TrainConfig
 
 _HOLDOUT_SEED = 0
+_VOCABULARY_STEPS = (64, 32, 16, 8, 4, 2, 1)
 _BATCH_STEP = 64
 
 
 class Tokens(NamedTuple):
     """Answer tokens on the devices: those of retain sequences, of forget sequences, padding.
 
-    Token i of all is token i // S of shard i % S.
+    Token i of all is token i // P of part i % P.
 
     Attributes:
-        pooled: Features, `[S, N, D]`.
-        targets: Row of the trained W2 of the token that came next, `[S, N]`.
-        forget_starts: First token of the forget sequences in each shard, `[S]`.
+        pooled: Features, `[P, N, D]`.
+        targets: Row of the trained W2 of the token that came next, `[P, N]`.
+        forget_starts: First token of the forget sequences in each part, `[P]`.
     """
 
     pooled: jax.Array
@@ -74,36 +75,54 @@ class Data:
     ) -> "Data":
         """Splits the sets and places them on the mesh."""
         seen = np.union1d(retain.targets, forget.targets)
-        # Unseen tokens fill up, so that the rows divide among the devices.
+        # Unseen tokens fill up, so that the rows divide among the devices; a checkpoint must have
+        # the same shape whatever their number.
         unseen = np.setdiff1d(np.arange(head_config.vocab_size), seen)
-        vocabulary = np.union1d(seen, unseen[: -len(seen) % mesh.shape[sharding.MODEL]])
+        missing = (-len(seen) % step for step in _VOCABULARY_STEPS)
+        vocabulary = np.union1d(seen, unseen[: next(n for n in missing if n <= len(unseen))])
 
+        sets = ("retain", retain), ("forget", forget)
         parts = [
             split(features, config.holdout_fraction, name, stream)
-            for stream, (name, features) in enumerate((("retain", retain), ("forget", forget)))
+            for stream, (name, features) in enumerate(sets)
         ]
 
-        shards = sharding.row_shards(mesh)
+        num_parts = sharding.row_shards(mesh)
 
-        def placed(sets: Sequence[Features]) -> Tokens:
-            padded = round_up(sum(features.num_tokens for features in sets), shards)
-            pooled = np.zeros((padded, head_config.hidden_size), retain.pooled.dtype)
-            targets = np.zeros(padded, np.int32)
-            end = 0
-            for features in sets:
-                start, end = end, end + features.num_tokens
-                pooled[start:end] = features.pooled
-                targets[start:end] = np.searchsorted(vocabulary, features.targets)
-            forget_starts = _before(sets[0].num_tokens, shards)
-            pooled, targets = (
-                np.swapaxes(x.reshape(-1, shards, *x.shape[1:]), 0, 1) for x in (pooled, targets)
+        def placed(sequences: Sequence[np.ndarray]) -> Tokens:
+            rows = [_rows(retain.starts, sequences[0]), _rows(forget.starts, sequences[1])]
+            targets = np.concatenate([retain.targets[rows[0]], forget.targets[rows[1]]])
+            padding = -len(targets) % num_parts
+            targets = np.pad(np.searchsorted(vocabulary, targets).astype(np.int32), (0, padding))
+            targets = targets.reshape(-1, num_parts).T
+            shape = (*targets.shape, head_config.hidden_size)
+
+            def read(index: tuple[slice, ...] | None) -> np.ndarray:
+                """Reads the features of one device's tokens, and no others."""
+                assert index is not None  # JAX gives one unless it is told not to
+                here = range(num_parts)[index[0]]
+                pooled = np.zeros((len(here), *shape[1:]), retain.pooled.dtype)
+                for part, out in zip(here, pooled, strict=True):
+                    of_retain = rows[0][part::num_parts]
+                    of_forget = rows[1][(part - len(rows[0])) % num_parts :: num_parts]
+                    out[: len(of_retain)] = retain.pooled[of_retain]
+                    out[len(of_retain) :][: len(of_forget)] = forget.pooled[of_forget]
+                return pooled
+
+            by_parts = sharding.batch_sharding(mesh, shape)
+            forget_starts = _before(len(rows[0]), num_parts).astype(np.int32)
+            return Tokens(
+                jax.make_array_from_callback(shape, by_parts, read),
+                *hosts.place((targets, forget_starts), by_parts),
             )
-            arrays = Tokens(pooled, targets, forget_starts.astype(np.int32))
-            return jax.device_put(arrays, sharding.batch_sharding(mesh, (shards,)))
 
-        def starts(sets: Sequence[Features]) -> tuple[np.ndarray, np.ndarray]:
-            first, second = sets
-            return first.starts, second.starts + first.num_tokens
+        def starts(sequences: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+            lengths = [
+                np.diff(features.starts)[own]
+                for features, own in zip((retain, forget), sequences, strict=True)
+            ]
+            first, second = (np.concatenate([[0], np.cumsum(each)]) for each in lengths)
+            return first, second + first[-1]
 
         train, held_out = zip(*parts, strict=True)
         return cls(
@@ -116,7 +135,7 @@ class Data:
 
 
 class Planner:
-    """Which rows of the training tokens each step of each epoch reads, for every member.
+    """Which rows of the training tokens each step of each epoch reads, for every seed.
 
     Attributes:
         steps: Batches of an epoch.
@@ -124,9 +143,10 @@ class Planner:
 
     def __init__(self, data: Data, members: Sequence[Member], mesh: Mesh):
         self._retain, self._forget = data.starts
-        self._shards = sharding.row_shards(mesh)
+        self._parts = sharding.row_shards(mesh)
         config = members[0].config  # what counts here is the same in all
-        self._seeds = [member.seed for member in members]
+        self._members = [member.seed for member in members]
+        self._seeds = list(dict.fromkeys(self._members))
         self._batch_size = config.batch_size
         forget_sequences = len(self._forget) - 1
         self._firsts = np.arange(0, forget_sequences, config.batch_size)
@@ -134,31 +154,29 @@ class Planner:
         # The largest batch that will ever come, so that one compiled program serves all epochs.
         largest = max(
             self._counts(seed, epoch).max()
-            for seed in set(self._seeds)
+            for seed in self._seeds
             for epoch in range(1, config.epochs + 1)
         )
         # Rounded up, so that it serves other seeds too.
         size = round_up(int(largest), _BATCH_STEP)
-        self._shape = (len(members), self.steps, self._shards, size)
+        self._shape = (len(self._seeds), self.steps, self._parts, size)
         self._sharding = sharding.fitting(mesh, P(None, None, sharding.ROWS), self._shape)
 
     def epoch(self, epoch: int) -> tuple[jax.Array, np.ndarray]:
-        """Rows `[K, steps, S, M]`, -1 where there are fewer; tokens of a batch `[K, steps]`."""
+        """Rows `[S, steps, P, M]`, -1 where there are fewer; tokens of a batch `[K, steps]`."""
         rows = np.full(self._shape, -1, np.int32)
-        counts = {seed: self._counts(seed, epoch) for seed in self._seeds}
-        for seed in counts:
-            mine = np.equal(self._seeds, seed)
+        for s, seed in enumerate(self._seeds):
             forget, retain = self._pairs(seed, epoch)
             for step, first in enumerate(self._firsts):
                 batch = slice(first, first + self._batch_size)
                 read = np.concatenate(
                     [_rows(self._forget, forget[batch]), _rows(self._retain, retain[batch])]
                 )
-                for shard in range(self._shards):
-                    here = read[read % self._shards == shard] // self._shards
-                    rows[mine, step, shard, : len(here)] = here
-        tokens = np.stack([counts[seed].sum(axis=1) for seed in self._seeds])
-        return jax.device_put(rows, self._sharding), tokens
+                for part in range(self._parts):
+                    here = read[read % self._parts == part] // self._parts
+                    rows[s, step, part, : len(here)] = here
+        counts = {seed: self._counts(seed, epoch).sum(axis=1) for seed in self._seeds}
+        return hosts.place(rows, self._sharding), np.stack([counts[s] for s in self._members])
 
     def _pairs(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The forget sequences in this epoch's order, and the retain sequence drawn for each."""
@@ -168,19 +186,20 @@ class Planner:
         return forget, retain
 
     def _counts(self, seed: int, epoch: int) -> np.ndarray:
-        """Tokens of each batch in each shard, `[steps, S]`."""
+        """Tokens of each batch in each part, `[steps, P]`."""
         forget, retain = self._pairs(seed, epoch)
         of_forget, of_retain = (
-            np.diff(_before(starts, self._shards), axis=0)
-            for starts in (self._forget, self._retain)
+            np.diff(_before(starts, self._parts), axis=0) for starts in (self._forget, self._retain)
         )
         return np.add.reduceat(of_forget[forget] + of_retain[retain], self._firsts)
 
 
-def split(features: Features, fraction: float, name: str, stream: int) -> tuple[Features, Features]:
-    """Sequences to train on and held-out ones, both in their order."""
+def split(
+    features: Features, fraction: float, name: str, stream: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the sequences to train on and of the held-out ones, both in their order."""
     if not fraction:
-        return features, features.select([])
+        return np.arange(features.num_sequences), np.arange(0)
     count = max(1, round(fraction * features.num_sequences))
     if count >= features.num_sequences:
         raise ValueError(
@@ -188,12 +207,12 @@ def split(features: Features, fraction: float, name: str, stream: int) -> tuple[
             f"{fraction} leaves none to train on; give more sequences or set it to 0"
         )
     order = np.random.default_rng((_HOLDOUT_SEED, stream)).permutation(features.num_sequences)
-    return features.select(np.sort(order[count:])), features.select(np.sort(order[:count]))
+    return np.sort(order[count:]), np.sort(order[:count])
 
 
-def _before(tokens: int | np.ndarray, shards: int) -> np.ndarray:
-    """How many of the first so many tokens are in each shard, `[..., S]`."""
-    return -((np.arange(shards) - np.asarray(tokens)[..., None]) // shards)
+def _before(tokens: int | np.ndarray, parts: int) -> np.ndarray:
+    """How many of the first so many tokens are in each part, `[..., P]`."""
+    return -((np.arange(parts) - np.asarray(tokens)[..., None]) // parts)
 
 
 def _rows(starts: np.ndarray, sequences: np.ndarray) -> np.ndarray:

@@ -3,14 +3,13 @@
 Features, targets and nothing else of the base model are needed; they stay on the device.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import pathlib
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +17,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from t3jax import sharding
+from t3jax.checkpoint import Metrics, open_run
 from t3jax.features import Features
 from t3jax.head import HeadConfig
 from t3jax.head_io import Head, place_head, save_head
 from t3jax.training.batches import Data, Planner
 from t3jax.training.recipe import Member, TrainConfig, make_members
 from t3jax.training.trainer import Trainer
-
-if TYPE_CHECKING:
-    from t3jax.checkpoint import Metrics, RunFolder
 
 
 def train_heads(
@@ -48,8 +45,10 @@ def train_heads(
 
     With a `workdir` the run can be killed at any moment and called again: it resumes from its last
     checkpoint and ends with the very bits of the uninterrupted run (same machine, number of devices
-    and versions). Metrics go to `metrics.jsonl` and `tensorboard/` in it, and the heads to the
-    folders that `make_members` names: `head`, or `head-seed{n}` and so on where there are several.
+    and versions; on another number of devices the same up to rounding). SIGTERM saves the epoch
+    under way and ends the run. Metrics go to `metrics.jsonl` and `tensorboard/` in it, and the
+    heads to the folders that `make_members` names: `head`, or `head-seed{n}` and so on where there
+    are several.
 
     Args:
         retain: Features of the retain set.
@@ -75,6 +74,7 @@ def train_heads(
         FloatingPointError: If loss or weights become infinite or NaN; heads and checkpoints stay as
             they were.
         OSError: If the disk is full; heads and checkpoints stay as they were.
+        t3jax.hosts.Preempted: After SIGTERM, with the epoch saved; only with a workdir.
     """
     one = TrainConfig() if train_config is None else train_config
     configs = [one] if isinstance(one, TrainConfig) else list(one)
@@ -93,7 +93,7 @@ def train_heads(
         "features": {"retain": _digest(retain), "forget": _digest(forget)},
     }
 
-    with _open_folder(workdir, settings, trainer.abstract_state) as folder:
+    with open_run(workdir, settings, trainer.abstract_state, unit="epoch") as folder:
         epochs_done, metrics, state = 0, [], None
         if folder is not None:
             epochs_done, metrics, state = folder.done, folder.metrics, folder.state
@@ -123,9 +123,8 @@ def train_heads(
             ]
             metrics = metrics + lines
             if folder is not None:
-                folder.log(lines)
-                if last or epoch % config.checkpoint_every == 0:
-                    folder.save(epoch, state)
+                save = last or epoch % config.checkpoint_every == 0
+                folder.finish(epoch, lines, state, save)
             if report is not None:
                 for line in lines:
                     report(_describe(line, config.epochs))
@@ -159,16 +158,6 @@ def train_heads(
         for head, member in zip(heads, members, strict=True):
             save_head(pathlib.Path(workdir) / member.name, head)
     return heads
-
-
-def _open_folder(
-    workdir: str | pathlib.Path | None, settings: dict[str, Any], abstract_state: Any
-) -> "contextlib.AbstractContextManager[RunFolder | None]":
-    if workdir is None:
-        return contextlib.nullcontext()
-    from t3jax.checkpoint import RunFolder  # slow to import: only who keeps files waits
-
-    return RunFolder(pathlib.Path(workdir), settings, abstract_state)
 
 
 def _common(configs: Sequence[TrainConfig]) -> dict[str, Any]:
@@ -237,7 +226,7 @@ def _version() -> str:
         return "not installed"
 
 
-def _describe(line: "Metrics", epochs: int) -> str:
+def _describe(line: Metrics, epochs: int) -> str:
     text = (
         f"epoch {line['epoch']:>{len(str(epochs))}}/{epochs}  {line['head']}  "
         f"lr {line['learning_rate']:.2e}  loss {line['loss']:.5f}"

@@ -4,23 +4,27 @@ Only rows of W2 whose token occurs in the data get a gradient, so only those are
 rows can but shrink by weight decay, by a factor that is known in closed form. Learning rates and
 weight decays are traced: one program serves heads that differ in them.
 
-Axes: K members, S shards, N answer tokens of a shard, D features, R rank, V vocabulary, U tokens of
-the vocabulary that are trained, M tokens of a batch in a shard.
+Heads of one seed read the same batches: their features are gathered once, and multiplied by the
+weights of all of these heads in one product.
+
+Axes: K members, a grid of C recipes and S seeds (K = C S, seeds the inner one), P parts into which
+the mesh splits rows, N answer tokens of a part, D features, R rank, V vocabulary, U tokens of the
+vocabulary that are trained, M tokens of a batch in a part.
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from t3jax import sharding
+from t3jax import hosts, optimizer, sharding
 from t3jax.head import (
     HeadConfig,
     HeadParams,
@@ -43,9 +47,9 @@ class Programs(NamedTuple):
         abstract_state: The training state as shapes with shardings.
         init_optimizer: `params -> optimizer state`.
         epoch: `(state, tokens, rows, knobs) -> (state, losses [K, steps], finite [K])`; the state
-            given is donated, `rows` `[K, steps, S, M]` says which tokens of each shard a batch has,
+            given is donated, `rows` `[S, steps, P, M]` says which tokens of each part a batch has,
             -1 for none, `knobs` are peak learning rates and weight decays, `[K]` each.
-        score: `(params, tokens) -> scores [K, S, N]`.
+        score: `(params, tokens) -> scores [K, P, N]`.
     """
 
     abstract_state: Any
@@ -56,15 +60,15 @@ class Programs(NamedTuple):
 
 @functools.cache
 def compile_programs(
-    head_config: HeadConfig, config: TrainConfig, steps: int, members: int, mesh: Mesh
+    head_config: HeadConfig, config: TrainConfig, steps: int, grid: tuple[int, int], mesh: Mesh
 ) -> Programs:
-    """The programs for a head whose vocabulary is that of the trained tokens."""
-    optimizer = make_optimizer(config, steps)
+    """The programs for a grid of heads whose vocabulary is that of the trained tokens."""
+    adamw = make_optimizer(config, steps)
     activation = head_config.activation
 
     def loss_fn(params: HeadParams, tokens: Tokens, rows: jax.Array) -> jax.Array:
         def read(x: jax.Array) -> jax.Array:
-            """What the batch reads, `[S M, ...]`, each shard of its own."""
+            """What the batch reads, `[P M, ...]`, each part of its own."""
             take = jax.vmap(lambda own, index: own.at[index].get(mode="promise_in_bounds"))
             return take(x, jnp.maximum(rows, 0)).reshape(-1, *x.shape[2:])
 
@@ -76,44 +80,43 @@ def compile_programs(
         tuned = make_optimizer(config, steps, *knobs)
 
         def step(state: Any, rows: jax.Array) -> tuple[Any, jax.Array]:
-            params, opt_state = state
-            loss, grads = jax.value_and_grad(loss_fn)(params, tokens, rows)
-            # Optax relies on implicit promotion where it corrects the bias of the means.
-            with jax.numpy_dtype_promotion("standard"):
-                updates, opt_state = tuned.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), opt_state), loss
+            loss, grads = jax.value_and_grad(loss_fn)(state[0], tokens, rows)
+            return optimizer.step(tuned, state, grads), loss
 
         state, losses = jax.lax.scan(step, state, rows)
         finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state[0])]
         return state, losses, jnp.stack(finite).all()
 
+    def train_all(state: Any, tokens: Tokens, rows: jax.Array, knobs: Any) -> tuple:
+        same_seed = jax.vmap(train_one, in_axes=(0, None, None, 0))
+        every = jax.vmap(same_seed, in_axes=(1, None, 0, 1), out_axes=1)
+        state, knobs = jax.tree.map(lambda x: x.reshape(*grid, *x.shape[1:]), (state, knobs))
+        found = every(state, tokens, rows, knobs)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+
     def score_one(params: HeadParams, tokens: Tokens) -> jax.Array:
         return target_scores(params, tokens.pooled, tokens.targets, activation)
 
     shapes = head_shapes(head_config)
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct((members, *x.shape), x.dtype), shapes)
-    opt_state = jax.eval_shape(jax.vmap(optimizer.init), params)
+    params = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((math.prod(grid), *x.shape), x.dtype), shapes
+    )
+    init_optimizer = jax.vmap(adamw.init)
     whole = NamedSharding(mesh, P())
     placed = jax.tree.map(
         lambda s: NamedSharding(mesh, P(None, *s.spec)), sharding.param_shardings(mesh, shapes)
     )
-    placed_opt = optax.tree.map_params(
-        optimizer, lambda _, s: s, opt_state, placed, transform_non_params=lambda _: whole
-    )
-    # Scatter-adds and the choice of kernels would differ from run to run on a GPU.
-    deterministic = jax.default_backend() == "gpu"
+    abstract = params, jax.eval_shape(init_optimizer, params)
+    abstract = optimizer.abstract_state(adamw, abstract, placed, mesh)
+    placed_state = jax.tree.map(lambda x: x.sharding, abstract)
     return Programs(
-        abstract_state=jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            (params, opt_state),
-            (placed, placed_opt),
-        ),
-        init_optimizer=jax.jit(jax.vmap(optimizer.init), out_shardings=placed_opt),
+        abstract_state=abstract,
+        init_optimizer=jax.jit(init_optimizer, out_shardings=placed_state[1]),
         epoch=jax.jit(
-            jax.vmap(train_one, in_axes=(0, None, 0, 0)),
+            train_all,
             donate_argnums=0,
-            out_shardings=((placed, placed_opt), whole, whole),
-            compiler_options={"xla_gpu_deterministic_ops": True} if deterministic else None,
+            out_shardings=(placed_state, whole, whole),
+            compiler_options=optimizer.reproducible(),
         ),
         score=jax.jit(jax.vmap(score_one, in_axes=(0, None)), out_shardings=whole),
     )
@@ -133,6 +136,7 @@ class Trainer:
         steps: int,
         mesh: Mesh,
     ):
+        """Compiles nothing yet; `members` are those of `make_members`, in its order."""
         self._data, self._head_config, self._members = data, head_config, members
         trained = dataclasses.replace(head_config, vocab_size=len(data.vocabulary))
         peaks, decays = (
@@ -140,8 +144,10 @@ class Trainer:
             for name in ("learning_rate", "weight_decay")
         )
         config = dataclasses.replace(members[0].config, learning_rate=1.0, weight_decay=0.0)
-        self._programs = compile_programs(trained, config, steps, len(members), mesh)
-        self._knobs = jax.device_put((peaks, decays), NamedSharding(mesh, P()))
+        seeds = len({member.seed for member in members})
+        grid = (len(members) // seeds, seeds)
+        self._programs = compile_programs(trained, config, steps, grid, mesh)
+        self._knobs = hosts.place((peaks, decays), NamedSharding(mesh, P()))
         self.abstract_state = self._programs.abstract_state
         schedule = learning_rate_schedule(config, steps)
         shape = np.asarray(jax.jit(schedule)(np.arange(config.epochs * steps)))
@@ -153,7 +159,7 @@ class Trainer:
         trained = [{**p, "output": p["output"][self._data.vocabulary]} for p in drawn]
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *trained)
         places = jax.tree.map(lambda x: x.sharding, self.abstract_state[0])
-        params = jax.device_put(stacked, places)
+        params = hosts.place(stacked, places)
         return params, self._programs.init_optimizer(params)
 
     def train_epoch(self, state: Any, rows: jax.Array) -> tuple[Any, np.ndarray, np.ndarray]:
@@ -175,7 +181,7 @@ class Trainer:
 
         Rows that were not trained had gradients of zero, hence no step but weight decay.
         """
-        params = jax.tree.map(lambda leaf: leaf[k], jax.device_get(state[0]))
+        params = jax.tree.map(lambda leaf: leaf[k], hosts.fetch(state[0]))
         member = self._members[k]
         rates = self.learning_rates[k].astype(np.float64)
         shrunk = np.prod(1.0 - rates * member.config.weight_decay)

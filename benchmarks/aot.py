@@ -1,0 +1,197 @@
+"""Compiles the programs of a large model for TPUs that are not here, and looks at what comes out.
+
+    pip install -e '.[aot]'
+    python -m benchmarks aot --model=llama-3.1-8b --topology=v5e:2x4
+
+Prefill, a chunk of decoding with guidance, the feature pass and an epoch of head training are built
+by libtpu, which needs neither a TPU nor the weights. For each it says what the compiler takes
+beside what `t3jax.plan` foretold, and lists the collectives: kind, shape on a device, bytes, how
+often they stand in the program (those in a loop stand there once). It fails if one of them is
+larger than the model calls for (the hidden states of a batch in float32, and what is gathered of a
+layer where its weights are split further than it is computed), or has a dimension of the whole
+vocabulary while that is split.
+
+libtpu serves one process at a time. `--layers` compiles fewer: time grows with the layers.
+"""
+
+import argparse
+import collections
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from benchmarks.side_by_side import write
+from configs import default
+from t3jax import HeadConfig, abstract, plan, sharding
+from t3jax.abstract import Job, Step
+
+MIB = 2**20
+COLLECTIVE = re.compile(
+    r"= (\(.*?\)|\S+) (all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all"
+    r"|collective-permute|collective-broadcast)(?:-start)?\("
+)
+ARRAY = re.compile(r"(pred|[a-z]+\d+)\[([\d,]*)\]")
+
+
+PROGRAMS = {
+    "prefill": abstract.prefill,
+    "decode": abstract.decode,
+    "features": abstract.feature_pass,
+    "head": abstract.head_training,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One kind of exchange between devices.
+
+    Attributes:
+        kind: As XLA names it.
+        shape: Of the result on a device, dtype first.
+        size: Its bytes.
+        count: How often it stands in the program.
+    """
+
+    kind: str
+    shape: str
+    size: int
+    count: int
+
+
+def main() -> None:
+    """Reads the command line, compiles, writes `out/benchmarks/aot_MODEL_TOPOLOGY.json`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--model", default="llama-3.1-8b", help=", ".join(plan.SHAPES))
+    parser.add_argument("--topology", default="v5e:2x4", help="such as v5e:8x8 or v5p:4x4x4")
+    parser.add_argument(
+        "--mesh", help="as config.mesh; all devices along its last axis, if not given"
+    )
+    parser.add_argument("--layers", type=int, help="of the model; all, if not given")
+    parser.add_argument("--rows", type=int, default=16, help="answers decoded together")
+    parser.add_argument("--text", type=int, default=1024, help="tokens of a text")
+    parser.add_argument("--only", help="one of the programs, such as features")
+    arguments = parser.parse_args()
+
+    jax.config.update("jax_platforms", "cpu")
+    config = plan.read_shape(arguments.model)
+    if arguments.layers:
+        config = dataclasses.replace(config, num_layers=arguments.layers)
+    head = HeadConfig(config.hidden_size, config.vocab_size)
+    widths = (*(1,) * (len(default.get_config().mesh) - 1), -1)
+    shape = tuple(map(int, arguments.mesh.split(","))) if arguments.mesh else widths
+    mesh = tpu_mesh(arguments.topology, shape)
+    job = Job(config, jnp.bfloat16, mesh, (head,), rows=arguments.rows, text=arguments.text)
+    figures: dict[str, Any] = {}
+    state = None
+    for name, program in PROGRAMS.items():
+        if arguments.only not in (None, name):
+            continue
+        step = program(job) if state is None else program(job, state)
+        compiled, figures[name] = measure(job, program, step)
+        state = compiled.output_shardings[0] if name == "prefill" else None
+        print(f"{name}: {json.dumps(figures[name], indent=1)}", flush=True)
+    details = {"arguments": vars(arguments), "libtpu": importlib.metadata.version("libtpu")}
+    write(f"aot_{arguments.model}_{arguments.topology.replace(':', '_')}", figures, details)
+    if wrong := [f"{name}: {each}" for name in figures for each in figures[name]["too_large"]]:
+        sys.exit("larger than expected:\n  " + "\n  ".join(wrong))
+
+
+def tpu_mesh(topology: str, shape: Sequence[int]) -> jax.sharding.Mesh:
+    """A mesh over the devices of a TPU topology that need not be here."""
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no metadata server to ask
+    found = topologies.get_topology_desc(topology, platform="tpu")
+    return sharding.make_mesh(shape, found.devices)
+
+
+def measure(job: Job, program: Any, step: Step) -> tuple[Any, dict[str, Any]]:
+    """Compiles a step; what it takes on a device, in MiB, and what was planned."""
+    start = time.perf_counter()
+    compiled = step.compile()
+    seconds = time.perf_counter() - start
+    found = compiled.memory_analysis()
+    reads_model = program is not abstract.head_training
+    gathered = plan.gathered_bytes(job) if reads_model else 0
+    if program in (abstract.prefill, abstract.decode):
+        gathered += plan.gathered_cache_bytes(job)
+    sizes = {
+        "planned_arguments": plan.shard_bytes(step.arguments),
+        "arguments": found.argument_size_in_bytes,
+        "planned_temporary": plan.temporary_bytes(job, program) + gathered,
+        "temporary": found.temp_size_in_bytes
+        + found.output_size_in_bytes
+        - found.alias_size_in_bytes,
+        "code": found.generated_code_size_in_bytes,
+    }
+    exchanges = collectives(compiled.as_text())
+    limit = largest_expected(job, program) + gathered
+    # A dimension of this size is a vocabulary that should have been split.
+    whole = job.config.vocab_size
+    split = abstract.on_one_device(job).config.vocab_size < whole
+    return compiled, {
+        "seconds": round(seconds, 1),
+        "mib": {name: round(size / MIB, 1) for name, size in sizes.items()},
+        "collectives": [dataclasses.asdict(each) for each in exchanges],
+        "largest_expected_bytes": limit,
+        "too_large": [
+            f"{each.kind} of {each.shape}"
+            for each in exchanges
+            if each.size > limit or (split and whole in dimensions(each.shape))
+        ],
+    }
+
+
+def largest_expected(job: Job, program: Any) -> int:
+    """Bytes of the largest exchange that the model calls for, besides gathered weights."""
+    if program is abstract.head_training:  # a batch of features, from whoever has them; gradients
+        (params, _), data, rows, _ = abstract.head_training(job).arguments
+        batch = rows.shape[-1] // job.row_shards * data.pooled.shape[-1] * 4
+        return max(batch, *map(plan.shard_bytes, jax.tree.leaves(params)))
+    rows, tokens = {
+        abstract.prefill: (job.rows, job.prompt),
+        abstract.decode: (job.rows, 1),
+        abstract.feature_pass: (job.text_rows, job.text),
+    }[program]
+    return rows // job.row_shards * tokens * job.config.hidden_size * 4  # hidden states, float32
+
+
+def collectives(program: str) -> list[Collective]:
+    """The collectives in the text of a compiled program, the largest first."""
+    counts: collections.Counter[tuple[str, str]] = collections.Counter()
+    for result, kind in COLLECTIVE.findall(program):
+        arrays = [f"{dtype}[{shape}]" for dtype, shape in ARRAY.findall(result)]
+        # Several sums are taken at once; the start of a gather has its operand beside its result.
+        arrays = arrays if kind == "all-reduce" else [max(arrays, key=array_bytes)]
+        counts[kind, " + ".join(arrays)] += 1
+    found = [
+        Collective(kind, shape, sum(map(array_bytes, shape.split(" + "))), count)
+        for (kind, shape), count in counts.items()
+    ]
+    return sorted(found, key=lambda each: -each.size)
+
+
+def dimensions(shape: str) -> list[int]:
+    """All dimensions of one or several arrays as XLA writes them."""
+    return [int(n) for _, dims in ARRAY.findall(shape) for n in dims.split(",") if n]
+
+
+def array_bytes(shape: str) -> int:
+    """Bytes of an array such as "bf16[16,4096]"."""
+    bits = re.match(r"[a-z]+(\d+)", shape)
+    return math.prod(dimensions(shape)) * (int(bits[1]) // 8 if bits else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""Decoding by t3jax and by transformers on PyTorch, greedy, and what guidance and truncation cost.
+
+    python -m benchmarks decode --model=FOLDER
+    python -m benchmarks decode --model=FOLDER --growth
+
+Whole calls are compared: prompts of one length, then a fixed number of tokens, no stop. The peer is
+`generate` with the fastest of its caches and thread counts, in float32 (whose figures count) and in
+bfloat16; and, for guided decoding, a plain loop with a key-value cache and a running mean. What
+guidance costs is measured on the decoding steps alone, prefill left out, in paired rounds.
+`--growth` adds batches of 1 to 64 rows and prompts of 32 to 2,048 tokens.
+"""
+
+import argparse
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import t3jax
+from benchmarks.ceilings import measure_ceilings, weight_bytes
+from benchmarks.peer import Peer
+from benchmarks.side_by_side import alternate, overhead, random_head, ratio, seconds, tune, write
+from t3jax.lm import load_config
+from t3jax.refinements import PLAIN, Refinements
+from t3jax.sampling import Controls
+from t3jax.sampling.loop import Program, State, Weights, decode_chunk, prefill
+
+BATCHES = (1, 16)
+TRUNCATIONS = {
+    "draw": {},  # what a draw costs without any
+    "top_k": {"top_k": 20},
+    "top_p": {"top_p": 0.9},
+    "min_p": {"min_p": 0.05},
+}
+
+
+def main() -> None:
+    """Reads the command line, measures, writes `out/benchmarks/decode.json`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="a Hugging Face folder")
+    parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
+    parser.add_argument("--new_tokens", type=int, default=65)
+    parser.add_argument("--repeats", type=int, default=5, help="of whole calls")
+    parser.add_argument("--rounds", type=int, default=30, help="pairs for the cost of guidance")
+    parser.add_argument("--steps", type=int, default=32, help="decoding steps of such a round")
+    parser.add_argument("--caches", default="dynamic,static,compiled", help="of generate, to try")
+    parser.add_argument("--growth", action="store_true")
+    arguments = parser.parse_args()
+
+    ceilings = measure_ceilings()
+    # Without an end of text, all rows run to the end.
+    lm = dataclasses.replace(t3jax.load_lm(arguments.model, "float32"), eos_ids=())
+    head = random_head(lm)
+    figures: dict[str, Any] = {}
+    details: dict[str, Any] = {"ceilings": dataclasses.asdict(ceilings)}
+    for rows in BATCHES:
+        found, details[f"batch{rows}"] = compare(lm, head, rows, arguments)
+        figures |= {f"{name}_batch{rows}": value for name, value in found.items()}
+    for rows in BATCHES:
+        stretch = functools.partial(Stretch, lm, rows, arguments)
+        gated = stretch(head, Refinements(gated=True))
+        variants = {"plain": stretch(), "guidance": stretch(head), "gated": gated}
+        costs, steps = step_costs(variants, "plain", arguments.rounds)
+        figures |= {f"{name}_overhead_batch{rows}": value for name, value in costs.items()}
+        details[f"step_seconds_batch{rows}"] = steps
+    variants = {"greedy": stretch(head)}
+    variants |= {name: stretch(head, temperature=1.0, **x) for name, x in TRUNCATIONS.items()}
+    costs, _ = step_costs(variants, "greedy", -(-arguments.rounds // 3))
+    figures |= {f"{name}_cost_batch{rows}": value for name, value in costs.items()}
+    needed = weight_bytes(load_config(arguments.model), lm.params) / ceilings.bandwidth
+    figures["bandwidth_share_batch1"] = needed / details["step_seconds_batch1"]["plain"]
+    if arguments.growth:
+        details["growth"] = growth(lm, arguments)
+    write("decode", figures, {"arguments": vars(arguments), **details})
+
+
+def compare(
+    lm: t3jax.LM, head: t3jax.Head, rows: int, arguments: argparse.Namespace
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Whole calls, both sides in turn."""
+    prompts, new = random_prompts(lm, rows, arguments.prompt), arguments.new_tokens
+    params = head.params["hidden"][0]["weight"], head.params["output"]
+    method = tuple(map(np.asarray, params)), head.base_temperature, head.guidance_scale
+    samplers = {
+        "ours": t3jax.Sampler(lm, batch_size=rows),
+        "ours_guided": t3jax.Sampler(lm, head, batch_size=rows),
+    }
+    tokens: dict[str, np.ndarray] = {}
+
+    def ours(name: str, _: int = 0) -> None:
+        samples = samplers[name].generate(list(prompts), max_new_tokens=new)
+        tokens[name] = np.array([sample.tokens for sample in samples])
+
+    first = {name: seconds(functools.partial(ours, name)) for name in samplers}
+    with (
+        Peer("LanguageModel", arguments.model) as full,
+        Peer("LanguageModel", arguments.model, "bfloat16") as half,
+    ):
+        cache, tried = choose(full, prompts, arguments)
+        half_cache, half_tried = choose(half, prompts, arguments)
+
+        def theirs(_: int) -> None:
+            tokens["peer"] = full("generate", prompts, new, cache)
+
+        def theirs_guided(_: int) -> None:
+            tokens["peer_guided"] = full("guided", prompts, new, *method)
+
+        works = {
+            **{name: functools.partial(ours, name) for name in samplers},
+            "peer": theirs,
+            "peer_bfloat16": lambda _: half("generate", prompts, new, half_cache),
+            "peer_guided": theirs_guided,
+        }
+        full("guided", prompts, new, *method)
+        times = alternate(works, arguments.repeats)
+        peaks = {"float32": full.peak_memory_gib, "bfloat16": half.peak_memory_gib}
+    figures = {
+        "speedup": ratio(times["peer"], times["ours"]),
+        "speedup_over_bfloat16": ratio(times["peer_bfloat16"], times["ours"]),
+        "speedup_guided": ratio(times["peer_guided"], times["ours_guided"]),
+        "share_of_tokens_equal": float(np.mean(tokens["ours"] == tokens["peer"])),
+        "share_of_guided_tokens_equal": float(
+            np.mean(tokens["ours_guided"] == tokens["peer_guided"])
+        ),
+    }
+    return figures, {
+        "seconds": times,
+        "first_call_seconds_with_compilation": first,
+        "peer_chose": {"float32": cache, "bfloat16": half_cache},
+        "peer_tried_seconds": {"float32": tried, "bfloat16": half_tried},
+        "peer_peak_memory_gib": peaks,
+    }
+
+
+def choose(
+    peer: Peer, prompts: np.ndarray, arguments: argparse.Namespace
+) -> tuple[str, dict[str, float]]:
+    """The fastest cache of `generate`; the peer then has the fastest thread count."""
+    return tune(
+        peer,
+        {
+            cache: functools.partial(peer, "generate", prompts, arguments.new_tokens, cache)
+            for cache in arguments.caches.split(",")
+        },
+    )
+
+
+def step_costs(
+    variants: Mapping[str, "Stretch"], base: str, rounds: int
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """What each variant costs over the base, as a fraction, and the seconds of a step of each."""
+    for stretch in variants.values():
+        stretch.prepare()
+        stretch.run()
+    times = alternate(
+        {name: stretch.run for name, stretch in variants.items()},
+        rounds,
+        {name: stretch.prepare for name, stretch in variants.items()},
+    )
+    costs = {name: overhead(times[name], times[base]) for name in variants if name != base}
+    steps = {name: float(np.median(times[name])) / variants[name].steps for name in variants}
+    return costs, steps
+
+
+class Stretch:
+    """A stretch of decoding steps, prefilled anew before each time so that only they are timed."""
+
+    def __init__(
+        self,
+        lm: t3jax.LM,
+        rows: int,
+        arguments: argparse.Namespace,
+        head: t3jax.Head | None = None,
+        refinements: Refinements = PLAIN,
+        **knobs: float,
+    ):
+        self.steps = arguments.steps
+        if head is not None:
+            knobs |= {"base_temperature": head.base_temperature, "guidance_scale": 1.0}
+        self._controls = jax.device_put(Controls.filled(rows, **knobs))
+        heads = [] if head is None else [head]
+        self._program = Program(
+            lm.apply,
+            lm.unembed,
+            lm.init_cache,
+            tuple(each.config.activation for each in heads),
+            "base",
+            False,
+            lm.mesh,
+            refinements,
+        )
+        shifts = tuple(jnp.float32(each.prior_shift) for each in heads)
+        self._weights = Weights(lm.params, tuple(each.params for each in heads), shifts)
+        self._prompts = jnp.asarray(random_prompts(lm, rows, arguments.prompt))
+        self._keys = jax.random.split(jax.random.key(0), rows)
+        self._stop_ids = jnp.zeros(0, jnp.int32)
+        self._state: State
+
+    def prepare(self) -> None:
+        """Reads the prompts."""
+        self._state, _ = jax.block_until_ready(
+            prefill(
+                self._program,
+                self._weights,
+                self._prompts,
+                jnp.ones(self._prompts.shape, bool),
+                self._keys,
+                self._controls,
+                self._prompts.shape[1] + 1 + self.steps,
+                self._stop_ids,
+            )
+        )
+
+    def run(self, _: int = 0) -> None:
+        """Decodes; the state is used up."""
+        stopped = jnp.zeros(len(self._prompts), bool)
+        jax.block_until_ready(
+            decode_chunk(
+                self._program,
+                self._weights,
+                self._state,
+                stopped,
+                self._controls,
+                self._stop_ids,
+                self.steps,
+            )
+        )
+
+
+def growth(lm: t3jax.LM, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """New tokens a second, prefill included, as batches and prompts grow."""
+    lines = []
+    shapes = [(1, 32), (4, 32), (16, 32), (64, 32), (1, 128), (1, 512), (1, 2048)]
+    with Peer("LanguageModel", arguments.model) as peer:
+        for rows, length in shapes:
+            prompts = random_prompts(lm, rows, length)
+            sampler = t3jax.Sampler(lm, batch_size=rows)
+            ours = functools.partial(
+                sampler.generate, list(prompts), max_new_tokens=arguments.new_tokens
+            )
+            compiling = seconds(ours)
+            cache, _ = choose(peer, prompts, arguments)
+            theirs = functools.partial(peer, "generate", prompts, arguments.new_tokens, cache)
+            works = {"ours": lambda _, f=ours: f(), "peer": lambda _, f=theirs: f()}
+            times = alternate(works, 3)
+            speeds = {
+                f"{name}_tokens_per_second": rows * arguments.new_tokens / float(np.median(found))
+                for name, found in times.items()
+            }
+            shape = {"rows": rows, "prompt": length, "first_call_seconds": compiling}
+            lines.append(shape | speeds | {"speedup": ratio(times["peer"], times["ours"])})
+    return lines
+
+
+def random_prompts(lm: t3jax.LM, rows: int, length: int) -> np.ndarray:
+    """Token ids `[B, P]`."""
+    rng = np.random.default_rng(0)
+    return rng.integers(lm.vocab_size, size=(rows, length), dtype=np.int32)

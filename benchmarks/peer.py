@@ -1,0 +1,89 @@
+"""PyTorch in a process of its own, which blocks on a pipe while this side is measured.
+
+In one process the two disturb each other: after a parallel region the threads of libgomp, which
+PyTorch's wheels bring, spin for some 6 ms before they sleep (OMP_WAIT_POLICY=passive would forbid
+it, and slow PyTorch down; KMP_BLOCKTIME is for another library and does nothing). In a child of its
+own PyTorch keeps its defaults and its memory is counted apart; `alternate` waits longer than that.
+"""
+
+import importlib
+import multiprocessing
+import os
+import pathlib
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+class Peer:
+    """An object of `benchmarks.pytorch` that lives in a child process."""
+
+    def __init__(self, name: str, *args: Any, **options: Any):
+        """Starts the child, which makes `name(*args, **options)`."""
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        serving = (theirs, name, args, options)
+        self._child = context.Process(target=_serve, args=serving, daemon=True)
+        self._child.start()
+        theirs.close()
+        self._receive()
+
+    def __enter__(self) -> "Peer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pipe.close()
+        self._child.join()
+
+    def __call__(self, method: str, *args: Any, **options: Any) -> Any:
+        """What a method of the object returns."""
+        self._pipe.send((method, args, options))
+        return self._receive()
+
+    def set_threads(self, count: int) -> None:
+        """How many threads PyTorch may use."""
+        self("set_threads", count)
+
+    @property
+    def peak_memory_gib(self) -> float:
+        """The most that the child has held."""
+        return self("peak_memory_gib")
+
+    def _receive(self) -> Any:
+        error, result = self._pipe.recv()
+        if error:
+            raise RuntimeError(f"the PyTorch side failed:\n{error}")
+        return result
+
+
+def thread_counts() -> list[int]:
+    """How many threads to try: one, half of the cores, all."""
+    cores = len(os.sched_getaffinity(0))
+    return sorted({1, max(1, cores // 2), cores})
+
+
+def peak_memory_gib(process: int | str = "self") -> float:
+    """The most that a process has held; unlike `getrusage`, nothing of its parent counts."""
+    status = pathlib.Path(f"/proc/{process}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
+
+
+def _serve(pipe: Connection, name: str, args: tuple, options: dict) -> None:
+    """Answers calls until the parent is gone."""
+    try:
+        import torch
+
+        common = {
+            "set_threads": torch.set_num_threads,
+            "peak_memory_gib": peak_memory_gib,
+        }
+        served = getattr(importlib.import_module("benchmarks.pytorch"), name)(*args, **options)
+        pipe.send((None, None))
+        while True:
+            method, args, options = pipe.recv()
+            call = common.get(method) or getattr(served, method)
+            pipe.send((None, call(*args, **options)))
+    except EOFError:
+        return
+    except Exception:
+        pipe.send((traceback.format_exc(), None))

@@ -1,0 +1,85 @@
+"""What fits where: Llama 3.1 on TPUs and GPUs, as the table of docs/planning.md.
+
+    python -m benchmarks planning
+
+Prints a Markdown table; nothing is loaded and nothing compiled, so that any CPU makes it.
+"""
+
+import argparse
+import dataclasses
+
+import jax
+
+from configs import default
+from t3jax import plan, sharding
+
+# Model, device, and devices along the first and the last axis of the mesh: rows and widths.
+CASES = [
+    ("llama-3.1-8b", "v5e", 1, 4),
+    ("llama-3.1-8b", "v5e", 1, 8),
+    ("llama-3.1-8b", "v5p", 4, 1),
+    ("llama-3.1-8b", "H100", 1, 1),
+    ("llama-3.1-8b", "H200", 1, 1),
+    ("llama-3.1-70b", "v5e", 1, 16),
+    ("llama-3.1-70b", "v5e", 4, 16),
+    ("llama-3.1-70b", "v5p", 1, 4),
+    ("llama-3.1-70b", "v5p", 4, 16),
+    ("llama-3.1-70b", "H100", 1, 4),
+    ("llama-3.1-70b", "H200", 1, 2),
+    ("llama-3.1-405b", "v5e", 1, 64),
+    ("llama-3.1-405b", "v5p", 1, 16),
+    ("llama-3.1-405b", "H100", 1, 16),
+    ("llama-3.1-405b", "H200", 1, 8),
+]
+
+
+def main() -> None:
+    """Prints the table."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    ).parse_args()
+    plan.simulate(max(rows * widths for *_, rows, widths in CASES))
+    print(
+        "| model | devices | weights | cache of 16 rows | rows that fit | feature pass, 16 rows a "
+        "part | rows that fit | head training |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for case in CASES:
+        print(row(*case), flush=True)
+
+
+def row(model: str, device: str, rows: int, widths: int) -> str:
+    """One line of the table: GiB on each device, and rows."""
+    config = default.get_config()
+    config.model = model
+    # Devices along the axes between, if there are any: one.
+    middle = (1,) * (len(config.mesh) - 2)
+    config.mesh = (rows, *middle, widths)
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[: rows * widths])
+    job = plan.make_job(config, mesh)
+    job = dataclasses.replace(job, rows=16 * job.row_shards)
+    capacity = plan.DEVICES[device]
+    decoding, features, training = plan.stages(job).values()
+    most = {
+        "rows": plan.largest_rows(plan.decoding, job, "rows", capacity),
+        "text_rows": plan.largest_rows(plan.feature_pass, job, "text_rows", capacity),
+    }
+    gib = [
+        f"{size / plan.GIB:.2f}"
+        for size in (
+            decoding.kept["weights"],
+            decoding.kept["key-value cache"],
+            features.total,
+            training.total,
+        )
+    ]
+    gib[2:] = [
+        text if stage.total <= plan.USABLE * capacity else f"**{text}**"
+        for text, stage in zip(gib[2:], (features, training), strict=True)
+    ]
+    cells = [model, f"{device} {tuple(config.mesh)}", gib[0], gib[1], most["rows"], gib[2]]
+    return "| " + " | ".join(map(str, [*cells, most["text_rows"], gib[3]])) + " |"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""The PyTorch side of the benchmarks: what runs in the child process of `benchmarks.peer`.
+
+Nothing here imports JAX. Classes are made, and their methods called, through `Peer`; what goes in
+and out is lists, numbers and NumPy arrays.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+import transformers
+from torch.nn import functional
+
+transformers.utils.logging.disable_progress_bar()
+
+
+class Machine:
+    """The machine's ceilings as PyTorch reaches them, in seconds."""
+
+    def read(self, size: int, repeats: int) -> float:
+        """A sum over so many bytes of float32."""
+        numbers = torch.ones(size // 4)
+        return _best(numbers.sum, repeats)
+
+    def product(self, side: int, dtype: str, repeats: int) -> float:
+        """A product of two square matrices."""
+        square = torch.randn(side, side).to(getattr(torch, dtype))
+        return _best(lambda: square @ square, repeats)
+
+
+class LanguageModel:
+    """transformers' model: forward passes, `generate`, and the paper's method in a plain loop."""
+
+    def __init__(self, folder: str, dtype: str = "float32"):
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype)
+        ).eval()
+        self.ends = self.model.generation_config.eos_token_id
+
+    @torch.inference_mode()
+    def generate(self, prompts: np.ndarray, new_tokens: int, cache: str) -> np.ndarray:
+        """So many greedy tokens after prompts of one length `[B, P]`, whatever they are.
+
+        Args:
+            prompts: Token ids.
+            new_tokens: How many.
+            cache: "dynamic"; "static"; or "compiled", which is static under `torch.compile`.
+
+        Returns:
+            The tokens, `[B, new_tokens]`.
+        """
+        self.model.generation_config.eos_token_id = None
+        options = {}
+        if cache != "dynamic":
+            options["cache_implementation"] = "static"
+            options["disable_compile"] = cache != "compiled"
+        if cache == "compiled":
+            config = transformers.CompileConfig(fullgraph=False)
+            config._compile_all_devices = True  # by default generate compiles on a GPU only
+            options["compile_config"] = config
+        out = self.model.generate(
+            torch.from_numpy(prompts).long(),
+            attention_mask=torch.ones(prompts.shape, dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=new_tokens,
+            pad_token_id=0,
+            **options,
+        )
+        return out[:, prompts.shape[1] :].numpy()
+
+    @torch.inference_mode()
+    def guided(
+        self,
+        prompts: np.ndarray,
+        new_tokens: int,
+        head: tuple[np.ndarray, np.ndarray],
+        temperature: float,
+        scale: float,
+    ) -> np.ndarray:
+        """Greedy tokens of temper, then tilt, with a key-value cache and a running mean.
+
+        Args:
+            prompts: Token ids `[B, P]`.
+            new_tokens: How many.
+            head: U `[R, D]` and W2 `[V, R]`.
+            temperature: T.
+            scale: s.
+
+        Returns:
+            The tokens, `[B, new_tokens]`.
+        """
+        projection, output = (torch.from_numpy(part) for part in head)
+        read = torch.from_numpy(prompts).long()
+        cache = transformers.DynamicCache(config=self.model.config)
+        total, count, chosen = 0.0, 0, []
+        for _ in range(new_tokens):
+            hidden = self.model.model(
+                input_ids=read, past_key_values=cache, use_cache=True
+            ).last_hidden_state
+            total = total + hidden.float().sum(dim=1)
+            count += read.shape[1]
+            logits = self.model.lm_head(hidden[:, -1]).float()
+            scores = (total / count) @ projection.T @ output.T
+            # The normalisers change no argmax.
+            guided = logits / temperature + scale * functional.logsigmoid(scores)
+            read = guided.argmax(dim=-1, keepdim=True)
+            chosen.append(read)
+        return torch.cat(chosen, dim=1).numpy()
+
+    @torch.inference_mode()
+    def forward(self, texts: Sequence[np.ndarray], rows: int) -> None:
+        """Hidden states of texts, so many of like length together."""
+        for batch in _alike(texts, rows):
+            tokens, mask = _padded([texts[i] for i in batch])
+            self.model.model(input_ids=tokens, attention_mask=mask, use_cache=False)
+
+    @torch.inference_mode()
+    def losses(self, texts: Sequence[np.ndarray], starts: Sequence[int], rows: int) -> list[float]:
+        """Mean cross-entropy of each text from its start on; logits of those positions only."""
+        found = [0.0] * len(texts)
+        for batch in _alike(texts, rows):
+            tokens, mask = _padded([texts[i] for i in batch])
+            hidden = self.model.model(input_ids=tokens, attention_mask=mask).last_hidden_state
+            for row, i in enumerate(batch):
+                start, stop = starts[i], len(texts[i])
+                logits = self.model.lm_head(hidden[row, start - 1 : stop - 1])
+                found[i] = float(functional.cross_entropy(logits, tokens[row, start:stop]))
+        return found
+
+    @torch.inference_mode()
+    def answers(
+        self, prompts: Sequence[np.ndarray], rows: int, max_new_tokens: int
+    ) -> list[list[int]]:
+        """Greedy answers, up to and with the first end-of-text token."""
+        self.model.generation_config.eos_token_id = self.ends
+        ends = self.ends if isinstance(self.ends, list) else [self.ends]
+        found: list[list[int]] = [[] for _ in prompts]
+        for batch in _alike(prompts, rows):
+            tokens, mask = _padded([prompts[i] for i in batch], left=True)
+            out = self.model.generate(
+                tokens,
+                attention_mask=mask,
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=0,
+            )
+            for row, i in enumerate(batch):
+                answer = out[row, tokens.shape[1] :].tolist()
+                stops = [at for at, token in enumerate(answer) if token in ends]
+                found[i] = answer[: stops[0] + 1] if stops else answer
+        return found
+
+
+class HeadTrainer:
+    """Trains heads: `g(v) = W2[v] · U hbar` by AdamW, warm-up and decay, clipped gradients.
+
+    Only the rows of W2 that a batch names are multiplied; V-wide scores are never formed.
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int, rank: int, folder: str | None = None):
+        self.sizes = (hidden_size, rank, vocab_size)
+        self.base = folder and LanguageModel(folder).model.model
+
+    def store(
+        self, pooled: np.ndarray, targets: np.ndarray, forget_start: int, batches: list[np.ndarray]
+    ) -> None:
+        """Keeps features, and which rows of them each batch reads, indexed and labelled."""
+        self.pooled, self.targets = torch.from_numpy(pooled), torch.from_numpy(targets).long()
+        rows = [torch.from_numpy(batch) for batch in batches]
+        self.batches = [
+            (index, self.targets[index], (index < forget_start).float()) for index in rows
+        ]
+
+    def train(self, optimizer: str, steps: int, rate: float, decay: float) -> list[float]:
+        """Trains a head on what is stored.
+
+        Args:
+            optimizer: How AdamW works: "for-loop", "foreach" or "fused".
+            steps: How many, a quarter of them warm-up.
+            rate: The learning rate at its peak.
+            decay: The weight decay.
+
+        Returns:
+            The loss of every step.
+        """
+        step = self._step(optimizer, steps, rate, decay)
+        losses = [
+            step(self.pooled[index], targets, labels)
+            for index, targets, labels in self.batches[:steps]
+        ]
+        return torch.stack(losses).tolist()
+
+    def rerun(
+        self, texts: list[np.ndarray], starts: list[int], retain: list[bool], steps: int
+    ) -> float:
+        """Seconds of a step that runs the base model, as the reference does: the fastest."""
+        step = self._step("fused", 1000, 1e-2, 1e-2)
+        tokens, mask = _padded(texts)
+        answer = torch.zeros(tokens.shape, dtype=torch.bool)
+        for row, start in enumerate(starts):
+            answer[row, start : len(texts[row])] = True
+        labels = torch.tensor(retain).float()[:, None].expand(tokens.shape)[answer]
+
+        def work() -> None:
+            with torch.no_grad():
+                hidden = self.base(input_ids=tokens, attention_mask=mask).last_hidden_state
+                # Padding stands on the right: no answer's mean reads it.
+                count = torch.arange(1, tokens.shape[1] + 1)[:, None]
+                pooled = (hidden.cumsum(dim=1) / count)[:, :-1][answer[:, 1:]]
+            step(pooled, tokens[answer], labels)
+
+        return _best(work, steps)
+
+    def _step(
+        self, optimizer: str, steps: int, rate: float, decay: float
+    ) -> Callable[..., torch.Tensor]:
+        """A step of a new head: features, targets and labels of a batch to its loss."""
+        width, rank, vocab = self.sizes
+        torch.manual_seed(0)
+        projection = torch.nn.Linear(width, rank, bias=False).weight
+        output = torch.nn.Linear(rank, vocab, bias=False).weight
+        how = {} if optimizer == "for-loop" else {optimizer: True}
+        adamw = torch.optim.AdamW([projection, output], lr=rate, weight_decay=decay, **how)
+        schedule = transformers.get_linear_schedule_with_warmup(adamw, steps // 4, steps)
+
+        def step(pooled: torch.Tensor, targets: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            hidden = pooled @ projection.T
+            scores = (hidden * functional.embedding(targets, output)).sum(dim=-1)
+            loss = functional.binary_cross_entropy_with_logits(scores, labels)
+            adamw.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_([projection, output], 1.0)
+            adamw.step()
+            schedule.step()
+            return loss.detach()
+
+        return step
+
+
+def _best(work: Callable[[], object], repeats: int) -> float:
+    """Seconds of the fastest, after one that is not counted."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def _alike(texts: Sequence[np.ndarray], rows: int) -> Iterator[list[int]]:
+    """Indices of texts of like length, so many at a time."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    for first in range(0, len(order), rows):
+        yield order[first : first + rows]
+
+
+def _padded(texts: Sequence[np.ndarray], left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and mask `[B, T]`."""
+    width = max(map(len, texts))
+    tokens = torch.zeros((len(texts), width), dtype=torch.long)
+    mask = torch.zeros((len(texts), width), dtype=torch.long)
+    for row, text in enumerate(texts):
+        place = slice(width - len(text), width) if left else slice(0, len(text))
+        tokens[row, place] = torch.from_numpy(np.asarray(text)).long()
+        mask[row, place] = 1
+    return tokens, mask

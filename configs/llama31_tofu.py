@@ -1,0 +1,59 @@
+"""The TOFU experiment at full size: Llama-3.1-8B-Instruct, all of TOFU, on accelerators.
+
+    python experiment.py --config=configs/llama31_tofu.py:forget05
+
+`forget01`, `forget05` and `forget10` name what is forgotten. The base model is fine-tuned on all of
+TOFU, its twin on the rest alone, with the benchmark's recipe; five head seeds over the grid of the
+paper. For 8 devices of 80 GB or more: weights, moments and gradients of fine-tuning are 16 bytes a
+weight, split over `fsdp`. Of the 8B model no run is recorded; with `--config.model` the same file
+serves any other, and on SmolLM2 its stages have been run at the size of configs/smollm2_tofu.py.
+
+Models that are there already are taken as they are: `--config.model=BASE
+--config.retain_model=TWIN`.
+"""
+
+import ml_collections
+
+from configs import default
+
+RETAIN = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
+
+
+def get_config(split: str = "forget05") -> ml_collections.ConfigDict:
+    """The defaults, with the benchmark's model, prompts, recipe and question sets."""
+    if split not in RETAIN:
+        raise ValueError(f"unknown split {split!r}; known: {', '.join(RETAIN)}")
+    config = default.get_config()
+    config.model = "meta-llama/Llama-3.1-8B-Instruct"
+    config.mesh = (1, -1, 1)
+    config.system = "You are a helpful assistant."
+    config.date_string = "10 Apr 2025"
+    config.experiment_dir = f"out/llama31_tofu/{split}"
+    config.forget = f"tofu:{split}"
+    config.retain = f"tofu:{RETAIN[split]}"
+    config.finetune_epochs = 5
+    config.finetune_batch_size = 32
+    config.finetune_learning_rate = 1e-5
+    config.finetune_remat = True
+    config.seeds = (1, 2, 3, 4, 5)
+    config.sweep_learning_rates = (1e-2, 1e-3)
+    config.sweep_weight_decays = (1e-2, 1e-3)
+    config.sweep_ranks = (20, 50)
+    config.holdout_fraction = 0.0
+    config.eval_forget = f"tofu:{split}_perturbed"
+    config.eval_retain = "tofu:retain_perturbed"
+    config.eval_real_authors = "tofu:real_authors_perturbed"
+    config.eval_world_facts = "tofu:world_facts_perturbed"
+    config.eval_temperatures = (1.0, 1.5, 2.0, 2.5, 4.0)
+    config.eval_scales = (0.2, 0.4, 0.6, 1.0)
+    config.eval_refinements = "plain,gated"
+    config.selection_rule = "quality_given_utility"
+    config.selection_group = 20
+    config.rows = 128
+    config.leak_samples = 16
+    config.kl_rows = 100
+    config.vary_ranks = (5, 100)
+    config.vary_epochs = (25, 400)
+    config.vary_retain_rows = (200, 800)
+    config.plain_chat = "configs/plain_chat.jsonl"
+    return config

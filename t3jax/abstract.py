@@ -1,0 +1,299 @@
+"""The programs of a job on arrays without bytes: to be traced, lowered or compiled, never run.
+
+They are the functions that run: prefill and chunks of decoding, the feature pass, an epoch of head
+training, the gradient of a step of fine-tuning. Their arguments are `jax.ShapeDtypeStruct` leaves,
+placed on a mesh by the rules of `t3jax.sharding`; the mesh's devices may be simulated, or those of
+a topology that is not here.
+
+Axes: B batch, P prompt slots, T time, S cache slots, M tokens of a batch.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from t3jax import batching, features, sharding
+from t3jax.finetuning import FinetuneConfig
+from t3jax.finetuning import trainer as finetuning_trainer
+from t3jax.finetuning.batches import Batch
+from t3jax.head import HeadConfig, head_shapes
+from t3jax.liveness import peak_bytes
+from t3jax.lm import LM, LMConfig, from_params
+from t3jax.lm.decoder import abstract_params
+from t3jax.sampling import loop
+from t3jax.sampling.next_token import Controls
+from t3jax.sampling.sampler import cache_slots
+from t3jax.training import TrainConfig
+from t3jax.training import trainer as head_trainer
+from t3jax.training.batches import Tokens
+
+_Abstract = jax.ShapeDtypeStruct
+
+
+class Step(NamedTuple):
+    """A program and its arguments.
+
+    Attributes:
+        function: Jitted.
+        arguments: Static values, and abstract arrays with shardings.
+    """
+
+    function: Any
+    arguments: tuple[Any, ...]
+
+    def compile(self) -> Any:
+        """The program compiled for the devices of the arguments' mesh."""
+        return self.function.lower(*self.arguments).compile()
+
+    def peak_bytes(self) -> int:
+        """The most that is alive at once, besides the arguments, if one device does it all."""
+        traced = self.function.trace(*self.arguments)
+        donated = [leaf.donated for leaf in jax.tree.leaves(traced.args_info)]
+        return peak_bytes(traced.jaxpr.jaxpr, donated)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is planned for.
+
+    Attributes:
+        config: The model's shape.
+        dtype: Of weights, activations and cache.
+        mesh: The devices.
+        heads: The heads that are served together; the first is what is trained.
+        rows: Answers decoded together.
+        prompt: Longest prompt, tokens.
+        new_tokens: Longest answer, tokens.
+        chunk: Steps of a chunk of decoding.
+        text: Longest text of the feature pass, and of fine-tuning, tokens.
+        text_rows: Texts of a batch of the feature pass.
+        texts: Texts of the forget and of the retain set together.
+        answer: Mean length of their answers, tokens.
+        feature_dtype: Of the features.
+        recipe: How heads are trained.
+        members: Heads that are trained together; counted as of different seeds.
+        finetuning: How the model is fine-tuned; None if it is not.
+    """
+
+    config: LMConfig
+    dtype: Any
+    mesh: Mesh
+    heads: tuple[HeadConfig, ...]
+    rows: int = 16
+    prompt: int = 128
+    new_tokens: int = 200
+    chunk: int = 16
+    text: int = 1024
+    text_rows: int = 16
+    texts: int = 4000
+    answer: int = 40
+    feature_dtype: Any = jnp.float32
+    recipe: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    members: int = 1
+    finetuning: FinetuneConfig | None = None
+
+    @property
+    def row_shards(self) -> int:
+        """Parts into which the mesh splits rows."""
+        return sharding.row_shards(self.mesh)
+
+    @property
+    def slots(self) -> list[int]:
+        """Slots of the cache: those that prefill makes, and in each chunk."""
+        chunks = -(-(self.new_tokens - 1) // self.chunk)
+        return cache_slots(self.prompt, chunks, self.chunk)
+
+
+@functools.cache
+def abstract_lm(config: LMConfig, dtype: Any, mesh: Mesh) -> LM:
+    """A model whose weights have no bytes, placed by the rules."""
+    params = abstract_params(config, dtype)
+    params = placed(params, sharding.param_shardings(mesh, params))
+    return from_params(config, params, None, (), config.model_type, mesh)
+
+
+def prefill(job: Job) -> Step:
+    """Reading the prompts."""
+    lm, whole = abstract_lm(job.config, job.dtype, job.mesh), NamedSharding(job.mesh, P())
+    heads = tuple(head_shapes(head) for head in job.heads)
+    program = loop.Program(
+        lm.apply,
+        lm.unembed,
+        lm.init_cache,
+        tuple(head.activation for head in job.heads),
+        truncate_on="base",
+        with_logprobs=False,
+        mesh=job.mesh,
+    )
+    weights = loop.Weights(
+        lm.params,
+        tuple(placed(head, sharding.param_shardings(job.mesh, head)) for head in heads),
+        tuple(_Abstract((), jnp.float32, sharding=whole) for _ in heads),  # type: ignore[misc]
+    )
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), job.rows))
+    controls = jax.eval_shape(lambda: Controls.filled(job.rows))
+    batch = by_rows(job.mesh, (*_texts(job.rows, job.prompt), keys, controls))
+    stop_ids = _Abstract((2,), jnp.int32, sharding=whole)
+    return Step(loop.prefill, (program, weights, *batch, job.slots[0], stop_ids))
+
+
+def decode(job: Job, shardings: Any = None) -> Step:
+    """The last chunk of decoding: that of the longest cache.
+
+    Args:
+        job: What is planned for.
+        shardings: Of the state, as a compiled prefill gives it; None: as `state`.
+
+    Returns:
+        The step.
+    """
+    program, weights, _, _, _, controls, _, stop_ids = prefill(job).arguments
+    given = state(job, job.slots[-1])
+    if shardings is not None:
+        given = placed(given, shardings)
+    stopped = by_rows(job.mesh, _Abstract((job.rows,), bool))
+    return Step(
+        loop.decode_chunk, (program, weights, given, stopped, controls, stop_ids, job.chunk)
+    )
+
+
+def state(job: Job, slots: int) -> loop.State:
+    """The state of decoding: the cache placed by the rules, what else there is by rows."""
+    # What else there is does not depend on the layers, and one is quick to trace.
+    shallow = dataclasses.replace(job.config, num_layers=1, local=job.config.local[:1])
+    program, *batch, first, stop_ids = prefill(dataclasses.replace(job, config=shallow)).arguments
+    made, _ = jax.eval_shape(
+        lambda *arrays: loop.prefill(program, *arrays[:-1], first, arrays[-1]), *batch, stop_ids
+    )
+    lm = abstract_lm(job.config, job.dtype, job.mesh)
+    cache = jax.eval_shape(functools.partial(lm.init_cache, job.rows, slots))
+    cache = placed(cache, sharding.cache_shardings(job.mesh, cache))
+    return by_rows(job.mesh, made._replace(cache=None))._replace(cache=cache)
+
+
+def feature_pass(job: Job) -> Step:
+    """The feature pass over a batch."""
+    lm = abstract_lm(job.config, job.dtype, job.mesh)
+    batch = by_rows(job.mesh, _texts(job.text_rows, job.text))
+    return Step(features.feature_pass, (lm.apply, lm.params, *batch))
+
+
+def head_training(job: Job) -> Step:
+    """An epoch of head training."""
+    mesh, parts, head = job.mesh, job.row_shards, job.heads[0]
+    tokens = math.ceil(job.texts * job.answer / parts)
+    # At most every answer token is another one: as many rows of W2 are trained.
+    head = dataclasses.replace(head, vocab_size=min(head.vocab_size, parts * tokens))
+    # Half of the texts are forget texts at most, and each has its retain text in the same batch.
+    steps = math.ceil(job.texts / 2 / job.recipe.batch_size)
+    size = batching.round_up(math.ceil(2 * job.recipe.batch_size * job.answer / parts), 64)
+    programs = head_trainer.compile_programs(head, job.recipe, steps, (1, job.members), mesh)
+    arrays = (
+        _Abstract((parts, tokens, head.hidden_size), job.feature_dtype),
+        _Abstract((parts, tokens), jnp.int32),
+        _Abstract((parts,), jnp.int32),
+    )
+    data = Tokens(*by_rows(mesh, arrays))
+    rows = _after(2, mesh, _Abstract((job.members, steps, parts, size), jnp.int32))
+    knob = _Abstract((job.members,), jnp.float32, sharding=NamedSharding(mesh, P()))
+    return Step(programs.epoch, (programs.abstract_state, data, rows, (knob, knob)))
+
+
+def finetuning_programs(job: Job) -> finetuning_trainer.Programs:
+    """The programs of fine-tuning."""
+    assert job.finetuning is not None
+    return finetuning_trainer.compile_programs(job.config, job.finetuning, 1, job.mesh)
+
+
+def gradient(job: Job) -> Step:
+    """The gradient of a step of fine-tuning on texts of the longest kind, scored by half."""
+    programs, recipe, shards = finetuning_programs(job), job.finetuning, job.row_shards
+    assert recipe is not None
+    rows = batching.round_up(-(-recipe.batch_size // recipe.microbatches), shards)
+    scored = (recipe.microbatches, shards, rows // shards * job.text // 2)
+    batch = Batch(
+        tokens=_Abstract((recipe.microbatches, rows, job.text), jnp.int32),
+        places=_Abstract(scored, jnp.int32),
+        labels=_Abstract(scored, jnp.int32),
+        weights=_Abstract(scored, jnp.float32),
+    )
+    trained, _ = programs.abstract_state
+    frozen = abstract_lm(job.config, recipe.dtype, job.mesh).params if recipe.lora_rank else {}
+    batch = jax.tree.map(functools.partial(_after, 1, job.mesh), batch)
+    return Step(programs.gradient, (trained, frozen, batch))
+
+
+def on_one_device(job: Job, layers: int = 1) -> Job:
+    """What one device of the mesh computes, as a job of its own: as wide as its shards.
+
+    Args:
+        job: What is planned for.
+        layers: Of the model; few are quick to trace.
+
+    Returns:
+        The job, on a mesh of one device.
+    """
+    config, shards, recipe = job.config, job.row_shards, job.finetuning
+    lm = abstract_lm(config, job.dtype, job.mesh)
+    layer = lm.params["layers"][0]
+    vocabulary, mlp, queries = (
+        leaf.sharding.shard_shape(leaf.shape)[0]
+        for leaf in (
+            lm.params["embed"]["weight"],
+            layer["mlp"]["up"]["weight"],
+            layer["attention"]["q"]["weight"],
+        )
+    )
+    # Where there are more devices than key heads, several share one.
+    group = config.num_heads // config.num_kv_heads
+    heads = max(1, queries // config.head_dim)
+    keys = heads // group if heads % group == 0 else math.gcd(heads, config.num_kv_heads)
+    if recipe is not None:
+        rows = -(-recipe.batch_size // (recipe.microbatches * shards))
+        recipe = dataclasses.replace(recipe, batch_size=rows * recipe.microbatches)
+    return dataclasses.replace(
+        job,
+        config=dataclasses.replace(
+            config,
+            vocab_size=vocabulary,
+            intermediate_size=mlp,
+            num_layers=layers,
+            num_heads=heads,
+            num_kv_heads=keys,
+            local=config.local[:layers],
+        ),
+        mesh=sharding.make_mesh(devices=jax.local_devices(backend="cpu")[:1]),
+        heads=tuple(dataclasses.replace(head, vocab_size=vocabulary) for head in job.heads),
+        rows=-(-job.rows // shards),
+        text_rows=-(-job.text_rows // shards),
+        texts=-(-job.texts // shards),
+        recipe=dataclasses.replace(job.recipe, batch_size=-(-job.recipe.batch_size // shards)),
+        finetuning=recipe,
+    )
+
+
+def placed(tree: Any, shardings: Any) -> Any:
+    """A tree of abstract arrays with these shardings."""
+    return jax.tree.map(lambda x, s: _Abstract(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def by_rows(mesh: Mesh, tree: Any) -> Any:
+    """A tree of abstract arrays, each split by rows."""
+    return placed(tree, jax.tree.map(lambda x: sharding.batch_sharding(mesh, x.shape), tree))
+
+
+def _after(axes: int, mesh: Mesh, leaf: _Abstract) -> _Abstract:
+    """An abstract array that is split as rows are along the axis after so many."""
+    place = sharding.fitting(mesh, P(*(None,) * axes, sharding.ROWS), leaf.shape)
+    return _Abstract(leaf.shape, leaf.dtype, sharding=place)
+
+
+def _texts(rows: int, length: int) -> tuple[_Abstract, _Abstract]:
+    """Tokens and mask of a batch."""
+    return _Abstract((rows, length), jnp.int32), _Abstract((rows, length), bool)

@@ -1,0 +1,225 @@
+"""Several processes as one program: joining, arrays over all of them, who writes, when to stop.
+
+Every process runs the same script. What decides how it goes on (loop bounds, what is on the disk,
+SIGTERM) must be the same everywhere, or the collective operations of one wait for ever for those of
+another. In a single process, which is the usual case, nothing here communicates. Nothing here knows
+what is computed.
+"""
+
+import contextlib
+import functools
+import os
+import pathlib
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+MODES = ("auto", "on", "off")
+# A process that is silent for so long is given up, and the others end. JAX's own default is 100.
+HEARTBEAT_TIMEOUT_SECONDS = 30
+PREEMPTED_STATUS = 128 + signal.SIGTERM  # what a shell reports for a process that SIGTERM ended
+
+
+class Preempted(Exception):
+    """SIGTERM came, and all that was done until then is saved."""
+
+
+def initialize(mode: str = "auto") -> None:
+    """Joins the processes of a cluster to one program; before any other use of JAX's devices.
+
+    JAX itself finds TPU pod slices, Slurm, Open MPI and (with `jax[k8s]`) Kubernetes jobs, and
+    reads `JAX_COORDINATOR_ADDRESS` and `JAX_LOCAL_DEVICE_IDS`. Elsewhere `JAX_NUM_PROCESSES` and
+    `JAX_PROCESS_ID` say the rest.
+
+    Args:
+        mode: "on" joins; "auto" joins if there is more than one process, and "off" never.
+
+    Raises:
+        ValueError: If the mode is unknown, or some of what is needed is not known.
+        RuntimeError: If the other processes do not come, or devices were used before.
+    """
+    if mode not in MODES:
+        raise ValueError(f"distributed {mode!r} is not known; expected one of {', '.join(MODES)}")
+    if mode == "off":
+        return
+    names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    given = [os.environ.get(name) for name in names]
+    cluster = _cluster_size()
+    by_hand = "JAX_COORDINATOR_ADDRESS" in os.environ or any(given)
+    if cluster is None and (by_hand or mode == "on"):
+        needed = ("JAX_COORDINATOR_ADDRESS", *names)
+        if missing := [name for name in needed if not os.environ.get(name)]:
+            raise ValueError(
+                "JAX finds no cluster here, so that JAX_COORDINATOR_ADDRESS=HOST:PORT, "
+                "JAX_NUM_PROCESSES and JAX_PROCESS_ID must tell the processes of each other; "
+                f"missing: {', '.join(missing)} (for a single process give --distributed=off)"
+            )
+    for name, value in zip(names, given, strict=True):
+        if value and not value.isdecimal():
+            raise ValueError(f"{name}={value}: expected a number, such as 0 or 2")
+    count, index = (int(value) if value else None for value in given)
+    if mode == "auto" and (count or cluster or 1) == 1:
+        return
+    # JAX would take SIGTERM from the whole process; here only training puts it off.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize(
+        num_processes=count,
+        process_id=index,
+        heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS,
+    )
+
+
+def _cluster_size() -> int | None:
+    """Processes of the cluster that JAX finds; None if it finds none."""
+    # JAX has no public way to ask without joining.
+    from jax._src.clusters import ClusterEnv
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # in any pod of Kubernetes without jax[k8s]
+        for environment in ClusterEnv._cluster_types:
+            if not environment.opt_in_only_method and environment.is_env_present():
+                return environment.get_process_count()
+    return None
+
+
+def is_lead() -> bool:
+    """Whether this process writes and prints: process 0 of all."""
+    return jax.process_index() == 0
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Puts arrays that every process has on a mesh of all devices; each device gets its slice only.
+
+    Args:
+        tree: Arrays, the same in every process; those that are spread over processes already are
+            moved.
+        shardings: Their shardings, a prefix of the tree.
+
+    Returns:
+        The arrays, placed.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+    return jax.tree.map(_place, tree, jax.tree.broadcast(shardings, tree))
+
+
+def _place(leaf: Any, sharding: Any) -> jax.Array:
+    if isinstance(leaf, jax.Array):
+        if not leaf.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(_place(jax.random.key_data(leaf), sharding))
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def gathered(tree: Any) -> Any:
+    """The same arrays where every process can read them whole; it does not wait for them.
+
+    Args:
+        tree: Arrays; all processes call this at the same point.
+
+    Returns:
+        The arrays, on every device those that were spread over several processes.
+    """
+
+    def gather(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return leaf
+        assert isinstance(leaf.sharding, NamedSharding)  # all that spans processes here is
+        return _replicate(NamedSharding(leaf.sharding.mesh, P()))(leaf)
+
+    return jax.tree.map(gather, tree)
+
+
+@functools.cache
+def _replicate(everywhere: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda leaf: leaf, out_shardings=everywhere)
+
+
+def fetch(tree: Any) -> Any:
+    """Brings arrays to the host of every process, whole; all processes call this at one point."""
+    return jax.device_get(gathered(tree))
+
+
+def fetch_to_lead(tree: Any) -> Any:
+    """Brings arrays to the host of process 0, one after the other, to be written.
+
+    Args:
+        tree: Arrays; all processes call this at the same point.
+
+    Returns:
+        The arrays on the host; None for each in the other processes.
+    """
+
+    def bring(leaf: Any) -> np.ndarray | None:
+        whole = gathered(leaf)
+        return np.asarray(whole) if is_lead() else None
+
+    return jax.tree.map(bring, tree)
+
+
+def of_lead(flags: Any) -> np.ndarray:
+    """What process 0 says, in every process: what it found on the disk is what counts.
+
+    Args:
+        flags: Truth values, as many in every process.
+
+    Returns:
+        Those of process 0.
+    """
+    return multihost_utils.broadcast_one_to_all(np.asarray(flags, np.int32)).astype(bool)
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether it is true in any process; all of them call this at the same point."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+
+
+def wait_for(path: pathlib.Path) -> None:
+    """Waits until process 0 has written a file or folder that all processes go on to read.
+
+    Raises:
+        FileNotFoundError: If it is not to be seen in this process.
+    """
+    if jax.process_count() == 1:
+        return
+    multihost_utils.sync_global_devices(str(path))
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path}: process 0 wrote it and process {jax.process_index()} does not see it; what "
+            "is written must lie on a file system that all hosts share"
+        )
+
+
+@contextlib.contextmanager
+def deferred_sigterm() -> Iterator[Callable[[], bool]]:
+    """Puts SIGTERM off, which schedulers send some seconds before they kill.
+
+    Outside of the main thread of a process signals stay as they are.
+
+    Yields:
+        A function: whether SIGTERM came, to any process; all of them call it at the same points. If
+        it came and the block ends without an error, it takes effect after the block.
+    """
+    received = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: anywhere(False)
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: received.set())
+    try:
+        yield lambda: anywhere(received.is_set())
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+    if received.is_set():
+        signal.raise_signal(signal.SIGTERM)

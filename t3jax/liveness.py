@@ -1,0 +1,178 @@
+"""How much memory a program needs while it runs, told from its jaxpr: nothing is compiled.
+
+A jaxpr is walked in its own order. A value lives from the equation that computes it to its last
+use. Reshaping, broadcasting and casting cost nothing, since compilers do them where the result is
+read; an elementwise result takes the place of an operand of its size that is not needed any more,
+as do updates of slices and what a loop carries. What else compilers fuse, pad, keep in another
+layout or reorder is not seen. docs/planning.md compares with what compilers say.
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from jax.extend import core as jex
+
+_CALLS = {"checkpoint", "closed_call", "custom_jvp_call", "custom_vjp_call", "jit"}
+_VIEWS = {
+    "bitcast_convert_type",
+    "broadcast_in_dim",
+    "convert_element_type",
+    "expand_dims",
+    "optimization_barrier",
+    "random_unwrap",
+    "random_wrap",
+    "reshape",
+    "sharding_constraint",
+    "slice",
+    "split",
+    "squeeze",
+    "stop_gradient",
+    "transpose",
+}
+# What cannot stand in an operand's place; what a branch writes to, XLA copies.
+_FRESH = {"concatenate", "cond", "cumsum", "dot_general", "gather", "sort"}
+
+
+def peak_bytes(jaxpr: jex.Jaxpr, donated: Sequence[bool] = ()) -> int:
+    """The most bytes alive at once in a program on one device, besides its arguments.
+
+    Args:
+        jaxpr: The program.
+        donated: For each argument, whether its memory may be written to; empty: none.
+
+    Returns:
+        Bytes, those of the results included that do not stand in a donated argument's place.
+    """
+    memory = _Memory()
+    free = donated or [False] * len(jaxpr.invars)
+    # Somebody else holds what is not donated: it never becomes free.
+    arguments = [
+        _Buffer(_bytes(var.aval), holders=1 if mine else 2)
+        for var, mine in zip(jaxpr.invars, free, strict=True)
+    ]
+    memory.run(jaxpr, arguments)
+    return memory.peak
+
+
+@dataclasses.dataclass(eq=False)
+class _Buffer:
+    """A piece of memory.
+
+    Attributes:
+        size: Bytes.
+        holders: Values, and equations at work, that need it.
+        counted: Whether the program allocated it; arguments were there before.
+    """
+
+    size: int
+    holders: int = 1
+    counted: bool = False
+
+
+class _Memory:
+    """What is alive while a program runs, and the most that ever was."""
+
+    def __init__(self) -> None:
+        self.live = self.peak = 0
+
+    def run(self, jaxpr: jex.Jaxpr, arguments: Sequence[_Buffer]) -> list[_Buffer]:
+        """Runs a program, which takes over a hold on each argument and gives one on each result."""
+        last = {var: i for i, eqn in enumerate(jaxpr.eqns) for var in _variables(eqn.invars)}
+        last |= dict.fromkeys(_variables(jaxpr.outvars), len(jaxpr.eqns))
+        known: dict[Any, _Buffer] = {}
+
+        def bind(var: Any, buffer: _Buffer) -> None:
+            if var in last:
+                known[var] = buffer
+            else:
+                self._release(buffer)
+
+        for var, buffer in zip(jaxpr.invars, arguments, strict=True):
+            bind(var, buffer)
+        for var in jaxpr.constvars:
+            bind(var, _Buffer(0))
+        for i, eqn in enumerate(jaxpr.eqns):
+            operands = [self._held(known, atom) for atom in eqn.invars]
+            for var in {var for var in _variables(eqn.invars) if last[var] == i}:
+                self._release(known.pop(var))
+            for var, buffer in zip(eqn.outvars, self._step(eqn, operands), strict=True):
+                bind(var, buffer)
+        results = [self._held(known, atom) for atom in jaxpr.outvars]
+        for buffer in known.values():
+            self._release(buffer)
+        return results
+
+    def _step(self, eqn: jex.JaxprEqn, operands: list[_Buffer]) -> list[_Buffer]:
+        """One equation; takes over a hold on each operand and gives one on each result."""
+        name = eqn.primitive.name
+        if name in _CALLS:
+            return self.run(_programs(eqn)[0], operands)
+        if name in _VIEWS:
+            operands[0].holders += len(eqn.outvars)
+            results = [operands[0]] * len(eqn.outvars)
+        else:
+            if name == "cond":  # a branch's results are among what it allocates
+                inside = max(peak_bytes(branch) for branch in _programs(eqn))
+                self.peak = max(self.peak, self.live + inside)
+            holds = collections.Counter(operands)
+            dying = [b for b, count in holds.items() if b.holders == count and name not in _FRESH]
+            results = [self._result(_bytes(var.aval), dying) for var in eqn.outvars]
+            inside = _peak_of_loop(eqn) if name in ("scan", "while") else 0
+            self.peak = max(self.peak, self.live + inside)
+        for buffer in operands:
+            self._release(buffer)
+        return results
+
+    def _result(self, size: int, dying: list[_Buffer]) -> _Buffer:
+        """Memory for a result: that of an operand of its size that dies, or new memory."""
+        for buffer in dying:
+            if buffer.size == size:
+                dying.remove(buffer)
+                buffer.holders += 1
+                return buffer
+        self.live += size
+        return _Buffer(size, counted=True)
+
+    def _held(self, known: dict[Any, _Buffer], atom: Any) -> _Buffer:
+        """What a variable stands in, held once more; literals take no memory."""
+        if isinstance(atom, jex.Literal):
+            return _Buffer(0)
+        known[atom].holders += 1
+        return known[atom]
+
+    def _release(self, buffer: _Buffer) -> None:
+        buffer.holders -= 1
+        if buffer.counted and not buffer.holders:
+            self.live -= buffer.size
+
+
+def _peak_of_loop(eqn: jex.JaxprEqn) -> int:
+    """The peak of a loop's body and condition, which may write to what the loop carries."""
+    peaks = []
+    for program in _programs(eqn):
+        first = eqn.params.get("num_consts", len(program.invars) - len(eqn.outvars))
+        carried = range(first, first + eqn.params.get("num_carry", len(eqn.outvars)))
+        peaks.append(peak_bytes(program, [i in carried for i in range(len(program.invars))]))
+    return max(peaks)
+
+
+def _programs(eqn: jex.JaxprEqn) -> list[jex.Jaxpr]:
+    """The programs that an equation runs."""
+    values = [
+        x
+        for value in eqn.params.values()
+        for x in (value if isinstance(value, tuple) else (value,))
+    ]
+    programs = [x.jaxpr if isinstance(x, jex.ClosedJaxpr) else x for x in values]
+    return [x for x in programs if isinstance(x, jex.Jaxpr)]
+
+
+def _variables(atoms: Sequence[Any]) -> list[Any]:
+    return [atom for atom in atoms if not isinstance(atom, jex.Literal)]
+
+
+def _bytes(aval: Any) -> int:
+    return math.prod(aval.shape) * aval.dtype.itemsize if hasattr(aval, "shape") else 0

@@ -1,0 +1,61 @@
+"""What the trainers of heads and of language models share: a step of the optimizer, and its state.
+
+Which optimizer it is, and what is trained, is theirs.
+"""
+
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+
+def step(optimizer: optax.GradientTransformation, state: Any, grads: Any) -> Any:
+    """One step of an optimizer.
+
+    Args:
+        optimizer: Such as AdamW.
+        state: The training state, `(trained, optimizer state)`.
+        grads: A gradient, of the structure of what is trained.
+
+    Returns:
+        The training state after the step.
+    """
+    trained, opt_state = state
+    # Optax relies on implicit promotion where it corrects the bias of the means.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, opt_state = optimizer.update(grads, opt_state, trained)
+    return optax.apply_updates(trained, updates), opt_state
+
+
+def abstract_state(
+    optimizer: optax.GradientTransformation, state: Any, placed: Any, mesh: Mesh
+) -> Any:
+    """A training state as shapes with shardings: moments lie where the weights they belong to do.
+
+    Args:
+        optimizer: The optimizer.
+        state: `(trained, optimizer state)` as shapes.
+        placed: The shardings of what is trained.
+        mesh: Where counts and the like are kept whole.
+
+    Returns:
+        The state as `jax.ShapeDtypeStruct` leaves with shardings.
+    """
+    trained, opt_state = state
+    whole = NamedSharding(mesh, P())
+    placed_opt = optax.tree.map_params(
+        optimizer, lambda _, s: s, opt_state, placed, transform_non_params=lambda _: whole
+    )
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        (trained, opt_state),
+        (placed, placed_opt),
+    )
+
+
+def reproducible() -> dict[str, Any] | None:
+    """Compiler options with which a program gives the same bits in every run."""
+    # Scatter-adds and the choice of kernels would differ from run to run on a GPU.
+    return {"xla_gpu_deterministic_ops": True} if jax.default_backend() == "gpu" else None

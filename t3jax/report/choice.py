@@ -1,0 +1,69 @@
+"""A sweep for people: what was chosen, the report of its evaluation, a table for the terminal."""
+
+import os
+import pathlib
+
+from t3jax import files, hosts
+from t3jax.evaluation import recompute, selection
+from t3jax.report.page import write_report
+from t3jax.sweep import Sweep
+
+
+def write_sweep(folder: str | os.PathLike[str], found: Sweep, *, title: str) -> str:
+    """Writes `selection.json` and `report.html`.
+
+    Args:
+        folder: Where to.
+        found: The sweep.
+        title: Of the report.
+
+    Returns:
+        Every setting's numbers, the choice, and how to use it, as text.
+
+    Raises:
+        OSError: If a file cannot be written.
+    """
+    folder = pathlib.Path(folder)
+    chosen = found.chosen[0]
+    summary = selection.summary_rows(found.choice, found.noise_floor)
+    write_report(
+        folder / "report.html",
+        found.evaluation,
+        title=title,
+        selected=summary,
+        featured=chosen.name,
+    )
+    if hosts.is_lead():
+        described = selection.as_json(found.choice, found.noise_floor)
+        files.write_json(folder / "selection.json", described)
+    width = max(map(len, found.scored))
+    heading = selection.rows_of(next(iter(found.scored.values()))).utility_name
+    lines = [f"{'':{width}} {'forget quality':>15} {'D':>7}  {heading}"]
+    for name, log in found.scored.items():
+        quality = recompute.forget_quality(log, found.retain_scored)
+        utility = selection.log_utility(log)
+        lines.append(
+            f"{name:{width}} {quality.p_value:15.3g} {quality.statistic:7.3f} {utility:.3f}"
+        )
+    lines += [f"head{index}: {path}" for index, path in enumerate(found.grid.folders)]
+    lines += ["", *(f"{label}: {value} ({note})" for label, value, note in summary)]
+    lines += [
+        f"{chosen.name}, {metric}: {number:.3f}"
+        for metric, number in _reworded(found, chosen.name).items()
+    ]
+    (head,) = chosen.heads
+    lines += [
+        f"written: {folder}/selection.json, {folder}/report.html",
+        f"use: --config.head={found.grid.folders[head]} "
+        f"--config.base_temperature={chosen.base_temperature:g} "
+        f"--config.guidance_scale={chosen.guidance_scale:g} "
+        f"--config.refinements={chosen.refinements.name}",
+    ]
+    return "\n".join(lines)
+
+
+def _reworded(found: Sweep, name: str) -> dict[str, float]:
+    """Numbers on what no head trained on: reworded questions."""
+    log = found.evaluation.unlearning[name]
+    metrics = ("forget_paraphrased_Q_A_ROUGE", "retain_paraphrased_Q_A_ROUGE")
+    return {metric: log[metric]["agg_value"] for metric in metrics if metric in log}

@@ -1,0 +1,204 @@
+"""Choosing the head, T and s: a grid of heads, scored, chosen by cross-fitting, then evaluated.
+
+Scoring given texts costs seconds a setting, answering questions minutes. So every setting of the
+grid is scored, the choice is made on that, and only what was chosen answers, with its controls.
+Seeds are not chosen among: a setting is worth what its median seed is.
+"""
+
+import dataclasses
+import functools
+import itertools
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from t3jax import pipeline
+from t3jax.evaluation import logs, recompute, selection
+from t3jax.evaluation.logs import Log
+from t3jax.evaluation.metrics import ForgetQuality
+from t3jax.evaluation.scoring import BASE, Setting, settings_grid
+from t3jax.head_io import Head
+from t3jax.lm import LM
+from t3jax.training import make_members, train_heads
+
+
+class Grid(NamedTuple):
+    """The heads of a sweep, rank by rank, recipe by recipe, seed by seed.
+
+    Attributes:
+        folders: Where each head is.
+        heads: The heads.
+        seeds: How many follow one another that differ in their seed alone.
+    """
+
+    folders: list[pathlib.Path]
+    heads: list[Head]
+    seeds: int
+
+    @property
+    def groups(self) -> list[tuple[int, ...]]:
+        """The first head of every kind, as a group of its own."""
+        return [(first,) for first in range(0, len(self.heads), self.seeds)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sweep:
+    """What a sweep found.
+
+    Attributes:
+        grid: The heads.
+        scored: Log by setting's name of every setting that was scored, without answers.
+        candidates: The settings to choose from, by name, one for each seed.
+        retain_scored: The retain model's log, without answers.
+        choice: What was chosen; the honest scores are of the logs with answers.
+        noise_floor: The test between two retain models, if there are two.
+        evaluation: Of what was chosen and its controls, with answers.
+    """
+
+    grid: Grid
+    scored: dict[str, Log]
+    candidates: dict[str, list[Setting]]
+    retain_scored: Log
+    choice: selection.CrossFit
+    noise_floor: ForgetQuality | None
+    evaluation: pipeline.Evaluation
+
+    @property
+    def chosen(self) -> list[Setting]:
+        """What was chosen on all rows, one setting for each seed."""
+        return self.candidates[self.choice.overall.name]
+
+
+def train_grid(config: Any, lm: LM, mesh: Mesh) -> Grid:
+    """Trains the heads of a sweep, those of one rank in one program.
+
+    Each rank's run has a folder of its own in the config's `workdir` and resumes by itself.
+
+    Args:
+        config: The settings.
+        lm: The model.
+        mesh: Where to train.
+
+    Returns:
+        The heads.
+
+    Raises:
+        ValueError: As `train_heads`.
+    """
+    retain, forget = (pipeline.features(config, lm, name) for name in ("retain", "forget"))
+    recipe = pipeline.train_config(config)
+    recipes = [
+        dataclasses.replace(recipe, learning_rate=rate, weight_decay=decay)
+        for rate, decay in itertools.product(
+            config.sweep_learning_rates or (config.learning_rate,),
+            config.sweep_weight_decays or (config.weight_decay,),
+        )
+    ]
+    folders: list[pathlib.Path] = []
+    heads: list[Head] = []
+    for rank in config.sweep_ranks or (config.rank,):
+        workdir = pathlib.Path(config.workdir) / f"sweep-rank{rank}"
+        heads += train_heads(
+            retain,
+            forget,
+            head_config=dataclasses.replace(pipeline.head_config(config, lm), rank=rank),
+            train_config=recipes,
+            seeds=config.seeds,
+            workdir=workdir,
+            mesh=mesh,
+            report=functools.partial(print, flush=True),
+            **pipeline.head_defaults(config),
+        )
+        folders += [workdir / member.name for member in make_members(recipes, config.seeds)]
+    return Grid(folders, heads, len(config.seeds))
+
+
+def sweep(config: Any, lm: LM, grid: Grid, mesh: Mesh | None = None) -> Sweep:
+    """Scores every setting of a grid of heads, chooses, and evaluates what was chosen.
+
+    Args:
+        config: The settings.
+        lm: The model.
+        grid: The heads.
+        mesh: Where the retain model goes.
+
+    Returns:
+        The choice and what it is worth.
+
+    Raises:
+        ValueError: If there is no retain model, logs are of different rows, or the rule is unknown.
+    """
+    examined = pipeline.examine(config, lm, grid.heads, mesh)
+    asked = pipeline.settings(config, lm, grid.heads, grid.groups, controls=False)
+    candidates = {
+        setting.name: of_seeds(setting, grid.seeds)
+        for setting in asked
+        if setting.guidance_scale > 0
+    }
+    every = [each for several in candidates.values() for each in several]
+    scored, retain_scored = pipeline.score(config, examined, [BASE, *every], answers=False)
+    if retain_scored is None:
+        raise ValueError("choosing a setting needs the retain model's log")
+    choice = selection.cross_fit(
+        {name: [scored[each.name] for each in several] for name, several in candidates.items()},
+        scored[BASE.name],
+        retain_scored,
+        config.selection_rule,
+        group=config.selection_group,
+    )
+    names = dict.fromkeys([choice.overall.name, *(half.name for half in choice.halves)])
+    finalists = [each for name in names for each in candidates[name]]
+    evaluation = pipeline.evaluate(
+        config,
+        examined,
+        [BASE, *finalists, *controls(candidates[choice.overall.name][0], grid.heads, finalists)],
+    )
+    assert evaluation.retain_log is not None  # there was one for the choice
+    a, b = ([evaluation.logs[s.name] for s in candidates[half.name]] for half in choice.halves)
+    choice = dataclasses.replace(
+        choice,
+        held_out=tuple(
+            selection.held_out(*pair, evaluation.retain_log, group=config.selection_group)
+            for pair in zip(a, b, strict=True)
+        ),
+    )
+    floor = None
+    if config.second_retain_log is not None:
+        second = logs.read_log(pathlib.Path(config.second_retain_log))
+        floor = recompute.forget_quality(second, retain_scored)
+    return Sweep(grid, scored, candidates, retain_scored, choice, floor, evaluation)
+
+
+def of_seeds(setting: Setting, seeds: int) -> list[Setting]:
+    """A setting of one head as it is for each of the heads that differ from it in their seed.
+
+    Args:
+        setting: Of the first seed's head.
+        seeds: How many there are.
+
+    Returns:
+        The settings.
+    """
+    (first,) = setting.heads
+    return [
+        dataclasses.replace(
+            setting, name=re.sub(r"^head\d+", f"head{head}", setting.name), heads=(head,)
+        )
+        for head in range(first, first + seeds)
+    ]
+
+
+def controls(setting: Setting, heads: Sequence[Head], known: Sequence[Setting]) -> list[Setting]:
+    """(T, s = 0) and (T = 1, s' = T s) of a setting, without those that are known."""
+    found = settings_grid(
+        heads,
+        [setting.base_temperature],
+        [setting.guidance_scale],
+        True,
+        [setting.refinements],
+        [setting.heads],
+    )
+    return [each for each in found if each not in known and each != BASE]

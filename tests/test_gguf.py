@@ -1,0 +1,538 @@
+"""GGUF files: the same model and tokenizer as from a Hugging Face folder, and every fault named.
+
+The files are written here, as llama.cpp's converter writes them.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import sys
+
+import gguf as library
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+import tiny
+
+from t3jax import load_lm, make_mesh, sharding
+from t3jax.lm import decoder, from_params, gguf, lm_config, load_config, save_hf, weights
+from t3jax.lm.families import hf_config
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+LLAMAS = ("llama3_untied", "gqa_tied", "biases")
+FAMILIES = sorted(set(gguf._ARCHITECTURES.values()) - {"llama"})
+Q, KIND = library.quants, library.GGMLQuantizationType
+
+
+def write(path, config, tensors, kind="F32", tokenizer=None, more=(), leave_out=()):
+    """Writes a model, given as a config and the tensors of a Hugging Face folder.
+
+    Args:
+        path: The file.
+        config: The model's shape.
+        tensors: By their names in the folder.
+        kind: How matrices are stored; vectors are F32 always.
+        tokenizer: Written too, if given.
+        more: Further tensors, or others, by their names in the file.
+        leave_out: Keys of the metadata.
+    """
+    architecture = {v: k for k, v in gguf._ARCHITECTURES.items()}[config.model_type]
+    writer = library.GGUFWriter(path, architecture)
+    for key, value in metadata(config, architecture).items() | tokenizer_metadata(tokenizer):
+        if value is not None and key not in leave_out:
+            add = {int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool}
+            add |= {str: writer.add_string, tuple: writer.add_array}
+            add[type(value)](key, value)
+    kinds = {name: kind for kind, name in library.MODEL_ARCH_NAMES.items()}
+    names = library.get_tensor_name_map(kinds[architecture], config.num_layers)
+    stored = {}
+    for name, tensor in tensors.items():
+        module, what = name.rsplit(".", 1)
+        stored[f"{names.get_name(module)}.{what}"] = converted(config, name, tensor)
+    for name, tensor in (stored | rope_tensors(config) | dict(more)).items():
+        if tensor.ndim == 1 or tensor.dtype != np.float32:
+            writer.add_tensor(name, tensor)
+        else:
+            writer.add_tensor(name, Q.quantize(tensor, KIND[kind]), raw_dtype=KIND[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def metadata(config, architecture):
+    norm = "layer_norm" if config.norm == "layer" else "layer_norm_rms"
+    values = {
+        "context_length": config.max_position,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "block_count": config.num_layers,
+        "attention.head_count": config.num_heads,
+        "attention.head_count_kv": config.num_kv_heads,
+        "attention.key_length": config.head_dim,
+        f"attention.{norm}_epsilon": config.norm_eps,
+        "attn_logit_softcapping": config.attention_softcap,
+        "final_logit_softcapping": config.logit_softcap,
+        "use_parallel_residual": config.parallel,
+        "attention.sliding_window": config.window or None,
+        "attention.sliding_window_pattern": config.local or None,
+    }
+    if (rope := config.rope) is not None:
+        scaled = rope.kind in ("linear", "yarn")
+        yarn = rope.kind == "yarn"
+        values |= {
+            "rope.freq_base": rope.theta,
+            "rope.freq_base_swa": config.local_rope and config.local_rope.theta,
+            "rope.dimension_count": int(config.head_dim * rope.rotated),
+            "rope.scaling.type": rope.kind if scaled else None,
+            "rope.scaling.factor": rope.factor if scaled else None,
+            "rope.scaling.yarn_attn_factor": rope.attention_factor if yarn else None,
+            "rope.scaling.yarn_beta_fast": rope.beta_fast if yarn else None,
+            "rope.scaling.yarn_beta_slow": rope.beta_slow if yarn else None,
+        }
+        if rope.kind in ("yarn", "longrope"):
+            values["rope.scaling.original_context_length"] = rope.original_max_position
+        if rope.kind == "longrope":
+            values["rope.scaling.attn_factor"] = rope.attention_factor
+            values["context_length"] = int(rope.original_max_position * rope.factor)
+    return {f"{architecture}.{key}": value for key, value in values.items()}
+
+
+def rope_tensors(config):
+    rope = config.rope
+    if rope is None or rope.kind not in ("llama3", "longrope"):
+        return {}
+    if rope.kind == "longrope":
+        factors = {"short": rope.short_factors, "long": rope.long_factors}
+        return {f"rope_factors_{k}.weight": np.float32(v) for k, v in factors.items()}
+    plain = dataclasses.replace(rope, kind="default")
+    plain, stretched = (decoder._inverse_wavelengths(r, config.head_dim) for r in (plain, rope))
+    return {"rope_freqs.weight": plain / stretched}
+
+
+def converted(config, name, tensor):
+    """A tensor of a folder as it stands in a file."""
+    heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
+    module = name.split(".")[-2]
+    if config.model_type == "llama" and module in heads:  # a rotary pair's rows side by side
+        halves = tensor.reshape(heads[module], 2, config.head_dim // 2, *tensor.shape[1:])
+        return halves.swapaxes(1, 2).reshape(tensor.shape)
+    if config.norm == "rms_offset" and name.endswith("norm.weight"):
+        return tensor + np.float32(1)
+    if module in ("c_attn", "c_proj", "c_fc"):
+        return np.ascontiguousarray(tensor.T)
+    if module == "query_key_value":
+        heads = tensor.reshape(config.num_heads, 3, config.head_dim, *tensor.shape[1:])
+        return heads.swapaxes(0, 1).reshape(tensor.shape)
+    return tensor
+
+
+def tokenizer_metadata(tokenizer, pre="gpt-2"):
+    if tokenizer is None:
+        return {}.items()
+    tokens = tuple(sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get))
+    values = {
+        "model": "gpt2",
+        "pre": pre,
+        "tokens": tokens,
+        "token_type": tuple(3 if token in tiny.SPECIAL else 1 for token in tokens),
+        "merges": tuple(" ".join(merge) for merge in tiny.MERGES),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "padding_token_id": tokenizer.pad_token_id,
+    }
+    values = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
+    return (values | {"tokenizer.chat_template": tokenizer.chat_template}).items()
+
+
+def golden_folder(name, folder):
+    """A model of the golden files as a folder; with settings that a GGUF file can express."""
+    golden = dict(np.load(GOLDEN / f"{name}.npz"))
+    hf = json.loads(str(golden["config"]))
+    if "query_pre_attn_scalar" in hf:
+        hf["query_pre_attn_scalar"] = hf["head_dim"]
+    tensors = {
+        key.removeprefix("weights/"): value.astype(np.float32)
+        for key, value in golden.items()
+        if key.startswith("weights/")
+    }
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    return golden, lm_config(hf), tensors
+
+
+def close(found, expected, atol):
+    np.testing.assert_allclose(np.asarray(found), expected, atol=atol, rtol=0)
+
+
+def same_config(found, expected):
+    without = dataclasses.replace(found, rope=expected.rope, local_rope=expected.local_rope)
+    assert without == expected
+    for ours, theirs in ((found.rope, expected.rope), (found.local_rope, expected.local_rope)):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            ropes = [decoder._inverse_wavelengths(r, found.head_dim) for r in (ours, theirs)]
+            np.testing.assert_allclose(*ropes, rtol=1e-6)
+            close(ours.attention_factor, theirs.attention_factor, 1e-6)
+
+
+@pytest.mark.parametrize("name", [*LLAMAS, *FAMILIES])
+def test_a_file_is_the_folder(name, tmp_path):
+    """Shape and weights in every family, each device's part read by itself."""
+    _, config, tensors = golden_folder(name, tmp_path)
+    file = gguf.open_gguf(write(tmp_path / "model.gguf", config, tensors))
+    found = gguf.read_config(file)
+    same_config(found, config)
+    assert lm_config(hf_config(found)) == found  # it can be written as a folder
+    shardings = functools.partial(sharding.param_shardings, make_mesh((1, 2, 4)))
+    params = gguf.load_params(file, found, jnp.float32, shardings)
+    expected = weights.load_params(tmp_path, config, jnp.float32, shardings)
+    assert jax.tree.structure(params) == jax.tree.structure(expected)
+    # Gemma's norms are stored with 1 added.
+    tolerance = 1e-6 if config.norm == "rms_offset" else 0
+    jax.tree.map(lambda ours, theirs: close(ours, theirs, tolerance), params, expected)
+    q = params["layers"][0]["attention"]["q"]["weight"]
+    assert q.addressable_shards[0].data.shape[0] == q.shape[0] // 4
+
+
+def test_logits_of_a_llama_3_are_those_of_pytorch(tmp_path):
+    """A file has no parameters of the stretched rotary positions, but each pair's factor."""
+    golden, config, tensors = golden_folder("llama3_untied", tmp_path)
+    file = gguf.open_gguf(write(tmp_path / "model.gguf", config, tensors))
+    found = gguf.read_config(file)
+    lm = from_params(found, gguf.load_params(file, found, jnp.float32), None, (95,), "llama 3")
+    mask = golden["left/mask"]
+    hidden, logits, _ = tiny.read(lm.apply, lm.unembed, lm.params, golden["left/tokens"], mask)
+    close(np.asarray(hidden)[mask], golden["left/hidden"], 1e-4)
+    close(np.asarray(logits)[mask][::4], golden["left/logits"], 1e-4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small Llama with a tokenizer as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("model")
+    save_hf(folder, tiny.CONFIG, tiny.make_params(), eos_ids=[263])
+    tiny.make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_like(folder, path, kind="F32", **options):
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    return write(path, tiny.CONFIG, tensors, kind, tiny.make_tokenizer(), **options)
+
+
+def rounded(kind, weight):
+    """What is left of a weight."""
+    weight = np.asarray(weight)
+    if weight.ndim == 1 or kind == "F32":
+        return weight
+    return weight.astype({"F16": np.float16, "BF16": ml_dtypes.bfloat16}[kind]).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
+def test_load_lm(folder, tmp_path, kind):
+    """Weights and logits, the tokenizer with its template, the end of a text."""
+    path = write_like(folder, tmp_path / "model.gguf", kind)
+    assert load_config(path) == load_config(folder) == tiny.CONFIG
+    lm, expected = load_lm(str(path), "float32"), load_lm(folder, "float32")
+    tokens = np.random.default_rng(0).integers(0, 264, (2, 24)).astype(np.int32)
+    logits, theirs = (
+        np.asarray(tiny.read(m.apply, m.unembed, m.params, tokens, np.ones_like(tokens, bool))[1])
+        for m in (lm, expected)
+    )
+    if kind == "Q8_0":
+        # 32 numbers share a step, the largest / 127, in float16: off by half a step and a little.
+        def within(ours, exact):
+            step = np.abs(np.asarray(exact)).max() / 127 if exact.ndim > 1 else 0
+            close(ours, exact, 0.57 * step)
+
+        jax.tree.map(within, lm.params, expected.params)
+        assert 1e-3 < np.abs(logits - theirs).max() < 0.03 * np.abs(theirs).max()
+    else:
+        expected_params = jax.tree.map(functools.partial(rounded, kind), expected.params)
+        jax.tree.map(np.testing.assert_array_equal, lm.params, expected_params)
+        bound = {"F32": 0, "F16": 2**-9, "BF16": 2**-6}[kind]
+        close(logits, theirs, bound * np.abs(theirs).max())
+    assert (lm.eos_ids, lm.name) == (expected.eos_ids, str(path))
+    ours, theirs = lm.tokenizer, expected.tokenizer
+    text = "The hero's 12 entries, in 1985: naïve — and\n\n  the end<|im_end|>"
+    assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+    assert ours.decode(ours(text)["input_ids"]) == text
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "chat_template"):
+        assert getattr(ours, name) == getattr(theirs, name) is not None
+    turns = [{"role": "user", "content": "Who?"}]
+    assert ours.apply_chat_template(turns, tokenize=False) == theirs.apply_chat_template(
+        turns, tokenize=False
+    )
+
+
+def test_weights_are_cast_and_sharded(folder, tmp_path):
+    path = write_like(folder, tmp_path / "model.gguf", "Q8_0")
+    whole = load_lm(path, "float32")
+    lm = load_lm(path, "bfloat16", make_mesh((2, 1, 4)))
+    expected = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), whole.params)
+    jax.tree.map(np.testing.assert_array_equal, lm.params, expected)
+    down = lm.params["layers"][0]["mlp"]["down"]["weight"]
+    assert down.addressable_shards[0].data.shape == (32, 16)  # half a block's columns
+
+
+def test_weights_do_not_change_with_the_file(folder, tmp_path):
+    path = write_like(folder, tmp_path / "model.gguf")
+    lm, expected = load_lm(path, "float32"), load_lm(folder, "float32")
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    jax.tree.map(np.testing.assert_array_equal, lm.params, expected.params)
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_1", "Q4_K", "Q6_K"])
+@pytest.mark.parametrize("head_width", [0, 6])
+def test_parts_of_a_tensor(monkeypatch, kind, head_width):
+    """Whatever the part, it is what dequantising all gives, and no other block is dequantised."""
+    shape = (24, 1024)
+    stored = tensor(kind, shape)
+    whole = Q.dequantize(stored.data, stored.tensor_type).reshape(shape)
+    if head_width:
+        whole = whole.reshape(4, 3, 2, 1024).swapaxes(1, 2).reshape(shape)
+    done = []
+
+    def counting(data, qtype):
+        done.append(data.size)
+        return Q.dequantize(data, qtype)
+
+    monkeypatch.setattr(library, "dequantize", counting)
+    monkeypatch.setattr(gguf, "_DEQUANTIZED_AT_ONCE", 2048)
+    view = gguf._Tensor(stored, head_width, 0.0, np.float32)
+    assert view.get_shape() == shape
+    numbers, size = library.GGML_QUANT_SIZES[KIND[kind]]
+    for rows, columns in (
+        (slice(0, 24), slice(0, 1024)),
+        (slice(6, 12), slice(0, 1024)),
+        (slice(5, 17), slice(512, 768)),
+        (slice(23, 24), slice(250, 530)),
+        (slice(3, 3), slice(0, 1024)),
+    ):
+        done.clear()
+        part = view[rows, columns]
+        np.testing.assert_array_equal(part, whole[rows, columns])
+        blocks = -(-columns.stop // numbers) - columns.start // numbers
+        quantised = kind not in gguf._PLAIN
+        assert sum(done) == quantised * (rows.stop - rows.start) * blocks * size
+        assert max(done, default=0) <= max(2048, blocks * numbers) // numbers * size
+
+
+def tensor(kind, shape):
+    """A stored tensor of random blocks whose scales are finite."""
+    numbers, size = library.GGML_QUANT_SIZES[KIND[kind]]
+    random = np.random.default_rng(0)
+    if kind in ("F32", "F16", "BF16"):
+        values = random.standard_normal(shape).astype(np.float32)
+        data = Q.quantize(values, KIND[kind])
+    else:
+        data = random.integers(0, 60, (shape[0], shape[1] // numbers * size), np.uint8)
+    return library.gguf_reader.ReaderTensor(
+        "x", KIND[kind], np.array(shape[::-1]), 0, 0, 0, data, None
+    )
+
+
+# ---- tokenizers ----
+
+
+def only_tokenizer(**values):
+    """A file that is all tokenizer."""
+    values = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
+    return gguf.GGUFFile(pathlib.Path("x.gguf"), {"general.architecture": "llama", **values}, {})
+
+
+def byte_level(**more):
+    values = dict(tokenizer_metadata(tiny.make_tokenizer()))
+    values = {key.removeprefix("tokenizer.ggml."): value for key, value in values.items()}
+    return only_tokenizer(**{**values, **more})
+
+
+def test_the_cut_and_the_bos_follow_the_name_of_the_tokenizer():
+    text = "x12345"
+    plain, llama, tekken = (
+        gguf.read_tokenizer(byte_level(pre=pre)) for pre in ("smollm", "llama-bpe", "tekken")
+    )
+    bos = plain.bos_token_id
+    digits = plain.convert_tokens_to_ids(list("x12345"))
+    assert plain(text)["input_ids"] == digits
+    assert llama(text)["input_ids"] == [bos, *digits]
+    assert llama(text, add_special_tokens=False)["input_ids"] == digits
+    cuts = [
+        [piece for piece, _ in each.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+        for each in (plain, llama, tekken)
+    ]
+    assert cuts == [["x", "12345"], ["x", "123", "45"], ["x", *"12345"]]
+    without = gguf.read_tokenizer(byte_level(pre="llama-bpe", add_bos_token=False))
+    assert without(text)["input_ids"] == digits
+
+
+def test_whole_words_come_before_merges_in_a_tokenizer_of_tiktoken():
+    stored = dict(tokenizer_metadata(tiny.make_tokenizer()))
+    more = {
+        "tokens": (*stored["tokenizer.ggml.tokens"], "cat"),
+        "token_type": (*stored["tokenizer.ggml.token_type"], 1),
+        "add_bos_token": False,
+    }
+    for pre, count in (("gpt-2", 3), ("llama-bpe", 1)):
+        assert len(gguf.read_tokenizer(byte_level(pre=pre, **more))("cat")["input_ids"]) == count
+
+
+def test_sentencepiece():
+    letters = ["▁", *"cats", "▁c", "at", "▁cat"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    kinds = [2, 3, 3, *[6] * 256, *[1] * len(letters)]
+    scores = [*[0.0] * 259, *(-float(i) for i in range(len(letters)))]
+    file = only_tokenizer(
+        model="llama",
+        tokens=tokens,
+        token_type=kinds,
+        scores=scores,
+        bos_token_id=1,
+        eos_token_id=2,
+        unknown_token_id=0,
+    )
+    tokenizer = gguf.read_tokenizer(file)
+    ids = tokenizer("cats é</s>")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == [
+        *("<s>", "▁cat", "s", "▁", "<0xC3>", "<0xA9>", "</s>")
+    ]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "cats é"
+    file.metadata["tokenizer.ggml.add_space_prefix"] = False
+    ids = gguf.read_tokenizer(file)("cats cat")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", "c", "at", "s", "▁cat"]
+    assert gguf.read_eos_ids(file) == (2,)
+
+
+def test_ends_of_turns_end_an_answer_too():
+    tokens = ["a", "<|im_end|>", "<eos>", "<end_of_turn>", "b"]
+    file = only_tokenizer(tokens=tokens, eos_token_id=2, eot_token_id=3)
+    assert gguf.read_eos_ids(file) == (2, 3, 1)
+    with pytest.raises(ValueError, match=r"x\.gguf: no end-of-text token"):
+        gguf.read_eos_ids(only_tokenizer(tokens=["a"]))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"tokens": None}, r"x\.gguf: no tokenizer in it"),
+        ({"model": "bert"}, r"x\.gguf: tokenizer 'bert' is not supported; known: gpt2, llama"),
+        ({"pre": "new"}, r"tokenizer\.ggml\.pre 'new' is not supported.*gpt-2, .*llama-bpe"),
+        ({"pre": None}, r"tokenizer\.ggml\.pre None is not supported"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_made(values, message):
+    with pytest.raises(ValueError, match=message):
+        gguf.read_tokenizer(byte_level(**values))
+
+
+# ---- faults ----
+
+
+def metadata_of(folder, tmp_path, **changes):
+    """An open file with other metadata."""
+    file = gguf.open_gguf(write_like(folder, tmp_path / "model.gguf"))
+    changes = {key.replace("__", "."): value for key, value in changes.items()}
+    return dataclasses.replace(file, metadata=file.metadata | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"general__architecture": "mamba"}, "architecture 'mamba' is not supported; known: gemma"),
+        ({"llama__expert_count": 8}, "mixtures of experts are not supported"),
+        ({"llama__block_count": None}, r"llama\.block_count is missing"),
+        ({"llama__attention.head_count_kv": [4, 2]}, r"different sizes .*head_count_kv"),
+        ({"llama__attention.sliding_window": 8}, "sliding_window is not supported"),
+        (
+            {"llama__rope.scaling.type": "other", "llama__rope.scaling.factor": 2.0},
+            "rope_type 'other' is not supported",
+        ),
+    ],
+)
+def test_metadata_that_is_not_supported(folder, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=rf"model\.gguf: .*{message}"):
+        gguf.read_config(metadata_of(folder, tmp_path, **changes))
+
+
+def test_a_missing_and_a_foreign_tensor_are_named(folder, tmp_path):
+    foreign = {"blk.0.attn_q.scale": np.zeros(4, np.float32)}
+    path = write_like(folder, tmp_path / "model.gguf", more=foreign)
+    file = gguf.open_gguf(path)
+    del file.tensors["blk.1.ffn_up.weight"]
+    with pytest.raises(ValueError, match="do not fit") as raised:
+        gguf.load_params(file, tiny.CONFIG, jnp.float32)
+    assert str(path) in str(raised.value)
+    assert "\n  blk.1.ffn_up.weight: missing, expected shape (64, 32)" in str(raised.value)
+    assert "\n  blk.0.attn_q.scale: not a weight of this llama model" in str(raised.value)
+
+
+def test_a_quantisation_that_is_not_known(folder, tmp_path):
+    path = tmp_path / "model.gguf"
+    write_like(folder, path, more={"blk.0.ffn_up.weight": np.zeros((64, 32), np.float64)})
+    with pytest.raises(ValueError, match=r"ffn_up\.weight is stored as F64, which .* Q8_0"):
+        load_lm(path)
+
+
+@pytest.mark.parametrize("keep", [0, 3, 1000, 9000, -64])
+def test_a_truncated_file(folder, tmp_path, keep):
+    path = write_like(folder, tmp_path / "model.gguf")
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"model\.gguf: not a whole GGUF file"):
+        load_lm(path)
+
+
+def test_another_file_and_none_at_all(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"not a whole GGUF file.*or a Hugging Face folder"):
+        load_lm(folder / "model.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"no such folder or file; expected .* GGUF"):
+        load_lm(tmp_path / "absent.gguf")
+
+
+def test_one_of_several_files(folder, tmp_path, monkeypatch):
+    path = write_like(folder, tmp_path / "model.gguf")
+    reader = library.GGUFReader(path)
+    field = reader.fields["llama.block_count"]
+    reader.fields["split.count"] = field  # 2
+    monkeypatch.setattr(library, "GGUFReader", lambda _: reader)
+    with pytest.raises(ValueError, match=r"one of 2 files of a model; join them with"):
+        load_lm(path)
+
+
+def test_the_extra_is_named_where_it_is_missing(folder, tmp_path, monkeypatch):
+    path = write_like(folder, tmp_path / "model.gguf")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ImportError, match=r"package gguf: pip install 't3jax\[gguf\]'"):
+        load_lm(path)
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "transformers.integrations.gguf", None)
+    with pytest.raises(ImportError, match=r"transformers 5\.22: pip install 't3jax\[gguf\]'"):
+        load_lm(path)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("kind", ["F16", "Q8_0"])
+def test_transformers_reads_the_same(folder, tmp_path, kind):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    path = write_like(folder, tmp_path / "model.gguf", kind)
+    # What `from_pretrained` does with a file, which asks for accelerate too.
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint as read
+
+    config = read(path, return_tensors=False)["config"]
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).eval()
+    model.load_state_dict(read(path, return_tensors=True, model_to_load=model)["tensors"], False)
+    lm = load_lm(path, "float32")
+    tokens = np.random.default_rng(0).integers(0, 264, (2, 24)).astype(np.int32)
+    _, logits, _ = tiny.read(lm.apply, lm.unembed, lm.params, tokens, np.ones_like(tokens, bool))
+    with torch.no_grad():
+        close(logits, model(torch.tensor(tokens)).logits.numpy(), 1e-4)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
+    text = "The hero's 12 entries<|im_end|>"
+    assert lm.tokenizer(text)["input_ids"] == theirs(text)["input_ids"]
