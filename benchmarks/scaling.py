@@ -11,15 +11,14 @@ vocabulary and few layers.
 """
 
 import argparse
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
+from benchmarks.aot import collectives
 from benchmarks.side_by_side import write
 from t3jax import abstract, plan, sharding
 from t3jax.head import HeadConfig
@@ -33,9 +32,6 @@ PROGRAMS = {
     "head training": abstract.head_training,
     "decoding": abstract.decode,
 }
-_COLLECTIVE = re.compile(
-    r" = (.*) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
-)
 
 
 def main() -> None:
@@ -112,32 +108,18 @@ def make_job(config: LMConfig, mesh: Mesh, rows: int, length: int) -> abstract.J
 def counts(compiled: Any) -> dict[str, float]:
     """What a compiled program asks of one device; bytes but for the operations."""
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
-    exchanged = sum(
-        np.prod(shape, dtype=int) * jnp.dtype(dtype).itemsize
-        for _, dtype, shape in collectives(compiled.as_text())
-    )
     return {
         "operations": cost["flops"],
         "accessed": cost["bytes accessed"],
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
-        "exchanged": int(exchanged),
+        "exchanged": sum(each.size * each.count for each in collectives(compiled.as_text())),
     }
 
 
 def growth(found: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
     """The counts by name, one for each number of devices."""
     return {name: [each[name] for each in found] for name in found[0]}
-
-
-def collectives(text: str) -> list[tuple[str, str, tuple[int, ...]]]:
-    """The arrays that the collectives of a program result in: kind, dtype and shape on a device."""
-    names = {"f32": "float32", "bf16": "bfloat16", "s32": "int32", "u32": "uint32", "pred": "bool"}
-    return [
-        (kind, names[dtype], tuple(int(n) for n in shape.split(",") if n))
-        for results, kind in _COLLECTIVE.findall(text)
-        for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", results)
-    ]
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -62,7 +63,13 @@ def make_mesh(shape: Sequence[int] = (-1, 1, 1), devices: Sequence[Any] | None =
             f"mesh (data, fsdp, model) = {shape} does not fit {len(devices)} devices; their "
             "product must be the number of devices, and one of them may be -1"
         )
-    return jax.make_mesh(sizes, (DATA, FSDP, MODEL), (AxisType.Auto,) * 3, devices=devices)
+    names, types = (DATA, FSDP, MODEL), (AxisType.Auto,) * 3
+    try:
+        return jax.make_mesh(sizes, names, types, devices=devices)
+    except NotImplementedError:
+        # No whole axes of the devices' network make this shape: (8, 8, 1) of TPUs 4 x 4 x 4.
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(grid, names, axis_types=types)
 
 
 def row_shards(mesh: Mesh) -> int:

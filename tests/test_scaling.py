@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
-from benchmarks import scaling
+from benchmarks import aot, scaling
 from t3jax.sharding import make_mesh
 
 CONFIG = dataclasses.replace(tiny.CONFIG, num_layers=1)
@@ -35,8 +35,7 @@ def test_collectives_are_found_in_a_program():
       %all-gather.1 = f32[8,66]{1,0} all-gather(%x), channel_id=1
       ROOT %r = (f32[4]{0}, s32[]) all-reduce(%a, %b), to_apply=%add
       %add.2 = f32[8,66]{1,0} add(%all-gather.1, %all-gather.1)"""
-    assert scaling.collectives(text) == [
-        ("all-gather", "float32", (8, 66)),
-        ("all-reduce", "float32", (4,)),
-        ("all-reduce", "int32", ()),
+    assert aot.collectives(text) == [
+        aot.Collective("all-gather", "f32[8,66]", 8 * 66 * 4, 1),
+        aot.Collective("all-reduce", "f32[4] + s32[]", 5 * 4, 1),
     ]

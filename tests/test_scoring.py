@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 import t3jax
-from benchmarks.scaling import collectives
+from benchmarks.aot import collectives, dimensions
 from t3jax.data import Example, PromptFormat, encode_records
 from t3jax.evaluation import scoring
 from t3jax.evaluation.scoring import BASE, Setting, score_texts, token_statistics
@@ -151,8 +151,8 @@ def test_a_mesh_gives_the_same_and_exchanges_no_vocabulary(examples, heads, foun
     def recorded(*args):
         if not of_vocabulary:
             text = score_chunk.lower(*args).compile().as_text()
-            shapes = {shape for _, _, shape in collectives(text)}
-            of_vocabulary.update(shape for shape in shapes if {264, 132} & set(shape))
+            shapes = {each.shape for each in collectives(text)}
+            of_vocabulary.update(s for s in shapes if {264, 132} & set(dimensions(s)))
         return score_chunk(*args)
 
     monkeypatch.setattr(scoring, "_score", recorded)
@@ -163,7 +163,7 @@ def test_a_mesh_gives_the_same_and_exchanges_no_vocabulary(examples, heads, foun
     ):
         np.testing.assert_allclose(many.logprobs, found[k].logprobs, atol=1e-4)
         np.testing.assert_array_equal(many.correct, found[k].correct)
-    assert of_vocabulary == {(132, 32)}  # the LM head's rows, gathered along `fsdp`
+    assert of_vocabulary == {"f32[132,32]"}  # the LM head's rows, gathered along `fsdp`
 
 
 def test_statistics_of_extreme_distributions():

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ import tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.scaling import collectives
+from benchmarks.aot import collectives, dimensions
 from t3jax import features, sharding
 from t3jax.data import PromptFormat, encode_records
 from t3jax.head import head_scores
@@ -55,18 +54,23 @@ def batch(vocab):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def forward(apply, unembed, params, head, tokens, mask):
     hidden, _ = apply(params, tokens, None, mask)
-    return hidden, unembed(params, hidden), head_scores(head, causal_mean(hidden, mask))
+    pooled = causal_mean(hidden, mask)
+    return hidden, pooled, unembed(params, hidden), head_scores(head, pooled)
+
+
+def read(lm, head, tokens, mask):
+    """Hidden states, features, logits and scores."""
+    place = functools.partial(jax.device_put, device=batch_sharding(lm.mesh, tokens.shape))
+    params = jax.device_put(head.params, param_shardings(lm.mesh, head.params))
+    return forward(lm.apply, lm.unembed, lm.params, params, place(tokens), place(mask))
 
 
 def outputs(config, mesh):
-    """Hidden states, logits and scores at attended positions; greedy and drawn tokens."""
+    """What is read at attended positions; greedy and drawn tokens."""
     lm = tiny.make_lm(config, mesh)
     head = tiny.make_head(lm)
     tokens, mask = batch(lm.vocab_size)
-    place = functools.partial(jax.device_put, device=batch_sharding(lm.mesh, tokens.shape))
-    params = jax.device_put(head.params, param_shardings(lm.mesh, head.params))
-    arrays = forward(lm.apply, lm.unembed, lm.params, params, place(tokens), place(mask))
-    arrays = [np.asarray(array)[mask] for array in arrays]
+    arrays = [np.asarray(array)[mask] for array in read(lm, head, tokens, mask)]
     sampler = Sampler(lm, head, batch_size=ROWS, chunk=STEPS)
     greedy = sampler.generate(PROMPTS, max_new_tokens=12)
     drawn = sampler.generate(PROMPTS, max_new_tokens=12, **DRAW)
@@ -153,6 +157,15 @@ def test_specs_of_weights_and_head(shape):
     assert head["hidden"][0]["weight"].spec == P()
 
 
+@pytest.mark.parametrize("shape", MESHES)
+def test_what_is_read_is_split_by_rows_and_vocabulary(shape):
+    lm = tiny.make_lm(CONFIG, make_mesh(shape))
+    arrays = read(lm, tiny.make_head(lm), *batch(lm.vocab_size))
+    by_rows, by_both = P(BY_ROWS), P(BY_ROWS, None, "model")
+    for array, spec in zip(arrays, (by_rows, by_rows, by_both, by_both), strict=True):
+        assert array.sharding.is_equivalent_to(NamedSharding(lm.mesh, spec), 3), array.sharding
+
+
 def decoding(shape, config=CONFIG, with_logprobs=False, refinements=PLAIN):
     """The loop's program, and the arguments of its prefill; then those of a chunk."""
     lm = tiny.make_lm(config, make_mesh(shape))
@@ -190,11 +203,6 @@ def decoding_state(shape):
     return state, weights, program.mesh
 
 
-def dimensions(text):
-    """All sizes of dimensions in a compiled program."""
-    return {int(n) for shape in re.findall(r"[a-z]\w*\[([\d,]+)\]", text) for n in shape.split(",")}
-
-
 @pytest.mark.parametrize(
     ("shape", "refined"), [((2, 1, 4), False), ((1, 1, 8), True), ((2, 2, 2), True)]
 )
@@ -212,12 +220,16 @@ def test_no_step_of_decoding_exchanges_anything_as_long_as_the_vocabulary(shape,
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places
     )
     text = decode_chunk.lower(program, weights, state, *writing).compile().as_text()
-    part = 264 // shape[2]
-    found = {shape for _, _, shape in collectives(text) if {264, part} & set(shape)}
-    # What else is gathered along `fsdp` are the rows of a weight.
-    assert found == ({(part, 32)} if shape[1] > 1 else set())
+    part, slots = 264 // shape[2], state.cache.positions.shape[1]
+    exchanged = [(each.shape, dimensions(each.shape)) for each in collectives(text)]
+    # What is gathered along `fsdp` are the rows of a weight.
+    found = {name for name, sizes in exchanged if {264, part} & set(sizes)}
+    assert found == ({f"f32[{part},32]"} if shape[1] > 1 else set())
     assert part in dimensions(text)
     assert 264 not in dimensions(text)
+    # No keys and values: where their width is split, sums of scores for each slot.
+    scores = {"f32[8,4,2,1,49]"} if shape[2] == 8 else set()
+    assert {name for name, sizes in exchanged if slots in sizes} == scores
 
 
 @pytest.mark.parametrize("shape", MESHES)
@@ -294,6 +306,25 @@ def test_mesh_shapes(shape, expected):
     assert tuple(make_mesh(shape).shape.values()) == expected
     assert make_mesh().shape[sharding.DATA] == 8
     assert make_mesh(devices=jax.devices()[3:4]).size == 1
+
+
+@dataclasses.dataclass(eq=False)
+class Chip:
+    """A TPU, as far as a mesh looks at it."""
+
+    id: int
+    coords: tuple[int, int, int]
+    device_kind: str = "TPU v5"
+    platform: str = "tpu"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 4), (8, 8, 1), (1, 2, -1)])
+def test_a_mesh_may_split_the_axes_of_the_network(shape):
+    chips = [Chip(i, (i // 16, i // 4 % 4, i % 4)) for i in range(64)]
+    mesh = make_mesh(shape, chips)
+    assert sorted(chip.id for chip in mesh.devices.flat) == list(range(64))
 
 
 @pytest.mark.parametrize(
