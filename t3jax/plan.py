@@ -120,7 +120,7 @@ def temporary_bytes(job: Job, program: Callable[[Job], Step]) -> int:
 
 
 def gathered_bytes(job: Job) -> int:
-    """Bytes of what a device has to gather to use it, a layer's weights or a table at a time."""
+    """Bytes of what a device has to gather to use it: two layers' weights, or the last table."""
     stored, used = _params(job), _params(abstract.on_one_device(job))
 
     def gathered(stored: Any, used: Any) -> int:
@@ -128,8 +128,13 @@ def gathered_bytes(job: Job) -> int:
         sizes = [(shard_bytes(share), shard_bytes(whole)) for share, whole in pairs]
         return sum(whole for share, whole in sizes if whole > share)
 
-    tables = [gathered(stored[name], used[name]) for name in ("embed", "lm_head") if name in stored]
-    return max(gathered(stored["layers"][0], used["layers"][0]), *tables)
+    table = "embed" if job.config.tied else "lm_head"
+    # While one layer is at work, the next one's weights come.
+    layers = min(2, job.config.num_layers)
+    return max(
+        layers * gathered(stored["layers"][0], used["layers"][0]),
+        gathered(stored[table], used[table]),
+    )
 
 
 def gathered_cache_bytes(job: Job) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -82,15 +83,36 @@ def param_shardings(mesh: Mesh, params: Any) -> Any:
     return jax.tree.map_with_path(lambda path, leaf: fitting(mesh, _rule(path), leaf.shape), params)
 
 
-def gathered(mesh: Mesh | None, params: Any) -> Any:
-    """Weights as products use them, inside of jit: gathered along `fsdp`, the rest as it is."""
+def gathered(mesh: Mesh | None, params: Any, after: jax.Array) -> Any:
+    """Weights as products use them, inside of jit: gathered along `fsdp`, the rest as it is.
+
+    Args:
+        mesh: Where they are; None leaves them as they are.
+        params: A tree of weights.
+        after: What has to be computed before. Compilers would otherwise gather the weights of all
+            layers at once, those of a decoding step before the loop.
+
+    Returns:
+        The tree.
+    """
     if mesh is None or mesh.shape[FSDP] == 1:
         return params
+    params, _ = jax.lax.optimization_barrier((params, after))
 
     def gather(path: tuple, leaf: jax.Array) -> jax.Array:
         return constrain(leaf, mesh, [None if axis == FSDP else axis for axis in _rule(path)])
 
     return jax.tree.map_with_path(gather, params)
+
+
+def lookup(mesh: Mesh | None, table: jax.Array, ids: jax.Array) -> jax.Array:
+    """Rows `[B, T, D]` of a table `[V, D]` for ids `[B, T]`, inside of jit.
+
+    Along `fsdp` the ids go to the columns and what they find to the rows: the table stays.
+    """
+    ids = constrain(ids, mesh, [DATA])
+    found = jnp.take(table, ids, axis=0)
+    return constrain(constrain(found, mesh, [DATA, None, FSDP]), mesh, [ROWS])
 
 
 def _rule(path: tuple) -> P:

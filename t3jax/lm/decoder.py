@@ -108,9 +108,7 @@ def apply(
         if cache is not None:
             positions = positions + jnp.max(cache.positions, axis=-1, keepdims=True) + 1
     key_positions = jnp.where(mask, positions, -1)
-    # What is split over `fsdp` is gathered: the tables here, the layers' weights layer by layer.
-    tables = {name: params[name] for name in ("embed", "positions") if name in params}
-    model = _merge(config, params | sharding.gathered(mesh, tables))
+    model = _merge(config, params)
     for path, factors in (lora or {}).items():
         module: Any = model
         for name in path.split("/"):
@@ -127,7 +125,7 @@ def unembed(
 ) -> Float[Array, "*batch V"]:
     """Logits of the next token from hidden states of `apply`, float32 `[..., V]`."""
     name = "embed" if config.tied else "lm_head"
-    table = sharding.gathered(mesh, {name: params[name]})[name]["weight"]
+    table = sharding.gathered(mesh, {name: params[name]}, after=hidden)[name]["weight"]
     logits = jnp.einsum(
         "...d,vd->...v",
         hidden,
@@ -381,12 +379,12 @@ class _Decoder(nnx.Module):
         mesh: Mesh | None,
     ) -> tuple[Array, Cache | None]:
         c = self.config
-        table = self.embed.weight[...]
-        x = jnp.take(table, tokens, axis=0)  # [B, T, D]
+        x = sharding.lookup(mesh, self.embed.weight[...], tokens)  # [B, T, D]
         if c.scaled_embedding:
             x = x * jnp.sqrt(jnp.float32(c.hidden_size)).astype(x.dtype)
         if c.rope is None:
-            x = x + jnp.take(self.positions.weight[...], positions, axis=0, mode="clip")
+            within = jnp.clip(positions, 0, c.max_position - 1)
+            x = x + sharding.lookup(mesh, self.positions.weight[...], within)
         rotation = _rotation(c.rope, c.head_dim, positions)
         if cache is not None:
             key_positions = jax.lax.dynamic_update_slice(  # [B, S]
@@ -399,6 +397,7 @@ class _Decoder(nnx.Module):
             near = key_positions[:, None, :] > positions[:, :, None] - c.window
             local = _rotation(c.local_rope or c.rope, c.head_dim, positions), seen & near
         keys, values = [], []
+        before = x
         for i, block in enumerate(self.layers):
             past = None if cache is None else (cache.keys[i], cache.values[i], cache.cursor)
             rotation, attended = local if c.local and c.local[i] else whole
@@ -407,7 +406,7 @@ class _Decoder(nnx.Module):
                 read = jax.checkpoint(read)
             elif mesh is not None and mesh.shape[sharding.FSDP] > 1:
                 read = jax.checkpoint(read, policy=_not_gathered)
-            x, k, v = read(x, rotation, attended, past)
+            before, (x, k, v) = x, read(before, x, rotation, attended, past)
             keys.append(k)
             values.append(v)
         x = self.final_norm(x)
@@ -419,12 +418,13 @@ class _Decoder(nnx.Module):
 
 def _not_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
     """What the backward pass keeps of a layer: all but what moved, such as gathered weights."""
-    return primitive.name != "sharding_constraint"
+    return primitive.name not in ("sharding_constraint", "optimization_barrier")
 
 
 def _read_block(
     mesh: Mesh | None,
     block: _Block,
+    before: Array,
     x: Array,
     rotation: tuple[Array, Array] | None,
     seen: Array,
@@ -433,9 +433,11 @@ def _read_block(
     """One layer on a mesh: rows stay where they are, and the weights come to them.
 
     Left to itself, the compiler may gather the rows instead, or sum [B, V] logits over devices.
+    The weights come while the layer before, which reads `before`, is at work.
     """
     graphdef, params = nnx.split(block)
-    block = nnx.merge(graphdef, sharding.gathered(mesh, nnx.to_pure_dict(params)))
+    params = sharding.gathered(mesh, nnx.to_pure_dict(params), after=before)
+    block = nnx.merge(graphdef, params)
     x, k, v = block(x, rotation, seen, past, mesh)
     return sharding.constrain(x, mesh, [sharding.ROWS]), k, v
 
