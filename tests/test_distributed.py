@@ -97,6 +97,8 @@ def run_pair(repository, folder, settings, *flags):
         "JAX_COORDINATOR_ADDRESS": address,
         "JAX_NUM_PROCESSES": "2",
         "XDG_CACHE_HOME": str(folder / "cache"),
+        "PYTHONPYCACHEPREFIX": str(folder / "cache"),  # half of the time is imports
+        "PYTHONDONTWRITEBYTECODE": "",
         "PYTHONPATH": str(repository),
     }
     command = [sys.executable, "tests/distributed_worker.py", "--config=configs/default.py", *flags]
