@@ -158,7 +158,7 @@ def test_eight_devices_equal_one():
     config = dataclasses.replace(TRAIN, holdout_fraction=0.2)
     head_config = dataclasses.replace(HEAD, vocab_size=56)
     (one,) = train_heads(RETAIN, FORGET, head_config, config)
-    for shape in ((8, 1, 1), (2, 2, 2)):
+    for shape in ((8, 1, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)):
         (head,) = train_heads(RETAIN, FORGET, head_config, config, mesh=sharding.make_mesh(shape))
         assert_close(head.params, one.params, relative=2e-6)
         np.testing.assert_allclose(
