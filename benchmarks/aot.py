@@ -7,8 +7,8 @@ Prefill, a chunk of decoding with guidance, the feature pass and an epoch of hea
 by libtpu, which needs neither a TPU nor the weights. For each it says what the compiler takes
 beside what `t3jax.plan` foretold, and lists the collectives: kind, shape on a device, bytes, how
 often they stand in the program (those in a loop stand there once). It fails if one of them is
-larger than the model calls for (the hidden states of a batch in float32, and what is gathered of a
-layer where its weights are split further than it is computed), or has a dimension of the whole
+larger than the model calls for (the hidden states of a batch in float32, scores where the width of
+keys is split, and what is gathered of weights that are split along `fsdp`), or has a dimension of the whole
 vocabulary while that is split.
 
 libtpu serves one process at a time. `--layers` compiles fewer: time grows with the layers.
@@ -158,7 +158,11 @@ def largest_expected(job: Job, program: Any) -> int:
         abstract.decode: (job.rows, 1),
         abstract.feature_pass: (job.text_rows, job.text),
     }[program]
-    return rows // job.row_shards * tokens * job.config.hidden_size * 4  # hidden states, float32
+    rows //= job.row_shards
+    hidden = rows * tokens * job.config.hidden_size * 4  # float32
+    # Where the width of keys is split, a step of decoding sums the scores of all slots.
+    by_width = program is abstract.decode and plan.gathered_cache_bytes(job) > 0
+    return max(hidden, rows * job.config.num_heads * job.slots[-1] * 4 if by_width else 0)
 
 
 def collectives(program: str) -> list[Collective]:
