@@ -8,8 +8,8 @@ by libtpu, which needs neither a TPU nor the weights. For each it says what the 
 beside what `t3jax.plan` foretold, and lists the collectives: kind, shape on a device, bytes, how
 often they stand in the program (those in a loop stand there once). It fails if one of them is
 larger than the model calls for (the hidden states of a batch in float32, scores where the width of
-keys is split, and what is gathered of weights that are split along `fsdp`), or has a dimension of the whole
-vocabulary while that is split.
+keys is split, what is gathered of weights that are split along `fsdp`), or has a dimension of the
+whole vocabulary while that is split.
 
 libtpu serves one process at a time. `--layers` compiles fewer: time grows with the layers.
 """
