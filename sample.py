@@ -44,7 +44,6 @@ def main(config: Any) -> None:
         refinements=cli.refinements(config.refinements, lm),
         prompt_format=cli.prompt_format(config),
         batch_size=config.rows,
-        chunk=16 if rows else 8,
     )
     _tell(
         f"{config.model} on {jax.device_count()} {jax.default_backend()} device(s), head "

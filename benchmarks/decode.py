@@ -6,15 +6,18 @@
 Whole calls are compared: prompts of one length, then a fixed number of tokens, no stop. The peer is
 `generate` with the fastest of its caches and thread counts, in float32 (whose figures count) and in
 bfloat16; and, for guided decoding, a plain loop with a key-value cache and a running mean. What
-guidance costs is measured on the decoding steps alone, prefill left out, in paired rounds.
+guidance costs is measured on the decoding steps alone, prefill left out, in paired rounds. Rows
+that take the next prompt when they are finished are measured on answers of uneven length, against
+batches that wait for their longest.
 `--growth` adds batches of 1 to 64 rows and prompts of 32 to 2,048 tokens.
 """
 
 import argparse
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +29,7 @@ from benchmarks.peer import Peer
 from benchmarks.side_by_side import alternate, overhead, random_head, ratio, seconds, tune, write
 from t3jax.lm import load_config
 from t3jax.refinements import PLAIN, Refinements
-from t3jax.sampling import Controls
+from t3jax.sampling import Controls, batch
 from t3jax.sampling.loop import Program, State, Weights, decode_chunk, prefill
 
 BATCHES = (1, 16)
@@ -49,6 +52,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="of whole calls")
     parser.add_argument("--rounds", type=int, default=30, help="pairs for the cost of guidance")
     parser.add_argument("--steps", type=int, default=32, help="decoding steps of such a round")
+    parser.add_argument("--uneven", type=int, default=256, help="prompts of uneven answers")
     parser.add_argument("--caches", default="dynamic,static,compiled", help="of generate, to try")
     parser.add_argument("--growth", action="store_true")
     arguments = parser.parse_args()
@@ -75,6 +79,8 @@ def main() -> None:
     figures |= {f"{name}_cost_batch{rows}": value for name, value in costs.items()}
     needed = weight_bytes(load_config(arguments.model), lm.params) / ceilings.bandwidth
     figures["bandwidth_share_batch1"] = needed / details["step_seconds_batch1"]["plain"]
+    found, details["refilling"] = refilling(arguments)
+    figures |= found
     if arguments.growth:
         details["growth"] = growth(lm, arguments)
     write("decode", figures, {"arguments": vars(arguments), **details})
@@ -231,6 +237,51 @@ class Stretch:
                 self.steps,
             )
         )
+
+
+def refilling(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Many prompts, 16 rows: all in one call, and 16 at a time, which wait for the longest of them.
+
+    One token in 40 ends an answer, so that lengths are those of a coin thrown until it falls.
+    """
+    rows, longest = 16, 96
+    lm = t3jax.load_lm(arguments.model, "float32")
+    lm = dataclasses.replace(lm, eos_ids=tuple(range(0, lm.vocab_size, 40)))
+    sampler = t3jax.Sampler(lm, batch_size=rows)
+    prompts = list(random_prompts(lm, arguments.uneven, arguments.prompt))
+    steps = {"refilled": 0, "waiting": 0}
+    lengths: dict[str, list[int]] = {}
+
+    def counted(name: str) -> Callable[..., Any]:
+        def decode(program: Program, weights: Weights, state: State, *others: Any) -> Any:
+            steps[name] += len(state.done) * others[-1]
+            return decode_chunk(program, weights, state, *others)
+
+        return decode
+
+    def answer(name: str, at_once: int) -> None:
+        steps[name], lengths[name] = 0, []
+        with mock.patch.object(batch, "decode_chunk", counted(name)):
+            for start in range(0, len(prompts), at_once):
+                asked = prompts[start : start + at_once]
+                samples = sampler.generate(asked, temperature=1.0, max_new_tokens=longest)
+                lengths[name] += [len(sample.tokens) for sample in samples]
+
+    works = {
+        "refilled": lambda _=0: answer("refilled", len(prompts)),
+        "waiting": lambda _=0: answer("waiting", rows),
+    }
+    for work in works.values():
+        work()
+    times = alternate(works, 3)
+    used = {name: sum(found) - len(found) for name, found in lengths.items()}
+    figures = {
+        "refill_speedup": ratio(times["waiting"], times["refilled"]),
+        "wasted_share": 1 - used["refilled"] / steps["refilled"],
+        "wasted_share_waiting": 1 - used["waiting"] / steps["waiting"],
+    }
+    mean = float(np.mean(lengths["refilled"]))
+    return figures, {"seconds": times, "steps": steps, "mean_tokens": mean}
 
 
 def growth(lm: t3jax.LM, arguments: argparse.Namespace) -> list[dict[str, Any]]:

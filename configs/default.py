@@ -125,6 +125,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.vary_ranks = ()
     config.vary_epochs = ()
     config.vary_retain_rows = ()  # of the first rows of `retain`, how many the head sees
+    config.refine_rows = placeholder(int)  # questions of a set answered by each refinement
+    config.refine_top_p = 0.9  # the base's nucleus, from which answers are drawn once more
     config.plain_chat = placeholder(
         str
     )  # question-answer rows that have nothing to do with any of it

@@ -32,18 +32,19 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval_retain = f"{config.retain}[::4]"
     config.eval_real_authors = "tofu:real_authors_perturbed"
     config.eval_world_facts = "tofu:world_facts_perturbed"
-    config.eval_temperatures = (1.0, 1.25, 1.5, 2.0, 2.5)
-    config.eval_scales = (0.2, 0.4, 0.6, 1.0)
+    config.eval_temperatures = (1.0, 1.25, 1.5, 2.5)
+    config.eval_scales = (0.4, 0.6, 0.8, 1.0)
     config.eval_refinements = "plain,gated"
     config.selection_rule = "quality_given_utility"
     config.selection_group = 20
     config.max_new_tokens = 96
     config.rows = 64
     config.leak_samples = 16
-    config.leak_rows = 100
+    config.leak_rows = 50
     config.kl_rows = 32
     config.vary_ranks = (2, 5, 100)
     config.vary_epochs = (10, 25, 400)
     config.vary_retain_rows = (40, 100, 200)
+    config.refine_rows = 64
     config.plain_chat = "configs/plain_chat.jsonl"
     return config

@@ -27,8 +27,8 @@ from t3jax.liveness import peak_bytes
 from t3jax.lm import LM, LMConfig, from_params
 from t3jax.lm.decoder import abstract_params
 from t3jax.sampling import loop
+from t3jax.sampling.cache import cache_slots
 from t3jax.sampling.next_token import Controls
-from t3jax.sampling.sampler import cache_slots
 from t3jax.training import TrainConfig
 from t3jax.training import trainer as head_trainer
 from t3jax.training.batches import Tokens
@@ -88,7 +88,7 @@ class Job:
     rows: int = 16
     prompt: int = 128
     new_tokens: int = 200
-    chunk: int = 16
+    chunk: int = 8
     text: int = 1024
     text_rows: int = 16
     texts: int = 4000
@@ -164,7 +164,7 @@ def decode(job: Job, shardings: Any = None) -> Step:
 
 
 def state(job: Job, slots: int) -> loop.State:
-    """The state of decoding: the cache placed by the rules, what else there is by rows."""
+    """The state of decoding, placed by the rules."""
     # What else there is does not depend on the layers, and one is quick to trace.
     shallow = dataclasses.replace(job.config, num_layers=1, local=job.config.local[:1])
     program, *batch, first, stop_ids = prefill(dataclasses.replace(job, config=shallow)).arguments
@@ -173,8 +173,8 @@ def state(job: Job, slots: int) -> loop.State:
     )
     lm = abstract_lm(job.config, job.dtype, job.mesh)
     cache = jax.eval_shape(functools.partial(lm.init_cache, job.rows, slots))
-    cache = placed(cache, sharding.cache_shardings(job.mesh, cache))
-    return by_rows(job.mesh, made._replace(cache=None))._replace(cache=cache)
+    made = made._replace(cache=cache)
+    return placed(made, loop.state_shardings(job.mesh, made))
 
 
 def feature_pass(job: Job) -> Step:

@@ -130,6 +130,14 @@ def load_heads(
     return folders, heads, [tuple(map(folders.index, group)) for group in groups]
 
 
+def changed(config: Any, **fields: Any) -> Any:
+    """A copy of a config with other values."""
+    copy = config.copy_and_resolve_references()
+    for name, value in fields.items():
+        copy[name] = value
+    return copy
+
+
 def refinements(name: str, lm: LM) -> Refinements:
     """Refinements by name; what is protected are the model's stop tokens.
 

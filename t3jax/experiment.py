@@ -14,45 +14,17 @@ import json
 import pathlib
 import resource
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 from jax.sharding import Mesh
 
-from t3jax import data, files, hosts, pipeline
-from t3jax.evaluation import metrics, probes, recompute, selection
+from t3jax import cli, data, files, hosts, pipeline, variations
+from t3jax.evaluation import probes
 from t3jax.evaluation.logs import Log
 from t3jax.evaluation.scoring import BASE, Setting
-from t3jax.head_io import Head
-from t3jax.lm import LM, load_lm
-from t3jax.sweep import Sweep, of_seeds, sweep, train_grid
-
-# What is varied, one at a time, beside T and s of the sweep.
-RANK, EPOCHS, RETAIN_ROWS = "rank of the head", "epochs", "retain rows seen by the head"
-
-
-class Point(NamedTuple):
-    """What one value of what is varied gives.
-
-    Attributes:
-        axis: What is varied.
-        line: What is held: the refinements, and T or s.
-        value: Its value.
-        distances: D to the retain model's truth ratios, one for each seed.
-        utilities: Utility without ROUGE, one for each seed.
-        utility_interval: 95 % bootstrap interval of the first seed's.
-        forget_probs: Mean probability of the forget answers, one for each seed.
-        forget_interval: 95 % bootstrap interval of the first seed's.
-    """
-
-    axis: str
-    line: str
-    value: float
-    distances: list[float]
-    utilities: list[float]
-    utility_interval: tuple[float, float]
-    forget_probs: list[float]
-    forget_interval: tuple[float, float]
+from t3jax.lm import load_lm
+from t3jax.sweep import Sweep, sweep, train_grid
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,12 +34,17 @@ class Experiment:
     Attributes:
         sweep: The choice and its evaluation, with the leaks of what was chosen on all rows.
         points: What was varied.
+        refined: The paper's method and its refinements at the chosen T and s.
+        truncated: Of the first chosen setting, answers drawn from the base's nucleus; None if none
+            are drawn.
         probes: By kind of text, one for each seed.
         stages: Seconds, and gigabytes of the process at its peak so far, by stage.
     """
 
     sweep: Sweep
-    points: list[Point]
+    points: list[variations.Point]
+    refined: list[variations.Refined]
+    truncated: Log | None
     probes: dict[str, list[probes.Probe]]
     stages: dict[str, dict[str, float]]
 
@@ -93,16 +70,23 @@ def experiment(config: Any, mesh: Mesh) -> Experiment:
     with stage("features and heads"):
         grid = train_grid(config, lm, mesh)
     with stage("choosing"):
-        found = sweep(_changed(config, leak_samples=0), lm, grid, mesh)
+        found = sweep(cli.changed(config, leak_samples=0), lm, grid, mesh)
     with stage("leaks"):
         found = with_leaks(config, found)
     with stage("varying"):
-        points = [*swept(found), *varied(config, lm, mesh, found)]
+        varied = variations.varied(config, lm, mesh, found)
+        points = [*variations.swept(found), *varied]
+    with stage("refining"):
+        refined = variations.refined(config, lm, mesh, found)
+    truncated = None
+    if config.leak_samples:
+        with stage("truncating"):
+            truncated = variations.truncated(config, found)
     with stage("probing"):
         found_probes = probed(config, found)
     hosts.wait_for(folder / "stages.json")
     stages = json.loads((folder / "stages.json").read_text())
-    return Experiment(found, points, found_probes, stages)
+    return Experiment(found, points, refined, truncated, found_probes, stages)
 
 
 def with_models(config: Any, mesh: Mesh) -> Any:
@@ -122,11 +106,11 @@ def with_models(config: Any, mesh: Mesh) -> Any:
         "eval_dir": str(folder / "evaluation"),
     }
     if config.retain_model is not None:
-        return _changed(config, **kept)
+        return cli.changed(config, **kept)
     both, alone = (config.retain, config.forget), (config.retain,)
     made = {
         name: pipeline.finetuned(
-            _changed(
+            cli.changed(
                 config,
                 finetune_data=sources,
                 finetune_validation=() if name == "base" else (config.forget,),
@@ -136,7 +120,9 @@ def with_models(config: Any, mesh: Mesh) -> Any:
         )
         for name, sources in (("base", both), ("retain_only", alone))
     }
-    return _changed(config, model=str(made["base"]), retain_model=str(made["retain_only"]), **kept)
+    return cli.changed(
+        config, model=str(made["base"]), retain_model=str(made["retain_only"]), **kept
+    )
 
 
 def with_leaks(config: Any, found: Sweep) -> Sweep:
@@ -156,72 +142,6 @@ def with_leaks(config: Any, found: Sweep) -> Sweep:
         retain_unlearning=of_retain_model,
     )
     return dataclasses.replace(found, evaluation=evaluation)
-
-
-def swept(found: Sweep) -> list[Point]:
-    """How what was scored in a sweep depends on T and on s, the other held as it was chosen."""
-    chosen = found.chosen[0]
-    recipe = [setting for setting in found.candidates.values() if setting[0].heads == chosen.heads]
-    points = []
-    for seeds in recipe:
-        setting = seeds[0]
-        kept = [found.scored[each.name] for each in seeds]
-        kind = setting.refinements.name
-        if setting.guidance_scale == chosen.guidance_scale:
-            line = f"{kind}, s = {setting.guidance_scale:g}"
-            points.append(_point("T", line, setting.base_temperature, kept, found.retain_scored))
-        if setting.base_temperature == chosen.base_temperature:
-            line = f"{kind}, T = {setting.base_temperature:g}"
-            points.append(_point("s", line, setting.guidance_scale, kept, found.retain_scored))
-    return points
-
-
-def varied(config: Any, lm: LM, mesh: Mesh, found: Sweep) -> list[Point]:
-    """How the chosen setting depends on the head's rank and epochs and the retain rows it saw.
-
-    Args:
-        config: The settings; `vary_ranks`, `vary_epochs` and `vary_retain_rows` say which.
-        lm: The model.
-        mesh: Where to train.
-        found: The sweep, whose heads are the values that the config has anyway.
-
-    Returns:
-        A point for each value.
-    """
-    rows = len(data.load_dataset(config.retain, config.tofu_dir))
-    first = found.chosen[0].heads[0]
-    own = found.grid.heads[first : first + found.grid.seeds]
-    trained: list[tuple[str, float, Sequence[Head]]] = [
-        (RANK, own[0].config.rank, own),
-        (EPOCHS, config.epochs, own),
-        (RETAIN_ROWS, rows, own),
-    ]
-    changes = [
-        *((RANK, rank, {"rank": rank}) for rank in config.vary_ranks),
-        *((EPOCHS, epochs, {"epochs": epochs}) for epochs in config.vary_epochs),
-        *(
-            (RETAIN_ROWS, count, {"retain": f"{config.retain}[:{count}]"})
-            for count in config.vary_retain_rows
-        ),
-    ]
-    for axis, value, change in changes:
-        if "epochs" in change:  # the same share of them is warm-up
-            warmup = value * config.warmup_epochs // config.epochs
-            change["warmup_epochs"] = warmup
-        workdir = pathlib.Path(config.workdir) / f"{axis.split()[0]}-{value}"
-        other = _changed(config, **change, workdir=str(workdir), sweep_ranks=())
-        trained.append((axis, value, train_grid(other, lm, mesh).heads))
-    heads = list(dict.fromkeys(head for _, _, several in trained for head in several))
-    chosen = dataclasses.replace(found.chosen[0], name="head0-varied", heads=(0,))
-    settings = of_seeds(chosen, len(heads))
-    examined = found.evaluation.examined
-    examined = dataclasses.replace(examined, store=examined.store.with_heads(heads))
-    scored, retain_log = pipeline.score(config, examined, settings, answers=False)
-    by_head = dict(zip(heads, scored.values(), strict=True))
-    return [
-        _point(axis, chosen.refinements.name, value, [by_head[h] for h in several], retain_log)
-        for axis, value, several in trained
-    ]
 
 
 def probed(config: Any, found: Sweep) -> dict[str, list[probes.Probe]]:
@@ -263,31 +183,6 @@ def probed(config: Any, found: Sweep) -> dict[str, list[probes.Probe]]:
                 for tilted, served in zip(plain, found.chosen, strict=True)
             ]
     return results
-
-
-def _point(axis: str, line: str, value: float, seeds: Sequence[Log], retain_log: Any) -> Point:
-    rows = [selection.rows_of(log) for log in seeds]
-    forget = [recompute.rows(log, "forget_Q_A_Prob") for log in seeds]
-    utility = metrics.bootstrap_interval(selection.utility, *rows[0].utility.values())
-    interval = metrics.bootstrap_interval(lambda prob: float(prob.mean()), forget[0])
-    return Point(
-        axis,
-        line,
-        value,
-        [recompute.forget_quality(log, retain_log).statistic for log in seeds],
-        [selection.utility(*each.utility.values()) for each in rows],
-        (utility.low, utility.high),
-        [float(prob.mean()) for prob in forget],
-        (interval.low, interval.high),
-    )
-
-
-def _changed(config: Any, **fields: Any) -> Any:
-    """A copy of a config with other values."""
-    copy = config.copy_and_resolve_references()
-    for name, value in fields.items():
-        copy[name] = value
-    return copy
 
 
 @contextlib.contextmanager

@@ -220,6 +220,29 @@ def settings(
     )
 
 
+def load_sets(config: Any, lm: LM) -> dict[str, tofu.QuestionSet]:
+    """The question sets of a config, encoded, by key of `tofu.SETS`.
+
+    Raises:
+        FileNotFoundError: A file does not exist.
+        ValueError: A file is bad.
+    """
+    return tofu.load_sets(
+        {
+            "forget": config.eval_forget,
+            "retain": config.eval_retain,
+            "ra": config.eval_real_authors,
+            "wf": config.eval_world_facts,
+            "holdout": config.eval_holdout,
+        },
+        lm.tokenizer,
+        cli.prompt_format(config),
+        config.max_length or lm.max_position,
+        config.tofu_dir,
+        config.eval_rows,
+    )
+
+
 def examine(config: Any, lm: LM, heads: Sequence[Head], mesh: Mesh | None = None) -> Examined:
     """Loads what an evaluation needs beside the model: the question sets and the retain model.
 
@@ -235,20 +258,7 @@ def examine(config: Any, lm: LM, heads: Sequence[Head], mesh: Mesh | None = None
     Raises:
         ValueError: If a file is bad, or the retain model has another tokenizer.
     """
-    sets = tofu.load_sets(
-        {
-            "forget": config.eval_forget,
-            "retain": config.eval_retain,
-            "ra": config.eval_real_authors,
-            "wf": config.eval_world_facts,
-            "holdout": config.eval_holdout,
-        },
-        lm.tokenizer,
-        cli.prompt_format(config),
-        config.max_length or lm.max_position,
-        config.tofu_dir,
-        config.eval_rows,
-    )
+    sets = load_sets(config, lm)
     kept: dict[str, Any] = {
         "folder": pathlib.Path(config.eval_dir) / "store",
         "rows": config.rows,

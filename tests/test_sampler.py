@@ -7,8 +7,7 @@ import pytest
 
 import t3jax
 from t3jax import Refinements
-from t3jax.sampling import loop
-from t3jax.sampling import sampler as sampler_module
+from t3jax.sampling import batch, cache, loop
 
 QUESTIONS = ["Who wrote the book?", "Where was the author born?", "Why?"]
 DRAWN = {"temperature": 1.0, "max_new_tokens": 20}
@@ -54,16 +53,64 @@ def test_a_cache_that_grows_changes_nothing(sampler, endless, head, monkeypatch)
     expected = tokens(sampler.generate(QUESTIONS, **DRAWN))
     grown = []
 
-    def grow(program, state, slots):
-        grown.append((state.cache.positions.shape[1], slots))
-        return loop.grow(program, state, slots)
+    def resize(program, state, shift, slots):
+        grown.append((state.cache.positions.shape[1], int(shift), slots))
+        return cache.resize(program, state, shift, slots)
 
-    monkeypatch.setattr(sampler_module, "grow", grow)
-    monkeypatch.setattr(sampler_module, "_SLOT_STEP", 8)
+    monkeypatch.setattr(batch, "resize", resize)
+    monkeypatch.setattr(cache, "_SLOT_STEP", 8)
     other = t3jax.Sampler(endless, head, chunk=4, batch_size=4)
     assert tokens(other.generate(QUESTIONS, **DRAWN)) == expected
-    # Prompts of up to 64 tokens, then 1 + 20 rounded up to chunks; by half, but not beyond that.
-    assert grown == [(72, 85)]
+    # Prompts of up to 56 of 64 slots, then 1 + 20 rounded up to chunks: not by half, but to that.
+    assert grown == [(72, 8, 85)]
+
+
+@pytest.fixture(scope="module")
+def uneven(tiny_lm):
+    """A tenth of the vocabulary ends an answer: lengths differ much."""
+    return dataclasses.replace(tiny_lm, eos_ids=tuple(range(0, tiny_lm.vocab_size, 10)))
+
+
+def many_prompts(lm, count=64, longest=70):
+    draw = np.random.default_rng(3)
+    lengths = draw.integers(1, longest, count)
+    return [draw.integers(0, lm.vocab_size, length).tolist() for length in lengths]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_rows_that_are_finished_take_the_next_prompts(uneven, head, monkeypatch, cached):
+    lm = uneven
+    if not cached:  # a model that reads the whole text anew is a cache of another kind
+
+        def apply(params, tokens, positions, mask, _):
+            return uneven.apply(params, tokens, positions, mask, None)
+
+        lm = t3jax.make_lm(
+            apply, lm.unembed, lm.params, max_position=lm.max_position, eos_ids=lm.eos_ids
+        )
+    prompts, options = many_prompts(lm), {"temperature": 1.0, "max_new_tokens": 40, "seed": 2}
+    at_once = tokens(t3jax.Sampler(lm, head, batch_size=64, chunk=40).generate(prompts, **options))
+    steps, moves = [], []
+
+    def counted(program, weights, state, *arguments):
+        steps.append(state.done.shape[0] * arguments[-1])
+        return loop.decode_chunk(program, weights, state, *arguments)
+
+    def compact(program, state, shift, slots):
+        moves.append(int(shift))
+        return cache.compact(program, state, shift, slots)
+
+    monkeypatch.setattr(batch, "decode_chunk", counted)
+    monkeypatch.setattr(batch, "compact", compact)
+    monkeypatch.setattr(cache, "_SLOT_STEP", 8)
+    found = tokens(t3jax.Sampler(lm, head, batch_size=8, chunk=2).generate(prompts, **options))
+    assert found == at_once
+    lengths = [len(answer) for answer in found]
+    assert max(lengths) > 3 * np.mean(lengths)
+    assert any(moves)
+    # The first token of each came of its prompt. In batches of 8 as they stand, .6 were wasted.
+    wasted = 1 - sum(length - 1 for length in lengths) / sum(steps)
+    assert wasted < 0.3
 
 
 def test_samples_of_a_prompt_differ_and_follow_one_another(sampler):
@@ -185,7 +232,7 @@ def test_a_finished_batch_stops_early(endless, head, monkeypatch):
         calls.append(arguments)
         return original(*arguments)
 
-    monkeypatch.setattr(t3jax.sampling.sampler, "decode_chunk", counting)
+    monkeypatch.setattr(batch, "decode_chunk", counting)
     all_tokens = tuple(range(endless.vocab_size))
     sampler = t3jax.Sampler(endless, head, chunk=4)
     answers = sampler.generate(QUESTIONS, max_new_tokens=200, stop_ids=all_tokens)

@@ -15,17 +15,18 @@ CONFIG = dataclasses.replace(tiny.CONFIG, num_layers=1)
 
 @pytest.mark.parametrize("name", scaling.PROGRAMS)
 def test_eight_devices_with_eight_times_the_rows_do_the_work_of_one(name):
-    one, many = (
-        scaling.counts(scaling.PROGRAMS[name](scaling.make_job(CONFIG, mesh, 8, 32)).compile())
+    jobs = [
+        scaling.make_job(CONFIG, mesh, 8, 32)
         for mesh in (make_mesh(devices=jax.devices()[:1]), make_mesh())
-    )
+    ]
+    one, many = (scaling.counts(scaling.PROGRAMS[name](job).compile()) for job in jobs)
     assert one["exchanged"] == 0
     for count in ("operations", "accessed", "arguments", "temporaries"):
         np.testing.assert_allclose(many[count], one[count], rtol=0.05, err_msg=count)
-    # No rows: in training the gradient of the head and the loss; of 64 answers, for every host to
-    # read, 16 tokens each and whether they are finished.
+    # No rows: in training the gradient of the head and the loss; of answers, for every host to
+    # read, a chunk of tokens each and whether they are finished.
     head = 4 * 20 * (CONFIG.hidden_size + CONFIG.vocab_size)
-    answers = 64 * (16 * 4 + 1)
+    answers = jobs[1].rows * (jobs[1].chunk * 4 + 1)
     bounds = {"features": 0, "head training": head + 64, "decoding": answers + 64}
     assert many["exchanged"] <= bounds[name]
 

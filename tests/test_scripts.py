@@ -252,6 +252,12 @@ def test_an_experiment_makes_its_models_and_a_page_of_results(repository, folder
     rank = [point["value"] for point in found["points"] if point["axis"].startswith("rank")]
     assert rank == [3, 2]
     assert all(stage["done"] for stage in found["stages"].values())
+    names = ["plain", "gated", "protected", "gated-protected", "zero-started output"]
+    names += ["class prior 0.50", "two requests", "two requests, product"]
+    assert list(found["refined"]) == names
+    assert all(len(each["scored"]) == 2 for each in found["refined"].values())
+    assert found["refined"]["plain"] != found["refined"]["protected"]
+    assert "forget_leak_rate" in found["truncated"]
     assert found["probes"]["plain chat"] == found["probes"]["retain answers (trained on)"]
     assert (here / "varied.svg").read_text().startswith("<?xml")
     page = (here / "results.md").read_text()

@@ -12,13 +12,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.aot import collectives, dimensions
-from t3jax import features, sharding
+from t3jax import abstract, features, plan, sharding
 from t3jax.data import PromptFormat, encode_records
 from t3jax.head import head_scores
 from t3jax.pooling import causal_mean
 from t3jax.refinements import PLAIN, Refinements
 from t3jax.sampling import Controls, Sampler
-from t3jax.sampling.loop import Program, Weights, decode_chunk, prefill
+from t3jax.sampling.cache import admit
+from t3jax.sampling.loop import Program, Weights, decode_chunk, prefill, state_shardings
 from t3jax.sharding import (
     batch_sharding,
     cache_shardings,
@@ -211,14 +212,7 @@ def test_no_step_of_decoding_exchanges_anything_as_long_as_the_vocabulary(shape,
     refinements = Refinements(gated=True, protected=(263,)) if refined else PLAIN
     program, weights, reading, writing = decoding(shape, ONE_LAYER, refined, refinements)
     state, _ = jax.eval_shape(lambda: prefill(program, weights, *reading))
-    mesh = program.mesh
-    places = jax.tree.map(lambda x: batch_sharding(mesh, x.shape), state)._replace(
-        cache=cache_shardings(mesh, state.cache),
-        seen=fitting(mesh, P(BY_ROWS, "model"), state.seen.shape),
-    )
-    state = jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places
-    )
+    state = abstract.placed(state, state_shardings(program.mesh, state))
     text = decode_chunk.lower(program, weights, state, *writing).compile().as_text()
     part, slots = 264 // shape[2], state.cache.positions.shape[1]
     exchanged = [(each.shape, dimensions(each.shape)) for each in collectives(text)]
@@ -230,6 +224,28 @@ def test_no_step_of_decoding_exchanges_anything_as_long_as_the_vocabulary(shape,
     # No keys and values: where their width is split, sums of scores for each slot.
     scores = {"f32[8,4,2,1,49]"} if shape[2] == 8 else set()
     assert {name for name, sizes in exchanged if slots in sizes} == scores
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 4), (2, 2, 2)])
+def test_rows_that_take_new_prompts_exchange_the_new_ones_alone(shape):
+    program, weights, reading, _ = decoding(shape, ONE_LAYER)
+    state, _ = jax.eval_shape(lambda: prefill(program, weights, *reading))
+    few = row_shards(program.mesh)
+    new = jax.tree.map(lambda x: x[:few] if x.ndim else x, reading[:4])
+    new, _ = jax.eval_shape(lambda: prefill(program, weights, *new, LENGTH, reading[-1]))
+    state, new = (abstract.placed(x, state_shardings(program.mesh, x)) for x in (state, new))
+    rows, start = (jax.ShapeDtypeStruct(n, jnp.int32) for n in ((few,), ()))
+    compiled = admit.lower(program, state, new, rows, start).compile()
+    found = compiled.output_shardings
+    places = state_shardings(program.mesh, state)
+    same = jax.tree.map(lambda x, s, p: s.is_equivalent_to(p, x.ndim), state, found, places)
+    assert all(jax.tree.leaves(same))
+    text = compiled.as_text()
+    print(collectives(text))
+    assert all(264 not in dimensions(each.shape) for each in collectives(text))
+    assert (
+        sum(each.size * each.count for each in collectives(text)) <= 2 * plan.shard_bytes(new) * few
+    )
 
 
 @pytest.mark.parametrize("shape", MESHES)

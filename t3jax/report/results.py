@@ -45,6 +45,8 @@ def write_experiment(folder: str | os.PathLike[str], found: Experiment, *, title
         ("Model utility, part by part", _utility_parts(found)),
         ("Leaks when many answers are drawn", _leaks(found)),
         ("One thing varied at a time", "![](varied.svg)"),
+        ("Refinements, each at the chosen T and s", _refined(found)),
+        ("Answers drawn from the base's nucleus", _truncated(found)),
         ("Texts that no head was trained on", _probes(found)),
         ("What it took", _stages(found)),
     ]
@@ -145,22 +147,69 @@ def _leaks(found: Experiment) -> str:
     return _table(["asked", "", "1 answer", "4 answers", "all answers", "difference"], rows)
 
 
+def _refined(found: Experiment) -> str:
+    columns = [
+        "",
+        "D",
+        "utility without ROUGE",
+        "forget prob.",
+        "forget ROUGE",
+        "reworded",
+        "retain ROUGE",
+        "reworded ",
+        "perplexity",
+        "length",
+    ]
+    rows = []
+    for each in found.refined:
+        distances = [
+            recompute.forget_quality(log, found.sweep.retain_scored).statistic
+            for log in each.scored
+        ]
+        forget = [recompute.rows(log, "forget_Q_A_Prob").mean() for log in each.scored]
+        rows.append(
+            [
+                each.name,
+                _spread(distances),
+                _spread([selection.log_utility(log) for log in each.scored]),
+                _spread(forget),
+                _cell(_mean, each.answered, "forget_Q_A_ROUGE"),
+                _aggregate(each.unlearning, "forget_paraphrased_Q_A_ROUGE"),
+                _cell(_mean, each.answered, "retain_Q_A_ROUGE"),
+                _aggregate(each.unlearning, "retain_paraphrased_Q_A_ROUGE"),
+                _aggregate(each.unlearning, "forget_greedy_fluency"),
+                _length(each.unlearning),
+            ]
+        )
+    return _table(columns, rows)
+
+
+def _truncated(found: Experiment) -> str:
+    if found.truncated is None:
+        return ""
+    chosen = found.sweep.chosen[0].name
+    whole = found.sweep.evaluation.unlearning[chosen]
+    rows = []
+    for name, log in ((f"{chosen}, whole", whole), (f"{chosen}, nucleus", found.truncated)):
+        fluency = log["forget_sample_fluency"]
+        leaks = ["/".join(_by_samples(log[m])) if m in log else _DASH for m in _LEAKS.values()]
+        rows.append([name, *leaks, f"{fluency['agg_value']:.3g}", f"{fluency['repetition']:.3f}"])
+    columns = ["", "leaks of 1/4/all answers", "reworded", "perplexity", "repetition"]
+    return _table(columns, rows)
+
+
 def _by_samples(entry: dict[str, Any]) -> list[str]:
     by, n = entry["by_samples"], entry["samples"]
     return [f"{by[str(min(k, n))]:.3f}" for k in (1, 4, n)]
 
 
 def _probes(found: Experiment) -> str:
-    def spread(values: Sequence[float]) -> str:
-        text = f"{np.mean(values):.3f}"
-        return text if len(values) == 1 else f"{text} ({min(values):.3f} to {max(values):.3f})"
-
     rows = [
         [
             kind,
             str(seeds[0].texts),
             *(
-                spread([getattr(each, field) for each in seeds])
+                _spread([getattr(each, field) for each in seeds])
                 for field in ("retain_prob", "lowest", "below_half", "change")
             ),
         ]
@@ -191,11 +240,24 @@ def _as_json(found: Experiment) -> dict[str, Any]:
         | _aggregates(evaluation.retain_unlearning or {}),
         "scored": {name: _aggregates(log) for name, log in found.sweep.scored.items()},
         "points": [point._asdict() for point in found.points],
+        "refined": {
+            each.name: {
+                "scored": [_aggregates(log) for log in each.scored],
+                "answered": _aggregates(each.answered) | _aggregates(each.unlearning),
+            }
+            for each in found.refined
+        },
+        "truncated": _aggregates(found.truncated or {}),
         "probes": {
             kind: [each._asdict() for each in seeds] for kind, seeds in found.probes.items()
         },
         "stages": found.stages,
     }
+
+
+def _spread(seeds: Sequence[float]) -> str:
+    text = f"{np.mean(seeds):.3f}"
+    return text if len(seeds) == 1 else f"{text} ({min(seeds):.3f} to {max(seeds):.3f})"
 
 
 def _aggregates(log: Log) -> dict[str, float]:

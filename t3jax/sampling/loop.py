@@ -124,7 +124,7 @@ def prefill(
         The state to continue from, and the first tokens, `[B, 1]`.
     """
     batch, _ = prompts.shape
-    cache = _placed(program, program.init_cache(batch, slots))
+    cache = _placed_cache(program, program.init_cache(batch, slots))
     hidden, cache = program.apply(weights.params, prompts, None, mask, cache)
     pooled = pooling.running_mean(hidden, mask)
     # The last prompt token of every row stands in the last slot: only its logits are formed.
@@ -146,30 +146,6 @@ def prefill(
     return state, _everywhere(program, Emitted(token, logprobs, state.done))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def grow(program: Program, state: State, slots: int) -> State:
-    """The same state with a longer cache: what is read at every step need only hold what is there.
-
-    Args:
-        program: What is compiled.
-        state: From `prefill` or a chunk.
-        slots: S of the new cache, more than it has.
-
-    Returns:
-        The state. For a moment both caches are in memory.
-    """
-
-    def copied(new: Array, old: Array) -> Array:
-        if new.shape == old.shape:
-            return old
-        return jax.lax.dynamic_update_slice(new, old, (0,) * new.ndim)
-
-    empty = program.init_cache(state.token.shape[0], slots)
-    return state._replace(
-        cache=_placed(program, jax.tree.map(copied, empty, state.cache)),
-    )
-
-
 @functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=2)
 def decode_chunk(
     program: Program,
@@ -181,8 +157,6 @@ def decode_chunk(
     steps: int,
 ) -> tuple[State, Emitted]:
     """Chooses up to `steps` more tokens for every row that is not finished.
-
-    When all rows are finished before it starts, a chunk costs nothing: the host may run ahead.
 
     Args:
         program: What is compiled.
@@ -203,24 +177,15 @@ def decode_chunk(
             weights.params, state.token[:, None], None, reading, state.cache
         )
         state = state._replace(
-            cache=_placed(program, cache),
+            cache=_placed_cache(program, cache),
             pooled=pooling.running_mean(hidden, reading, state.pooled),
         )
         logits = program.unembed(weights.params, hidden[:, 0])
         return _choose(program, weights, state, logits, controls, stop_ids)
 
-    def work(state: State) -> tuple[State, tuple[Array, Logprobs | None]]:
-        return jax.lax.scan(step, state, None, length=steps)
-
-    def idle(state: State) -> tuple[State, tuple[Array, Logprobs | None]]:
-        shape = (steps, state.token.shape[0])
-        nothing = jnp.zeros(shape, jnp.float32)
-        logprobs = Logprobs(nothing, nothing) if program.with_logprobs else None
-        return state, (jnp.full(shape, -1, jnp.int32), logprobs)
-
     state = state._replace(done=state.done | stopped)
-    # The branch is taken once a chunk: inside the scan it would copy the cache at every step.
-    state, emitted = jax.lax.cond(jnp.all(state.done), idle, work, state)
+    # No branch around it, though all rows may be finished: that would copy the cache once a chunk.
+    state, emitted = jax.lax.scan(step, state, None, length=steps)
     tokens, logprobs = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), emitted)
     return state, _everywhere(program, Emitted(tokens, logprobs, state.done))
 
@@ -272,14 +237,29 @@ def _choose(
         step=state.step + 1,
         seen=jax.vmap(lambda row, id: row.at[id].set(True))(state.seen, token),
     )
-    return state, (chosen, logprobs)
+    return placed(program, state), (chosen, logprobs)
 
 
-def _placed(program: Program, cache: Any) -> Any:
+def state_shardings(mesh: Mesh, state: Any) -> Any:
+    """Shardings of a state: all by rows, the cache's heads and the vocabulary over `model`."""
+    by_rows = jax.tree.map(lambda x: sharding.batch_sharding(mesh, x.shape), state)
+    return by_rows._replace(
+        cache=sharding.cache_shardings(mesh, state.cache),
+        seen=sharding.fitting(mesh, P(sharding.ROWS, sharding.MODEL), state.seen.shape),
+    )
+
+
+def placed(program: Program, state: State) -> State:
+    """A state where it belongs, inside of jit."""
+    if program.mesh.size == 1:
+        return state
+    return jax.lax.with_sharding_constraint(state, state_shardings(program.mesh, state))
+
+
+def _placed_cache(program: Program, cache: Any) -> Any:
     if program.mesh.size == 1:
         return cache
-    shardings = sharding.cache_shardings(program.mesh, cache)
-    return jax.tree.map(jax.lax.with_sharding_constraint, cache, shardings)
+    return jax.lax.with_sharding_constraint(cache, sharding.cache_shardings(program.mesh, cache))
 
 
 def _everywhere(program: Program, emitted: Emitted) -> Emitted:

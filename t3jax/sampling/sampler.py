@@ -1,31 +1,23 @@
 """Text in, text out: the `Sampler`.
 
-It renders prompts, sorts them into batches of like length, runs the loop of `t3jax.sampling.loop`,
-looks for stop strings between chunks and turns tokens into text. It holds no random state: the same
-call gives the same answers.
+It renders prompts, has them answered by `t3jax.sampling.batch`, looks for stop strings and turns
+tokens into text. It holds no random state: the same call gives the same answers.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from t3jax import hosts, sharding
-from t3jax.batching import round_up
+from t3jax import hosts
 from t3jax.data.chat import PromptFormat, encode_prompt
 from t3jax.head_io import Head, check_head_fits, common_default, place_head
 from t3jax.lm.model import LM
 from t3jax.refinements import PLAIN, Refinements
-from t3jax.sampling.loop import Emitted, Program, Weights, decode_chunk, grow, prefill
-from t3jax.sampling.next_token import Controls
-
-_SLOT_STEP = 64  # slots of the cache, which grows as answers do, by half at least
-_PROMPT_STEP = 32  # prompt lengths are rounded up to a multiple: one compiled program for each
+from t3jax.sampling.batch import Asked, Batch
+from t3jax.sampling.loop import Program, Weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +105,7 @@ class Sampler:
         refinements: Refinements = PLAIN,
         prompt_format: PromptFormat | None = None,
         batch_size: int = 16,
-        chunk: int = 16,
+        chunk: int = 8,
     ):
         """Places the heads beside the model.
 
@@ -126,7 +118,7 @@ class Sampler:
             refinements: Extensions of the paper's method; they need a head.
             prompt_format: How a question becomes a prompt; None is the chat template's default.
             batch_size: Rows decoded together, at most.
-            chunk: Steps between two looks of the host: what a batch may run on in vain.
+            chunk: Steps between two looks of the host: what a row may run on in vain.
 
         Raises:
             ValueError: If a head's vocabulary or width is not the model's, heads have different T
@@ -189,21 +181,15 @@ class Sampler:
                 prompt and answer together exceed the model's context.
         """
         request = self._request(prompts, base_temperature, guidance_scale, options)
-        samples: dict[int, Sample] = {}
+        tokens: list[list[int]] = [[] for _ in request.rows]
+        logprobs: list[list[tuple[float, float]]] = [[] for _ in request.rows]
         hidden = not progress or not hosts.is_lead()
-        bar = tqdm.tqdm(total=len(request.rows), desc=progress, delay=1, disable=hidden)
-        for batch in request.batches(self.batch_size):
-            tokens: list[list[int]] = [[] for _ in batch]
-            logprobs: list[list[tuple[float, float]]] = [[] for _ in batch]
-            for new_tokens, new_logprobs in self._run(request, batch):
-                for row in range(len(batch)):
-                    tokens[row] += new_tokens[row]
-                    logprobs[row] += new_logprobs[row]
-            for row, i in enumerate(batch):
-                samples[i] = self._sample(request, tokens[row], logprobs[row])
-            bar.update(len(batch))
-        bar.close()
-        return [samples[i] for i in range(len(request.rows))]
+        with tqdm.tqdm(total=len(request.rows), desc=progress, delay=1, disable=hidden) as bar:
+            for piece in self._batch(request).run():
+                tokens[piece.prompt] += piece.tokens
+                logprobs[piece.prompt] += piece.logprobs
+                bar.update(piece.last)
+        return [self._sample(request, *answer) for answer in zip(tokens, logprobs, strict=True)]
 
     def stream(self, prompt: str | Sequence[int] | np.ndarray, **options: Any) -> Iterator[str]:
         """Answers one prompt, yielding text as it comes; `"".join` of it is the whole answer.
@@ -222,8 +208,8 @@ class Sampler:
             raise ValueError("stream gives one answer: num_samples must be 1")
         tokens: list[int] = []
         shown = ""
-        for (new_tokens,), _ in self._run(request, [0]):
-            tokens += new_tokens
+        for piece in self._batch(request).run():
+            tokens += piece.tokens
             text = self._text(tokens, request.options.stop)
             # What may still change is held back: half a character, or the start of a stop string.
             held = max((len(s) - 1 for s in request.options.stop), default=0)
@@ -278,10 +264,8 @@ class Sampler:
             )
         return ids
 
-    def _run(
-        self, request: "_Request", batch: list[int]
-    ) -> Iterator[tuple[list[list[int]], list[list[tuple[float, float]]]]]:
-        """Decodes a batch, yielding each row's new tokens and log-probabilities, chunk by chunk."""
+    def _batch(self, request: "_Request") -> Batch:
+        """All answers of a request."""
         options = request.options
         program = Program(
             self.lm.apply,
@@ -293,70 +277,23 @@ class Sampler:
             self.lm.mesh,
             self.refinements,
         )
-        size = self._padded_rows(len(batch))
-        prompts = [request.encoded[request.rows[i][0]] for i in batch]
-        length = round_up(max(map(len, prompts)), _PROMPT_STEP)
-        tokens = np.zeros((size, length), np.int32)
-        mask = np.zeros((size, length), bool)
-        for row, ids in enumerate(prompts):
-            tokens[row, length - len(ids) :] = ids
-            mask[row, length - len(ids) :] = True
-        place = functools.partial(self._place, size)
-        keys = place(_row_keys(options.seed, [request.rows[i] for i in batch], size))
-        controls = place(request.controls(size))
-        stop_ids = np.asarray([*self.lm.eos_ids, *options.stop_ids], np.int32)
-        chunks = -(-(options.max_new_tokens - 1) // self.chunk)
-        slots = cache_slots(length, chunks, self.chunk)
-        state, emitted = prefill(
-            program, self._weights, *place((tokens, mask)), keys, controls, slots[0], stop_ids
-        )
-        stopped = np.zeros(size, bool)
-        text_so_far: list[list[int]] = [[] for _ in batch]
-        left = options.max_new_tokens
-        for i in range(chunks):
-            if slots[i + 1] > slots[i]:
-                state = grow(program, state, slots[i + 1])
-            # The next chunk is under way before the host looks at the one before it.
-            state, following = decode_chunk(
-                program, self._weights, state, place(stopped), controls, stop_ids, self.chunk
-            )
-            yield self._collect(emitted, text_so_far, stopped, options.stop, left)
-            left -= emitted.tokens.shape[1]
-            done = np.asarray(emitted.done) | stopped
-            emitted = following
-            if done.all():
-                return
-        yield self._collect(emitted, text_so_far, stopped, options.stop, left)
 
-    def _collect(
-        self,
-        emitted: Emitted,
-        text_so_far: list[list[int]],
-        stopped: np.ndarray,
-        stop: tuple[str, ...],
-        left: int,
-    ) -> tuple[list[list[int]], list[list[tuple[float, float]]]]:
-        """Brings a chunk to the host and marks the rows whose text holds a stop string."""
-        columns = np.asarray(emitted.tokens)[:, :left]
-        logprobs = emitted.logprobs and [np.asarray(part)[:, :left] for part in emitted.logprobs]
-        new_tokens: list[list[int]] = []
-        new_logprobs: list[list[tuple[float, float]]] = []
-        for row, so_far in enumerate(text_so_far):
-            count = 0 if stopped[row] else int(np.sum(columns[row] >= 0))
-            new_tokens.append(columns[row, :count].tolist())
-            new_logprobs.append(
-                [
-                    (float(b), float(g))
-                    for b, g in zip(*(p[row, :count] for p in logprobs), strict=True)
-                ]
-                if logprobs
-                else []
-            )
-            so_far += new_tokens[row]
-            if stop and not stopped[row]:
-                text = self._text(so_far, ())
-                stopped[row] = any(string in text for string in stop)
-        return new_tokens, new_logprobs
+        def stopped(tokens: list[int]) -> bool:
+            text = self._text(tokens, ())
+            return any(string in text for string in options.stop)
+
+        return Batch(
+            program,
+            self._weights,
+            [Asked(request.encoded[prompt], (prompt, j)) for prompt, j in request.rows],
+            knobs=request.knobs,
+            stop_ids=[*self.lm.eos_ids, *options.stop_ids],
+            max_new_tokens=options.max_new_tokens,
+            seed=options.seed,
+            rows=self.batch_size,
+            chunk=self.chunk,
+            ended=stopped if options.stop else None,
+        )
 
     def _sample(
         self, request: "_Request", tokens: list[int], logprobs: list[tuple[float, float]]
@@ -373,34 +310,6 @@ class Sampler:
         ends = [at for string in stop if (at := text.find(string)) >= 0]
         return text[: min(ends)] if ends else text
 
-    def _padded_rows(self, rows: int) -> int:
-        """Rows of the compiled program: a power of two, and a multiple of the row shards."""
-        size = min(1 << (rows - 1).bit_length(), max(self.batch_size, rows))
-        return round_up(size, sharding.row_shards(self.lm.mesh))
-
-    def _place(self, size: int, tree: Any) -> Any:
-        return hosts.place(tree, sharding.batch_sharding(self.lm.mesh, (size,)))
-
-
-def cache_slots(length: int, chunks: int, chunk: int) -> list[int]:
-    """Slots of the cache while an answer is decoded: it grows as it is filled.
-
-    Args:
-        length: Slots of the prompt, padding included.
-        chunks: Chunks at most.
-        chunk: Steps of one.
-
-    Returns:
-        The slots that `prefill` makes, and those in each chunk.
-    """
-    most = length + 1 + chunks * chunk
-    slots = [min(most, round_up(length + 1 + chunk, _SLOT_STEP))]
-    for i in range(chunks):
-        needed, last = length + 1 + (i + 1) * chunk, slots[-1]
-        grown = min(most, round_up(max(needed, last * 3 // 2), _SLOT_STEP))
-        slots.append(grown if needed > last else last)
-    return slots
-
 
 @dataclasses.dataclass(frozen=True)
 class _Request:
@@ -412,36 +321,15 @@ class _Request:
     encoded: list[np.ndarray]
     rows: list[tuple[int, int]]
 
-    def batches(self, size: int) -> Iterator[list[int]]:
-        """Rows of like prompt length together."""
-        order = sorted(range(len(self.rows)), key=lambda i: len(self.encoded[self.rows[i][0]]))
-        for start in range(0, len(order), size):
-            yield order[start : start + size]
-
-    def controls(self, size: int) -> Controls:
-        options = self.options
-        return Controls.filled(
-            size,
-            base_temperature=self.base_temperature,
-            guidance_scale=self.guidance_scale,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            min_p=options.min_p,
-            repetition_penalty=options.repetition_penalty,
-        )
-
-
-def _row_keys(seed: int, rows: list[tuple[int, int]], size: int) -> jax.Array:
-    """A key for each row, from the seed, the prompt's index and the sample's."""
-    ids = np.zeros((size, 2), np.uint32)
-    ids[: len(rows)] = rows
-    return _fold(jax.random.key(seed), jnp.asarray(ids))
-
-
-@jax.jit
-def _fold(key: jax.Array, ids: jax.Array) -> jax.Array:
-    return jax.vmap(lambda pair: jax.random.fold_in(jax.random.fold_in(key, pair[0]), pair[1]))(ids)
+    @property
+    def knobs(self) -> dict[str, float]:
+        """Fields of `Controls`."""
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        return {
+            "base_temperature": self.base_temperature,
+            "guidance_scale": self.guidance_scale,
+            **{name: getattr(self.options, name) for name in names},
+        }
 
 
 def _first(*values: Any) -> Any:

@@ -1,0 +1,241 @@
+"""Decoding many prompts in one batch: a row that is finished takes the next prompt.
+
+The host's side of the loop, on token ids. It looks at what came out after each chunk; a row that
+ended waits until a few have, then they are given to prompts that wait, which are read together.
+Prompts come in order of length, the longest first, so that each fits where the batch has got to.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from t3jax import hosts, sharding
+from t3jax.batching import round_up
+from t3jax.sampling.cache import admit, cache_slots, compact, resize
+from t3jax.sampling.loop import Emitted, Program, State, Weights, decode_chunk, prefill
+from t3jax.sampling.next_token import Controls
+
+_PROMPT_STEP = 32  # prompt lengths are rounded up to a multiple: one compiled program for each
+_AT_ONCE = 8  # one in so many rows is given to a new prompt at a time
+
+
+class Asked(NamedTuple):
+    """A prompt to answer.
+
+    Attributes:
+        tokens: Its token ids.
+        draw: Two numbers that, with the seed, make the key of its draws.
+    """
+
+    tokens: np.ndarray
+    draw: tuple[int, int]
+
+
+class Piece(NamedTuple):
+    """What came out for one prompt in one chunk.
+
+    Attributes:
+        prompt: Index of the prompt.
+        tokens: New tokens.
+        logprobs: Their log-probabilities, base and guided; empty unless asked for.
+        last: Whether the answer is over.
+    """
+
+    prompt: int
+    tokens: list[int]
+    logprobs: list[tuple[float, float]]
+    last: bool
+
+
+@dataclasses.dataclass
+class _Row:
+    """A row at work: its prompt, the slot of the prompt's first token, the answer so far."""
+
+    prompt: int
+    start: int
+    tokens: list[int] = dataclasses.field(default_factory=list)
+
+
+class Batch:
+    """Prompts that are answered together, a few rows at a time."""
+
+    def __init__(
+        self,
+        program: Program,
+        weights: Weights,
+        prompts: Sequence[Asked],
+        *,
+        knobs: Mapping[str, float],
+        stop_ids: Sequence[int],
+        max_new_tokens: int,
+        seed: int,
+        rows: int,
+        chunk: int,
+        ended: Callable[[list[int]], bool] | None = None,
+    ):
+        """Sorts the prompts; computes nothing.
+
+        Args:
+            program: What is compiled.
+            weights: Frozen arrays.
+            prompts: At least one.
+            knobs: Fields of `Controls`.
+            stop_ids: Tokens that end an answer.
+            max_new_tokens: Longest answer.
+            seed: Of the draws.
+            rows: Rows decoded together, at most.
+            chunk: Steps between two looks of the host: what a row may run on in vain.
+            ended: Tells of an answer's tokens so far whether it is over; None: they never tell.
+        """
+        self._program = program
+        self._weights = weights
+        self._prompts = prompts
+        self._knobs = knobs
+        self._stop_ids = np.asarray(stop_ids, np.int32)
+        self._max_new_tokens = max_new_tokens
+        self._seed = seed
+        self._chunk = chunk
+        self._ended = ended
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].tokens))
+        self._waiting = collections.deque(order)
+        self._most = rows
+        self._size = self._padded(min(len(prompts), rows))
+        self._at_once = self._padded(max(1, self._size // _AT_ONCE))
+        self._rows: dict[int, _Row] = {}
+
+    def run(self) -> Iterator[Piece]:
+        """Answers the prompts.
+
+        Yields:
+            The pieces of all answers, those of one answer in order.
+        """
+        taken = [self._waiting.popleft() for _ in range(min(self._size, len(self._waiting)))]
+        cursor = self._bucket(taken)
+        slots = self._cache_slots(cursor)[0]
+        state, emitted = self._prefill(taken, self._size, cursor, slots)
+        self._rows = {row: self._row(i, cursor) for row, i in enumerate(taken)}
+        controls = self._controls(self._size)
+        yield from self._collect(emitted, range(self._size))
+        while self._rows or self._waiting:
+            free = [row for row in range(self._size) if row not in self._rows]
+            if self._waiting and len(free) >= min(self._at_once, len(self._waiting)):
+                taken = [
+                    self._waiting.popleft() for _ in range(min(self._at_once, len(self._waiting)))
+                ]
+                length = self._bucket(taken)
+                new, emitted = self._prefill(taken, self._at_once, length, length)
+                rows = np.full(self._at_once, self._size, np.int32)  # no row
+                rows[: len(taken)] = free[: len(taken)]
+                state = admit(self._program, state, new, rows, np.int32(cursor - length))
+                self._rows |= {
+                    row: self._row(i, cursor) for row, i in zip(free, taken, strict=False)
+                }
+                yield from self._collect(emitted, rows.tolist())
+                continue
+            if cursor + self._chunk > slots:
+                shift, wanted = self._room(cursor)
+                move = compact if wanted == slots else resize
+                state, slots = move(self._program, state, np.int32(shift), wanted), wanted
+                cursor -= shift
+                for each in self._rows.values():
+                    each.start -= shift
+            stopped = np.array([row not in self._rows for row in range(self._size)])
+            state, emitted = decode_chunk(
+                self._program,
+                self._weights,
+                state,
+                self._place(stopped),
+                controls,
+                self._stop_ids,
+                self._chunk,
+            )
+            cursor += self._chunk
+            yield from self._collect(emitted, range(self._size))
+
+    def _room(self, cursor: int) -> tuple[int, int]:
+        """How many slots can be dropped, and how many are needed then."""
+        prompts = [row.prompt for row in self._rows.values()]
+        length = self._bucket([*prompts, *list(self._waiting)[:1]])
+        shift = min(cursor - length, *(row.start for row in self._rows.values()))
+        left = cursor - shift
+        sizes = self._cache_slots(length)
+        # Room for more than one chunk, or it would soon be full again.
+        enough = (s for s in sizes if s >= left + max(self._chunk, s // 8))
+        return shift, next(enough, sizes[-1])
+
+    def _bucket(self, prompts: Sequence[int]) -> int:
+        """Slots for the longest of some prompts."""
+        return round_up(max(len(self._prompts[i].tokens) for i in prompts), _PROMPT_STEP)
+
+    def _cache_slots(self, length: int) -> list[int]:
+        chunks = -(-(self._max_new_tokens - 1) // self._chunk)
+        return cache_slots(length, chunks, self._chunk)
+
+    def _row(self, prompt: int, cursor: int) -> _Row:
+        return _Row(prompt, cursor - len(self._prompts[prompt].tokens))
+
+    def _prefill(
+        self, taken: Sequence[int], rows: int, length: int, slots: int
+    ) -> tuple[State, Emitted]:
+        tokens = np.zeros((rows, length), np.int32)
+        mask = np.zeros((rows, length), bool)
+        for row, i in enumerate(taken):
+            ids = self._prompts[i].tokens
+            tokens[row, length - len(ids) :] = ids
+            mask[row, length - len(ids) :] = True
+        keys = _row_keys(self._seed, [self._prompts[i].draw for i in taken], rows)
+        return prefill(
+            self._program,
+            self._weights,
+            *self._place((tokens, mask, keys)),
+            self._controls(rows),
+            slots,
+            self._stop_ids,
+        )
+
+    def _collect(self, emitted: Emitted, rows: Sequence[int]) -> Iterator[Piece]:
+        """Brings a chunk to the host, and frees the rows whose answers are over."""
+        columns, done = np.asarray(emitted.tokens), np.asarray(emitted.done)
+        logprobs = emitted.logprobs and [np.asarray(part) for part in emitted.logprobs]
+        for i, number in enumerate(rows):
+            if (row := self._rows.get(number)) is None:
+                continue
+            count = int(np.sum(columns[i] >= 0))
+            count = min(count, self._max_new_tokens - len(row.tokens))
+            new = columns[i, :count].tolist()
+            row.tokens += new
+            pairs = zip(*(part[i, :count].tolist() for part in logprobs or ()), strict=True)
+            last = bool(done[i]) or len(row.tokens) == self._max_new_tokens
+            last = last or (self._ended is not None and self._ended(row.tokens))
+            if last:
+                del self._rows[number]
+            yield Piece(row.prompt, new, list(pairs), last)
+
+    def _padded(self, rows: int) -> int:
+        """Rows of a compiled program: a power of two if that is not too many, split evenly."""
+        size = min(1 << (rows - 1).bit_length(), max(self._most, rows))
+        return round_up(size, sharding.row_shards(self._program.mesh))
+
+    def _controls(self, rows: int) -> Controls:
+        return self._place(Controls.filled(rows, **self._knobs))
+
+    def _place(self, tree: Any) -> Any:
+        rows = len(jax.tree.leaves(tree)[0])
+        return hosts.place(tree, sharding.batch_sharding(self._program.mesh, (rows,)))
+
+
+def _row_keys(seed: int, draws: Sequence[tuple[int, int]], size: int) -> jax.Array:
+    """A key for each row, from the seed and its two numbers."""
+    ids = np.zeros((size, 2), np.uint32)
+    ids[: len(draws)] = draws
+    return _fold(jax.random.key(seed), jnp.asarray(ids))
+
+
+@jax.jit
+def _fold(key: jax.Array, ids: jax.Array) -> jax.Array:
+    return jax.vmap(lambda pair: jax.random.fold_in(jax.random.fold_in(key, pair[0]), pair[1]))(ids)

@@ -1,0 +1,137 @@
+"""What happens to a cache between two chunks: it grows, is compacted, and takes new prompts in.
+
+All rows write at the same slots, so a row that takes a new prompt has it end where the others
+write next; slots at the beginning that no row needs any more are dropped. Whatever the model, a
+cache is a tree of arrays of `init_cache(rows, slots)`: which axes are rows and slots is seen from
+the shapes it gives, and a scalar counts slots. Axes: B batch, b new prompts, P their slots, S cache
+slots.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from t3jax.batching import round_up
+from t3jax.sampling.loop import Program, State, placed
+
+_SLOT_STEP = 64  # slots of the cache, which grows as answers do, by half at least
+
+
+def cache_slots(length: int, chunks: int, chunk: int) -> list[int]:
+    """Slots of the cache while an answer is decoded: it grows as it is filled.
+
+    Args:
+        length: Slots of the prompt, padding included.
+        chunks: Chunks at most.
+        chunk: Steps of one.
+
+    Returns:
+        The slots that `prefill` makes, and those in each chunk.
+    """
+    most = length + 1 + chunks * chunk
+    slots = [min(most, round_up(length + 1 + chunk, _SLOT_STEP))]
+    for i in range(chunks):
+        needed, last = length + 1 + (i + 1) * chunk, slots[-1]
+        grown = min(most, round_up(max(needed, last * 3 // 2), _SLOT_STEP))
+        slots.append(grown if needed > last else last)
+    return slots
+
+
+def _moved(program: Program, state: State, shift: Int[Array, ""], slots: int) -> State:
+    """The same state with another cache: the first slots dropped, as many slots as are asked for.
+
+    Args:
+        program: What is compiled.
+        state: From `prefill` or a chunk.
+        shift: How many slots are dropped: no row that is not finished needs what they hold.
+        slots: S of the new cache, enough for what is left.
+
+    Returns:
+        The state.
+    """
+
+    def moved(axes: _Axes, old: Array, empty: Array) -> Array:
+        if axes.rows is None:
+            return old - shift
+        if axes.slots is None:
+            return old
+        longer = jnp.concatenate([old, empty], axes.slots)
+        return jax.lax.dynamic_slice_in_dim(longer, shift, slots, axes.slots)
+
+    empty = program.init_cache(state.token.shape[0], slots)
+    cache = jax.tree.map(moved, _axes(program), state.cache, empty)
+    return placed(program, state._replace(cache=cache))
+
+
+# Of the same size in place; of another size both caches are in memory for a moment.
+compact = jax.jit(_moved, static_argnums=(0, 3), donate_argnums=1)
+resize = jax.jit(_moved, static_argnums=(0, 3))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def admit(
+    program: Program, state: State, new: State, rows: Int[Array, " b"], start: Int[Array, ""]
+) -> State:
+    """Gives finished rows to new prompts.
+
+    Args:
+        program: What is compiled.
+        state: From `prefill` or a chunk; donated.
+        new: From `prefill` of the new prompts alone, with P slots.
+        rows: The row of each; one that the batch does not have drops it, `[b]`.
+        start: Slot of their first token: P before that which is written next.
+
+    Returns:
+        The state.
+    """
+
+    def taken(axes: _Axes, old: Array, own: Array, empty: Array) -> Array:
+        if axes.rows is None:
+            return old
+        if axes.slots is not None:  # what the rows held before is gone
+            own = jax.lax.dynamic_update_slice_in_dim(empty, own, start, axes.slots)
+        return replaced(old, own, axes.rows)
+
+    def replaced(old: Array, own: Array, axis: int = 0) -> Array:
+        return old.at[(slice(None),) * axis + (rows,)].set(own, mode="drop")
+
+    axes = _axes(program)
+    empty = program.init_cache(rows.shape[0], _num_slots(axes, state.cache))
+    cache = jax.tree.map(taken, axes, state.cache, new.cache, empty)
+    rest = jax.tree.map(replaced, state._replace(cache=None), new._replace(cache=None))
+    return placed(program, rest._replace(cache=cache))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Axes:
+    """Which axes of an array of a cache are rows and slots."""
+
+    rows: int | None
+    slots: int | None
+
+
+def _axes(program: Program) -> Any:
+    """The axes of each array of a cache, a tree of its structure."""
+    few, more_rows, more_slots = (
+        jax.eval_shape(functools.partial(program.init_cache, rows, slots))
+        for rows, slots in ((2, 3), (5, 3), (2, 7))
+    )
+
+    def differing(one: Any, other: Any) -> int | None:
+        return next((i for i, n in enumerate(one.shape) if n != other.shape[i]), None)
+
+    return jax.tree.map(
+        lambda x, by_rows, by_slots: _Axes(differing(x, by_rows), differing(x, by_slots)),
+        few,
+        more_rows,
+        more_slots,
+    )
+
+
+def _num_slots(axes: Any, cache: Any) -> int:
+    pairs = zip(jax.tree.leaves(axes), jax.tree.leaves(cache), strict=True)
+    return next(leaf.shape[own.slots] for own, leaf in pairs if own.slots is not None)

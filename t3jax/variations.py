@@ -1,0 +1,263 @@
+"""What a chosen setting depends on: one thing changed at a time, all else as it was chosen.
+
+T and s come from the sweep, whose scores are there. Heads of other ranks, epochs and retain sets
+are trained; so are those of the refinements that are a matter of training. Nothing here chooses.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from t3jax import cli, data, pipeline
+from t3jax.evaluation import metrics, recompute, selection
+from t3jax.evaluation.logs import Log
+from t3jax.evaluation.scoring import Setting
+from t3jax.head import class_prior_shift
+from t3jax.head_io import Head
+from t3jax.lm import LM
+from t3jax.refinements import Refinements
+from t3jax.sweep import Sweep, of_seeds, train_grid
+
+# What is varied, one at a time, beside T and s of the sweep.
+RANK, EPOCHS, RETAIN_ROWS = "rank of the head", "epochs", "retain rows seen by the head"
+
+
+class Point(NamedTuple):
+    """What one value of what is varied gives.
+
+    Attributes:
+        axis: What is varied.
+        line: What is held: the refinements, and T or s.
+        value: Its value.
+        distances: D to the retain model's truth ratios, one for each seed.
+        utilities: Utility without ROUGE, one for each seed.
+        utility_interval: 95 % bootstrap interval of the first seed's.
+        forget_probs: Mean probability of the forget answers, one for each seed.
+        forget_interval: 95 % bootstrap interval of the first seed's.
+    """
+
+    axis: str
+    line: str
+    value: float
+    distances: list[float]
+    utilities: list[float]
+    utility_interval: tuple[float, float]
+    forget_probs: list[float]
+    forget_interval: tuple[float, float]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Refined:
+    """What a refinement gives.
+
+    Attributes:
+        name: What it is.
+        scored: Logs without answers of all rows, one for each seed.
+        answered: Log of the first seed, of some rows.
+        unlearning: Its numbers beyond TOFU's.
+    """
+
+    name: str
+    scored: list[Log]
+    answered: Log
+    unlearning: Log
+
+
+def swept(found: Sweep) -> list[Point]:
+    """How what was scored in a sweep depends on T and on s, the other held as it was chosen."""
+    chosen = found.chosen[0]
+    recipe = [setting for setting in found.candidates.values() if setting[0].heads == chosen.heads]
+    points = []
+    for seeds in recipe:
+        setting = seeds[0]
+        kept = [found.scored[each.name] for each in seeds]
+        kind = setting.refinements.name
+        if setting.guidance_scale == chosen.guidance_scale:
+            line = f"{kind}, s = {setting.guidance_scale:g}"
+            points.append(_point("T", line, setting.base_temperature, kept, found.retain_scored))
+        if setting.base_temperature == chosen.base_temperature:
+            line = f"{kind}, T = {setting.base_temperature:g}"
+            points.append(_point("s", line, setting.guidance_scale, kept, found.retain_scored))
+    return points
+
+
+def varied(config: Any, lm: LM, mesh: Mesh, found: Sweep) -> list[Point]:
+    """How the chosen setting depends on the head's rank and epochs and the retain rows it saw.
+
+    Args:
+        config: The settings; `vary_ranks`, `vary_epochs` and `vary_retain_rows` say which.
+        lm: The model.
+        mesh: Where to train.
+        found: The sweep, whose heads are the values that the config has anyway.
+
+    Returns:
+        A point for each value.
+    """
+    rows = len(data.load_dataset(config.retain, config.tofu_dir))
+    own = _own_heads(found)
+    trained: list[tuple[str, float, Sequence[Head]]] = [
+        (RANK, own[0].config.rank, own),
+        (EPOCHS, config.epochs, own),
+        (RETAIN_ROWS, rows, own),
+    ]
+    changes = [
+        *((RANK, rank, {"rank": rank}) for rank in config.vary_ranks),
+        *((EPOCHS, epochs, {"epochs": epochs}) for epochs in config.vary_epochs),
+        *(
+            (RETAIN_ROWS, count, {"retain": f"{config.retain}[:{count}]"})
+            for count in config.vary_retain_rows
+        ),
+    ]
+    for axis, value, change in changes:
+        if "epochs" in change:  # the same share of them is warm-up
+            warmup = value * config.warmup_epochs // config.epochs
+            change["warmup_epochs"] = warmup
+        heads = _train(config, lm, mesh, f"{axis.split()[0]}-{value}", **change)
+        trained.append((axis, value, heads))
+    every = list(dict.fromkeys(head for _, _, several in trained for head in several))
+    chosen = dataclasses.replace(found.chosen[0], name="head0-varied", heads=(0,))
+    settings = of_seeds(chosen, len(every))
+    scored, retain_log = pipeline.score(config, _with_heads(found, every), settings, answers=False)
+    by_head = dict(zip(every, scored.values(), strict=True))
+    return [
+        _point(axis, chosen.refinements.name, value, [by_head[h] for h in several], retain_log)
+        for axis, value, several in trained
+    ]
+
+
+def refined(config: Any, lm: LM, mesh: Mesh, found: Sweep) -> list[Refined]:
+    """What each refinement of the method gives at the chosen T and s.
+
+    The forget set as two requests is two heads, each trained on the authors of one half.
+
+    Args:
+        config: The settings; `refine_rows` says how many questions of a set are answered.
+        lm: The model.
+        mesh: Where to train.
+        found: The sweep, whose heads are those of the refinements that need no other ones.
+
+    Returns:
+        The paper's method, and each refinement.
+    """
+    own = [(head,) for head in _own_heads(found)]
+    rows = {
+        name: len(data.load_dataset(config[name], config.tofu_dir)) for name in ("forget", "retain")
+    }
+    fraction = rows["forget"] / sum(rows.values())
+    middle = max(1, rows["forget"] // 2 // config.selection_group * config.selection_group)
+    zero = _train(config, lm, mesh, "zero", zero_output=True)
+    halves = [
+        _train(config, lm, mesh, f"request-{i}", forget=f"{config.forget}[{part}]")
+        for i, part in enumerate((f":{middle}", f"{middle}:"))
+    ]
+    prior = [
+        (dataclasses.replace(head, prior_shift=class_prior_shift(fraction)),) for (head,) in own
+    ]
+    as_chosen = found.chosen[0].refinements
+    product = dataclasses.replace(as_chosen, combine="product")
+    kinds: dict[str, tuple[Refinements, Sequence[tuple[Head, ...]]]] = {
+        name: (cli.refinements(name, lm), own)
+        for name in ("plain", "gated", "protected", "gated-protected")
+    }
+    kinds["zero-started output"] = as_chosen, [(head,) for head in zero]
+    kinds[f"class prior {fraction:.2f}"] = as_chosen, prior
+    kinds["two requests"] = as_chosen, list(zip(*halves, strict=True))
+    kinds["two requests, product"] = product, list(zip(*halves, strict=True))
+
+    every = list(dict.fromkeys(h for _, seeds in kinds.values() for group in seeds for h in group))
+    settings = {
+        name: [
+            Setting(
+                f"{name.replace(', ', '-').replace(' ', '-')}-seed{seed}",
+                found.chosen[0].base_temperature,
+                found.chosen[0].guidance_scale,
+                tuple(every.index(head) for head in group),
+                refinements,
+            )
+            for seed, group in enumerate(seeds)
+        ]
+        for name, (refinements, seeds) in kinds.items()
+    }
+    examined = _with_heads(found, every)
+    flat = [setting for seeds in settings.values() for setting in seeds]
+    scored, _ = pipeline.score(config, examined, flat, answers=False)
+    # Answers cost minutes: those of the first seed, to some of the questions.
+    some = cli.changed(
+        config,
+        eval_dir=str(pathlib.Path(config.eval_dir) / "refined"),
+        eval_rows=config.refine_rows,
+        eval_real_authors=None,
+        eval_world_facts=None,
+        leak_samples=0,
+        kl_rows=0,
+    )
+    sets = pipeline.load_sets(some, lm)
+    firsts = [seeds[0] for seeds in settings.values()]
+    evaluation = pipeline.evaluate(some, dataclasses.replace(examined, sets=sets), firsts)
+    return [
+        Refined(
+            name,
+            [scored[setting.name] for setting in seeds],
+            evaluation.logs[seeds[0].name],
+            evaluation.unlearning[seeds[0].name],
+        )
+        for name, seeds in settings.items()
+    ]
+
+
+def truncated(config: Any, found: Sweep) -> Log:
+    """Answers drawn under the first chosen setting from the base distribution's nucleus.
+
+    Args:
+        config: The settings; `refine_top_p` says how much of it.
+        found: The sweep.
+
+    Returns:
+        Leaks and fluency of the drawn answers.
+    """
+    examined = found.evaluation.examined
+    forget = {"forget": examined.sets["forget"]}
+    examined = dataclasses.replace(examined, retain_store=None, sets=forget)
+    folder = pathlib.Path(config.eval_dir) / "truncated"
+    fewer = cli.changed(config, eval_dir=str(folder), leak_top_p=config.refine_top_p, kl_rows=0)
+    drawn, _ = pipeline.measure(fewer, examined, found.chosen[:1])
+    return drawn[found.chosen[0].name]
+
+
+def _own_heads(found: Sweep) -> list[Head]:
+    """The heads of the chosen recipe, one for each seed."""
+    first = found.chosen[0].heads[0]
+    return found.grid.heads[first : first + found.grid.seeds]
+
+
+def _with_heads(found: Sweep, heads: Sequence[Head]) -> pipeline.Examined:
+    examined = found.evaluation.examined
+    return dataclasses.replace(examined, store=examined.store.with_heads(heads))
+
+
+def _train(config: Any, lm: LM, mesh: Mesh, name: str, **change: Any) -> list[Head]:
+    """A head for each seed of a config that is changed in something, in a folder of its own."""
+    workdir = str(pathlib.Path(config.workdir) / name)
+    return train_grid(
+        cli.changed(config, **change, workdir=workdir, sweep_ranks=()), lm, mesh
+    ).heads
+
+
+def _point(axis: str, line: str, value: float, seeds: Sequence[Log], retain_log: Any) -> Point:
+    rows = [selection.rows_of(log) for log in seeds]
+    forget = [recompute.rows(log, "forget_Q_A_Prob") for log in seeds]
+    utility = metrics.bootstrap_interval(selection.utility, *rows[0].utility.values())
+    interval = metrics.bootstrap_interval(lambda prob: float(prob.mean()), forget[0])
+    return Point(
+        axis,
+        line,
+        value,
+        [recompute.forget_quality(log, retain_log).statistic for log in seeds],
+        [selection.utility(*each.utility.values()) for each in rows],
+        (utility.low, utility.high),
+        [float(prob.mean()) for prob in forget],
+        (interval.low, interval.high),
+    )
