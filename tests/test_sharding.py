@@ -115,6 +115,17 @@ def test_refined_text_is_that_of_one_device():
     assert found[0] != on_one_device(CONFIG)[1]
 
 
+def test_rows_that_take_the_next_prompt_give_the_text_of_one_device():
+    found = []
+    for mesh in (None, make_mesh((1, 2, 4))):
+        lm = dataclasses.replace(tiny.make_lm(ONE_LAYER, mesh), eos_ids=tuple(range(0, 264, 8)))
+        sampler = Sampler(lm, tiny.make_head(lm), batch_size=4, chunk=4)
+        samples = sampler.generate(PROMPTS * 2, max_new_tokens=12, **DRAW)
+        found.append([sample.tokens for sample in samples])
+    assert found[0] == found[1]
+    assert len({len(tokens) for tokens in found[0]}) > 2
+
+
 def specs(tree):
     """Path to PartitionSpec of every leaf."""
     return {
@@ -241,7 +252,6 @@ def test_rows_that_take_new_prompts_exchange_the_new_ones_alone(shape):
     same = jax.tree.map(lambda x, s, p: s.is_equivalent_to(p, x.ndim), state, found, places)
     assert all(jax.tree.leaves(same))
     text = compiled.as_text()
-    print(collectives(text))
     assert all(264 not in dimensions(each.shape) for each in collectives(text))
     assert (
         sum(each.size * each.count for each in collectives(text)) <= 2 * plan.shard_bytes(new) * few
