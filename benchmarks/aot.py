@@ -150,9 +150,10 @@ def measure(job: Job, program: Any, step: Step) -> tuple[Any, dict[str, Any]]:
 
 def largest_expected(job: Job, program: Any) -> int:
     """Bytes of the largest exchange that the model calls for, besides gathered weights."""
-    if program is abstract.head_training:  # gradients
-        (params, _), *_ = abstract.head_training(job).arguments
-        return max(map(plan.shard_bytes, jax.tree.leaves(params)))
+    if program is abstract.head_training:  # gradients; rows of W2, from whoever has them
+        (params, _), _, rows, _ = abstract.head_training(job).arguments
+        looked_up = rows.shape[-1] * job.heads[0].rank * 4
+        return max(looked_up, *map(plan.shard_bytes, jax.tree.leaves(params)))
     rows, tokens = {
         abstract.prefill: (job.rows, job.prompt),
         abstract.decode: (job.rows, 1),
