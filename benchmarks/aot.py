@@ -24,7 +24,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -43,7 +43,7 @@ COLLECTIVE = re.compile(
 ARRAY = re.compile(r"(pred|[a-z]+\d+)\[([\d,]*)\]")
 
 
-PROGRAMS = {
+PROGRAMS: dict[str, Callable[..., Any]] = {
     "prefill": abstract.prefill,
     "decode": abstract.decode,
     "features": abstract.feature_pass,

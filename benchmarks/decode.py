@@ -33,7 +33,7 @@ from t3jax.sampling import Controls, batch
 from t3jax.sampling.loop import Program, State, Weights, decode_chunk, prefill
 
 BATCHES = (1, 16)
-TRUNCATIONS = {
+TRUNCATIONS: dict[str, dict[str, Any]] = {
     "draw": {},  # what a draw costs without any
     "top_k": {"top_k": 20},
     "top_p": {"top_p": 0.9},
@@ -117,7 +117,7 @@ def compare(
         def theirs_guided(_: int) -> None:
             tokens["peer_guided"] = full("guided", prompts, new, *method)
 
-        works = {
+        works: dict[str, Callable[[int], Any]] = {
             **{name: functools.partial(ours, name) for name in samplers},
             "peer": theirs,
             "peer_bfloat16": lambda _: half("generate", prompts, new, half_cache),
@@ -184,7 +184,7 @@ class Stretch:
         arguments: argparse.Namespace,
         head: t3jax.Head | None = None,
         refinements: Refinements = PLAIN,
-        **knobs: float,
+        **knobs: Any,
     ):
         self.steps = arguments.steps
         if head is not None:

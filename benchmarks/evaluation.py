@@ -118,7 +118,7 @@ def compare(lm: t3jax.LM, blocks: Sequence[Sequence[QuestionSet]], arguments) ->
     sampler = t3jax.Sampler(lm, batch_size=arguments.rows)
     ours: dict[int, list[float]] = {}
     theirs: dict[int, list[float]] = {}
-    same_text = []
+    same_text: list[bool] = []
 
     def score(block: int) -> None:
         ours[block] = score_texts(lm, texts(blocks[block]), [BASE])[0].avg_loss.tolist()

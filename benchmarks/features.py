@@ -13,7 +13,7 @@ import argparse
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -83,15 +83,15 @@ def compare(
     some = evenly_spread(tokens, -(-4096 // longest))
     chosen, tried = {}, {}
     for name, peer in (("peer", full), ("peer_bfloat16", half)):
-        works = {str(rows): functools.partial(peer, "forward", some, rows) for rows in sizes}
-        chosen[name], tried[name] = tune(peer, works)
+        ways = {str(rows): functools.partial(peer, "forward", some, rows) for rows in sizes}
+        chosen[name], tried[name] = tune(peer, ways)
 
     def ours(_: int = 0) -> None:
         with tempfile.TemporaryDirectory() as store:
             load_or_compute_features(lm, texts, store)
 
     first = seconds(ours)
-    works = {
+    works: dict[str, Callable[[int], Any]] = {
         "ours": ours,
         "peer": lambda _: full("forward", tokens, int(chosen["peer"])),
         "peer_bfloat16": lambda _: half("forward", tokens, int(chosen["peer_bfloat16"])),

@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -88,7 +89,7 @@ def compare(
         epochs["ours"].append(head.record["seconds"])
 
     def sweep(_: int = 0) -> None:
-        head, *_ = train_heads(retain, forget, HEAD, grid, SWEEP_SEEDS)
+        head = train_heads(retain, forget, HEAD, grid, SWEEP_SEEDS)[0]
         epochs["sweep16"].append(head.record["seconds"])
 
     epochs |= {"ours": [], "sweep16": []}
@@ -102,11 +103,11 @@ def compare(
         knobs = (recipe.learning_rate, recipe.weight_decay)
         tried, chosen = {}, {}
         for name, peer in (("peer", full), ("peer_same_rows", same_rows)):
-            works = {
+            ways = {
                 how: functools.partial(peer, "train", how, min(steps, 70), *knobs)
                 for how in OPTIMIZERS
             }
-            chosen[name], tried[name] = tune(peer, works)
+            chosen[name], tried[name] = tune(peer, ways)
 
         def theirs(_: int) -> None:
             found = full("train", chosen["peer"], steps, *knobs)
@@ -115,7 +116,7 @@ def compare(
         def theirs_same_rows(_: int) -> None:
             same_rows("train", chosen["peer_same_rows"], steps, *knobs)
 
-        works = {
+        works: dict[str, Callable[[int], Any]] = {
             "ours": ours,
             "peer": theirs,
             "peer_same_rows": theirs_same_rows,

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import pathlib
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -73,7 +74,7 @@ def _serve(pipe: Connection, name: str, args: tuple, options: dict) -> None:
     try:
         import torch
 
-        common = {
+        common: dict[str, Callable[..., Any]] = {
             "set_threads": torch.set_num_threads,
             "peak_memory_gib": peak_memory_gib,
         }

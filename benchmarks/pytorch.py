@@ -6,6 +6,7 @@ and out is lists, numbers and NumPy arrays.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ class LanguageModel:
     """transformers' model: forward passes, `generate`, and the paper's method in a plain loop."""
 
     def __init__(self, folder: str, dtype: str = "float32"):
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+        self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype)
         ).eval()
         self.ends = self.model.generation_config.eos_token_id
@@ -51,13 +52,14 @@ class LanguageModel:
             The tokens, `[B, new_tokens]`.
         """
         self.model.generation_config.eos_token_id = None
-        options = {}
+        options: dict[str, Any] = {}
         if cache != "dynamic":
             options["cache_implementation"] = "static"
             options["disable_compile"] = cache != "compiled"
         if cache == "compiled":
             config = transformers.CompileConfig(fullgraph=False)
-            config._compile_all_devices = True  # by default generate compiles on a GPU only
+            # By default generate compiles on a GPU only.
+            config._compile_all_devices = True  # type: ignore[assignment]
             options["compile_config"] = config
         out = self.model.generate(
             torch.from_numpy(prompts).long(),
@@ -160,7 +162,7 @@ class HeadTrainer:
 
     def __init__(self, hidden_size: int, vocab_size: int, rank: int, folder: str | None = None):
         self.sizes = (hidden_size, rank, vocab_size)
-        self.base = folder and LanguageModel(folder).model.model
+        self.base: Any = folder and LanguageModel(folder).model.model
 
     def store(
         self, pooled: np.ndarray, targets: np.ndarray, forget_start: int, batches: list[np.ndarray]
@@ -220,7 +222,7 @@ class HeadTrainer:
         torch.manual_seed(0)
         projection = torch.nn.Linear(width, rank, bias=False).weight
         output = torch.nn.Linear(rank, vocab, bias=False).weight
-        how = {} if optimizer == "for-loop" else {optimizer: True}
+        how: dict[str, Any] = {} if optimizer == "for-loop" else {optimizer: True}
         adamw = torch.optim.AdamW([projection, output], lr=rate, weight_decay=decay, **how)
         schedule = transformers.get_linear_schedule_with_warmup(adamw, steps // 4, steps)
 

@@ -8,7 +8,7 @@ import pathlib
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -87,7 +87,7 @@ def tune(peer: Peer, works: Mapping[str, Callable[[], Any]]) -> tuple[str, dict[
     return name, {f"{name}, threads: {threads}": time for (name, threads), time in times.items()}
 
 
-def ratio(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
+def ratio(slow: Iterable[float], fast: Iterable[float]) -> dict[str, float]:
     """The median of paired ratios, with the smallest and the largest."""
     ratios = sorted(s / f for s, f in zip(slow, fast, strict=True))
     return {"median": statistics.median(ratios), "low": ratios[0], "high": ratios[-1]}
