@@ -68,15 +68,14 @@ def test_bytes_of_shards():
     assert plan.shard_bytes((tree, "static", 7)) == 64 // 2 * 3 * 2
 
 
-@pytest.mark.parametrize("mesh", [(2, 1, 4), (1, 4, 2)])
 @pytest.mark.parametrize(
     "program",
     [abstract.prefill, abstract.decode, abstract.feature_pass, abstract.head_training],
     ids=lambda program: program.__name__,
 )
-def test_plan_is_near_what_the_compiler_takes(program, mesh):
+def test_plan_is_near_what_the_compiler_takes(program):
     """Arguments to the byte; all, with results and temporaries, within a factor of `BOUND`."""
-    planned = job(mesh)
+    planned = job((1, 4, 2))
     step = program(planned)
     found = step.compile().memory_analysis()
     assert plan.shard_bytes(step.arguments) == found.argument_size_in_bytes
