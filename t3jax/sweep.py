@@ -149,21 +149,24 @@ def sweep(config: Any, lm: LM, grid: Grid, mesh: Mesh | None = None) -> Sweep:
         config.selection_rule,
         group=config.selection_group,
     )
-    names = dict.fromkeys([choice.overall.name, *(half.name for half in choice.halves)])
-    finalists = [each for name in names for each in candidates[name]]
-    evaluation = pipeline.evaluate(
-        config,
-        examined,
-        [BASE, *finalists, *controls(candidates[choice.overall.name][0], grid.heads, finalists)],
+    # What each half chose answers questions for its honest score alone.
+    halves = [candidates[half.name] for half in choice.halves]
+    answered, retain_log = pipeline.score(
+        config, examined, list(dict.fromkeys(itertools.chain(*halves)))
     )
-    assert evaluation.retain_log is not None  # there was one for the choice
-    a, b = ([evaluation.logs[s.name] for s in candidates[half.name]] for half in choice.halves)
+    assert retain_log is not None  # there was one for the choice
     choice = dataclasses.replace(
         choice,
         held_out=tuple(
-            selection.held_out(*pair, evaluation.retain_log, group=config.selection_group)
-            for pair in zip(a, b, strict=True)
+            selection.held_out(
+                answered[a.name], answered[b.name], retain_log, group=config.selection_group
+            )
+            for a, b in zip(*halves, strict=True)
         ),
+    )
+    chosen = candidates[choice.overall.name]
+    evaluation = pipeline.evaluate(
+        config, examined, [BASE, *chosen, *controls(chosen[0], grid.heads, chosen)]
     )
     floor = None
     if config.second_retain_log is not None:
