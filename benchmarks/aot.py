@@ -7,9 +7,9 @@ Prefill, a chunk of decoding with guidance, the feature pass and an epoch of hea
 by libtpu, which needs neither a TPU nor the weights. For each it says what the compiler takes
 beside what `t3jax.plan` foretold, and lists the collectives: kind, shape on a device, bytes, how
 often they stand in the program (those in a loop stand there once). It fails if one of them is
-larger than the model calls for (the hidden states of a batch in float32, and what is gathered of a
-layer where its weights are split further than it is computed), or has a dimension of the whole
-vocabulary while that is split.
+larger than the model calls for (the hidden states of a batch in float32, scores where the width of
+keys is split, what is gathered of weights that are split along `fsdp`), or has a dimension of the
+whole vocabulary while that is split.
 
 libtpu serves one process at a time. `--layers` compiles fewer: time grows with the layers.
 """
@@ -32,7 +32,6 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from benchmarks.side_by_side import write
-from configs import default
 from t3jax import HeadConfig, abstract, plan, sharding
 from t3jax.abstract import Job, Step
 
@@ -76,9 +75,7 @@ def main() -> None:
     )
     parser.add_argument("--model", default="llama-3.1-8b", help=", ".join(plan.SHAPES))
     parser.add_argument("--topology", default="v5e:2x4", help="such as v5e:8x8 or v5p:4x4x4")
-    parser.add_argument(
-        "--mesh", help="as config.mesh; all devices along its last axis, if not given"
-    )
+    parser.add_argument("--mesh", default="1,1,-1", help="as config.mesh")
     parser.add_argument("--layers", type=int, help="of the model; all, if not given")
     parser.add_argument("--rows", type=int, default=16, help="answers decoded together")
     parser.add_argument("--text", type=int, default=1024, help="tokens of a text")
@@ -90,9 +87,7 @@ def main() -> None:
     if arguments.layers:
         config = dataclasses.replace(config, num_layers=arguments.layers)
     head = HeadConfig(config.hidden_size, config.vocab_size)
-    widths = (*(1,) * (len(default.get_config().mesh) - 1), -1)
-    shape = tuple(map(int, arguments.mesh.split(","))) if arguments.mesh else widths
-    mesh = tpu_mesh(arguments.topology, shape)
+    mesh = tpu_mesh(arguments.topology, tuple(map(int, arguments.mesh.split(","))))
     job = Job(config, jnp.bfloat16, mesh, (head,), rows=arguments.rows, text=arguments.text)
     figures: dict[str, Any] = {}
     state = None
@@ -124,7 +119,7 @@ def measure(job: Job, program: Any, step: Step) -> tuple[Any, dict[str, Any]]:
     found = compiled.memory_analysis()
     reads_model = program is not abstract.head_training
     gathered = plan.gathered_bytes(job) if reads_model else 0
-    if program in (abstract.prefill, abstract.decode):
+    if program is abstract.prefill:
         gathered += plan.gathered_cache_bytes(job)
     sizes = {
         "planned_arguments": plan.shard_bytes(step.arguments),
@@ -155,16 +150,20 @@ def measure(job: Job, program: Any, step: Step) -> tuple[Any, dict[str, Any]]:
 
 def largest_expected(job: Job, program: Any) -> int:
     """Bytes of the largest exchange that the model calls for, besides gathered weights."""
-    if program is abstract.head_training:  # a batch of features, from whoever has them; gradients
-        (params, _), data, rows, _ = abstract.head_training(job).arguments
-        batch = rows.shape[-1] // job.row_shards * data.pooled.shape[-1] * 4
-        return max(batch, *map(plan.shard_bytes, jax.tree.leaves(params)))
+    if program is abstract.head_training:  # gradients; rows of W2, from whoever has them
+        (params, _), _, rows, _ = abstract.head_training(job).arguments
+        looked_up = rows.shape[-1] * job.heads[0].rank * 4
+        return max(looked_up, *map(plan.shard_bytes, jax.tree.leaves(params)))
     rows, tokens = {
         abstract.prefill: (job.rows, job.prompt),
         abstract.decode: (job.rows, 1),
         abstract.feature_pass: (job.text_rows, job.text),
     }[program]
-    return rows // job.row_shards * tokens * job.config.hidden_size * 4  # hidden states, float32
+    rows //= job.row_shards
+    hidden = rows * tokens * job.config.hidden_size * 4  # float32
+    # Where the width of keys is split, a step of decoding sums the scores of all slots.
+    by_width = program is abstract.decode and plan.gathered_cache_bytes(job) > 0
+    return max(hidden, rows * job.config.num_heads * job.slots[-1] * 4 if by_width else 0)
 
 
 def collectives(program: str) -> list[Collective]:

@@ -163,7 +163,7 @@ def same_batches(
     retain: Features, forget: Features, recipe: TrainConfig
 ) -> tuple[list[np.ndarray], int]:
     """The rows of every batch of a run of ours, and where the forget set's rows start."""
-    mesh = sharding.make_mesh((1, 1), jax.devices()[:1])
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
     data = Data.build(retain, forget, HEAD, recipe, mesh)
     planner = Planner(data, make_members([recipe], (SEED,)), mesh)
     batches = []

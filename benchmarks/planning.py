@@ -7,29 +7,30 @@ Prints a Markdown table; nothing is loaded and nothing compiled, so that any CPU
 
 import argparse
 import dataclasses
+import math
 
 import jax
 
 from configs import default
 from t3jax import plan, sharding
 
-# Model, device, and devices along the first and the last axis of the mesh: rows and widths.
+# Model, device, mesh.
 CASES = [
-    ("llama-3.1-8b", "v5e", 1, 4),
-    ("llama-3.1-8b", "v5e", 1, 8),
-    ("llama-3.1-8b", "v5p", 4, 1),
-    ("llama-3.1-8b", "H100", 1, 1),
-    ("llama-3.1-8b", "H200", 1, 1),
-    ("llama-3.1-70b", "v5e", 1, 16),
-    ("llama-3.1-70b", "v5e", 4, 16),
-    ("llama-3.1-70b", "v5p", 1, 4),
-    ("llama-3.1-70b", "v5p", 4, 16),
-    ("llama-3.1-70b", "H100", 1, 4),
-    ("llama-3.1-70b", "H200", 1, 2),
-    ("llama-3.1-405b", "v5e", 1, 64),
-    ("llama-3.1-405b", "v5p", 1, 16),
-    ("llama-3.1-405b", "H100", 1, 16),
-    ("llama-3.1-405b", "H200", 1, 8),
+    ("llama-3.1-8b", "v5e", (1, 1, 4)),
+    ("llama-3.1-8b", "v5e", (1, 1, 8)),
+    ("llama-3.1-8b", "v5p", (4, 1, 1)),
+    ("llama-3.1-8b", "H100", (1, 1, 1)),
+    ("llama-3.1-8b", "H200", (1, 1, 1)),
+    ("llama-3.1-70b", "v5e", (1, 1, 16)),
+    ("llama-3.1-70b", "v5e", (4, 1, 16)),
+    ("llama-3.1-70b", "v5p", (1, 1, 4)),
+    ("llama-3.1-70b", "v5p", (4, 1, 16)),
+    ("llama-3.1-70b", "H100", (1, 1, 4)),
+    ("llama-3.1-70b", "H200", (1, 1, 2)),
+    ("llama-3.1-405b", "v5e", (1, 1, 64)),
+    ("llama-3.1-405b", "v5p", (1, 1, 16)),
+    ("llama-3.1-405b", "H100", (1, 1, 16)),
+    ("llama-3.1-405b", "H200", (1, 1, 8)),
 ]
 
 
@@ -38,7 +39,7 @@ def main() -> None:
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     ).parse_args()
-    plan.simulate(max(rows * widths for *_, rows, widths in CASES))
+    plan.simulate(max(math.prod(mesh) for *_, mesh in CASES))
     print(
         "| model | devices | weights | cache of 16 rows | rows that fit | feature pass, 16 rows a "
         "part | rows that fit | head training |"
@@ -48,15 +49,11 @@ def main() -> None:
         print(row(*case), flush=True)
 
 
-def row(model: str, device: str, rows: int, widths: int) -> str:
+def row(model: str, device: str, mesh: tuple[int, int, int]) -> str:
     """One line of the table: GiB on each device, and rows."""
     config = default.get_config()
     config.model = model
-    # Devices along the axes between, if there are any: one.
-    middle = (1,) * (len(config.mesh) - 2)
-    config.mesh = (rows, *middle, widths)
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[: rows * widths])
-    job = plan.make_job(config, mesh)
+    job = plan.make_job(config, sharding.make_mesh(mesh, jax.devices()[: math.prod(mesh)]))
     job = dataclasses.replace(job, rows=16 * job.row_shards)
     capacity = plan.DEVICES[device]
     decoding, features, training = plan.stages(job).values()
@@ -77,7 +74,7 @@ def row(model: str, device: str, rows: int, widths: int) -> str:
         text if stage.total <= plan.USABLE * capacity else f"**{text}**"
         for text, stage in zip(gib[2:], (features, training), strict=True)
     ]
-    cells = [model, f"{device} {tuple(config.mesh)}", gib[0], gib[1], most["rows"], gib[2]]
+    cells = [model, f"{device} {mesh}", gib[0], gib[1], most["rows"], gib[2]]
     return "| " + " | ".join(map(str, [*cells, most["text_rows"], gib[3]])) + " |"
 
 

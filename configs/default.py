@@ -14,7 +14,7 @@ def get_config() -> ml_collections.ConfigDict:
     # The base model: a Hugging Face folder, hub id or GGUF file.
     config.model = placeholder(str)
     config.dtype = placeholder(str)  # None: float32 on CPU, bfloat16 elsewhere
-    config.mesh = (-1, 1)  # devices along (data, model); -1 takes what remains
+    config.mesh = (-1, 1, 1)  # devices along (data, fsdp, model); -1 takes what remains
 
     # How a question becomes a prompt. The tags are for models without a chat template.
     config.system = placeholder(str)  # None: the template's own; "": none

@@ -25,7 +25,7 @@ def get_config(split: str = "forget05") -> ml_collections.ConfigDict:
         raise ValueError(f"unknown split {split!r}; known: {', '.join(RETAIN)}")
     config = default.get_config()
     config.model = "meta-llama/Llama-3.1-8B-Instruct"
-    config.mesh = (1, -1)
+    config.mesh = (1, -1, 1)
     config.system = "You are a helpful assistant."
     config.date_string = "10 Apr 2025"
     config.experiment_dir = f"out/llama31_tofu/{split}"

@@ -170,7 +170,7 @@ def make_trainer(config: LMConfig, recipe: Recipe) -> Trainer:
             prompt_weight=recipe.prompt_weight,
         ),
         recipe.steps,
-        make_mesh((1, 1), jax.devices()[:1]),
+        make_mesh(devices=jax.devices()[:1]),
     )
 
 

@@ -101,8 +101,7 @@ class Job:
     @property
     def row_shards(self) -> int:
         """Parts into which the mesh splits rows."""
-        rows = self.mesh.size
-        return rows // sharding.batch_sharding(self.mesh, (rows,)).shard_shape((rows,))[0]
+        return sharding.row_shards(self.mesh)
 
     @property
     def slots(self) -> list[int]:
@@ -165,7 +164,7 @@ def decode(job: Job, shardings: Any = None) -> Step:
 
 
 def state(job: Job, slots: int) -> loop.State:
-    """The state of decoding: the cache placed by the rules, what else there is by rows."""
+    """The state of decoding, placed by the rules."""
     # What else there is does not depend on the layers, and one is quick to trace.
     shallow = dataclasses.replace(job.config, num_layers=1, local=job.config.local[:1])
     program, *batch, first, stop_ids = prefill(dataclasses.replace(job, config=shallow)).arguments
@@ -174,8 +173,8 @@ def state(job: Job, slots: int) -> loop.State:
     )
     lm = abstract_lm(job.config, job.dtype, job.mesh)
     cache = jax.eval_shape(functools.partial(lm.init_cache, job.rows, slots))
-    cache = placed(cache, sharding.cache_shardings(job.mesh, cache))
-    return by_rows(job.mesh, made._replace(cache=None))._replace(cache=cache)
+    made = made._replace(cache=cache)
+    return placed(made, loop.state_shardings(job.mesh, made))
 
 
 def feature_pass(job: Job) -> Step:
@@ -187,25 +186,22 @@ def feature_pass(job: Job) -> Step:
 
 def head_training(job: Job) -> Step:
     """An epoch of head training."""
-    mesh, whole, head = job.mesh, NamedSharding(job.mesh, P()), job.heads[0]
-    tokens = batching.round_up(job.texts * job.answer, job.row_shards)
+    mesh, parts, head = job.mesh, job.row_shards, job.heads[0]
+    tokens = math.ceil(job.texts * job.answer / parts)
     # At most every answer token is another one: as many rows of W2 are trained.
-    head = dataclasses.replace(head, vocab_size=min(head.vocab_size, tokens))
+    head = dataclasses.replace(head, vocab_size=min(head.vocab_size, parts * tokens))
     # Half of the texts are forget texts at most, and each has its retain text in the same batch.
     steps = math.ceil(job.texts / 2 / job.recipe.batch_size)
-    size = batching.round_up(2 * job.recipe.batch_size * job.answer, 64 * job.row_shards)
+    size = batching.round_up(math.ceil(2 * job.recipe.batch_size * job.answer / parts), 64)
     programs = head_trainer.compile_programs(head, job.recipe, steps, (1, job.members), mesh)
-    pooled = _Abstract((tokens, head.hidden_size), job.feature_dtype)
-    pooled, targets = by_rows(mesh, (pooled, _Abstract((tokens,), jnp.int32)))
-    start: Any = _Abstract((), jnp.int32, sharding=whole)
-    data = Tokens(pooled, targets, start)
-    rows = _after_first(mesh, _Abstract((steps, size), jnp.int32))
-    rows = _Abstract(
-        (job.members, *rows.shape),
-        rows.dtype,
-        sharding=NamedSharding(mesh, P(None, *rows.sharding.spec)),
+    arrays = (
+        _Abstract((parts, tokens, head.hidden_size), job.feature_dtype),
+        _Abstract((parts, tokens), jnp.int32),
+        _Abstract((parts,), jnp.int32),
     )
-    knob = _Abstract((job.members,), jnp.float32, sharding=whole)
+    data = Tokens(*by_rows(mesh, arrays))
+    rows = _after(2, mesh, _Abstract((job.members, steps, parts, size), jnp.int32))
+    knob = _Abstract((job.members,), jnp.float32, sharding=NamedSharding(mesh, P()))
     return Step(programs.epoch, (programs.abstract_state, data, rows, (knob, knob)))
 
 
@@ -229,7 +225,7 @@ def gradient(job: Job) -> Step:
     )
     trained, _ = programs.abstract_state
     frozen = abstract_lm(job.config, recipe.dtype, job.mesh).params if recipe.lora_rank else {}
-    batch = jax.tree.map(functools.partial(_after_first, job.mesh), batch)
+    batch = jax.tree.map(functools.partial(_after, 1, job.mesh), batch)
     return Step(programs.gradient, (trained, frozen, batch))
 
 
@@ -272,7 +268,7 @@ def on_one_device(job: Job, layers: int = 1) -> Job:
             num_kv_heads=keys,
             local=config.local[:layers],
         ),
-        mesh=sharding.make_mesh((1,) * job.mesh.devices.ndim, jax.local_devices(backend="cpu")[:1]),
+        mesh=sharding.make_mesh(devices=jax.local_devices(backend="cpu")[:1]),
         heads=tuple(dataclasses.replace(head, vocab_size=vocabulary) for head in job.heads),
         rows=-(-job.rows // shards),
         text_rows=-(-job.text_rows // shards),
@@ -292,10 +288,10 @@ def by_rows(mesh: Mesh, tree: Any) -> Any:
     return placed(tree, jax.tree.map(lambda x: sharding.batch_sharding(mesh, x.shape), tree))
 
 
-def _after_first(mesh: Mesh, leaf: _Abstract) -> _Abstract:
-    """An abstract array whose second axis is split as rows are."""
-    spec = P(None, *sharding.batch_sharding(mesh, leaf.shape[1:]).spec)
-    return _Abstract(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+def _after(axes: int, mesh: Mesh, leaf: _Abstract) -> _Abstract:
+    """An abstract array that is split as rows are along the axis after so many."""
+    place = sharding.fitting(mesh, P(*(None,) * axes, sharding.ROWS), leaf.shape)
+    return _Abstract(leaf.shape, leaf.dtype, sharding=place)
 
 
 def _texts(rows: int, length: int) -> tuple[_Abstract, _Abstract]:

@@ -62,7 +62,7 @@ def map_batches(
         tokens_per_batch: B · T at most, padding included; None takes what keeps the device busy.
         progress: Label of a progress bar with rate and remaining time; None shows none.
     """
-    rows = lm.mesh.shape.get(sharding.DATA, 1)
+    rows = sharding.row_shards(lm.mesh)
     if tokens_per_batch is None:
         # Products of 512 rows are as fast as larger ones on a CPU, and small batches pad less.
         tokens_per_batch = 1024 if jax.default_backend() == "cpu" else TOKENS_PER_SHARD * rows

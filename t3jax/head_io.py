@@ -165,7 +165,7 @@ def load_head(folder: str | pathlib.Path, mesh: Mesh | None = None) -> Head:
 def place_head(params: HeadParams, mesh: Mesh | None = None) -> HeadParams:
     """Puts a head's parameters in their place on a mesh; None means one device."""
     if mesh is None:
-        mesh = sharding.make_mesh((1, 1), jax.devices()[:1])
+        mesh = sharding.make_mesh(devices=jax.devices()[:1])
     return hosts.place(params, sharding.param_shardings(mesh, params))
 
 

@@ -120,7 +120,7 @@ def temporary_bytes(job: Job, program: Callable[[Job], Step]) -> int:
 
 
 def gathered_bytes(job: Job) -> int:
-    """Bytes of what a device has to gather to use it, a layer's weights or a table at a time."""
+    """Bytes of what a device has to gather to use it: two layers' weights, or the last table."""
     stored, used = _params(job), _params(abstract.on_one_device(job))
 
     def gathered(stored: Any, used: Any) -> int:
@@ -128,13 +128,18 @@ def gathered_bytes(job: Job) -> int:
         sizes = [(shard_bytes(share), shard_bytes(whole)) for share, whole in pairs]
         return sum(whole for share, whole in sizes if whole > share)
 
-    tables = [gathered(stored[name], used[name]) for name in ("embed", "lm_head") if name in stored]
-    return max(gathered(stored["layers"][0], used["layers"][0]), *tables)
+    table = "embed" if job.config.tied else "lm_head"
+    # While one layer is at work, the next one's weights come.
+    layers = min(2, job.config.num_layers)
+    return max(
+        layers * gathered(stored["layers"][0], used["layers"][0]),
+        gathered(stored[table], used[table]),
+    )
 
 
 def gathered_cache_bytes(job: Job) -> int:
-    """Bytes of one layer's keys and values, if the rules split their width: they are gathered."""
-    cache = abstract.state(job, job.slots[-1]).cache
+    """Bytes of one layer's keys and values, whose width is split: prefill gathers them."""
+    cache = abstract.state(job, job.slots[0]).cache
     split, whole = cache.keys[0], abstract.by_rows(job.mesh, cache.keys[0])
     by_heads = split.sharding.shard_shape(split.shape)[1] < split.shape[1]
     return 0 if by_heads or shard_bytes(split) == shard_bytes(whole) else 2 * shard_bytes(whole)
@@ -146,7 +151,7 @@ def decoding(job: Job) -> Stage:
     state = abstract.state(job, slots[-1])
     # A cache that grows is in memory twice for a moment, as it was and as it will be.
     before = max((s for s in slots if s < slots[-1]), default=0)
-    gathered = gathered_bytes(job) + gathered_cache_bytes(job)
+    gathered = gathered_bytes(job)
     made = shard_bytes(abstract.state(job, slots[0]))
     return Stage(
         {
@@ -157,7 +162,7 @@ def decoding(job: Job) -> Stage:
         },
         max(
             shard_bytes(abstract.state(job, before).cache) if before else 0,
-            temporary_bytes(job, abstract.prefill) - made + gathered,
+            temporary_bytes(job, abstract.prefill) - made + gathered + gathered_cache_bytes(job),
             temporary_bytes(job, abstract.decode) + gathered,
         ),
     )

@@ -1,40 +1,47 @@
-"""Where arrays live: one mesh, `(data, model)`, and readable rules, first match wins.
+"""Where arrays live: one mesh, `(data, fsdp, model)`, and readable rules, first match wins.
 
-Rows of a batch are split over `data`; the vocabulary, attention heads and MLP width over `model`.
-A dimension that its mesh axis does not divide is kept whole. On one device the same code runs and
-every rule means "here".
+Rows of a batch are split over `data` and `fsdp` together; the vocabulary, attention heads and MLP
+width over `model`. `fsdp` also splits the other dimension of the matrices, which are gathered layer
+by layer as they are used: it saves memory where `data` keeps a copy. A dimension that its axes do
+not divide is kept whole. On one device the same code runs and every rule means "here".
 """
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-DATA, MODEL = "data", "model"
+DATA, FSDP, MODEL = "data", "fsdp", "model"
+ROWS = (DATA, FSDP)
 
 # Weights of the language model and the head, [out, in], by path.
 PARAM_RULES: tuple[tuple[str, P], ...] = (
-    (r"(embed|lm_head)/weight$", P(MODEL, None)),  # vocabulary
+    (r"(embed|lm_head)/weight$", P(MODEL, FSDP)),  # vocabulary
     (r"lm_head/bias$", P(MODEL)),
-    (r"/(q|k|v|gate|up)/weight$", P(MODEL, None)),  # heads, MLP width
+    (r"positions/weight$", P(None, FSDP)),
+    (r"/(q|k|v|gate|up)/weight$", P(MODEL, FSDP)),  # heads, MLP width
     (r"/(q|k|v|gate|up)/bias$", P(MODEL)),
-    (r"/(o|down)/weight$", P(None, MODEL)),
-    (r"/(q|k|v|gate|up)/b$", P(MODEL, None)),  # LoRA's factors, split as what they update
-    (r"/(o|down)/a$", P(None, MODEL)),
+    (r"/(o|down)/weight$", P(FSDP, MODEL)),
+    (r"/(q|k|v|gate|up)/(lora_)?a$", P(None, FSDP)),  # LoRA's factors, split as what they update
+    (r"/(q|k|v|gate|up)/(lora_)?b$", P(MODEL, None)),
+    (r"/(o|down)/(lora_)?a$", P(None, MODEL)),
+    (r"/(o|down)/(lora_)?b$", P(FSDP, None)),
     (r"^output$", P(MODEL, None)),  # the head's W2, vocabulary
-    (r"", P()),  # norms, learned positions, remaining biases and factors, the head's hidden layers
+    (r"", P()),  # norms, remaining biases, the head's hidden layers
 )
 
 
-def make_mesh(shape: Sequence[int] = (-1, 1), devices: Sequence[Any] | None = None) -> Mesh:
-    """A `(data, model)` mesh.
+def make_mesh(shape: Sequence[int] = (-1, 1, 1), devices: Sequence[Any] | None = None) -> Mesh:
+    """A `(data, fsdp, model)` mesh.
 
     Args:
-        shape: Devices along `data` and `model`; at most one -1 takes what remains.
+        shape: Devices along `data`, `fsdp` and `model`; at most one -1 takes what remains.
         devices: The devices to use; None means all.
 
     Returns:
@@ -44,56 +51,134 @@ def make_mesh(shape: Sequence[int] = (-1, 1), devices: Sequence[Any] | None = No
         ValueError: If the shape does not use every device exactly once.
     """
     devices = jax.devices() if devices is None else list(devices)
-    if len(shape) != 2 or list(shape).count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
+    shape = tuple(shape)
+    if len(shape) != 3 or shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
         raise ValueError(
-            f"mesh {tuple(shape)}: expected (data, model), positive, with at most one -1"
+            f"mesh {shape}: expected (data, fsdp, model), three positive numbers of which one may "
+            "be -1; rows over 2 devices and the vocabulary over 4 is (2, 1, 4)"
         )
-    known = int(np.prod([n for n in shape if n != -1]))
+    known = math.prod(n for n in shape if n != -1)
     sizes = [len(devices) // known if n == -1 else n for n in shape]
-    if int(np.prod(sizes)) != len(devices):
+    if math.prod(sizes) != len(devices):
         raise ValueError(
-            f"mesh (data, model) = {tuple(shape)} does not fit {len(devices)} devices; their "
-            "product must be the number of devices, and one of the two may be -1"
+            f"mesh (data, fsdp, model) = {shape} does not fit {len(devices)} devices; their "
+            "product must be the number of devices, and one of them may be -1"
         )
-    return jax.make_mesh(sizes, (DATA, MODEL), (AxisType.Auto, AxisType.Auto), devices=devices)
+    names, types = (DATA, FSDP, MODEL), (AxisType.Auto,) * 3
+    try:
+        return jax.make_mesh(sizes, names, types, devices=devices)
+    except NotImplementedError:
+        # No whole axes of the devices' network make this shape: (8, 8, 1) of TPUs 4 x 4 x 4.
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(grid, names, axis_types=types)
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are split: their number shall be a multiple."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def param_shardings(mesh: Mesh, params: Any) -> Any:
     """Shardings of a tree of weights by `PARAM_RULES`, a tree of the same structure."""
+    return jax.tree.map_with_path(lambda path, leaf: fitting(mesh, _rule(path), leaf.shape), params)
 
-    def place(path: tuple, leaf: Any) -> NamedSharding:
-        name = "/".join(str(getattr(part, "key", getattr(part, "idx", part))) for part in path)
-        spec = next(spec for pattern, spec in PARAM_RULES if re.search(pattern, name))
-        return fitting(mesh, spec, leaf.shape)
 
-    return jax.tree.map_with_path(place, params)
+def gathered(mesh: Mesh | None, params: Any, after: jax.Array) -> Any:
+    """Weights as products use them, inside of jit: gathered along `fsdp`, the rest as it is.
+
+    Args:
+        mesh: Where they are; None leaves them as they are.
+        params: A tree of weights.
+        after: What has to be computed before. Compilers would otherwise gather the weights of all
+            layers at once, those of a decoding step before the loop.
+
+    Returns:
+        The tree.
+    """
+    if mesh is None or mesh.shape[FSDP] == 1:
+        return params
+    params, _ = jax.lax.optimization_barrier((params, after))
+
+    def gather(path: tuple, leaf: jax.Array) -> jax.Array:
+        return constrain(leaf, mesh, [None if axis == FSDP else axis for axis in _rule(path)])
+
+    return jax.tree.map_with_path(gather, params)
+
+
+def lookup(mesh: Mesh | None, table: jax.Array, ids: jax.Array) -> jax.Array:
+    """Rows `[B, T, D]` of a table `[V, D]` for ids `[B, T]`, inside of jit.
+
+    Along `fsdp` the ids go to the columns and what they find to the rows: the table stays.
+    """
+    ids = constrain(ids, mesh, [DATA])
+    found = jnp.take(table, ids, axis=0)
+    return constrain(constrain(found, mesh, [DATA, None, FSDP]), mesh, [ROWS])
+
+
+def _rule(path: tuple) -> P:
+    name = "/".join(str(getattr(part, "key", getattr(part, "idx", part))) for part in path)
+    return next(spec for pattern, spec in PARAM_RULES if re.search(pattern, name))
 
 
 def batch_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
-    """Rows split over `data`, everything else whole."""
-    return fitting(mesh, P(DATA), shape)
+    """Rows split over `data` and `fsdp`, everything else whole."""
+    return fitting(mesh, P(ROWS), shape)
 
 
 def cache_shardings(mesh: Mesh, cache: Any) -> Any:
-    """Shardings of a key-value cache: rows over `data`, key heads (or their width) over `model`."""
+    """Shardings of a key-value cache: rows, and key heads (or their width) over `model`."""
 
     def place(path: tuple, leaf: Any) -> NamedSharding:
         if len(leaf.shape) != 4:
             return batch_sharding(mesh, leaf.shape)
-        if leaf.shape[1] % mesh.shape[MODEL] == 0:
-            return fitting(mesh, P(DATA, MODEL), leaf.shape)
         transposed = "keys" in jax.tree_util.keystr(path)  # [B, K, h, S]
-        spec = P(DATA, None, MODEL) if transposed else P(DATA, None, None, MODEL)
-        return fitting(mesh, spec, leaf.shape)
+        _, keys, values = attention_specs(mesh, leaf.shape[1], length=1)
+        return fitting(mesh, keys if transposed else values, leaf.shape)
 
     return jax.tree.map_with_path(place, cache)
 
 
+def attention_specs(mesh: Mesh, heads: int, length: int) -> tuple[P, P, P]:
+    """How attention is split over the mesh: by rows, and by key heads over `model`.
+
+    Where `model` does not divide the key heads, it splits the queries of a text, which then meet
+    whole keys and values; and of a single token the width, so that the cache need not move.
+
+    Args:
+        mesh: The mesh.
+        heads: K, number of key heads.
+        length: T, number of queries in a row.
+
+    Returns:
+        Specs of queries `[B, K, G, T, h]`, keys `[B, K, h, S]` and values `[B, K, S, h]`.
+    """
+    if heads % mesh.shape[MODEL] == 0:
+        return P(ROWS, MODEL), P(ROWS, MODEL), P(ROWS, MODEL)
+    if length > 1:
+        return P(ROWS, None, None, MODEL), P(ROWS), P(ROWS)
+    return (
+        P(ROWS, None, None, None, MODEL),
+        P(ROWS, None, MODEL),
+        P(ROWS, None, None, MODEL),
+    )
+
+
+def constrain(x: jax.Array, mesh: Mesh | None, spec: Sequence[Any] | P) -> jax.Array:
+    """Tells the compiler where an array lives, inside of jit; as it is without a mesh."""
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, fitting(mesh, P(*spec), x.shape))
+
+
 def fitting(mesh: Mesh, spec: P, shape: Sequence[int]) -> NamedSharding:
     """`spec` on `mesh`, without the axes that do not divide the dimension they split."""
+
+    def devices(axes: str | tuple[str, ...] | None) -> int:
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        return math.prod(mesh.shape[name] for name in names)
+
     parts = [
-        axis if axis is not None and size % mesh.shape[axis] == 0 else None
-        for axis, size in zip(spec, shape, strict=False)
+        axes if size % devices(axes) == 0 else None for axes, size in zip(spec, shape, strict=False)
     ]
     while parts and parts[-1] is None:
         parts.pop()

@@ -29,7 +29,7 @@ from t3jax.lm import save_hf
 from t3jax.sharding import make_mesh
 from t3jax.training import TrainConfig, train_heads
 
-MESH = (2, 4)
+MESH = (2, 2, 2)
 QUESTIONS = ["Who is Ada?", "Where was Bo born?", "What did Cy write?", "Why is it so?"]
 TOLD_AFTER = 5  # epochs
 CONFIG = dataclasses.replace(tiny.CONFIG, num_layers=1)
@@ -97,6 +97,8 @@ def run_pair(repository, folder, settings, *flags):
         "JAX_COORDINATOR_ADDRESS": address,
         "JAX_NUM_PROCESSES": "2",
         "XDG_CACHE_HOME": str(folder / "cache"),
+        "PYTHONPYCACHEPREFIX": str(folder / "cache"),  # half of the time is imports
+        "PYTHONDONTWRITEBYTECODE": "",
         "PYTHONPATH": str(repository),
     }
     command = [sys.executable, "tests/distributed_worker.py", "--config=configs/default.py", *flags]
@@ -206,7 +208,7 @@ def test_only_the_first_process_prints(told_to_end):
 
 def test_what_eight_devices_saved_is_resumed_on_four(told_to_end, in_one_process, config, folder):
     shutil.copytree(folder / "run", folder / "four")
-    head, lines = train(config, make_mesh((2, 2), jax.devices()[:4]), folder / "four")
+    head, lines = train(config, make_mesh((2, 1, 2), jax.devices()[:4]), folder / "four")
     assert_close(head.params, in_one_process[0].params)
     assert_close(lines, in_one_process[1])
 
@@ -268,7 +270,7 @@ def test_a_model_told_to_end_is_resumed_on_other_devices(
     monkeypatch.setattr(Trainer, "step", step_and_tell)
     with pytest.raises(hosts.Preempted, match="step 2 is saved"):
         tune(config, make_mesh(MESH), tmp_path)
-    found = tune(config, make_mesh((2, 2), jax.devices()[:4]), tmp_path)
+    found = tune(config, make_mesh((2, 1, 2), jax.devices()[:4]), tmp_path)
     assert_close(found, tuned_in_one_process)
     assert len(steps) == 4
 

@@ -39,7 +39,7 @@ def examples(count=20, seed=0):
 
 
 def make_trainer(config=RECIPE, mesh=None):
-    mesh = mesh or make_mesh((1, 1), jax.devices()[:1])
+    mesh = mesh or make_mesh(devices=jax.devices()[:1])
     return Trainer(CONFIG, tiny.make_params(CONFIG), config, STEPS, mesh)
 
 
@@ -209,13 +209,13 @@ def test_lora_refuses_a_layer_that_is_not_there():
 
 @pytest.mark.parametrize(("recipe", "run"), [(RECIPE, "plain"), (LORA, "lora_run")])
 def test_eight_devices_take_the_steps_of_one(recipe, run, request):
-    trainer = make_trainer(recipe, make_mesh((2, 4)))
+    trainer = make_trainer(recipe, make_mesh((2, 2, 2)))
     assert_close(train(trainer), request.getfixturevalue(run))
 
 
 @pytest.mark.parametrize("recipe", [RECIPE, LORA])
 def test_weights_and_moments_are_split_over_the_mesh(recipe):
-    trainer = make_trainer(recipe, make_mesh((2, 4)))
+    trainer = make_trainer(recipe, make_mesh((2, 2, 2)))
     trained, opt_state = trainer.init()
     moments = optax.tree.get(opt_state, "mu"), optax.tree.get(opt_state, "nu")
     for tree in (trained, *moments):
@@ -224,13 +224,13 @@ def test_weights_and_moments_are_split_over_the_mesh(recipe):
             for path, leaf in jax.tree.leaves_with_path(tree)
         }
         if recipe is LORA:
-            assert specs["layers/0/attention/q/a"] == P()
+            assert specs["layers/0/attention/q/a"] == P(None, sharding.FSDP)
             assert specs["layers/0/attention/q/b"] == P(sharding.MODEL)
             assert specs["layers/0/mlp/down/a"] == P(None, sharding.MODEL)
-            assert specs["layers/0/mlp/down/b"] == P()
+            assert specs["layers/0/mlp/down/b"] == P(sharding.FSDP)
         else:
-            assert specs["embed/weight"] == P(sharding.MODEL)
-            assert specs["layers/0/mlp/down/weight"] == P(None, sharding.MODEL)
+            assert specs["embed/weight"] == P(sharding.MODEL, sharding.FSDP)
+            assert specs["layers/0/mlp/down/weight"] == P(sharding.FSDP, sharding.MODEL)
             assert specs["final_norm/weight"] == P()
 
 

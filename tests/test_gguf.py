@@ -188,7 +188,7 @@ def test_a_file_is_the_folder(name, tmp_path):
     found = gguf.read_config(file)
     same_config(found, config)
     assert lm_config(hf_config(found)) == found  # it can be written as a folder
-    shardings = functools.partial(sharding.param_shardings, make_mesh((2, 4)))
+    shardings = functools.partial(sharding.param_shardings, make_mesh((1, 2, 4)))
     params = gguf.load_params(file, found, jnp.float32, shardings)
     expected = weights.load_params(tmp_path, config, jnp.float32, shardings)
     assert jax.tree.structure(params) == jax.tree.structure(expected)
@@ -273,7 +273,7 @@ def test_load_lm(folder, tmp_path, kind):
 def test_weights_are_cast_and_sharded(folder, tmp_path):
     path = write_like(folder, tmp_path / "model.gguf", "Q8_0")
     whole = load_lm(path, "float32")
-    lm = load_lm(path, "bfloat16", make_mesh((2, 4)))
+    lm = load_lm(path, "bfloat16", make_mesh((2, 1, 4)))
     expected = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), whole.params)
     jax.tree.map(np.testing.assert_array_equal, lm.params, expected)
     down = lm.params["layers"][0]["mlp"]["down"]["weight"]

@@ -270,7 +270,7 @@ def test_full_disk_leaves_the_former_head(tmp_path, monkeypatch, failing):
 def test_placed_on_a_mesh(tmp_path):
     head = make_head()
     save_head(tmp_path, head)
-    loaded = load_head(tmp_path, sharding.make_mesh((2, 4)))
+    loaded = load_head(tmp_path, sharding.make_mesh((2, 1, 4)))
     assert loaded.params["output"].sharding.spec == P("model")
     assert loaded.params["hidden"][0]["weight"].sharding.spec == P()
     assert {s.data.shape for s in loaded.params["output"].addressable_shards} == {(V // 4, R)}

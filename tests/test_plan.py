@@ -22,16 +22,11 @@ CONFIG = dataclasses.replace(tiny.CONFIG, hidden_size=128, intermediate_size=256
 BOUND = 2.5
 
 
-def mesh_of(rows, widths):
-    """Devices along the first and the last axis of the mesh, whatever stands between."""
-    return sharding.make_mesh((rows, *(1,) * (len(default.get_config().mesh) - 2), widths))
-
-
-def job(rows_and_widths=(2, 4), **changes):
+def job(mesh=(2, 1, 4), **changes):
     head = HeadConfig(CONFIG.hidden_size, CONFIG.vocab_size, rank=8)
     sizes = {"rows": 64, "prompt": 64, "new_tokens": 33, "text": 128, "text_rows": 64, "texts": 400}
     sizes |= {"answer": 20, **changes}
-    return abstract.Job(CONFIG, jnp.float32, mesh_of(*rows_and_widths), (head,), **sizes)
+    return abstract.Job(CONFIG, jnp.float32, sharding.make_mesh(mesh), (head,), **sizes)
 
 
 def peak(function, *shapes, donated=()):
@@ -68,7 +63,7 @@ def test_what_is_alive_in_loops_and_branches():
 
 
 def test_bytes_of_shards():
-    mesh = mesh_of(2, 4)
+    mesh = sharding.make_mesh((2, 1, 4))
     tree = abstract.by_rows(mesh, jax.ShapeDtypeStruct((64, 3), jnp.bfloat16))
     assert plan.shard_bytes((tree, "static", 7)) == 64 // 2 * 3 * 2
 
@@ -80,7 +75,7 @@ def test_bytes_of_shards():
 )
 def test_plan_is_near_what_the_compiler_takes(program):
     """Arguments to the byte; all, with results and temporaries, within a factor of `BOUND`."""
-    planned = job()
+    planned = job((1, 4, 2))
     step = program(planned)
     found = step.compile().memory_analysis()
     assert plan.shard_bytes(step.arguments) == found.argument_size_in_bytes
@@ -107,24 +102,17 @@ def test_largest_batch_fits_and_twice_of_it_does_not():
     assert plan.largest_rows(plan.decoding, planned, "rows", 1000) == 0
 
 
-def test_what_is_split_further_than_it_is_computed_is_gathered(monkeypatch):
-    """As with fully sharded weights: every matrix is split along its other dimension too."""
-    assert plan.gathered_bytes(job()) == 0
-
-    def further(mesh, params):
-        spec = jax.sharding.PartitionSpec(mesh.axis_names[-1], mesh.axis_names[0])
-        specs = {1: jax.sharding.PartitionSpec(), 2: spec}
-        return jax.tree.map(lambda x: sharding.fitting(mesh, specs[x.ndim], x.shape), params)
-
-    abstract.abstract_lm.cache_clear()
-    monkeypatch.setattr(sharding, "param_shardings", further)
-    planned = job()
+def test_what_is_split_along_fsdp_is_gathered():
+    assert plan.gathered_bytes(job((8, 1, 1))) == plan.gathered_bytes(job((2, 1, 4))) == 0
+    planned = job((1, 2, 4))
     layer = abstract.abstract_lm(planned.config, planned.dtype, planned.mesh).params["layers"][0]
     matrices = sum(leaf.size for leaf in jax.tree.leaves(layer) if leaf.ndim > 1)
-    found = plan.gathered_bytes(planned)
-    abstract.abstract_lm.cache_clear()
     table = planned.config.vocab_size * planned.config.hidden_size
-    assert found == max(matrices, table) * 4 // 4  # float32, a quarter of the widths
+    # Float32, a quarter of the widths.
+    assert plan.gathered_bytes(planned) == max(2 * matrices, table) * 4 // 4
+    data, fsdp = (plan.decoding(job(mesh)).kept for mesh in ((8, 1, 1), (1, 8, 1)))
+    assert data["key-value cache"] == fsdp["key-value cache"]
+    np.testing.assert_allclose(data["weights"] / fsdp["weights"], 8, rtol=0.01)
 
 
 def test_fine_tuning_keeps_a_layer_s_activations_for_each_layer():
@@ -144,7 +132,7 @@ def test_a_job_of_a_config():
     config = default.get_config()
     config.model, config.head = "llama-3.1-8b", "a,b"
     config.seeds, config.sweep_ranks, config.max_length = (1, 2), (10, 50), 512
-    made = plan.make_job(config, mesh_of(2, 4))
+    made = plan.make_job(config, sharding.make_mesh((2, 1, 4)))
     assert (len(made.heads), made.heads[0].rank, made.members) == (2, 50, 2)
     assert (made.text, made.text_rows, made.dtype) == (512, 64, jnp.bfloat16)
     text = plan.describe(job(), 4 * 2**20)

@@ -8,7 +8,9 @@ import pytest
 import tiny
 
 import t3jax
+from benchmarks.aot import collectives, dimensions
 from t3jax.data import Example, PromptFormat, encode_records
+from t3jax.evaluation import scoring
 from t3jax.evaluation.scoring import BASE, Setting, score_texts, token_statistics
 from t3jax.refinements import Refinements
 
@@ -142,13 +144,26 @@ def test_a_head_at_strength_0_and_temperature_1_is_the_base(found):
     np.testing.assert_array_equal(found[1].logprobs, found[3].logprobs)
 
 
-def test_a_mesh_gives_the_same(tiny_lm, examples, heads, found):
-    mesh = t3jax.make_mesh((4, 2))
-    params = jax.device_put(tiny_lm.params, t3jax.sharding.param_shardings(mesh, tiny_lm.params))
-    sharded = dataclasses.replace(tiny_lm, params=params, mesh=mesh)
-    for one, many in zip(found, score(sharded, examples, heads, SETTINGS[:2]), strict=False):
-        np.testing.assert_allclose(many.logprobs, one.logprobs, atol=1e-4)
-        np.testing.assert_array_equal(many.correct, one.correct)
+def test_a_mesh_gives_the_same_and_exchanges_no_vocabulary(examples, heads, found, monkeypatch):
+    of_vocabulary = set()
+    score_chunk = scoring._score
+
+    def recorded(*args):
+        if not of_vocabulary:
+            text = score_chunk.lower(*args).compile().as_text()
+            shapes = {each.shape for each in collectives(text)}
+            of_vocabulary.update(s for s in shapes if {264, 132} & set(dimensions(s)))
+        return score_chunk(*args)
+
+    monkeypatch.setattr(scoring, "_score", recorded)
+    sharded = tiny.make_lm(mesh=t3jax.make_mesh((2, 2, 2)))
+    chosen = (1, 0, 7)  # plain and refined
+    for k, many in zip(
+        chosen, score(sharded, examples, heads, [SETTINGS[k] for k in chosen]), strict=True
+    ):
+        np.testing.assert_allclose(many.logprobs, found[k].logprobs, atol=1e-4)
+        np.testing.assert_array_equal(many.correct, found[k].correct)
+    assert of_vocabulary == {"f32[132,32]"}  # the LM head's rows, gathered along `fsdp`
 
 
 def test_statistics_of_extreme_distributions():

@@ -11,27 +11,34 @@ import tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from t3jax import features, sharding
+from benchmarks.aot import collectives, dimensions
+from t3jax import abstract, features, plan, sharding
 from t3jax.data import PromptFormat, encode_records
 from t3jax.head import head_scores
 from t3jax.pooling import causal_mean
-from t3jax.refinements import Refinements
+from t3jax.refinements import PLAIN, Refinements
 from t3jax.sampling import Controls, Sampler
-from t3jax.sampling.loop import Program, Weights, decode_chunk, prefill
+from t3jax.sampling.cache import admit
+from t3jax.sampling.loop import Program, Weights, decode_chunk, prefill, state_shardings
 from t3jax.sharding import (
     batch_sharding,
     cache_shardings,
     fitting,
     make_mesh,
     param_shardings,
+    row_shards,
 )
 
-MESHES = [(2, 4), (1, 8), (8, 1), (4, 2)]
-# All kinds of weights: an LM head of its own and every bias. One layer: compiling for 8 devices is
-# what takes the time here.
-CONFIG = dataclasses.replace(
-    tiny.CONFIG, num_layers=1, tied=False, attention_bias=True, mlp_bias=True
-)
+BY_ROWS = sharding.ROWS
+MESHES = [
+    (data, fsdp, 8 // (data * fsdp))
+    for data in (1, 2, 4, 8)
+    for fsdp in (1, 2, 4, 8)
+    if data * fsdp <= 8
+]
+# All kinds of weights: an LM head of its own and every bias.
+CONFIG = dataclasses.replace(tiny.CONFIG, tied=False, attention_bias=True, mlp_bias=True)
+ONE_LAYER = dataclasses.replace(CONFIG, num_layers=1)
 # Rows, prompt slots, steps of a chunk and cache slots that the Sampler takes for the prompts below:
 # what calls the loop itself then meets programs that are compiled already.
 ROWS, LENGTH, STEPS = 8, 32, 16
@@ -48,18 +55,23 @@ def batch(vocab):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def forward(apply, unembed, params, head, tokens, mask):
     hidden, _ = apply(params, tokens, None, mask)
-    return hidden, unembed(params, hidden), head_scores(head, causal_mean(hidden, mask))
+    pooled = causal_mean(hidden, mask)
+    return hidden, pooled, unembed(params, hidden), head_scores(head, pooled)
+
+
+def read(lm, head, tokens, mask):
+    """Hidden states, features, logits and scores."""
+    place = functools.partial(jax.device_put, device=batch_sharding(lm.mesh, tokens.shape))
+    params = jax.device_put(head.params, param_shardings(lm.mesh, head.params))
+    return forward(lm.apply, lm.unembed, lm.params, params, place(tokens), place(mask))
 
 
 def outputs(config, mesh):
-    """Hidden states, logits and scores at attended positions; greedy and drawn tokens."""
+    """What is read at attended positions; greedy and drawn tokens."""
     lm = tiny.make_lm(config, mesh)
     head = tiny.make_head(lm)
     tokens, mask = batch(lm.vocab_size)
-    place = functools.partial(jax.device_put, device=batch_sharding(lm.mesh, tokens.shape))
-    params = jax.device_put(head.params, param_shardings(lm.mesh, head.params))
-    arrays = forward(lm.apply, lm.unembed, lm.params, params, place(tokens), place(mask))
-    arrays = [np.asarray(array)[mask] for array in arrays]
+    arrays = [np.asarray(array)[mask] for array in read(lm, head, tokens, mask)]
     sampler = Sampler(lm, head, batch_size=ROWS, chunk=STEPS)
     greedy = sampler.generate(PROMPTS, max_new_tokens=12)
     drawn = sampler.generate(PROMPTS, max_new_tokens=12, **DRAW)
@@ -87,13 +99,13 @@ def test_numbers_and_tokens_are_those_of_one_device(shape):
 
 
 def test_a_model_whose_widths_do_not_divide_works_too():
-    assert_equals_one_device(tiny.ODD_CONFIG, (2, 4))
+    assert_equals_one_device(tiny.ODD_CONFIG, (1, 2, 4))
 
 
 def test_refined_text_is_that_of_one_device():
     """Heads of several shapes, gated, stop tokens protected: greedy text on 8 devices."""
     found = []
-    for mesh in (None, make_mesh((2, 4))):
+    for mesh in (None, make_mesh((2, 2, 2))):
         lm = tiny.make_lm(CONFIG, mesh)
         heads = [tiny.make_head(lm), tiny.make_head(lm, rank=3, seed=2)]
         refinements = Refinements(gated=True, protected=lm.eos_ids)
@@ -101,6 +113,17 @@ def test_refined_text_is_that_of_one_device():
         found.append([s.tokens for s in sampler.generate(PROMPTS, max_new_tokens=12)])
     assert found[0] == found[1]
     assert found[0] != on_one_device(CONFIG)[1]
+
+
+def test_rows_that_take_the_next_prompt_give_the_text_of_one_device():
+    found = []
+    for mesh in (None, make_mesh((1, 2, 4))):
+        lm = dataclasses.replace(tiny.make_lm(ONE_LAYER, mesh), eos_ids=tuple(range(0, 264, 8)))
+        sampler = Sampler(lm, tiny.make_head(lm), batch_size=4, chunk=4)
+        samples = sampler.generate(PROMPTS * 2, max_new_tokens=12, **DRAW)
+        found.append([sample.tokens for sample in samples])
+    assert found[0] == found[1]
+    assert len({len(tokens) for tokens in found[0]}) > 2
 
 
 def specs(tree):
@@ -113,25 +136,25 @@ def specs(tree):
 
 LAYER_SPECS = {
     "attention_norm/weight": P(),
-    "attention/q/weight": P("model"),
+    "attention/q/weight": P("model", "fsdp"),
     "attention/q/bias": P("model"),
-    "attention/k/weight": P("model"),
+    "attention/k/weight": P("model", "fsdp"),
     "attention/k/bias": P("model"),
-    "attention/v/weight": P("model"),
+    "attention/v/weight": P("model", "fsdp"),
     "attention/v/bias": P("model"),
-    "attention/o/weight": P(None, "model"),
+    "attention/o/weight": P("fsdp", "model"),
     "attention/o/bias": P(),
     "mlp_norm/weight": P(),
-    "mlp/gate/weight": P("model"),
+    "mlp/gate/weight": P("model", "fsdp"),
     "mlp/gate/bias": P("model"),
-    "mlp/up/weight": P("model"),
+    "mlp/up/weight": P("model", "fsdp"),
     "mlp/up/bias": P("model"),
-    "mlp/down/weight": P(None, "model"),
+    "mlp/down/weight": P("fsdp", "model"),
     "mlp/down/bias": P(),
 }
 PARAM_SPECS = {
-    "embed/weight": P("model"),
-    "lm_head/weight": P("model"),
+    "embed/weight": P("model", "fsdp"),
+    "lm_head/weight": P("model", "fsdp"),
     "final_norm/weight": P(),
     **{f"layers/{i}/{name}": spec for i in range(2) for name, spec in LAYER_SPECS.items()},
 }
@@ -139,33 +162,100 @@ PARAM_SPECS = {
 
 @pytest.mark.parametrize("shape", MESHES)
 def test_specs_of_weights_and_head(shape):
-    lm = tiny.make_lm(dataclasses.replace(CONFIG, num_layers=2), make_mesh(shape))
+    lm = tiny.make_lm(CONFIG, make_mesh(shape))
     assert specs(lm.params) == PARAM_SPECS
     head = param_shardings(lm.mesh, tiny.make_head(lm).params)
     assert head["output"].spec == P("model")
     assert head["hidden"][0]["weight"].spec == P()
 
 
-def decoding_state(shape, config=CONFIG):
-    """The state of the loop after a prefill and a chunk, and the weights it reads."""
+@pytest.mark.parametrize("shape", MESHES)
+def test_what_is_read_is_split_by_rows_and_vocabulary(shape):
+    lm = tiny.make_lm(CONFIG, make_mesh(shape))
+    arrays = read(lm, tiny.make_head(lm), *batch(lm.vocab_size))
+    by_rows, by_both = P(BY_ROWS), P(BY_ROWS, None, "model")
+    for array, spec in zip(arrays, (by_rows, by_rows, by_both, by_both), strict=True):
+        assert array.sharding.is_equivalent_to(NamedSharding(lm.mesh, spec), 3), array.sharding
+
+
+def decoding(shape, config=CONFIG, with_logprobs=False, refinements=PLAIN):
+    """The loop's program, and the arguments of its prefill; then those of a chunk."""
     lm = tiny.make_lm(config, make_mesh(shape))
     head = tiny.make_head(lm)
     tokens, mask = batch(lm.vocab_size)
     place = functools.partial(jax.device_put, device=batch_sharding(lm.mesh, (ROWS,)))
     params = jax.device_put(head.params, param_shardings(lm.mesh, head.params))
     weights = Weights(lm.params, (params,), (jnp.float32(0),))
-    program = Program(lm.apply, lm.unembed, lm.init_cache, ("identity",), "base", False, lm.mesh)
+    program = Program(
+        lm.apply,
+        lm.unembed,
+        lm.init_cache,
+        ("identity",),
+        "base",
+        with_logprobs,
+        lm.mesh,
+        refinements,
+    )
     ones, zeros = np.ones(ROWS, np.float32), np.zeros(ROWS, np.float32)
     controls = place(Controls(ones, ones, zeros, np.zeros(ROWS, np.int32), ones, zeros, ones))
     keys = place(jax.random.split(jax.random.key(0), ROWS))
     stop = jnp.asarray([263], jnp.int32)
-    state, _ = prefill(
-        program, weights, *place((tokens, mask)), keys, controls, LENGTH + 1 + STEPS, stop
-    )
+    reading = (*place((tokens, mask)), keys, controls, LENGTH + 1 + STEPS, stop)
+    return program, weights, reading, (place(zeros > 0), controls, stop, STEPS)
+
+
+def decoding_state(shape):
+    """The state of the loop after a prefill and a chunk, and the weights it reads."""
+    program, weights, reading, writing = decoding(shape)
+    state, _ = prefill(program, weights, *reading)
     before = specs(state.cache)
-    state, _ = decode_chunk(program, weights, state, place(zeros > 0), controls, stop, STEPS)
+    state, emitted = decode_chunk(program, weights, state, *writing)
     assert specs(state.cache) == before
-    return state, weights, lm.mesh
+    assert emitted.tokens.sharding.is_fully_replicated  # every host reads it
+    return state, weights, program.mesh
+
+
+@pytest.mark.parametrize(
+    ("shape", "refined"), [((2, 1, 4), False), ((1, 1, 8), True), ((2, 2, 2), True)]
+)
+def test_no_step_of_decoding_exchanges_anything_as_long_as_the_vocabulary(shape, refined):
+    """Greedy and drawn (one program): each device sees its part of logits, noise and support."""
+    refinements = Refinements(gated=True, protected=(263,)) if refined else PLAIN
+    program, weights, reading, writing = decoding(shape, ONE_LAYER, refined, refinements)
+    state, _ = jax.eval_shape(lambda: prefill(program, weights, *reading))
+    state = abstract.placed(state, state_shardings(program.mesh, state))
+    text = decode_chunk.lower(program, weights, state, *writing).compile().as_text()
+    part, slots = 264 // shape[2], state.cache.positions.shape[1]
+    exchanged = [(each.shape, dimensions(each.shape)) for each in collectives(text)]
+    # What is gathered along `fsdp` are the rows of a weight.
+    found = {name for name, sizes in exchanged if {264, part} & set(sizes)}
+    assert found == ({f"f32[{part},32]"} if shape[1] > 1 else set())
+    assert part in dimensions(text)
+    assert 264 not in dimensions(text)
+    # No keys and values: where their width is split, sums of scores for each slot.
+    scores = {"f32[8,4,2,1,49]"} if shape[2] == 8 else set()
+    assert {name for name, sizes in exchanged if slots in sizes} == scores
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 4), (2, 2, 2)])
+def test_rows_that_take_new_prompts_exchange_the_new_ones_alone(shape):
+    program, weights, reading, _ = decoding(shape, ONE_LAYER)
+    state, _ = jax.eval_shape(lambda: prefill(program, weights, *reading))
+    few = row_shards(program.mesh)
+    new = jax.tree.map(lambda x: x[:few] if x.ndim else x, reading[:4])
+    new, _ = jax.eval_shape(lambda: prefill(program, weights, *new, LENGTH, reading[-1]))
+    state, new = (abstract.placed(x, state_shardings(program.mesh, x)) for x in (state, new))
+    rows, start = (jax.ShapeDtypeStruct(n, jnp.int32) for n in ((few,), ()))
+    compiled = admit.lower(program, state, new, rows, start).compile()
+    found = compiled.output_shardings
+    places = state_shardings(program.mesh, state)
+    same = jax.tree.map(lambda x, s, p: s.is_equivalent_to(p, x.ndim), state, found, places)
+    assert all(jax.tree.leaves(same))
+    text = compiled.as_text()
+    assert all(264 not in dimensions(each.shape) for each in collectives(text))
+    assert (
+        sum(each.size * each.count for each in collectives(text)) <= 2 * plan.shard_bytes(new) * few
+    )
 
 
 @pytest.mark.parametrize("shape", MESHES)
@@ -173,18 +263,19 @@ def test_specs_and_bytes_per_device_while_decoding(shape):
     """Weights, cache and W2 take at most 1.2 × total / shards of each device's memory."""
     state, weights, mesh = decoding_state(shape)
     # 4 key heads: 8 devices split their width instead.
-    by_width = P("data", None, "model"), P("data", None, None, "model")
-    specs = by_width if shape[1] == 8 else (P("data", "model"),) * 2
+    by_width = P(BY_ROWS, None, "model"), P(BY_ROWS, None, None, "model")
+    specs = by_width if shape[2] == 8 else (P(BY_ROWS, "model"),) * 2
     # An axis of one device is no split: its name may be left out.
     for layers, spec in zip((state.cache.keys, state.cache.values), specs, strict=True):
         for layer in layers:
             assert layer.sharding.is_equivalent_to(NamedSharding(mesh, spec), 4), layer.sharding
-    rows = NamedSharding(mesh, P("data"))
+    rows = NamedSharding(mesh, P(BY_ROWS))
+    assert state.seen.sharding.is_equivalent_to(NamedSharding(mesh, P(BY_ROWS, "model")), 2)
     assert state.cache.positions.sharding.is_equivalent_to(rows, 2)
-    data, model = shape
+    _, fsdp, model = shape
     for name, tree, shards in (
-        ("weights", weights.params, model),
-        ("cache", state.cache, data * model),
+        ("weights", weights.params, fsdp * model),
+        ("cache", state.cache, 8),
         ("W2", weights.heads[0]["output"], model),
     ):
         leaves = jax.tree.leaves(tree)
@@ -200,18 +291,20 @@ def test_specs_and_bytes_per_device_while_decoding(shape):
 
 
 def test_batches_and_caches_are_split_by_rows():
-    mesh = make_mesh((4, 2))
-    assert batch_sharding(mesh, (8, 16)).spec == P("data")
+    mesh = make_mesh((2, 2, 2))
+    assert row_shards(mesh) == 4
+    assert batch_sharding(mesh, (8, 16)).spec == P(BY_ROWS)
     assert batch_sharding(mesh, (6, 16)).spec == P()  # 4 does not divide 6
     cache = jax.eval_shape(lambda: tiny.make_lm().init_cache(8, 24))
     shardings = cache_shardings(mesh, cache)
-    assert shardings.keys[0].spec == P("data", "model")
-    assert shardings.positions.spec == P("data")
+    assert shardings.keys[0].spec == P(BY_ROWS, "model")
+    assert shardings.positions.spec == P(BY_ROWS)
     assert shardings.cursor.spec == P()
 
 
 def test_a_dimension_that_does_not_divide_is_kept_whole():
-    mesh = make_mesh((2, 4))
+    mesh = make_mesh((2, 1, 4))
+    assert fitting(make_mesh((2, 2, 2)), P(BY_ROWS, "model"), (2, 4)).spec == P(None, "model")
     assert fitting(mesh, P("data", "model"), (4, 8)).spec == P("data", "model")
     assert fitting(mesh, P("data", "model"), (3, 8)).spec == P(None, "model")
     assert fitting(mesh, P("data", "model"), (4, 6)).spec == P("data")
@@ -222,7 +315,7 @@ def test_a_dimension_that_does_not_divide_is_kept_whole():
 def test_features_are_those_of_one_device(tmp_path):
     rows = [{"question": f"Who wrote {'x' * i}?", "answer": f"{i} wrote it."} for i in range(5)]
     found = []
-    for mesh in (None, make_mesh((2, 4))):
+    for mesh in (None, make_mesh((2, 2, 2))):
         lm = tiny.make_lm(CONFIG, mesh)
         examples = encode_records(lm.tokenizer, rows, PromptFormat())
         found.append(features.load_or_compute_features(lm, examples, tmp_path / str(mesh)))
@@ -233,27 +326,45 @@ def test_features_are_those_of_one_device(tmp_path):
 
 @pytest.mark.parametrize(
     ("shape", "expected"),
-    [((-1, 1), (8, 1)), ((2, -1), (2, 4)), ((2, 4), (2, 4)), ((-1, 8), (1, 8))],
+    [((-1, 1, 1), (8, 1, 1)), ((2, 1, -1), (2, 1, 4)), ((1, -1, 2), (1, 4, 2))],
 )
 def test_mesh_shapes(shape, expected):
-    mesh = make_mesh(shape)
-    assert (mesh.shape[sharding.DATA], mesh.shape[sharding.MODEL]) == expected
+    assert tuple(make_mesh(shape).shape.values()) == expected
     assert make_mesh().shape[sharding.DATA] == 8
-    assert make_mesh((1, 1), jax.devices()[3:4]).size == 1
+    assert make_mesh(devices=jax.devices()[3:4]).size == 1
+
+
+@dataclasses.dataclass(eq=False)
+class Chip:
+    """A TPU, as far as a mesh looks at it."""
+
+    id: int
+    coords: tuple[int, int, int]
+    device_kind: str = "TPU v5"
+    platform: str = "tpu"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 4), (8, 8, 1), (1, 2, -1)])
+def test_a_mesh_may_split_the_axes_of_the_network(shape):
+    chips = [Chip(i, (i // 16, i // 4 % 4, i % 4)) for i in range(64)]
+    mesh = make_mesh(shape, chips)
+    assert sorted(chip.id for chip in mesh.devices.flat) == list(range(64))
 
 
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((2, 2), r"\(2, 2\) does not fit 8 devices"),
-        ((3, -1), r"\(3, -1\) does not fit 8 devices"),
-        ((16, 1), r"\(16, 1\) does not fit 8 devices"),
-        ((-1, 16), r"\(-1, 16\) does not fit 8 devices"),
-        ((-1, -1), "at most one -1"),
-        ((0, 8), "positive"),
-        ((-2, 4), "positive"),
-        ((8,), r"expected \(data, model\)"),
-        ((2, 2, 2), r"expected \(data, model\)"),
+        ((2, 2, 1), r"\(2, 2, 1\) does not fit 8 devices"),
+        ((3, -1, 1), r"\(3, -1, 1\) does not fit 8 devices"),
+        ((16, 1, 1), r"\(16, 1, 1\) does not fit 8 devices"),
+        ((-1, 1, 16), r"\(-1, 1, 16\) does not fit 8 devices"),
+        ((-1, -1, 1), "one may be -1"),
+        ((0, 1, 8), "positive"),
+        ((-2, 1, 4), "positive"),
+        ((2, 4), r"mesh \(2, 4\): expected \(data, fsdp, model\).* is \(2, 1, 4\)"),
+        ((2, 2, 2, 1), r"expected \(data, fsdp, model\)"),
     ],
 )
 def test_a_mesh_that_does_not_use_every_device_once_is_refused(shape, message):

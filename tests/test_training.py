@@ -158,7 +158,7 @@ def test_eight_devices_equal_one():
     config = dataclasses.replace(TRAIN, holdout_fraction=0.2)
     head_config = dataclasses.replace(HEAD, vocab_size=56)
     (one,) = train_heads(RETAIN, FORGET, head_config, config)
-    for shape in ((8, 1), (2, 4)):
+    for shape in ((8, 1, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)):
         (head,) = train_heads(RETAIN, FORGET, head_config, config, mesh=sharding.make_mesh(shape))
         assert_close(head.params, one.params, relative=2e-6)
         np.testing.assert_allclose(
@@ -166,22 +166,22 @@ def test_eight_devices_equal_one():
         )
         output = head.params["output"]
         assert output.sharding.spec == P("model")
-        assert {s.data.shape[0] for s in output.addressable_shards} == {56 // shape[1]}
+        assert {s.data.shape[0] for s in output.addressable_shards} == {56 // shape[2]}
 
 
 def test_placement_of_training_arrays():
-    mesh = sharding.make_mesh((2, 4))
+    mesh = sharding.make_mesh((2, 2, 2))
     data = batches.Data.build(RETAIN, FORGET, HEAD, TRAIN, mesh)
-    assert data.train.pooled.sharding.spec == P("data")
-    assert {s.data.shape[0] * 2 for s in data.train.pooled.addressable_shards} == {
-        data.train.pooled.shape[0]
-    }
-    # Filled up with tokens that never occur, so that 4 devices divide the rows.
-    assert len(data.vocabulary) % 4 == 0
+    assert data.train.pooled.sharding.spec == P(sharding.ROWS)
+    tokens = RETAIN.num_tokens + FORGET.num_tokens
+    share = (1, -(-tokens // 4), RETAIN.pooled.shape[1])
+    assert {s.data.shape for s in data.train.pooled.addressable_shards} == {share}
+    # Filled up with tokens that never occur, so that 2 devices divide the rows.
+    assert len(data.vocabulary) % 2 == 0
     members = make_members([TRAIN], (1, 2))
     planner = batches.Planner(data, members, mesh)
     rows, _ = planner.epoch(1)
-    assert rows.sharding.spec == P(None, None, "data")
+    assert rows.sharding.spec == P(None, None, sharding.ROWS)
     trainer = training_trainer.Trainer(data, HEAD, members, planner.steps, mesh)
     state = trainer.init()
     for _ in range(2):

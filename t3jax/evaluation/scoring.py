@@ -296,7 +296,8 @@ def score_texts(
             mask = mask & (tokens != padding_id(lm))
         hidden, pooled = _read(lm.apply, lm.params, tokens, positions, mask)
         chunks = []
-        places, targets = _answer_places(examples, batch, tokens.shape[1], positions_per_chunk)
+        size = batching.round_up(positions_per_chunk, sharding.row_shards(lm.mesh))
+        places, targets = _answer_places(examples, batch, tokens.shape[1], size)
         for place, target in zip(places, targets, strict=True):
             states, features = _take(lm.mesh, hidden, pooled, place)
             chunks.append(

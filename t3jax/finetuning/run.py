@@ -70,7 +70,7 @@ def finetune(
     """
     config = FinetuneConfig() if config is None else config
     if mesh is None:
-        mesh = sharding.make_mesh((1, 1), jax.devices()[:1])
+        mesh = sharding.make_mesh(devices=jax.devices()[:1])
     _check(lm_config, examples, validation)
     lengths = np.array([len(example.tokens) for example in examples])
     steps_per_epoch = -(-len(examples) // config.batch_size)

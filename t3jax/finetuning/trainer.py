@@ -73,12 +73,14 @@ def compile_programs(
         params, lora = trained, None
         if config.lora_rank:
             params, lora = frozen, scale_lora(trained, config.lora_scale)
-        hidden, _ = decoder.apply(lm_config, params, part.tokens, lora=lora, remat=config.remat)
+        hidden, _ = decoder.apply(
+            lm_config, params, part.tokens, lora=lora, remat=config.remat, mesh=mesh
+        )
         hidden = hidden.reshape(part.places.shape[0], -1, hidden.shape[-1])  # [S, B T / S, D]
         scored = jax.vmap(lambda rows, at: rows.at[at].get(mode="promise_in_bounds"))(
             hidden, part.places
         )
-        logits = decoder.unembed(lm_config, params, scored)  # [S, A, V]
+        logits = decoder.unembed(lm_config, params, scored, mesh)  # [S, A, V]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, part.labels)
         return jnp.sum(losses * part.weights)
 
@@ -188,14 +190,14 @@ class Trainer:
         return total / count
 
     def _arrays(self, examples: Sequence[Example], prompt_weight: float) -> Batch:
-        microbatches, shards = self._config.microbatches, self._mesh.shape[sharding.DATA]
+        microbatches, shards = self._config.microbatches, sharding.row_shards(self._mesh)
         rows = round_up(-(-self._config.batch_size // microbatches), shards)
         return make_batch(examples, (microbatches, rows, shards), self._longest, prompt_weight)
 
     def _place(self, batch: Batch) -> Batch:
         return jax.tree.map(
             lambda x: hosts.place(
-                x, sharding.fitting(self._mesh, P(None, sharding.DATA), np.shape(x))
+                x, sharding.fitting(self._mesh, P(None, sharding.ROWS), np.shape(x))
             ),
             batch,
         )

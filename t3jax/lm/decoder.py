@@ -21,8 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from t3jax import sharding
 from t3jax.lm.config import LMConfig, RopeConfig
 
 Params = dict[str, Any]
@@ -76,6 +78,7 @@ def apply(
     cache: Cache | None = None,
     lora: Lora | None = None,
     remat: bool = False,
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
     """Reads tokens and returns the last hidden states, after the final norm.
 
@@ -92,6 +95,7 @@ def apply(
             multiplies by W + B A, which is never formed.
         remat: Keep only the blocks' inputs for the backward pass, which computes the rest again;
             static under jit.
+        mesh: Where the arrays live; None leaves that to the compiler. Static under jit.
 
     Returns:
         The hidden states `[B, T, D]` in the weights' dtype, and the cache with the new tokens
@@ -110,14 +114,18 @@ def apply(
         for name in path.split("/"):
             module = module[int(name)] if name.isdigit() else getattr(module, name)
         module.lora_a, module.lora_b = factors["a"], factors["b"]
-    return model(tokens, positions, key_positions, cache, remat)
+    return model(tokens, positions, key_positions, cache, remat, mesh)
 
 
 def unembed(
-    config: LMConfig, params: Params, hidden: Float[Array, "*batch D"]
+    config: LMConfig,
+    params: Params,
+    hidden: Float[Array, "*batch D"],
+    mesh: Mesh | None = None,
 ) -> Float[Array, "*batch V"]:
     """Logits of the next token from hidden states of `apply`, float32 `[..., V]`."""
-    table = params["embed"]["weight"] if config.tied else params["lm_head"]["weight"]
+    name = "embed" if config.tied else "lm_head"
+    table = sharding.gathered(mesh, {name: params[name]}, after=hidden)[name]["weight"]
     logits = jnp.einsum(
         "...d,vd->...v",
         hidden,
@@ -254,22 +262,29 @@ class _Attention(nnx.Module):
         rotation: tuple[Array, Array] | None,
         seen: Array,
         past: tuple[Array, Array, Array] | None,
+        mesh: Mesh | None,
     ) -> tuple[Array, Array, Array]:
         c = self.config
         b, t, _ = x.shape
         group = c.num_heads // c.num_kv_heads
-        q = self._heads(self.q(x), self.q_norm, c.num_kv_heads, group).transpose(0, 2, 3, 1, 4)
-        k = self._heads(self.k(x), self.k_norm, c.num_kv_heads).transpose(0, 2, 1, 3)
-        v = self.v(x).reshape(b, t, c.num_kv_heads, c.head_dim).transpose(0, 2, 1, 3)
+        q, k, v = (self._whole(part, mesh) for part in (self.q(x), self.k(x), self.v(x)))
+        q = self._heads(q, self.q_norm, c.num_kv_heads, group).transpose(0, 2, 3, 1, 4)
+        k = self._heads(k, self.k_norm, c.num_kv_heads).transpose(0, 2, 1, 3)
+        v = v.reshape(b, t, c.num_kv_heads, c.head_dim).transpose(0, 2, 1, 3)
         if rotation is not None:
-            q = _rotate(q, rotation)  # [B, K, G, T, h]
-            k = _rotate(k, rotation)  # [B, K, T, h]
+            q = self._whole(_rotate(q, rotation), mesh)  # [B, K, G, T, h]
+            k = self._whole(_rotate(k, rotation), mesh)  # [B, K, T, h]
         k = k.swapaxes(2, 3)
         if past is not None:
             keys, values, cursor = past
             zero = jnp.zeros_like(cursor)
             k = jax.lax.dynamic_update_slice(keys, k, (zero, zero, zero, cursor))
             v = jax.lax.dynamic_update_slice(values, v, (zero, zero, cursor, zero))
+        if mesh is not None:
+            specs = sharding.attention_specs(mesh, c.num_kv_heads, t)
+            q, k, v = (
+                sharding.constrain(x, mesh, spec) for x, spec in zip((q, k, v), specs, strict=True)
+            )
         scores = jnp.einsum(
             "bkgth,bkhs->bkgts",
             q,
@@ -284,7 +299,13 @@ class _Attention(nnx.Module):
         weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
         out = jnp.einsum("bkgts,bksh->bkgth", weights, v, precision=_precision(v))
         out = out.transpose(0, 3, 1, 2, 4).reshape(b, t, c.num_heads * c.head_dim)
-        return self.o(out), k, v
+        return self.o(self._whole(out, mesh)), k, v
+
+    def _whole(self, x: Array, mesh: Mesh | None) -> Array:
+        """`[B, T, heads h]` before it is split into heads that `model` does not divide."""
+        if mesh is None or self.config.num_kv_heads % mesh.shape[sharding.MODEL] == 0:
+            return x
+        return sharding.constrain(x, mesh, [sharding.ROWS])
 
     def _heads(self, x: Array, norm: Any, *heads: int) -> Array:
         """Splits `[B, T, heads h]` into `[B, T, *heads, h]`, normed before or after."""
@@ -327,9 +348,10 @@ class _Block(nnx.Module):
         rotation: tuple[Array, Array] | None,
         seen: Array,
         past: tuple[Array, Array, Array] | None,
+        mesh: Mesh | None,
     ) -> tuple[Array, Array, Array]:
         normed = self.attention_norm(x)
-        out, k, v = self.attention(normed, rotation, seen, past)
+        out, k, v = self.attention(normed, rotation, seen, past, mesh)
         attended = x + self.attention_post_norm(out)
         read = x if self.config.parallel else attended
         normed = normed if self.config.norms == "shared" else self.mlp_norm(read)
@@ -354,14 +376,15 @@ class _Decoder(nnx.Module):
         key_positions: Array,
         cache: Cache | None,
         remat: bool,
+        mesh: Mesh | None,
     ) -> tuple[Array, Cache | None]:
         c = self.config
-        table = self.embed.weight[...]
-        x = jnp.take(table, tokens, axis=0)  # [B, T, D]
+        x = sharding.lookup(mesh, self.embed.weight[...], tokens)  # [B, T, D]
         if c.scaled_embedding:
             x = x * jnp.sqrt(jnp.float32(c.hidden_size)).astype(x.dtype)
         if c.rope is None:
-            x = x + jnp.take(self.positions.weight[...], positions, axis=0, mode="clip")
+            within = jnp.clip(positions, 0, c.max_position - 1)
+            x = x + sharding.lookup(mesh, self.positions.weight[...], within)
         rotation = _rotation(c.rope, c.head_dim, positions)
         if cache is not None:
             key_positions = jax.lax.dynamic_update_slice(  # [B, S]
@@ -374,11 +397,16 @@ class _Decoder(nnx.Module):
             near = key_positions[:, None, :] > positions[:, :, None] - c.window
             local = _rotation(c.local_rope or c.rope, c.head_dim, positions), seen & near
         keys, values = [], []
+        before = x
         for i, block in enumerate(self.layers):
             past = None if cache is None else (cache.keys[i], cache.values[i], cache.cursor)
             rotation, attended = local if c.local and c.local[i] else whole
-            read = jax.checkpoint(block.__call__) if remat else block
-            x, k, v = read(x, rotation, attended, past)
+            read: Callable[..., Any] = functools.partial(_read_block, mesh, block)
+            if remat:
+                read = jax.checkpoint(read)
+            elif mesh is not None and mesh.shape[sharding.FSDP] > 1:
+                read = jax.checkpoint(read, policy=_not_gathered)
+            before, (x, k, v) = x, read(before, x, rotation, attended, past)
             keys.append(k)
             values.append(v)
         x = self.final_norm(x)
@@ -386,6 +414,32 @@ class _Decoder(nnx.Module):
             return x, None
         cursor = cache.cursor + jnp.asarray(tokens.shape[1], jnp.int32)
         return x, Cache(tuple(keys), tuple(values), key_positions, cursor)
+
+
+def _not_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """What the backward pass keeps of a layer: all but what moved, such as gathered weights."""
+    return primitive.name not in ("sharding_constraint", "optimization_barrier")
+
+
+def _read_block(
+    mesh: Mesh | None,
+    block: _Block,
+    before: Array,
+    x: Array,
+    rotation: tuple[Array, Array] | None,
+    seen: Array,
+    past: tuple[Array, Array, Array] | None,
+) -> tuple[Array, Array, Array]:
+    """One layer on a mesh: rows stay where they are, and the weights come to them.
+
+    Left to itself, the compiler may gather the rows instead, or sum [B, V] logits over devices.
+    The weights come while the layer before, which reads `before`, is at work.
+    """
+    graphdef, params = nnx.split(block)
+    params = sharding.gathered(mesh, nnx.to_pure_dict(params), after=before)
+    block = nnx.merge(graphdef, params)
+    x, k, v = block(x, rotation, seen, past, mesh)
+    return sharding.constrain(x, mesh, [sharding.ROWS]), k, v
 
 
 def _seen(query_positions: Array, key_positions: Array) -> Array:

@@ -59,11 +59,13 @@ class LM:
 
 
 @functools.cache
-def pure_functions(config: LMConfig, dtype: Any) -> tuple[Callable, Callable, Callable]:
+def pure_functions(
+    config: LMConfig, dtype: Any, mesh: Mesh | None = None
+) -> tuple[Callable, Callable, Callable]:
     """`apply`, `unembed` and `init_cache` of a shape: the same objects each time, so jit caches."""
     return (
-        functools.partial(decoder.apply, config),
-        functools.partial(decoder.unembed, config),
+        functools.partial(decoder.apply, config, mesh=mesh),
+        functools.partial(decoder.unembed, config, mesh=mesh),
         functools.partial(decoder.init_cache, config, dtype=dtype),
     )
 
@@ -98,7 +100,7 @@ def load_lm(
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not supported; known: {sorted(DTYPES)}")
     if mesh is None:
-        mesh = sharding.make_mesh((1, 1), jax.devices()[:1])
+        mesh = sharding.make_mesh(devices=jax.devices()[:1])
     path = model_path(name)
     shardings = functools.partial(sharding.param_shardings, mesh)
     if path.is_file():
@@ -132,8 +134,8 @@ def from_params(
 ) -> LM:
     """An `LM` from parameters at hand, such as those just trained; see `LM` for the arguments."""
     if mesh is None:
-        mesh = sharding.make_mesh((1, 1), jax.devices()[:1])
-    apply, unembed, init_cache = pure_functions(config, params["embed"]["weight"].dtype)
+        mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    apply, unembed, init_cache = pure_functions(config, params["embed"]["weight"].dtype, mesh)
     return LM(
         apply=apply,
         unembed=unembed,
@@ -190,7 +192,7 @@ def make_lm(
     if eos_ids is None:
         eos_ids = () if tokenizer is None else (tokenizer.eos_token_id,)
     if mesh is None:
-        mesh = sharding.make_mesh((1, 1), jax.devices()[:1])
+        mesh = sharding.make_mesh(devices=jax.devices()[:1])
     shape = (2, 3)
     integers, truths = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, bool))
     hidden, _ = jax.eval_shape(

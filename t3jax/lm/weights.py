@@ -1,7 +1,8 @@
 """Weights from and to Hugging Face safetensors, straight onto the device or mesh, without torch.
 
 Names and shapes are checked against the config before a byte of weights is read, and everything
-that is wrong is reported in one error. Each device reads only its own slice.
+that is wrong is reported in one error. A process reads what its own devices hold, rows and columns,
+and each part once.
 """
 
 import json
@@ -89,11 +90,16 @@ def place_params(
 
     def read(place: _Place, leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
         view, _ = tensors[place.name]
-        return jax.make_array_from_callback(
-            leaf.shape,
-            sharding,
-            lambda index: _cast(place.read(view, _within(index, leaf.shape)), dtype),
-        )
+        parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}  # devices may hold the same one
+
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            wanted = _within(index, leaf.shape)
+            key = tuple((axis.start, axis.stop) for axis in wanted)
+            if key not in parts:
+                parts[key] = _cast(place.read(view, wanted), dtype)
+            return parts[key]
+
+        return jax.make_array_from_callback(leaf.shape, sharding, part)
 
     loaded = [
         read(place, leaf, sharding)

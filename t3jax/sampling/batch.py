@@ -219,7 +219,7 @@ class Batch:
     def _padded(self, rows: int) -> int:
         """Rows of a compiled program: a power of two if that is not too many, split evenly."""
         size = min(1 << (rows - 1).bit_length(), max(self._most, rows))
-        return round_up(size, self._program.mesh.shape[sharding.DATA])
+        return round_up(size, sharding.row_shards(self._program.mesh))
 
     def _controls(self, rows: int) -> Controls:
         return self._place(Controls.filled(rows, **self._knobs))

@@ -124,13 +124,14 @@ def prefill(
         The state to continue from, and the first tokens, `[B, 1]`.
     """
     batch, _ = prompts.shape
-    cache = placed(program, program.init_cache(batch, slots))
+    cache = _placed_cache(program, program.init_cache(batch, slots))
     hidden, cache = program.apply(weights.params, prompts, None, mask, cache)
     pooled = pooling.running_mean(hidden, mask)
     # The last prompt token of every row stands in the last slot: only its logits are formed.
     logits = program.unembed(weights.params, hidden[:, -1])
-    rows = jnp.broadcast_to(jnp.arange(batch)[:, None], prompts.shape)
-    seen = jnp.zeros(logits.shape, bool).at[rows, prompts].max(mask)
+    seen = jax.vmap(lambda row, ids, real: row.at[ids].max(real))(
+        jnp.zeros(logits.shape, bool), prompts, mask
+    )
     state = State(
         cache=cache,
         pooled=pooled,
@@ -176,7 +177,7 @@ def decode_chunk(
             weights.params, state.token[:, None], None, reading, state.cache
         )
         state = state._replace(
-            cache=placed(program, cache),
+            cache=_placed_cache(program, cache),
             pooled=pooling.running_mean(hidden, reading, state.pooled),
         )
         logits = program.unembed(weights.params, hidden[:, 0])
@@ -197,7 +198,15 @@ def _choose(
     controls: Controls,
     stop_ids: Array,
 ) -> tuple[State, tuple[Array, Logprobs | None]]:
-    """Chooses each row's next token; the state then waits for the model to read it."""
+    """Chooses each row's next token; the state then waits for the model to read it.
+
+    Where the vocabulary is split, each device looks at its own part: what is exchanged is one
+    number for each row, or one for each row and part.
+    """
+    split = functools.partial(
+        sharding.constrain, mesh=program.mesh, spec=(sharding.ROWS, sharding.MODEL)
+    )
+    logits = split(logits)
     scores = None
     if program.activations:
         served = zip(weights.heads, program.activations, weights.prior_shifts, strict=True)
@@ -208,6 +217,7 @@ def _choose(
             ],
             program.refinements.combine,
         )
+        scores = split(scores)
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.step)
     token, logprobs = next_token(
         logits,
@@ -225,17 +235,31 @@ def _choose(
         token=token,
         done=ended,
         step=state.step + 1,
-        seen=state.seen.at[jnp.arange(token.shape[0]), token].set(True),
+        seen=jax.vmap(lambda row, id: row.at[id].set(True))(state.seen, token),
     )
-    return state, (chosen, logprobs)
+    return placed(program, state), (chosen, logprobs)
 
 
-def placed(program: Program, cache: Any) -> Any:
-    """A cache where it belongs: rows and key heads split as the mesh is."""
+def state_shardings(mesh: Mesh, state: Any) -> Any:
+    """Shardings of a state: all by rows, the cache's heads and the vocabulary over `model`."""
+    by_rows = jax.tree.map(lambda x: sharding.batch_sharding(mesh, x.shape), state)
+    return by_rows._replace(
+        cache=sharding.cache_shardings(mesh, state.cache),
+        seen=sharding.fitting(mesh, P(sharding.ROWS, sharding.MODEL), state.seen.shape),
+    )
+
+
+def placed(program: Program, state: State) -> State:
+    """A state where it belongs, inside of jit."""
+    if program.mesh.size == 1:
+        return state
+    return jax.lax.with_sharding_constraint(state, state_shardings(program.mesh, state))
+
+
+def _placed_cache(program: Program, cache: Any) -> Any:
     if program.mesh.size == 1:
         return cache
-    shardings = sharding.cache_shardings(program.mesh, cache)
-    return jax.tree.map(jax.lax.with_sharding_constraint, cache, shardings)
+    return jax.lax.with_sharding_constraint(cache, sharding.cache_shardings(program.mesh, cache))
 
 
 def _everywhere(program: Program, emitted: Emitted) -> Emitted:

@@ -1,24 +1,25 @@
 """What a run reads: tokens on the device, held-out sequences, and the rows of every batch.
 
 Sequences are ragged and never padded one by one: the host plans each epoch as rows of the feature
-array, and one step gathers the rows of its batch. An epoch is one pass over the forget sequences,
-each paired with a retain sequence drawn at random.
+array, and one step gathers the rows of its batch. Tokens are dealt out to the devices one by one:
+each has its share of every sequence, and of a batch it reads what it has. Features never travel. An
+epoch is one pass over the forget sequences, each paired with a retain sequence drawn at random.
 
-Axes: K members, S seeds of theirs, N answer tokens of all sequences, D features, U tokens of the
-vocabulary that are trained, M tokens of a batch.
+Axes: K members, S seeds of theirs, P parts into which the mesh splits rows, N answer tokens of a
+part, D features, U tokens of the vocabulary that are trained, M tokens of a batch in a part.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from t3jax import hosts, sharding
+from t3jax.batching import round_up
 from t3jax.features import Features
 from t3jax.head import HeadConfig
 from t3jax.training.recipe import Member, TrainConfig
@@ -29,17 +30,19 @@ _BATCH_STEP = 64
 
 
 class Tokens(NamedTuple):
-    """Answer tokens on the device: those of retain sequences, of forget sequences, padding.
+    """Answer tokens on the devices: those of retain sequences, of forget sequences, padding.
+
+    Token i of all is token i // P of part i % P.
 
     Attributes:
-        pooled: Features, `[N, D]`.
-        targets: Row of the trained W2 of the token that came next, `[N]`.
-        forget_start: First token of the forget sequences.
+        pooled: Features, `[P, N, D]`.
+        targets: Row of the trained W2 of the token that came next, `[P, N]`.
+        forget_starts: First token of the forget sequences in each part, `[P]`.
     """
 
     pooled: jax.Array
     targets: jax.Array
-    forget_start: jax.Array
+    forget_starts: jax.Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,7 +52,8 @@ class Data:
     Attributes:
         train: Tokens to train on.
         held_out: Tokens of the held-out sequences; None if there are none.
-        starts: Of the retain and of the forget sequences in `train`, `[S + 1]` each.
+        starts: Of the retain and of the forget sequences among all tokens of `train`, one each
+            and their end.
         held_out_starts: The same in `held_out`.
         vocabulary: Token ids of the trained rows of W2, sorted, `[U]`.
     """
@@ -83,30 +87,33 @@ class Data:
             for stream, (name, features) in enumerate(sets)
         ]
 
+        num_parts = sharding.row_shards(mesh)
+
         def placed(sequences: Sequence[np.ndarray]) -> Tokens:
             rows = [_rows(retain.starts, sequences[0]), _rows(forget.starts, sequences[1])]
             targets = np.concatenate([retain.targets[rows[0]], forget.targets[rows[1]]])
-            padding = -len(targets) % mesh.shape[sharding.DATA]
+            padding = -len(targets) % num_parts
             targets = np.pad(np.searchsorted(vocabulary, targets).astype(np.int32), (0, padding))
-            shape = (len(targets), head_config.hidden_size)
+            targets = targets.reshape(-1, num_parts).T
+            shape = (*targets.shape, head_config.hidden_size)
 
             def read(index: tuple[slice, ...] | None) -> np.ndarray:
                 """Reads the features of one device's tokens, and no others."""
                 assert index is not None  # JAX gives one unless it is told not to
-                start, stop, _ = index[0].indices(len(targets))
-                pooled = np.zeros((stop - start, *shape[1:]), retain.pooled.dtype)
-                end = 0
-                for features, own in zip((retain, forget), rows, strict=True):
-                    mine = own[max(start, 0) : max(stop, 0)]
-                    pooled[end : end + len(mine)] = features.pooled[mine]
-                    end += len(mine)
-                    start, stop = start - len(own), stop - len(own)
+                here = range(num_parts)[index[0]]
+                pooled = np.zeros((len(here), *shape[1:]), retain.pooled.dtype)
+                for part, out in zip(here, pooled, strict=True):
+                    of_retain = rows[0][part::num_parts]
+                    of_forget = rows[1][(part - len(rows[0])) % num_parts :: num_parts]
+                    out[: len(of_retain)] = retain.pooled[of_retain]
+                    out[len(of_retain) :][: len(of_forget)] = forget.pooled[of_forget]
                 return pooled
 
-            by_rows, whole = sharding.batch_sharding(mesh, shape), NamedSharding(mesh, P())
+            by_parts = sharding.batch_sharding(mesh, shape)
+            forget_starts = _before(len(rows[0]), num_parts).astype(np.int32)
             return Tokens(
-                jax.make_array_from_callback(shape, by_rows, read),
-                *hosts.place((targets, np.int32(len(rows[0]))), (by_rows, whole)),
+                jax.make_array_from_callback(shape, by_parts, read),
+                *hosts.place((targets, forget_starts), by_parts),
             )
 
         def starts(sequences: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -136,6 +143,7 @@ class Planner:
 
     def __init__(self, data: Data, members: Sequence[Member], mesh: Mesh):
         self._retain, self._forget = data.starts
+        self._parts = sharding.row_shards(mesh)
         config = members[0].config  # what counts here is the same in all
         self._members = [member.seed for member in members]
         self._seeds = list(dict.fromkeys(self._members))
@@ -149,13 +157,13 @@ class Planner:
             for seed in self._seeds
             for epoch in range(1, config.epochs + 1)
         )
-        # Rounded up, so that it serves other seeds too and divides among the devices.
-        size = int(largest) + -int(largest) % math.lcm(_BATCH_STEP, mesh.shape[sharding.DATA])
-        self._shape = (len(self._seeds), self.steps, size)
-        self._sharding = sharding.fitting(mesh, P(None, None, sharding.DATA), self._shape)
+        # Rounded up, so that it serves other seeds too.
+        size = round_up(int(largest), _BATCH_STEP)
+        self._shape = (len(self._seeds), self.steps, self._parts, size)
+        self._sharding = sharding.fitting(mesh, P(None, None, sharding.ROWS), self._shape)
 
     def epoch(self, epoch: int) -> tuple[jax.Array, np.ndarray]:
-        """Rows `[S, steps, M]`, -1 where a batch has fewer, and tokens per batch `[K, steps]`."""
+        """Rows `[S, steps, P, M]`, -1 where there are fewer; tokens of a batch `[K, steps]`."""
         rows = np.full(self._shape, -1, np.int32)
         for s, seed in enumerate(self._seeds):
             forget, retain = self._pairs(seed, epoch)
@@ -164,8 +172,10 @@ class Planner:
                 read = np.concatenate(
                     [_rows(self._forget, forget[batch]), _rows(self._retain, retain[batch])]
                 )
-                rows[s, step, : len(read)] = read
-        counts = {seed: self._counts(seed, epoch) for seed in self._seeds}
+                for part in range(self._parts):
+                    here = read[read % self._parts == part] // self._parts
+                    rows[s, step, part, : len(here)] = here
+        counts = {seed: self._counts(seed, epoch).sum(axis=1) for seed in self._seeds}
         return hosts.place(rows, self._sharding), np.stack([counts[s] for s in self._members])
 
     def _pairs(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -176,9 +186,12 @@ class Planner:
         return forget, retain
 
     def _counts(self, seed: int, epoch: int) -> np.ndarray:
+        """Tokens of each batch in each part, `[steps, P]`."""
         forget, retain = self._pairs(seed, epoch)
-        lengths = np.diff(self._forget)[forget] + np.diff(self._retain)[retain]
-        return np.add.reduceat(lengths, self._firsts)
+        of_forget, of_retain = (
+            np.diff(_before(starts, self._parts), axis=0) for starts in (self._forget, self._retain)
+        )
+        return np.add.reduceat(of_forget[forget] + of_retain[retain], self._firsts)
 
 
 def split(
@@ -195,6 +208,11 @@ def split(
         )
     order = np.random.default_rng((_HOLDOUT_SEED, stream)).permutation(features.num_sequences)
     return np.sort(order[count:]), np.sort(order[:count])
+
+
+def _before(tokens: int | np.ndarray, parts: int) -> np.ndarray:
+    """How many of the first so many tokens are in each part, `[..., P]`."""
+    return -((np.arange(parts) - np.asarray(tokens)[..., None]) // parts)
 
 
 def _rows(starts: np.ndarray, sequences: np.ndarray) -> np.ndarray:

@@ -81,7 +81,7 @@ def train_heads(
     members = make_members(configs, seeds)
     config = configs[0]
     if mesh is None:
-        mesh = sharding.make_mesh((1, 1), jax.devices()[:1])
+        mesh = sharding.make_mesh(devices=jax.devices()[:1])
     _check(retain, forget, head_config)
     data = Data.build(retain, forget, head_config, config, mesh)
     planner = Planner(data, members, mesh)

@@ -7,9 +7,9 @@ weight decays are traced: one program serves heads that differ in them.
 Heads of one seed read the same batches: their features are gathered once, and multiplied by the
 weights of all of these heads in one product.
 
-Axes: K members, a grid of C recipes and S seeds (K = C S, seeds the inner one), N answer tokens of
-all sequences, R rank, V vocabulary, U tokens of the vocabulary that are trained, M tokens of a
-batch.
+Axes: K members, a grid of C recipes and S seeds (K = C S, seeds the inner one), P parts into which
+the mesh splits rows, N answer tokens of a part, D features, R rank, V vocabulary, U tokens of the
+vocabulary that are trained, M tokens of a batch in a part.
 """
 
 import dataclasses
@@ -47,9 +47,9 @@ class Programs(NamedTuple):
         abstract_state: The training state as shapes with shardings.
         init_optimizer: `params -> optimizer state`.
         epoch: `(state, tokens, rows, knobs) -> (state, losses [K, steps], finite [K])`; the state
-            given is donated, `rows` `[S, steps, M]` says which tokens each batch has, -1 for none,
-            `knobs` are peak learning rates and weight decays, `[K]` each.
-        score: `(params, tokens) -> scores [K, N]`.
+            given is donated, `rows` `[S, steps, P, M]` says which tokens of each part a batch has,
+            -1 for none, `knobs` are peak learning rates and weight decays, `[K]` each.
+        score: `(params, tokens) -> scores [K, P, N]`.
     """
 
     abstract_state: Any
@@ -67,11 +67,14 @@ def compile_programs(
     activation = head_config.activation
 
     def loss_fn(params: HeadParams, tokens: Tokens, rows: jax.Array) -> jax.Array:
-        index = jnp.maximum(rows, 0)
-        pooled = tokens.pooled.at[index].get(mode="promise_in_bounds")
-        targets = tokens.targets.at[index].get(mode="promise_in_bounds")
-        scores = target_scores(params, pooled, targets, activation)
-        return classifier_loss(scores, retain=rows < tokens.forget_start, mask=rows >= 0)
+        def read(x: jax.Array) -> jax.Array:
+            """What the batch reads, `[P M, ...]`, each part of its own."""
+            take = jax.vmap(lambda own, index: own.at[index].get(mode="promise_in_bounds"))
+            return take(x, jnp.maximum(rows, 0)).reshape(-1, *x.shape[2:])
+
+        scores = target_scores(params, read(tokens.pooled), read(tokens.targets), activation)
+        retain = rows < tokens.forget_starts[:, None]
+        return classifier_loss(scores, retain.reshape(-1), mask=rows.reshape(-1) >= 0)
 
     def train_one(state: Any, tokens: Tokens, rows: jax.Array, knobs: Any) -> tuple:
         tuned = make_optimizer(config, steps, *knobs)
@@ -170,6 +173,7 @@ class Trainer:
         if self._data.held_out is None:
             return None
         scores = jax.device_get(self._programs.score(state[0], self._data.held_out))
+        scores = np.swapaxes(scores, 1, 2).reshape(len(scores), -1)  # in the tokens' order
         return [_held_out_metrics(row, *self._data.held_out_starts) for row in scores]
 
     def full_params(self, state: Any, k: int) -> HeadParams:
