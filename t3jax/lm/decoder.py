@@ -439,6 +439,8 @@ def _read_block(
     params = sharding.gathered(mesh, nnx.to_pure_dict(params), after=before)
     block = nnx.merge(graphdef, params)
     x, k, v = block(x, rotation, seen, past, mesh)
+    # Else XLA adds the layers' outputs up at the end only, and keeps all of them until then.
+    x = jax.lax.optimization_barrier(x)
     return sharding.constrain(x, mesh, [sharding.ROWS]), k, v
 
 
