@@ -54,6 +54,9 @@ def test_own_model_from_features_to_scores(shown, name, tmp_path):
     samples = sampler.generate(prompts, max_new_tokens=8, **untouched)
     for prompt, sample in zip(prompts, samples, strict=True):
         assert sample.tokens == greedy(lm, prompt, 8)
+    # Fewer rows than prompts: whatever the cache, a row that is finished takes the next one.
+    few = t3jax.Sampler(lm, batch_size=2, chunk=4).generate(prompts, max_new_tokens=8)
+    assert [sample.tokens for sample in few] == [sample.tokens for sample in samples]
 
 
 def test_functions_that_do_not_fit_are_refused():

@@ -177,7 +177,10 @@ def make_lm(
         params: The parameter tree, placed where it shall stay.
         max_position: Longest text the model was made for, tokens.
         init_cache: `(batch, slots) -> cache`: an empty cache for texts of so many tokens, padding
-            included; a tree of arrays. None: sampling reads the whole text anew for each token.
+            included; a tree of arrays. Each has an axis of rows, and one of slots or none: new
+            tokens of all rows take the same slots, at a scalar that counts those taken. Sampling
+            moves slots and the scalar together, and gives rows to new prompts. None: sampling reads
+            the whole text anew for each token.
         tokenizer: A transformers tokenizer; None if you handle token ids only.
         eos_ids: Tokens that end an answer; None takes the tokenizer's.
         name: For records and messages.

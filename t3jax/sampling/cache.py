@@ -133,5 +133,6 @@ def _axes(program: Program) -> Any:
 
 
 def _num_slots(axes: Any, cache: Any) -> int:
+    """S; of a cache without slots, such as a recurrent state, any number will do."""
     pairs = zip(jax.tree.leaves(axes), jax.tree.leaves(cache), strict=True)
-    return next(leaf.shape[own.slots] for own, leaf in pairs if own.slots is not None)
+    return next((leaf.shape[own.slots] for own, leaf in pairs if own.slots is not None), 1)
