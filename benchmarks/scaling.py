@@ -6,11 +6,11 @@ Nothing is timed and nothing runs: the feature pass, an epoch of head training a
 decoding are compiled for 1, 2, 4 and 8 simulated devices along `data` and along `fsdp`, as many
 rows for each device every time, and the compiler says what the program of one device is:
 floating-point operations, bytes read and written, memory, bytes that collectives hand over. Loops
-count once: one step of an epoch, one token of each answer. The model has SmolLM2-135M's widths and
-vocabulary and few layers.
+count once: one step of an epoch, one token of each answer. The model has few layers.
 """
 
 import argparse
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,7 +22,7 @@ from benchmarks.aot import collectives
 from benchmarks.side_by_side import write
 from t3jax import abstract, plan, sharding
 from t3jax.head import HeadConfig
-from t3jax.lm import LMConfig, RopeConfig
+from t3jax.lm import LMConfig
 from t3jax.training import TrainConfig
 
 DEVICES = (1, 2, 4, 8)
@@ -39,25 +39,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    parser.add_argument("--model", default="llama-3.1-8b", help=", ".join(plan.SHAPES))
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--rows", type=int, default=8, help="texts for each device")
     parser.add_argument("--length", type=int, default=128, help="tokens of a text")
     arguments = parser.parse_args()
     plan.simulate(max(DEVICES))
-    config = LMConfig(
-        model_type="llama",
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_layers=arguments.layers,
-        num_heads=9,
-        num_kv_heads=3,
-        head_dim=64,
-        max_position=2048,
-        norm_eps=1e-5,
-        rope=RopeConfig(theta=10000.0),
-        tied=True,
-    )
+    config = dataclasses.replace(plan.read_shape(arguments.model), num_layers=arguments.layers)
     figures: dict[str, Any] = {}
     for axis, shape in MESHES.items():
         jobs = [

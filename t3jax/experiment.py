@@ -176,7 +176,7 @@ def probed(config: Any, found: Sweep) -> dict[str, list[probes.Probe]]:
     results = {}
     for kind, examples in texts.items():
         if examples:
-            label = "probe-" + "".join(c if c.isalnum() else "-" for c in kind)
+            label = f"probe-{files.slug(kind)}"
             scores = dict(zip(settings, store.scores(label, examples, settings), strict=True))
             results[kind] = [
                 probes.probe(scores[BASE], scores[tilted], scores[served])

@@ -62,6 +62,11 @@ def replacing_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def slug(text: str) -> str:
+    """Text as part of a file's name: what is neither letter nor digit becomes a dash."""
+    return "".join(c if c.isalnum() else "-" for c in text)
+
+
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes indented JSON, whole or not at all."""
     with replacing(path) as temporary:

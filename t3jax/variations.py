@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from t3jax import cli, data, pipeline
+from t3jax import cli, data, files, pipeline
 from t3jax.evaluation import metrics, recompute, selection
 from t3jax.evaluation.logs import Log
 from t3jax.evaluation.scoring import Setting
@@ -143,40 +143,12 @@ def refined(config: Any, lm: LM, mesh: Mesh, found: Sweep) -> list[Refined]:
     Returns:
         The paper's method, and each refinement.
     """
-    own = [(head,) for head in _own_heads(found)]
-    rows = {
-        name: len(data.load_dataset(config[name], config.tofu_dir)) for name in ("forget", "retain")
-    }
-    fraction = rows["forget"] / sum(rows.values())
-    middle = max(1, rows["forget"] // 2 // config.selection_group * config.selection_group)
-    zero = _train(config, lm, mesh, "zero", zero_output=True)
-    halves = [
-        _train(config, lm, mesh, f"request-{i}", forget=f"({config.forget})[{part}]")
-        for i, part in enumerate((f":{middle}", f"{middle}:"))
-    ]
-    prior = [
-        (dataclasses.replace(head, prior_shift=class_prior_shift(fraction)),) for (head,) in own
-    ]
-    as_chosen = found.chosen[0].refinements
-    product = dataclasses.replace(as_chosen, combine="product")
-    kinds: dict[str, tuple[Refinements, Sequence[tuple[Head, ...]]]] = {
-        name: (cli.refinements(name, lm), own)
-        for name in ("plain", "gated", "protected", "gated-protected")
-    }
-    kinds["zero-started output"] = as_chosen, [(head,) for head in zero]
-    kinds[f"class prior {fraction:.2f}"] = as_chosen, prior
-    if config.varied_retain is not None:
-        more = f"({config.retain})+({config.varied_retain})"
-        heads = _train(config, lm, mesh, "varied-retain", retain=more)
-        kinds["more varied retain texts"] = as_chosen, [(head,) for head in heads]
-    kinds["two requests"] = as_chosen, list(zip(*halves, strict=True))
-    kinds["two requests, product"] = product, list(zip(*halves, strict=True))
-
+    kinds = _kinds(config, lm, mesh, found)
     every = list(dict.fromkeys(h for _, seeds in kinds.values() for group in seeds for h in group))
     settings = {
         name: [
             Setting(
-                f"{name.replace(', ', '-').replace(' ', '-')}-seed{seed}",
+                f"{files.slug(name)}-seed{seed}",
                 found.chosen[0].base_temperature,
                 found.chosen[0].guidance_scale,
                 tuple(every.index(head) for head in group),
@@ -210,6 +182,41 @@ def refined(config: Any, lm: LM, mesh: Mesh, found: Sweep) -> list[Refined]:
         )
         for name, seeds in settings.items()
     ]
+
+
+def _kinds(
+    config: Any, lm: LM, mesh: Mesh, found: Sweep
+) -> dict[str, tuple[Refinements, Sequence[tuple[Head, ...]]]]:
+    """By name, what is refined when served, and the heads of each seed, trained if need be."""
+    own = [(head,) for head in _own_heads(found)]
+    rows = {
+        name: len(data.load_dataset(config[name], config.tofu_dir)) for name in ("forget", "retain")
+    }
+    fraction = rows["forget"] / sum(rows.values())
+    middle = max(1, rows["forget"] // 2 // config.selection_group * config.selection_group)
+    zero = _train(config, lm, mesh, "zero", zero_output=True)
+    halves = [
+        _train(config, lm, mesh, f"request-{i}", forget=f"({config.forget})[{part}]")
+        for i, part in enumerate((f":{middle}", f"{middle}:"))
+    ]
+    prior = [
+        (dataclasses.replace(head, prior_shift=class_prior_shift(fraction)),) for (head,) in own
+    ]
+    as_chosen = found.chosen[0].refinements
+    product = dataclasses.replace(as_chosen, combine="product")
+    kinds: dict[str, tuple[Refinements, Sequence[tuple[Head, ...]]]] = {
+        name: (cli.refinements(name, lm), own)
+        for name in ("plain", "gated", "protected", "gated-protected")
+    }
+    kinds["zero-started output"] = as_chosen, [(head,) for head in zero]
+    kinds[f"class prior {fraction:.2f}"] = as_chosen, prior
+    if config.varied_retain is not None:
+        more = f"({config.retain})+({config.varied_retain})"
+        heads = _train(config, lm, mesh, "varied-retain", retain=more)
+        kinds["more varied retain texts"] = as_chosen, [(head,) for head in heads]
+    kinds["two requests"] = as_chosen, list(zip(*halves, strict=True))
+    kinds["two requests, product"] = product, list(zip(*halves, strict=True))
+    return kinds
 
 
 def truncated(config: Any, found: Sweep) -> Log:

@@ -114,7 +114,7 @@ class Batch:
         Yields:
             The pieces of all answers, those of one answer in order.
         """
-        taken = [self._waiting.popleft() for _ in range(min(self._size, len(self._waiting)))]
+        taken = self._take(self._size)
         cursor = self._bucket(taken)
         slots = self._cache_slots(cursor)[0]
         state, emitted = self._prefill(taken, self._size, cursor, slots)
@@ -124,9 +124,7 @@ class Batch:
         while self._rows or self._waiting:
             free = [row for row in range(self._size) if row not in self._rows]
             if self._waiting and len(free) >= min(self._at_once, len(self._waiting)):
-                taken = [
-                    self._waiting.popleft() for _ in range(min(self._at_once, len(self._waiting)))
-                ]
+                taken = self._take(self._at_once)
                 length = self._bucket(taken)
                 new, emitted = self._prefill(taken, self._at_once, length, length)
                 rows = np.full(self._at_once, self._size, np.int32)  # no row
@@ -156,6 +154,10 @@ class Batch:
             )
             cursor += self._chunk
             yield from self._collect(emitted, range(self._size))
+
+    def _take(self, most: int) -> list[int]:
+        """The prompts that wait longest, no more than so many."""
+        return [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
 
     def _room(self, cursor: int) -> tuple[int, int]:
         """How many slots can be dropped, and how many are needed then."""
