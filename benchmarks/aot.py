@@ -28,12 +28,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
 
 from benchmarks.side_by_side import write
 from t3jax import HeadConfig, abstract, plan, sharding
 from t3jax.abstract import Job, Step
+from t3jax.lm.model import read_dtype
 
 MIB = 2**20
 COLLECTIVE = re.compile(
@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--model", default="llama-3.1-8b", help=", ".join(plan.SHAPES))
     parser.add_argument("--topology", default="v5e:2x4", help="such as v5e:8x8 or v5p:4x4x4")
     parser.add_argument("--mesh", default="1,1,-1", help="as config.mesh")
+    parser.add_argument("--dtype", default="bfloat16", help="of the weights, or int8")
     parser.add_argument("--layers", type=int, help="of the model; all, if not given")
     parser.add_argument("--rows", type=int, default=16, help="answers decoded together")
     parser.add_argument("--text", type=int, default=1024, help="tokens of a text")
@@ -83,12 +84,13 @@ def main() -> None:
     arguments = parser.parse_args()
 
     jax.config.update("jax_platforms", "cpu")
-    config = plan.read_shape(arguments.model)
+    quantized, dtype = read_dtype(arguments.dtype, "bfloat16")
+    config = dataclasses.replace(plan.read_shape(arguments.model), quantized=quantized)
     if arguments.layers:
         config = dataclasses.replace(config, num_layers=arguments.layers)
     head = HeadConfig(config.hidden_size, config.vocab_size)
     mesh = tpu_mesh(arguments.topology, tuple(map(int, arguments.mesh.split(","))))
-    job = Job(config, jnp.bfloat16, mesh, (head,), rows=arguments.rows, text=arguments.text)
+    job = Job(config, dtype, mesh, (head,), rows=arguments.rows, text=arguments.text)
     figures: dict[str, Any] = {}
     state = None
     for name, program in PROGRAMS.items():

@@ -64,7 +64,7 @@ class Job:
 
     Attributes:
         config: The model's shape.
-        dtype: Of weights, activations and cache.
+        dtype: Of weights that are not int8, activations and cache.
         mesh: The devices.
         heads: The heads that are served together; the first is what is trained.
         rows: Answers decoded together.

@@ -23,7 +23,7 @@ from t3jax import abstract, cli, pipeline, sharding
 from t3jax.abstract import Job, Step
 from t3jax.batching import TOKENS_PER_SHARD
 from t3jax.lm import LMConfig, lm_config, read_config
-from t3jax.lm.model import DTYPES
+from t3jax.lm.model import read_dtype
 
 GIB = 2**30
 # What a program may have of a device's memory.
@@ -265,17 +265,16 @@ def make_job(
     """
     cli.require(config, "model")
     dtype = config.dtype or "bfloat16"
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not supported; known: {sorted(DTYPES)}")
-    shape = read_shape(config.model)
-    lm = abstract.abstract_lm(shape, DTYPES[dtype], mesh)
+    quantized, computed = read_dtype(dtype, "bfloat16")
+    shape = dataclasses.replace(read_shape(config.model), quantized=quantized)
+    lm = abstract.abstract_lm(shape, computed, mesh)
     grids = [config.seeds, config.sweep_learning_rates, config.sweep_weight_decays]
     head = pipeline.head_config(config, lm)
     head = dataclasses.replace(head, rank=max([head.rank, *config.sweep_ranks]))
     text = min(text, config.max_length or text, shape.max_position)
     job = Job(
         config=shape,
-        dtype=DTYPES[dtype],
+        dtype=computed,
         mesh=mesh,
         heads=(head,) * len((config.head or "").split(",")),
         rows=config.rows,
@@ -334,10 +333,11 @@ def describe(job: Job, capacity: int) -> str:
         [stage.kept.get(name, 0) for name in names] + [stage.temporary, stage.total]
         for stage in found.values()
     ]
+    stored = "int8" if job.config.quantized else jnp.dtype(job.dtype).name
     axes = ", ".join(f"{name} {size}" for name, size in job.mesh.shape.items())
     params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(_params(job)))
     lines = [
-        f"{params / 1e9:.3g}e9 weights in {jnp.dtype(job.dtype).name} on {job.mesh.size} devices "
+        f"{params / 1e9:.3g}e9 weights in {stored} on {job.mesh.size} devices "
         f"({axes}) of {capacity / GIB:.4g} GiB",
         f"{'GiB on each device':30}" + "".join(f"{name:>15}" for name in found),
     ]

@@ -23,11 +23,12 @@ ROWS = (DATA, FSDP)
 # Weights of the language model and the head, [out, in], by path.
 PARAM_RULES: tuple[tuple[str, P], ...] = (
     (r"(embed|lm_head)/weight$", P(MODEL, FSDP)),  # vocabulary
-    (r"lm_head/bias$", P(MODEL)),
+    (r"(embed|lm_head)/(bias|scale)$", P(MODEL)),
     (r"positions/weight$", P(None, FSDP)),
     (r"/(q|k|v|gate|up)/weight$", P(MODEL, FSDP)),  # heads, MLP width
-    (r"/(q|k|v|gate|up)/bias$", P(MODEL)),
+    (r"/(q|k|v|gate|up)/(bias|scale)$", P(MODEL)),
     (r"/(o|down)/weight$", P(FSDP, MODEL)),
+    (r"/(o|down)/scale$", P(FSDP)),
     (r"/(q|k|v|gate|up)/(lora_)?a$", P(None, FSDP)),  # LoRA's factors, split as what they update
     (r"/(q|k|v|gate|up)/(lora_)?b$", P(MODEL, None)),
     (r"/(o|down)/(lora_)?a$", P(None, MODEL)),

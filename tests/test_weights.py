@@ -323,8 +323,8 @@ def test_load_lm_names_what_is_wrong_with_the_folder(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no such folder or file, and it could not be had"):
         load_lm("absent/model")
     model_folder(tmp_path)
-    with pytest.raises(ValueError, match=r"dtype 'int8' is not supported; known: .*bfloat16"):
-        load_lm(tmp_path, dtype="int8")
+    with pytest.raises(ValueError, match=r"dtype 'int4' is not supported; known: .*bfloat16.*int8"):
+        load_lm(tmp_path, dtype="int4")
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 200}))
     with pytest.raises(ValueError, match=r"token id 263, but .* vocab_size 200"):

@@ -84,6 +84,7 @@ class LMConfig:
         window: Tokens that a local layer attends to, the query's own included; 0 without any.
         local: For each layer whether it is local; () where none is.
         local_rope: Rotary positions of the local layers; None: `rope`.
+        quantized: Matrices are int8 in memory, with a scale for each row.
     """
 
     model_type: str
@@ -115,3 +116,4 @@ class LMConfig:
     window: int = 0
     local: tuple[bool, ...] = ()
     local_rope: RopeConfig | None = None
+    quantized: bool = False

@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from t3jax import sharding
+from t3jax.lm import quantized
 from t3jax.lm.config import LMConfig, RopeConfig
 
 Params = dict[str, Any]
@@ -125,14 +126,17 @@ def unembed(
 ) -> Float[Array, "*batch V"]:
     """Logits of the next token from hidden states of `apply`, float32 `[..., V]`."""
     name = "embed" if config.tied else "lm_head"
-    table = sharding.gathered(mesh, {name: params[name]}, after=hidden)[name]["weight"]
-    logits = jnp.einsum(
-        "...d,vd->...v",
-        hidden,
-        table,
-        precision=_precision(table),
-        preferred_element_type=jnp.float32,
-    )
+    table = sharding.gathered(mesh, {name: params[name]}, after=hidden)[name]
+    if config.quantized:
+        logits = quantized.product(hidden, table["weight"], table["scale"], jnp.float32)
+    else:
+        logits = jnp.einsum(
+            "...d,vd->...v",
+            hidden,
+            table["weight"],
+            precision=_precision(hidden),
+            preferred_element_type=jnp.float32,
+        )
     if config.head_bias:
         bias = params["lm_head"]["bias"].astype(jnp.float32)
         logits = logits + jnp.broadcast_to(bias, logits.shape)
@@ -140,13 +144,29 @@ def unembed(
 
 
 def abstract_params(config: LMConfig, dtype: Any) -> Params:
-    """The parameter tree as `jax.ShapeDtypeStruct` leaves of `dtype`."""
+    """The parameter tree as `jax.ShapeDtypeStruct` leaves of `dtype`, quantised ones of int8."""
     _, shapes = _split_abstract(config)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+
+    def described(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.int8 if leaf.dtype == jnp.int8 else dtype)
+
+    return jax.tree.map(described, shapes)
+
+
+def compute_dtype(params: Params) -> Any:
+    """The dtype of activations and cache: that of all weights but int8 ones."""
+    embed = params["embed"]
+    return embed.get("scale", embed["weight"]).dtype
 
 
 def init_params(config: LMConfig, key: PRNGKeyArray, dtype: Any = jnp.float32) -> Params:
-    """Random weights, to train a model from nothing: normal with deviation 0.02, norms at 1."""
+    """Random weights, to train a model from nothing: normal with deviation 0.02, norms at 1.
+
+    Raises:
+        ValueError: If the config is quantised.
+    """
+    if config.quantized:
+        raise ValueError("int8 weights are not trained; take a config with quantized=False")
     leaves, treedef = jax.tree.flatten_with_path(abstract_params(config, dtype))
     keys = jax.random.split(key, len(leaves))
 
@@ -178,21 +198,35 @@ class _Linear(nnx.Module):
     lora_a: Array | None = None
     lora_b: Array | None = None
 
-    def __init__(self, fan_in: int, fan_out: int, bias: bool = False):
-        self.weight = nnx.Param(jnp.zeros((fan_out, fan_in)))
+    def __init__(self, fan_in: int, fan_out: int, bias: bool = False, quantized: bool = False):
+        self.weight = nnx.Param(jnp.zeros((fan_out, fan_in), jnp.int8 if quantized else None))
+        if quantized:
+            self.scale = nnx.Param(jnp.ones((fan_out,)))
         if bias:
             self.bias = nnx.Param(jnp.zeros((fan_out,)))
         self.has_bias = bias
+        self.quantized = quantized
 
     def __call__(self, x: Array) -> Array:
         # Rows on one axis: a CPU is slow at a weight's gradient when that sums over two.
         rows = x.reshape(-1, x.shape[-1])
-        y = _product(rows, self.weight[...])
+        if self.quantized:
+            y = quantized.product(rows, self.weight[...], self.scale[...])
+        else:
+            y = _product(rows, self.weight[...])
         if self.lora_a is not None and self.lora_b is not None:
             y = y + _product(_product(rows, self.lora_a), self.lora_b)
         if self.has_bias:
             y = y + jnp.broadcast_to(self.bias[...], y.shape)
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def rows(self, ids: Array, mesh: Mesh | None) -> Array:
+        """Rows `[B, T, in]` of the matrix, as a table of embeddings."""
+        found = sharding.lookup(mesh, self.weight[...], ids)
+        if not self.quantized:
+            return found
+        scale = sharding.lookup(mesh, self.scale[...][:, None], ids)
+        return found.astype(scale.dtype) * jnp.broadcast_to(scale, found.shape)
 
 
 class _RMSNorm(nnx.Module):
@@ -247,10 +281,10 @@ class _Attention(nnx.Module):
         width, bias = config.hidden_size, config.attention_bias
         q_width = config.num_heads * config.head_dim
         k_width = config.num_kv_heads * config.head_dim
-        self.q = _Linear(width, q_width, bias or config.qkv_bias)
-        self.k = _Linear(width, k_width, bias or config.qkv_bias)
-        self.v = _Linear(width, k_width, bias or config.qkv_bias)
-        self.o = _Linear(q_width, width, bias)
+        self.q = _Linear(width, q_width, bias or config.qkv_bias, config.quantized)
+        self.k = _Linear(width, k_width, bias or config.qkv_bias, config.quantized)
+        self.v = _Linear(width, k_width, bias or config.qkv_bias, config.quantized)
+        self.o = _Linear(q_width, width, bias, config.quantized)
         by_head, wanted = config.qk_norm == "head", config.qk_norm is not None
         self.q_norm = _norm(config, config.head_dim if by_head else q_width, wanted)
         self.k_norm = _norm(config, config.head_dim if by_head else k_width, wanted)
@@ -317,10 +351,11 @@ class _Attention(nnx.Module):
 
 class _MLP(nnx.Module):
     def __init__(self, config: LMConfig):
+        width, inner = config.hidden_size, config.intermediate_size
         if config.gated:
-            self.gate = _Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
-        self.up = _Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
-        self.down = _Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
+            self.gate = _Linear(width, inner, config.mlp_bias, config.quantized)
+        self.up = _Linear(width, inner, config.mlp_bias, config.quantized)
+        self.down = _Linear(inner, width, config.mlp_bias, config.quantized)
         self.activation = _ACTIVATIONS[config.activation]
         self.gated = config.gated
 
@@ -360,13 +395,14 @@ class _Block(nnx.Module):
 
 class _Decoder(nnx.Module):
     def __init__(self, config: LMConfig):
-        self.embed = _Linear(config.hidden_size, config.vocab_size)  # [V, D]
+        width, quantized = config.hidden_size, config.quantized
+        self.embed = _Linear(width, config.vocab_size, quantized=quantized)  # [V, D]
         if config.rope is None:
-            self.positions = _Linear(config.hidden_size, config.max_position)
+            self.positions = _Linear(width, config.max_position, quantized=quantized)
         self.layers = nnx.List([_Block(config) for _ in range(config.num_layers)])
-        self.final_norm = _norm(config, config.hidden_size)
+        self.final_norm = _norm(config, width)
         if not config.tied:
-            self.lm_head = _Linear(config.hidden_size, config.vocab_size, config.head_bias)
+            self.lm_head = _Linear(width, config.vocab_size, config.head_bias, quantized)
         self.config = config
 
     def __call__(
@@ -379,12 +415,12 @@ class _Decoder(nnx.Module):
         mesh: Mesh | None,
     ) -> tuple[Array, Cache | None]:
         c = self.config
-        x = sharding.lookup(mesh, self.embed.weight[...], tokens)  # [B, T, D]
+        x = self.embed.rows(tokens, mesh)  # [B, T, D]
         if c.scaled_embedding:
             x = x * jnp.sqrt(jnp.float32(c.hidden_size)).astype(x.dtype)
         if c.rope is None:
             within = jnp.clip(positions, 0, c.max_position - 1)
-            x = x + sharding.lookup(mesh, self.positions.weight[...], within)
+            x = x + self.positions.rows(within, mesh)
         rotation = _rotation(c.rope, c.head_dim, positions)
         if cache is not None:
             key_positions = jax.lax.dynamic_update_slice(  # [B, S]

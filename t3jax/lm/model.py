@@ -83,7 +83,8 @@ def load_lm(
         name: A folder with `config.json`, safetensors weights and tokenizer; a hub id; or a GGUF
             file, which needs the extra `t3jax[gguf]`.
         dtype: "float32", "bfloat16" or "float16"; None means float32 on CPU, where it is the fast
-            one, and bfloat16 elsewhere.
+            one, and bfloat16 elsewhere. "int8" rounds the matrices as they are read, each row with
+            a scale of its own (`t3jax.lm.quantized`), and computes in what None means.
         mesh: From `t3jax.make_mesh`; None means one device.
 
     Returns:
@@ -96,24 +97,22 @@ def load_lm(
         ValueError: If the model is of an unknown family, its weights or tokenizer do not fit its
             config, a file is broken, or the dtype is unknown.
     """
-    dtype = dtype or default_dtype()
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not supported; known: {sorted(DTYPES)}")
+    quantized, computed = read_dtype(dtype or default_dtype(), default_dtype())
     if mesh is None:
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
     path = model_path(name)
     shardings = functools.partial(sharding.param_shardings, mesh)
     if path.is_file():
         file = gguf.open_gguf(path)
-        config = gguf.read_config(file)
+        config = dataclasses.replace(gguf.read_config(file), quantized=quantized)
         tokenizer, eos_ids = gguf.read_tokenizer(file), gguf.read_eos_ids(file)
         _check_vocabulary(path, tokenizer, config)
-        params = gguf.load_params(file, config, DTYPES[dtype], shardings)
+        params = gguf.load_params(file, config, computed, shardings)
     else:
-        config = read_config(path)
+        config = dataclasses.replace(read_config(path), quantized=quantized)
         tokenizer = _tokenizer(path)
         _check_vocabulary(path, tokenizer, config)
-        params = load_params(path, config, DTYPES[dtype], shardings)
+        params = load_params(path, config, computed, shardings)
         eos_ids = _eos_ids(path, tokenizer)
     return from_params(config, params, tokenizer, eos_ids, str(name), mesh)
 
@@ -135,7 +134,7 @@ def from_params(
     """An `LM` from parameters at hand, such as those just trained; see `LM` for the arguments."""
     if mesh is None:
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    apply, unembed, init_cache = pure_functions(config, params["embed"]["weight"].dtype, mesh)
+    apply, unembed, init_cache = pure_functions(config, decoder.compute_dtype(params), mesh)
     return LM(
         apply=apply,
         unembed=unembed,
@@ -271,6 +270,21 @@ def _reread(
 def default_dtype() -> str:
     """Float32 on CPU, where it is the fast one, and bfloat16 elsewhere."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def read_dtype(name: str, computed: str) -> tuple[bool, Any]:
+    """Whether weights of a dtype are quantised, and the dtype of all that is not.
+
+    Args:
+        name: As in `load_lm`.
+        computed: What computes beside int8 weights.
+
+    Raises:
+        ValueError: If the dtype is unknown.
+    """
+    if name not in (*DTYPES, "int8"):
+        raise ValueError(f"dtype {name!r} is not supported; known: {sorted([*DTYPES, 'int8'])}")
+    return name == "int8", DTYPES[computed if name == "int8" else name]
 
 
 def model_path(name: str | pathlib.Path) -> pathlib.Path:

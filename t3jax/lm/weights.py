@@ -5,6 +5,8 @@ that is wrong is reported in one error. A process reads what its own devices hol
 and each part once.
 """
 
+import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Mapping
@@ -21,9 +23,11 @@ from t3jax import files
 from t3jax.lm.config import LMConfig
 from t3jax.lm.decoder import Params, abstract_params
 from t3jax.lm.families import FAMILIES, Family, checkpoint_name, hf_config
+from t3jax.lm.quantized import quantize
 
 _VOCABULARY = ("embed", "lm_head")
 _MAX_REPORTED = 12
+_WEIGHT, _SCALE = (jax.tree_util.DictKey(name) for name in ("weight", "scale"))
 
 
 def load_params(
@@ -38,7 +42,8 @@ def load_params(
         folder: A Hugging Face folder with `model.safetensors`, or with several files and their
             `model.safetensors.index.json`.
         config: The model's shape.
-        dtype: Dtype of the weights in memory; they are cast slice by slice.
+        dtype: Dtype of the weights in memory; they are cast slice by slice. Where the config is
+            quantised, that of all but matrices, which are rounded to int8.
         shardings: Gives the tree of shardings for the abstract parameter tree; None puts
             everything on the default device.
 
@@ -69,7 +74,7 @@ def place_params(
         family: Where the checkpoint has the decoder's parameters.
         tensors: By the family's names, what is there: a view with `get_shape()` that is indexed by
             slices, as safetensors gives it, and the tensor's own name.
-        dtype: Dtype of the weights in memory; they are cast slice by slice.
+        dtype: As in `load_params`.
         shardings: As in `load_params`.
 
     Returns:
@@ -79,32 +84,41 @@ def place_params(
         ValueError: If names or shapes do not fit the config.
     """
     abstract = abstract_params(config, dtype)
-    leaves, treedef = jax.tree.flatten(abstract)
-    places = _places(config, family, abstract)
-    _check(path, config, family, places, tensors)
+    leaves, treedef = jax.tree.flatten_with_path(abstract)
+    stored = abstract_params(dataclasses.replace(config, quantized=False), dtype)
+    paths = [path for path, _ in jax.tree.leaves_with_path(stored)]
+    places = dict(zip(paths, _places(config, family, stored), strict=True))
+    _check(path, config, family, list(places.values()), tensors)
     placed = (
         jax.tree.leaves(shardings(abstract))
         if shardings is not None
         else [jax.sharding.SingleDeviceSharding(jax.devices()[0])] * len(leaves)
     )
 
-    def read(place: _Place, leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
-        view, _ = tensors[place.name]
+    def load(leaf: jax.ShapeDtypeStruct, sharding: Any, read: Callable[..., Any]) -> jax.Array:
         parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}  # devices may hold the same one
 
         def part(index: tuple[slice, ...] | None) -> np.ndarray:
             wanted = _within(index, leaf.shape)
             key = tuple((axis.start, axis.stop) for axis in wanted)
             if key not in parts:
-                parts[key] = _cast(place.read(view, wanted), dtype)
+                parts[key] = read(wanted)
             return parts[key]
 
         return jax.make_array_from_callback(leaf.shape, sharding, part)
 
-    loaded = [
-        read(place, leaf, sharding)
-        for place, leaf, sharding in zip(places, leaves, placed, strict=True)
-    ]
+    loaded = []
+    whole_rows: Any = None
+    for (keys, leaf), sharding in zip(leaves, placed, strict=True):
+        place = places[(*keys[:-1], _WEIGHT) if keys[-1] == _SCALE else keys]
+        view, _ = tensors[place.name]
+        if keys[-1] == _SCALE:  # its matrix follows
+            whole_rows = functools.cache(functools.partial(_quantized, place, view, dtype))
+        if keys[-1] != _SCALE and leaf.dtype != np.int8:
+            read = functools.partial(_plain, place, view, dtype)
+        else:
+            read = functools.partial(_part, whole_rows)
+        loaded.append(load(leaf, sharding, read))
     return jax.tree.unflatten(treedef, loaded)
 
 
@@ -296,6 +310,25 @@ def _within(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> tuple[sl
     """A device's index with every bound spelt out, so that surplus rows stay unread."""
     assert index is not None  # JAX gives the callback an index unless it is told not to
     return tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True))
+
+
+def _plain(place: _Place, view: Any, dtype: Any, wanted: tuple[slice, ...]) -> np.ndarray:
+    return _cast(place.read(view, wanted), dtype)
+
+
+def _quantized(
+    place: _Place, view: Any, dtype: Any, start: int, stop: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Some rows of a matrix, in int8, and their scales."""
+    (columns,) = place.columns
+    return quantize(place.read(view, (slice(start, stop), slice(0, columns))), dtype)
+
+
+def _part(whole_rows: Callable[..., Any], wanted: tuple[slice, ...]) -> np.ndarray:
+    """What is wanted of an int8 matrix, or of its scales."""
+    rows, *columns = wanted
+    numbers, scales = whole_rows(rows.start, rows.stop)
+    return np.ascontiguousarray(numbers[:, columns[0]]) if columns else scales
 
 
 def _cast(array: np.ndarray, dtype: Any) -> np.ndarray:

@@ -100,14 +100,18 @@ def train_heads(
         if state is None:
             state = trainer.init()
 
+        plan = planner.epoch(min(epochs_done + 1, config.epochs))
         for epoch in range(epochs_done + 1, config.epochs + 1):
             start = time.perf_counter()
-            rows, counts = planner.epoch(epoch)
-            state, losses, finite = trainer.train_epoch(state, rows)
+            last = epoch == config.epochs
+            rows, counts = plan
+            state, *pending = trainer.train_epoch(state, rows)
+            if not last:
+                plan = planner.epoch(epoch + 1)  # while the device works
+            losses, finite = jax.device_get(pending)
             # Tokens of different batches weigh the same.
             losses = np.sum(losses * counts, axis=1) / np.sum(counts, axis=1)
             _check_finite(losses, finite, epoch, members, data)
-            last = epoch == config.epochs
             held_out = trainer.evaluate(state) if last or epoch % config.eval_every == 0 else None
             lines = [
                 {

@@ -162,11 +162,13 @@ class Trainer:
         params = hosts.place(stacked, places)
         return params, self._programs.init_optimizer(params)
 
-    def train_epoch(self, state: Any, rows: jax.Array) -> tuple[Any, np.ndarray, np.ndarray]:
-        """The state after an epoch, losses `[K, steps]`, whether the weights are finite `[K]`."""
+    def train_epoch(self, state: Any, rows: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
+        """The state after an epoch, losses `[K, steps]`, whether the weights are finite `[K]`.
+
+        They are promises: the device may still be at work.
+        """
         with jax.transfer_guard("disallow"):
-            state, losses, finite = self._programs.epoch(state, self._data.train, rows, self._knobs)
-        return state, *jax.device_get((losses, finite))
+            return self._programs.epoch(state, self._data.train, rows, self._knobs)
 
     def evaluate(self, state: Any) -> list[dict[str, float]] | None:
         """Metrics on the held-out sequences for each member; None if there are none."""
