@@ -8,7 +8,8 @@ Whole calls are compared: prompts of one length, then a fixed number of tokens, 
 bfloat16; and, for guided decoding, a plain loop with a key-value cache and a running mean. What
 guidance costs is measured on the decoding steps alone, prefill left out, in paired rounds. Rows
 that take the next prompt when they are finished are measured on answers of uneven length, against
-batches that wait for their longest.
+batches that wait for their longest. Int8 weights decode beside float32 ones, and `loss_int8` beside
+`loss` says what they lose: nats per answer token of `configs/general_knowledge.jsonl`.
 `--growth` adds batches of 1 to 64 rows and prompts of 32 to 2,048 tokens.
 """
 
@@ -27,12 +28,15 @@ import t3jax
 from benchmarks.ceilings import measure_ceilings, weight_bytes
 from benchmarks.peer import Peer
 from benchmarks.side_by_side import alternate, overhead, random_head, ratio, seconds, tune, write
+from t3jax.data import PromptFormat, encode_records, load_dataset
+from t3jax.evaluation.scoring import Setting, score_texts
 from t3jax.lm import load_config
 from t3jax.refinements import PLAIN, Refinements
 from t3jax.sampling import Controls, batch
 from t3jax.sampling.loop import Program, State, Weights, decode_chunk, prefill
 
 BATCHES = (1, 16)
+KNOWLEDGE = "configs/general_knowledge.jsonl"
 TRUNCATIONS: dict[str, dict[str, Any]] = {
     "draw": {},  # what a draw costs without any
     "top_k": {"top_k": 20},
@@ -59,12 +63,15 @@ def main() -> None:
 
     ceilings = measure_ceilings()
     # Without an end of text, all rows run to the end.
-    lm = dataclasses.replace(t3jax.load_lm(arguments.model, "float32"), eos_ids=())
+    lm, int8 = (
+        dataclasses.replace(t3jax.load_lm(arguments.model, dtype), eos_ids=())
+        for dtype in ("float32", "int8")
+    )
     head = random_head(lm)
     figures: dict[str, Any] = {}
     details: dict[str, Any] = {"ceilings": dataclasses.asdict(ceilings)}
     for rows in BATCHES:
-        found, details[f"batch{rows}"] = compare(lm, head, rows, arguments)
+        found, details[f"batch{rows}"] = compare(lm, int8, head, rows, arguments)
         figures |= {f"{name}_batch{rows}": value for name, value in found.items()}
     for rows in BATCHES:
         stretch = functools.partial(Stretch, lm, rows, arguments)
@@ -80,14 +87,18 @@ def main() -> None:
     needed = weight_bytes(load_config(arguments.model), lm.params) / ceilings.bandwidth
     figures["bandwidth_share_batch1"] = needed / details["step_seconds_batch1"]["plain"]
     found, details["refilling"] = refilling(arguments)
-    figures |= found
+    figures |= found | {"loss": loss(lm), "loss_int8": loss(int8)}
     if arguments.growth:
         details["growth"] = growth(lm, arguments)
     write("decode", figures, {"arguments": vars(arguments), **details})
 
 
 def compare(
-    lm: t3jax.LM, head: t3jax.Head, rows: int, arguments: argparse.Namespace
+    lm: t3jax.LM,
+    int8: t3jax.LM,
+    head: t3jax.Head,
+    rows: int,
+    arguments: argparse.Namespace,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Whole calls, both sides in turn."""
     prompts, new = random_prompts(lm, rows, arguments.prompt), arguments.new_tokens
@@ -96,6 +107,7 @@ def compare(
     samplers = {
         "ours": t3jax.Sampler(lm, batch_size=rows),
         "ours_guided": t3jax.Sampler(lm, head, batch_size=rows),
+        "ours_int8": t3jax.Sampler(int8, batch_size=rows),
     }
     tokens: dict[str, np.ndarray] = {}
 
@@ -129,6 +141,8 @@ def compare(
     figures = {
         "speedup": ratio(times["peer"], times["ours"]),
         "speedup_over_bfloat16": ratio(times["peer_bfloat16"], times["ours"]),
+        "speedup_int8": ratio(times["peer"], times["ours_int8"]),
+        "speedup_int8_over_bfloat16": ratio(times["peer_bfloat16"], times["ours_int8"]),
         "speedup_guided": ratio(times["peer_guided"], times["ours_guided"]),
         "share_of_tokens_equal": float(np.mean(tokens["ours"] == tokens["peer"])),
         "share_of_guided_tokens_equal": float(
@@ -307,6 +321,13 @@ def growth(lm: t3jax.LM, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             shape = {"rows": rows, "prompt": length, "first_call_seconds": compiling}
             lines.append(shape | speeds | {"speedup": ratio(times["peer"], times["ours"])})
     return lines
+
+
+def loss(lm: t3jax.LM) -> float:
+    """Mean loss of answers of general knowledge, nats a token."""
+    texts = encode_records(lm.tokenizer, load_dataset(KNOWLEDGE), PromptFormat(), lm.max_position)
+    (scores,) = score_texts(lm, texts, [Setting("base")])
+    return -float(scores.logprobs.mean(dtype=np.float64))
 
 
 def random_prompts(lm: t3jax.LM, rows: int, length: int) -> np.ndarray:

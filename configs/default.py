@@ -13,7 +13,8 @@ def get_config() -> ml_collections.ConfigDict:
 
     # The base model: a Hugging Face folder, hub id or GGUF file.
     config.model = placeholder(str)
-    config.dtype = placeholder(str)  # None: float32 on CPU, bfloat16 elsewhere
+    # float32, bfloat16, float16, int8 (matrices alone); None: float32 on CPU, bfloat16 elsewhere.
+    config.dtype = placeholder(str)
     config.mesh = (-1, 1, 1)  # devices along (data, fsdp, model); -1 takes what remains
 
     # How a question becomes a prompt. The tags are for models without a chat template.
