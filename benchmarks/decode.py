@@ -10,7 +10,8 @@ guidance costs is measured on the decoding steps alone, prefill left out, in pai
 that take the next prompt when they are finished are measured on answers of uneven length, against
 batches that wait for their longest. Int8 weights decode beside float32 ones, and `loss_int8` beside
 `loss` says what they lose: nats per answer token of `configs/general_knowledge.jsonl`.
-`--growth` adds batches of 1 to 64 rows and prompts of 32 to 2,048 tokens.
+`--growth` adds batches of 1 to 64 rows and prompts of 32 to 2,048 tokens; and models of random weights
+with other vocabularies, twice the layers or twice the widths, with what guidance costs on each.
 """
 
 import argparse
@@ -30,12 +31,13 @@ from benchmarks.peer import Peer
 from benchmarks.side_by_side import alternate, overhead, random_head, ratio, seconds, tune, write
 from t3jax.data import PromptFormat, encode_records, load_dataset
 from t3jax.evaluation.scoring import Setting, score_texts
-from t3jax.lm import load_config
+from t3jax.lm import from_params, init_params, load_config
 from t3jax.refinements import PLAIN, Refinements
 from t3jax.sampling import Controls, batch
 from t3jax.sampling.loop import Program, State, Weights, decode_chunk, prefill
 
 BATCHES = (1, 16)
+VOCABULARIES = (32_768, 131_072, 262_144)
 KNOWLEDGE = "configs/general_knowledge.jsonl"
 TRUNCATIONS: dict[str, dict[str, Any]] = {
     "draw": {},  # what a draw costs without any
@@ -90,6 +92,7 @@ def main() -> None:
     figures |= found | {"loss": loss(lm), "loss_int8": loss(int8)}
     if arguments.growth:
         details["growth"] = growth(lm, arguments)
+        details["growth_of_the_model"] = model_growth(arguments)
     write("decode", figures, {"arguments": vars(arguments), **details})
 
 
@@ -320,6 +323,29 @@ def growth(lm: t3jax.LM, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             }
             shape = {"rows": rows, "prompt": length, "first_call_seconds": compiling}
             lines.append(shape | speeds | {"speedup": ratio(times["peer"], times["ours"])})
+    return lines
+
+
+def model_growth(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """A step of decoding, and what guidance adds to it, as the model grows."""
+    config = load_config(arguments.model)
+    widths = ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads")
+    shapes = [
+        *({"vocab_size": size} for size in VOCABULARIES),
+        {"num_layers": 2 * config.num_layers},
+        {name: 2 * getattr(config, name) for name in widths},
+    ]
+    lines = []
+    for shape in shapes:
+        changed: Any = dataclasses.replace(config, **shape)
+        lm = from_params(changed, init_params(changed, jax.random.key(0)), None, (), "random")
+        for rows in BATCHES:
+            variants = {
+                "plain": Stretch(lm, rows, arguments),
+                "guidance": Stretch(lm, rows, arguments, random_head(lm)),
+            }
+            costs, steps = step_costs(variants, "plain", -(-arguments.rounds // 3))
+            lines.append({**shape, "rows": rows, "step_seconds": steps["plain"], **costs})
     return lines
 
 
