@@ -10,8 +10,8 @@ guidance costs is measured on the decoding steps alone, prefill left out, in pai
 that take the next prompt when they are finished are measured on answers of uneven length, against
 batches that wait for their longest. Int8 weights decode beside float32 ones, and `loss_int8` beside
 `loss` says what they lose: nats per answer token of `configs/general_knowledge.jsonl`.
-`--growth` adds batches of 1 to 64 rows and prompts of 32 to 2,048 tokens; and random models of other
-vocabularies, twice the layers or twice the widths, with what guidance costs on each.
+`--growth` adds batches of 1 to 64 rows and prompts of 32 to 2,048 tokens, and random models of
+other vocabularies, twice the layers or twice the widths, with what guidance costs on each.
 """
 
 import argparse
