@@ -92,7 +92,8 @@ def _cluster_size() -> int | None:
 
 def is_lead() -> bool:
     """Whether this process writes and prints: process 0 of all."""
-    return jax.process_index() == 0
+    # A process by itself is asked before its devices are known: the planner makes them up.
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def place(tree: Any, shardings: Any) -> Any:

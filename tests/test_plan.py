@@ -1,6 +1,9 @@
 """The planner: what is alive in a program, and plans against what a compiler says."""
 
 import dataclasses
+import shlex
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -148,3 +151,14 @@ def test_a_job_of_a_config():
 def test_shapes_have_the_published_number_of_weights(shape, weights):
     params = abstract_params(plan.read_shape(f"llama-3.1-{shape}"), jnp.bfloat16)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == pytest.approx(weights, rel=1e-3)
+
+
+def test_the_command_on_its_page(repository):
+    page = (repository / "docs" / "planning.md").read_text()
+    command, output = page.split("    python ")[1], page.split("    8.03e9 weights")[1]
+    arguments = shlex.split(command.split("\n\n")[0].replace("\\\n", " "))
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=repository, capture_output=True, text=True, check=True
+    )
+    first, second, third = output.splitlines()[:3]
+    assert done.stdout.startswith(f"8.03e9 weights{first}\n{second.strip()}\n{third.strip()}\n")
