@@ -217,6 +217,8 @@ def varied(points: Sequence[Any]) -> bytes:
                 axes.set(xlabel=axis, ylabel=panel)
                 if values[0] > 0 and values[-1] > 6 * values[0]:
                     axes.set_xscale("log")
+                    axes.set_xticks(values, [f"{value:g}" for value in values])
+                    axes.minorticks_off()
             row[0].legend(fontsize=8)
         return _svg(figure)
 
