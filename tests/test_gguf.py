@@ -21,6 +21,7 @@ import tiny
 from t3jax import load_lm, make_mesh, sharding
 from t3jax.lm import decoder, from_params, gguf, lm_config, load_config, save_hf, weights
 from t3jax.lm.families import hf_config
+from t3jax.lm.quantized import quantize
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 LLAMAS = ("llama3_untied", "gqa_tied", "biases")
@@ -278,6 +279,12 @@ def test_weights_are_cast_and_sharded(folder, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, lm.params, expected)
     down = lm.params["layers"][0]["mlp"]["down"]["weight"]
     assert down.addressable_shards[0].data.shape == (32, 16)  # half a block's columns
+    rounded = load_lm(path, "int8", make_mesh((2, 1, 4))).params["layers"][0]["mlp"]["down"]
+    numbers, scale = quantize(
+        np.asarray(whole.params["layers"][0]["mlp"]["down"]["weight"]), np.float32
+    )
+    np.testing.assert_array_equal(rounded["weight"], numbers)
+    np.testing.assert_array_equal(rounded["scale"], scale)
 
 
 def test_weights_do_not_change_with_the_file(folder, tmp_path):
