@@ -254,8 +254,9 @@ def test_weights_that_are_not_floating_are_refused(tmp_path):
     _, tensors = save(tmp_path, TIED)
     tensors[EMBED] = tensors[EMBED].astype(np.int8)
     rewrite(tmp_path, tensors)
-    with pytest.raises(ValueError, match="int8 are not supported; expected float32"):
-        load_params(tmp_path, TIED, jnp.float32)
+    for config in (TIED, dataclasses.replace(TIED, quantized=True)):
+        with pytest.raises(ValueError, match="int8 are not supported; expected float32"):
+            load_params(tmp_path, config, jnp.float32)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])

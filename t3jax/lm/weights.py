@@ -321,7 +321,8 @@ def _quantized(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Some rows of a matrix, in int8, and their scales."""
     (columns,) = place.columns
-    return quantize(place.read(view, (slice(start, stop), slice(0, columns))), dtype)
+    rows = place.read(view, (slice(start, stop), slice(0, columns)))
+    return quantize(_cast(rows, np.float32), dtype)
 
 
 def _part(whole_rows: Callable[..., Any], wanted: tuple[slice, ...]) -> np.ndarray:
