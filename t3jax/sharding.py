@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 DATA, FSDP, MODEL = "data", "fsdp", "model"
 ROWS = (DATA, FSDP)
+LOGITS = P(ROWS, MODEL)  # and all else of rows and vocabulary
 
 # Weights of the language model and the head, [out, in], by path.
 PARAM_RULES: tuple[tuple[str, P], ...] = (

@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 
 from t3jax import guidance
-from t3jax.sampling import Controls, next_token
+from t3jax.sampling import Controls, next_token, truncation
 from t3jax.sampling.truncation import support
 
 V = 11
@@ -28,8 +28,13 @@ def logits_and_scores():
     return rng.normal(size=V) * 2, rng.normal(size=V) * 3
 
 
+@pytest.mark.parametrize("few", [10, 2])  # tokens looked at first: enough of them, or not
 @pytest.mark.parametrize("truncate_on", ["base", "tilted"])
-def test_draws_follow_the_stated_order_of_operations(logits_and_scores, truncate_on):
+def test_draws_follow_the_stated_order_of_operations(
+    monkeypatch, logits_and_scores, truncate_on, few
+):
+    monkeypatch.setattr(truncation, "FEW", few)
+    jax.clear_caches()
     logits, scores = (jnp.asarray(x, jnp.float32) for x in logits_and_scores)
     rows = 20_000
     tokens, _ = draw(
@@ -107,3 +112,25 @@ def test_rows_have_their_own_controls():
     keys = jax.random.split(jax.random.key(0), 2)
     token, _ = next_token(logits, scores, mixed, keys, jnp.zeros((2, V), bool))
     assert token.tolist() == [V - 1, V - 2]
+
+
+def test_a_row_is_drawn_alike_beside_rows_whose_support_is_wide(monkeypatch):
+    monkeypatch.setattr(truncation, "FEW", 4)
+    rng = np.random.default_rng(0)
+    rows = 64
+    logits = jnp.asarray(rng.normal(size=(rows, 300)), jnp.float32)
+    keys = jax.random.split(jax.random.key(0), rows)
+    seen = jnp.zeros(logits.shape, bool)
+    narrow = jax.device_put(Controls.filled(rows, temperature=1.0, top_k=3))
+    alone, _ = next_token(logits, None, narrow, keys, seen)
+    ranks = np.argsort(np.argsort(-np.asarray(logits)))[np.arange(rows), alone]
+    assert set(ranks) == {0, 1, 2}
+    wide = np.arange(rows) % 2 == 1
+    mixed = narrow._replace(top_k=jnp.where(wide, 200, 3).astype(jnp.int32))
+    beside, _ = next_token(logits, None, mixed, keys, seen)
+    np.testing.assert_array_equal(beside[~wide], alone[~wide])
+    everything, _ = next_token(logits, None, narrow._replace(top_k=mixed.top_k * 0), keys, seen)
+    kept = support(logits, mixed.top_k, mixed.top_p, mixed.min_p)
+    inside = np.asarray(kept)[np.arange(rows), everything]
+    assert inside[wide].sum() > 10  # whose noise is the same, and so is their draw
+    np.testing.assert_array_equal(beside[wide & inside], everything[wide & inside])

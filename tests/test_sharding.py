@@ -17,7 +17,7 @@ from t3jax.data import PromptFormat, encode_records
 from t3jax.head import head_scores
 from t3jax.pooling import causal_mean
 from t3jax.refinements import PLAIN, Refinements
-from t3jax.sampling import Controls, Sampler
+from t3jax.sampling import Controls, Sampler, truncation
 from t3jax.sampling.cache import admit
 from t3jax.sampling.loop import Program, Weights, decode_chunk, prefill, state_shardings
 from t3jax.sharding import (
@@ -218,8 +218,11 @@ def decoding_state(shape):
 @pytest.mark.parametrize(
     ("shape", "refined"), [((2, 1, 4), False), ((1, 1, 8), True), ((2, 2, 2), True)]
 )
-def test_no_step_of_decoding_exchanges_anything_as_long_as_the_vocabulary(shape, refined):
+def test_no_step_of_decoding_exchanges_anything_as_long_as_the_vocabulary(
+    monkeypatch, shape, refined
+):
     """Greedy and drawn (one program): each device sees its part of logits, noise and support."""
+    monkeypatch.setattr(truncation, "FEW", 8)  # less than a part of this small vocabulary
     refinements = Refinements(gated=True, protected=(263,)) if refined else PLAIN
     program, weights, reading, writing = decoding(shape, ONE_LAYER, refined, refinements)
     state, _ = jax.eval_shape(lambda: prefill(program, weights, *reading))

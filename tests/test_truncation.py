@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t3jax.sampling import support
+from t3jax import make_mesh
+from t3jax.sampling import support, truncation
 
 
 def by_sorting(logits, top_k, top_p, min_p):
@@ -61,3 +62,33 @@ def test_off_keeps_everything_but_banned_tokens():
 def test_the_likeliest_token_is_always_kept():
     kept = run([[5.0, 1.0, 0.0]], [1], [1e-6], [1.0])
     assert kept.tolist() == [[True, False, False]]
+
+
+@pytest.mark.parametrize("mesh", [None, (8, 1, 1), (2, 1, 4), (1, 1, 8)])
+def test_the_likeliest_are_the_support_where_they_settle_it(monkeypatch, mesh):
+    monkeypatch.setattr(truncation, "FEW", 24)
+    rng = np.random.default_rng(0)
+    rows = 64
+    logits = rng.normal(size=(rows, 304)).astype(np.float32) * rng.uniform(0.5, 8, (rows, 1))
+    logits = np.round(logits, 1).astype(np.float32)  # ties
+    logits[5, 9:] = -np.inf
+    logits[6] = -np.inf
+    rules = (
+        rng.choice([0, 3, 20, 1000], rows).astype(np.int32),
+        rng.choice([1.0, 0.5, 0.9], rows).astype(np.float32),
+        rng.choice([0.0, 0.01, 0.2], rows).astype(np.float32),
+    )
+    expected = run(logits, *rules)
+    on = mesh and make_mesh(mesh)
+    found = jax.jit(lambda *x: truncation.likeliest(*x, on))(logits, *rules)
+    tokens, kept, settled = map(np.asarray, found)
+    values = np.take_along_axis(logits, tokens, axis=1)
+    np.testing.assert_array_equal(values, -np.sort(-logits, axis=1)[:, :24])
+    assert all(len(set(row)) == 24 for row in tokens)
+    among = np.zeros_like(expected)
+    np.put_along_axis(among, tokens, kept, axis=1)
+    np.testing.assert_array_equal(among[settled], expected[settled])
+    wide = expected.sum(axis=1) >= 24
+    assert not settled[wide].any()
+    assert settled[~wide].all()
+    assert 0 < wide.sum() < rows

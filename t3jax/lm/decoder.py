@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from t3jax import sharding
 from t3jax.lm import quantized
 from t3jax.lm.config import LMConfig, RopeConfig
+from t3jax.lm.product import product
 
 Params = dict[str, Any]
 Lora = dict[str, dict[str, Array]]  # path of a linear layer: "a" [R, in], "b" [out, R]
@@ -130,13 +131,7 @@ def unembed(
     if config.quantized:
         logits = quantized.product(hidden, table["weight"], table["scale"], jnp.float32)
     else:
-        logits = jnp.einsum(
-            "...d,vd->...v",
-            hidden,
-            table["weight"],
-            precision=_precision(hidden),
-            preferred_element_type=jnp.float32,
-        )
+        logits = product(hidden, table["weight"], jnp.float32)
     if config.head_bias:
         bias = params["lm_head"]["bias"].astype(jnp.float32)
         logits = logits + jnp.broadcast_to(bias, logits.shape)
@@ -213,9 +208,9 @@ class _Linear(nnx.Module):
         if self.quantized:
             y = quantized.product(rows, self.weight[...], self.scale[...])
         else:
-            y = _product(rows, self.weight[...])
+            y = product(rows, self.weight[...])
         if self.lora_a is not None and self.lora_b is not None:
-            y = y + _product(_product(rows, self.lora_a), self.lora_b)
+            y = y + product(product(rows, self.lora_a), self.lora_b)
         if self.has_bias:
             y = y + jnp.broadcast_to(self.bias[...], y.shape)
         return y.reshape(*x.shape[:-1], y.shape[-1])
@@ -331,7 +326,13 @@ class _Attention(nnx.Module):
         # Where nothing is seen (padding) the weights become uniform, never NaN.
         scores = jnp.where(seen[:, None, None], scores, _MASKED)
         weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-        out = jnp.einsum("bkgts,bksh->bkgth", weights, v, precision=_precision(v))
+        out = jnp.einsum(
+            "bkgts,bksh->bkgth",
+            weights,
+            v,
+            precision=_precision(v),
+            preferred_element_type=jnp.float32,
+        ).astype(x.dtype)
         out = out.transpose(0, 3, 1, 2, 4).reshape(b, t, c.num_heads * c.head_dim)
         return self.o(self._whole(out, mesh)), k, v
 
@@ -557,11 +558,6 @@ def _yarn_ramp(rope: RopeConfig, width: int) -> np.ndarray:
     low, high = max(low, 0), min(high, width - 1)
     ramp = (np.arange(width // 2, dtype=np.float32) - low) / max(high - low, 0.001)
     return 1 - np.clip(ramp, 0.0, 1.0)
-
-
-def _product(rows: Array, weight: Array) -> Array:
-    """`[N, in]` times `[out, in]`."""
-    return jnp.einsum("ni,oi->no", rows, weight, precision=_precision(weight))
 
 
 def _precision(weight: Array) -> jax.lax.Precision | None:

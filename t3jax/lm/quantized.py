@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int8
 
+from t3jax.lm.product import on_cpu, plain
+
 _LARGEST = 127
 _LANES = 32  # columns that a CPU multiplies at once
 _TERMS = 64  # products that it adds up in one pass
@@ -61,20 +63,14 @@ def product(
 
 
 def _cast_on_the_way(x: Array, weight: Array) -> Array:
-    return jnp.einsum(
-        "...i,oi->...o",
-        x,
-        weight.astype(x.dtype),
-        precision="highest" if x.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
+    return plain(x, weight.astype(x.dtype), jnp.float32)
 
 
 def _on_cpu(x: Array, weight: Array) -> Array:
     """A single vector in one pass over the int8 numbers; otherwise these are cast beforehand."""
     if x.size == x.shape[-1] and x.size % _LANES == 0:
         return _by_lanes(x.reshape(-1), weight).reshape(*x.shape[:-1], -1)
-    return _cast_on_the_way(x, jax.lax.optimization_barrier(weight.astype(x.dtype)))
+    return on_cpu(x, jax.lax.optimization_barrier(weight.astype(x.dtype)), jnp.float32)
 
 
 def _by_lanes(x: Array, weight: Array) -> Array:

@@ -203,9 +203,7 @@ def _choose(
     Where the vocabulary is split, each device looks at its own part: what is exchanged is one
     number for each row, or one for each row and part.
     """
-    split = functools.partial(
-        sharding.constrain, mesh=program.mesh, spec=(sharding.ROWS, sharding.MODEL)
-    )
+    split = functools.partial(sharding.constrain, mesh=program.mesh, spec=sharding.LOGITS)
     logits = split(logits)
     scores = None
     if program.activations:
@@ -228,6 +226,7 @@ def _choose(
         program.truncate_on,
         program.with_logprobs,
         program.refinements,
+        program.mesh,
     )
     ended = state.done | jnp.any(token[:, None] == stop_ids[None, :], axis=-1)
     chosen = jnp.where(state.done, -1, token)
@@ -245,7 +244,7 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
     by_rows = jax.tree.map(lambda x: sharding.batch_sharding(mesh, x.shape), state)
     return by_rows._replace(
         cache=sharding.cache_shardings(mesh, state.cache),
-        seen=sharding.fitting(mesh, P(sharding.ROWS, sharding.MODEL), state.seen.shape),
+        seen=sharding.fitting(mesh, sharding.LOGITS, state.seen.shape),
     )
 
 

@@ -10,14 +10,19 @@
 4. The sampling temperature divides the tilted logits; the support is masked last; one Gumbel draw.
    Temperature 0 is the limit: the likeliest token of the support.
 
-Axes: B batch, V vocabulary.
+A row whose support lies among its likeliest tokens is drawn from those: noise for a few tokens
+costs less than noise for a vocabulary. Which way a row goes depends on that row alone.
+
+Axes: B batch, V vocabulary, F few.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from t3jax.refinements import PLAIN, Refinements, refined_logits
@@ -95,6 +100,7 @@ def next_token(
     truncate_on: str = "base",
     with_logprobs: bool = False,
     refinements: Refinements = PLAIN,
+    mesh: Mesh | None = None,
 ) -> tuple[Int[Array, " B"], Logprobs | None]:
     """Chooses the next token of each row.
 
@@ -108,6 +114,7 @@ def next_token(
         truncate_on: "base" or "tilted": the distribution that decides the support.
         with_logprobs: Whether to compute log-probabilities of the choice: two more passes over V.
         refinements: Which are on.
+        mesh: Where the arrays live; None is one device.
 
     Returns:
         The tokens, int32 `[B]`, and their log-probabilities (None unless asked for).
@@ -124,35 +131,29 @@ def next_token(
         guided = refined_logits(
             penalised, scores, controls.base_temperature, controls.guidance_scale, refinements
         )
-    truncating = (controls.top_k > 0) | (controls.top_p < 1) | (controls.min_p > 0)
-    masked = jax.lax.cond(
-        jnp.any(truncating),
-        lambda: jnp.where(
-            truncation.support(
-                {"base": penalised, "tilted": guided}[truncate_on],
-                controls.top_k,
-                controls.top_p,
-                controls.min_p,
-            ),
-            guided,
-            -jnp.inf,
-        ),
-        lambda: guided,
+    deciding = {"base": penalised, "tilted": guided}[truncate_on]
+    rules = controls.top_k, controls.top_p, controls.min_p
+
+    def from_few() -> tuple[Array, Array]:
+        found = truncation.likeliest(deciding, *rules, mesh)
+        values = jnp.where(found.kept, jnp.take_along_axis(guided, found.tokens, axis=-1), -jnp.inf)
+        place = _draw(values, controls.temperature, lambda: _gumbel_of(keys, found.tokens))
+        return jnp.take_along_axis(found.tokens, place[:, None], axis=-1)[:, 0], found.settled
+
+    def from_all() -> Array:
+        masked = jax.lax.cond(
+            truncates,
+            lambda: jnp.where(truncation.support(deciding, *rules), guided, -jnp.inf),
+            lambda: guided,
+        )
+        return _draw(masked, controls.temperature, lambda: _gumbel(keys, masked))
+
+    truncates = jnp.any((controls.top_k > 0) | (controls.top_p < 1) | (controls.min_p > 0))
+    rows = logits.shape[:1]
+    few, settled = jax.lax.cond(
+        truncates, from_few, lambda: (jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool))
     )
-    greedy = controls.temperature == 0
-    token = jax.lax.cond(
-        jnp.all(greedy),
-        lambda: jnp.argmax(masked, axis=-1),
-        lambda: jnp.argmax(
-            jnp.where(
-                greedy[:, None],
-                masked,
-                masked / jnp.where(greedy, 1.0, controls.temperature)[:, None]
-                + _gumbel(keys, masked),
-            ),
-            axis=-1,
-        ),
-    ).astype(jnp.int32)
+    token = jax.lax.cond(jnp.all(settled), lambda: few, lambda: jnp.where(settled, few, from_all()))
     if not with_logprobs:
         return token, None
 
@@ -163,5 +164,25 @@ def next_token(
     return token, Logprobs(base=logprob(logits), guided=logprob(guided))
 
 
+def _draw(logits: Array, temperature: Array, noise: Callable[[], Array]) -> Array:
+    """Where the draw falls, int32 `[B]`: the largest of logits / temperature + Gumbel noise."""
+    greedy = temperature == 0
+    divisor = jnp.where(greedy, 1.0, temperature)[:, None]
+    return jax.lax.cond(
+        jnp.all(greedy),
+        lambda: jnp.argmax(logits, axis=-1),
+        lambda: jnp.argmax(jnp.where(greedy[:, None], logits, logits / divisor + noise()), axis=-1),
+    ).astype(jnp.int32)
+
+
 def _gumbel(keys: Array, like: Array) -> Array:
     return jax.vmap(lambda key: jax.random.gumbel(key, like.shape[-1:], jnp.float32))(keys)
+
+
+def _gumbel_of(keys: Array, tokens: Array) -> Array:
+    """Noise of some tokens: a token's own, whatever its place among them."""
+
+    def noise(key: Array, token: Array) -> Array:
+        return jax.random.gumbel(jax.random.fold_in(key, token), (), jnp.float32)
+
+    return jax.vmap(jax.vmap(noise, (None, 0)))(keys, tokens)

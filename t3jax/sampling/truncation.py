@@ -3,16 +3,64 @@
 All three keep the tokens at or above some probability, so each is a threshold. Those of top-k and
 top-p are found by bisection over the bits of a float, which is exact after 30 rounds of one
 reduction each: cheaper than a sort, and under a sharded vocabulary only one number per row is
-exchanged in a round. Axes: B batch, V vocabulary.
+exchanged in a round. Where a row's support lies among its `FEW` likeliest tokens, only those need
+be looked at. Axes: B batch, V vocabulary, F few.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from t3jax import sharding
+
+FEW = 256
+
 _BITS = 30  # of floats in [0, 1]
+
+
+class Likeliest(NamedTuple):
+    """The likeliest tokens of each row, and which of them may be drawn.
+
+    Attributes:
+        tokens: Token ids, the likeliest first, int32 `[B, F]`.
+        kept: True where a token may be drawn, `[B, F]`.
+        settled: Rows in which no other token may be, `[B]`.
+    """
+
+    tokens: Int[Array, "B F"]
+    kept: Bool[Array, "B F"]
+    settled: Bool[Array, " B"]
+
+
+def likeliest(
+    logits: Float[Array, "B V"],
+    top_k: Int[Array, " B"],
+    top_p: Float[Array, " B"],
+    min_p: Float[Array, " B"],
+    mesh: Mesh | None = None,
+) -> Likeliest:
+    """The support of a draw, as far as it lies among the `FEW` likeliest tokens.
+
+    Args:
+        logits: The distribution that decides, as for `support`, `[B, V]`.
+        top_k: As for `support`.
+        top_p: As for `support`.
+        min_p: As for `support`.
+        mesh: Where the logits live, rows and vocabulary split; None is one device.
+
+    Returns:
+        The likeliest tokens; in a settled row those kept are all that `support` keeps.
+    """
+    values, tokens = _largest(logits, mesh)
+    mass = jnp.sum(_weights(logits), axis=-1)
+    kept = support(values, top_k, top_p, min_p, mass)
+    # Each rule is a threshold: where it drops the least of these, it drops all that is below.
+    return Likeliest(tokens, kept, ~kept[:, -1])
 
 
 def support(
@@ -20,6 +68,7 @@ def support(
     top_k: Int[Array, " B"],
     top_p: Float[Array, " B"],
     min_p: Float[Array, " B"],
+    mass: Float[Array, " B"] | None = None,
 ) -> Bool[Array, "B V"]:
     """Tokens kept by top-k, top-p and min-p together.
 
@@ -32,14 +81,15 @@ def support(
         top_p: Keep the smallest set of likeliest tokens whose probability reaches p; 1 keeps all,
             `[B]`.
         min_p: Keep tokens at least min_p times as likely as the likeliest; 0 keeps all, `[B]`.
+        mass: Of which top-p is a share, where `logits` are only the likeliest of a vocabulary: the
+            sum over all of it of `exp(logit - largest logit)`, `[B]`. None: the sum over `logits`.
 
     Returns:
         True where a token may be drawn, `[B, V]`. The likeliest token always may.
     """
-    peak = jnp.max(logits, axis=-1, keepdims=True)
-    weights = jnp.exp(logits - jnp.where(jnp.isneginf(peak), 0.0, peak))  # peak 1, banned 0
+    weights = _weights(logits)
     order = _ordered_bits(weights)
-    wanted_mass = top_p * jnp.sum(weights, axis=-1)
+    wanted_mass = top_p * (jnp.sum(weights, axis=-1) if mass is None else mass)
 
     def threshold(enough: Callable[[Array], Array], wanted: Array) -> Array:
         """The largest threshold at which the tokens at or above it are enough, `[B]`."""
@@ -66,6 +116,39 @@ def support(
     keep_p = (order >= by_p[:, None]) | (top_p >= 1)[:, None]
     keep = keep_k & keep_p & (weights >= min_p[:, None])
     return keep & ~jnp.isneginf(logits)
+
+
+def _largest(logits: Array, mesh: Mesh | None) -> tuple[Array, Array]:
+    """The largest logits and their tokens, `[B, F]` each.
+
+    Where the vocabulary is split, each device looks at its part, and those found are exchanged.
+    """
+    split = () if mesh is None else sharding.fitting(mesh, sharding.LOGITS, logits.shape).spec
+    rows, vocabulary = [*split, None, None][:2]
+
+    def find(part: Array) -> tuple[Array, Array]:
+        size = part.shape[-1]
+        values, tokens = jax.lax.top_k(part, min(FEW, size))
+        if vocabulary is None:
+            return values, tokens
+        tokens = tokens + size * jax.lax.axis_index(vocabulary)
+        values, tokens = (
+            jax.lax.all_gather(x, vocabulary, axis=1, tiled=True) for x in (values, tokens)
+        )
+        values, order = jax.lax.top_k(values, min(FEW, values.shape[-1]))
+        return values, jnp.take_along_axis(tokens, order, axis=-1)
+
+    if mesh is None:
+        return find(logits)
+    return jax.shard_map(
+        find, mesh=mesh, in_specs=P(rows, vocabulary), out_specs=P(rows), check_vma=False
+    )(logits)
+
+
+def _weights(logits: Array) -> Array:
+    """Probabilities over that of the likeliest: 1 there, 0 for banned tokens."""
+    peak = jnp.max(logits, axis=-1, keepdims=True)
+    return jnp.exp(logits - jnp.where(jnp.isneginf(peak), 0.0, peak))
 
 
 def _ordered_bits(weights: Array) -> Array:
