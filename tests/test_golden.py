@@ -11,7 +11,7 @@ import safetensors.numpy
 import tiny
 
 import t3jax
-from t3jax.lm import families, from_params, read_config
+from t3jax.lm import decoder, families, from_params, read_config
 from t3jax.lm.weights import load_params
 from t3jax.sampling import Sampler
 
@@ -55,9 +55,11 @@ def close(found, expected, atol):
     np.testing.assert_allclose(np.asarray(found), expected, atol=atol, rtol=0)
 
 
+@pytest.mark.parametrize("queries", [128, 3])  # that attend at a time: all, or one part of several
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_hidden_states_and_logits(case, side):
+def test_hidden_states_and_logits(monkeypatch, case, side, queries):
     golden, lm, _ = case
+    monkeypatch.setattr(decoder, "_QUERIES", queries)
     tokens, mask = golden[f"{side}/tokens"], golden[f"{side}/mask"]
     hidden, logits, _ = tiny.read(lm.apply, lm.unembed, lm.params, tokens, mask)
     close(np.asarray(hidden)[mask], golden[f"{side}/hidden"], 1e-4)
@@ -65,8 +67,9 @@ def test_hidden_states_and_logits(case, side):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_family(name, tmp_path):
+def test_family(name, tmp_path, monkeypatch):
     """Hidden states and logits, padded on either side, and greedy text after the left one."""
+    monkeypatch.setattr(decoder, "_QUERIES", 3)  # without a cache
     golden, lm = load(name, tmp_path)
     rows, length = golden["left/tokens"].shape
     steps = golden["greedy"].shape[1]
@@ -76,6 +79,8 @@ def test_family(name, tmp_path):
         hidden, logits, cache = tiny.read(lm.apply, lm.unembed, lm.params, tokens, mask, cache)
         close(np.asarray(hidden)[mask], golden[f"{side}/hidden"], 1e-4)
         close(np.asarray(logits)[mask][::4], golden[f"{side}/logits"], 1e-4)
+        in_parts, _ = lm.apply(lm.params, jnp.asarray(tokens), None, jnp.asarray(mask), None)
+        close(np.asarray(in_parts)[mask], golden[f"{side}/hidden"], 1e-4)
     found = tiny.continue_batch(lm, logits, cache, steps)
     np.testing.assert_array_equal(found, golden["greedy"])
     assert steps == 32

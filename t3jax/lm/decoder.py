@@ -36,6 +36,9 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
+# Of a text by itself, so many queries attend at a time, but in no more parts than these: what comes
+# after them is not even looked at.
+_QUERIES, _PARTS = 128, 8
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
@@ -88,8 +91,8 @@ def apply(
         config: Shape of the model; static under jit.
         params: The parameter tree.
         tokens: Token ids, `[B, T]`.
-        positions: Positions in the text, `[B, T]`; None counts the attended tokens of each row, on
-            from what the cache holds.
+        positions: Positions in the text, `[B, T]`, none before that of the token before; None
+            counts the attended tokens of each row, on from what the cache holds.
         mask: True where a token is real, `[B, T]`; None means all are. The others are attended by
             nobody; they themselves attend to the real ones up to their position.
         cache: What was read before; None for a text by itself.
@@ -314,6 +317,20 @@ class _Attention(nnx.Module):
             q, k, v = (
                 sharding.constrain(x, mesh, spec) for x, spec in zip((q, k, v), specs, strict=True)
             )
+        whole = past is not None or not self._local(mesh)
+        size = t if whole else max(_QUERIES, -(-t // _PARTS))
+        parts = []
+        for first in range(0, t, size):
+            end = k.shape[-1] if whole else first + size
+            these = q[..., first : first + size, :], k[..., :end], v[..., :end, :]
+            parts.append(self._attend(*these, seen[:, first : first + size, :end]))
+        out = jnp.concatenate(parts, axis=3)
+        out = out.transpose(0, 3, 1, 2, 4).reshape(b, t, c.num_heads * c.head_dim)
+        return self.o(self._whole(out, mesh)), k, v
+
+    def _attend(self, q: Array, k: Array, v: Array, seen: Array) -> Array:
+        """What queries `[B, K, G, T, h]` find, `[B, K, G, T, h]`."""
+        c = self.config
         scores = jnp.einsum(
             "bkgth,bkhs->bkgts",
             q,
@@ -325,20 +342,22 @@ class _Attention(nnx.Module):
         scores = _capped(scores, c.attention_softcap)
         # Where nothing is seen (padding) the weights become uniform, never NaN.
         scores = jnp.where(seen[:, None, None], scores, _MASKED)
-        weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-        out = jnp.einsum(
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        return jnp.einsum(
             "bkgts,bksh->bkgth",
             weights,
             v,
             precision=_precision(v),
             preferred_element_type=jnp.float32,
-        ).astype(x.dtype)
-        out = out.transpose(0, 3, 1, 2, 4).reshape(b, t, c.num_heads * c.head_dim)
-        return self.o(self._whole(out, mesh)), k, v
+        ).astype(v.dtype)
+
+    def _local(self, mesh: Mesh | None) -> bool:
+        """Whether `model` splits whole heads, so that each device attends by itself."""
+        return mesh is None or self.config.num_kv_heads % mesh.shape[sharding.MODEL] == 0
 
     def _whole(self, x: Array, mesh: Mesh | None) -> Array:
         """`[B, T, heads h]` before it is split into heads that `model` does not divide."""
-        if mesh is None or self.config.num_kv_heads % mesh.shape[sharding.MODEL] == 0:
+        if self._local(mesh):
             return x
         return sharding.constrain(x, mesh, [sharding.ROWS])
 
