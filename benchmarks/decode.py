@@ -6,12 +6,14 @@
 Whole calls are compared: prompts of one length, then a fixed number of tokens, no stop. The peer is
 `generate` with the fastest of its caches and thread counts, in float32 (whose figures count) and in
 bfloat16; and, for guided decoding, a plain loop with a key-value cache and a running mean. What
-guidance costs is measured on the decoding steps alone, prefill left out, in paired rounds. Rows
-that take the next prompt when they are finished are measured on answers of uneven length, against
+guidance and truncation cost is measured on the decoding steps alone, prefill left out, in paired
+rounds, after questions of general knowledge: the support of a draw depends on the text. Rows that
+take the next prompt when they are finished are measured on answers of uneven length, against
 batches that wait for their longest. Int8 weights decode beside float32 ones, and `loss_int8` beside
 `loss` says what they lose: nats per answer token of `configs/general_knowledge.jsonl`.
-`--growth` adds batches of 1 to 64 rows and prompts of 32 to 2,048 tokens, and random models of
-other vocabularies, twice the layers or twice the widths, with what guidance costs on each.
+`--growth` measures something else, into `decode_growth.json`: batches of 1 to 64 rows and prompts
+of 32 to 2,048 tokens (the peer's cache is static), and random models of other vocabularies, twice
+the layers or twice the widths, with what guidance costs on each.
 """
 
 import argparse
@@ -28,8 +30,18 @@ import numpy as np
 import t3jax
 from benchmarks.ceilings import measure_ceilings, weight_bytes
 from benchmarks.peer import Peer
-from benchmarks.side_by_side import alternate, overhead, random_head, ratio, seconds, tune, write
+from benchmarks.side_by_side import (
+    alternate,
+    overhead,
+    random_head,
+    ratio,
+    seconds,
+    tell,
+    tune,
+    write,
+)
 from t3jax.data import PromptFormat, encode_records, load_dataset
+from t3jax.data.chat import encode_prompt
 from t3jax.evaluation.scoring import Setting, score_texts
 from t3jax.lm import from_params, init_params, load_config
 from t3jax.refinements import PLAIN, Refinements
@@ -63,36 +75,37 @@ def main() -> None:
     parser.add_argument("--growth", action="store_true")
     arguments = parser.parse_args()
 
+    if arguments.growth:
+        grown = {"growth": growth(arguments), "growth_of_the_model": model_growth(arguments)}
+        write("decode_growth", {}, {"arguments": vars(arguments), **grown})
+        return
     ceilings = measure_ceilings()
-    # Without an end of text, all rows run to the end.
-    lm, int8 = (
-        dataclasses.replace(t3jax.load_lm(arguments.model, dtype), eos_ids=())
-        for dtype in ("float32", "int8")
-    )
+    lm, int8 = (without_end(arguments.model, dtype) for dtype in ("float32", "int8"))
     head = random_head(lm)
     figures: dict[str, Any] = {}
     details: dict[str, Any] = {"ceilings": dataclasses.asdict(ceilings)}
     for rows in BATCHES:
+        tell(f"{rows} rows: whole calls")
         found, details[f"batch{rows}"] = compare(lm, int8, head, rows, arguments)
         figures |= {f"{name}_batch{rows}": value for name, value in found.items()}
     for rows in BATCHES:
+        tell(f"{rows} rows: what guidance costs")
         stretch = functools.partial(Stretch, lm, rows, arguments)
         gated = stretch(head, Refinements(gated=True))
         variants = {"plain": stretch(), "guidance": stretch(head), "gated": gated}
         costs, steps = step_costs(variants, "plain", arguments.rounds)
         figures |= {f"{name}_overhead_batch{rows}": value for name, value in costs.items()}
         details[f"step_seconds_batch{rows}"] = steps
+    tell(f"{rows} rows: what draws cost")
     variants = {"greedy": stretch(head)}
     variants |= {name: stretch(head, temperature=1.0, **x) for name, x in TRUNCATIONS.items()}
     costs, _ = step_costs(variants, "greedy", -(-arguments.rounds // 3))
     figures |= {f"{name}_cost_batch{rows}": value for name, value in costs.items()}
     needed = weight_bytes(load_config(arguments.model), lm.params) / ceilings.bandwidth
     figures["bandwidth_share_batch1"] = needed / details["step_seconds_batch1"]["plain"]
+    tell("answers of uneven length")
     found, details["refilling"] = refilling(arguments)
     figures |= found | {"loss": loss(lm), "loss_int8": loss(int8)}
-    if arguments.growth:
-        details["growth"] = growth(lm, arguments)
-        details["growth_of_the_model"] = model_growth(arguments)
     write("decode", figures, {"arguments": vars(arguments), **details})
 
 
@@ -192,7 +205,7 @@ def step_costs(
 
 
 class Stretch:
-    """A stretch of decoding steps, prefilled anew before each time so that only they are timed."""
+    """A stretch of decoding steps after prompts that are read once, so that only they are timed."""
 
     def __init__(
         self,
@@ -220,35 +233,37 @@ class Stretch:
         )
         shifts = tuple(jnp.float32(each.prior_shift) for each in heads)
         self._weights = Weights(lm.params, tuple(each.params for each in heads), shifts)
-        self._prompts = jnp.asarray(random_prompts(lm, rows, arguments.prompt))
-        self._keys = jax.random.split(jax.random.key(0), rows)
+        self._stopped = jnp.zeros(rows, bool)
         self._stop_ids = jnp.zeros(0, jnp.int32)
+        prompts = jnp.asarray(
+            random_prompts(lm, rows, arguments.prompt)
+            if lm.tokenizer is None
+            else questions(lm, rows, arguments.prompt)
+        )
+        self._read, _ = prefill(
+            self._program,
+            self._weights,
+            prompts,
+            jnp.ones(prompts.shape, bool),
+            jax.random.split(jax.random.key(0), rows),
+            self._controls,
+            prompts.shape[1] + 1 + self.steps,
+            self._stop_ids,
+        )
         self._state: State
 
     def prepare(self) -> None:
-        """Reads the prompts."""
-        self._state, _ = jax.block_until_ready(
-            prefill(
-                self._program,
-                self._weights,
-                self._prompts,
-                jnp.ones(self._prompts.shape, bool),
-                self._keys,
-                self._controls,
-                self._prompts.shape[1] + 1 + self.steps,
-                self._stop_ids,
-            )
-        )
+        """Goes back to where the prompts are read."""
+        self._state = jax.block_until_ready(jax.tree.map(jnp.copy, self._read))
 
     def run(self, _: int = 0) -> None:
         """Decodes; the state is used up."""
-        stopped = jnp.zeros(len(self._prompts), bool)
         jax.block_until_ready(
             decode_chunk(
                 self._program,
                 self._weights,
                 self._state,
-                stopped,
+                self._stopped,
                 self._controls,
                 self._stop_ids,
                 self.steps,
@@ -301,20 +316,22 @@ def refilling(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, 
     return figures, {"seconds": times, "steps": steps, "mean_tokens": mean}
 
 
-def growth(lm: t3jax.LM, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def growth(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """New tokens a second, prefill included, as batches and prompts grow."""
+    lm = without_end(arguments.model, "float32")
     lines = []
     shapes = [(1, 32), (4, 32), (16, 32), (64, 32), (1, 128), (1, 512), (1, 2048)]
     with Peer("LanguageModel", arguments.model) as peer:
         for rows, length in shapes:
+            tell(f"{rows} rows of {length} tokens")
             prompts = random_prompts(lm, rows, length)
             sampler = t3jax.Sampler(lm, batch_size=rows)
             ours = functools.partial(
                 sampler.generate, list(prompts), max_new_tokens=arguments.new_tokens
             )
             compiling = seconds(ours)
-            cache, _ = choose(peer, prompts, arguments)
-            theirs = functools.partial(peer, "generate", prompts, arguments.new_tokens, cache)
+            theirs = functools.partial(peer, "generate", prompts, arguments.new_tokens, "static")
+            tune(peer, {"static": theirs})
             works = {"ours": lambda _, f=ours: f(), "peer": lambda _, f=theirs: f()}
             times = alternate(works, 3)
             speeds = {
@@ -337,6 +354,7 @@ def model_growth(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     ]
     lines = []
     for shape in shapes:
+        tell(str(shape))
         changed: Any = dataclasses.replace(config, **shape)
         lm = from_params(changed, init_params(changed, jax.random.key(0)), None, (), "random")
         for rows in BATCHES:
@@ -354,6 +372,19 @@ def loss(lm: t3jax.LM) -> float:
     texts = encode_records(lm.tokenizer, load_dataset(KNOWLEDGE), PromptFormat(), lm.max_position)
     (scores,) = score_texts(lm, texts, [Setting("base")])
     return -float(scores.logprobs.mean(dtype=np.float64))
+
+
+def without_end(model: str, dtype: str) -> t3jax.LM:
+    """The model without an end of text: all rows run to the end."""
+    return dataclasses.replace(t3jax.load_lm(model, dtype), eos_ids=())
+
+
+def questions(lm: t3jax.LM, rows: int, length: int) -> np.ndarray:
+    """The last tokens `[B, P]` of prompts that ask questions of general knowledge."""
+    texts = [row["question"] for row in load_dataset(KNOWLEDGE)]
+    prompts = [encode_prompt(lm.tokenizer, text, PromptFormat()) for text in texts]
+    long_enough = [prompt[-length:] for prompt in prompts if len(prompt) >= length]
+    return np.stack([long_enough[i % len(long_enough)] for i in range(rows)]).astype(np.int32)
 
 
 def random_prompts(lm: t3jax.LM, rows: int, length: int) -> np.ndarray:

@@ -4,6 +4,7 @@ Nothing here imports JAX. Classes are made, and their methods called, through `P
 and out is lists, numbers and NumPy arrays.
 """
 
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,12 +23,12 @@ class Machine:
     def read(self, size: int, repeats: int) -> float:
         """A sum over so many bytes of float32."""
         numbers = torch.ones(size // 4)
-        return _best(numbers.sum, repeats)
+        return statistics.median(_times(numbers.sum, repeats))
 
     def product(self, side: int, dtype: str, repeats: int) -> float:
         """A product of two square matrices."""
         square = torch.randn(side, side).to(getattr(torch, dtype))
-        return _best(lambda: square @ square, repeats)
+        return statistics.median(_times(lambda: square @ square, repeats))
 
 
 class LanguageModel:
@@ -212,7 +213,7 @@ class HeadTrainer:
                 pooled = (hidden.cumsum(dim=1) / count)[:, :-1][answer[:, 1:]]
             step(pooled, tokens[answer], labels)
 
-        return _best(work, steps)
+        return min(_times(work, steps))
 
     def _step(
         self, optimizer: str, steps: int, rate: float, decay: float
@@ -240,14 +241,14 @@ class HeadTrainer:
         return step
 
 
-def _best(work: Callable[[], object], repeats: int) -> float:
-    """Seconds of the fastest, after one that is not counted."""
+def _times(work: Callable[[], object], repeats: int) -> list[float]:
+    """Seconds of each time, after one that is not counted."""
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
         work()
         times.append(time.perf_counter() - start)
-    return min(times[1:])
+    return times[1:]
 
 
 def _alike(texts: Sequence[np.ndarray], rows: int) -> Iterator[list[int]]:

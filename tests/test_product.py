@@ -9,7 +9,7 @@ from t3jax.lm.product import product
 
 
 @pytest.mark.parametrize("rows", [(1,), (2,), (3, 5), (256,), (257,), ()])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_rows_times_a_matrix(rows, dtype):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((*rows, 40)), dtype)
@@ -21,7 +21,7 @@ def test_rows_times_a_matrix(rows, dtype):
     rounded = product(x, weight)
     assert rounded.dtype == x.dtype
     np.testing.assert_allclose(
-        np.asarray(rounded, np.float32), found, rtol=2**-8 if dtype == "bfloat16" else 1e-6
+        np.asarray(rounded, np.float32), found, rtol=1e-6 if dtype == "float32" else 2**-8
     )
 
 

@@ -61,7 +61,13 @@ def on_cpu(x: Array, weight: Array, dtype: Any) -> Array:
         y = jax.lax.optimization_barrier(plain(weight, rows, jnp.float32)).T
     elif count == 1 and weight.size < _SMALL and len(weight) % 2 == 0:
         halves = weight.reshape(2, -1, weight.shape[1])
-        y = jnp.einsum("pi,poi->po", jnp.tile(rows, (2, 1)), halves, precision="highest")
+        y = jnp.einsum(
+            "pi,poi->po",
+            jnp.tile(rows, (2, 1)),
+            halves,
+            precision="highest",
+            preferred_element_type=jnp.float32,
+        )
     else:
         y = plain(rows, weight, jnp.float32)
     return y.astype(dtype).reshape(*x.shape[:-1], -1)
