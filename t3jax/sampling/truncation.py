@@ -123,13 +123,17 @@ def _largest(logits: Array, mesh: Mesh | None) -> tuple[Array, Array]:
 
     Where the vocabulary is split, each device looks at its part, and those found are exchanged.
     """
-    split = () if mesh is None else sharding.fitting(mesh, sharding.LOGITS, logits.shape).spec
+    if mesh is None or mesh.size == 1:
+        values, tokens = jax.lax.top_k(logits, min(FEW, logits.shape[-1]))
+        return values, tokens
+    split = sharding.fitting(mesh, sharding.LOGITS, logits.shape).spec
     rows, vocabulary = [*split, None, None][:2]
+    parts = 1 if vocabulary is None else mesh.shape[vocabulary]
 
     def find(part: Array) -> tuple[Array, Array]:
         size = part.shape[-1]
         values, tokens = jax.lax.top_k(part, min(FEW, size))
-        if vocabulary is None:
+        if parts == 1:
             return values, tokens
         tokens = tokens + size * jax.lax.axis_index(vocabulary)
         values, tokens = (
@@ -138,8 +142,6 @@ def _largest(logits: Array, mesh: Mesh | None) -> tuple[Array, Array]:
         values, order = jax.lax.top_k(values, min(FEW, values.shape[-1]))
         return values, jnp.take_along_axis(tokens, order, axis=-1)
 
-    if mesh is None:
-        return find(logits)
     return jax.shard_map(
         find, mesh=mesh, in_specs=P(rows, vocabulary), out_specs=P(rows), check_vma=False
     )(logits)
