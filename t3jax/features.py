@@ -22,15 +22,15 @@ from t3jax import batching, files, hosts, pooling
 from t3jax.data.chat import Example
 from t3jax.lm.model import LM
 
-_CODE = (
-    "batching.py",
-    "features.py",
-    "pooling.py",
+LM_CODE = (  # what hidden states and logits depend on
     "lm/config.py",
     "lm/decoder.py",
     "lm/families.py",
+    "lm/product.py",
+    "lm/quantized.py",
     "lm/weights.py",
 )
+_CODE = ("batching.py", "features.py", "pooling.py", *LM_CODE)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,4 +1,6 @@
+import ast
 import dataclasses
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +87,20 @@ def test_the_key_follows_weights_tokens_labels_dtype_and_code(tiny_lm, examples,
     monkeypatch.setattr(features, "code_digest", lambda *_: "another version")
     keys.append(features.feature_key(tiny_lm, examples, "float32"))
     assert len(set(keys)) == len(keys)
+
+
+def test_the_key_names_every_file_of_the_decoder():
+    root = pathlib.Path(features.__file__).parent
+    known, waiting = set(), ["lm/decoder.py"]
+    while waiting:
+        known.add(name := waiting.pop())
+        for node in ast.walk(ast.parse((root / name).read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("t3jax.lm"):
+                paths = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+                files = {path.removeprefix("t3jax.").replace(".", "/") + ".py" for path in paths}
+                waiting += [file for file in files - known if (root / file).is_file()]
+    assert {"lm/product.py", "lm/quantized.py"} < known
+    assert known <= set(features.LM_CODE)
 
 
 def test_the_digest_of_weights_does_not_depend_on_their_placement(tiny_lm):

@@ -20,7 +20,7 @@ import numpy as np
 from t3jax import files, hosts
 from t3jax.data.chat import Example
 from t3jax.evaluation.scoring import Setting, TextScores, padding_id, score_texts
-from t3jax.features import code_digest, examples_digest, params_digest
+from t3jax.features import LM_CODE, code_digest, examples_digest, params_digest
 from t3jax.head_io import Head
 from t3jax.lm.model import LM
 from t3jax.sampling import Sample, Sampler
@@ -28,12 +28,9 @@ from t3jax.sampling import Sample, Sampler
 _MODEL_CODE = (
     "guidance.py",
     "head.py",
-    "lm/config.py",
-    "lm/decoder.py",
-    "lm/families.py",
-    "lm/weights.py",
     "pooling.py",
     "refinements.py",
+    *LM_CODE,
 )
 _SCORING_CODE = (*_MODEL_CODE, "batching.py", "evaluation/scoring.py")
 _SAMPLING_CODE = (
