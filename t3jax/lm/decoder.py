@@ -317,7 +317,7 @@ class _Attention(nnx.Module):
             q, k, v = (
                 sharding.constrain(x, mesh, spec) for x, spec in zip((q, k, v), specs, strict=True)
             )
-        whole = past is not None or not self._local(mesh)
+        whole = past is not None or not self._splits_heads(mesh)
         size = t if whole else max(_QUERIES, -(-t // _PARTS))
         parts = []
         for first in range(0, t, size):
@@ -351,13 +351,13 @@ class _Attention(nnx.Module):
             preferred_element_type=jnp.float32,
         ).astype(v.dtype)
 
-    def _local(self, mesh: Mesh | None) -> bool:
+    def _splits_heads(self, mesh: Mesh | None) -> bool:
         """Whether `model` splits whole heads, so that each device attends by itself."""
         return mesh is None or self.config.num_kv_heads % mesh.shape[sharding.MODEL] == 0
 
     def _whole(self, x: Array, mesh: Mesh | None) -> Array:
         """`[B, T, heads h]` before it is split into heads that `model` does not divide."""
-        if self._local(mesh):
+        if self._splits_heads(mesh):
             return x
         return sharding.constrain(x, mesh, [sharding.ROWS])
 

@@ -133,6 +133,7 @@ def next_token(
         )
     deciding = {"base": penalised, "tilted": guided}[truncate_on]
     rules = controls.top_k, controls.top_p, controls.min_p
+    truncates = jnp.any((controls.top_k > 0) | (controls.top_p < 1) | (controls.min_p > 0))
 
     def from_few() -> tuple[Array, Array]:
         found = truncation.likeliest(deciding, *rules, mesh)
@@ -148,7 +149,6 @@ def next_token(
         )
         return _draw(masked, controls.temperature, lambda: _gumbel(keys, masked))
 
-    truncates = jnp.any((controls.top_k > 0) | (controls.top_p < 1) | (controls.min_p > 0))
     rows = logits.shape[:1]
     few, settled = jax.lax.cond(
         truncates, from_few, lambda: (jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool))
