@@ -2,7 +2,7 @@
 
 import dataclasses
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,8 +13,6 @@ from benchmarks.peer import Peer
 from benchmarks.side_by_side import seconds
 from t3jax.lm import LMConfig
 
-_READ = 512 * 2**20  # bytes
-_SIDE = 4096  # of the matrices that are multiplied
 _REPEATS = 5
 
 
@@ -23,8 +21,8 @@ class Ceilings:
     """The fastest of what any library here does.
 
     Attributes:
-        bandwidth: Bytes a second of a sum over 512 MB of float32.
-        arithmetic: Floating-point operations a second of a large float32 product.
+        bandwidth: Bytes a second of a sum over float32 numbers that fit no cache.
+        arithmetic: Floating-point operations a second of a large product.
         found: Every library's speeds, for the report.
     """
 
@@ -34,26 +32,36 @@ class Ceilings:
 
 
 def measure_ceilings() -> Ceilings:
-    """Measures both, by NumPy, JAX and PyTorch (which also multiplies in bfloat16)."""
-    numbers = np.ones(_READ // 4, np.float32)
+    """A CPU's: a sum over 512 MB, products in float32 (by PyTorch in bfloat16 too, to compare)."""
+    return _measure(512 * 2**20, 4096, ("float32", "bfloat16"), "cpu")
+
+
+def measure_accelerator_ceilings(device: str) -> Ceilings:
+    """An accelerator's: a sum over 4 GB, products in bfloat16; PyTorch works on that device."""
+    return _measure(4 * 2**30, 8192, ("bfloat16",), device)
+
+
+def _measure(size: int, side: int, dtypes: Sequence[str], device: str) -> Ceilings:
+    """Speeds of reading so many bytes and of square products; the first dtype's is the ceiling."""
+    numbers = np.ones(size // 4, np.float32)
     placed = jax.device_put(numbers)
     total = jax.jit(jnp.sum)
-    reads = {
-        "numpy": _typical(lambda: numbers.sum()),
-        "jax": _typical(lambda: jax.block_until_ready(total(placed))),
-    }
+    reads = {"jax": _typical(lambda: jax.block_until_ready(total(placed)))}
+    if device == "cpu":
+        reads["numpy"] = _typical(lambda: numbers.sum())
     del numbers, placed
-    square = jax.random.normal(jax.random.key(0), (_SIDE, _SIDE), jnp.float32)
+    square = jax.random.normal(jax.random.key(0), (side, side), dtypes[0])
     product = jax.jit(lambda a: a @ a)
-    products = {"jax": _typical(lambda: jax.block_until_ready(product(square)))}
-    with Peer("Machine") as peer:
-        reads["torch"] = peer("read", _READ, _REPEATS)
-        products["torch"] = peer("product", _SIDE, "float32", _REPEATS)
-        products["torch, bfloat16"] = peer("product", _SIDE, "bfloat16", _REPEATS)
-    bandwidths = {f"bytes a second, {name}": _READ / time for name, time in reads.items()}
-    speeds = {f"operations a second, {name}": 2 * _SIDE**3 / t for name, t in products.items()}
-    float32 = [speed for name, speed in speeds.items() if "bfloat16" not in name]
-    return Ceilings(max(bandwidths.values()), max(float32), bandwidths | speeds)
+    products = {(dtypes[0], "jax"): _typical(lambda: jax.block_until_ready(product(square)))}
+    with Peer("Machine", device) as peer:
+        reads["torch"] = peer("read", size, _REPEATS)
+        for dtype in dtypes:
+            products[dtype, "torch"] = peer("product", side, dtype, _REPEATS)
+    bandwidths = {f"bytes a second, {name}": size / time for name, time in reads.items()}
+    speeds = {key: 2 * side**3 / time for key, time in products.items()}
+    named = {f"operations a second, {', '.join(key)}": speed for key, speed in speeds.items()}
+    best = max(speed for (dtype, _), speed in speeds.items() if dtype == dtypes[0])
+    return Ceilings(max(bandwidths.values()), best, bandwidths | named)
 
 
 def weight_bytes(config: LMConfig, params: Any) -> int:

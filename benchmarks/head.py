@@ -52,7 +52,7 @@ def main() -> None:
     ceilings = measure_ceilings()
     retain, forget = random_features(3800, 0), random_features(200, 1)
     recipe = TrainConfig(epochs=arguments.epochs, warmup_epochs=arguments.epochs // 4)
-    figures, details = compare(retain, forget, recipe, arguments.repeats)
+    figures, details = compare(retain, forget, HEAD, recipe, arguments.repeats)
     ours = np.array(details["seconds"]["ours"])
     needed = details["steps"] * step_seconds(details, ceilings.arithmetic)
     figures["ceiling_share"] = ratio([needed] * len(ours), ours)
@@ -68,10 +68,15 @@ def main() -> None:
 
 
 def compare(
-    retain: Features, forget: Features, recipe: TrainConfig, repeats: int
+    retain: Features,
+    forget: Features,
+    head_config: HeadConfig,
+    recipe: TrainConfig,
+    repeats: int,
+    device: str = "cpu",
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Both sides in turn, after first runs that are not counted."""
-    batches, forget_start = same_batches(retain, forget, recipe)
+    """Both sides in turn, after first runs that are not counted; PyTorch works on that device."""
+    batches, forget_start = same_batches(retain, forget, head_config, recipe)
     steps = len(batches)
     pooled = np.concatenate([retain.pooled, forget.pooled])
     targets = np.concatenate([retain.targets, forget.targets])
@@ -84,19 +89,20 @@ def compare(
     epochs: dict[str, list[float]] = {}
 
     def ours(_: int = 0) -> None:
-        (head,) = train_heads(retain, forget, HEAD, recipe, (SEED,))
+        (head,) = train_heads(retain, forget, head_config, recipe, (SEED,))
         losses["ours"] = head.record["final"]["loss"]
         epochs["ours"].append(head.record["seconds"])
 
     def sweep(_: int = 0) -> None:
-        head = train_heads(retain, forget, HEAD, grid, SWEEP_SEEDS)[0]
+        head = train_heads(retain, forget, head_config, grid, SWEEP_SEEDS)[0]
         epochs["sweep16"].append(head.record["seconds"])
 
     epochs |= {"ours": [], "sweep16": []}
     first = {"ours": seconds(ours), "sweep16": seconds(sweep)}
+    width, rank = head_config.hidden_size, head_config.rank
     with (
-        Peer("HeadTrainer", HEAD.hidden_size, HEAD.vocab_size, HEAD.rank) as full,
-        Peer("HeadTrainer", HEAD.hidden_size, len(vocabulary), HEAD.rank) as same_rows,
+        Peer("HeadTrainer", width, head_config.vocab_size, rank, device=device) as full,
+        Peer("HeadTrainer", width, len(vocabulary), rank, device=device) as same_rows,
     ):
         full("store", pooled, targets, forget_start, batches)
         same_rows("store", pooled, rows, forget_start, batches)
@@ -160,11 +166,11 @@ def step_seconds(details: dict[str, Any], arithmetic: float) -> float:
 
 
 def same_batches(
-    retain: Features, forget: Features, recipe: TrainConfig
+    retain: Features, forget: Features, head_config: HeadConfig, recipe: TrainConfig
 ) -> tuple[list[np.ndarray], int]:
     """The rows of every batch of a run of ours, and where the forget set's rows start."""
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    data = Data.build(retain, forget, HEAD, recipe, mesh)
+    data = Data.build(retain, forget, head_config, recipe, mesh)
     planner = Planner(data, make_members([recipe], (SEED,)), mesh)
     batches = []
     for epoch in range(1, recipe.epochs + 1):
@@ -185,13 +191,16 @@ def rerun_step_seconds(arguments: argparse.Namespace) -> float:
         return peer("rerun", texts, [question] * 64, retain, arguments.rerun_steps)
 
 
-def random_features(sequences: int, seed: int) -> Features:
-    """Features of the sizes that TOFU's answers have."""
+def random_features(
+    sequences: int, seed: int, head_config: HeadConfig = HEAD, stretched: float = 1.0
+) -> Features:
+    """Features of the sizes that TOFU's answers have, or of so many times longer ones."""
     rng = np.random.default_rng(seed)
-    starts = np.cumsum([0, *answer_lengths(sequences, rng)])
-    frequencies = 1 / np.arange(1, HEAD.vocab_size + 1) ** 1.25
+    lengths = (answer_lengths(sequences, rng) * stretched).round().astype(int)
+    starts = np.cumsum([0, *lengths])
+    frequencies = 1 / np.arange(1, head_config.vocab_size + 1) ** 1.25
     tokens = np.searchsorted(np.cumsum(frequencies), rng.random(starts[-1]) * frequencies.sum())
-    pooled = rng.standard_normal((starts[-1], HEAD.hidden_size), np.float32)
+    pooled = rng.standard_normal((starts[-1], head_config.hidden_size), np.float32)
     return Features(pooled, tokens.astype(np.int32), starts, key=f"random {sequences} {seed}")
 
 

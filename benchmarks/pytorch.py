@@ -20,24 +20,39 @@ transformers.utils.logging.disable_progress_bar()
 class Machine:
     """The machine's ceilings as PyTorch reaches them, in seconds."""
 
+    def __init__(self, device: str = "cpu"):
+        self.device = device
+
     def read(self, size: int, repeats: int) -> float:
         """A sum over so many bytes of float32."""
-        numbers = torch.ones(size // 4)
+        numbers = torch.ones(size // 4, device=self.device)
         return statistics.median(_times(numbers.sum, repeats))
 
     def product(self, side: int, dtype: str, repeats: int) -> float:
         """A product of two square matrices."""
-        square = torch.randn(side, side).to(getattr(torch, dtype))
+        square = torch.randn(side, side, device=self.device).to(getattr(torch, dtype))
         return statistics.median(_times(lambda: square @ square, repeats))
 
 
 class LanguageModel:
     """transformers' model: forward passes, `generate`, and the paper's method in a plain loop."""
 
-    def __init__(self, folder: str, dtype: str = "float32"):
-        self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype)
-        ).eval()
+    def __init__(
+        self,
+        folder: str | None,
+        dtype: str = "float32",
+        device: str = "cpu",
+        shape: dict[str, Any] | None = None,
+    ):
+        """Loads a folder; or, with a shape instead, makes a Llama with random weights."""
+        self.device = torch.device(device)
+        make: Any = transformers.AutoModelForCausalLM
+        kind = getattr(torch, dtype)
+        with self.device:
+            if shape is None:
+                self.model = make.from_pretrained(folder, dtype=kind).eval()
+            else:
+                self.model = make.from_config(transformers.LlamaConfig(**shape), dtype=kind).eval()
         self.ends = self.model.generation_config.eos_token_id
 
     @torch.inference_mode()
@@ -63,14 +78,14 @@ class LanguageModel:
             config._compile_all_devices = True  # type: ignore[assignment]
             options["compile_config"] = config
         out = self.model.generate(
-            torch.from_numpy(prompts).long(),
-            attention_mask=torch.ones(prompts.shape, dtype=torch.long),
+            torch.from_numpy(prompts).long().to(self.device),
+            attention_mask=torch.ones(prompts.shape, dtype=torch.long, device=self.device),
             do_sample=False,
             max_new_tokens=new_tokens,
             pad_token_id=0,
             **options,
         )
-        return out[:, prompts.shape[1] :].numpy()
+        return out[:, prompts.shape[1] :].cpu().numpy()
 
     @torch.inference_mode()
     def guided(
@@ -93,8 +108,8 @@ class LanguageModel:
         Returns:
             The tokens, `[B, new_tokens]`.
         """
-        projection, output = (torch.from_numpy(part) for part in head)
-        read = torch.from_numpy(prompts).long()
+        projection, output = (torch.from_numpy(part).to(self.device) for part in head)
+        read = torch.from_numpy(prompts).long().to(self.device)
         cache = transformers.DynamicCache(config=self.model.config)
         total, count, chosen = 0.0, 0, []
         for _ in range(new_tokens):
@@ -109,21 +124,22 @@ class LanguageModel:
             guided = logits / temperature + scale * functional.logsigmoid(scores)
             read = guided.argmax(dim=-1, keepdim=True)
             chosen.append(read)
-        return torch.cat(chosen, dim=1).numpy()
+        return torch.cat(chosen, dim=1).cpu().numpy()
 
     @torch.inference_mode()
     def forward(self, texts: Sequence[np.ndarray], rows: int) -> None:
         """Hidden states of texts, so many of like length together."""
         for batch in _alike(texts, rows):
-            tokens, mask = _padded([texts[i] for i in batch])
+            tokens, mask = self._padded([texts[i] for i in batch])
             self.model.model(input_ids=tokens, attention_mask=mask, use_cache=False)
+        _wait()
 
     @torch.inference_mode()
     def losses(self, texts: Sequence[np.ndarray], starts: Sequence[int], rows: int) -> list[float]:
         """Mean cross-entropy of each text from its start on; logits of those positions only."""
         found = [0.0] * len(texts)
         for batch in _alike(texts, rows):
-            tokens, mask = _padded([texts[i] for i in batch])
+            tokens, mask = self._padded([texts[i] for i in batch])
             hidden = self.model.model(input_ids=tokens, attention_mask=mask).last_hidden_state
             for row, i in enumerate(batch):
                 start, stop = starts[i], len(texts[i])
@@ -140,7 +156,7 @@ class LanguageModel:
         ends = self.ends if isinstance(self.ends, list) else [self.ends]
         found: list[list[int]] = [[] for _ in prompts]
         for batch in _alike(prompts, rows):
-            tokens, mask = _padded([prompts[i] for i in batch], left=True)
+            tokens, mask = self._padded([prompts[i] for i in batch], left=True)
             out = self.model.generate(
                 tokens,
                 attention_mask=mask,
@@ -154,6 +170,9 @@ class LanguageModel:
                 found[i] = answer[: stops[0] + 1] if stops else answer
         return found
 
+    def _padded(self, texts: Sequence[np.ndarray], left: bool = False) -> list[torch.Tensor]:
+        return [part.to(self.device) for part in _padded(texts, left)]
+
 
 class HeadTrainer:
     """Trains heads: `g(v) = W2[v] · U hbar` by AdamW, warm-up and decay, clipped gradients.
@@ -161,16 +180,24 @@ class HeadTrainer:
     Only the rows of W2 that a batch names are multiplied; V-wide scores are never formed.
     """
 
-    def __init__(self, hidden_size: int, vocab_size: int, rank: int, folder: str | None = None):
-        self.sizes = (hidden_size, rank, vocab_size)
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        rank: int,
+        folder: str | None = None,
+        device: str = "cpu",
+    ):
+        self.sizes, self.device = (hidden_size, rank, vocab_size), device
         self.base: Any = folder and LanguageModel(folder).model.model
 
     def store(
         self, pooled: np.ndarray, targets: np.ndarray, forget_start: int, batches: list[np.ndarray]
     ) -> None:
         """Keeps features, and which rows of them each batch reads, indexed and labelled."""
-        self.pooled, self.targets = torch.from_numpy(pooled), torch.from_numpy(targets).long()
-        rows = [torch.from_numpy(batch) for batch in batches]
+        self.pooled = torch.from_numpy(pooled).to(self.device)
+        self.targets = torch.from_numpy(targets).long().to(self.device)
+        rows = [torch.from_numpy(batch).to(self.device) for batch in batches]
         self.batches = [
             (index, self.targets[index], (index < forget_start).float()) for index in rows
         ]
@@ -221,8 +248,8 @@ class HeadTrainer:
         """A step of a new head: features, targets and labels of a batch to its loss."""
         width, rank, vocab = self.sizes
         torch.manual_seed(0)
-        projection = torch.nn.Linear(width, rank, bias=False).weight
-        output = torch.nn.Linear(rank, vocab, bias=False).weight
+        projection = torch.nn.Linear(width, rank, bias=False, device=self.device).weight
+        output = torch.nn.Linear(rank, vocab, bias=False, device=self.device).weight
         how: dict[str, Any] = {} if optimizer == "for-loop" else {optimizer: True}
         adamw = torch.optim.AdamW([projection, output], lr=rate, weight_decay=decay, **how)
         schedule = transformers.get_linear_schedule_with_warmup(adamw, steps // 4, steps)
@@ -247,8 +274,15 @@ def _times(work: Callable[[], object], repeats: int) -> list[float]:
     for _ in range(repeats + 1):
         start = time.perf_counter()
         work()
+        _wait()
         times.append(time.perf_counter() - start)
     return times[1:]
+
+
+def _wait() -> None:
+    """Until an accelerator has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _alike(texts: Sequence[np.ndarray], rows: int) -> Iterator[list[int]]:
