@@ -4,11 +4,11 @@
     XLA_PYTHON_CLIENT_PREALLOCATE=false python -m benchmarks accelerator --parts=head
 
 Without the variable JAX takes three quarters of the memory, and PyTorch finds too little. Weights,
-prompts and features are random: their values cost no time. `decode`: steps of 1, 16 and 64 rows,
-and what guidance and draws add to them, in paired rounds; whole calls beside `generate` with the
-faster of its dynamic cache and its static one under `torch.compile`. `features`: texts of TOFU's
-lengths and of 1,024 and 2,048 tokens; the peer computes hidden states and keeps nothing. `head`:
-3,800 and 200 sequences of 200,000 answer tokens, features of width 4,096, one run and 16 at once.
+prompts and features are random: their values cost no time. `steps`: decoding 1, 16 and 64 rows, and
+what guidance and draws add to a step, in paired rounds. `calls`: whole calls beside `generate` with
+the faster of its dynamic cache and its static one under `torch.compile`. `features`: texts of 96, 1,024
+and 2,048 tokens; the peer computes hidden states and keeps nothing. `head`: 3,800 and 200
+sequences of 200,000 answer tokens, features of width 4,096, one run and 16 at once.
 Each part writes `out/benchmarks/accelerator_PART.json`. Smaller sizes are for trying the command.
 """
 
@@ -43,23 +43,23 @@ from t3jax.refinements import Refinements
 from t3jax.training import TrainConfig
 
 BATCHES = (1, 16, 64)
-LENGTHS = (1024, 2048)
+LENGTHS = (96, 1024, 2048)  # the first is about TOFU's mean, question and answer
 ANSWER_TOKENS = 200_000
 SEQUENCES = {"retain": 3800, "forget": 200}
 
 
 def main() -> None:
     """Reads the command line, measures, writes a file for each part."""
+    parts = {"steps": steps, "calls": calls, "features": features, "head": head}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--parts", default="decode,features,head")
+    parser.add_argument("--parts", default=",".join(parts))
     parser.add_argument("--device", default="cuda", help="of PyTorch")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--width", type=int, default=4096, help="the MLP is 3.5 times wider")
     parser.add_argument("--vocab_size", type=int, default=128_256)
-    parser.add_argument("--rows", type=int, default=512, help="texts of TOFU's lengths")
-    parser.add_argument("--tokens", type=int, default=65_536, help="of texts of each other length")
+    parser.add_argument("--tokens", type=int, default=65_536, help="of the texts of each length")
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
     parser.add_argument("--new_tokens", type=int, default=65)
@@ -71,17 +71,15 @@ def main() -> None:
 
     ceilings = measure_accelerator_ceilings(arguments.device)
     for part in arguments.parts.split(","):
-        figures, details = {"decode": decode, "features": features, "head": head}[part](
-            arguments, ceilings
-        )
+        figures, details = parts[part](arguments, ceilings)
         details |= {"arguments": vars(arguments), "ceilings": dataclasses.asdict(ceilings)}
         write(f"accelerator_{part}", figures, details)
 
 
-def decode(
+def steps(
     arguments: argparse.Namespace, ceilings: Ceilings
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Steps of decoding, then whole calls of both sides in turn."""
+    """Steps of decoding, prefill left out."""
     config, lm = make_model(arguments)
     head = random_head(lm)
     figures: dict[str, Any] = {}
@@ -92,40 +90,41 @@ def decode(
         stretch = functools.partial(Stretch, lm, rows, arguments)
         gated = stretch(head, Refinements(gated=True))
         variants = {"plain": stretch(), "guidance": stretch(head), "gated": gated}
-        costs, steps = step_costs(variants, "plain", arguments.rounds)
+        costs, times = step_costs(variants, "plain", arguments.rounds)
         figures |= {f"{name}_overhead_batch{rows}": value for name, value in costs.items()}
-        figures[f"bandwidth_share_batch{rows}"] = weights / ceilings.bandwidth / steps["plain"]
+        figures[f"bandwidth_share_batch{rows}"] = weights / ceilings.bandwidth / times["plain"]
         tell(f"{rows} rows: what draws cost")
         variants = {"greedy": variants["guidance"]}
         variants |= {name: stretch(head, temperature=1.0, **x) for name, x in TRUNCATIONS.items()}
         costs, drawing = step_costs(variants, "greedy", -(-arguments.rounds // 3))
         figures |= {f"{name}_cost_batch{rows}": value for name, value in costs.items()}
-        details[f"step_seconds_batch{rows}"] = steps | drawing
+        details[f"step_seconds_batch{rows}"] = times | drawing
+    return figures, details
+
+
+def calls(
+    arguments: argparse.Namespace, ceilings: Ceilings
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Whole calls of both sides in turn."""
+    config, lm = make_model(arguments)
+    figures: dict[str, Any] = {}
+    details: dict[str, Any] = {}
     with Peer("LanguageModel", None, "bfloat16", arguments.device, llama(config)) as peer:
         for rows in BATCHES:
             tell(f"{rows} rows: whole calls")
             prompts = random_prompts(lm, rows, arguments.prompt)
-            sampler = t3jax.Sampler(lm, batch_size=rows)
-            guided = t3jax.Sampler(lm, head, batch_size=rows)
-            new = arguments.new_tokens
-            ours, ours_guided = (
-                functools.partial(each.generate, list(prompts), max_new_tokens=new)
-                for each in (sampler, guided)
-            )
+            sampler, new = t3jax.Sampler(lm, batch_size=rows), arguments.new_tokens
+            ours = functools.partial(sampler.generate, list(prompts), max_new_tokens=new)
             first = seconds(ours)
-            ours_guided()
             theirs = {
                 cache: functools.partial(peer, "generate", prompts, new, cache)
                 for cache in arguments.caches.split(",")
             }
             cache, tried = fastest(theirs)
-            all_works = {"ours": ours, "ours_guided": ours_guided, "peer": theirs[cache]}
+            all_works = {"ours": ours, "peer": theirs[cache]}
             works = {name: lambda _, f=f: f() for name, f in all_works.items()}
             times = alternate(works, arguments.repeats)
             figures[f"speedup_batch{rows}"] = ratio(times["peer"], times["ours"])
-            figures[f"speedup_guided_over_plain_peer_batch{rows}"] = ratio(
-                times["peer"], times["ours_guided"]
-            )
             details[f"whole_calls_batch{rows}"] = {
                 "seconds": times,
                 "first_call_seconds_with_compilation": first,
@@ -140,11 +139,7 @@ def features(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Forward passes with causal means; the peer's forward passes."""
     config, lm = make_model(arguments)
-    rng = np.random.default_rng(0)
-    lengths = 50 + answer_lengths(arguments.rows, rng)  # a question of 50 tokens
-    tofu = [Example(rng.integers(lm.vocab_size, size=n, dtype=np.int32), 50) for n in lengths]
-    sets = {"": tofu}
-    sets |= {f"_{n}": random_texts(lm, max(1, arguments.tokens // n), n) for n in LENGTHS}
+    sets = {f"_{n}": random_texts(lm, max(1, arguments.tokens // n), n) for n in LENGTHS}
     figures: dict[str, Any] = {}
     details: dict[str, Any] = {}
     with Peer("LanguageModel", None, "bfloat16", arguments.device, llama(config)) as peer:

@@ -37,8 +37,9 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
 # Of a text by itself, so many queries attend at a time, but in no more parts than these: what comes
-# after them is not even looked at.
-_QUERIES, _PARTS = 128, 8
+# after them is not even looked at. An accelerator has less to save and takes long to compile many.
+_QUERIES = {"cpu": 128, "default": 1024}
+_PARTS = 8
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
@@ -317,16 +318,25 @@ class _Attention(nnx.Module):
             q, k, v = (
                 sharding.constrain(x, mesh, spec) for x, spec in zip((q, k, v), specs, strict=True)
             )
-        whole = past is not None or not self._splits_heads(mesh)
-        size = t if whole else max(_QUERIES, -(-t // _PARTS))
-        parts = []
-        for first in range(0, t, size):
-            end = k.shape[-1] if whole else first + size
-            these = q[..., first : first + size, :], k[..., :end], v[..., :end, :]
-            parts.append(self._attend(*these, seen[:, first : first + size, :end]))
-        out = jnp.concatenate(parts, axis=3)
+        if past is not None or not self._splits_heads(mesh):
+            out = self._attend(q, k, v, seen)
+        else:
+            ways = {
+                name: functools.partial(self._attend_in_parts, max(queries, -(-t // _PARTS)))
+                for name, queries in _QUERIES.items()
+            }
+            out = jax.lax.platform_dependent(q, k, v, seen, **ways)
         out = out.transpose(0, 3, 1, 2, 4).reshape(b, t, c.num_heads * c.head_dim)
         return self.o(self._whole(out, mesh)), k, v
+
+    def _attend_in_parts(self, size: int, q: Array, k: Array, v: Array, seen: Array) -> Array:
+        """So many queries of a text by itself at a time, which look at nothing after them."""
+        parts = []
+        for first in range(0, q.shape[3], size):
+            end = first + size
+            these = q[..., first:end, :], k[..., :end], v[..., :end, :]
+            parts.append(self._attend(*these, seen[:, first:end, :end]))
+        return jnp.concatenate(parts, axis=3)
 
     def _attend(self, q: Array, k: Array, v: Array, seen: Array) -> Array:
         """What queries `[B, K, G, T, h]` find, `[B, K, G, T, h]`."""

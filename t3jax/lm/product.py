@@ -33,7 +33,7 @@ def product(
     """
     ways = {
         name: functools.partial(way, dtype=dtype or x.dtype)
-        for name, way in (("cpu", on_cpu), ("default", plain))
+        for name, way in (("cpu", on_cpu), ("default", on_accelerator))
     }
     return jax.lax.platform_dependent(x, weight, **ways)
 
@@ -47,6 +47,15 @@ def plain(x: Array, weight: Array, dtype: Any) -> Array:
         precision="highest" if weight.dtype == jnp.float32 else None,
         preferred_element_type=dtype,
     )
+
+
+def on_accelerator(x: Array, weight: Array, dtype: Any) -> Array:
+    """The product in the form that keeps an accelerator's sums in float32.
+
+    On a GPU a single row's terms are rounded to bfloat16 where that is the dtype of the result.
+    """
+    single = x.size == x.shape[-1]
+    return plain(x, weight, jnp.float32 if single else dtype).astype(dtype)
 
 
 def on_cpu(x: Array, weight: Array, dtype: Any) -> Array:

@@ -10,8 +10,9 @@
 4. The sampling temperature divides the tilted logits; the support is masked last; one Gumbel draw.
    Temperature 0 is the limit: the likeliest token of the support.
 
-A row whose support lies among its likeliest tokens is drawn from those: noise for a few tokens
-costs less than noise for a vocabulary. Which way a row goes depends on that row alone.
+On a CPU a row whose support lies among its likeliest tokens is drawn from those: noise for a few
+tokens costs less than noise for a vocabulary. Which way a row goes depends on that row alone. An
+accelerator has the noise sooner than it has found the likeliest, and draws from all.
 
 Axes: B batch, V vocabulary, F few.
 """
@@ -149,9 +150,11 @@ def next_token(
         )
         return _draw(masked, controls.temperature, lambda: _gumbel(keys, masked))
 
-    rows = logits.shape[:1]
-    few, settled = jax.lax.cond(
-        truncates, from_few, lambda: (jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool))
+    def from_none() -> tuple[Array, Array]:
+        return jnp.zeros(logits.shape[0], jnp.int32), jnp.zeros(logits.shape[0], bool)
+
+    few, settled = jax.lax.platform_dependent(
+        cpu=lambda: jax.lax.cond(truncates, from_few, from_none), default=from_none
     )
     token = jax.lax.cond(jnp.all(settled), lambda: few, lambda: jnp.where(settled, few, from_all()))
     if not with_logprobs:
