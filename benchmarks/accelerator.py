@@ -6,8 +6,8 @@
 Without the variable JAX takes three quarters of the memory, and PyTorch finds too little. Weights,
 prompts and features are random: their values cost no time. `steps`: decoding 1, 16 and 64 rows, and
 what guidance and draws add to a step, in paired rounds. `calls`: whole calls beside `generate` with
-the faster of its dynamic cache and its static one under `torch.compile`. `features`: texts of 96, 1,024
-and 2,048 tokens; the peer computes hidden states and keeps nothing. `head`: 3,800 and 200
+the faster of its dynamic cache and its static one under `torch.compile`. `features`: texts of 96,
+1,024 and 2,048 tokens; the peer computes hidden states and keeps nothing. `head`: 3,800 and 200
 sequences of 200,000 answer tokens, features of width 4,096, one run and 16 at once.
 Each part writes `out/benchmarks/accelerator_PART.json`. Smaller sizes are for trying the command.
 """

@@ -21,13 +21,14 @@ import numpy as np
 import t3jax
 from benchmarks.ceilings import forward_operations, measure_ceilings
 from benchmarks.peer import Peer
-from benchmarks.side_by_side import alternate, ratio, seconds, tune, write
+from benchmarks.side_by_side import alternate, ratio, seconds, tell, tune, write
 from t3jax.batching import map_batches
 from t3jax.data import Example, PromptFormat, encode_records, evenly_spread, load_dataset
 from t3jax.features import load_or_compute_features
 from t3jax.lm import load_config
 
 LENGTHS = (256, 1024, 2048)
+_TRIED = 2048  # tokens on which the peer's batch size and thread count are chosen
 
 
 def main() -> None:
@@ -56,6 +57,7 @@ def main() -> None:
         Peer("LanguageModel", arguments.model, "bfloat16") as half,
     ):
         for name, texts in sets.items():
+            tell(f"texts{name}")
             times, details[f"texts{name}"] = compare(lm, texts, full, half, arguments.repeats)
             operations = sum(
                 forward_operations(config, lm.params, len(text.tokens)) for text in texts
@@ -79,8 +81,8 @@ def compare(
     """Both sides in turn: seconds, and what else there is to know."""
     tokens = [text.tokens for text in texts]
     longest = max(map(len, tokens))
-    sizes = sorted({max(1, total // longest) for total in (1024, 4096)})
-    some = evenly_spread(tokens, -(-4096 // longest))
+    sizes = sorted({max(1, total // longest) for total in (512, _TRIED)})
+    some = evenly_spread(tokens, -(-_TRIED // longest))
     chosen, tried = {}, {}
     for name, peer in (("peer", full), ("peer_bfloat16", half)):
         ways = {str(rows): functools.partial(peer, "forward", some, rows) for rows in sizes}

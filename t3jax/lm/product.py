@@ -26,14 +26,15 @@ def product(
     Args:
         x: Vectors, `[..., in]`.
         weight: W, of the same dtype, `[out, in]`.
-        dtype: Of the result; None means that of `x`. Sums are taken in float32.
+        dtype: Of the result; None means that of `x`. Sums are taken in float32. Where the result is
+            bfloat16, a GPU may round the terms of a single row's sums to that too.
 
     Returns:
         The products, `[..., out]`.
     """
     ways = {
         name: functools.partial(way, dtype=dtype or x.dtype)
-        for name, way in (("cpu", on_cpu), ("default", on_accelerator))
+        for name, way in (("cpu", on_cpu), ("default", plain))
     }
     return jax.lax.platform_dependent(x, weight, **ways)
 
@@ -47,15 +48,6 @@ def plain(x: Array, weight: Array, dtype: Any) -> Array:
         precision="highest" if weight.dtype == jnp.float32 else None,
         preferred_element_type=dtype,
     )
-
-
-def on_accelerator(x: Array, weight: Array, dtype: Any) -> Array:
-    """The product in the form that keeps an accelerator's sums in float32.
-
-    On a GPU a single row's terms are rounded to bfloat16 where that is the dtype of the result.
-    """
-    single = x.size == x.shape[-1]
-    return plain(x, weight, jnp.float32 if single else dtype).astype(dtype)
 
 
 def on_cpu(x: Array, weight: Array, dtype: Any) -> Array:
