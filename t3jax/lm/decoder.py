@@ -30,14 +30,15 @@ from t3jax.lm.config import LMConfig, RopeConfig
 from t3jax.lm.product import product
 
 Params = dict[str, Any]
+Past = tuple[Array, Array, Array | np.ndarray]  # a layer's keys and values, and the cursor
 Lora = dict[str, dict[str, Array]]  # path of a linear layer: "a" [R, in], "b" [out, R]
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
-# Of a text by itself, so many queries attend at a time, but in no more parts than these: what comes
-# after them is not even looked at. An accelerator has less to save and takes long to compile many.
+# So many queries attend at a time, but in no more parts than these; where no text came before, what
+# is after them is not even looked at. An accelerator has less to save and is slow to compile many.
 _QUERIES = {"cpu": 128, "default": 1024}
 _PARTS = 8
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -55,13 +56,14 @@ class Cache(NamedTuple):
         values: Per layer `[B, K, S, h]`. Both stand as the products of a decoding step read them:
             otherwise a CPU transposes the whole cache at every step.
         positions: Position of the token in each slot, `[B, S]`; -1 where there is none.
-        cursor: Next slot to write, scalar.
+        cursor: Next slot to write, scalar. NumPy's is known when a program is traced: the 0 of an
+            empty cache, whose first queries look at no slot after their own.
     """
 
     keys: tuple[Float[Array, "B K h S"], ...]
     values: tuple[Float[Array, "B K S h"], ...]
     positions: Int[Array, "B S"]
-    cursor: Int[Array, ""]
+    cursor: Int[Array, ""] | Int[np.ndarray, ""]
 
 
 def init_cache(config: LMConfig, batch: int, slots: int, dtype: Any) -> Cache:
@@ -71,7 +73,7 @@ def init_cache(config: LMConfig, batch: int, slots: int, dtype: Any) -> Cache:
         keys=tuple(jnp.zeros((*rows, width, slots), dtype) for _ in layers),
         values=tuple(jnp.zeros((*rows, slots, width), dtype) for _ in layers),
         positions=jnp.full((batch, slots), -1, jnp.int32),
-        cursor=jnp.zeros((), jnp.int32),
+        cursor=np.zeros((), np.int32),
     )
 
 
@@ -294,7 +296,7 @@ class _Attention(nnx.Module):
         x: Array,
         rotation: tuple[Array, Array] | None,
         seen: Array,
-        past: tuple[Array, Array, Array] | None,
+        past: Past | None,
         mesh: Mesh | None,
     ) -> tuple[Array, Array, Array]:
         c = self.config
@@ -318,24 +320,29 @@ class _Attention(nnx.Module):
             q, k, v = (
                 sharding.constrain(x, mesh, spec) for x, spec in zip((q, k, v), specs, strict=True)
             )
-        if past is not None or not self._splits_heads(mesh):
+        if t == 1 or not self._splits_heads(mesh):
             out = self._attend(q, k, v, seen)
         else:
+            sizes = {name: max(queries, -(-t // _PARTS)) for name, queries in _QUERIES.items()}
+            alone = past is None or isinstance(past[2], np.ndarray)
             ways = {
-                name: functools.partial(self._attend_in_parts, max(queries, -(-t // _PARTS)))
-                for name, queries in _QUERIES.items()
+                name: functools.partial(self._attend_in_parts, size, alone)
+                for name, size in sizes.items()
             }
             out = jax.lax.platform_dependent(q, k, v, seen, **ways)
         out = out.transpose(0, 3, 1, 2, 4).reshape(b, t, c.num_heads * c.head_dim)
         return self.o(self._whole(out, mesh)), k, v
 
-    def _attend_in_parts(self, size: int, q: Array, k: Array, v: Array, seen: Array) -> Array:
-        """So many queries of a text by itself at a time, which look at nothing after them."""
+    def _attend_in_parts(
+        self, size: int, alone: bool, q: Array, k: Array, v: Array, seen: Array
+    ) -> Array:
+        """So many queries at a time; those of a text alone look at nothing after them."""
         parts = []
         for first in range(0, q.shape[3], size):
             end = first + size
-            these = q[..., first:end, :], k[..., :end], v[..., :end, :]
-            parts.append(self._attend(*these, seen[:, first:end, :end]))
+            last = end if alone else k.shape[-1]
+            these = q[..., first:end, :], k[..., :last], v[..., :last, :]
+            parts.append(self._attend(*these, seen[:, first:end, :last]))
         return jnp.concatenate(parts, axis=3)
 
     def _attend(self, q: Array, k: Array, v: Array, seen: Array) -> Array:
@@ -412,7 +419,7 @@ class _Block(nnx.Module):
         x: Array,
         rotation: tuple[Array, Array] | None,
         seen: Array,
-        past: tuple[Array, Array, Array] | None,
+        past: Past | None,
         mesh: Mesh | None,
     ) -> tuple[Array, Array, Array]:
         normed = self.attention_norm(x)
@@ -494,7 +501,7 @@ def _read_block(
     x: Array,
     rotation: tuple[Array, Array] | None,
     seen: Array,
-    past: tuple[Array, Array, Array] | None,
+    past: Past | None,
 ) -> tuple[Array, Array, Array]:
     """One layer on a mesh: rows stay where they are, and the weights come to them.
 

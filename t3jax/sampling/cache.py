@@ -54,7 +54,7 @@ def _moved(program: Program, state: State, shift: Int[Array, ""], slots: int) ->
         The state.
     """
 
-    def moved(axes: _Axes, old: Array, empty: Array) -> Array:
+    def moved(axes: _Axes, old: Array, empty: Any) -> Array:
         if axes.rows is None:
             return old - shift
         if axes.slots is None:
@@ -89,7 +89,7 @@ def admit(
         The state.
     """
 
-    def taken(axes: _Axes, old: Array, own: Array, empty: Array) -> Array:
+    def taken(axes: _Axes, old: Array, own: Array, empty: Any) -> Array:
         if axes.rows is None:
             return old
         if axes.slots is not None:  # what the rows held before is gone
