@@ -3,9 +3,10 @@
     python -m benchmarks startup --model=FOLDER
 
 Each start is a process of its own that loads the model and answers one question. `cold` has an
-empty compilation cache and `warm` that of the start before; the model's files are in the memory of
-the operating system in all. sample.py serves a head, and shows its first token when the program
-that decodes the next ones is compiled too; the peer asks `generate` for one token.
+empty compilation cache and `warm` that of the start before; in all, the model's files are in the
+memory of the operating system and Python's bytecode is on the disk. sample.py serves a head, and
+shows its first token when the program that decodes the next ones is compiled too; the peer asks
+`generate` for one token.
 """
 
 import argparse
@@ -96,10 +97,11 @@ def start(command: Sequence[str], environment: Mapping[str, str]) -> tuple[float
     Returns:
         Seconds until then, and the process's peak memory in GiB.
     """
+    inherited = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     begin = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, *command],
-        env={**os.environ, **environment},
+        env=inherited | dict(environment),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -18,6 +18,7 @@ _FEW = 256  # rows
 _SMALL = 2**19  # weights of a matrix
 
 
+@functools.partial(jax.jit, static_argnames="dtype", inline=True)  # traced once for all layers
 def product(
     x: Float[Array, "*batch in"], weight: Float[Array, "out in"], dtype: Any = None
 ) -> Float[Array, "*batch out"]:
