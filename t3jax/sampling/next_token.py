@@ -11,8 +11,9 @@
    Temperature 0 is the limit: the likeliest token of the support.
 
 On a CPU a row whose support lies among its likeliest tokens is drawn from those: noise for a few
-tokens costs less than noise for a vocabulary. Which way a row goes depends on that row alone. An
-accelerator has the noise sooner than it has found the likeliest, and draws from all.
+tokens costs less than noise for a vocabulary. The others are drawn from all tokens; a row's draw is
+the same whoever is beside it. An accelerator has the noise sooner than it has found the likeliest,
+and draws from all.
 
 Axes: B batch, V vocabulary, F few.
 """
@@ -142,13 +143,17 @@ def next_token(
         place = _draw(values, controls.temperature, lambda: _gumbel_of(keys, found.tokens))
         return jnp.take_along_axis(found.tokens, place[:, None], axis=-1)[:, 0], found.settled
 
-    def from_all() -> Array:
+    def from_all(rows: slice | Array = slice(None)) -> Array:
+        """Draws of some rows from all tokens."""
+        masked, base, limits, temperature, own_keys = jax.tree.map(
+            lambda x: x[rows], (guided, deciding, rules, controls.temperature, keys)
+        )
         masked = jax.lax.cond(
             truncates,
-            lambda: jnp.where(truncation.support(deciding, *rules), guided, -jnp.inf),
-            lambda: guided,
+            lambda: jnp.where(truncation.support(base, *limits), masked, -jnp.inf),
+            lambda: masked,
         )
-        return _draw(masked, controls.temperature, lambda: _gumbel(keys, masked))
+        return _draw(masked, temperature, lambda: _gumbel(own_keys, masked))
 
     def from_none() -> tuple[Array, Array]:
         return jnp.zeros(logits.shape[0], jnp.int32), jnp.zeros(logits.shape[0], bool)
@@ -156,7 +161,24 @@ def next_token(
     few, settled = jax.lax.platform_dependent(
         cpu=lambda: jax.lax.cond(truncates, from_few, from_none), default=from_none
     )
-    token = jax.lax.cond(jnp.all(settled), lambda: few, lambda: jnp.where(settled, few, from_all()))
+
+    def one_by_one() -> Array:
+        """The rows that are not settled, each by itself."""
+        order = jnp.argsort(settled)
+
+        def choose(i: Array, tokens: Array) -> Array:
+            row = order[i][None]
+            return tokens.at[row].set(from_all(row))
+
+        return jax.lax.fori_loop(0, jnp.sum(~settled), choose, few)
+
+    def together() -> Array:
+        return jnp.where(settled, few, from_all())
+
+    if mesh is None or mesh.size == 1:
+        token = jax.lax.cond(2 * jnp.sum(settled) >= len(settled), one_by_one, together)
+    else:
+        token = jax.lax.cond(jnp.all(settled), lambda: few, together)
     if not with_logprobs:
         return token, None
 

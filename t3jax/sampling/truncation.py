@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from t3jax import sharding
 
-FEW = 1024
+FEW = 512
 
 _BITS = 30  # of floats in [0, 1]
 
