@@ -143,11 +143,15 @@ def next_token(
         place = _draw(values, controls.temperature, lambda: _gumbel_of(keys, found.tokens))
         return jnp.take_along_axis(found.tokens, place[:, None], axis=-1)[:, 0], found.settled
 
+    # As numbers: that a loop takes the key of another row each time JAX's check of keys cannot see.
+    key_data = jax.random.key_data(keys)
+
     def from_all(rows: slice | Array = slice(None)) -> Array:
         """Draws of some rows from all tokens."""
-        masked, base, limits, temperature, own_keys = jax.tree.map(
-            lambda x: x[rows], (guided, deciding, rules, controls.temperature, keys)
+        masked, base, limits, temperature, data = jax.tree.map(
+            lambda x: x[rows], (guided, deciding, rules, controls.temperature, key_data)
         )
+        own_keys = jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys))
         masked = jax.lax.cond(
             truncates,
             lambda: jnp.where(truncation.support(base, *limits), masked, -jnp.inf),
