@@ -15,7 +15,6 @@ Each part writes `out/benchmarks/accelerator_PART.json`. Smaller sizes are for t
 import argparse
 import dataclasses
 import functools
-import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,17 +28,16 @@ from benchmarks.ceilings import (
     measure_accelerator_ceilings,
     weight_bytes,
 )
-from benchmarks.decode import TRUNCATIONS, Stretch, random_prompts, step_costs
-from benchmarks.features import random_texts
+from benchmarks.decode import draw_costs, guidance_costs, random_prompts
+from benchmarks.features import compute_features, random_texts, report
 from benchmarks.head import answer_lengths, compare, random_features
 from benchmarks.peer import Peer
 from benchmarks.side_by_side import alternate, fastest, random_head, ratio, seconds, tell, write
 from t3jax.batching import map_batches
 from t3jax.data import Example
-from t3jax.features import feature_pass, load_or_compute_features
+from t3jax.features import feature_pass
 from t3jax.head import HeadConfig
 from t3jax.lm import LMConfig, RopeConfig, from_params, init_params
-from t3jax.refinements import Refinements
 from t3jax.training import TrainConfig
 
 BATCHES = (1, 16, 64)
@@ -86,19 +84,11 @@ def steps(
     details: dict[str, Any] = {}
     weights = weight_bytes(config, lm.params)
     for rows in BATCHES:
-        tell(f"{rows} rows: what guidance costs")
-        stretch = functools.partial(Stretch, lm, rows, arguments)
-        gated = stretch(head, Refinements(gated=True))
-        variants = {"plain": stretch(), "guidance": stretch(head), "gated": gated}
-        costs, times = step_costs(variants, "plain", arguments.rounds)
-        figures |= {f"{name}_overhead_batch{rows}": value for name, value in costs.items()}
+        guiding, times = guidance_costs(lm, head, rows, arguments)
+        drawing, draw_times = draw_costs(lm, head, rows, arguments)
+        figures |= guiding | drawing
         figures[f"bandwidth_share_batch{rows}"] = weights / ceilings.bandwidth / times["plain"]
-        tell(f"{rows} rows: what draws cost")
-        variants = {"greedy": variants["guidance"]}
-        variants |= {name: stretch(head, temperature=1.0, **x) for name, x in TRUNCATIONS.items()}
-        costs, drawing = step_costs(variants, "greedy", -(-arguments.rounds // 3))
-        figures |= {f"{name}_cost_batch{rows}": value for name, value in costs.items()}
-        details[f"step_seconds_batch{rows}"] = times | drawing
+        details[f"step_seconds_batch{rows}"] = times | draw_times
     return figures, details
 
 
@@ -167,10 +157,6 @@ def compare_features(
     ways = {rows: functools.partial(peer, "forward", tokens, rows) for rows in sizes}
     rows, tried = fastest(ways)
 
-    def ours(_: int = 0) -> None:
-        with tempfile.TemporaryDirectory() as store:
-            load_or_compute_features(lm, texts, store)
-
     def ours_forward(_: int = 0) -> None:
         map_batches(
             lm,
@@ -181,6 +167,7 @@ def compare_features(
             progress=None,
         )
 
+    ours = functools.partial(compute_features, lm, texts)
     first = seconds(ours)
     ours_forward()
     works: dict[str, Callable[[int], Any]] = {
@@ -189,16 +176,7 @@ def compare_features(
         "peer": lambda _: peer("forward", tokens, rows),
     }
     times = alternate(works, repeats)
-    total = sum(map(len, tokens))
-    return times, {
-        "texts": len(texts),
-        "tokens": total,
-        "tokens_per_second": {name: total / float(np.median(t)) for name, t in times.items()},
-        "seconds": times,
-        "first_call_seconds_with_compilation": first,
-        "peer_rows": rows,
-        "peer_tried_seconds": tried,
-    }
+    return times, report(tokens, times, first, rows, tried)
 
 
 def head(

@@ -89,18 +89,9 @@ def main() -> None:
         found, details[f"batch{rows}"] = compare(lm, int8, head, rows, arguments)
         figures |= {f"{name}_batch{rows}": value for name, value in found.items()}
     for rows in BATCHES:
-        tell(f"{rows} rows: what guidance costs")
-        stretch = functools.partial(Stretch, lm, rows, arguments)
-        gated = stretch(head, Refinements(gated=True))
-        variants = {"plain": stretch(), "guidance": stretch(head), "gated": gated}
-        costs, steps = step_costs(variants, "plain", arguments.rounds)
-        figures |= {f"{name}_overhead_batch{rows}": value for name, value in costs.items()}
-        details[f"step_seconds_batch{rows}"] = steps
-    tell(f"{rows} rows: what draws cost")
-    variants = {"greedy": stretch(head)}
-    variants |= {name: stretch(head, temperature=1.0, **x) for name, x in TRUNCATIONS.items()}
-    costs, _ = step_costs(variants, "greedy", -(-arguments.rounds // 3))
-    figures |= {f"{name}_cost_batch{rows}": value for name, value in costs.items()}
+        found, details[f"step_seconds_batch{rows}"] = guidance_costs(lm, head, rows, arguments)
+        figures |= found
+    figures |= draw_costs(lm, head, rows, arguments)[0]
     needed = weight_bytes(load_config(arguments.model), lm.params) / ceilings.bandwidth
     figures["bandwidth_share_batch1"] = needed / details["step_seconds_batch1"]["plain"]
     tell("answers of uneven length")
@@ -185,6 +176,30 @@ def choose(
             for cache in arguments.caches.split(",")
         },
     )
+
+
+def guidance_costs(
+    lm: t3jax.LM, head: t3jax.Head, rows: int, arguments: argparse.Namespace
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """What guidance, plain and gated, adds to a step; and the seconds of a step of each."""
+    tell(f"{rows} rows: what guidance costs")
+    stretch = functools.partial(Stretch, lm, rows, arguments)
+    gated = stretch(head, Refinements(gated=True))
+    variants = {"plain": stretch(), "guidance": stretch(head), "gated": gated}
+    costs, steps = step_costs(variants, "plain", arguments.rounds)
+    return {f"{name}_overhead_batch{rows}": value for name, value in costs.items()}, steps
+
+
+def draw_costs(
+    lm: t3jax.LM, head: t3jax.Head, rows: int, arguments: argparse.Namespace
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """What draws add to a guided step; and the seconds of a step of each."""
+    tell(f"{rows} rows: what draws cost")
+    stretch = functools.partial(Stretch, lm, rows, arguments, head)
+    variants = {"greedy": stretch()}
+    variants |= {name: stretch(temperature=1.0, **x) for name, x in TRUNCATIONS.items()}
+    costs, steps = step_costs(variants, "greedy", -(-arguments.rounds // 3))
+    return {f"{name}_cost_batch{rows}": value for name, value in costs.items()}, steps
 
 
 def step_costs(

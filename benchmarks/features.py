@@ -13,7 +13,7 @@ import argparse
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,10 +88,7 @@ def compare(
         ways = {str(rows): functools.partial(peer, "forward", some, rows) for rows in sizes}
         chosen[name], tried[name] = tune(peer, ways)
 
-    def ours(_: int = 0) -> None:
-        with tempfile.TemporaryDirectory() as store:
-            load_or_compute_features(lm, texts, store)
-
+    ours = functools.partial(compute_features, lm, texts)
     first = seconds(ours)
     works: dict[str, Callable[[int], Any]] = {
         "ours": ours,
@@ -99,14 +96,31 @@ def compare(
         "peer_bfloat16": lambda _: half("forward", tokens, int(chosen["peer_bfloat16"])),
     }
     times = alternate(works, repeats)
+    return times, report(tokens, times, first, chosen, tried)
+
+
+def compute_features(lm: t3jax.LM, texts: Sequence[Example], _: int = 0) -> None:
+    """Our side: hidden states, causal means, and the answers' rows in an empty store."""
+    with tempfile.TemporaryDirectory() as store:
+        load_or_compute_features(lm, texts, store)
+
+
+def report(
+    tokens: Sequence[np.ndarray],
+    times: Mapping[str, Sequence[float]],
+    first: float,
+    peer_rows: Any,
+    tried: Any,
+) -> dict[str, Any]:
+    """What else there is to know of a set of texts, for the file."""
     total = sum(map(len, tokens))
-    return times, {
-        "texts": len(texts),
+    return {
+        "texts": len(tokens),
         "tokens": total,
         "tokens_per_second": {name: total / float(np.median(t)) for name, t in times.items()},
         "seconds": times,
         "first_call_seconds_with_compilation": first,
-        "peer_rows": chosen,
+        "peer_rows": peer_rows,
         "peer_tried_seconds": tried,
     }
 

@@ -69,7 +69,7 @@ def test_hidden_states_and_logits(monkeypatch, case, side, queries):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family(name, tmp_path, monkeypatch):
     """Hidden states and logits, padded on either side, and greedy text after the left one."""
-    monkeypatch.setitem(decoder._QUERIES, "cpu", 3)  # without a cache
+    monkeypatch.setitem(decoder._QUERIES, "cpu", 3)
     golden, lm = load(name, tmp_path)
     rows, length = golden["left/tokens"].shape
     steps = golden["greedy"].shape[1]
