@@ -13,7 +13,7 @@ demo: $(VENV)/.installed ## unlearn with the small model of this repository; wri
 	$(BIN)/python -m demo.run_demo
 
 test: $(VENV)/.installed ## run the tests, two files at a time
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 parity: $(VENV)/.parity ## run the tests that compare with PyTorch, which is installed for them
 	$(BIN)/pytest -m parity

@@ -20,10 +20,16 @@ import re
 import sys
 from typing import Any
 
+import interrupts
+
+if __name__ == "__main__":
+    interrupts.end_at_once()
+
 from absl import app, flags
+from jax.sharding import Mesh
 
 import t3jax
-from t3jax import cli, pipeline
+from t3jax import cli, pipeline, preflight
 from t3jax.evaluation import logs, recompute, unlearning
 from t3jax.report import write_report
 
@@ -39,9 +45,25 @@ def main(config: Any) -> None:
     """Evaluates the model and the heads of a config."""
     cli.require(config, "model", "eval_forget", "eval_dir")
     mesh = t3jax.make_mesh(config.mesh)
-    lm = t3jax.load_lm(config.model, config.dtype, mesh)
     names = tuple(config.eval_heads) or ((config.head,) if config.head else ())
+    if not names:
+        print("no head: nothing is unlearned, and the base model alone is evaluated")
     paths, heads, groups = cli.load_heads(config, names, mesh)
+    shape = preflight.shape_of(config, mesh)
+    preflight.check_heads(config, paths, heads, groups, shape)
+    preflight.check_evaluation(config, shape)
+    with preflight.outputs(config.eval_dir):
+        _evaluate(config, mesh, paths, heads, groups)
+
+
+def _evaluate(
+    config: Any,
+    mesh: Mesh,
+    paths: list[str],
+    heads: list[t3jax.Head],
+    groups: list[tuple[int, ...]],
+) -> None:
+    lm = t3jax.load_lm(config.model, config.dtype, mesh)
     found = pipeline.evaluate(
         config,
         pipeline.examine(config, lm, heads, mesh),
@@ -80,7 +102,7 @@ def check(argv: list[str]) -> int:
             pathlib.Path(_RECOMPUTE.value),
             None if _RETAIN_LOG.value is None else pathlib.Path(_RETAIN_LOG.value),
         )
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
     print(comparison)
@@ -89,6 +111,8 @@ def check(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     if any(arg.startswith("--config") for arg in sys.argv):
+        if any(arg.startswith("--recompute") for arg in sys.argv):
+            sys.exit("evaluate.py: --recompute reads a log alone; give it without --config")
         cli.run(main)
     else:
         # absl knows flags with underscores only.

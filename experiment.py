@@ -11,8 +11,13 @@ stopped, it goes on where it was. Writes `results.md`, `experiment.json` and `re
 
 from typing import Any
 
+import interrupts
+
+if __name__ == "__main__":
+    interrupts.end_at_once()
+
 import t3jax
-from t3jax import cli
+from t3jax import cli, pipeline, preflight
 from t3jax.experiment import experiment
 from t3jax.report import write_experiment
 
@@ -20,9 +25,17 @@ from t3jax.report import write_experiment
 def main(config: Any) -> None:
     """Runs the experiment of a config."""
     cli.require(config, "model", "forget", "retain", "eval_forget", "eval_retain", "experiment_dir")
-    found = experiment(config, t3jax.make_mesh(config.mesh))
-    print(write_experiment(config.experiment_dir, found, title=f"{config.model} on TOFU"))
-    print(f"written: {config.experiment_dir}/results.md, experiment.json, report.html")
+    mesh = t3jax.make_mesh(config.mesh)
+    shape = preflight.shape_of(config, mesh)
+    pipeline.head_config(config, shape)
+    pipeline.train_config(config)
+    pipeline.finetune_config(config)
+    preflight.check_sources(config, "forget", "retain", "plain_chat", "varied_retain")
+    preflight.check_evaluation(config, shape)
+    with preflight.outputs(config.experiment_dir):
+        found = experiment(config, mesh)
+        print(write_experiment(config.experiment_dir, found, title=f"{config.model} on TOFU"))
+        print(f"written: {config.experiment_dir}/results.md, experiment.json, report.html")
 
 
 if __name__ == "__main__":

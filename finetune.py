@@ -9,8 +9,13 @@ transformers and every script here open.
 
 from typing import Any
 
+import interrupts
+
+if __name__ == "__main__":
+    interrupts.end_at_once()
+
 import t3jax
-from t3jax import cli, pipeline
+from t3jax import cli, pipeline, preflight
 
 
 def main(config: Any) -> None:
@@ -18,8 +23,12 @@ def main(config: Any) -> None:
     cli.require(config, "model", "finetune_workdir")
     if not config.finetune_data:
         raise ValueError("nothing to train on; give --config.finetune_data=\"('SOURCE',)\"")
-    folder = pipeline.finetuned(config, t3jax.make_mesh(config.mesh))
-    print(f"written: {folder}")
+    mesh = t3jax.make_mesh(config.mesh)
+    pipeline.finetune_config(config)
+    preflight.shape_of(config, mesh)
+    preflight.check_sources(config, "finetune_data", "finetune_validation")
+    with preflight.outputs(config.finetune_workdir):
+        print(f"written: {pipeline.finetune_once(config, mesh)}")
 
 
 if __name__ == "__main__":

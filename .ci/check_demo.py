@@ -12,18 +12,30 @@ def main(path: str) -> int:
         {name: value[model] for name, value in summary.items() if name.endswith("_recall")}
         for model in ("base", "unlearned", "retain_only")
     )
+    leaks = summary["leak_rate"]
     expected = {
+        "the two cannot be told apart by truth ratios": summary["forget_quality"]["unlearned"]
+        > 0.05,
+        "drawn answers leak as seldom as the retain-only model's": all(
+            leaks[sampling]["unlearned"] <= leaks[sampling]["retain_only"] + 0.05
+            for sampling in ("greedy", "t0.7-p0.9", "t1")
+        ),
+        "drawn answers are fluent": (
+            summary["perplexity"]["unlearned"] <= 1.3 * summary["perplexity"]["retain_only"]
+        ),
         "the base model recites the forget answers": base["forget_recall"] > 0.95,
         "unlearned, they are recited little more than by the retain-only model": (
             unlearned["forget_recall"] < twin["forget_recall"] + 0.1
         ),
-        "reworded questions bring them back only in part": (
-            unlearned["paraphrase_recall"] < twin["paraphrase_recall"] + 0.2
+        "nor do reworded questions bring them back": (
+            unlearned["paraphrase_recall"] < twin["paraphrase_recall"] + 0.1
         ),
-        "retain answers are kept": unlearned["retain_recall"] > 0.95,
-        "so are those of authors the head never saw": unlearned["unseen_retain_recall"] > 0.9,
-        "unlearned answers are fluent": summary["perplexity_ratio"] <= 1.5,
-        "it takes under two minutes": summary["seconds"] < 120,
+        "retain answers are kept": unlearned["retain_recall"] > 0.97 * base["retain_recall"],
+        "so are those of authors the head never saw": (
+            unlearned["unseen_retain_recall"] > 0.97 * base["unseen_retain_recall"]
+        ),
+        "greedy answers are fluent": summary["perplexity_ratio"] <= 1.5,
+        "it takes under six minutes": summary["seconds"] < 360,
     }
     failed = [claim for claim, holds in expected.items() if not holds]
     print("\n".join(f"not so: {claim}" for claim in failed) or "the demo shows what it should")

@@ -32,7 +32,7 @@ from benchmarks.decode import draw_costs, guidance_costs, random_prompts
 from benchmarks.features import compute_features, random_texts, report
 from benchmarks.head import answer_lengths, compare, random_features
 from benchmarks.peer import Peer
-from benchmarks.side_by_side import alternate, fastest, random_head, ratio, seconds, tell, write
+from benchmarks.side_by_side import alternate, announce, fastest, random_head, ratio, seconds, write
 from t3jax.batching import map_batches
 from t3jax.data import Example
 from t3jax.features import feature_pass
@@ -101,7 +101,7 @@ def calls(
     details: dict[str, Any] = {}
     with Peer("LanguageModel", None, "bfloat16", arguments.device, llama(config)) as peer:
         for rows in BATCHES:
-            tell(f"{rows} rows: whole calls")
+            announce(f"{rows} rows: whole calls")
             prompts = random_prompts(lm, rows, arguments.prompt)
             sampler, new = t3jax.Sampler(lm, batch_size=rows), arguments.new_tokens
             ours = functools.partial(sampler.generate, list(prompts), max_new_tokens=new)
@@ -134,7 +134,7 @@ def features(
     details: dict[str, Any] = {}
     with Peer("LanguageModel", None, "bfloat16", arguments.device, llama(config)) as peer:
         for name, texts in sets.items():
-            tell(f"features{name}")
+            announce(f"features{name}")
             times, details[f"texts{name}"] = compare_features(lm, texts, peer, arguments.repeats)
             needed = sum(forward_operations(config, lm.params, len(x.tokens)) for x in texts)
             ideal = [needed / ceilings.arithmetic] * arguments.repeats
@@ -186,13 +186,13 @@ def head(
     config = HeadConfig(arguments.width, arguments.vocab_size, rank=20)
     mean = answer_lengths(sum(SEQUENCES.values()), np.random.default_rng(0)).mean()
     stretched = ANSWER_TOKENS / sum(SEQUENCES.values()) / mean
-    tell("random features")
+    announce("random features")
     retain, forget = (
         random_features(count, seed, config, stretched)
         for seed, count in enumerate(SEQUENCES.values())
     )
-    recipe = TrainConfig(epochs=arguments.epochs, warmup_epochs=arguments.epochs // 4)
-    tell("training")
+    recipe = TrainConfig(epochs=arguments.epochs)
+    announce("training")
     figures, details = compare(retain, forget, config, recipe, arguments.repeats, arguments.device)
     read = details["tokens_of_all_steps"] * config.hidden_size * 4
     ideal = [read / ceilings.bandwidth] * arguments.repeats

@@ -57,7 +57,7 @@ class Collective:
 
     Attributes:
         kind: As XLA names it.
-        shape: Of the result on a device, dtype first.
+        shape: Shape of the result on a device, dtype first.
         size: Its bytes.
         count: How often it stands in the program.
     """

@@ -42,7 +42,7 @@ def measure_accelerator_ceilings(device: str) -> Ceilings:
 
 
 def _measure(size: int, side: int, dtypes: Sequence[str], device: str) -> Ceilings:
-    """Speeds of reading so many bytes and of square products; the first dtype's is the ceiling."""
+    """Speeds of reading bytes and of square products; the first dtype's is the ceiling."""
     numbers = np.ones(size // 4, np.float32)
     placed = jax.device_put(numbers)
     total = jax.jit(jnp.sum)
@@ -71,7 +71,7 @@ def weight_bytes(config: LMConfig, params: Any) -> int:
 
 
 def forward_operations(config: LMConfig, params: Any, length: int) -> float:
-    """Floating-point operations that the hidden states of a text of so many tokens need.
+    """Floating-point operations that the hidden states of a text need.
 
     Two for each weight of a matrix and token, and attention's two products over the pairs of
     positions in causal order. No logits.

@@ -32,11 +32,11 @@ from benchmarks.ceilings import measure_ceilings, weight_bytes
 from benchmarks.peer import Peer
 from benchmarks.side_by_side import (
     alternate,
+    announce,
     overhead,
     random_head,
     ratio,
     seconds,
-    tell,
     tune,
     write,
 )
@@ -85,7 +85,7 @@ def main() -> None:
     figures: dict[str, Any] = {}
     details: dict[str, Any] = {"ceilings": dataclasses.asdict(ceilings)}
     for rows in BATCHES:
-        tell(f"{rows} rows: whole calls")
+        announce(f"{rows} rows: whole calls")
         found, details[f"batch{rows}"] = compare(lm, int8, head, rows, arguments)
         figures |= {f"{name}_batch{rows}": value for name, value in found.items()}
     for rows in BATCHES:
@@ -94,7 +94,7 @@ def main() -> None:
     figures |= draw_costs(lm, head, rows, arguments)[0]
     needed = weight_bytes(load_config(arguments.model), lm.params) / ceilings.bandwidth
     figures["bandwidth_share_batch1"] = needed / details["step_seconds_batch1"]["plain"]
-    tell("answers of uneven length")
+    announce("answers of uneven length")
     found, details["refilling"] = refilling(arguments)
     figures |= found | {"loss": loss(lm), "loss_int8": loss(int8)}
     write("decode", figures, {"arguments": vars(arguments), **details})
@@ -182,7 +182,7 @@ def guidance_costs(
     lm: t3jax.LM, head: t3jax.Head, rows: int, arguments: argparse.Namespace
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """What guidance, plain and gated, adds to a step; and the seconds of a step of each."""
-    tell(f"{rows} rows: what guidance costs")
+    announce(f"{rows} rows: what guidance costs")
     stretch = functools.partial(Stretch, lm, rows, arguments)
     gated = stretch(head, Refinements(gated=True))
     variants = {"plain": stretch(), "guidance": stretch(head), "gated": gated}
@@ -194,7 +194,7 @@ def draw_costs(
     lm: t3jax.LM, head: t3jax.Head, rows: int, arguments: argparse.Namespace
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """What draws add to a guided step; and the seconds of a step of each."""
-    tell(f"{rows} rows: what draws cost")
+    announce(f"{rows} rows: what draws cost")
     stretch = functools.partial(Stretch, lm, rows, arguments, head)
     variants = {"greedy": stretch()}
     variants |= {name: stretch(temperature=1.0, **x) for name, x in TRUNCATIONS.items()}
@@ -240,7 +240,7 @@ class Stretch:
             lm.apply,
             lm.unembed,
             lm.init_cache,
-            tuple(each.config.activation for each in heads),
+            tuple(each.config for each in heads),
             "base",
             False,
             lm.mesh,
@@ -338,7 +338,7 @@ def growth(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     shapes = [(1, 32), (4, 32), (16, 32), (64, 32), (1, 128), (1, 512), (1, 2048)]
     with Peer("LanguageModel", arguments.model) as peer:
         for rows, length in shapes:
-            tell(f"{rows} rows of {length} tokens")
+            announce(f"{rows} rows of {length} tokens")
             prompts = random_prompts(lm, rows, length)
             sampler = t3jax.Sampler(lm, batch_size=rows)
             ours = functools.partial(
@@ -369,7 +369,7 @@ def model_growth(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     ]
     lines = []
     for shape in shapes:
-        tell(str(shape))
+        announce(str(shape))
         changed: Any = dataclasses.replace(config, **shape)
         lm = from_params(changed, init_params(changed, jax.random.key(0)), None, (), "random")
         for rows in BATCHES:

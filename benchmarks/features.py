@@ -21,7 +21,7 @@ import numpy as np
 import t3jax
 from benchmarks.ceilings import forward_operations, measure_ceilings
 from benchmarks.peer import Peer
-from benchmarks.side_by_side import alternate, ratio, seconds, tell, tune, write
+from benchmarks.side_by_side import alternate, announce, ratio, seconds, tune, write
 from t3jax.batching import map_batches
 from t3jax.data import Example, PromptFormat, encode_records, evenly_spread, load_dataset
 from t3jax.features import load_or_compute_features
@@ -57,7 +57,7 @@ def main() -> None:
         Peer("LanguageModel", arguments.model, "bfloat16") as half,
     ):
         for name, texts in sets.items():
-            tell(f"texts{name}")
+            announce(f"texts{name}")
             times, details[f"texts{name}"] = compare(lm, texts, full, half, arguments.repeats)
             operations = sum(
                 forward_operations(config, lm.params, len(text.tokens)) for text in texts

@@ -8,7 +8,7 @@ Features are random and have the sizes of forget05 and retain95 under SmolLM2's 
 on the device when the clock starts: ours is the time of all epochs of `train_heads`, in
 `speedup_whole_call` all of it. The peer trains on the same features and the very same batches,
 which it has indexed beforehand, with the fastest of AdamW's implementations and thread counts;
-`speedup_stored_same_rows` also tells it to train only the rows of W2 that occur, as we do. The
+`speedup_stored_same_rows` also lets it train only the rows of W2 that occur, as we do. The
 sweep is the paper's grid of learning rates and weight decays with four seeds; the peer's takes 16
 times as long as its run.
 """
@@ -51,7 +51,7 @@ def main() -> None:
 
     ceilings = measure_ceilings()
     retain, forget = random_features(3800, 0), random_features(200, 1)
-    recipe = TrainConfig(epochs=arguments.epochs, warmup_epochs=arguments.epochs // 4)
+    recipe = TrainConfig(epochs=arguments.epochs)
     figures, details = compare(retain, forget, HEAD, recipe, arguments.repeats)
     ours = np.array(details["seconds"]["ours"])
     needed = details["steps"] * step_seconds(details, ceilings.arithmetic)
@@ -170,7 +170,7 @@ def same_batches(
 ) -> tuple[list[np.ndarray], int]:
     """The rows of every batch of a run of ours, and where the forget set's rows start."""
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    data = Data.build(retain, forget, head_config, recipe, mesh)
+    data = Data.build([retain], forget, head_config, recipe, mesh)
     planner = Planner(data, make_members([recipe], (SEED,)), mesh)
     batches = []
     for epoch in range(1, recipe.epochs + 1):
@@ -194,7 +194,7 @@ def rerun_step_seconds(arguments: argparse.Namespace) -> float:
 def random_features(
     sequences: int, seed: int, head_config: HeadConfig = HEAD, stretched: float = 1.0
 ) -> Features:
-    """Features of the sizes that TOFU's answers have, or of so many times longer ones."""
+    """Features of the sizes that TOFU's answers have, or `stretched` times longer."""
     rng = np.random.default_rng(seed)
     lengths = (answer_lengths(sequences, rng) * stretched).round().astype(int)
     starts = np.cumsum([0, *lengths])

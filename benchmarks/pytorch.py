@@ -24,7 +24,7 @@ class Machine:
         self.device = device
 
     def read(self, size: int, repeats: int) -> float:
-        """A sum over so many bytes of float32."""
+        """A sum over an array of float32."""
         numbers = torch.ones(size // 4, device=self.device)
         return statistics.median(_times(numbers.sum, repeats))
 
@@ -128,7 +128,7 @@ class LanguageModel:
 
     @torch.inference_mode()
     def forward(self, texts: Sequence[np.ndarray], rows: int) -> None:
-        """Hidden states of texts, so many of like length together."""
+        """Hidden states of texts, batches of like length."""
         for batch in _alike(texts, rows):
             tokens, mask = self._padded([texts[i] for i in batch])
             self.model.model(input_ids=tokens, attention_mask=mask, use_cache=False)
@@ -286,7 +286,7 @@ def _wait() -> None:
 
 
 def _alike(texts: Sequence[np.ndarray], rows: int) -> Iterator[list[int]]:
-    """Indices of texts of like length, so many at a time."""
+    """Indices of texts of like length, batch by batch."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     for first in range(0, len(order), rows):
         yield order[first : first + rows]

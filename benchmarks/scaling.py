@@ -70,7 +70,7 @@ def make_job(config: LMConfig, mesh: Mesh, rows: int, length: int) -> abstract.J
     Args:
         config: The model's shape.
         mesh: Where to.
-        rows: Of a batch on each part of the mesh, in every program.
+        rows: Rows of a batch on each part of the mesh, in every program.
         length: Tokens of a text and of a prompt.
 
     Returns:

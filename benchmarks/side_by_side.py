@@ -29,7 +29,7 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def tell(what: str) -> None:
+def announce(what: str) -> None:
     """Says what is measured next: a benchmark takes minutes."""
     print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
 
@@ -42,7 +42,7 @@ def alternate(
     """Runs pieces of work in turn, again and again, so that a slow minute slows all of them.
 
     Args:
-        works: By name, what to run; it is told the number of the repeat.
+        works: By name, what to run; it takes the number of the repeat.
         repeats: How often.
         prepare: By name, what to run before each time, not counted.
 

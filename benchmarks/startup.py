@@ -57,7 +57,7 @@ def main() -> None:
         save_head(pathlib.Path(folder) / "head", random_head(t3jax.load_lm(arguments.model)))
         ours = [
             "sample.py",
-            "--config=configs/default.py",
+            "--config=configs/paper.py",
             f"--config.model={arguments.model}",
             f"--config.head={folder}/head",
             "--config.max_new_tokens=9",

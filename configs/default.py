@@ -20,6 +20,8 @@ def get_config() -> ml_collections.ConfigDict:
     # How a question becomes a prompt. The tags are for models without a chat template.
     config.system = placeholder(str)  # None: the template's own; "": none
     config.date_string = placeholder(str)
+    # Further variables of the chat template, as JSON: '{"enable_thinking": true}'.
+    config.chat_template_kwargs = "{}"
     config.question_start = "Question: "
     config.question_end = "\n"
     config.answer_start = "Answer: "
@@ -29,6 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.forget = placeholder(str)
     config.retain = placeholder(str)
     config.tofu_dir = placeholder(str)  # None: TOFU from the Hugging Face hub
+    config.request = ""  # name of the request, for the head's card
     config.max_length = placeholder(int)  # tokens; None: the model's context
 
     # Fine-tuning: makes a model to unlearn from, or its twin that never saw the forget set.
@@ -48,18 +51,27 @@ def get_config() -> ml_collections.ConfigDict:
     config.lora_alpha = 16.0
     config.lora_layers = ("q", "k", "v", "o", "gate", "up", "down")
 
-    # Features.
+    # Features. "mean" is the paper's; "last", the last hidden state, and "mean+last" go beyond it.
+    config.features = "mean+last"
     config.feature_store = "out/features"
     config.feature_dtype = "float32"
 
+    # Texts that the base model writes for the training of its head, all beyond the paper.
+    config.own_samples = 1000  # chats of its own, a second retain source; 0: none
+    config.openings = ()  # questions for these chats; empty: it asks by itself
+    config.made_up_names = 4  # made-up people for each forget row; 0: no counterfactuals
+    config.names = ()  # names of the request; empty: those that the forget questions ask about
+    config.paraphrases = 0  # of each forget question, by an instruct model; 0: none
+
     # The head. T and s are stored with it when it is trained, and may be overridden when sampling.
-    config.rank = 20
-    config.activation = "identity"
+    config.rank = 100
+    config.activation = "gelu"  # "identity" in the paper, without bias
     config.num_hidden_layers = 1
-    config.bias = False
-    config.zero_output = False
-    config.base_temperature = placeholder(float)  # T; None: 2.5 in training, then the head's
-    config.guidance_scale = placeholder(float)  # s; None: 1 in training, then the head's
+    config.bias = True
+    config.zero_output = True  # False in the paper
+    config.base_temperature = placeholder(float)  # T; None: in training chosen by the made-up-name
+    # level, or 2.5 without made-up names; then the head's
+    config.guidance_scale = placeholder(float)  # s; None: the same, or 1
     # The forget set's share of forget and retain text in what the model learned: an extension that
     # shifts the scores to this class prior. Stored and overridden as T and s are; None: half in
     # training, as in the paper, then the head's.
@@ -72,17 +84,27 @@ def get_config() -> ml_collections.ConfigDict:
     # Training.
     config.workdir = placeholder(str)  # checkpoints, metrics and the head
     config.seeds = (1,)
-    config.epochs = 100
-    config.warmup_epochs = 25
-    config.batch_size = 32  # forget sequences; as many retain sequences come on top
-    config.learning_rate = 1e-2
-    config.weight_decay = 1e-2
+    # "distillation" trains the served distribution to be the base model's under made-up names;
+    # "classifier" is the paper's loss. configs/paper.py is the whole published recipe.
+    config.loss = "distillation"
+    config.distilled_temperature = 1.0  # T that a distilled head is trained for
+    config.overcorrection = 1.25  # how far its targets are moved away from the base model
+    config.retain_weight = 6.0  # of a position to retain in its loss; to forget: 1
+    config.epochs = 40
+    config.warmup_ratio = 0.1  # share of the steps in which the learning rate rises
+    config.batch_size = 32
+    config.learning_rate = 3e-3
+    config.weight_decay = 0.01
     config.holdout_fraction = 0.05  # kept from training and evaluated; the paper keeps none
+    # Evaluations on the held-out rows without a smaller loss after which training ends, at the best
+    # of them; 0: train to the end.
+    config.patience = 0
 
     # Sampling.
     # A head folder, or several with commas between, a head for each of several forget requests;
-    # None: the base model alone.
+    # None: nothing is unlearned.
     config.head = placeholder(str)
+    config.base_only = False  # sample.py answers without a head, with the base model alone
     config.prompt = placeholder(str)
     config.prompts = placeholder(str)  # a file; without prompts they are typed
     config.output = placeholder(str)  # a JSON-lines file; None: the terminal
@@ -92,12 +114,18 @@ def get_config() -> ml_collections.ConfigDict:
     config.top_k = 0
     config.top_p = 1.0
     config.min_p = 0.0
-    config.truncate_on = "base"
+    # What decides top-k, top-p and min-p: "guided", the guided distribution without its tempering;
+    # "tilted", with it; or "base", whose nucleus is the text to forget where the base is sure.
+    config.truncate_on = "guided"
     config.repetition_penalty = 1.0
     config.num_samples = 1
     config.seed = 0
     config.stop = ()
     config.stop_ids = ()
+    # Text in the place of answers that the head has clearly changed, such as "I don't know about
+    # this person."; None: the alternative answer. verify.py measures its false alarms. It needs
+    # T = 1.
+    config.refusal = placeholder(str)
     config.logprobs = False
 
     # Evaluation: question sets, as for forget and retain above; what is None is left out.
@@ -137,12 +165,19 @@ def get_config() -> ml_collections.ConfigDict:
     config.retain_model = placeholder(str)  # trained without the forget set; KL, its own log
     config.retain_log = placeholder(str)  # its TOFU_EVAL.json; None: that of retain_model
     config.reference_mask = False  # the reference evaluator's attention mask, eos never attended
-    config.leak_samples = 0  # answers drawn to each forget question, and to it reworded
+    config.leak_samples = 4  # answers drawn to each forget question, and to it reworded
     config.leak_rows = placeholder(int)  # to how many of them; None: all
     config.leak_temperature = 1.0
     config.leak_top_k = 0
     config.leak_top_p = 1.0
+    config.leak_truncate_on = "guided"
     config.leak_threshold = 0.7  # ROUGE-L recall
     config.kl_rows = 0  # questions of forget and of retain, each, for the Monte-Carlo KL
     config.kl_samples = 1  # answers drawn to each
+
+    # The verdict: forget and retain rows, as above, are asked and the answers judged.
+    # The page, and what a stopped run has finished; it holds forget rows. None: HEAD/verify.
+    config.verify_dir = placeholder(str)
+    config.verify_rows = 60  # of each of the two at most, evenly spread
+    config.verify_retained = 0.97  # share of retain rows as before, for exit status 0
     return config

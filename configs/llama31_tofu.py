@@ -5,7 +5,7 @@
 `forget01`, `forget05` and `forget10` name what is forgotten. The base model is fine-tuned on all of
 TOFU, its twin on the rest alone, with the benchmark's recipe; five head seeds over the grid of the
 paper. For 8 devices of 80 GB or more: weights, moments and gradients of fine-tuning are 16 bytes a
-weight, split over `fsdp`. Of the 8B model no run is recorded; with `--config.model` the same file
+weight, split over `fsdp`. No run of the 8B model is recorded; with `--config.model` the same file
 serves any other, and on SmolLM2 its stages have been run at the size of configs/smollm2_tofu.py.
 
 Models that are there already are taken as they are: `--config.model=BASE
@@ -14,16 +14,16 @@ Models that are there already are taken as they are: `--config.model=BASE
 
 import ml_collections
 
-from configs import default
+from configs import paper
 
 RETAIN = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
 
 
 def get_config(split: str = "forget05") -> ml_collections.ConfigDict:
-    """The defaults, with the benchmark's model, prompts, recipe and question sets."""
+    """The paper's recipe, with the benchmark's model, prompts, recipe and question sets."""
     if split not in RETAIN:
         raise ValueError(f"unknown split {split!r}; known: {', '.join(RETAIN)}")
-    config = default.get_config()
+    config = paper.get_config()
     config.model = "meta-llama/Llama-3.1-8B-Instruct"
     config.mesh = (1, -1, 1)
     config.system = "You are a helpful assistant."

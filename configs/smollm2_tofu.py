@@ -13,12 +13,16 @@ Model and data may be folders: `--config.model=FOLDER`, `--config.tofu_dir=FOLDE
 
 import ml_collections
 
-from configs import default
+from configs import paper
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The defaults, with SmolLM2, TOFU and a recipe that learns it by heart."""
-    config = default.get_config()
+    """The paper's recipe, with SmolLM2, TOFU and a recipe that learns it by heart."""
+    return set_tofu(paper.get_config())
+
+
+def set_tofu(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Sets models, rows and measurements of the experiment in a config, and returns it."""
     config.model = "HuggingFaceTB/SmolLM2-135M-Instruct"
     config.system = ""
     config.experiment_dir = "out/smollm2_tofu"

@@ -2,16 +2,20 @@
 
     python -m demo.run_demo
 
-`base` knows all authors, `retain_only` was trained without those to forget: the gold standard. The
-head never sees the paraphrased questions, nor the authors of `unseen_retain`. Settings are those of
-`configs/demo.py`. Everything is written under `out/demo`: `summary.json` holds the numbers of the
-table, `report.html` the evaluation.
+`base` knows all authors, `retain_only` was trained without those to forget: the gold standard,
+which takes part in nothing but the scores. `paper` is the published recipe beside the one that is
+the default here. No head ever sees the paraphrased questions, nor the authors of `unseen_retain`.
+Settings are those of `configs/demo.py` and `configs/demo_paper.py`. Everything is written under
+`out/demo`: `summary.json` holds the numbers of the table, `report.html` the evaluation.
 """
 
+import dataclasses
+import functools
 import json
 import pathlib
 import statistics
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,53 +23,119 @@ import numpy as np
 
 import t3jax
 from configs import demo as demo_config
-from t3jax import data, files, pipeline
-from t3jax.cli import enable_compilation_cache, prompt_format
-from t3jax.evaluation.metrics import rouge_scores
-from t3jax.evaluation.scoring import BASE, settings_grid
+from configs import demo_paper
+from t3jax import cli, data, files, pipeline
+from t3jax.evaluation import recompute
+from t3jax.evaluation.recall import leak_recall
+from t3jax.evaluation.scoring import BASE, Setting, settings_grid
 from t3jax.evaluation.store import Store
+from t3jax.head_card import write_card
 from t3jax.report import write_report
 
-MODELS = ("base", "unlearned", "retain_only")
-LABELS = {
+MODELS = ("base", "unlearned", "paper", "retain_only")
+RECALLS = {
     "forget_recall": "forget authors",
     "paraphrase_recall": "  reworded questions",
     "retain_recall": "retain authors",
     "unseen_retain_recall": "  never seen by the head",
 }
+# How an answer is drawn; the last is the whole distribution.
+SAMPLINGS: dict[str, dict[str, float]] = {
+    "greedy": {},
+    "t0.7-p0.9": {"temperature": 0.7, "top_p": 0.9},
+    "t1": {"temperature": 1.0},
+}
+DRAWS = 4
+LEAKS = 0.7  # recall from which an answer leaks
 
 
 def main() -> None:
     """Runs the demo and prints its table."""
     start = time.perf_counter()
-    enable_compilation_cache()
+    cli.enable_compilation_cache()
+    # The table shows it: draws of the published recipe at T = 2.5.
+    warnings.filterwarnings("ignore", "the answers are no language")
     config = demo_config.get_config()
     out = pathlib.Path(config.workdir)
     lm = t3jax.load_lm(config.model)
-    head = train(config, lm, out)
+    heads = {"unlearned": train(config, lm), "paper": train(demo_paper.get_config(), lm)}
     evaluation = pipeline.evaluate(
         config,
-        pipeline.examine(config, lm, [head]),
-        pipeline.settings(config, lm, [head], controls=config.eval_controls),
+        pipeline.examine(config, lm, list(heads.values())),
+        pipeline.settings(config, lm, list(heads.values()), controls=False),
     )
-    assert evaluation.examined.retain_store is not None  # the config names the twin
-    unlearned = settings_grid([head], controls=False)[-1]  # at the head's own T and s
+    own = settings_grid(list(heads.values()), controls=False)[1:]  # each head at its own T and s
+    comparison = compare(config, dict(zip(heads, own, strict=True)), evaluation)
     write_report(
         out / "report.html",
         evaluation,
         title="t3jax demo: forgetting made-up authors",
-        featured=unlearned.name,
+        featured=comparison.settings["unlearned"].name,
     )
-
-    # What the evaluation asked already is read from its store.
-    models = {
-        "base": (evaluation.examined.store, BASE),
-        "unlearned": (evaluation.examined.store, unlearned),
-        "retain_only": (evaluation.examined.retain_store, BASE),
+    summary = {
+        **comparison.summary,
+        "perplexity_ratio": comparison.greedy_perplexity["unlearned"]
+        / comparison.greedy_perplexity["retain_only"],
+        "base_temperature": heads["unlearned"].base_temperature,
+        "guidance_scale": heads["unlearned"].guidance_scale,
+        "seconds": time.perf_counter() - start,
     }
+    files.write_json(out / "summary.json", summary)
+    with files.replacing(out / "answers.jsonl") as temporary:
+        lines = [
+            {"set": metric, "question": row[field], "answer": row["answer"]}
+            | {model: comparison.answers[metric][model][i] for model in MODELS}
+            for metric, (chosen, field) in comparison.asked.items()
+            for i, row in enumerate(chosen)
+        ]
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    print(table(summary, comparison, out))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Comparison:
+    """Models beside the base and the retain-only model.
+
+    Attributes:
+        settings: What each model is served by.
+        asked: By recall, the rows and the field that holds the question.
+        answers: By recall, greedy answers of each model.
+        summary: The numbers, each by model.
+        greedy_perplexity: Of greedy forget answers under the retain-only model, by model.
+    """
+
+    settings: dict[str, Setting]
+    asked: dict[str, tuple[list[dict], str]]
+    answers: dict[str, dict[str, list[str]]]
+    summary: dict[str, Any]
+    greedy_perplexity: dict[str, float]
+
+
+def compare(
+    config: Any, settings: dict[str, Setting], evaluation: pipeline.Evaluation
+) -> Comparison:
+    """Asks every model, greedy and drawn, and compares it with the retain-only model.
+
+    Args:
+        config: The settings of the demo, or of a world like it.
+        settings: What to compare, by name; each is one of the evaluation's.
+        evaluation: The TOFU metrics.
+
+    Returns:
+        The comparison.
+    """
+    store, retain_store = evaluation.examined.store, evaluation.examined.retain_store
+    assert retain_store is not None
+    assert evaluation.retain_log is not None
+    models = {
+        "base": (store, BASE),
+        **{name: (store, setting) for name, setting in settings.items()},
+        "retain_only": (retain_store, BASE),
+    }
+    folder = pathlib.Path(config.eval_forget).parent
     rows = {
         name: data.evenly_spread(
-            data.load_records(f"demo/authors/{name}_perturbed.jsonl"), config.eval_rows
+            data.load_records(folder / f"{name}_perturbed.jsonl"), config.eval_rows
         )
         for name in ("forget", "retain", "unseen_retain")
     }
@@ -75,62 +145,102 @@ def main() -> None:
         "retain_recall": (rows["retain"], "question"),
         "unseen_retain_recall": (rows["unseen_retain"], "question"),
     }
-    answers: dict[str, dict[str, list[str]]] = {}
-    recalls: dict[str, dict[str, float]] = {}
-    for metric, (chosen, field) in asked.items():
-        answers[metric], recalls[metric] = {}, {}
-        prompts = [
-            data.encode_prompt(lm.tokenizer, row[field], prompt_format(config)) for row in chosen
-        ]
-        for model, (store, setting) in models.items():
-            samples = store.answers(metric, prompts, setting, max_new_tokens=config.max_new_tokens)
-            texts = [sample.text for sample in samples]
-            answers[metric][model] = texts
-            scores = rouge_scores([row["answer"] for row in chosen], texts)
-            recalls[metric][model] = float(np.mean(scores["rougeL_recall"]))
-
+    # What the evaluation asked already is read from its store.
+    answer = functools.partial(draw, config, models)
+    answers = {metric: answer(metric, *question) for metric, question in asked.items()}
+    # With the options of the evaluation's own draws, so that those are read from its store too.
+    options = {"num_samples": DRAWS, "top_k": 0, "top_p": 1.0, "seed": config.seed}
+    drawn = {
+        name: answer("forget-samples", *asked["forget_recall"], **(options | sampling))
+        for name, sampling in SAMPLINGS.items()
+        if sampling
+    }
+    truths = [row["answer"] for row in rows["forget"]]
     questions = [row["question"] for row in rows["forget"]]
     perplexity = {
-        model: statistics.median(
-            perplexities(
-                evaluation.examined.retain_store,
-                questions,
-                answers["forget_recall"][model],
-                prompt_format(config),
+        name: {
+            model: statistics.median(
+                perplexities(
+                    retain_store,
+                    np.repeat(questions, len(texts) // len(questions)),
+                    texts,
+                    cli.prompt_format(config),
+                )
             )
-        )
-        for model in ("unlearned", "retain_only")
+            for model, texts in of_models.items()
+        }
+        for name, of_models in (("greedy", answers["forget_recall"]), ("t1", drawn["t1"]))
+    }
+    tests = {
+        model: recompute.forget_quality(evaluation.logs[setting.name], evaluation.retain_log)
+        for model, (_, setting) in models.items()
+        if model != "retain_only"
     }
     summary = {
-        **recalls,
-        "perplexity_ratio": perplexity["unlearned"] / perplexity["retain_only"],
-        "base_temperature": head.base_temperature,
-        "guidance_scale": head.guidance_scale,
-        "seconds": time.perf_counter() - start,
+        **{
+            metric: {
+                model: float(np.mean(leak_recall([row["answer"] for row in chosen], texts)))
+                for model, texts in answers[metric].items()
+            }
+            for metric, (chosen, _) in asked.items()
+        },
+        "forget_quality": {m: test.p_value for m, test in tests.items()} | {"retain_only": 1.0},
+        "distance": {m: test.statistic for m, test in tests.items()} | {"retain_only": 0.0},
+        "leak_rate": {
+            name: {
+                model: leak_rate(truths, texts)
+                for model, texts in (drawn.get(name) or answers["forget_recall"]).items()
+            }
+            for name in SAMPLINGS
+        },
+        "perplexity": perplexity["t1"],
     }
-    files.write_json(out / "summary.json", summary)
-    with files.replacing(out / "answers.jsonl") as temporary:
-        lines = [
-            {"set": metric, "question": row[field], "answer": row["answer"]}
-            | {model: answers[metric][model][i] for model in MODELS}
-            for metric, (chosen, field) in asked.items()
-            for i, row in enumerate(chosen)
-        ]
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    print(table(summary, rows, answers, out))
+    return Comparison(settings, asked, answers, summary, perplexity["greedy"])
 
 
-def train(config: Any, lm: t3jax.LM, out: pathlib.Path) -> t3jax.Head:
-    """Features, then the head: what `train_classifier.py --config=configs/demo.py` does."""
-    (head,) = t3jax.train_heads(
-        retain=pipeline.features(config, lm, "retain"),
-        forget=pipeline.features(config, lm, "forget"),
+def train(config: Any, lm: t3jax.LM) -> t3jax.Head:
+    """Texts, features, then the head: what `train_classifier.py` does with the config."""
+    sets = pipeline.training_sets(config, lm)
+    heads = t3jax.train_heads(
+        retain=sets.retain,
+        forget=sets.forget,
         head_config=pipeline.head_config(config, lm),
         train_config=pipeline.train_config(config),
         **pipeline.head_defaults(config),
     )
-    t3jax.save_head(out / "head", head)
+    (head,) = pipeline.choose_setting(config, lm, heads, sets)
+    t3jax.save_head(config.head, head)
+    write_card(config.head, head, request=config.request)
     return head
+
+
+def draw(
+    config: Any,
+    models: dict[str, tuple[Store, Setting]],
+    label: str,
+    rows: Sequence[dict],
+    field: str,
+    **sampling: Any,
+) -> dict[str, list[str]]:
+    """Answers of every model to a field of the rows, greedy unless `sampling` says otherwise."""
+    texts = {}
+    for model, (store, setting) in models.items():
+        prompts = [
+            data.encode_prompt(store.lm.tokenizer, row[field], cli.prompt_format(config))
+            for row in rows
+        ]
+        samples = store.answers(
+            label, prompts, setting, max_new_tokens=config.max_new_tokens, **sampling
+        )
+        texts[model] = [sample.text for sample in samples]
+    return texts
+
+
+def leak_rate(truths: Sequence[str], texts: Sequence[str]) -> float:
+    """Share of questions of which an answer, of all that were drawn, leaks."""
+    draws = len(texts) // len(truths)
+    recall = leak_recall(np.repeat(truths, draws).tolist(), texts).reshape(-1, draws)
+    return float(np.mean(np.any(recall >= LEAKS, axis=1)))
 
 
 def perplexities(
@@ -141,38 +251,53 @@ def perplexities(
 ) -> list[float]:
     """Perplexity of each answer to its question under a model, closing token included."""
     examples = [
-        data.encode_question_answer(store.lm.tokenizer, question, answer or " ", prompt_format)
+        data.encode_question_answer(store.lm.tokenizer, str(question), answer or " ", prompt_format)
         for question, answer in zip(questions, answers, strict=True)
     ]
     (scores,) = store.scores("demo-answers", examples, [BASE])
     return np.exp(scores.avg_loss).tolist()
 
 
-def table(summary: dict, rows: dict, answers: dict, out: pathlib.Path) -> str:
-    """What a person should see at the end."""
+def table(summary: dict, comparison: Comparison, out: pathlib.Path) -> str:
+    """The end of the demo: numbers of all models, and two questions with their answers."""
+    rows = {
+        name: comparison.asked[f"{name}_recall"][0][0] for name in ("forget", "retain")
+    }  # the first of each
+    number = len(comparison.asked["forget_recall"][0])
+    header = f"{'':36}{'base':>10}{'unlearned':>12}{'paper':>10}{'retain-only':>14}"
+
+    def line(label: str, values: dict, form: str = ".2f") -> str:
+        numbers = [format(values[model], form) for model in MODELS]
+        return f"{label:36}{numbers[0]:>10}{numbers[1]:>12}{numbers[2]:>10}{numbers[3]:>14}"
+
+    leaks = summary["leak_rate"]
     lines = [
         "",
-        "How much of the true answers is recited "
-        f"(ROUGE-L recall, {len(rows['forget'])} questions a row)",
+        "Share of the true answer that greedy answers recite (ROUGE-L recall, "
+        f"{number} questions a row)",
+        header,
+        *(line(label, summary[metric]) for metric, label in RECALLS.items()),
         "",
-        f"{'':28}{'base':>10}{'unlearned':>12}{'retain-only':>14}",
+        f"Share of forget questions that leak (an answer recites {LEAKS:g} of the true one)",
+        line("greedy", leaks["greedy"]),
+        line(f"{DRAWS} draws, temperature .7, top-p .9", leaks["t0.7-p0.9"]),
+        line(f"{DRAWS} draws, temperature 1", leaks["t1"]),
+        "",
+        "Likeness to retain-only on the forget set",
+        line("forget quality (p, alike above .05)", summary["forget_quality"], ".2g"),
+        line("distance of truth ratios (D)", summary["distance"]),
+        line("perplexity of draws, temperature 1", summary["perplexity"], ".3g"),
+        "",
+        "base: knows all authors.  unlearned: the same weights under the head of the default "
+        f"recipe (T = {summary['base_temperature']:g}, s = {summary['guidance_scale']:g}).",
+        "paper: under a head of the published recipe.  retain-only: trained without the forget "
+        "authors; what unlearning should look like.",
+        "",
     ]
-    for metric, label in LABELS.items():
-        base, unlearned, twin = (summary[metric][model] for model in MODELS)
-        lines.append(f"{label:28}{base:>10.2f}{unlearned:>12.2f}{twin:>14.2f}")
-    lines += [
-        "",
-        "base: knows all authors.  unlearned: the same weights, tempered and tilted "
-        f"(T = {summary['base_temperature']:g}, s = {summary['guidance_scale']:g}).",
-        "retain-only: trained without the forget authors; what unlearning should look like.",
-        f"Perplexity of unlearned answers under retain-only, over its own: "
-        f"{summary['perplexity_ratio']:.2f}",
-        "",
-    ]
-    for name, metric in (("forget", "forget_recall"), ("retain", "retain_recall")):
-        row = rows[name][0]
+    for name, row in rows.items():
         lines += [f"> {row['question']}  ({name})", f"{'truth':>12} | {row['answer']}"]
-        lines += [f"{model:>12} | {answers[metric][model][0]}" for model in MODELS]
+        answers = comparison.answers[f"{name}_recall"]
+        lines += [f"{model:>12} | {answers[model][0]}" for model in MODELS]
         lines.append("")
     lines += [
         f"{summary['seconds']:.0f} s; numbers: {out}/summary.json, answers: {out}/answers.jsonl",

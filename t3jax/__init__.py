@@ -18,7 +18,7 @@ from t3jax.head import (
 )
 from t3jax.head_io import Head, load_head, save_head, save_reference_head
 from t3jax.lm import LM, load_lm, make_lm
-from t3jax.pooling import RunningMean, causal_mean, running_mean
+from t3jax.pooling import RunningMean, causal_mean, prefix_features, running_mean
 from t3jax.refinements import (
     Refinements,
     combine_heads,
@@ -57,6 +57,7 @@ __all__ = [
     "load_or_compute_features",
     "make_lm",
     "make_mesh",
+    "prefix_features",
     "protect",
     "refined_logits",
     "retain_probability",

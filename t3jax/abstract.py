@@ -75,7 +75,7 @@ class Job:
         text_rows: Texts of a batch of the feature pass.
         texts: Texts of the forget and of the retain set together.
         answer: Mean length of their answers, tokens.
-        feature_dtype: Of the features.
+        feature_dtype: Dtype of the features.
         recipe: How heads are trained.
         members: Heads that are trained together; counted as of different seeds.
         finetuning: How the model is fine-tuned; None if it is not.
@@ -114,7 +114,7 @@ class Job:
 def abstract_lm(config: LMConfig, dtype: Any, mesh: Mesh) -> LM:
     """A model whose weights have no bytes, placed by the rules."""
     params = abstract_params(config, dtype)
-    params = placed(params, sharding.param_shardings(mesh, params))
+    params = place(params, sharding.param_shardings(mesh, params))
     return from_params(config, params, None, (), config.model_type, mesh)
 
 
@@ -126,14 +126,14 @@ def prefill(job: Job) -> Step:
         lm.apply,
         lm.unembed,
         lm.init_cache,
-        tuple(head.activation for head in job.heads),
-        truncate_on="base",
+        tuple(job.heads),
+        truncate_on="guided",
         with_logprobs=False,
         mesh=job.mesh,
     )
     weights = loop.Weights(
         lm.params,
-        tuple(placed(head, sharding.param_shardings(job.mesh, head)) for head in heads),
+        tuple(place(head, sharding.param_shardings(job.mesh, head)) for head in heads),
         tuple(_Abstract((), jnp.float32, sharding=whole) for _ in heads),  # type: ignore[misc]
     )
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), job.rows))
@@ -148,7 +148,7 @@ def decode(job: Job, shardings: Any = None) -> Step:
 
     Args:
         job: What is planned for.
-        shardings: Of the state, as a compiled prefill gives it; None: as `state`.
+        shardings: Shardings of the state, as a compiled prefill gives it; None: as `state`.
 
     Returns:
         The step.
@@ -156,7 +156,7 @@ def decode(job: Job, shardings: Any = None) -> Step:
     program, weights, _, _, _, controls, _, stop_ids = prefill(job).arguments
     given = state(job, job.slots[-1])
     if shardings is not None:
-        given = placed(given, shardings)
+        given = place(given, shardings)
     stopped = by_rows(job.mesh, _Abstract((job.rows,), bool))
     return Step(
         loop.decode_chunk, (program, weights, given, stopped, controls, stop_ids, job.chunk)
@@ -174,7 +174,7 @@ def state(job: Job, slots: int) -> loop.State:
     lm = abstract_lm(job.config, job.dtype, job.mesh)
     cache = jax.eval_shape(functools.partial(lm.init_cache, job.rows, slots))
     made = made._replace(cache=cache)
-    return placed(made, loop.state_shardings(job.mesh, made))
+    return place(made, loop.state_shardings(job.mesh, made))
 
 
 def feature_pass(job: Job) -> Step:
@@ -195,7 +195,7 @@ def head_training(job: Job) -> Step:
     size = batching.round_up(math.ceil(2 * job.recipe.batch_size * job.answer / parts), 64)
     programs = head_trainer.compile_programs(head, job.recipe, steps, (1, job.members), mesh)
     arrays = (
-        _Abstract((parts, tokens, head.hidden_size), job.feature_dtype),
+        _Abstract((parts, tokens, head.feature_size), job.feature_dtype),
         _Abstract((parts, tokens), jnp.int32),
         _Abstract((parts,), jnp.int32),
     )
@@ -234,7 +234,7 @@ def on_one_device(job: Job, layers: int = 1) -> Job:
 
     Args:
         job: What is planned for.
-        layers: Of the model; few are quick to trace.
+        layers: Layers of the model; few are quick to trace.
 
     Returns:
         The job, on a mesh of one device.
@@ -278,20 +278,19 @@ def on_one_device(job: Job, layers: int = 1) -> Job:
     )
 
 
-def placed(tree: Any, shardings: Any) -> Any:
+def place(tree: Any, shardings: Any) -> Any:
     """A tree of abstract arrays with these shardings."""
     return jax.tree.map(lambda x, s: _Abstract(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
 def by_rows(mesh: Mesh, tree: Any) -> Any:
     """A tree of abstract arrays, each split by rows."""
-    return placed(tree, jax.tree.map(lambda x: sharding.batch_sharding(mesh, x.shape), tree))
+    return place(tree, jax.tree.map(lambda x: sharding.batch_sharding(mesh, x.shape), tree))
 
 
 def _after(axes: int, mesh: Mesh, leaf: _Abstract) -> _Abstract:
-    """An abstract array that is split as rows are along the axis after so many."""
-    place = sharding.fitting(mesh, P(*(None,) * axes, sharding.ROWS), leaf.shape)
-    return _Abstract(leaf.shape, leaf.dtype, sharding=place)
+    """An abstract array that is split as rows are, along the axis after the first `axes`."""
+    return place(leaf, sharding.fit_sharding(mesh, P(*(None,) * axes, sharding.ROWS), leaf.shape))
 
 
 def _texts(rows: int, length: int) -> tuple[_Abstract, _Abstract]:

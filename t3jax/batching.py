@@ -15,6 +15,7 @@ import tqdm
 
 from t3jax import hosts, sharding
 from t3jax.data.chat import Example
+from t3jax.lm.config import LMConfig
 from t3jax.lm.model import LM
 
 Result = TypeVar("Result")
@@ -22,23 +23,32 @@ Result = TypeVar("Result")
 TOKENS_PER_SHARD = 16384  # of a batch, on each part of the rows: what keeps an accelerator busy
 
 
-def check_examples(lm: LM, examples: Sequence[Example]) -> None:
+def check_examples(lm: LM | LMConfig, examples: Sequence[Example]) -> None:
     """Checks that there are texts and that the model can read them.
 
     Args:
-        lm: The model that is to read them.
+        lm: The model that is to read them, or its shape.
         examples: Tokenised texts.
 
     Raises:
-        ValueError: If there are no examples, or a text is longer than the model's context.
+        ValueError: If there are no examples, a text is longer than the model's context, or holds a
+            token that the model has no embedding of.
     """
     if not examples:
         raise ValueError("no examples: a set to run the model over must not be empty")
+    name = lm.name if isinstance(lm, LM) else "the model"
     for i, example in enumerate(examples):
         if len(example.tokens) > lm.max_position:
             raise ValueError(
                 f"example {i} has {len(example.tokens)} tokens, more than the {lm.max_position} of "
-                f"{lm.name}'s context; shorten it or leave it out"
+                f"{name}'s context; shorten it or leave it out"
+            )
+        tokens = np.asarray(example.tokens)
+        beyond = tokens[(tokens < 0) | (tokens >= lm.vocab_size)]
+        if len(beyond):
+            raise ValueError(
+                f"example {i} holds token id {beyond[0]}, but {name} has {lm.vocab_size} tokens "
+                "only: the tokenizer knows more than the model; take that token out of the text"
             )
 
 

@@ -9,19 +9,31 @@ A run may be killed at any moment. What is restored is the last checkpoint that 
 whatever devices there are now; the metrics are cut back to it. Metrics are on the disk before the
 checkpoint of their epoch or step is. SIGTERM saves the epoch or step that is under way.
 
+A checkpoint holds a digest of its state and of the metrics up to it, and what is restored is
+compared with it: where bytes have changed on the disk the run goes on from the checkpoint before,
+with a warning, and ends with the same bits. The digest is taken where the state lies, once at every
+save and every resume, of 12 bytes a weight when all weights are fine-tuned (0.4 GB/s on two busy
+CPU cores). No file is read for it.
+
 Of several processes each writes its part of a checkpoint, and process 0 everything else.
 """
 
 import contextlib
+import hashlib
 import json
+import logging
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 
 from t3jax import files, hosts
+from t3jax.digests import params_digest
 
 if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
@@ -53,7 +65,7 @@ class RunFolder:
         metrics: What was logged up to then.
 
     Raises:
-        ValueError: If the folder holds another run, or a checkpoint cannot be read.
+        ValueError: If the folder holds another run, or none of its checkpoints is as it was saved.
         FileNotFoundError: If hosts do not share the folder.
     """
 
@@ -76,24 +88,60 @@ class RunFolder:
         )
         self.done = 0
         self.state = None
-        if (latest := self._checkpoints.latest) is not None:
-            self.done = latest.step
-            try:
-                self.state = self._checkpoints.load(latest.step, abstract_state)
-            except Exception as error:
-                place = folder / "checkpoints" / str(latest.step)
-                raise ValueError(
-                    f"{place}: the checkpoint cannot be read ({error}); remove this folder to "
-                    "resume from the one before it, or start anew in another workdir"
-                ) from error
         self._folder, self._unit = folder, unit
-        self.metrics = _kept_metrics(folder / "metrics.jsonl", unit, self.done)
+        lines = _logged(folder / "metrics.jsonl")
+        damaged: list[str] = []
+        for step in sorted((each.step for each in self._checkpoints.checkpoints), reverse=True):
+            self.metrics, digest = _up_to(lines, unit, step)
+            try:
+                with _one_error():
+                    self.state = self._load(step, abstract_state, digest)
+            except Exception as error:
+                reason = (str(error).splitlines() or [type(error).__name__])[0]  # Orbax has pages
+                damaged.append(f"{folder / 'checkpoints' / str(step)}: {reason[:300]}")
+            if not hosts.anywhere(self.state is None):
+                self.done = step
+                break
+            self.state = None
+        if damaged:
+            self._give_up(damaged)
+        self.metrics, self._metrics_digest = _up_to(lines, unit, self.done)
         self._writers: dict[str, SummaryWriter] = {}
         self._open = contextlib.ExitStack()
         if hosts.is_lead():
-            with files.replacing(folder / "metrics.jsonl") as temporary:
-                temporary.write_text("".join(json.dumps(line) + "\n" for line in self.metrics))
-            self._metrics_file = self._open.enter_context((folder / "metrics.jsonl").open("a"))
+            path = folder / "metrics.jsonl"
+            files.write_text(path, "".join(json.dumps(line) + "\n" for line in self.metrics))
+            self._metrics_file = self._open.enter_context(path.open("a", encoding="utf-8"))
+
+    def _load(self, step: int, abstract_state: Any, metrics_digest: Any) -> Any:
+        state = self._checkpoints.load(step, abstract_state)
+        # Checkpoints of earlier versions have no digests.
+        saved = self._checkpoints.metadata(step).custom_metadata or {}
+        if saved.get("state") not in (None, params_digest(state)):
+            raise ValueError("the state is not the one that was saved")
+        if saved.get("metrics") not in (None, metrics_digest.hexdigest()):
+            raise ValueError("metrics.jsonl is not as it was when this was saved")
+        return state
+
+    def _give_up(self, damaged: Sequence[str]) -> None:
+        """Removes damaged checkpoints if there is one before them, else refuses the run."""
+        what = "\n  ".join(damaged)
+        if self.state is None:
+            raise ValueError(
+                f"{self._folder}: no checkpoint is as it was saved:\n  {what}\n"
+                "remove this folder to start anew, or start in another workdir"
+            )
+        if hosts.is_lead():
+            for each in self._checkpoints.checkpoints:
+                if each.step > self.done:
+                    shutil.rmtree(self._folder / "checkpoints" / str(each.step))
+            warnings.warn(
+                f"the run goes on from {self._unit} {self.done}, the checkpoint before; removed as "
+                f"damaged:\n  {what}",
+                stacklevel=4,
+            )
+        hosts.wait_for(self._folder)
+        self._checkpoints.reload()
 
     def __enter__(self) -> "RunFolder":
         self._terminated: Callable[[], bool] = self._open.enter_context(hosts.deferred_sigterm())
@@ -108,7 +156,7 @@ class RunFolder:
             self._open.__exit__(*error)
 
     def finish(self, done: int, lines: Sequence[Metrics], state: Any, save: bool) -> None:
-        """Logs an epoch or step, and saves it if that is due or the process is told to end.
+        """Logs an epoch or step, and saves it if that is due or SIGTERM came.
 
         Args:
             done: Which one.
@@ -122,6 +170,7 @@ class RunFolder:
         """
         if hosts.is_lead():
             self._log(lines)
+        _add(self._metrics_digest, lines)
         terminated = self._terminated()
         if save or terminated:
             self._save(done, state)
@@ -145,8 +194,9 @@ class RunFolder:
             os.fsync(self._metrics_file.fileno())
         for writer in self._writers.values():
             writer.flush()
+        digests = {"state": params_digest(state), "metrics": self._metrics_digest.hexdigest()}
         try:
-            self._checkpoints.save(done, state)
+            self._checkpoints.save(done, state, custom_metadata=digests)
         except Exception as error:  # a full disk is a ValueError of TensorStore's
             raise OSError(
                 f"{self._folder}: the checkpoint of {self._unit} {done} could not be saved "
@@ -163,12 +213,39 @@ class RunFolder:
         return self._writers[head]
 
 
+@contextlib.contextmanager
+def _one_error() -> Iterator[None]:
+    """Lets the error of a read that fails be the only one.
+
+    Orbax leaves the reads that are under way alone; each fails later, with a traceback of its own.
+    """
+    asyncio_log, hook = logging.getLogger("asyncio"), sys.unraisablehook
+
+    def is_new(record: logging.LogRecord) -> bool:
+        return "was never retrieved" not in record.getMessage()
+
+    def report(error: Any) -> None:
+        if "Event loop is closed" not in str(error.exc_value):
+            hook(error)
+
+    asyncio_log.addFilter(is_new)
+    sys.unraisablehook = report
+    yield  # what fails later comes after a failure: both stay
+    asyncio_log.removeFilter(is_new)
+    sys.unraisablehook = hook
+
+
 def _check_same_run(folder: pathlib.Path, settings: dict[str, Any]) -> None:
     path = folder / "run.json"
     if hosts.is_lead() and not path.is_file():
         files.write_json(path, settings)
     hosts.wait_for(path)
-    before, now = _flat(json.loads(path.read_text())), _flat(settings)
+    try:
+        before, now = _flat(json.loads(path.read_bytes())), _flat(settings)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: damaged ({error}); remove {folder} to start anew, or give another workdir"
+        ) from error
     different = [
         f"{name}: {before.get(name)} there, {now.get(name)} asked for"
         for name in sorted(before.keys() | now.keys())
@@ -187,9 +264,30 @@ def _flat(tree: dict[str, Any]) -> dict[str, Any]:
     return {".".join(str(part.key) for part in path): leaf for path, leaf in leaves}
 
 
-def _kept_metrics(path: pathlib.Path, unit: str, done: int) -> list[Metrics]:
-    """The metrics up to an epoch or step, without a last line that a kill cut short."""
+def _logged(path: pathlib.Path) -> list[Metrics]:
+    """The metrics of a folder up to a line that a kill cut short, or that is damaged."""
+    lines: list[Metrics] = []
     if not path.is_file():
-        return []
-    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    return [line for line in map(json.loads, whole) if line[unit] <= done]
+        return lines
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            metrics = json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n") or not isinstance(metrics, dict):
+            break
+        lines.append(metrics)
+    return lines
+
+
+def _up_to(lines: Sequence[Metrics], unit: str, done: int) -> tuple[list[Metrics], Any]:
+    """The metrics up to an epoch or step, and their running digest."""
+    until = [line for line in lines if isinstance(at := line.get(unit), int) and at <= done]
+    digest = hashlib.sha256()
+    _add(digest, until)
+    return until, digest
+
+
+def _add(digest: Any, lines: Sequence[Metrics]) -> None:
+    for line in lines:
+        digest.update(json.dumps(line).encode())

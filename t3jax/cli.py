@@ -2,8 +2,11 @@
 
 import contextlib
 import dataclasses
+import difflib
 import os
 import pathlib
+import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -12,21 +15,28 @@ from typing import Any, NoReturn
 import jax
 from absl import app, flags, logging
 from jax.sharding import Mesh
-from ml_collections import config_flags
+from ml_collections import FieldReference, config_flags
 
-from t3jax import hosts
+from t3jax import files, hosts, preflight
 from t3jax.data import PromptFormat
 from t3jax.head import class_prior_shift
 from t3jax.head_io import Head, load_head
+from t3jax.json_files import parse_json
 from t3jax.lm import LM
 from t3jax.refinements import Refinements
+from t3jax.settings import from_config
+
+# Statuses of a script that was stopped: by Ctrl-C, by a reader that wants no more, by SIGTERM.
+STOPPED = tuple(128 + each for each in (signal.SIGINT, signal.SIGPIPE, signal.SIGTERM))
+_OVERRIDE = re.compile(r"--?config\.(?P<field>\w+)=(?P<value>.*)", re.DOTALL)
 
 
 def run(script: Callable[[Any], None]) -> None:
     """Runs a script on its `--config=configs/NAME.py`; what is wrong with its input is one line.
 
     The flag `--distributed` says whether several processes are one program, see `hosts.initialize`;
-    process 0 alone then prints. SIGTERM, where training puts it off, ends with status 143.
+    process 0 alone then prints. Ctrl-C ends with status 130 and SIGTERM with 143; training puts
+    SIGTERM off until its state is saved.
 
     Args:
         script: Takes the config.
@@ -34,34 +44,62 @@ def run(script: Callable[[Any], None]) -> None:
     distributed = flags.DEFINE_enum(
         "distributed", "auto", hosts.MODES, "Whether to join the processes of a cluster."
     )
-    flag = config_flags.DEFINE_config_file("config", help_string="Path of a configs/*.py file.")
     name = pathlib.Path(sys.argv[0]).name
+    # `--config.FIELD=None` is read here: the flags would take it for a text, or refuse it.
+    given = {m["field"]: m["value"] for arg in sys.argv if (m := _OVERRIDE.fullmatch(arg))}
+    unset = [field for field, value in given.items() if value == "None"]
+    args = [arg for arg in sys.argv if not re.fullmatch(r"--?config\.\w+=None", arg)]
+    flag = config_flags.DEFINE_config_file(
+        "config", help_string="Path of a configs/*.py file.", sys_argv=args
+    )
 
-    def parse(argv: list[str]) -> list[str]:
+    def parse(_: list[str]) -> list[str]:
         try:
-            return app.parse_flags_with_usage(argv)
+            rest = flags.FLAGS(args)
+            if len(rest) > 1:
+                raise ValueError(f"unexpected {rest[1:]}; options are --config.NAME=VALUE")
+            if flag.value is None:
+                raise ValueError("no config; give --config=configs/demo.py or another")
+            _unset(flag.value, unset)
+            return rest
+        except flags.UnrecognizedFlagError as error:
+            sys.exit(f"{name}: {error}{_nearest(error.flagname)}")
+        except flags.IllegalFlagValueError as error:
+            sys.exit(f"{name}: {_expected(error)}")
         except AttributeError as error:  # from ml_collections, with the nearest key that there is
             cause = error.args[0]
             message = cause.args[0] if isinstance(cause, KeyError) else cause
             sys.exit(f"{name}: unknown config key {message}")
+        except (flags.Error, ValueError) as error:
+            sys.exit(f"{name}: {error}")
+        except Exception as error:  # a config file is Python, and may raise anything
+            sys.exit(f"{name}: the config cannot be read: {type(error).__name__}: {error}")
 
-    def main(argv: list[str]) -> None:
-        if len(argv) > 1:
-            raise app.UsageError(f"unexpected {argv[1:]}; options are --config.NAME=VALUE")
-        if flag.value is None:
-            raise app.UsageError("no config; give --config=configs/demo.py or another")
-        logging.set_verbosity(logging.WARNING)  # JAX and Orbax tell every step they take
+    def main(_: list[str]) -> None:
+        logging.set_verbosity(logging.FATAL)  # Orbax logs its steps, and errors that it raises
+        _take_any_text()
+        hosts.raise_at_signals()
         enable_compilation_cache()
         try:
+            preflight.check_fields(flag.value, optional_fields(flag.value))
+            prompt_format(flag.value)
             hosts.initialize(distributed.value)
             with contextlib.redirect_stdout(sys.stdout if hosts.is_lead() else None):
-                script(flag.value)
+                try:
+                    script(flag.value)
+                finally:
+                    _flush()
         except hosts.Preempted as error:
             print(f"{name}: {error}", file=sys.stderr)
-            sys.exit(hosts.PREEMPTED_STATUS)
-        except (OSError, ValueError, FloatingPointError) as error:
-            _fail(f"{name}: {error}")
-        except (Exception, KeyboardInterrupt):
+            sys.exit(hosts.PREEMPTED_STATUS)  # all processes end so, and wait for one another
+        except KeyboardInterrupt as error:
+            number = signal.SIGTERM if isinstance(error, hosts.Terminated) else signal.SIGINT
+            _fail(f"{name}: stopped ({number.name})", 128 + number)
+        except BrokenPipeError:  # who reads the answers wants no more
+            _fail("", 128 + signal.SIGPIPE)
+        except Exception as error:
+            if (message := _one_line(error)) is not None:
+                _fail(f"{name}: {message}")
             if not jax.distributed.is_initialized():
                 raise
             _fail(
@@ -72,12 +110,105 @@ def run(script: Callable[[Any], None]) -> None:
     app.run(main, flags_parser=parse)
 
 
-def _fail(message: str) -> NoReturn:
-    if not jax.distributed.is_initialized():
-        sys.exit(message)
-    # At a usual exit JAX would wait for the other processes, which wait for this one.
-    print(message, file=sys.stderr, flush=True)
-    os._exit(1)
+def optional_fields(config: Any) -> set[str]:
+    """Names of the fields of a config that may be None: its placeholders."""
+    fields = config.items(preserve_field_references=True)
+    return {name for name, value in fields if isinstance(value, FieldReference)}
+
+
+def _unset(config: Any, names: Sequence[str]) -> None:
+    optional = optional_fields(config)
+    for name in names:
+        if name not in config:
+            raise ValueError(f"unknown config key {name!r}{_nearest(name)}")
+        if name not in optional:
+            raise ValueError(f"config.{name}=None: this field cannot be unset")
+        config[name] = None
+
+
+def _nearest(flag: str) -> str:
+    """The flag that an unknown one may be meant for: a field of the config, or another flag."""
+    value = flags.FLAGS["config"].value
+    known = [*flags.FLAGS, *([] if value is None else [f"config.{field}" for field in value])]
+    short = {each.removeprefix("config."): each for each in known}
+    found = difflib.get_close_matches(flag.removeprefix("config."), short, 1)
+    return f"; did you mean --{short[found[0]]}?" if found else ""
+
+
+def _expected(error: flags.IllegalFlagValueError) -> str:
+    """What a flag's value could not be read as."""
+    message = " ".join(str(error).split())
+    found = re.match(r"flag --config\.(\w+)=(.*?): ", message)
+    if found is None:
+        return message
+    name, value = found.groups()
+    expected: Any = preflight.FIELDS.get(name)
+    if expected is None:
+        expected = "True or False" if "boolean" in message else f"another value; {message}"
+    return f"config.{name} = {value!r}: expected {expected}"
+
+
+def _take_any_text() -> None:
+    """What the locale cannot show is escaped, and what is typed is UTF-8."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(encoding="utf-8")
+
+
+def _flush() -> None:
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # Python would try again when it ends, and print a second error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise OSError(error.errno, error.strerror, "standard output") from error
+
+
+def _one_line(error: Exception) -> str | None:
+    """What is wrong with input or machine; None if the program itself is."""
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        if cause in causes:  # a library raised an earlier one again
+            break
+        causes.append(cause)
+    if any(map(files.is_full, causes)):
+        return _no_room(causes)
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        first = str(error).splitlines()[0] if str(error) else "out of memory"
+        return (
+            f"{first:.300}; lower config.rows or the batch, or spread over more devices "
+            "(python -m t3jax.plan says what fits)"
+        )
+    return str(error) if isinstance(error, OSError | ValueError | FloatingPointError) else None
+
+
+def _no_room(causes: Sequence[BaseException]) -> str:
+    """One line on a full disk: libraries' own messages are pages."""
+    named = [c for c in causes if isinstance(c, OSError) and c.filename is not None]
+    if named:
+        return (
+            f"{os.fsdecode(named[0].filename)}: {named[0].strerror}; make room and start again, "
+            "what is finished is kept"
+        )
+    # A library's message in parentheses, within what this project says of it.
+    message = re.sub(r" \(.*\)", "", str(causes[0]), flags=re.DOTALL)
+    reason = next(text for c in causes for text in files.FULL_TEXTS if text in str(c))
+    return f"{message.splitlines()[0]} ({reason})"
+
+
+def _fail(message: str, status: int = 1) -> NoReturn:
+    if message:
+        print(message, file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized():
+        # At a usual exit JAX would wait for the other processes, which wait for this one.
+        os._exit(status)
+    sys.exit(status)
 
 
 def require(config: Any, *names: str) -> None:
@@ -99,13 +230,8 @@ def enable_compilation_cache() -> None:
 
 def prompt_format(config: Any) -> PromptFormat:
     """How questions become prompts, from a script's config."""
-    return PromptFormat(
-        system=config.system,
-        date_string=config.date_string,
-        question_start=config.question_start,
-        question_end=config.question_end,
-        answer_start=config.answer_start,
-    )
+    kwargs = parse_json(config.chat_template_kwargs, "config.chat_template_kwargs", dict[str, Any])
+    return from_config(PromptFormat, config, chat_template_kwargs=kwargs)
 
 
 def load_heads(
@@ -130,7 +256,7 @@ def load_heads(
     return folders, heads, [tuple(map(folders.index, group)) for group in groups]
 
 
-def changed(config: Any, **fields: Any) -> Any:
+def replace_fields(config: Any, **fields: Any) -> Any:
     """A copy of a config with other values."""
     copy = config.copy_and_resolve_references()
     for name, value in fields.items():

@@ -68,24 +68,24 @@ def experiment(config: Any, mesh: Mesh) -> Experiment:
         config = with_models(config, mesh)
     lm = load_lm(config.model, config.dtype, mesh)
     with stage("features and heads"):
-        grid = train_grid(config, lm, mesh)
+        grid = train_grid(config, lm, pipeline.training_sets(config, lm), mesh)
     with stage("choosing"):
-        found = sweep(cli.changed(config, leak_samples=0), lm, grid, mesh)
+        found = sweep(cli.replace_fields(config, leak_samples=0), lm, grid, mesh)
     with stage("leaks"):
         found = with_leaks(config, found)
     with stage("varying"):
-        varied = variations.varied(config, lm, mesh, found)
-        points = [*variations.swept(found), *varied]
+        varied = variations.vary_heads(config, lm, mesh, found)
+        points = [*variations.vary_settings(found), *varied]
     with stage("refining"):
-        refined = variations.refined(config, lm, mesh, found)
+        refined = variations.refine(config, lm, mesh, found)
     truncated = None
     if config.leak_samples:
         with stage("truncating"):
-            truncated = variations.truncated(config, found)
+            truncated = variations.truncate(config, found)
     with stage("probing"):
-        found_probes = probed(config, found)
+        found_probes = probe(config, found)
     hosts.wait_for(folder / "stages.json")
-    stages = json.loads((folder / "stages.json").read_text())
+    stages = json.loads((folder / "stages.json").read_text(encoding="utf-8"))
     return Experiment(found, points, refined, truncated, found_probes, stages)
 
 
@@ -106,11 +106,11 @@ def with_models(config: Any, mesh: Mesh) -> Any:
         "eval_dir": str(folder / "evaluation"),
     }
     if config.retain_model is not None:
-        return cli.changed(config, **kept)
+        return cli.replace_fields(config, **kept)
     both, alone = (config.retain, config.forget), (config.retain,)
     made = {
-        name: pipeline.finetuned(
-            cli.changed(
+        name: pipeline.finetune_once(
+            cli.replace_fields(
                 config,
                 finetune_data=sources,
                 finetune_validation=() if name == "base" else (config.forget,),
@@ -120,7 +120,7 @@ def with_models(config: Any, mesh: Mesh) -> Any:
         )
         for name, sources in (("base", both), ("retain_only", alone))
     }
-    return cli.changed(
+    return cli.replace_fields(
         config, model=str(made["base"]), retain_model=str(made["retain_only"]), **kept
     )
 
@@ -144,7 +144,7 @@ def with_leaks(config: Any, found: Sweep) -> Sweep:
     return dataclasses.replace(found, evaluation=evaluation)
 
 
-def probed(config: Any, found: Sweep) -> dict[str, list[probes.Probe]]:
+def probe(config: Any, found: Sweep) -> dict[str, list[probes.Probe]]:
     """What gate and tilt make of texts by their kind, under what was chosen.
 
     Args:
@@ -188,7 +188,7 @@ def probed(config: Any, found: Sweep) -> dict[str, list[probes.Probe]]:
 @contextlib.contextmanager
 def _stage(path: pathlib.Path, name: str) -> Iterator[None]:
     """Adds up the seconds of a stage over the runs it took, until it is done."""
-    known = json.loads(path.read_text()) if path.is_file() else {}
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     stage = known.get(name, {"seconds": 0.0, "done": False})
     start = time.perf_counter()
     print(f"== {name}", flush=True)

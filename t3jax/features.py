@@ -1,15 +1,13 @@
 """Frozen features: what the head sees before each answer token, and their store on disk.
 
-One forward pass of the base model over a set of texts gives the causal mean of every prefix; only
-those of answer positions are kept. No logits are formed. Axes: B batch, T time, D features, N
-answer tokens of a set, S its sequences.
+One forward pass of the base model over a set of texts gives the features of every prefix, in the
+paper the causal mean of its hidden states; only those of answer positions are kept. No logits are
+formed. Axes: B batch, T time, F width of the features, N answer tokens of a set, S its sequences.
 """
 
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -18,19 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t3jax import batching, files, hosts, pooling
+from t3jax import batching, checked, digests, files, hosts, pooling
 from t3jax.data.chat import Example
+from t3jax.distillation import SoftTargets
 from t3jax.lm.model import LM
 
-LM_CODE = (  # what hidden states and logits depend on
-    "lm/config.py",
-    "lm/decoder.py",
-    "lm/families.py",
-    "lm/product.py",
-    "lm/quantized.py",
-    "lm/weights.py",
-)
-_CODE = ("batching.py", "features.py", "pooling.py", *LM_CODE)
+_POOLED, _DESCRIPTION = "pooled.bin", "features.json"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,16 +29,19 @@ class Features:
     """The answer tokens of a set of texts with the feature of the prefix before each.
 
     Attributes:
-        pooled: Causal mean of the last hidden states up to the token before, `[N, D]`.
+        pooled: Features of the text up to the token before, `[N, F]`.
         targets: The answer token that came next, int32 `[N]`.
         starts: Sequence i owns rows `starts[i]:starts[i + 1]`, int64 `[S + 1]`.
         key: What these features are of: model, tokens, dtype and code; "" if unknown.
+        soft: Targets of a distilled head for the same answer tokens, NumPy arrays `[N, ...]`; None
+            for the paper's classifier.
     """
 
     pooled: np.ndarray
     targets: np.ndarray
     starts: np.ndarray
     key: str = ""
+    soft: SoftTargets | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -59,13 +53,31 @@ class Features:
         """S."""
         return len(self.starts) - 1
 
+    @classmethod
+    def concatenate(cls, sets: Sequence["Features"]) -> "Features":
+        """The sequences of all sets, set by set; one set is returned as it is."""
+        if len(sets) == 1:
+            return sets[0]
+        soft = [features.soft for features in sets]
+        if any(each is None for each in soft) and any(each is not None for each in soft):
+            raise ValueError("some of the sets have targets for distillation and others have none")
+        starts = np.concatenate([[0], *(np.diff(features.starts) for features in sets)])
+        return cls(
+            np.concatenate([features.pooled for features in sets]),
+            np.concatenate([features.targets for features in sets]),
+            np.cumsum(starts),
+            " ".join(features.key for features in sets) if all(f.key for f in sets) else "",
+            None if soft[0] is None else jax.tree.map(lambda *x: np.concatenate(x), *soft),
+        )
+
     def select(self, sequences: Sequence[int] | np.ndarray) -> "Features":
         """The features of some of the sequences, in the order given."""
         sequences = np.asarray(sequences, np.int64)
         rows = [np.arange(self.starts[i], self.starts[i + 1]) for i in sequences]
         flat = np.concatenate(rows) if rows else np.zeros(0, np.int64)
         starts = np.cumsum([0, *(len(r) for r in rows)])
-        return Features(self.pooled[flat], self.targets[flat], starts, self.key)
+        soft = None if self.soft is None else jax.tree.map(lambda x: x[flat], self.soft)
+        return Features(self.pooled[flat], self.targets[flat], starts, self.key, soft)
 
 
 def load_or_compute_features(
@@ -73,20 +85,23 @@ def load_or_compute_features(
     examples: Sequence[Example],
     store: pathlib.Path | str,
     *,
+    kind: str = "mean",
     dtype: str = "float32",
     tokens_per_batch: int | None = None,
     progress: str | None = None,
 ) -> Features:
     """The features of `examples`, from the store if they are there, else computed and stored.
 
-    Features are stored under a key made of the model's weights, the token ids (hence tokenizer,
-    chat template and data), the dtype and the code that computes them: a change of any of them
-    computes anew, and what is stored appears whole or not at all.
+    Features are stored under a key of all that they depend on, see `t3jax.digests`: a change of any
+    part computes anew, and what is stored appears whole or not at all. A checksum is stored beside
+    them and compared once here, which reads them once (1.2 GB/s on two busy cores); damaged ones
+    are computed anew, with a warning.
 
     Args:
         lm: The base model.
         examples: Tokenised texts with their answers.
         store: Folder of the store; created if missing.
+        kind: What a head is to read, one of `pooling.FEATURES`.
         dtype: "float32" or "bfloat16" on disk; the mean itself is always computed in float32.
         tokens_per_batch: Tokens of one forward pass, padding included; None: by the device.
         progress: Label of a progress bar with rate and remaining time; None shows none.
@@ -96,106 +111,83 @@ def load_or_compute_features(
 
     Raises:
         ValueError: If there are no examples, or a text is longer than the model's context.
+        FloatingPointError: If a text has hidden states that are not finite; names the text and the
+            likely cause.
     """
     batching.check_examples(lm, examples)
-    key = feature_key(lm, examples, dtype)
+    key = feature_key(lm, examples, dtype, kind)
     folder = pathlib.Path(store) / key
-    if not hosts.of_lead(folder.is_dir()):
+    counts = [example.num_answer_tokens for example in examples]
+    starts = np.cumsum([0, *counts], dtype=np.int64)
+    if not starts[-1]:
+        raise ValueError("no example has an answer token: there is nothing to compute features of")
+    shape = (int(starts[-1]), pooling.feature_size(kind, lm.hidden_size))
+    size = shape[0] * shape[1] * jnp.dtype(dtype).itemsize
+    if not hosts.of_lead(hosts.is_lead() and _is_whole(folder, size)):
         writing = files.replacing_folder(folder) if hosts.is_lead() else contextlib.nullcontext()
         with writing as temporary:
-            _compute(lm, examples, temporary, dtype, tokens_per_batch, progress)
+            _compute(
+                lm, examples, starts, shape, temporary, kind, dtype, tokens_per_batch, progress
+            )
     hosts.wait_for(folder)
-    return _open(folder, key)
+    targets = np.concatenate([example.tokens[example.answer_start :] for example in examples])
+    pooled = np.memmap(folder / _POOLED, jnp.dtype(dtype), "r", shape=shape)
+    return Features(pooled, targets.astype(np.int32), starts, key)
 
 
-def feature_key(lm: LM, examples: Sequence[Example], dtype: str) -> str:
+def feature_key(lm: LM, examples: Sequence[Example], dtype: str, kind: str = "mean") -> str:
     """Name of a set of features: a digest of all that they depend on."""
-    digest = hashlib.sha256(f"{dtype} {jax.tree.leaves(lm.params)[0].dtype}".encode())
-    digest.update(params_digest(lm.params).encode())
-    digest.update(examples_digest(examples).encode())
-    digest.update(code_digest(*_CODE).encode())
-    return digest.hexdigest()[:32]
-
-
-def examples_digest(examples: Sequence[Example]) -> str:
-    """A digest of token ids and of where the answers start."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(f"{len(example.tokens)} {example.answer_start} ".encode())
-        digest.update(np.ascontiguousarray(example.tokens, np.int32).tobytes())
-    return digest.hexdigest()
-
-
-def params_digest(params: Any) -> str:
-    """A digest of a parameter tree's names, shapes, dtypes and bits, wherever they are placed.
-
-    Two weighted sums of each leaf's bits, modulo 2^32, are taken on the device: at memory
-    bandwidth, without moving weights, and the same for every sharding. It tells models apart; it
-    is not meant to withstand forgery.
-    """
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree.leaves_with_path(params):
-        sums = hosts.fetch(_checksum(leaf))
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype} {sums}\n".encode())
-    return digest.hexdigest()
-
-
-@jax.jit
-def _checksum(leaf: jax.Array) -> jax.Array:
-    bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}").astype(jnp.uint32)
-    place = jnp.zeros((), jnp.uint32)
-    for axis in range(leaf.ndim):
-        index = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-        place = place * jnp.uint32(leaf.shape[axis]) + index
-    weight = (place * jnp.uint32(2654435761)) ^ (place >> 15)
-    mixed = (bits ^ weight) * jnp.uint32(2246822519)
-    mixed = mixed ^ (mixed >> 13)
-    return jnp.stack(
-        [jnp.sum(mixed, dtype=jnp.uint32), jnp.sum(mixed * (weight | 1), dtype=jnp.uint32)]
+    return digests.make_key(
+        kind,
+        dtype,
+        digests.model_digest(lm),
+        digests.examples_digest(examples),
+        digests.code_digest(__name__),
     )
 
 
-@functools.cache
-def code_digest(*names: str) -> str:
-    """A digest of the package's files of these names: what is stored must not outlive its code."""
-    root = pathlib.Path(__file__).parent
-    return hashlib.sha256(b"".join((root / name).read_bytes() for name in names)).hexdigest()
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def feature_pass(apply: Any, params: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    """The feature of every prefix of a batch, float32 `[B, T, D]`; `apply` as in `LM`."""
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def feature_pass(
+    apply: Any, params: Any, tokens: jax.Array, mask: jax.Array, kind: str = "mean"
+) -> jax.Array:
+    """The features of every prefix of a batch, float32 `[B, T, F]`; `apply` as in `LM`."""
     hidden, _ = apply(params, tokens, None, mask, None)
-    return pooling.causal_mean(hidden, mask)
+    return pooling.prefix_features(pooling.causal_mean(hidden, mask), hidden, kind)
+
+
+@jax.jit
+def _finite_rows(features: jax.Array, mask: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(features).all(axis=-1) | ~mask, axis=-1)
 
 
 def _compute(
     lm: LM,
     examples: Sequence[Example],
+    starts: np.ndarray,
+    shape: tuple[int, int],
     folder: pathlib.Path | None,
+    kind: str,
     dtype: str,
     tokens_per_batch: int | None,
     progress: str | None,
 ) -> None:
     """Computes and writes features; without a folder it computes with those that write."""
-    counts = [len(example.tokens) - example.answer_start for example in examples]
-    starts = np.cumsum([0, *counts])
-    targets = np.concatenate([example.tokens[example.answer_start :] for example in examples])
     pooled = None
     if folder is not None:
-        np.save(folder / "targets.npy", targets.astype(np.int32))
-        np.save(folder / "starts.npy", starts.astype(np.int64))
-        pooled = np.memmap(
-            folder / "pooled.bin", jnp.dtype(dtype), "w+", shape=(len(targets), lm.hidden_size)
-        )
+        path = folder / _POOLED
+        files.allocate(path, shape[0] * shape[1] * jnp.dtype(dtype).itemsize)
+        pooled = np.memmap(path, jnp.dtype(dtype), "r+", shape=shape)
 
-    def compute(_: list[int], tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        return hosts.gathered(feature_pass(lm.apply, lm.params, tokens, mask))
+    def compute(_: list[int], tokens: jax.Array, mask: jax.Array) -> Any:
+        features = feature_pass(lm.apply, lm.params, tokens, mask, kind)
+        return hosts.gather((features, _finite_rows(features, mask)))
 
-    def keep(batch: list[int], result: jax.Array) -> None:
+    def keep(batch: list[int], result: tuple[jax.Array, jax.Array]) -> None:
+        if not (finite := np.asarray(result[1])[: len(batch)]).all():
+            raise FloatingPointError(_not_finite(lm, batch[int(np.argmin(finite))], progress))
         if pooled is None:
             return
-        host = np.asarray(result)
+        host = np.asarray(result[0])
         for row, i in enumerate(batch):
             first, last = examples[i].answer_start - 1, len(examples[i].tokens) - 1
             pooled[starts[i] : starts[i + 1]] = host[row, first:last].astype(pooled.dtype)
@@ -207,24 +199,44 @@ def _compute(
         return
     pooled.flush()
     description = {
-        "tokens": len(targets),
-        "width": lm.hidden_size,
+        "checksum": checked.file_checksum(path),
+        "tokens": shape[0],
+        "width": shape[1],
+        "kind": kind,
         "dtype": dtype,
         "model": lm.name,
     }
-    files.write_json(folder / "features.json", description)
+    checked.write_json(folder / _DESCRIPTION, description)
 
 
-def _open(folder: pathlib.Path, key: str) -> Features:
-    description = json.loads((folder / "features.json").read_text())
-    shape = (description["tokens"], description["width"])
-    dtype = jnp.dtype(description["dtype"])
-    path = folder / "pooled.bin"
-    if path.stat().st_size != shape[0] * shape[1] * dtype.itemsize:
-        raise ValueError(f"{path}: damaged (wrong size); delete {folder} to compute it anew")
-    return Features(
-        pooled=np.memmap(path, dtype, "r", shape=shape),
-        targets=np.load(folder / "targets.npy"),
-        starts=np.load(folder / "starts.npy"),
-        key=key,
-    )
+def _not_finite(lm: LM, row: int, progress: str | None) -> str:
+    """Says which text has hidden states that are not finite, and why that may be."""
+    where = f"text {row + 1}" + (f" of {progress}" if progress else "")
+    broken = [
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path, leaf in jax.tree.leaves_with_path(lm.params)
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.isfinite(leaf).all())
+    ]
+    dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(lm.params)}
+    if broken:
+        cause = f"its weights hold NaN or Inf ({', '.join(broken[:3])}); get them anew"
+    elif "float16" in dtypes:
+        cause = "float16 ends at 65504; load the model with dtype bfloat16 or float32"
+    else:
+        cause = "its weights are finite, but what they compute is not; they are likely broken"
+    return f"{where}: the hidden states of {lm.name} are not finite: {cause}"
+
+
+def _is_whole(folder: pathlib.Path, size: int) -> bool:
+    """Whether features are there as they were written."""
+
+    def read(description: pathlib.Path) -> bool:
+        expected = checked.read_json(description)["checksum"]
+        path = folder / _POOLED
+        if not path.is_file() or path.stat().st_size != size:
+            raise checked.DamagedError(f"{path}: damaged (it does not have {size} bytes)")
+        if checked.file_checksum(path) != expected:
+            raise checked.DamagedError(f"{path}: damaged (its checksum is not the one written)")
+        return True
+
+    return bool(checked.read_stored(folder / _DESCRIPTION, read))

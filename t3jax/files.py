@@ -1,12 +1,27 @@
-"""Writing files so that a partial one is never taken for a whole one."""
+"""Writing files so that a partial one is never taken for a whole one.
+
+What a killed run left is removed by the next one that writes to the same place: the names of
+temporary files hold the host and the process that made them.
+"""
 
 import contextlib
+import errno
+import fcntl
+import glob
 import json
 import os
 import pathlib
+import re
 import shutil
+import socket
+import tempfile
 from collections.abc import Iterator
 from typing import Any
+
+# How a file system says that there is no room, and how libraries that raise no OSError do.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_TEXTS = tuple(os.strerror(number) for number in FULL)
+_LOCK = ".lock"
 
 
 @contextlib.contextmanager
@@ -21,13 +36,18 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
     Yields:
         The path to write to, in the same folder.
+
+    Raises:
+        OSError: If it cannot be written; names `path`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _remove_left(path)
+    temporary = _temporary(path, "tmp")
     try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with _naming(path, temporary):
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -39,27 +59,113 @@ def replacing_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
     A folder that a kill left set aside, just before the new one stood, comes back first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{path.name}.*.old"):
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.old"):
         if path.exists():
-            shutil.rmtree(left)
+            shutil.rmtree(left, ignore_errors=True)
         else:
             os.replace(left, path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    _remove_left(path)
+    temporary, old = _temporary(path, "tmp"), _temporary(path, "old")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as opened:
-                    os.fsync(opened.fileno())
-        if path.exists():
-            os.replace(path, old)
-        os.replace(temporary, path)
+        with _naming(path, temporary):
+            temporary.mkdir()
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    with open(file, "rb") as opened:
+                        os.fsync(opened.fileno())
+            if path.exists():
+                os.replace(path, old)
+            os.replace(temporary, path)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def allocate(path: pathlib.Path, size: int) -> None:
+    """Makes a file of zeros whose bytes are all on the disk, to be mapped into memory.
+
+    A file of holes would take them when it is written through the map, where a full disk ends the
+    process (SIGBUS) and not the call.
+
+    Args:
+        path: The file; made anew.
+        size: Bytes.
+
+    Raises:
+        OSError: If there is no room.
+    """
+    with open(path, "wb") as file:
+        if not size:
+            return
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except (AttributeError, OSError) as error:
+            # Neither every system nor every file system can.
+            unable = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+            if isinstance(error, OSError) and error.errno not in unable:
+                raise OSError(error.errno, error.strerror, str(path)) from error
+            zeros = bytes(2**20)
+            for start in range(0, size, len(zeros)):
+                file.write(zeros[: size - start])
+
+
+@contextlib.contextmanager
+def claim(folder: pathlib.Path) -> Iterator[None]:
+    """Keeps other runs out of a folder while the block runs; makes it if it is not there.
+
+    The claim ends with the process, however that ends. A folder that was made here and holds
+    nothing at the end is removed.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        OSError: If another process has claimed it, or it cannot be written to.
+    """
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _lock(folder)
+    except BlockingIOError as error:
+        raise OSError(
+            f"{folder}: another run is at work here ({_holder(folder)}); wait for it, or give "
+            "another folder"
+        ) from error
+    except OSError as error:
+        if is_full(error):
+            raise
+        raise _unwritable(folder, error) from error
+    try:
+        yield
+    finally:
+        (folder / _LOCK).unlink(missing_ok=True)
+        os.close(descriptor)
+        with contextlib.suppress(OSError):  # one that holds something
+            for each in made:
+                each.rmdir()
+
+
+def check_writable(folder: pathlib.Path) -> None:
+    """Checks that files can be written to a folder, or that it could be made; leaves nothing.
+
+    Raises:
+        OSError: If not; names the folder.
+    """
+    nearest = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that a disk is full, in whatever words."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in FULL
+    return any(text in str(error) for text in FULL_TEXTS)
 
 
 def slug(text: str) -> str:
@@ -69,5 +175,105 @@ def slug(text: str) -> str:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes indented JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes text in UTF-8, whatever the locale, whole or not at all."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _temporary(path: pathlib.Path, suffix: str) -> pathlib.Path:
+    return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.{suffix}")
+
+
+def _host() -> str:
+    return slug(socket.gethostname())
+
+
+def _remove_left(path: pathlib.Path) -> None:
+    """Removes what processes of this host that are no more began to write in the place of `path`.
+
+    Those of other hosts cannot be asked whether they still run.
+    """
+    written = re.compile(rf"\.{re.escape(path.name)}\.{re.escape(_host())}\.(\d+)\.tmp")
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        found = written.fullmatch(left.name)
+        if found is None or _runs(int(found[1])):
+            continue
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def _naming(path: pathlib.Path, temporary: pathlib.Path) -> Iterator[None]:
+    """Errors about a temporary file, or about none by name, become errors about `path`."""
+    try:
+        yield
+    except OSError as error:
+        where = "" if error.filename is None else os.fsdecode(error.filename)
+        if error.errno is not None and (not where or where.startswith(str(temporary))):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        # NumPy's message on a full disk, which has no number: "9000 requested and 2484 written".
+        if error.errno is None and re.fullmatch(r"\d+ requested and \d+ written", str(error)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
+    except Exception as error:
+        if is_full(error):  # safetensors'
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
+
+
+def _lock(folder: pathlib.Path) -> int:
+    path = folder / _LOCK
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise
+        except OSError as error:
+            # A file system without locks keeps nobody out.
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                os.close(descriptor)
+                raise
+        # Who had it before may have removed the file since it was opened.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                break
+        os.close(descriptor)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    except OSError as error:
+        os.close(descriptor)
+        path.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    return descriptor
+
+
+def _holder(folder: pathlib.Path) -> str:
+    try:
+        return (folder / _LOCK).read_text(encoding="utf-8").strip() or "unknown"
+    except OSError:
+        return "unknown"
+
+
+def _unwritable(folder: pathlib.Path, error: OSError) -> OSError:
+    if is_full(error):
+        return OSError(error.errno, error.strerror, str(folder))
+    return OSError(f"{folder}: nothing can be written here ({error.strerror}); give another folder")

@@ -2,10 +2,12 @@
 
     g_t(v) = W2[v] · act(U hbar_t)
 
-is the logit of "retain" if token v came next after a prefix whose causal mean is `hbar_t`. Axes:
-`...` batch, D features, R rank, V vocabulary. Parameters are a plain dict of float32 arrays,
+is the logit of "retain" if token v came next after a prefix whose causal mean is `hbar_t`. A head
+may read other features in the place of the mean, see `pooling.prefix_features`. Axes: `...` batch,
+F features (F = D for the mean), R rank, V vocabulary. Parameters are a plain dict of float32
+arrays,
 
-    {"hidden": ({"weight": [R, D], "bias": [R]}, ...), "output": [V, R]}
+    {"hidden": ({"weight": [R, F], "bias": [R]}, ...), "output": [V, R]}
 
 with a bias only where the config asks for one and one entry of "hidden" for each hidden layer. The
 functions here are pure; files are read and written in `t3jax.head_io`.
@@ -23,6 +25,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from t3jax.pooling import FEATURES, feature_size
 
 HeadParams = dict[str, Any]
 
@@ -45,6 +49,7 @@ class HeadConfig:
         activation: After each hidden layer: "identity" (the paper), "relu", "gelu" or "tanh".
         num_hidden_layers: 1 in the paper.
         bias: Whether hidden layers have a bias; the output layer never has one.
+        features: What the head reads of a prefix, one of `pooling.FEATURES`; "mean" is the paper's.
     """
 
     hidden_size: int
@@ -53,8 +58,11 @@ class HeadConfig:
     activation: str = "identity"
     num_hidden_layers: int = 1
     bias: bool = False
+    features: str = "mean"
 
     def __post_init__(self):
+        if self.features not in FEATURES:
+            raise ValueError(f"unknown features {self.features!r}; a head reads one of {FEATURES}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(
                 f"unknown activation {self.activation!r}; the head knows {sorted(ACTIVATIONS)}"
@@ -68,10 +76,15 @@ class HeadConfig:
         """Number of trained values; R (D + V) in the paper's shape."""
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(head_shapes(self)))
 
+    @property
+    def feature_size(self) -> int:
+        """F, width of the features."""
+        return feature_size(self.features, self.hidden_size)
+
 
 def head_shapes(config: HeadConfig) -> HeadParams:
     """The parameter tree of a head as `jax.ShapeDtypeStruct` leaves."""
-    widths = [config.hidden_size] + [config.rank] * config.num_hidden_layers
+    widths = [config.feature_size] + [config.rank] * config.num_hidden_layers
     hidden = []
     for fan_in, fan_out in itertools.pairwise(widths):
         layer = {"weight": jax.ShapeDtypeStruct((fan_out, fan_in), jnp.float32)}
@@ -93,6 +106,12 @@ def init_head(key: PRNGKeyArray, config: HeadConfig, zero_output: bool = False) 
 
     Returns:
         The parameter tree, float32.
+
+    Example:
+        >>> config = t3jax.HeadConfig(hidden_size=4, vocab_size=10, rank=2)
+        >>> params = t3jax.init_head(jax.random.key(0), config)
+        >>> jax.tree.map(jnp.shape, params)
+        {'hidden': ({'weight': (2, 4)},), 'output': (10, 2)}
     """
     shapes = head_shapes(config)
     leaves, treedef = jax.tree.flatten(shapes)
@@ -119,17 +138,23 @@ def init_head(key: PRNGKeyArray, config: HeadConfig, zero_output: bool = False) 
 
 
 def head_scores(
-    params: HeadParams, pooled: Float[Array, "*batch D"], activation: str = "identity"
+    params: HeadParams, pooled: Float[Array, "*batch F"], activation: str = "identity"
 ) -> Float[Array, "*batch V"]:
     """Scores of every token as the next one.
 
     Args:
         params: The head's parameters.
-        pooled: Causal means `hbar_t` of the prefixes, `[..., D]`.
+        pooled: Features of the prefixes: their causal means `hbar_t` in the paper, `[..., F]`.
         activation: The head's activation.
 
     Returns:
         `g_t(v)` for all v, float32 `[..., V]`: logits of "retain".
+
+    Example:
+        >>> config = t3jax.HeadConfig(hidden_size=4, vocab_size=10, rank=2)
+        >>> params = t3jax.init_head(jax.random.key(0), config)
+        >>> t3jax.head_scores(params, jnp.ones((3, 4))).shape
+        (3, 10)
 
     References:
         Temper-Then-Tilt, arXiv 2602.10217, head.
@@ -140,7 +165,7 @@ def head_scores(
 
 def target_scores(
     params: HeadParams,
-    pooled: Float[Array, "*batch D"],
+    pooled: Float[Array, "*batch F"],
     targets: Int[Array, "*batch"],
     activation: str = "identity",
 ) -> Float[Array, "*batch"]:
@@ -148,7 +173,7 @@ def target_scores(
 
     Args:
         params: The head's parameters.
-        pooled: Causal means of the prefixes, `[..., D]`.
+        pooled: Features of the prefixes, `[..., F]`.
         targets: The token that came next after each prefix, `[...]`, in [0, V).
         activation: The head's activation.
 
@@ -160,6 +185,28 @@ def target_scores(
     # As a product with ones: over so short an axis a CPU's sum takes as long as the hidden layer.
     ones = jnp.ones(products.shape[-1], products.dtype)
     return jnp.einsum("...r,r->...", products, ones, precision="highest")
+
+
+def candidate_scores(
+    params: HeadParams,
+    pooled: Float[Array, "*batch F"],
+    tokens: Int[Array, "*batch E"],
+    activation: str = "identity",
+) -> Float[Array, "*batch E"]:
+    """Scores of a few candidates for the next token; no array over the vocabulary is formed.
+
+    Args:
+        params: The head's parameters.
+        pooled: Features of the prefixes, `[..., F]`.
+        tokens: The candidates, `[..., E]`, in [0, V).
+        activation: The head's activation.
+
+    Returns:
+        `g_t(v)` of the candidates, float32 `[..., E]`.
+    """
+    hidden = _hidden(params, pooled, activation)
+    rows = jnp.take(params["output"], tokens, axis=0)
+    return jnp.einsum("...r,...er->...e", hidden, rows, precision="highest")
 
 
 def classifier_loss(
@@ -176,6 +223,11 @@ def classifier_loss(
 
     Returns:
         The sum over both sets divided by the number of answer tokens, in nats; 0 if there are none.
+
+    Example:
+        >>> scores, retain = jnp.array([2.0, -2.0, 9.0]), jnp.array([True, False, False])
+        >>> t3jax.classifier_loss(scores, retain, mask=jnp.array([True, True, False]))
+        Array(0.126928, dtype=float32)
 
     References:
         Temper-Then-Tilt, arXiv 2602.10217, training.
@@ -202,6 +254,10 @@ def class_prior_shift(forget_fraction: float) -> float:
 
     Raises:
         ValueError: If γ is not in (0, 1).
+
+    Example:
+        >>> round(t3jax.class_prior_shift(0.1), 3)
+        2.197
     """
     if not 0 < forget_fraction < 1:
         raise ValueError(f"forget_fraction must lie in (0, 1), got {forget_fraction}")

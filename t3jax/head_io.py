@@ -1,18 +1,20 @@
 """The head with what is needed to use it, and its files.
 
 A head folder holds `head.safetensors` and `head.json` and is all that sampling needs beside the
-base model. Two layouts are read, told apart by their files: this project's own, and that of the
+base model. Two layouts are read, recognised by their files: this project's own, and that of the
 PyTorch reference, which keeps the head in the checkpoint of a `t3_causal_lm` model. Nothing is
 computed here; see `t3jax.head`.
 """
 
 import dataclasses
-import json
+import hashlib
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
+import msgspec
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -20,20 +22,96 @@ from jax.sharding import Mesh
 
 from t3jax import files, hosts, sharding
 from t3jax.head import HeadConfig, HeadParams, head_shapes
+from t3jax.json_files import check_json, check_regular, read_json
+from t3jax.lm.folder import check_inside, indexed_file
 from t3jax.lm.model import LM
 
 _FORMAT = "t3jax-head"
-_VERSION = 1
-_REFERENCE = "t3_causal_lm"
+_VERSION = 2  # version 1 had no field `features`: its heads read the paper's
+REFERENCE = "t3_causal_lm"
 _PREFIX = "guidance_head."
 _REFERENCE_ACTIVATIONS = {"identity": "id", "relu": "relu", "gelu": "gelu", "tanh": "tanh"}
-# What the reference takes for a field that its configuration leaves out.
-_REFERENCE_DEFAULTS: dict[str, Any] = {
-    "hidden_size": 100,
-    "num_hidden_layers": 1,
-    "activation_str": "id",
-    "bias": False,
-}
+# Beyond it scores could overflow: features reach 1e5, and a row has up to 1e5 products.
+_LARGEST_WEIGHT = 1e10
+_INDEX = "model.safetensors.index.json"
+
+Size = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+Temperature = Annotated[float, msgspec.Meta(ge=1e-3, le=1e6)]
+Scale = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
+Shift = Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]
+Word = Annotated[str, msgspec.Meta(max_length=100)]
+Name = Annotated[str, msgspec.Meta(max_length=4096)]
+
+
+class _Format(msgspec.Struct):
+    format: Word
+    version: int
+
+
+class _Version1(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Content of a `head.json` of version 1."""
+
+    format: Word
+    version: int
+    hidden_size: Size
+    vocab_size: Size
+    rank: Size
+    activation: Word
+    num_hidden_layers: Size
+    bias: bool
+    features: Word = "mean"
+    base_temperature: Temperature
+    guidance_scale: Scale
+    prior_shift: Shift
+    model: Name
+    record: dict[str, Any]
+    weights_sha256: Word | None = None  # heads that were written before it lack it
+
+
+class _Version2(_Version1, kw_only=True, forbid_unknown_fields=True):
+    """Content of a `head.json` of version 2."""
+
+    features: Word
+
+
+class _Guidance(msgspec.Struct, forbid_unknown_fields=True):
+    """The head's shape in the reference's config, with the reference's defaults."""
+
+    hidden_size: Size = 100
+    num_hidden_layers: Size = 1
+    activation_str: Word = "id"
+    bias: bool = False
+
+
+class _BaseConfig(msgspec.Struct):
+    """What is read of the base model's config; null is as good as absent."""
+
+    hidden_size: Size | None = None
+    vocab_size: Size | None = None
+    name: Name | None = msgspec.field(default=None, name="_name_or_path")
+
+
+class _Reference(msgspec.Struct, kw_only=True):
+    """What is read of the reference's config; the rest is transformers'."""
+
+    model_type: Word
+    guidance: _Guidance = msgspec.field(default_factory=_Guidance)
+    extraction_layer: int = -1
+    pooling: Word = "mean"
+    pool_temp: float | None = None
+    base_temp: Temperature = 1.0
+    guidance_scale: Scale = 1.0
+    base_config_dict: _BaseConfig | None = None
+
+
+class _Kind(msgspec.Struct):
+    model_type: Word | None = None
+
+
+class _Index(msgspec.Struct):
+    """What is read of the index of a checkpoint in shards: the file of each tensor."""
+
+    weight_map: dict[str, Word]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,18 +145,20 @@ def save_head(folder: str | pathlib.Path, head: Head) -> None:
         head: The head.
 
     Raises:
+        ValueError: If a weight, T, s or the class-prior shift is not one that `load_head` takes.
         OSError: If the disk is full or the folder cannot be written; what stood there stays.
     """
     description = {
         "format": _FORMAT,
         "version": _VERSION,
         **dataclasses.asdict(head.config),
-        "base_temperature": head.base_temperature,
-        "guidance_scale": head.guidance_scale,
-        "prior_shift": head.prior_shift,
+        "base_temperature": float(head.base_temperature),
+        "guidance_scale": float(head.guidance_scale),
+        "prior_shift": float(head.prior_shift),
         "model": head.model,
-        "record": head.record,
+        "record": _null_if_not_finite(head.record),
     }
+    check_json(description, f"the head for {folder}", _Version2)
     names = _own_names(head.config)
     _write(folder, head, names, "head.safetensors", "head.json", description)
 
@@ -98,21 +178,26 @@ def save_reference_head(
             `head.model` where it is not given.
 
     Raises:
-        ValueError: If the head has a class-prior shift, which the reference does not know, or
-            `base_config` lacks `model_type` or is of another width or vocabulary than the head.
+        ValueError: If the head has a class-prior shift or features that the reference does not
+            know, `base_config` lacks `model_type` or is of another width or vocabulary than the
+            head, or a weight, T or s is not one that `load_head` takes.
         OSError: If the disk is full or the folder cannot be written.
     """
     if head.prior_shift:
         raise ValueError(
-            f"prior_shift is {head.prior_shift}, which the layout {_REFERENCE} cannot hold; save "
+            f"prior_shift is {head.prior_shift}, which the layout {REFERENCE} cannot hold; save "
             "the head with prior_shift = 0, or with save_head"
+        )
+    if head.config.features != "mean":
+        raise ValueError(
+            f"the head reads the features {head.config.features!r}, but the layout {REFERENCE} "
+            "knows the causal mean alone; save the head with save_head"
         )
     if "model_type" not in base_config:
         raise ValueError("base_config lacks model_type; expected the base model's config.json")
-    _check_base_config(base_config, head.config, "base_config")
     description = {
         "architectures": ["T3CausalLM"],
-        "model_type": _REFERENCE,
+        "model_type": REFERENCE,
         "guidance": {
             "hidden_size": head.config.rank,
             "num_hidden_layers": head.config.num_hidden_layers,
@@ -122,10 +207,13 @@ def save_reference_head(
         "pooling": "mean",
         "pool_temp": None,
         "extraction_layer": -1,
-        "base_temp": head.base_temperature,
-        "guidance_scale": head.guidance_scale,
+        "base_temp": float(head.base_temperature),
+        "guidance_scale": float(head.guidance_scale),
         "base_config_dict": {"_name_or_path": head.model, **base_config},
     }
+    where = f"the head for {folder}"
+    checked = check_json(description, where, _Reference)
+    _check_base_config(checked.base_config_dict, head.config, f"{where}: base_config_dict")
     names = _reference_names(head.config)
     _write(folder, head, names, "model.safetensors", "config.json", description)
 
@@ -144,20 +232,20 @@ def load_head(folder: str | pathlib.Path, mesh: Mesh | None = None) -> Head:
 
     Raises:
         FileNotFoundError: If the folder or one of its files is missing.
-        ValueError: If a file is damaged, the tensors do not fit the description, or the description
-            asks for what is not implemented.
+        ValueError: If a file is damaged or no regular file, the tensors do not fit the description
+            or are not finite, or the description asks for what is not implemented.
     """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; expected a head folder")
-    if (folder / "head.json").is_file():
+    if (folder / "head.json").exists():
         head = _load_own(folder)
-    elif (folder / "config.json").is_file():
+    elif (folder / "config.json").exists():
         head = _load_reference(folder)
     else:
         raise FileNotFoundError(
             f"{folder}: neither head.json nor config.json; expected a head folder, as "
-            f"train_classifier.py writes it, or a {_REFERENCE} checkpoint"
+            f"train_classifier.py writes it, or a {REFERENCE} checkpoint"
         )
     return dataclasses.replace(head, params=place_head(head.params, mesh))
 
@@ -211,56 +299,137 @@ def common_default(heads: Sequence[Head], name: str, otherwise: float) -> float:
     return values.pop()
 
 
-def _load_own(folder: pathlib.Path) -> Head:
+def read_own(folder: pathlib.Path) -> _Version1:
+    """Reads the `head.json` of a head folder, and no weights.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        Its fields.
+
+    Raises:
+        FileNotFoundError: If it is missing.
+        ValueError: If it is damaged, or not of a version that this program reads.
+    """
     path = folder / "head.json"
-    description = _read_json(path)
-    if description.get("format") != _FORMAT:
-        raise ValueError(f"{path}: format {description.get('format')!r}, expected {_FORMAT!r}")
-    if description.get("version") != _VERSION:
+    content = read_json(path, dict[str, Any])
+    kind = check_json(content, str(path), _Format)
+    if kind.format != _FORMAT:
+        raise ValueError(f"{path}: format {kind.format!r}, expected {_FORMAT!r}")
+    if kind.version not in (1, _VERSION):
         raise ValueError(
-            f"{path}: version {description.get('version')!r}, but this program reads version "
-            f"{_VERSION}; read it with the version of t3jax that wrote it"
+            f"{path}: version {kind.version}, but this program reads versions 1 and {_VERSION}; "
+            "read it with the version of t3jax that wrote it"
         )
+    return check_json(content, str(path), _Version1 if kind.version == 1 else _Version2)
+
+
+def read_reference(folder: pathlib.Path) -> _Reference:
+    """Reads the `config.json` of a head of the PyTorch reference, and no weights.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The fields that matter.
+
+    Raises:
+        FileNotFoundError: If it is missing.
+        ValueError: If it is damaged, not a head's, or asks for what is not implemented.
+    """
+    path = folder / "config.json"
+    content = read_json(path, dict[str, Any])
+    model_type = check_json(content, str(path), _Kind).model_type
+    if model_type != REFERENCE:
+        raise ValueError(
+            f"{path}: model_type {model_type!r} is not a head; expected a folder with head.json, "
+            f"or model_type {REFERENCE!r}"
+        )
+    description = check_json(content, str(path), _Reference)
+    for name, known in (("extraction_layer", -1), ("pooling", "mean"), ("pool_temp", None)):
+        if (found := getattr(description, name)) != known:
+            raise ValueError(f"{path}: {name} {found!r} is not supported; expected {known!r}")
+    if description.guidance.activation_str not in _REFERENCE_ACTIVATIONS.values():
+        raise ValueError(
+            f"{path}: unknown activation_str {description.guidance.activation_str!r}; expected one "
+            f"of {sorted(_REFERENCE_ACTIVATIONS.values())}"
+        )
+    return description
+
+
+def reference_files(folder: pathlib.Path) -> dict[str, pathlib.Path] | pathlib.Path:
+    """Says which file holds a tensor of the head in a checkpoint of the PyTorch reference.
+
+    Args:
+        folder: The folder of the checkpoint.
+
+    Returns:
+        `model.safetensors` where it is there, for transformers reads it whatever an index says; or
+        the file of each tensor of the head by name.
+
+    Raises:
+        ValueError: If the index is damaged, or names a file that does not lie in the folder.
+    """
+    whole, index = folder / "model.safetensors", folder / _INDEX
+    if whole.exists() or not index.exists():
+        check_inside(folder, whole)
+        return whole
+    return {
+        name: indexed_file(index, name, file)
+        for name, file in read_json(index, _Index).weight_map.items()
+        if name.startswith(_PREFIX)
+    }
+
+
+def _load_own(folder: pathlib.Path) -> Head:
+    path, weights = folder / "head.json", folder / "head.safetensors"
+    for file in (path, weights):
+        check_inside(folder, file)
+    description = read_own(folder)
     try:
         config = HeadConfig(
-            **{field.name: description[field.name] for field in dataclasses.fields(HeadConfig)}
+            **{
+                field.name: getattr(description, field.name)
+                for field in dataclasses.fields(HeadConfig)
+            }
         )
-        tensors = _read_tensors(folder / "head.safetensors")
-        return Head(
-            config=config,
-            params=_checked(tensors, config, _own_names(config), path),
-            base_temperature=description["base_temperature"],
-            guidance_scale=description["guidance_scale"],
-            model=description["model"],
-            prior_shift=description["prior_shift"],
-            record=description["record"],
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    tensors = _read_tensors(weights)
+    _check_layers(tensors, config.num_hidden_layers, path)
+    params = _checked(tensors, config, _own_names(config), path)
+    if description.weights_sha256 not in (None, _sha256(weights)):
+        raise ValueError(
+            f"{weights}: damaged: its bytes are not those that weights_sha256 in {path.name} was "
+            "taken of; copy or train the head again, or remove that field if you changed them"
         )
-    except KeyError as error:
-        raise ValueError(f"{path}: field {error} is missing") from error
+    return Head(
+        config=config,
+        params=params,
+        base_temperature=description.base_temperature,
+        guidance_scale=description.guidance_scale,
+        model=description.model,
+        prior_shift=description.prior_shift,
+        record=description.record,
+    )
 
 
 def _load_reference(folder: pathlib.Path) -> Head:
     path = folder / "config.json"
-    description = _read_json(path)
-    if description.get("model_type") != _REFERENCE:
-        raise ValueError(
-            f"{path}: model_type {description.get('model_type')!r} is not a head; expected a "
-            f"folder with head.json, or model_type {_REFERENCE!r}"
-        )
-    for name, known in (("extraction_layer", -1), ("pooling", "mean"), ("pool_temp", None)):
-        if (found := description.get(name, known)) != known:
-            raise ValueError(f"{path}: {name} {found!r} is not supported; expected {known!r}")
-    guidance = {**_REFERENCE_DEFAULTS, **description.get("guidance", {})}
-    activations = {theirs: ours for ours, theirs in _REFERENCE_ACTIVATIONS.items()}
-    activation = guidance["activation_str"]
-    if activation not in activations:
-        raise ValueError(
-            f"{path}: unknown activation_str {activation!r}; expected one of {sorted(activations)}"
-        )
-    layers = guidance["num_hidden_layers"]
+    check_inside(folder, path)
+    description = read_reference(folder)
+    shape = description.guidance
+    layers = shape.num_hidden_layers
     tensors: dict[str, np.ndarray] = {}
-    for file in _reference_files(folder):
-        tensors |= _read_tensors(file, _PREFIX)
+    where = reference_files(folder)
+    for file in [where] if isinstance(where, pathlib.Path) else sorted(set(where.values())):
+        for name, tensor in _read_tensors(file, _PREFIX).items():
+            if name in tensors:
+                raise ValueError(
+                    f"{file}: {name} is in another file too; expected each tensor once"
+                )
+            tensors[name] = tensor
     if f"{_PREFIX}proj.{2 * layers}.bias" in tensors:
         raise ValueError(
             f"{folder}: {_PREFIX}proj.{2 * layers}.bias: a bias on the output layer is not "
@@ -274,41 +443,45 @@ def _load_reference(folder: pathlib.Path) -> Head:
                 f"{folder}: {name} is missing, which {path.name} with num_hidden_layers {layers} "
                 f"asks for; there are {sorted(tensors) or 'no tensors of a head'}"
             )
+        if tensors[name].ndim != 2 or 0 in tensors[name].shape:
+            raise ValueError(f"{folder}: {name} has shape {tensors[name].shape}, expected a matrix")
+    _check_layers(tensors, layers, path)
+    activations = {theirs: ours for ours, theirs in _REFERENCE_ACTIVATIONS.items()}
     config = HeadConfig(
         hidden_size=tensors[first].shape[-1],
         vocab_size=tensors[last].shape[0],
-        rank=guidance["hidden_size"],
-        activation=activations[activation],
+        rank=shape.hidden_size,
+        activation=activations[shape.activation_str],
         num_hidden_layers=layers,
-        bias=guidance["bias"],
+        bias=shape.bias,
     )
-    base_config: dict[str, Any] = description.get("base_config_dict") or {}
-    _check_base_config(base_config, config, f"{path}: base_config_dict")
+    base = description.base_config_dict or _BaseConfig()
+    _check_base_config(base, config, f"{path}: base_config_dict")
     return Head(
         config=config,
         params=_checked(tensors, config, _reference_names(config), path),
-        base_temperature=description.get("base_temp", 1.0),
-        guidance_scale=description.get("guidance_scale", 1.0),
-        model=base_config.get("_name_or_path") or "",
+        base_temperature=description.base_temp,
+        guidance_scale=description.guidance_scale,
+        model=base.name or "",
     )
 
 
-def _reference_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The files of a checkpoint that hold tensors of the head."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return [folder / "model.safetensors"]
-    where = _read_json(index)["weight_map"]
-    return sorted({folder / file for name, file in where.items() if name.startswith(_PREFIX)})
-
-
-def _check_base_config(base_config: Mapping[str, Any], config: HeadConfig, where: str) -> None:
+def _check_base_config(base: _BaseConfig | None, config: HeadConfig, where: str) -> None:
     for name, found in (("hidden_size", config.hidden_size), ("vocab_size", config.vocab_size)):
-        if base_config.get(name, found) != found:
+        if getattr(base, name, None) not in (None, found):
             raise ValueError(
-                f"{where} says {name} {base_config[name]}, but the head's matrices have {found}; "
+                f"{where} says {name} {getattr(base, name)}, but the head's matrices have {found}; "
                 "the head belongs to another model"
             )
+
+
+def _check_layers(tensors: Mapping[str, np.ndarray], layers: int, path: pathlib.Path) -> None:
+    """Refuses more layers than there are tensors before anything is made for each of them."""
+    if layers >= len(tensors):
+        raise ValueError(
+            f"{path}: num_hidden_layers is {layers}, but the weights are {len(tensors)} tensors: "
+            f"{sorted(tensors)}"
+        )
 
 
 def _own_names(config: HeadConfig) -> Any:
@@ -346,26 +519,39 @@ def _write(
         return
     leaves = map(np.ascontiguousarray, jax.tree.leaves(params))
     tensors = dict(zip(jax.tree.leaves(names), leaves, strict=True))
+    if wrong := _absurd(tensors):
+        raise ValueError(f"the head for {folder} is not written:\n  " + "\n  ".join(wrong))
     with files.replacing_folder(pathlib.Path(folder)) as temporary:
         # Python writes the bytes, not safetensors, so that a full disk is an OSError that says so.
         data = safetensors.numpy.save(tensors, metadata={"format": "pt"})
         (temporary / weights).write_bytes(data)
+        if description.get("format") == _FORMAT:
+            description = description | {"weights_sha256": hashlib.sha256(data).hexdigest()}
         files.write_json(temporary / config, description)
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected an object with named fields")
-    return content
+def _null_if_not_finite(value: Any) -> Any:
+    """A record without NaN and infinite numbers, which JSON has no way to write."""
+    match value:
+        case dict():
+            return {name: _null_if_not_finite(part) for name, part in value.items()}
+        case list() | tuple():
+            return [*map(_null_if_not_finite, value)]
+        case float() if not math.isfinite(value):
+            return None
+    return value
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_tensors(path: pathlib.Path, prefix: str = "") -> dict[str, np.ndarray]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; the head's weights are missing")
+    try:
+        check_regular(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; the head's weights are missing") from None
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
@@ -374,6 +560,21 @@ def _read_tensors(path: pathlib.Path, prefix: str = "") -> dict[str, np.ndarray]
         raise ValueError(
             f"{path}: not a whole safetensors file ({error}); copy or write it again"
         ) from error
+    except (AttributeError, KeyError, TypeError) as error:  # a type that numpy lacks
+        raise ValueError(f"{path}: a tensor has a type that cannot be read ({error})") from error
+
+
+def _absurd(tensors: Mapping[str, np.ndarray]) -> list[str]:
+    """Tensors with values that no score can be computed from, and how many they have."""
+    wrong = []
+    for name, tensor in tensors.items():
+        # NaN compares as false.
+        if count := tensor.size - np.count_nonzero(np.abs(tensor) <= _LARGEST_WEIGHT):
+            wrong.append(
+                f"{name}: {count} of {tensor.size} values are NaN, infinite or beyond "
+                f"{_LARGEST_WEIGHT:g}; the file is damaged, or training diverged"
+            )
+    return wrong
 
 
 def _checked(
@@ -393,4 +594,8 @@ def _checked(
     wrong += [f"{name}: unexpected" for name in sorted(set(tensors) - set(expected))]
     if wrong:
         raise ValueError(f"the weights do not fit {where}:\n  " + "\n  ".join(wrong))
-    return jax.tree.map(lambda name: tensors[name].astype(np.float32), names)
+    with np.errstate(over="ignore"):
+        single = {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
+    if wrong := _absurd(single):
+        raise ValueError(f"the weights of {where} cannot be used:\n  " + "\n  ".join(wrong))
+    return jax.tree.map(single.__getitem__, names)

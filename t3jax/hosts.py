@@ -11,7 +11,9 @@ import functools
 import os
 import pathlib
 import signal
+import sys
 import threading
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,6 +32,44 @@ PREEMPTED_STATUS = 128 + signal.SIGTERM  # what a shell reports for a process th
 
 class Preempted(Exception):
     """SIGTERM came, and all that was done until then is saved."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came, and nothing puts it off; as Ctrl-C, so that no `except Exception` takes it."""
+
+
+def raise_at_signals() -> None:
+    """Lets Ctrl-C raise `KeyboardInterrupt` and SIGTERM `Terminated`; a second SIGTERM kills.
+
+    Raised, they pass the blocks that remove temporary files. Python drops what is raised inside a
+    callback of its garbage collector, and JAX registers one: it is then raised again.
+    """
+
+    def terminate(number: int, _: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise Terminated
+
+    hook = sys.unraisablehook
+
+    def report(dropped: Any) -> None:
+        if not isinstance(dropped.exc_value, KeyboardInterrupt):
+            hook(dropped)
+            return
+
+        def raise_again(_: int, frame: types.FrameType | None) -> None:
+            while frame is not None:
+                if frame.f_code is report.__code__:  # here it would be dropped once more
+                    signal.setitimer(signal.ITIMER_REAL, 0.01)
+                    return
+                frame = frame.f_back
+            raise type(dropped.exc_value)
+
+        signal.signal(signal.SIGALRM, raise_again)
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, terminate)
+    sys.unraisablehook = report
 
 
 def initialize(mode: str = "auto") -> None:
@@ -59,13 +99,18 @@ def initialize(mode: str = "auto") -> None:
         if missing := [name for name in needed if not os.environ.get(name)]:
             raise ValueError(
                 "JAX finds no cluster here, so that JAX_COORDINATOR_ADDRESS=HOST:PORT, "
-                "JAX_NUM_PROCESSES and JAX_PROCESS_ID must tell the processes of each other; "
+                "JAX_NUM_PROCESSES and JAX_PROCESS_ID must describe the processes; "
                 f"missing: {', '.join(missing)} (for a single process give --distributed=off)"
             )
     for name, value in zip(names, given, strict=True):
         if value and not value.isdecimal():
             raise ValueError(f"{name}={value}: expected a number, such as 0 or 2")
     count, index = (int(value) if value else None for value in given)
+    if count == 0 or (count is not None and index is not None and index >= count):
+        raise ValueError(
+            f"JAX_NUM_PROCESSES={count} and JAX_PROCESS_ID={index}: expected at least one process, "
+            "and ids that count from 0"
+        )
     if mode == "auto" and (count or cluster or 1) == 1:
         return
     # JAX would take SIGTERM from the whole process; here only training puts it off.
@@ -122,7 +167,7 @@ def _place(leaf: Any, sharding: Any) -> jax.Array:
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def gathered(tree: Any) -> Any:
+def gather(tree: Any) -> Any:
     """The same arrays where every process can read them whole; it does not wait for them.
 
     Args:
@@ -148,7 +193,7 @@ def _replicate(everywhere: NamedSharding) -> Callable[[jax.Array], jax.Array]:
 
 def fetch(tree: Any) -> Any:
     """Brings arrays to the host of every process, whole; all processes call this at one point."""
-    return jax.device_get(gathered(tree))
+    return jax.device_get(gather(tree))
 
 
 def fetch_to_lead(tree: Any) -> Any:
@@ -162,7 +207,7 @@ def fetch_to_lead(tree: Any) -> Any:
     """
 
     def bring(leaf: Any) -> np.ndarray | None:
-        whole = gathered(leaf)
+        whole = gather(leaf)
         return np.asarray(whole) if is_lead() else None
 
     return jax.tree.map(bring, tree)

@@ -1,4 +1,4 @@
-"""How much memory a program needs while it runs, told from its jaxpr: nothing is compiled.
+"""How much memory a program needs while it runs, from its jaxpr: nothing is compiled.
 
 A jaxpr is walked in its own order. A value lives from the equation that computes it to its last
 use. Reshaping, broadcasting and casting cost nothing, since compilers do them where the result is

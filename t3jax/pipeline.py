@@ -6,7 +6,6 @@ is no mathematics.
 """
 
 import dataclasses
-import hashlib
 import json
 import pathlib
 from collections.abc import Sequence
@@ -14,18 +13,21 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from t3jax import cli, data, files, hosts
+from t3jax import checked, cli, data, files, hosts
 from t3jax.data.records import Record
+from t3jax.digests import model_digest, params_digest, rows_digest
 from t3jax.evaluation import logs, tofu, unlearning
+from t3jax.evaluation.calibration import Calibration, calibrate
 from t3jax.evaluation.logs import Log
 from t3jax.evaluation.scoring import Setting, settings_grid
 from t3jax.evaluation.store import Store
-from t3jax.features import Features, load_or_compute_features
 from t3jax.finetuning import FinetuneConfig, finetune
 from t3jax.head import HeadConfig, class_prior_shift
 from t3jax.head_io import Head
 from t3jax.lm import LM, default_dtype, load_config, load_lm, save_hf
+from t3jax.settings import from_config
 from t3jax.training import TrainConfig
+from t3jax.training_sets import SyntheticOptions, TrainingSets, make_training_sets
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,27 +80,22 @@ def encode_rows(config: Any, lm: LM, rows: Sequence[Record]) -> list[data.Exampl
 
 def finetune_config(config: Any) -> FinetuneConfig:
     """How a config says that a language model is fine-tuned."""
-    return FinetuneConfig(
-        epochs=config.finetune_epochs,
-        batch_size=config.finetune_batch_size,
-        microbatches=config.finetune_microbatches,
-        learning_rate=config.finetune_learning_rate,
-        warmup_steps=config.finetune_warmup_steps,
-        weight_decay=config.finetune_weight_decay,
+    return from_config(
+        FinetuneConfig,
+        config,
+        "finetune_",
         lora_rank=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_layers=tuple(config.lora_layers),
         dtype=config.dtype or default_dtype(),
-        remat=config.finetune_remat,
-        seed=config.finetune_seed,
-        checkpoint_every=config.finetune_checkpoint_every,
     )
 
 
-def finetuned(config: Any, mesh: Mesh) -> pathlib.Path:
+def finetune_once(config: Any, mesh: Mesh) -> pathlib.Path:
     """Fine-tunes the model of a config, or resumes that, and writes it as a Hugging Face folder.
 
-    What was made before of the same data by the same recipe is left as it is.
+    What was made before of the same model (weights, config and tokenizer, wherever they lie), the
+    same data and by the same recipe is left as it is, once its files match their checksums.
 
     Args:
         config: The settings.
@@ -108,12 +105,12 @@ def finetuned(config: Any, mesh: Mesh) -> pathlib.Path:
         The folder, `model` in the config's `finetune_workdir`.
 
     Raises:
-        ValueError: As `finetune`, or as loading the model or the data.
+        ValueError: As `finetune`, or as loading the model or the data; or a file of the folder is
+            not as it was written.
     """
     recipe = finetune_config(config)
     workdir = pathlib.Path(config.finetune_workdir)
-    made_by = {
-        "model": str(config.model),
+    made_by: dict[str, Any] = {
         "recipe": dataclasses.asdict(recipe),
         "format": dataclasses.asdict(cli.prompt_format(config)),
         **{
@@ -121,12 +118,13 @@ def finetuned(config: Any, mesh: Mesh) -> pathlib.Path:
             for name in ("finetune_data", "finetune_validation")
         },
     }
-    record = workdir / "model" / "finetuning.json"
-    made_by = json.loads(json.dumps(made_by))  # as it is read back
-    if hosts.of_lead(record.is_file() and json.loads(record.read_text()) == made_by):
-        return record.parent
     # What is trained is float32; weights that LoRA leaves alone need not be.
     lm = load_lm(config.model, recipe.dtype if recipe.lora_rank else "float32", mesh)
+    made_by["model"] = model_digest(lm)
+    record = workdir / "model" / "finetuning.json"
+    made_by = json.loads(json.dumps(made_by))  # as it is read back
+    if hosts.of_lead(hosts.is_lead() and _was_made_by(record, made_by)):
+        return record.parent
     lm_config = load_config(config.model)
     params = finetune(
         lm_config,
@@ -146,58 +144,151 @@ def finetuned(config: Any, mesh: Mesh) -> pathlib.Path:
         with files.replacing_folder(workdir / "model") as folder:
             save_hf(folder, lm_config, params, list(lm.eos_ids), dtype)
             lm.tokenizer.save_pretrained(folder)
-            files.write_json(folder / record.name, made_by)
+            sums = {
+                str(path.relative_to(folder)): checked.file_checksum(path)
+                for path in folder.rglob("*")
+                if path.is_file()
+            }
+            checked.write_json(folder / record.name, {"made_by": made_by, "files": sums})
     hosts.wait_for(record)
     return record.parent
 
 
+def _was_made_by(record: pathlib.Path, made_by: dict[str, Any]) -> bool:
+    """Whether a fine-tuned folder was made of the same by the same, and is as it was written."""
+    made = checked.read_stored(record, checked.read_json)
+    if made is None or made["made_by"] != made_by:
+        return False
+    for name, checksum in made["files"].items():
+        path = record.parent / name
+        if not path.is_file() or checked.file_checksum(path) != checksum:
+            raise ValueError(
+                f"{path} is not the file that fine-tuning wrote (damaged, changed or missing); "
+                f"remove {record.parent} to have it written anew from the run's last checkpoint"
+            )
+    return True
+
+
 def _digest(config: Any, source: str) -> str:
-    rows = data.load_dataset(source, config.tofu_dir)
-    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+    return rows_digest(data.load_dataset(source, config.tofu_dir))
 
 
-def features(config: Any, lm: LM, name: str) -> Features:
-    """Features of the `forget` or the `retain` set of a config, computed or read from the store."""
-    return load_or_compute_features(
+def digests(config: Any, lm: LM) -> dict[str, str]:
+    """Digests of the forget rows, the retain rows and the model's weights, for a head's card."""
+    sources = {name: config[name] for name in ("forget", "retain") if config[name] is not None}
+    rows = {name: _digest(config, source) for name, source in sources.items()}
+    return rows | {"model": params_digest(lm.params)}
+
+
+def synthetic_options(config: Any) -> SyntheticOptions:
+    """What a config lets the base model write for the training of its head."""
+    return from_config(
+        SyntheticOptions,
+        config,
+        openings=tuple(config.openings) or None,
+        batch_size=config.rows,
+        seed=0,  # the config's is that of sampling: another one must not train another head
+    )
+
+
+def training_sets(config: Any, lm: LM) -> TrainingSets:
+    """The sets that a head of a config is trained on, computed or read from the feature store."""
+    return make_training_sets(
         lm,
-        encode(config, lm, config[name]),
-        config.feature_store,
-        dtype=config.feature_dtype,
-        progress=name,
+        data.load_dataset(config.forget, config.tofu_dir),
+        data.load_dataset(config.retain, config.tofu_dir) if config.retain is not None else [],
+        train_config(config),
+        synthetic_options(config),
+        prompt_format=cli.prompt_format(config),
+        features=config.features,
+        feature_dtype=config.feature_dtype,
+        feature_store=config.feature_store,
+        max_length=config.max_length,
+        progress=True,
     )
 
 
 def head_config(config: Any, lm: LM) -> HeadConfig:
     """The head that a config describes, for a model."""
-    return HeadConfig(
-        hidden_size=lm.hidden_size,
-        vocab_size=lm.vocab_size,
-        rank=config.rank,
-        activation=config.activation,
-        num_hidden_layers=config.num_hidden_layers,
-        bias=config.bias,
-    )
+    return from_config(HeadConfig, config, hidden_size=lm.hidden_size, vocab_size=lm.vocab_size)
 
 
 def train_config(config: Any) -> TrainConfig:
     """How a config says that heads are trained."""
-    return TrainConfig(
-        epochs=config.epochs,
-        warmup_epochs=config.warmup_epochs,
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        zero_output=config.zero_output,
-        holdout_fraction=config.holdout_fraction,
-    )
+    return from_config(TrainConfig, config)
 
 
 def head_defaults(config: Any) -> dict[str, Any]:
     """What a trained head keeps of a config: the model, and T, s and class prior where set."""
     knobs = {name: config[name] for name in ("base_temperature", "guidance_scale")}
+    if config.loss == "distillation" and knobs["base_temperature"] is None:
+        knobs["base_temperature"] = config.distilled_temperature
     if config.forget_fraction is not None:
         knobs["prior_shift"] = class_prior_shift(config.forget_fraction)
     return {"model": config.model} | {name: x for name, x in knobs.items() if x is not None}
+
+
+def choose_setting(config: Any, lm: LM, heads: Sequence[Head], sets: TrainingSets) -> list[Head]:
+    """Gives heads T and s where the config leaves them open and there are counterfactuals.
+
+    See `t3jax.evaluation.calibration`. All heads get the setting chosen for the first.
+
+    Args:
+        config: The settings.
+        lm: The model.
+        heads: Heads that differ in their seed or recipe.
+        sets: What they were trained on.
+
+    Returns:
+        The heads, with what was chosen in their record.
+    """
+    open_fields = config.base_temperature is None and config.guidance_scale is None
+    if not open_fields or not sets.counterfactuals:
+        return list(heads)
+    calibration = calibrate_heads(config, lm, heads[:1], sets)
+    print(calibration, flush=True)
+    chosen = calibration.chosen
+    return [
+        dataclasses.replace(
+            head,
+            base_temperature=chosen.base_temperature,
+            guidance_scale=chosen.guidance_scale,
+            record=head.record | {"calibration": dataclasses.asdict(calibration)},
+        )
+        for head in heads
+    ]
+
+
+def calibrate_heads(
+    config: Any, lm: LM, heads: Sequence[Head], sets: TrainingSets, seeds: int = 1
+) -> Calibration:
+    """Compares heads and settings with the made-up-name level, see `calibrate`.
+
+    Args:
+        config: The settings. A distilled head is tried at the T that it was trained for alone.
+        lm: The model.
+        heads: The heads.
+        sets: What they were trained on, with counterfactuals.
+        seeds: See `calibrate`.
+
+    Returns:
+        The choice.
+    """
+    swapped = encode_rows(config, lm, [each.record for each in sets.counterfactuals])
+    of_row: list[list[data.Example]] = [[] for _ in sets.rows]
+    for each, example in zip(sets.counterfactuals, swapped, strict=True):
+        of_row[each.row].append(example)
+    distils = config.loss == "distillation"
+    return calibrate(
+        lm,
+        heads,
+        encode_rows(config, lm, sets.rows),
+        of_row,
+        encode_rows(config, lm, sets.retained),
+        refinements=cli.refinements(config.refinements, lm),
+        seeds=seeds,
+        **({"temperatures": (config.distilled_temperature,)} if distils else {}),
+    )
 
 
 def settings(
@@ -291,7 +382,7 @@ def score(
         ValueError: If the retain log is of other rows, or a score is not finite.
     """
     folder = pathlib.Path(config.eval_dir) / ("" if answers else "scored")
-    options = tofu.TofuOptions(config.max_new_tokens, config.reference_mask, answers)
+    options = from_config(tofu.TofuOptions, config, answers=answers)
     retain_log = None
     if config.retain_log is not None:
         retain_log = logs.read_log(pathlib.Path(config.retain_log))
@@ -347,18 +438,7 @@ def measure(
         ValueError: If a score is not finite.
     """
     store, retain_store, sets = examined.store, examined.retain_store, examined.sets
-    beyond = unlearning.UnlearningOptions(
-        leak_samples=config.leak_samples,
-        leak_rows=config.leak_rows,
-        leak_threshold=config.leak_threshold,
-        leak_temperature=config.leak_temperature,
-        leak_top_k=config.leak_top_k,
-        leak_top_p=config.leak_top_p,
-        kl_rows=config.kl_rows,
-        kl_samples=config.kl_samples,
-        max_new_tokens=config.max_new_tokens,
-        seed=config.seed,
-    )
+    beyond = from_config(unlearning.UnlearningOptions, config)
     folder = pathlib.Path(config.eval_dir)
     retain_unlearning = None
     if retain_store is not None:

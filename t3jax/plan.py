@@ -2,7 +2,7 @@
 
     python -m t3jax.plan --config=configs/NAME.py --device=v5e --devices=8 [--config.FIELD=...]
 
-Of the model only `config.json` is read; one of `SHAPES` needs no folder. What a stage keeps
+Only `config.json` of the model is read; one of `SHAPES` needs no folder. What a stage keeps
 (weights, cache, features, optimizer state) is summed over a device's shards: exact. What lives for
 a moment is estimated from the program that one device runs, see `t3jax.liveness`. Nothing is
 compiled; docs/planning.md has tables, and compares with compilers.
@@ -11,6 +11,7 @@ compiled; docs/planning.md has tables, and compares with compilers.
 import dataclasses
 import math
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -113,7 +114,7 @@ def temporary_bytes(job: Job, program: Callable[[Job], Step]) -> int:
         Activations, and results that do not stand in an argument's place.
     """
     layers = job.config.num_layers
-    # Three layers tell what each further one adds.
+    # Three layers show what each further one adds.
     traced = range(max(1, min(layers, 3) - 1), min(layers, 3) + 1)
     *before, last = (program(abstract.on_one_device(job, n)).peak_bytes() for n in traced)
     return last + (layers - traced[-1]) * (last - before[0] if before else 0)
@@ -355,7 +356,7 @@ def describe(job: Job, capacity: int) -> str:
 
 
 def simulate(devices: int) -> None:
-    """Makes this process see so many devices that are not there; before any is used."""
+    """Gives this process simulated devices; before any is used."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices)
 
@@ -363,15 +364,18 @@ def simulate(devices: int) -> None:
 def main() -> None:
     """Reads the command line and prints the plan."""
     flags.DEFINE_string("device", "v5e", f"{', '.join(DEVICES)}, or the bytes of a device")
-    flags.DEFINE_integer("devices", 1, "how many there are", lower_bound=1)
-    flags.DEFINE_integer("prompt_tokens", 128, "longest prompt", lower_bound=1)
-    flags.DEFINE_integer("text_tokens", 1024, "longest text of features and fine-tuning")
-    flags.DEFINE_integer("texts", 4000, "texts to forget and to retain together")
-    flags.DEFINE_integer("answer_tokens", 40, "mean length of their answers")
+    for name, default, meaning, low, high in (
+        ("devices", 1, "how many there are", 1, 2**14),
+        ("prompt_tokens", 128, "longest prompt", 1, 2**24),
+        ("text_tokens", 1024, "longest text of features and fine-tuning", 2, 2**24),
+        ("texts", 4000, "texts to forget and to retain together", 2, 2**31 - 1),
+        ("answer_tokens", 40, "mean length of their answers", 1, 2**24),
+    ):
+        flags.DEFINE_integer(name, default, meaning, lower_bound=low, upper_bound=high)
 
     def script(config: Any) -> None:
         given = flags.FLAGS
-        if given.device not in DEVICES and not given.device.isdigit():
+        if given.device not in DEVICES and not re.fullmatch("[1-9][0-9]{0,17}", given.device):
             raise ValueError(
                 f"device {given.device!r} is not known; known: {', '.join(DEVICES)}, or a number "
                 "of bytes"

@@ -2,7 +2,10 @@
 
 `hbar_t` is the mean of the hidden states (after the final norm, what the LM head sees) over the
 attended positions 1..t, prompt included. Two forms: over a whole sequence, and running, for
-decoding. Axes: `...` batch, T time, D features. Everything is computed in float32.
+decoding. `prefix_features` puts the last hidden state beside the mean, or in its place (an
+extension of the paper): the mean says whom the text is about, the last state says which word comes
+next. Axes: `...` batch, T time, D width of the hidden states, F width of the features. Everything
+is computed in float32.
 
 References:
     Temper-Then-Tilt, arXiv 2602.10217, features.
@@ -12,6 +15,35 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+FEATURES = ("mean", "last", "mean+last")  # the first is the paper's
+
+
+def feature_size(kind: str, hidden_size: int) -> int:
+    """F, the width of the features of a model whose hidden states have width D."""
+    return hidden_size * len(kind.split("+"))
+
+
+def prefix_features(
+    mean: Float[Array, "*batch D"], last: Float[Array, "*batch D"], kind: str = "mean"
+) -> Float[Array, "*batch F"]:
+    """The features of a prefix, which a head reads.
+
+    Args:
+        mean: Causal mean of the hidden states of the prefix, `[..., D]`.
+        last: Hidden state of its last token, `[..., D]`, any float dtype.
+        kind: "mean" (the paper), "last", or "mean+last" for both side by side.
+
+    Returns:
+        Float32 `[..., F]`, F = D or 2 D.
+
+    Example:
+        >>> t3jax.prefix_features(jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0]), "mean+last")
+        Array([1., 2., 3., 4.], dtype=float32)
+    """
+    parts = {"mean": mean.astype(jnp.float32), "last": last.astype(jnp.float32)}
+    chosen = [parts[name] for name in kind.split("+")]
+    return chosen[0] if len(chosen) == 1 else jnp.concatenate(chosen, axis=-1)
 
 
 def causal_mean(
@@ -29,6 +61,11 @@ def causal_mean(
     Returns:
         Float32 `[..., T, D]`. Before the first attended position it is 0; at a masked position
         after it, the mean so far.
+
+    Example:
+        >>> hidden = jnp.array([[[2.0], [4.0], [9.0]]])  # one text, three tokens, D = 1
+        >>> t3jax.causal_mean(hidden, jnp.ones((1, 3), bool))[0, :, 0]
+        Array([2., 3., 5.], dtype=float32)
     """
     summed = jnp.cumsum(_attended(hidden, mask), axis=-2)
     count = jnp.cumsum(mask.astype(jnp.float32), axis=-1)
@@ -67,6 +104,11 @@ def running_mean(
     Returns:
         The `RunningMean` after these positions: its `.mean` equals the last row of `causal_mean`
         over the whole text, up to rounding.
+
+    Example:
+        >>> past = t3jax.running_mean(jnp.array([[2.0], [4.0]]), jnp.ones(2, bool))
+        >>> t3jax.running_mean(jnp.array([[9.0]]), jnp.ones(1, bool), past).mean
+        Array([5.], dtype=float32)
     """
     total = jnp.sum(_attended(hidden, mask), axis=-2)
     count = jnp.sum(mask.astype(jnp.float32), axis=-1)

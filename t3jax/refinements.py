@@ -55,10 +55,11 @@ class Refinements:
 PLAIN = Refinements()  # the paper's method
 
 
+@guidance.accept_old_keyword
 def refined_logits(
     logits: Float[Array, "*batch V"],
     scores: Float[Array, "*batch V"],
-    temperature: Num[Array, "*#batch"] | float,
+    base_temperature: Num[Array, "*#batch"] | float,
     scale: Num[Array, "*#batch"] | float,
     refinements: Refinements = PLAIN,
 ) -> Float[Array, "*batch V"]:
@@ -67,7 +68,7 @@ def refined_logits(
     Args:
         logits: Logits of the base model, `[..., V]`.
         scores: Classifier logits g(v), those of several heads combined, `[..., V]`.
-        temperature: The base temperature T > 0, scalar or `[...]`.
+        base_temperature: The base temperature T > 0, scalar or `[...]`.
         scale: The guidance scale s >= 0, scalar or `[...]`.
         refinements: What is on.
 
@@ -78,18 +79,84 @@ def refined_logits(
         ValueError: As `guidance.guided_logits` and `protect`. A gated temperature is an array,
             which is not checked.
     """
-    if refinements.gated:
-        temperature = gated_temperature(temperature, retain_probability(logits, scores))
-    tilted = guidance.guided_logits(logits, scores, temperature, scale)
+    served = served_temperature(logits, scores, base_temperature, refinements)
+    return served_logits(logits, scores, served, scale, refinements)
+
+
+def served_temperature(
+    logits: Float[Array, "*batch V"],
+    scores: Float[Array, "*batch V"],
+    base_temperature: Num[Array, "*#batch"] | float,
+    refinements: Refinements = PLAIN,
+) -> Num[Array, "*#batch"] | float:
+    """The base temperature T_t that each row is tempered by: T, or the gated one.
+
+    Args:
+        logits: As for `refined_logits`.
+        scores: As for `refined_logits`.
+        base_temperature: T, scalar or `[...]`.
+        refinements: What is on.
+
+    Returns:
+        T_t, `[...]` if gated, else `base_temperature` as it is.
+    """
+    if not refinements.gated:
+        return base_temperature
+    return gated_temperature(base_temperature, retain_probability(logits, scores))
+
+
+def served_logits(
+    logits: Float[Array, "*batch V"],
+    scores: Float[Array, "*batch V"],
+    base_temperature: Num[Array, "*#batch"] | float,
+    scale: Num[Array, "*#batch"] | float,
+    refinements: Refinements = PLAIN,
+) -> Float[Array, "*batch V"]:
+    """The second half of `refined_logits`, which knows the temperature of each row.
+
+    Args:
+        logits: As for `refined_logits`.
+        scores: As for `refined_logits`.
+        base_temperature: T_t, as `served_temperature` gives it.
+        scale: As for `refined_logits`.
+        refinements: What is on.
+
+    Returns:
+        As `refined_logits`.
+
+    Raises:
+        ValueError: As `refined_logits`.
+    """
+    tilted = guidance.guided_logits(logits, scores, base_temperature, scale)
     if not refinements.protected:
         return tilted
-    return protect(guidance.temper(logits, temperature), tilted, refinements.protected)
+    return protect(guidance.temper(logits, base_temperature), tilted, refinements.protected)
+
+
+def untempered_logits(
+    served: Float[Array, "*batch V"], base_temperature: Num[Array, "*#batch"] | float
+) -> Float[Array, "*batch V"]:
+    """The served distribution without its tempering: `logits + T_t · s · log f`.
+
+    It is plain guidance of the strength T_t · s. Its order of the tokens is that of the served
+    distribution.
+
+    Args:
+        served: Of `served_logits`, `[..., V]`.
+        base_temperature: T_t, as `served_temperature` gives it.
+
+    Returns:
+        `T_t · served`, float32 `[..., V]`.
+    """
+    banned = jnp.isneginf(served)
+    product = jnp.where(banned, 0.0, served) * guidance.per_row(base_temperature, served)
+    return jnp.where(banned, -jnp.inf, jnp.clip(product, -_MAX, _MAX))
 
 
 def retain_probability(
     logits: Float[Array, "*batch V"], scores: Float[Array, "*batch V"]
 ) -> Float[Array, "*batch"]:
-    """P(retain | prefix), as head and base model tell it together (an extension of the paper).
+    """P(retain | prefix), from head and base model together (an extension of the paper).
 
         q = Σ_v p(v) sigmoid(g(v))
 
@@ -107,8 +174,9 @@ def retain_probability(
     return jnp.sum(p * jax.nn.sigmoid(scores.astype(jnp.float32)), axis=-1)
 
 
+@guidance.accept_old_keyword
 def gated_temperature(
-    temperature: Num[Array, "*#batch"] | float, retain: Float[Array, "*batch"]
+    base_temperature: Num[Array, "*#batch"] | float, retain: Float[Array, "*batch"]
 ) -> Float[Array, "*batch"]:
     """The base temperature, gated by what the text is (an extension of the paper).
 
@@ -117,14 +185,18 @@ def gated_temperature(
     strength T · s relative to the base, that too is gated.
 
     Args:
-        temperature: The base temperature T: a scalar, or one per row, `[...]`.
+        base_temperature: The base temperature T: a scalar, or one per row, `[...]`.
         retain: q = P(retain | prefix) of each row, `[...]`.
 
     Returns:
         `1 + (T - 1)(1 - q)`, float32 `[...]`.
+
+    Example:
+        >>> t3jax.gated_temperature(2.5, jnp.array([0.0, 0.5, 1.0]))
+        Array([2.5 , 1.75, 1.  ], dtype=float32)
     """
-    temperature = jnp.minimum(jnp.asarray(temperature, jnp.float32), _FLAT)
-    return 1.0 + (temperature - 1.0) * (1.0 - retain)
+    base_temperature = jnp.minimum(jnp.asarray(base_temperature, jnp.float32), _FLAT)
+    return 1.0 + (base_temperature - 1.0) * (1.0 - retain)
 
 
 def protect(
@@ -147,6 +219,12 @@ def protect(
 
     Raises:
         ValueError: If a token is not in the vocabulary.
+
+    Example:
+        >>> before = jnp.log(jnp.array([0.5, 0.3, 0.2]))
+        >>> after = t3jax.guided_logits(before, jnp.array([9.0, -9.0, -9.0]), 1.0)
+        >>> jax.nn.softmax(t3jax.protect(before, after, [2]))[2].round(3)  # as before the tilt
+        Array(0.2, dtype=float32)
     """
     size = tilted.shape[-1]
     if not tokens or not all(0 <= token < size for token in tokens):
@@ -182,6 +260,10 @@ def combine_heads(
 
     Raises:
         ValueError: If `how` is unknown.
+
+    Example:
+        >>> t3jax.combine_heads([jnp.array([0.0]), jnp.array([0.0])])  # 1 / (1 + 1 + 1)
+        Array([-0.6931472], dtype=float32)
     """
     if how not in ("disjoint", "product"):
         raise ValueError(f"heads are combined as 'disjoint' or by 'product', got {how!r}")

@@ -54,10 +54,11 @@ def make_mesh(shape: Sequence[int] = (-1, 1, 1), devices: Sequence[Any] | None =
     """
     devices = jax.devices() if devices is None else list(devices)
     shape = tuple(shape)
-    if len(shape) != 3 or shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in shape)
+    if not whole or len(shape) != 3 or shape.count(-1) > 1 or min(shape) < -1 or 0 in shape:
         raise ValueError(
-            f"mesh {shape}: expected (data, fsdp, model), three positive numbers of which one may "
-            "be -1; rows over 2 devices and the vocabulary over 4 is (2, 1, 4)"
+            f"mesh {shape}: expected (data, fsdp, model), three positive whole numbers of which "
+            "one may be -1; rows over 2 devices and the vocabulary over 4 is (2, 1, 4)"
         )
     known = math.prod(n for n in shape if n != -1)
     sizes = [len(devices) // known if n == -1 else n for n in shape]
@@ -82,10 +83,12 @@ def row_shards(mesh: Mesh) -> int:
 
 def param_shardings(mesh: Mesh, params: Any) -> Any:
     """Shardings of a tree of weights by `PARAM_RULES`, a tree of the same structure."""
-    return jax.tree.map_with_path(lambda path, leaf: fitting(mesh, _rule(path), leaf.shape), params)
+    return jax.tree.map_with_path(
+        lambda path, leaf: fit_sharding(mesh, _rule(path), leaf.shape), params
+    )
 
 
-def gathered(mesh: Mesh | None, params: Any, after: jax.Array) -> Any:
+def gather_weights(mesh: Mesh | None, params: Any, after: jax.Array) -> Any:
     """Weights as products use them, inside of jit: gathered along `fsdp`, the rest as it is.
 
     Args:
@@ -124,7 +127,7 @@ def _rule(path: tuple) -> P:
 
 def batch_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
     """Rows split over `data` and `fsdp`, everything else whole."""
-    return fitting(mesh, P(ROWS), shape)
+    return fit_sharding(mesh, P(ROWS), shape)
 
 
 def cache_shardings(mesh: Mesh, cache: Any) -> Any:
@@ -135,7 +138,7 @@ def cache_shardings(mesh: Mesh, cache: Any) -> Any:
             return batch_sharding(mesh, leaf.shape)
         transposed = "keys" in jax.tree_util.keystr(path)  # [B, K, h, S]
         _, keys, values = attention_specs(mesh, leaf.shape[1], length=1)
-        return fitting(mesh, keys if transposed else values, leaf.shape)
+        return fit_sharding(mesh, keys if transposed else values, leaf.shape)
 
     return jax.tree.map_with_path(place, cache)
 
@@ -169,10 +172,10 @@ def constrain(x: jax.Array, mesh: Mesh | None, spec: Sequence[Any] | P) -> jax.A
     """Tells the compiler where an array lives, inside of jit; as it is without a mesh."""
     if mesh is None or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, fitting(mesh, P(*spec), x.shape))
+    return jax.lax.with_sharding_constraint(x, fit_sharding(mesh, P(*spec), x.shape))
 
 
-def fitting(mesh: Mesh, spec: P, shape: Sequence[int]) -> NamedSharding:
+def fit_sharding(mesh: Mesh, spec: P, shape: Sequence[int]) -> NamedSharding:
     """`spec` on `mesh`, without the axes that do not divide the dimension they split."""
 
     def devices(axes: str | tuple[str, ...] | None) -> int:

@@ -23,6 +23,7 @@ from t3jax.evaluation.scoring import BASE, Setting, settings_grid
 from t3jax.head_io import Head
 from t3jax.lm import LM
 from t3jax.training import make_members, train_heads
+from t3jax.training_sets import TrainingSets
 
 
 class Grid(NamedTuple):
@@ -72,7 +73,7 @@ class Sweep:
         return self.candidates[self.choice.overall.name]
 
 
-def train_grid(config: Any, lm: LM, mesh: Mesh) -> Grid:
+def train_grid(config: Any, lm: LM, sets: TrainingSets, mesh: Mesh) -> Grid:
     """Trains the heads of a sweep, those of one rank in one program.
 
     Each rank's run has a folder of its own in the config's `workdir` and resumes by itself.
@@ -80,6 +81,7 @@ def train_grid(config: Any, lm: LM, mesh: Mesh) -> Grid:
     Args:
         config: The settings.
         lm: The model.
+        sets: What the heads are trained on.
         mesh: Where to train.
 
     Returns:
@@ -88,7 +90,6 @@ def train_grid(config: Any, lm: LM, mesh: Mesh) -> Grid:
     Raises:
         ValueError: As `train_heads`.
     """
-    retain, forget = (pipeline.features(config, lm, name) for name in ("retain", "forget"))
     recipe = pipeline.train_config(config)
     recipes = [
         dataclasses.replace(recipe, learning_rate=rate, weight_decay=decay)
@@ -102,8 +103,8 @@ def train_grid(config: Any, lm: LM, mesh: Mesh) -> Grid:
     for rank in config.sweep_ranks or (config.rank,):
         workdir = pathlib.Path(config.workdir) / f"sweep-rank{rank}"
         heads += train_heads(
-            retain,
-            forget,
+            sets.retain,
+            sets.forget,
             head_config=dataclasses.replace(pipeline.head_config(config, lm), rank=rank),
             train_config=recipes,
             seeds=config.seeds,
@@ -179,7 +180,7 @@ def of_seeds(setting: Setting, seeds: int) -> list[Setting]:
     """A setting of one head as it is for each of the heads that differ from it in their seed.
 
     Args:
-        setting: Of the first seed's head.
+        setting: Setting of the first seed's head.
         seeds: How many there are.
 
     Returns:

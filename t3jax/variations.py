@@ -6,13 +6,14 @@ are trained; so are those of the refinements that are a matter of training. Noth
 
 import dataclasses
 import pathlib
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
 from t3jax import cli, data, files, pipeline
-from t3jax.evaluation import metrics, recompute, selection
+from t3jax.evaluation import metrics, recompute, selection, unlearning
 from t3jax.evaluation.logs import Log
 from t3jax.evaluation.scoring import Setting
 from t3jax.head import class_prior_shift
@@ -66,7 +67,7 @@ class Refined:
     unlearning: Log
 
 
-def swept(found: Sweep) -> list[Point]:
+def vary_settings(found: Sweep) -> list[Point]:
     """How what was scored in a sweep depends on T and on s, the other held as it was chosen."""
     chosen = found.chosen[0]
     recipe = [setting for setting in found.candidates.values() if setting[0].heads == chosen.heads]
@@ -84,7 +85,7 @@ def swept(found: Sweep) -> list[Point]:
     return points
 
 
-def varied(config: Any, lm: LM, mesh: Mesh, found: Sweep) -> list[Point]:
+def vary_heads(config: Any, lm: LM, mesh: Mesh, found: Sweep) -> list[Point]:
     """How the chosen setting depends on the head's rank and epochs and the retain rows it saw.
 
     Args:
@@ -112,9 +113,6 @@ def varied(config: Any, lm: LM, mesh: Mesh, found: Sweep) -> list[Point]:
         ),
     ]
     for axis, value, change in changes:
-        if "epochs" in change:  # the same share of them is warm-up
-            warmup = value * config.warmup_epochs // config.epochs
-            change["warmup_epochs"] = warmup
         heads = _train(config, lm, mesh, f"{axis.split()[0]}-{value}", **change)
         trained.append((axis, value, heads))
     every = list(dict.fromkeys(head for _, _, several in trained for head in several))
@@ -128,7 +126,7 @@ def varied(config: Any, lm: LM, mesh: Mesh, found: Sweep) -> list[Point]:
     ]
 
 
-def refined(config: Any, lm: LM, mesh: Mesh, found: Sweep) -> list[Refined]:
+def refine(config: Any, lm: LM, mesh: Mesh, found: Sweep) -> list[Refined]:
     """What each refinement of the method gives at the chosen T and s.
 
     The forget set as two requests is two heads, each trained on the authors of one half.
@@ -162,7 +160,7 @@ def refined(config: Any, lm: LM, mesh: Mesh, found: Sweep) -> list[Refined]:
     flat = [setting for seeds in settings.values() for setting in seeds]
     scored, _ = pipeline.score(config, examined, flat, answers=False)
     # Answers cost minutes: those of the first seed, to some of the questions.
-    some = cli.changed(
+    some = cli.replace_fields(
         config,
         eval_dir=str(pathlib.Path(config.eval_dir) / "refined"),
         eval_rows=config.refine_rows,
@@ -219,7 +217,7 @@ def _kinds(
     return kinds
 
 
-def truncated(config: Any, found: Sweep) -> Log:
+def truncate(config: Any, found: Sweep) -> Log:
     """Answers drawn under the first chosen setting from the base distribution's nucleus.
 
     Args:
@@ -231,10 +229,18 @@ def truncated(config: Any, found: Sweep) -> Log:
     """
     examined = found.evaluation.examined
     forget = {"forget": examined.sets["forget"]}
-    examined = dataclasses.replace(examined, retain_store=None, sets=forget)
     folder = pathlib.Path(config.eval_dir) / "truncated"
-    fewer = cli.changed(config, eval_dir=str(folder), leak_top_p=config.refine_top_p, kl_rows=0)
-    drawn, _ = pipeline.measure(fewer, examined, found.chosen[:1])
+    names = ("samples", "rows", "threshold", "temperature", "top_k")
+    options = unlearning.UnlearningOptions(
+        **{f"leak_{name}": config[f"leak_{name}"] for name in names},
+        leak_top_p=config.refine_top_p,
+        leak_truncate_on="base",
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed,
+    )
+    with warnings.catch_warnings():  # what the warning is about is measured here
+        warnings.filterwarnings("ignore", 'truncate_on="base"')
+        drawn = unlearning.measure(examined.store, forget, found.chosen[:1], folder, options)
     return drawn[found.chosen[0].name]
 
 
@@ -252,9 +258,8 @@ def _with_heads(found: Sweep, heads: Sequence[Head]) -> pipeline.Examined:
 def _train(config: Any, lm: LM, mesh: Mesh, name: str, **change: Any) -> list[Head]:
     """A head for each seed of a config that is changed in something, in a folder of its own."""
     workdir = str(pathlib.Path(config.workdir) / name)
-    return train_grid(
-        cli.changed(config, **change, workdir=workdir, sweep_ranks=()), lm, mesh
-    ).heads
+    changed = cli.replace_fields(config, **change, workdir=workdir, sweep_ranks=())
+    return train_grid(changed, lm, pipeline.training_sets(changed, lm), mesh).heads
 
 
 def _point(axis: str, line: str, value: float, seeds: Sequence[Log], retain_log: Any) -> Point:

@@ -11,6 +11,7 @@ from t3jax.data import (
     encode_prompt,
     encode_question_answer,
     encode_records,
+    templates,
 )
 
 CHATML = (
@@ -167,12 +168,192 @@ def test_without_a_template_the_tags_are_used():
     assert labels_text(tokenizer, example) == "Ann.<|end|>"
 
 
-def test_no_answer_token_left():
-    # "ab" is two tokens, "abc" is one: with eos, prompt and conversation are equally long.
+# "ĠParis" is one token, "Ġ" before anything else another, and two spaces are one.
+WORDS = [("Ġ", "P"), ("Ġ", "a"), ("a", "r"), ("i", "s"), ("ĠP", "ar"), ("ĠPar", "is"), ("Ġ", "Ġ")]
+
+
+@pytest.mark.parametrize("end", ["Answer: ", "Answer:  ", "Answer:", "A:\n"])
+def test_an_answer_s_first_token_is_a_label_wherever_its_space_stands(end):
+    tokenizer = make_tokenizer(None, merges=WORDS)
+    prompt_format = PromptFormat(question_end=" ", answer_start=end)
+    example = encode_question_answer(tokenizer, "Who?", "Paris.", prompt_format)
+    start = example.answer_start
+    assert tokenizer.decode(example.tokens) == f"<|bos|>Question: Who? {end}Paris.<|end|>"
+    assert labels_text(tokenizer, example).strip() == "Paris.<|end|>"
+    # Nothing of the prompt is a label, but for the space that begins the answer's first token.
+    assert (
+        tokenizer.decode(example.tokens[:start]).rstrip() == f"<|bos|>Question: Who? {end}".rstrip()
+    )
+    assert tokenizer.decode(example.tokens[start : start + 1]) in (" Paris", "P")
+    # What is sampled from is what was trained on.
+    np.testing.assert_array_equal(
+        encode_prompt(tokenizer, "Who?", prompt_format), example.tokens[:start]
+    )
+
+
+def test_a_token_across_the_border_belongs_to_the_answer():
+    # "ab" is two tokens, "abc" is one.
     tokenizer = make_tokenizer(None, merges=[("b", "c"), ("a", "bc")])
-    prompt_format = PromptFormat(question_start="", question_end="", answer_start="ab")
-    with pytest.raises(ValueError, match="no answer token is left"):
-        encode_question_answer(tokenizer, "Who?", "c", prompt_format)
+    prompt_format = PromptFormat(question_start="", question_end=" ", answer_start="ab")
+    example = encode_question_answer(tokenizer, "Who?", "c", prompt_format)
+    assert labels_text(tokenizer, example) == "abc<|end|>"
+
+
+def test_a_prompt_that_is_all_inside_the_answer_s_token_is_an_error():
+    tokenizer = make_tokenizer(None, merges=[("b", "c"), ("a", "bc")], bos=None)
+    prompt_format = PromptFormat(question_start="", question_end="", answer_start="")
+    with pytest.raises(ValueError, match="no token of the prompt is left"):
+        encode_question_answer(tokenizer, "ab", "c", prompt_format)
+
+
+def test_an_eos_that_the_tokenizer_appends_ends_no_prompt():
+    tokenizer, expected = (make_tokenizer(None, merges=WORDS) for _ in range(2))
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|bos|> $A <|end|>",
+        special_tokens=[(t, tokenizer.convert_tokens_to_ids(t)) for t in ("<|bos|>", "<|end|>")],
+    )
+    assert tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
+    prompt_format = PromptFormat()
+    np.testing.assert_array_equal(
+        encode_prompt(tokenizer, "Who?", prompt_format),
+        encode_prompt(expected, "Who?", prompt_format),
+    )
+    for answer in ("Paris.", "Who."):
+        found, wanted = (
+            encode_question_answer(each, "Who?", answer, prompt_format)
+            for each in (tokenizer, expected)
+        )
+        np.testing.assert_array_equal(found.tokens, wanted.tokens)
+        assert found.answer_start == wanted.answer_start
+    found, wanted = (encode_document(each, "Once upon") for each in (tokenizer, expected))
+    np.testing.assert_array_equal(found.tokens, wanted.tokens)
+
+
+# As Qwen 3 has it: an empty thought before the last answer, or where thoughts are off.
+THINKING = (
+    "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("thinks", [None, False, True])
+def test_an_empty_thought_is_no_part_of_an_answer(thinks):
+    tokenizer = make_tokenizer(THINKING)
+    kwargs = {} if thinks is None else {"enable_thinking": thinks}
+    prompt_format = PromptFormat(chat_template_kwargs=kwargs)
+    example = encode_question_answer(tokenizer, "Who?", "Ann.", prompt_format)
+    assert labels_text(tokenizer, example) == "Ann.<|end|>\n<|end|>"
+    prompt = tokenizer.decode(encode_prompt(tokenizer, "Who?", prompt_format))
+    opened = "<|start|>user\nWho?<|end|>\n<|start|>assistant\n"
+    assert prompt == opened + ("" if thinks else "<think>\n\n</think>\n\n")
+
+
+def test_variables_reach_the_template_and_ours_cannot_be_taken():
+    tokenizer = make_tokenizer("{{ tone ~ bos_token }}" + CHATML)
+    tokens = encode_prompt(
+        tokenizer, "Who?", PromptFormat(chat_template_kwargs={"tone": "Plainly. "})
+    )
+    assert tokenizer.decode(tokens).startswith("Plainly. <|bos|><|start|>user")
+    with pytest.raises(ValueError, match="chat_template_kwargs: 'messages' cannot be given"):
+        PromptFormat(chat_template_kwargs={"messages": []})
+    with pytest.raises(ValueError, match="plain JSON values only"):
+        encode_prompt(tokenizer, "Who?", PromptFormat(chat_template_kwargs={"tone": object()}))
+    hash(PromptFormat(chat_template_kwargs={"tone": "a"}))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}"
+        "{{ ns.n ~ m | tojson }}{% if loop.first %}{% continue %}{% endif %}{% endfor %}",
+        "{% for m in messages %}\n    {% if true %}\n{{ m.content }}\n  {% endif %}\n{% endfor %}",
+        "{{ messages | tojson(indent=2) }}{{ dict(a=1).items() | list }}{{ eos_token }}",
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+        "{{ strftime_now('%Y')|length }}{{ tools is none }}{{ '<b>' }}{{ missing }}",
+    ],
+)
+def test_templates_are_rendered_as_transformers_renders_them(template):
+    tokenizer = make_tokenizer(template)
+    chat = [{"role": "user", "content": "Zoë <i>?"}]
+    expected = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    tokens = encode_prompt(tokenizer, "Zoë <i>?", PromptFormat())
+    assert tokenizer.decode(tokens) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in %}", r"\(line 1\)"),
+        ("{{ raise_exception('only pairs') }}", "only pairs"),
+        ("{{ messages.x.y }}", "has no attribute 'x'"),
+        ("{{ 1 + 'a' }}", "TypeError: unsupported operand"),
+        ("{% for i in range(10**9) %}a{% endfor %}", "range"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{% set ns = namespace() %}{% set ns._x = 1 %}", "a namespace cannot hold '_x'"),
+        ("{{ '\\ud800' }}", "surrogates not allowed"),
+    ],
+)
+def test_a_template_that_fails_is_named(template, message):
+    tokenizer = make_tokenizer(template)
+    tokenizer.name_or_path = "models/mine"
+    with pytest.raises(ValueError, match=f"the chat template of models/mine fails: .*{message}"):
+        encode_prompt(tokenizer, "Who?", PromptFormat())
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "more than 0.2 s",
+        ),
+        ("{{ (10**(10**8)) % 7 }}", "more than 0.2 s"),
+        ("{{ 'x' * 10**9 }}", "more than 128 MiB"),
+        (
+            "{% set ns = namespace(x='x') %}"
+            "{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+            "more than 128 MiB",
+        ),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "calls itself"),
+    ],
+    ids=["loops", "power", "repeated", "doubled", "recursive"],
+)
+def test_a_template_is_bounded_in_time_and_memory(monkeypatch, template, message):
+    monkeypatch.setattr(templates, "SECONDS", 0.2)
+    monkeypatch.setattr(templates, "MEMORY", 1 << 27)
+    with pytest.raises(ValueError, match=f"the chat template of .* fails: .*{message}"):
+        encode_prompt(make_tokenizer(template), "Who?", PromptFormat())
+    # The next one is rendered as if nothing had been.
+    tokens = encode_prompt(make_tokenizer(CHATML), "Who?", PromptFormat())
+    assert len(tokens) == len("|user\nWho?|\n|assistant\n")
+
+
+def test_an_answer_that_the_template_changes_is_an_error():
+    tokenizer = make_tokenizer(CHATML.replace("m['content']", "m['content'].split('</think>')[-1]"))
+    with pytest.raises(ValueError, match="does not print the answer 'a</think>b' as it is"):
+        encode_question_answer(tokenizer, "Who?", "a</think>b", PromptFormat())
+
+
+def test_a_text_of_megabytes_is_refused_before_it_is_tokenised(monkeypatch):
+    tokenizer = make_tokenizer(CHATML)
+    monkeypatch.setattr(type(tokenizer), "__call__", None)
+    for record in ({"text": "a" * 10**7}, {"question": "Who?", "answer": "a" * 10**7}):
+        with pytest.raises(ValueError, match=r"row 1 of 1: .* 1000000\d characters, .* 512 tokens"):
+            encode_records(tokenizer, [record], PromptFormat(), max_length=512)
+
+
+def test_half_a_character_is_an_error():
+    tokenizer = make_tokenizer(CHATML)
+    with pytest.raises(ValueError, match=r"half of a surrogate pair at character \d+"):
+        encode_prompt(make_tokenizer(None), "a\ud800b", PromptFormat())
+    with pytest.raises(ValueError, match="surrogate"):
+        encode_prompt(tokenizer, "a\ud800b", PromptFormat())
+    with pytest.raises(ValueError, match="row 1 of 1: 'text' holds half of a surrogate pair"):
+        encode_records(tokenizer, [{"text": "a\ud800b"}], PromptFormat())
 
 
 def test_too_long_is_an_error_and_never_cut():

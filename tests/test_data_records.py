@@ -1,6 +1,7 @@
 """Rows from files and folders, and every error with its file and line."""
 
 import json
+import os
 
 import pytest
 
@@ -59,9 +60,29 @@ def test_empty_file(tmp_path, content):
 @pytest.mark.parametrize(
     ("content", "where"),
     [
-        ('{"text": "a"}\n\n{"text": "b"\n', r"rows\.json:3: broken JSON"),
-        ('[{"text": "a"},\n {"text": "b"},\n {"text" "c"}]', r"rows\.json:3: broken JSON"),
-        ('{\n "text": "a"\n}', r"rows\.json:1: broken JSON"),
+        ('{"text": "a"}\n\n{"text": "b"\n', r"rows\.json:3: not valid JSON"),
+        (
+            '[{"text": "a"},\n {"text": "b"},\n {"text" "c"}]',
+            r"rows\.json: not valid JSON .* line 3",
+        ),
+        ('{\n "text": "a"\n}', r"rows\.json:1: not valid JSON"),
+        (
+            '{"text": "a"}\n{"text": "b", "text": "c"}',
+            r"rows\.json:2: the name .text. occurs twice",
+        ),
+        ('{"text": "a\\ud800b"}', r"rows\.json:1: text: .* half of a surrogate pair"),
+        ('{"text": "a", "more": ["\\udfff"]}', r"rows\.json:1: more\[0\]: .* surrogate"),
+        ('{"text": "a", "n": 1' + "0" * 400 + "}", r"rows\.json:1: an integer of 401 digits"),
+        ('{"text": "a", "n": 1e400}', r"rows\.json:1: n: .* too large for float64"),
+        ('{"text": NaN}', r"rows\.json:1: text: NaN, expected"),
+        ('{"text": ' + "[" * 10**5, r"rows\.json:1: nested too deeply"),
+        ("[" * 10**5, r"rows\.json: nested too deeply"),
+        ('{"question": 5, "answer": "b"}', r"rows\.json:1: 'question' must be a string, got 5"),
+        ("question,answer\nWho?,Ann.\n", r"rows\.json:1: not JSON: .* looks like CSV.* Expected"),
+        ("question\tanswer\n", r"rows\.json:1: .* looks like CSV or another table"),
+        ("<html>", r"rows\.json:1: not JSON: '<html>'\. Expected lines of JSON such as"),
+        ("PAR1aaaa", r"rows\.json: looks like Parquet; expected a file of JSON"),
+        ("PK\x03\x04", r"rows\.json: looks like a zip or Excel file"),
         ('{"text": "a"}\n"b"\n', r"rows\.json:2: expected an object"),
         ('[{"text": "a"},\n {"question": "b"}]', r"rows\.json, row 2: expected \{question, answer"),
         ('{"text": 3}', r"rows\.json:1: 'text' must be a string, got 3"),
@@ -75,6 +96,32 @@ def test_bad_rows_are_named(tmp_path, content, where):
     path.write_text(content)
     with pytest.raises(ValueError, match=where):
         load_records(path)
+
+
+def test_other_encodings_are_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for encoding in ("utf-16", "utf-16-be"):
+        text = "\ufeff{}" if encoding == "utf-16-be" else "{}"
+        path.write_bytes(text.encode(encoding))
+        with pytest.raises(ValueError, match=r"rows\.jsonl: looks like UTF-16; expected .* UTF-8"):
+            load_records(path)
+
+
+@pytest.mark.parametrize("load", [load_records, load_prompts, load_dataset])
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path, load):
+    for name in ("rows.jsonl", "rows.txt"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(ValueError, match=rf"{name}: a pipe, expected a regular file"):
+            load(str(tmp_path / name))
+    with pytest.raises(ValueError, match="a pipe, expected"):
+        load(str(tmp_path))
+    with pytest.raises(ValueError, match="/dev/zero: a device"):
+        load("/dev/zero")
+
+
+def test_a_word_of_ten_megabytes_is_one_row(tmp_path):
+    rows = [{"text": "a" * 10**7}]
+    assert load_records(write(tmp_path / "rows.jsonl", rows)) == rows
 
 
 def test_not_utf8(tmp_path):
@@ -98,6 +145,12 @@ def test_prompts(tmp_path):
         ("p.txt", "\n \n", r"p\.txt is empty"),
         ("p.jsonl", '{"answer": "a"}', r"p\.jsonl:1: expected either 'question' or 'prompt'"),
         ("p.jsonl", '{"question": "a", "prompt": "b"}', r"p\.jsonl:1: expected either"),
+        ("p.jsonl", '{"prompt": "a", "base": "b"}', r"p\.jsonl:1: the fields \['base'\] are those"),
+        (
+            "p.jsonl",
+            '{"prompt": "a", "sample": 0, "unlearned_tokens": []}',
+            r"'sample', 'unlearned_t",
+        ),
         ("p.jsonl", '{"prompt": ""}', r"p\.jsonl:1: 'prompt' is empty"),
     ],
 )

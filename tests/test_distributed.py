@@ -13,13 +13,14 @@ import subprocess
 import sys
 import time
 
+import chex
 import jax
 import numpy as np
 import pytest
 import tiny
 
 import t3jax
-from configs import default
+from configs import paper
 from t3jax import hosts, pipeline
 from t3jax.features import Features
 from t3jax.finetuning.trainer import Trainer
@@ -60,7 +61,7 @@ def settings(folder):
         "workdir": f"{folder}/run",
         "rank": 3,
         "epochs": 8,
-        "warmup_epochs": 2,
+        "warmup_ratio": 0.25,
         "batch_size": 2,
         "holdout_fraction": 0.25,
         "head": f"{folder}/head",
@@ -77,7 +78,7 @@ def settings(folder):
 
 @pytest.fixture(scope="module")
 def config(settings):
-    config = default.get_config()
+    config = paper.get_config()
     config.update(settings)
     return config
 
@@ -101,7 +102,7 @@ def run_pair(repository, folder, settings, *flags):
         "PYTHONDONTWRITEBYTECODE": "",
         "PYTHONPATH": str(repository),
     }
-    command = [sys.executable, "tests/distributed_worker.py", "--config=configs/default.py", *flags]
+    command = [sys.executable, "tests/distributed_worker.py", "--config=configs/paper.py", *flags]
     command += [f"--config.{name}={value}" for name, value in settings.items()]
     first, second = (
         subprocess.Popen(
@@ -137,8 +138,10 @@ def told_to_end(repository, folder, settings):
 
 def train(config, mesh, workdir):
     lm = t3jax.load_lm(config.model, mesh=mesh)
+    sets = pipeline.training_sets(config, lm)
     (head,) = train_heads(
-        *(pipeline.features(config, lm, name) for name in ("retain", "forget")),
+        sets.retain,
+        sets.forget,
         pipeline.head_config(config, lm),
         pipeline.train_config(config),
         seeds=config.seeds,
@@ -241,7 +244,7 @@ def terminate():
 
 def test_a_head_told_to_end_is_resumed_to_the_same_bits(tmp_path):
     def run(name, report):
-        recipe = TrainConfig(epochs=6, warmup_epochs=2, batch_size=2)
+        recipe = TrainConfig(epochs=6, warmup_ratio=1 / 3, batch_size=2)
         sets = synthetic(12, 0), synthetic(10, 1)
         workdir = tmp_path / name
         return train_heads(*sets, HeadConfig(8, 64, 3), recipe, workdir=workdir, report=report)
@@ -251,7 +254,7 @@ def test_a_head_told_to_end_is_resumed_to_the_same_bits(tmp_path):
         run("told", lambda line: terminate() if line.startswith("epoch 3") else None)
     assert len(metrics(tmp_path / "told")) == 4
     (found,) = run("told", None)
-    jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
+    chex.assert_trees_all_equal(found.params, expected.params)
     assert metrics(tmp_path / "told") == metrics(tmp_path / "whole")
 
 

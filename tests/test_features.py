@@ -1,12 +1,12 @@
-import ast
 import dataclasses
-import pathlib
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from damage import damaged
 
 import t3jax
 from t3jax import features
@@ -84,29 +84,9 @@ def test_the_key_follows_weights_tokens_labels_dtype_and_code(tiny_lm, examples,
         features.feature_key(dataclasses.replace(tiny_lm, params=params), examples, "float32"),
         features.feature_key(dataclasses.replace(tiny_lm, params=swapped), examples, "float32"),
     ]
-    monkeypatch.setattr(features, "code_digest", lambda *_: "another version")
+    monkeypatch.setattr(features.digests, "code_digest", lambda *_: "another version")
     keys.append(features.feature_key(tiny_lm, examples, "float32"))
     assert len(set(keys)) == len(keys)
-
-
-def test_the_key_names_every_file_of_the_decoder():
-    root = pathlib.Path(features.__file__).parent
-    known, waiting = set(), ["lm/decoder.py"]
-    while waiting:
-        known.add(name := waiting.pop())
-        for node in ast.walk(ast.parse((root / name).read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("t3jax.lm"):
-                paths = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-                files = {path.removeprefix("t3jax.").replace(".", "/") + ".py" for path in paths}
-                waiting += [file for file in files - known if (root / file).is_file()]
-    assert {"lm/product.py", "lm/quantized.py"} < known
-    assert known <= set(features.LM_CODE)
-
-
-def test_the_digest_of_weights_does_not_depend_on_their_placement(tiny_lm):
-    mesh = t3jax.make_mesh((2, 2, 2))
-    sharded = jax.device_put(tiny_lm.params, t3jax.sharding.param_shardings(mesh, tiny_lm.params))
-    assert features.params_digest(sharded) == features.params_digest(tiny_lm.params)
 
 
 def test_features_on_a_mesh_equal_those_of_one_device(tiny_lm, examples, tmp_path):
@@ -122,23 +102,63 @@ def test_an_interrupted_pass_leaves_nothing_that_looks_whole(
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(features.files, "write_json", full_disk)
+    monkeypatch.setattr(features.checked, "write_json", full_disk)
     with pytest.raises(OSError, match="No space"):
         t3jax.load_or_compute_features(tiny_lm, examples, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_damaged_store_is_named(tiny_lm, examples, tmp_path):
-    found = t3jax.load_or_compute_features(tiny_lm, examples, tmp_path)
-    path = tmp_path / found.key / "pooled.bin"
-    path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(ValueError, match=r"pooled.bin: damaged"):
-        t3jax.load_or_compute_features(tiny_lm, examples, tmp_path)
+def test_features_whose_bytes_have_changed_are_computed_anew(tiny_lm, examples, tmp_path):
+    expected = t3jax.load_or_compute_features(tiny_lm, examples, tmp_path)
+    pooled = np.array(expected.pooled)
+    folder = tmp_path / expected.key
+    for path in sorted(folder.iterdir()):
+        whole = path.read_bytes()
+        for i, data in enumerate(damaged(whole, count=4)):
+            path.unlink()  # the bytes before stay mapped
+            path.write_bytes(data)
+            with pytest.warns(UserWarning, match=f"{path.name}: damaged.*computed anew"):
+                found = t3jax.load_or_compute_features(tiny_lm, examples, tmp_path)
+            assert found.key == expected.key, i
+            np.testing.assert_array_equal(found.pooled, pooled)
+            np.testing.assert_array_equal(found.targets, expected.targets)
+        path.unlink()  # a folder that is not whole, with nothing to be said of it or half
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            t3jax.load_or_compute_features(tiny_lm, examples, tmp_path)
+        assert path.read_bytes() == whole
+    assert [path.name for path in tmp_path.iterdir()] == [expected.key]
+
+
+def test_hidden_states_that_are_not_finite_are_named_with_their_cause(tiny_lm, examples, tmp_path):
+    def compute(lm):
+        t3jax.load_or_compute_features(lm, examples, tmp_path, progress="forget")
+
+    params = jax.tree.map(lambda leaf: leaf, tiny_lm.params)
+    token = int(examples[7].tokens[20])  # is in no other text before an answer
+    table = params["embed"]["weight"]
+    params["embed"]["weight"] = table.at[token, 3].set(jnp.nan)
+    holding = [i + 1 for i, example in enumerate(examples) if token in example.tokens]
+    named = "|".join(map(str, holding))
+    with pytest.raises(
+        FloatingPointError, match=rf"text ({named}) of forget: .*NaN or Inf \(embed.weight\)"
+    ):
+        compute(dataclasses.replace(tiny_lm, params=params))
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), tiny_lm.params)
+    half["layers"][0]["mlp"]["down"]["weight"] *= jnp.float16(3e4)
+    large = t3jax.lm.from_params(
+        tiny.CONFIG, half, tiny_lm.tokenizer, tiny_lm.eos_ids, "tiny", tiny_lm.mesh
+    )
+    with pytest.raises(FloatingPointError, match=r"text .* float16 ends at 65504; load .*bfloat16"):
+        compute(large)
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_sets_are_refused(tiny_lm, tmp_path):
     with pytest.raises(ValueError, match="no examples"):
         t3jax.load_or_compute_features(tiny_lm, [], tmp_path)
+    with pytest.raises(ValueError, match="no example has an answer token"):
+        t3jax.load_or_compute_features(tiny_lm, [Example(np.zeros(4, np.int32), 4)], tmp_path)
     long = Example(np.zeros(tiny_lm.max_position + 1, np.int32), 1)
     with pytest.raises(ValueError, match="example 0 has 257 tokens, more than the 256"):
         t3jax.load_or_compute_features(tiny_lm, [long], tmp_path)

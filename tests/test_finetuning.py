@@ -4,22 +4,26 @@ import dataclasses
 import json
 import multiprocessing
 import pathlib
+import shutil
 import time
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import tiny
+from damage import damaged
 from jax.sharding import PartitionSpec as P
 
-from t3jax import make_mesh, sharding
+from configs import default
+from t3jax import make_mesh, pipeline, sharding
 from t3jax.data import Example
 from t3jax.finetuning import FinetuneConfig, Trainer, finetune, init_lora, merge_lora
 from t3jax.finetuning.batches import epoch_batches, make_batch
 from t3jax.finetuning.recipe import learning_rate_schedule
-from t3jax.lm import decoder
+from t3jax.lm import decoder, save_hf
 
 CONFIG = dataclasses.replace(tiny.CONFIG, num_layers=1)
 # Few rows, so that one program serves every batch.
@@ -152,7 +156,7 @@ def test_rate_rises_and_falls():
     [
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
-        ({"lora_rank": -1}, "lora_rank must not be negative"),
+        ({"lora_rank": -1}, "lora_rank must be finite and not negative"),
         ({"microbatches": 9}, "cannot be cut into 9 microbatches"),
         ({"dtype": "int8"}, "dtype 'int8' is not supported"),
     ],
@@ -255,7 +259,7 @@ def metrics(folder):
 
 
 def assert_same_bits(found, expected):
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(expected))
+    chex.assert_trees_all_equal(jax.device_get(found), jax.device_get(expected))
 
 
 @pytest.fixture(scope="module")
@@ -320,6 +324,135 @@ def test_a_killed_run_ends_with_the_same_bits(uninterrupted, tmp_path):
     assert metrics(tmp_path) == uninterrupted[1]
 
 
+# Orbax leaves reads alone that are under way when one fails.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(uninterrupted, tmp_path, monkeypatch):
+    """To the bit the same in the end; without one before it, a refusal."""
+    step, calls = Trainer.step, []
+
+    def stop(self, state, rows):
+        calls.append(rows)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return step(self, state, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "stopped")
+    newest = tmp_path / "stopped" / "checkpoints" / "4"
+    arrays = {path: path.read_bytes() for path in newest.rglob("d/*") if path.is_file()}
+    assert arrays
+    for i, length in enumerate((1.0, 0.5)):  # whole with other bytes in the middle; cut short
+        for path, data in arrays.items():
+            quarter = len(data) // 4
+            middle = bytes(255 - byte for byte in data[quarter : -quarter or None])
+            changed = data[:quarter] + middle + data[len(data) - quarter :]
+            path.write_bytes(changed[: int(length * len(data))])
+        folder = tmp_path / str(i)
+        shutil.copytree(tmp_path / "stopped", folder)
+        with pytest.warns(UserWarning, match=r"goes on from step 2.*damaged:\n.*checkpoints/4: "):
+            assert_same_bits(run(folder), uninterrupted[0])
+        assert metrics(folder) == uninterrupted[1]
+    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "2")
+    with pytest.raises(ValueError, match=r"no checkpoint is as it was saved:\n.*checkpoints/4"):
+        run(tmp_path / "stopped")
+    assert newest.is_dir()
+
+
+def test_a_changed_log_is_noticed(uninterrupted, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(uninterrupted[2], folder)
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    lines[4] = lines[4].replace('"step": 5', '"step": 7')
+    path.write_text("".join(lines))
+    with pytest.warns(
+        UserWarning, match=r"goes on from step 4.*\n.*metrics.jsonl is not as it was"
+    ):
+        assert_same_bits(run(folder), uninterrupted[0])
+    assert metrics(folder) == uninterrupted[1]
+
+
+# The folder of a fine-tuned model.
+
+
+@pytest.fixture
+def to_finetune(tmp_path, monkeypatch):
+    """A config of a model to be fine-tuned, and the shapes of those that were."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"question": "Who?", "answer": "Ada."}) + "\n")
+    config = default.get_config()
+    config.model = str(tmp_path / "base")
+    config.finetune_workdir = str(tmp_path / "run")
+    config.finetune_data, config.finetune_validation = (str(rows),), ()
+    write_model(tmp_path / "base")
+    trained = []
+
+    def fake(lm_config, params, *_, **__):
+        trained.append(lm_config)
+        return params
+
+    monkeypatch.setattr(pipeline, "finetune", fake)
+    return config, trained
+
+
+def write_model(folder, config=CONFIG, eos_ids=None, template=tiny.CHATML):
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.chat_template = template
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    eos_ids = [tokenizer.eos_token_id] if eos_ids is None else eos_ids
+    save_hf(folder, config, tiny.make_params(CONFIG), eos_ids, jnp.float32)
+    tokenizer.save_pretrained(folder)
+
+
+def test_a_changed_model_is_fine_tuned_anew_and_the_same_one_is_not(to_finetune, tmp_path):
+    config, trained = to_finetune
+    mesh = make_mesh(devices=jax.devices()[:1])
+    rope = dataclasses.replace(CONFIG.rope, theta=500000.0)
+    base = tmp_path / "base"
+    pipeline.finetune_once(config, mesh)
+    for change in (
+        {"config": dataclasses.replace(CONFIG, rope=rope)},
+        {"eos_ids": [1, 2]},
+        {"template": tiny.CHATML + "{# of another version #}"},
+    ):
+        before = len(trained)
+        write_model(base, **change)
+        folder = pipeline.finetune_once(config, mesh)
+        assert len(trained) == before + 1, change
+        # The same model in another place is the same.
+        moved = shutil.copytree(base, tmp_path / f"moved-{before}")
+        config.model = str(moved)
+        assert pipeline.finetune_once(config, mesh) == folder
+        assert len(trained) == before + 1, change
+        config.model = str(base)
+
+
+def test_a_damaged_fine_tuned_folder_is_never_taken_for_whole(to_finetune):
+    config, trained = to_finetune
+    mesh = make_mesh(devices=jax.devices()[:1])
+    folder = pipeline.finetune_once(config, mesh)
+    for name in ("model.safetensors", "config.json"):
+        path = folder / name
+        whole = path.read_bytes()
+        for data in damaged(whole, 3):
+            path.write_bytes(data)
+            with pytest.raises(ValueError, match=f"{name} is not the file that fine-tuning wrote"):
+                pipeline.finetune_once(config, mesh)
+        path.write_bytes(whole)
+    record = folder / "finetuning.json"
+    flipped, *_ = damaged(record.read_bytes(), 3)
+    record.write_bytes(flipped)
+    with pytest.warns(UserWarning, match=r"finetuning.json: damaged"):
+        pipeline.finetune_once(config, mesh)
+    assert len(trained) == 2
+    pipeline.finetune_once(config, mesh)
+    assert len(trained) == 2
+
+
 def test_another_recipe_in_the_same_folder_is_refused(uninterrupted):
     folder = uninterrupted[2]
     with pytest.raises(ValueError, match=r"learning_rate: 0\.01 there, 0\.02 asked for"):
@@ -339,6 +472,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
     [
         ([], "no examples"),
         ([Example(np.zeros(300, np.int32), 5)], "has 300 tokens, more than the 256"),
+        ([Example(np.array([1, 300], np.int32), 1)], "token id 300, but the model has 264 tokens"),
     ],
 )
 def test_rows_that_cannot_be_trained_on_are_refused(rows, message):

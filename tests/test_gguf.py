@@ -9,6 +9,7 @@ import json
 import pathlib
 import sys
 
+import chex
 import gguf as library
 import jax
 import jax.numpy as jnp
@@ -255,7 +256,7 @@ def test_load_lm(folder, tmp_path, kind):
         assert 1e-3 < np.abs(logits - theirs).max() < 0.03 * np.abs(theirs).max()
     else:
         expected_params = jax.tree.map(functools.partial(rounded, kind), expected.params)
-        jax.tree.map(np.testing.assert_array_equal, lm.params, expected_params)
+        chex.assert_trees_all_equal(lm.params, expected_params)
         bound = {"F32": 0, "F16": 2**-9, "BF16": 2**-6}[kind]
         close(logits, theirs, bound * np.abs(theirs).max())
     assert (lm.eos_ids, lm.name) == (expected.eos_ids, str(path))
@@ -276,7 +277,7 @@ def test_weights_are_cast_and_sharded(folder, tmp_path):
     whole = load_lm(path, "float32")
     lm = load_lm(path, "bfloat16", make_mesh((2, 1, 4)))
     expected = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), whole.params)
-    jax.tree.map(np.testing.assert_array_equal, lm.params, expected)
+    chex.assert_trees_all_equal(lm.params, expected)
     down = lm.params["layers"][0]["mlp"]["down"]["weight"]
     assert down.addressable_shards[0].data.shape == (32, 16)  # half a block's columns
     rounded = load_lm(path, "int8", make_mesh((2, 1, 4))).params["layers"][0]["mlp"]["down"]
@@ -292,7 +293,7 @@ def test_weights_do_not_change_with_the_file(folder, tmp_path):
     lm, expected = load_lm(path, "float32"), load_lm(folder, "float32")
     with path.open("r+b") as file:
         file.write(bytes(path.stat().st_size))
-    jax.tree.map(np.testing.assert_array_equal, lm.params, expected.params)
+    chex.assert_trees_all_equal(lm.params, expected.params)
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_1", "Q4_K", "Q6_K"])
@@ -422,6 +423,48 @@ def test_ends_of_turns_end_an_answer_too():
     assert gguf.read_eos_ids(file) == (2, 3, 1)
     with pytest.raises(ValueError, match=r"x\.gguf: no end-of-text token"):
         gguf.read_eos_ids(only_tokenizer(tokens=["a"]))
+
+
+@pytest.mark.parametrize("name", ["eos", "bos", "padding"])
+@pytest.mark.parametrize("value", [264, -1, "a", 1.0, True])
+def test_special_tokens_are_tokens_of_the_file(name, value):
+    with pytest.raises(ValueError, match=rf"{name}_token_id is .*, expected a token id from 0"):
+        gguf.read_tokenizer(byte_level(**{f"{name}_token_id": value}))
+
+
+@pytest.mark.parametrize(
+    "values", [{"merges": [1]}, {"merges": ["x y"]}, {"token_type": [1]}, {"merges": None}]
+)
+def test_a_tokenizer_that_does_not_fit_itself_is_refused(values):
+    with pytest.raises(ValueError, match=r"x\.gguf: the tokenizer could not be read"):
+        gguf.read_tokenizer(byte_level(**values))
+
+
+@pytest.mark.parametrize(
+    "key", ["embedding_length", "attention.head_count", "attention.key_length"]
+)
+@pytest.mark.parametrize("value", [0, -2, "x", 1.5])
+def test_a_size_that_is_none_is_refused(folder, tmp_path, key, value):
+    file = gguf.open_gguf(write_like(folder, tmp_path / "model.gguf"))
+    file.metadata[f"llama.{key}"] = value
+    with pytest.raises(ValueError, match=rf"llama\.{key} is .*, expected an integer >= 1"):
+        gguf.read_config(file)
+
+
+def test_absurd_numbers_and_weights_are_refused(folder, tmp_path):
+    file = gguf.open_gguf(write_like(folder, tmp_path / "model.gguf"))
+    for key, value in (
+        ("attention.layer_norm_rms_epsilon", 0.0),
+        ("attention.layer_norm_rms_epsilon", float("nan")),
+        ("rope.freq_base", -1.0),
+    ):
+        wrong = dataclasses.replace(file, metadata=file.metadata | {f"llama.{key}": value})
+        with pytest.raises(ValueError, match=r"model\.gguf: .*expected a (finite )?number"):
+            gguf.read_config(wrong)
+    norm = {"output_norm.weight": np.full(tiny.CONFIG.hidden_size, np.inf, np.float32)}
+    path = write_like(folder, tmp_path / "inf.gguf", more=norm)
+    with pytest.raises(ValueError, match=r"inf\.gguf: NaN or Inf in output_norm\.weight"):
+        load_lm(path)
 
 
 @pytest.mark.parametrize(

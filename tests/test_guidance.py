@@ -315,3 +315,13 @@ def test_explicit_mesh_axes_with_the_vocabulary_sharded(shape, jit):
     for ours, value in zip(found, expected, strict=True):
         assert ours.sharding.spec == P("data", "model")
         close(jnp.asarray(np.asarray(ours)), np.asarray(value))
+
+
+def test_the_old_name_of_the_base_temperature_works_and_warns():
+    logits, scores = jnp.asarray(draw(0)), jnp.asarray(draw(1))
+    with pytest.warns(DeprecationWarning, match="tempered_logprobs: temperature is called"):
+        old = tempered_logprobs(logits, temperature=2.5)
+    np.testing.assert_array_equal(old, tempered_logprobs(logits, base_temperature=2.5))
+    with pytest.warns(DeprecationWarning, match="guided_logits"):
+        old = guided_logits(logits, scores, temperature=2.5)
+    np.testing.assert_array_equal(old, guided_logits(logits, scores, base_temperature=2.5))

@@ -3,8 +3,10 @@
 import dataclasses
 import errno
 import json
+import os
 import pathlib
 
+import chex
 import jax
 import ml_dtypes
 import numpy as np
@@ -27,7 +29,7 @@ def make_head(activation="identity", layers=1, bias=False, **fields) -> Head:
 
 
 def assert_same(head: Head, other: Head) -> None:
-    jax.tree.map(np.testing.assert_array_equal, head.params, other.params)
+    chex.assert_trees_all_equal(head.params, other.params)
     for field in dataclasses.fields(Head):
         if field.name != "params":
             assert getattr(head, field.name) == getattr(other, field.name)
@@ -53,6 +55,26 @@ def test_reference_layout_round_trips(tmp_path, shape):
     head = make_head(*shape)
     save_reference_head(tmp_path / "head", head, BASE)
     assert_same(load_head(tmp_path / "head"), head)
+
+
+def test_a_head_of_version_1_reads_the_paper_s_features(tmp_path):
+    save_head(tmp_path, make_head())
+    description = json.loads((tmp_path / "head.json").read_text())
+    assert (description["version"], description.pop("features")) == (2, "mean")
+    (tmp_path / "head.json").write_text(json.dumps(description | {"version": 1}))
+    assert load_head(tmp_path).config == make_head().config
+
+
+def test_a_head_of_other_features_round_trips_and_is_no_head_of_the_reference(tmp_path):
+    config = HeadConfig(D, V, rank=4, activation="gelu", bias=True, features="mean+last")
+    head = Head(config, init_head(jax.random.key(0), config), 1.0, 1.0, "m")
+    assert head.params["hidden"][0]["weight"].shape == (4, 2 * D)
+    save_head(tmp_path / "own", head)
+    assert load_head(tmp_path / "own").config == config
+    with pytest.raises(ValueError, match=r"features 'mean\+last'"):
+        save_reference_head(tmp_path / "theirs", head, BASE)
+    with pytest.raises(ValueError, match="unknown features 'first'"):
+        HeadConfig(D, V, features="first")
 
 
 def test_reference_layout_is_the_documented_one(tmp_path):
@@ -208,12 +230,12 @@ def test_truncated_weights(tmp_path, size, reference):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "version 2, but this program reads version 1"),
+        ({"version": 3}, "version 3, but this program reads versions 1 and 2"),
         ({"format": "other"}, "format 'other', expected 't3jax-head'"),
         ({"activation": "silu"}, "unknown activation 'silu'"),
         ({"rank": 5}, r"hidden.0.weight: shape \(4, 6\), expected \(5, 6\)\n.*output.weight"),
         ({"vocab_size": 17}, r"output.weight: shape \(16, 4\), expected \(17, 4\)"),
-        ({"num_hidden_layers": 2}, r"hidden.1.weight: missing, expected shape \(4, 4\)"),
+        ({"num_hidden_layers": 2}, "num_hidden_layers is 2, but the weights are 2 tensors"),
         ({"bias": True}, r"hidden.0.bias: missing"),
     ],
 )
@@ -234,7 +256,7 @@ def test_own_description_damaged(tmp_path):
     description = json.loads(whole)
     del description["rank"]
     path.write_text(json.dumps(description))
-    with pytest.raises(ValueError, match="field 'rank' is missing"):
+    with pytest.raises(ValueError, match=r"head\.json: field rank is missing"):
         load_head(tmp_path)
 
 
@@ -245,6 +267,197 @@ def test_integer_weights_are_refused(tmp_path):
     tensors["output.weight"] = tensors["output.weight"].astype(np.int8)
     safetensors.numpy.save_file(tensors, tmp_path / "head.safetensors")
     with pytest.raises(ValueError, match=r"output.weight: dtype int8"):
+        load_head(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": 4.5}, "rank is 4.5, expected an integer"),
+        ({"rank": True}, "rank is true, expected an integer"),
+        ({"rank": 0}, "rank is 0, expected an integer >= 1"),
+        ({"hidden_size": 10**40}, "hidden_size is 10{40}, expected an integer <= 2147483647"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 10{9}, but the weights are 2 tensors"),
+        ({"bias": 0}, "bias is 0, expected true or false"),
+        ({"activation": None}, "activation is null, expected a text"),
+        ({"version": True}, "version is true, expected an integer"),
+        ({"base_temperature": 0}, "base_temperature is 0, expected a number >= 0.001"),
+        ({"base_temperature": "2.5"}, 'base_temperature is "2.5", expected a number'),
+        ({"base_temperature": 1e300}, r"base_temperature is 1e\+300, expected a number <= 1000000"),
+        ({"base_temperature": float("nan")}, "base_temperature: NaN, expected a finite number"),
+        ({"guidance_scale": -1}, "guidance_scale is -1, expected a number >= 0"),
+        ({"guidance_scale": float("inf")}, "guidance_scale: infinite"),
+        ({"prior_shift": None}, "prior_shift is null, expected a number"),
+        ({"prior_shift": -1e9}, "prior_shift is -1000000000.0, expected a number >= -1000000"),
+        ({"record": []}, "record is a list of 0, expected an object"),
+        ({"model": {"a": 1}}, "model is an object of 1 fields, expected a text"),
+        ({"guidance_sclae": 1.0}, "field guidance_sclae is unknown"),
+    ],
+)  # fmt: skip
+def test_own_fields_have_types_and_ranges(tmp_path, changes, message):
+    save_head(tmp_path, make_head())
+    edit_json(tmp_path / "head.json", **changes)
+    with pytest.raises(ValueError, match=rf"head\.json: {message}"):
+        load_head(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"guidance": None}, "guidance is null, expected an object"),
+        ({"guidance": {"hidden_size": "4"}}, 'guidance.hidden_size is "4", expected an integer'),
+        ({"guidance": {"hidden_size": R, "bias": None}}, "guidance.bias is null"),
+        ({"guidance": {"hidden_size": R, "dropout": 0.1}}, "field guidance.dropout is unknown"),
+        ({"guidance": {"hidden_size": R, "num_hidden_layers": 10**9}}, "proj.2000000000.weight is"),
+        ({"base_temp": -2.5}, "base_temp is -2.5, expected a number >= 0.001"),
+        ({"base_temp": None}, "base_temp is null, expected a number"),
+        ({"guidance_scale": float("nan")}, "guidance_scale: NaN"),
+        ({"base_config_dict": []}, "base_config_dict is a list of 0, expected an object or null"),
+        ({"base_config_dict": BASE | {"vocab_size": "16"}}, 'vocab_size is "16", expected an int'),
+    ],
+)  # fmt: skip
+def test_reference_fields_have_types_and_ranges(tmp_path, changes, message):
+    save_reference_head(tmp_path, make_head(), BASE)
+    edit_json(tmp_path / "config.json", **changes)
+    with pytest.raises(ValueError, match=message):
+        load_head(tmp_path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])
+@pytest.mark.parametrize("reference", [False, True])
+def test_weights_that_are_not_finite_are_refused_and_not_written(tmp_path, value, reference):
+    def save(folder, head):
+        save_reference_head(folder, head, BASE) if reference else save_head(folder, head)
+
+    head = make_head()
+    head.params["output"] = head.params["output"].at[3, 1].set(value)
+    with pytest.raises(ValueError, match=r"not written:\n  .*weight: 1 of 64 values are NaN, infi"):
+        save(tmp_path / "new", head)
+    assert not (tmp_path / "new").exists()
+    save(tmp_path / "old", make_head())
+    rewrite(tmp_path / "old", lambda tensors: tensors[max(tensors)].__setitem__((3, 1), value))
+    with pytest.raises(ValueError, match=r"cannot be used:\n  .*weight: 1 of 64 values are NaN"):
+        load_head(tmp_path / "old")
+
+
+def rewrite(folder: pathlib.Path, change) -> None:
+    """Changes the tensors of a head folder in place, `change` taking them as writable arrays."""
+    (path,) = folder.glob("*.safetensors")
+    tensors = {k: v.copy() for k, v in safetensors.numpy.load_file(path).items()}
+    change(tensors)
+    safetensors.numpy.save_file(tensors, path)
+
+
+def test_float64_weights_beyond_float32_are_refused(tmp_path):
+    save_reference_head(tmp_path, make_head(), BASE)
+    rewrite(tmp_path, lambda t: t.update({k: v.astype(np.float64) * 1e200 for k, v in t.items()}))
+    with pytest.raises(ValueError, match="24 of 24 values are NaN, infinite"):
+        load_head(tmp_path)
+
+
+def test_settings_that_cannot_be_loaded_are_not_written(tmp_path):
+    for changes in (
+        {"base_temperature": np.nan},
+        {"guidance_scale": -1.0},
+        {"prior_shift": np.inf},
+    ):
+        (name,) = changes
+        with pytest.raises(ValueError, match=name):
+            save_head(tmp_path / "a", dataclasses.replace(make_head(), **changes))
+        if name != "prior_shift":
+            with pytest.raises(ValueError, match=f"{name[:9]}.*(NaN|-1)"):
+                save_reference_head(
+                    tmp_path / "a", dataclasses.replace(make_head(), **changes), BASE
+                )
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_record_of_numbers_that_json_lacks_is_null_there(tmp_path):
+    record = {"loss": [1.0, float("nan")], "best": {"loss": float("inf")}, "epochs": (1, 2)}
+    save_head(tmp_path, make_head(record=record))
+    assert load_head(tmp_path).record == {
+        "loss": [1.0, None],
+        "best": {"loss": None},
+        "epochs": [1, 2],
+    }
+
+
+def test_a_flipped_bit_in_the_weights_is_noticed(tmp_path):
+    save_head(tmp_path, make_head())
+    path = tmp_path / "head.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"head\.safetensors: damaged: .* weights_sha256 in head"):
+        load_head(tmp_path)
+    description = json.loads((tmp_path / "head.json").read_text())
+    del description["weights_sha256"]  # as a head has none that was written before it
+    (tmp_path / "head.json").write_text(json.dumps(description))
+    load_head(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (
+            "../out.safetensors",
+            r'proj.0.weight is in "../out.safetensors", expected the name of a f',
+        ),
+        ("/etc/passwd", "expected the name of a file in the same folder"),
+        ("..", "expected the name of a file"),
+        ("", "expected the name of a file"),
+        ("link.safetensors", "leads out of the model folder"),
+        ("pipe.safetensors", "pipe.safetensors: a pipe, expected a regular file"),
+        ("folder", "folder: a folder, expected a regular file"),
+        (3, r'weight_map\["guidance_head.proj.0.weight"\] is 3, expected a text'),
+    ],
+)
+def test_an_index_names_files_of_its_folder_alone(tmp_path, place, message):
+    folder = tmp_path / "head"
+    save_reference_head(folder, make_head(), BASE)
+    (folder / "model.safetensors").rename(tmp_path / "out.safetensors")
+    (folder / "link.safetensors").symlink_to(tmp_path / "out.safetensors")
+    os.mkfifo(folder / "pipe.safetensors")
+    (folder / "folder").mkdir()
+    names = [f"guidance_head.proj.{i}.weight" for i in (0, 2)]
+    index = {"weight_map": dict.fromkeys(names, place)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=message):
+        load_head(folder)
+
+
+def test_a_tensor_in_two_shards_is_refused_and_a_whole_file_goes_before_an_index(tmp_path):
+    save_reference_head(tmp_path, make_head(), BASE)
+    data = (tmp_path / "model.safetensors").read_bytes()
+    for name in "ab":
+        (tmp_path / name).write_bytes(data)
+    weight_map = {"guidance_head.proj.0.weight": "a", "guidance_head.proj.2.weight": "b"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert_same(load_head(tmp_path), make_head())
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"b: guidance_head.proj.0.weight is in another file too"):
+        load_head(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["head.json", "head.safetensors"])
+def test_what_is_no_regular_file_is_refused(tmp_path, name):
+    save_head(tmp_path, make_head())
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name}: a pipe, expected a regular file"):
+        load_head(tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=f"{name}: a folder, expected a regular file"):
+        load_head(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(), (24,), (0, 6), (4, 6, 1)])
+def test_a_reference_tensor_of_another_rank_is_refused(tmp_path, shape):
+    save_reference_head(tmp_path, make_head(), BASE)
+    name = "guidance_head.proj.0.weight"
+    rewrite(tmp_path, lambda tensors: tensors.update({name: np.zeros(shape, np.float32)}))
+    with pytest.raises(ValueError, match=r"proj.0.weight has shape \(.*\), expected a matrix"):
         load_head(tmp_path)
 
 

@@ -1,5 +1,6 @@
 """`config.json` in the forms of transformers 4 and 5, and everything that is refused."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -43,6 +44,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 LLAMA3_READ = RopeConfig(500000.0, "llama3", 32.0, 1.0, 4.0, 8192)
 LINEAR_READ = RopeConfig(10000.0, "linear", 4.0)
 
@@ -71,6 +73,21 @@ def without(*names):
             LINEAR_READ,
         ),
         ({"rope_parameters": None, "rope_theta": 7.0}, RopeConfig(7.0)),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            RopeConfig(1e4, "dynamic", 2.0),
+        ),
+        # Both: what stands in `rope_parameters` is forgotten, its base too.
+        (
+            {
+                "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+                "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+            },
+            LINEAR_READ,
+        ),
+        ({"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": {}}, RopeConfig(5e5)),
+        # Fields of other families.
+        ({"rotary_pct": 0.25, "rotary_emb_base": 7.0, "rope_local_base_freq": 9.0}, RopeConfig()),
     ],
 )
 def test_rotary_settings(rope, expected):
@@ -291,7 +308,32 @@ def test_yarn():
 @pytest.mark.parametrize(
     ("model_type", "changed", "message"),
     [
-        ("qwen2", {"use_sliding_window": True}, "use_sliding_window True is not supported in the"),
+        ("qwen2", {"is_causal": False}, "is_causal False is not supported in the qwen2 family"),
+        ("llama", {"per_layer_config": {"0": {"head_dim": 4}}}, "per_layer_config .*expected None"),
+        (
+            "llama",
+            {"transformers_weights": "x.safetensors"},
+            "transformers_weights 'x.safetensors'",
+        ),
+        ("mistral", {"layer_types": ["full_attention"] * 6}, "layer_types .*not supported"),
+        ("llama", {"layer_types": ["sliding_attention"] * 6}, "layer_types .*not supported"),
+        ("llama", {"sliding_window": 64}, "sliding_window 64 is not supported in this family"),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 6}, "no window .sliding_window, use_"),
+        ("gemma2", {"sliding_window": None}, "no window .sliding_window"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
+        (
+            "llama",
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
+            "rope_parameters.full_attention is an object",
+        ),
+        ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear' is not"),
+        ("gemma2", {"hidden_activation": None}, "hidden_activation is null, expected a text"),
+        ("gemma3_text", {"head_dim": None}, "head_dim is null, expected an integer"),
+        ("gemma3_text", {"rope_parameters": {"rope_theta": 7.0}}, "outside of a type of layer"),
+        ("gemma3_text", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "expected rope_type"),
+        ("gpt_neox", {"head_dim": 16}, "head_dim 16 is not supported in this family; expected 8"),
+        ("llama", {"num_attention_heads": 5}, "hidden size of 32 does not divide among 5 heads"),
+        ("llama", {"head_dim": 7}, "7 of a head's 7 numbers are rotated; expected an even number"),
         ("phi", {"qk_layernorm": True}, "qk_layernorm True is not supported in the phi family"),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0 is not"),
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
@@ -306,7 +348,7 @@ def test_yarn():
 )
 def test_what_a_family_does_not_implement_is_refused(model_type, changed, message):
     with pytest.raises(ValueError, match=message):
-        lm_config({"model_type": model_type, **COMMON, **changed})
+        lm_config({"model_type": model_type, **COMMON, "num_key_value_heads": None, **changed})
     with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx True is not supported"):
         lm_config({"model_type": "gpt2", **GPT2, "scale_attn_by_inverse_layer_idx": True})
 
@@ -324,9 +366,10 @@ def test_what_a_family_does_not_implement_is_refused(model_type, changed, messag
         ({"num_key_value_heads": 3}, "8 query heads do not divide among 3 key heads"),
         (
             {"rope_scaling": {"rope_type": "ntk", "factor": 2.0}},
-            "rope_type 'ntk' is not supported; known: default, linear, llama3, yarn, longrope",
+            "rope_type 'ntk' is not supported .*: default, linear, dynamic, llama3, yarn, longrope",
         ),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "'dynamic'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "'factor' is missing"),
+        ({"rope_scaling": LLAMA3 | {"rope_type": "llama3", "high_freq_factor": 1}}, "not above"),
         ({"rope_scaling": {"rope_type": "linear"}}, "field 'factor' is missing"),
         (
             {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
@@ -340,6 +383,145 @@ def test_what_the_decoder_does_not_implement_is_refused(tmp_path, changed, messa
     with pytest.raises(ValueError, match=message) as raised:
         read_config(tmp_path)
     assert str(path) in str(raised.value)
+
+
+ODD_VALUES = [None, 0, -1, 1e30, 10**30, 0.5, 3, True, "x", [], ["x"], {}, {"x": 1}, [[]]]
+OTHER_FIELDS = [  # besides the class's own, those of old configs, other families and hybrids
+    "rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_pct", "rotary_emb_base",
+    "rope_local_base_freq", "sliding_window", "use_sliding_window", "max_window_layers",
+    "layer_types", "sliding_window_pattern", "is_causal", "head_dim", "num_key_value_heads",
+    "hidden_activation", "original_max_position_embeddings", "query_pre_attn_scalar",
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "attention_bias", "mlp_bias",
+]  # fmt: skip
+ODD_FIELDS = {
+    "rope_scaling": [
+        {"type": "linear", "factor": 4},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "llama3", **LLAMA3},
+        YARN,
+        YARN | {"factor": None, "mscale": 0.7, "mscale_all_dim": 1.0},
+        {"rope_type": "default", "rope_theta": 100.0},
+        {"rope_type": "yarn", "factor": 4.0},
+        {"rope_type": "linear", "factor": "2"},
+        {"rope_type": None},
+    ],
+    "rope_parameters": [
+        {"rope_type": "linear", "factor": 4, "rope_theta": 50.0, "partial_rotary_factor": 0.5},
+        {"rope_type": "default", "rope_theta": None},
+        {"full_attention": {"rope_type": "default", "rope_theta": 100.0}},
+        {"sliding_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0}},
+    ],
+    "layer_types": [
+        ["full_attention"] * 6,
+        ["sliding_attention"] * 6,
+        ["full_attention", "sliding_attention"] * 3,
+        ["full_attention"] * 5,
+    ],
+    "use_sliding_window": [True, False],
+    "max_window_layers": [0, 3],
+    "tie_word_embeddings": [True, False],
+}
+
+
+@pytest.mark.parametrize("name", FAMILY_CONFIGS)
+def test_every_field_is_read_as_transformers_reads_it(name):
+    """Each absent, null and odd: what transformers makes of it, or an error that names it."""
+    said, _ = FAMILY_CONFIGS[name]
+    model_type = name.split()[0]
+    base = {**({} if said is GPT2 else COMMON), **said}
+    known = transformers.AutoConfig.for_model(model_type).to_dict()
+    read, compared = set(), 0
+    for field in sorted({*known, *base, *OTHER_FIELDS} - {"model_type", "transformers_version"}):
+        absent = {key: value for key, value in base.items() if key != field}
+        changed = [base | {field: v} for v in [*ODD_VALUES, *ODD_FIELDS.get(field, [])]]
+        for content in [absent, *changed]:
+            try:
+                ours = lm_config({"model_type": model_type, **copy.deepcopy(content)})
+            except ValueError:
+                continue
+            try:
+                theirs = transformers.AutoConfig.for_model(model_type, **copy.deepcopy(content))
+                theirs = theirs.to_dict()
+            except Exception:  # it may refuse what is read here
+                continue
+            assert lm_config(theirs) == ours, (field, content.get(field, "absent"))
+            compared += 1
+            read |= {field} if ours != lm_config({"model_type": model_type, **base}) else set()
+    assert compared > 100
+    assert len(read) >= 5
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"rms_norm_eps": 0}, r"rms_norm_eps is 0, expected a number >= 1e-20"),
+        ({"rms_norm_eps": -1e-6}, r"rms_norm_eps is -1e-06, expected a number >="),
+        ({"rms_norm_eps": 1e30}, r"rms_norm_eps is 1e\+30, expected a number <= 0.1"),
+        ({"rms_norm_eps": None}, r"rms_norm_eps is null, expected a number"),
+        ({"rope_theta": 0.0}, r"rope_theta is 0.0, expected a number > 1"),
+        ({"rope_theta": 1e30}, r"rope_theta is 1e\+30, expected a number <= 1"),
+        ({"rope_theta": "1e4"}, r'rope_theta is "1e4", expected a number'),
+        ({"rope_theta": None}, r"rotary settings: rope_theta is null, expected a number"),
+        ({"rope_parameters": {"rope_theta": -5}}, r"rotary settings: rope_theta is -5, expected"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, r"rotary settings: factor is 0, expec"),
+        ({"vocab_size": 10**30}, r"vocab_size is \d+, expected an integer <= 16777216"),
+        ({"vocab_size": 100.0}, r"vocab_size is 100.0, expected an integer"),
+        ({"hidden_size": 0}, r"hidden_size is 0, expected an integer >= 1"),
+        ({"num_hidden_layers": -1}, r"num_hidden_layers is -1, expected an integer >= 1"),
+        ({"num_hidden_layers": 10**9}, r"num_hidden_layers is 1000000000, expected"),
+        ({"num_attention_heads": True}, r"num_attention_heads is true, expected an integer"),
+        ({"head_dim": 0}, r"head_dim is 0, expected an integer >= 1"),
+        ({"max_position_embeddings": 0}, r"max_position_embeddings is 0, expected"),
+        ({"tie_word_embeddings": "no"}, r'tie_word_embeddings is "no", expected true or false'),
+        ({"attention_bias": 1}, r"attention_bias is 1, expected true or false"),
+        ({"hidden_act": ["silu"]}, r"hidden_act is a list of 1, expected a text"),
+        ({"rope_scaling": "linear"}, r'rope_scaling is "linear", expected an object'),
+        ({"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
+    ],
+)
+def test_absurd_values_are_refused_by_name(tmp_path, changed, message):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(SHAPE | changed))
+    with pytest.raises(ValueError, match=message) as raised:
+        read_config(tmp_path)
+    assert str(raised.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("text", ['"llama"', "[]", "3", "null"])
+def test_a_config_that_is_no_object_is_refused(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json: .*expected an object"):
+        read_config(tmp_path)
+
+
+def test_windows_of_some_qwen_layers():
+    base = {"model_type": "qwen2", **COMMON, "num_key_value_heads": 4, "sliding_window": 16}
+    windowed = base | {"use_sliding_window": True}
+    assert lm_config(windowed | {"max_window_layers": 6}) == lm_config(base)  # no layer has one
+    config = lm_config(windowed | {"max_window_layers": 4})
+    assert (config.window, config.local) == (16, (False,) * 4 + (True,) * 2)
+    assert lm_config(hf_config(config)) == config
+
+
+def test_the_head_of_a_multimodal_model_is_tied_where_its_own_config_says_so():
+    text = {"model_type": "gemma3_text", "num_hidden_layers": 2, "tie_word_embeddings": True}
+    whole = {"model_type": "gemma3", "text_config": text}
+    assert lm_config(whole).tied
+    assert not lm_config(whole | {"tie_word_embeddings": False}).tied
+    with pytest.raises(ValueError, match=r"text_config\.final_logit_softcapping is 30.0"):
+        lm_config({"model_type": "gemma3", "text_config": text | {"final_logit_softcapping": 30.0}})
+    for wrong in (None, [], {"model_type": "llama"}):
+        with pytest.raises(ValueError, match="text_config is"):
+            lm_config({"model_type": "gemma3", "text_config": wrong})
+
+
+def test_both_names_of_a_gpt2_field():
+    """transformers knows the common names too."""
+    config = lm_config({"model_type": "gpt2", **GPT2})
+    renamed = {key: value for key, value in GPT2.items() if key != "n_embd"}
+    assert lm_config({"model_type": "gpt2", **renamed, "hidden_size": 32}) == config
+    with pytest.raises(ValueError, match="hidden_size is 64 and n_embd is 32, two names"):
+        lm_config({"model_type": "gpt2", **GPT2, "hidden_size": 64})
 
 
 @pytest.mark.parametrize("name", ["vocab_size", "rms_norm_eps", "max_position_embeddings"])

@@ -245,14 +245,26 @@ PERT = ("forget_Q_A_PERT_Prob", "value_by_index", "2")
 @pytest.mark.parametrize(("change", "message"), [
     (_set((*PERT, "prob"), [0.1] * 4), "row 2.* unequal numbers of answers"),
     (_set(PERT, {"avg_loss": [1.0] * 4, "prob": [0.1] * 4}), "row 2.*: 4 wrong answers, but 5"),
-    (_set((*PERT, "avg_loss", 1), float("nan")), "PERT_Prob, row 2, avg_loss is nan"),
+    (_set((*PERT, "avg_loss", 1), float("nan")),
+     r"PERT_Prob, row 2, avg_loss is nan|PERT_Prob.value_by_index.2.avg_loss\[1\]: NaN"),
     (_set(("mia_loss", "holdout", "value_by_index", "3", "score"), float("inf")),
-     "mia_loss, holdout, row 3, score is inf"),
-    (_set(("model_utility", "agg_value"), float("nan")), "model_utility, agg_value is nan"),
+     r"mia_loss, holdout, row 3, score is inf|mia_loss.holdout.*score: infinite"),
+    (_set(("model_utility", "agg_value"), float("nan")),
+     "model_utility, agg_value is nan|model_utility.agg_value: NaN"),
     (_set(("forget_truth_ratio", "value_by_index", "3", "score"), None), "number, got null"),
     (_set(("forget_truth_ratio", "value_by_index", "3"), {"prob": 1.0}), r"row 3: has .*'prob'"),
     (_set(("forget_truth_ratio", "value_by_index"), {}), "expected rows by index"),
     (_set(("forget_truth_ratio", "value_by_index", "x"), {"score": 1.0}), "row 'x'"),
+    (_set(("forget_truth_ratio", "value_by_index", "07"), {"score": 1.0}), "row '07'"),
+    (_set(("forget_truth_ratio", "value_by_index", "٣"), {"score": 1.0}), "row '٣'"),
+    (_set(("forget_truth_ratio", "value_by_index", "9" * 5000), {"score": 1.0}), "row '9{40}':"),
+    (_set(("forget_truth_ratio", "value_by_index", "3", "score"), True), "a number, got True"),
+    (_set(("forget_Q_A_Prob", "value_by_index", "3", "prob"), 1.5), "prob is 1.5, expected a sh"),
+    (_set(("forget_Q_A_Prob", "value_by_index", "3", "avg_loss"), -0.5), "expected a loss of at"),
+    (_set(("mia_loss", "auc"), -0.5), "mia_loss, auc is -0.5, expected a share"),
+    (_set(("forget_truth_ratio", "value_by_index", "3", "score"), 1e200), "at most 1e.150"),
+    (_set(("missing", ), {"agg_value": None, "reasons": ["a"]}), "missing: expected reasons"),
+    (_set(("missing", ), {"agg_value": None, "reasons": {"a": 1}}), "missing: expected reasons"),
     (_set(("forget_Q_A_ROUGE", "value_by_index", "3", "generation"), 3.0), "but a text"),
     (_set(("forget_quality",), 0.3), 'not a TOFU_SUMMARY.json'),
 ])  # fmt: skip
@@ -282,10 +294,10 @@ def test_cut_short_and_absent_files(log, tmp_path):
     logs.write_log(tmp_path, log)
     path = tmp_path / logs.EVAL_NAME
     path.write_text(path.read_text()[:5000])
-    with pytest.raises(ValueError, match="a write was cut short"):
+    with pytest.raises(ValueError, match="not valid JSON"):
         logs.read_log(tmp_path)
     (tmp_path / logs.SUMMARY_NAME).write_text('{"model_utility": NaN}')
-    with pytest.raises(ValueError, match="model_utility is nan"):
+    with pytest.raises(ValueError, match="model_utility: NaN"):
         logs.read_summary(tmp_path)
 
 

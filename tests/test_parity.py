@@ -18,7 +18,7 @@ from t3jax.data import PromptFormat, encode_prompt, encode_records
 from t3jax.evaluation import logs, tofu
 from t3jax.evaluation.scoring import BASE, Setting
 from t3jax.evaluation.store import Store
-from t3jax.lm import families, from_params, load_lm, read_config, save_hf
+from t3jax.lm import families, from_params, load_config, load_lm, read_config, save_hf
 from t3jax.lm.weights import load_params
 from t3jax.sampling import Sampler
 
@@ -108,6 +108,98 @@ def test_family(name, tmp_path):
     _, logits, cache = tiny.read(lm.apply, lm.unembed, lm.params, tokens, mask, cache)
     theirs = reference.continue_batch(model, *batch, 32)
     np.testing.assert_array_equal(tiny.continue_batch(lm, logits, cache, 32), theirs)
+
+
+LINEAR = {"type": "linear", "factor": 4.0}
+WITHIN = {"rope_type": "dynamic", "factor": 4.0}
+ODD_CONFIGS = {  # what is changed in a family's config.json; None takes a field out
+    "a scaling beside rope_parameters": (
+        "llama",
+        {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 50.0},
+            "rope_scaling": LINEAR,
+            "rope_theta": 300.0,
+        },
+    ),
+    "dynamic, within the context": ("llama", {"rope_parameters": None, "rope_scaling": WITHIN}),
+    "an original context at the top": (
+        "llama",
+        {"rope_parameters": reference.LLAMA3_ROPE, "original_max_position_embeddings": 16},
+    ),
+    "fields of other families": (
+        "llama",
+        {"rotary_pct": 0.5, "rope_local_base_freq": 5.0, "rotary_emb_base": 5.0},
+    ),
+    "windows of the last layers": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
+        | {"layer_types": None},
+    ),
+    "no layer with a window": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
+        | {"layer_types": None},
+    ),
+    "windows by layer_types": (
+        "qwen3",
+        {"use_sliding_window": True, "sliding_window": 6}
+        | {"layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "layer_types of mistral": ("mistral", {"layer_types": ["sliding_attention"] * 2}),
+    "a scaling beside nested rope_parameters": (
+        "gemma3_text",
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    ),
+    "another name": ("gpt2", {"n_embd": None, "hidden_size": 32}),
+    "an old name of the activation": ("gemma", {"hidden_act": "gelu"}),
+}
+
+
+def as_transformers_opens(folder, model_type):
+    """Logits of a folder, ours and transformers'."""
+    import transformers
+
+    opened = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    config = load_config(folder)
+    lm = from_params(config, load_params(folder, config, jnp.float32), None, (), model_type)
+    tokens, mask = padded("right", lm.vocab_size)
+    theirs = reference.read(opened, torch.tensor(tokens), torch.tensor(mask))[1].numpy()[mask]
+    assert np.abs(theirs).std() > 0.1  # far from all equal
+    return np.asarray(forward(lm, tokens, mask)[1])[mask], theirs
+
+
+@pytest.mark.parametrize("case", ODD_CONFIGS)
+def test_a_config_means_what_transformers_makes_of_it(case, tmp_path):
+    name, changed = ODD_CONFIGS[case]
+    model = llama("gqa_tied") if name == "llama" else reference.make_family(name)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text()) | changed
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+    close(*as_transformers_opens(tmp_path, name), atol=1e-4)
+
+
+@pytest.mark.parametrize("held", ["both", "head alone", "left-over index"])
+@pytest.mark.filterwarnings("ignore:.*the head is kept:UserWarning")
+def test_weights_are_those_that_transformers_takes(held, tmp_path):
+    import safetensors.numpy
+
+    llama("gqa_tied").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    embed = "model.embed_tokens.weight"
+    if held == "both":
+        tensors["lm_head.weight"] = tensors[embed][::-1].copy()
+    elif held == "head alone":
+        tensors["lm_head.weight"] = tensors.pop(embed)
+    else:
+        safetensors.numpy.save_file(
+            {name: 0.5 * tensor for name, tensor in tensors.items()}, tmp_path / "old.safetensors"
+        )
+        index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "old.safetensors")}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+    close(*as_transformers_opens(tmp_path, "llama"), atol=1e-4)
 
 
 def test_the_text_model_of_a_multimodal_folder(tmp_path):

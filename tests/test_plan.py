@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from configs import default
+from configs import paper
 from t3jax import abstract, plan, sharding
 from t3jax.finetuning import FinetuneConfig
 from t3jax.head import HeadConfig
@@ -132,7 +132,7 @@ def test_fine_tuning_keeps_a_layer_s_activations_for_each_layer():
 
 
 def test_a_job_of_a_config():
-    config = default.get_config()
+    config = paper.get_config()
     config.model, config.head = "llama-3.1-8b", "a,b"
     config.seeds, config.sweep_ranks, config.max_length = (1, 2), (10, 50), 512
     made = plan.make_job(config, sharding.make_mesh((2, 1, 4)))

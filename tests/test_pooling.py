@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from t3jax import pooling
 from t3jax.pooling import causal_mean, running_mean
 
 TIME, WIDTH = 7, 3
@@ -124,3 +125,13 @@ def test_jit_and_vmap_change_nothing():
     expected = causal_mean(hidden, mask)
     np.testing.assert_allclose(jax.jit(causal_mean)(hidden, mask), expected, atol=1e-6)
     np.testing.assert_allclose(jax.vmap(causal_mean)(hidden, mask), expected, atol=1e-6)
+
+
+def test_features_of_a_prefix_are_the_mean_the_last_state_or_both():
+    mean, last = jnp.zeros((2, 3)), jnp.ones((2, 3), jnp.bfloat16)
+    assert pooling.prefix_features(mean, last).shape == (2, 3)
+    np.testing.assert_array_equal(pooling.prefix_features(mean, last, "last"), np.ones((2, 3)))
+    both = pooling.prefix_features(mean, last, "mean+last")
+    assert both.dtype == jnp.float32
+    assert both.shape[-1] == pooling.feature_size("mean+last", 3)
+    np.testing.assert_array_equal(both, np.tile([0, 0, 0, 1, 1, 1], (2, 1)))

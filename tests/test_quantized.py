@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,7 +100,7 @@ def test_it_answers_and_keeps_float32_elsewhere(folder):
 @pytest.mark.parametrize("shape", [(1, 1, 8), (1, 8, 1), (2, 2, 2)])
 def test_devices_hold_what_one_would(folder, shape):
     one, split = load_lm(folder, "int8"), load_lm(folder, "int8", make_mesh(shape))
-    jax.tree.map(np.testing.assert_array_equal, split.params, one.params)
+    chex.assert_trees_all_equal(split.params, one.params)
     up = split.params["layers"][0]["mlp"]["up"]
     _, fsdp, model = shape
     assert up["weight"].sharding.shard_shape((64, 32)) == (64 // model, 32 // fsdp)

@@ -17,6 +17,8 @@ from t3jax.refinements import (
     protect,
     refined_logits,
     retain_probability,
+    served_temperature,
+    untempered_logits,
 )
 
 INF, MAX = np.inf, float(np.finfo(np.float32).max)
@@ -117,6 +119,43 @@ def test_retain_probability_is_bayes_of_the_mixture():
     scores = np.log(weight * retain) - np.log((1 - weight) * forget)
     logits, scores = (jnp.asarray(x, jnp.float32) for x in (np.log(mixture), scores))
     np.testing.assert_allclose(retain_probability(logits, scores), weight, rtol=1e-5)
+
+
+# --- without the tempering
+
+
+@pytest.mark.parametrize("refinements", [Refinements(), Refinements(protected=STOP), ALL])
+def test_untempered_logits_are_those_of_plain_guidance_of_strength_t_s(refinements):
+    logits, scores = draw(0), draw(1)
+    temperature = served_temperature(logits, scores, 2.5, refinements)
+    served = refined_logits(logits, scores, 2.5, 0.4, refinements)
+    found = np.asarray(untempered_logits(served, temperature))
+    others = np.delete(np.arange(VOCAB), refinements.protected)
+    strength = np.broadcast_to(np.asarray(temperature) * 0.4, ROWS)
+    plain = np.asarray(guided_logits(logits, scores, 1.0, jnp.asarray(strength, jnp.float32)))
+    np.testing.assert_allclose(found[:, others], plain[:, others], atol=1e-5)
+    np.testing.assert_allclose(found, np.asarray(served) * strength[:, None] / 0.4, atol=1e-5)
+
+
+def test_the_served_temperature_is_gated_where_the_gate_is_on():
+    logits, scores = draw(0), draw(1)
+    by_row = jnp.linspace(1, 3, ROWS)
+    assert served_temperature(logits, scores, by_row, Refinements(protected=STOP)) is by_row
+    expected = gated_temperature(by_row, retain_probability(logits, scores))
+    np.testing.assert_array_equal(served_temperature(logits, scores, by_row, ALL), expected)
+    assert np.ptp(expected) > 0.1
+
+
+def test_untempered_logits_at_their_edges():
+    served = jnp.asarray([[-INF, 1e30, -1e30, 0.0]] * 3)
+    temperatures = jnp.asarray([1.0, 1e30, 1e-30])
+    found = untempered_logits(served, temperatures)
+    np.testing.assert_allclose(
+        found, [[-INF, 1e30, -1e30, 0], [-INF, 1e30, -1e30, 0], [-INF, 1, -1, 0]]
+    )
+    for argument in (0, 1):
+        gradient = jax.jacrev(untempered_logits, argument)(served, temperatures)
+        assert not np.isnan(gradient).any()
 
 
 # --- several heads

@@ -8,6 +8,7 @@ import pytest
 import t3jax
 from t3jax import Refinements
 from t3jax.sampling import batch, cache, loop
+from t3jax.sampling import sampler as sampler_lib
 
 QUESTIONS = ["Who wrote the book?", "Where was the author born?", "Why?"]
 DRAWN = {"temperature": 1.0, "max_new_tokens": 20}
@@ -77,6 +78,7 @@ def many_prompts(lm, count=64, longest=70):
     return [draw.integers(0, lm.vocab_size, length).tolist() for length in lengths]
 
 
+@pytest.mark.filterwarnings("ignore:.* answers are empty")
 @pytest.mark.parametrize("cached", [True, False])
 def test_rows_that_are_finished_take_the_next_prompts(uneven, head, monkeypatch, cached):
     lm = uneven
@@ -199,6 +201,122 @@ def test_an_answer_ends_before_a_stop_string(sampler):
     assert len(sample.tokens) < 20
 
 
+NAN, INFINITE, ALL_BANNED, ONE_BANNED = -1, -2, -3, -4
+
+
+def reciting(lm, script, vocab_size=None, **fields):
+    """A model that answers prompts of three tokens with a script: ids, or what logits are then."""
+    vocab_size = vocab_size or lm.vocab_size
+    table = np.zeros(lm.max_position, np.int32)
+    table[2 : 2 + len(script)] = script
+
+    def apply(params, tokens, positions, mask, cache):
+        ids = params[positions]
+        hidden = jax.nn.one_hot(ids, vocab_size, dtype=jnp.float32)
+        for code, value in {NAN: jnp.nan, INFINITE: jnp.inf}.items():
+            hidden = hidden.at[..., 7].set(jnp.where(ids == code, value, hidden[..., 7]))
+        hidden = jnp.where(ids[..., None] == ALL_BANNED, -jnp.inf, hidden)
+        hidden = hidden.at[..., 7].set(jnp.where(ids == ONE_BANNED, -jnp.inf, hidden[..., 7]))
+        return hidden, cache
+
+    def unembed(params, hidden):
+        return 20 * hidden
+
+    options = {"tokenizer": lm.tokenizer, "eos_ids": ()} | fields
+    return t3jax.make_lm(
+        apply, unembed, jnp.asarray(table), max_position=lm.max_position, **options
+    )
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 20])
+def test_nothing_comes_after_a_stop_string_whatever_the_chunk(tiny_lm, chunk):
+    script = tiny_lm.tokenizer("Once upon a time, and then")["input_ids"]
+    sampler = t3jax.Sampler(reciting(tiny_lm, script), chunk=chunk)
+    options = {"max_new_tokens": len(script), "stop": ("time", "pon"), "logprobs": True}
+    sample = sampler.generate([[1, 2, 3]], **options)[0]
+    assert (sample.text, tiny_lm.tokenizer.decode(sample.tokens)) == ("Once u", "Once upon")
+    assert len(sample.base_logprobs) == len(sample.guided_logprobs) == len(sample.tokens)
+    assert "".join(sampler.stream([1, 2, 3], **options)) == sample.text
+
+
+@pytest.mark.parametrize(
+    ("stop", "chunk"), [("<|im_end|>", 1), ("<|im_end|>\n", 8), ("i<|im_end|>", 8)]
+)
+def test_a_stop_string_may_hold_a_special_token(tiny_lm, stop, chunk):
+    tokenizer = tiny_lm.tokenizer
+    script = tokenizer("Hi<|im_end|>\nyou there")["input_ids"]
+    sampler = t3jax.Sampler(reciting(tiny_lm, script), chunk=chunk)
+    options = {"max_new_tokens": len(script), "stop": (stop,)}
+    sample = sampler.generate([[1, 2, 3]], **options)[0]
+    assert sample.text == ("H" if stop.startswith("i") else "Hi")
+    assert tokenizer.decode(sample.tokens) == ("Hi<|im_end|>\n" if "\n" in stop else "Hi<|im_end|>")
+    assert "".join(sampler.stream([1, 2, 3], **options)) == sample.text
+
+
+@pytest.mark.parametrize(
+    ("fault", "options"),
+    [(NAN, {}), (INFINITE, {"temperature": 1.0}), (ALL_BANNED, {"temperature": 1.0, "top_p": 0.9})],
+)
+def test_logits_that_are_not_finite_end_sampling_with_the_prompt(tiny_lm, fault, options):
+    sampler = t3jax.Sampler(reciting(tiny_lm, [70, 71, 72, fault, 73]), chunk=2)
+    prompts = [[1] * 12, [1, 2, 3]]  # after the first, longer one the script is over
+    message = r"prompt 1, token 4 of the answer: the base model's logits are NaN .* float16"
+    with pytest.raises(FloatingPointError, match=message):
+        sampler.generate(prompts, max_new_tokens=5, **options)
+    # What comes after the end is nobody's.
+    for ended in ({"max_new_tokens": 3}, {"max_new_tokens": 5, "stop_ids": (72,)}):
+        samples = sampler.generate(prompts, **ended, **options)
+        assert len(samples[1].tokens) == 3
+
+
+def test_a_banned_token_is_no_fault(tiny_lm):
+    sampler = t3jax.Sampler(reciting(tiny_lm, [70, ONE_BANNED, 72]))
+    assert len(sampler.generate([[1, 2, 3]], max_new_tokens=3)[0].tokens) == 3
+
+
+def test_scores_that_are_not_finite_end_sampling_too(endless, head):
+    sampler = t3jax.Sampler(endless, head, chunk=8, batch_size=4)
+    output = head.params["output"].at[5].set(jnp.nan)
+    broken = sampler._weights.heads[0] | {"output": output}
+    sampler._weights = sampler._weights._replace(heads=(broken,))
+    with pytest.raises(FloatingPointError, match=r"prompt 0, token 1 .* the head's scores are NaN"):
+        sampler.generate(QUESTIONS[:1], max_new_tokens=2)
+
+
+def test_empty_answers_are_warned_of(tiny_lm):
+    eos = tiny_lm.tokenizer.eos_token_id
+    sampler = t3jax.Sampler(reciting(tiny_lm, [eos, 72], eos_ids=(eos,)))
+    with pytest.warns(UserWarning, match="1 of 1 answers are empty") as caught:
+        assert sampler.generate([[1, 2, 3]])[0].text == ""
+    assert len(caught) == 1
+    with pytest.warns(UserWarning, match="empty"):
+        assert list(sampler.stream([1, 2, 3])) == []
+    sampler = t3jax.Sampler(reciting(tiny_lm, [eos, 72], eos_ids=(eos,), tokenizer=None))
+    with pytest.warns(UserWarning, match="empty"):
+        sampler.generate([[1, 2, 3]])
+    t3jax.Sampler(reciting(tiny_lm, [72])).generate([[1, 2, 3]], max_new_tokens=1)
+
+
+def test_seeds_beyond_32_bits_draw_differently(sampler):
+    seeds = (0, 2**31, 2**32 - 1, 2**32, 2**33, 2**64 - 1)
+    found = [tokens(sampler.generate(QUESTIONS[:1], **DRAWN, seed=seed)) for seed in seeds]
+    assert len({str(each) for each in found}) == len(seeds)
+
+
+def test_a_tokenizer_may_know_more_than_the_model_where_no_prompt_holds_it(tiny_lm):
+    sampler = t3jax.Sampler(reciting(tiny_lm, [70], vocab_size=262))
+    with pytest.raises(ValueError, match=r"prompt 0 holds token id 26\d: .* \[0, 262\)"):
+        sampler(["Who?"])
+    assert len(sampler.generate([[1, 2, 3]], max_new_tokens=1)[0].tokens) == 1
+
+
+def test_what_needs_a_tokenizer_says_so(tiny_lm):
+    sampler = t3jax.Sampler(reciting(tiny_lm, [70], tokenizer=None))
+    for prompt, options in (("Who?", {}), ([1, 2, 3], {"stop": ("a",)})):
+        with pytest.raises(ValueError, match="tokenizer"):
+            sampler.generate([prompt], **options)
+
+
 @pytest.mark.parametrize("stop", [(), ("e",)])
 def test_streamed_pieces_join_to_the_answer(sampler, stop):
     pieces = list(sampler.stream(QUESTIONS[0], **DRAWN, stop=stop))
@@ -222,6 +340,113 @@ def test_logprobs_of_greedy_choices_agree_with_a_full_pass(sampler, endless, hea
     np.testing.assert_allclose(sample.base_logprobs, base, atol=2e-5)
     np.testing.assert_allclose(sample.guided_logprobs, guided[0, where, sample.tokens], atol=2e-5)
     np.testing.assert_array_equal(sample.tokens, np.argmax(guided[0, where], axis=-1))
+
+
+@pytest.fixture
+def never_warned():
+    sampler_lib._warn_of_the_base.cache_clear()
+    yield
+    sampler_lib._warn_of_the_base.cache_clear()
+
+
+@pytest.mark.parametrize("rule", [{"top_p": 0.9}, {"top_k": 9}, {"min_p": 0.1}])
+def test_the_base_s_truncation_under_a_head_is_warned_of_once(sampler, never_warned, rule):
+    options = {"truncate_on": "base", "max_new_tokens": 1, **rule}
+    with pytest.warns(UserWarning, match="can bring the forgotten text back") as caught:
+        sampler.generate(QUESTIONS, **options)
+    assert len(caught) == 1
+    sampler.generate(QUESTIONS, **options)  # a second one would be an error
+
+
+def test_no_other_truncation_is_warned_of(sampler, endless, never_warned):
+    tight = {"top_p": 0.9, "max_new_tokens": 1}
+    for truncate_on in ("guided", "tilted"):
+        sampler.generate(QUESTIONS, truncate_on=truncate_on, **tight)
+    sampler.generate(QUESTIONS, truncate_on="base", max_new_tokens=1)
+    sampler.generate(QUESTIONS, truncate_on="base", guidance_scale=0.0, **tight)
+    t3jax.Sampler(endless).generate(QUESTIONS, truncate_on="base", **tight)
+
+
+def test_answers_say_their_perplexity_under_the_base(sampler, endless):
+    for options in ({}, {"temperature": 1.0}, {"guidance_scale": 0.0}):
+        plain = sampler.generate(QUESTIONS, max_new_tokens=12, **options)
+        asked = sampler.generate(QUESTIONS, max_new_tokens=12, logprobs=True, **options)
+        expected = [np.exp(-np.mean(sample.base_logprobs)) for sample in asked]
+        np.testing.assert_allclose([s.base_perplexity for s in plain], expected, rtol=1e-4)
+        assert plain[0].base_logprobs is None
+    assert t3jax.Sampler(endless).generate(QUESTIONS, max_new_tokens=2)[0].base_perplexity is None
+
+
+def test_answers_say_how_much_likelier_the_head_made_them(sampler):
+    for sample in sampler.generate(QUESTIONS, **DRAWN, base_temperature=1.0, logprobs=True):
+        expected = np.sum(sample.guided_logprobs) - np.sum(sample.base_logprobs)
+        np.testing.assert_allclose(sample.log_ratio, expected, atol=1e-4)
+        assert not sample.refused
+
+
+def test_answers_that_the_head_has_changed_are_refused(sampler, endless):
+    options = {**DRAWN, "base_temperature": 1.0}
+    plain = sampler.generate(QUESTIONS, **options, logprobs=True)
+    between = float(np.median([sample.log_ratio for sample in plain]))
+    refusal = {"refusal": "I don't know.", "refusal_threshold": between}
+    samples = sampler.generate(QUESTIONS, **options, **refusal)
+    assert [s.refused for s in samples] == [s.log_ratio > between for s in plain]
+    assert tokens(samples) == tokens(plain)
+    for sample, before in zip(samples, plain, strict=True):
+        assert sample.text == ("I don't know." if sample.refused else before.text)
+    assert {sample.refused for sample in samples} == {True, False}
+    for question, sample in zip(QUESTIONS, samples, strict=True):
+        refused = refusal | {"refusal_threshold": 1e-9 if sample.refused else 1e9}
+        (piece,) = sampler.stream(question, **options, **refused)
+        assert (piece == "I don't know.") == sample.refused
+    # The base refuses nothing.
+    base = sampler.generate(QUESTIONS, **options, guidance_scale=0.0, **refusal)
+    assert not any(sample.refused for sample in base)
+    assert t3jax.Sampler(endless).generate(QUESTIONS[:1], **DRAWN, refusal="No.")[0].text != "No."
+
+
+@pytest.fixture(scope="module")
+def sure(endless, head):
+    """A sampler of a base that is sure of each next token, as one that recites is."""
+
+    def unembed(params, hidden):
+        return 10 * endless.unembed(params, hidden)
+
+    lm = t3jax.make_lm(
+        endless.apply,
+        unembed,
+        endless.params,
+        tokenizer=endless.tokenizer,
+        init_cache=endless.init_cache,
+        max_position=endless.max_position,
+    )
+    return t3jax.Sampler(lm, head, chunk=8, batch_size=4)
+
+
+ABSURD = {**DRAWN, "base_temperature": 20.0}
+
+
+def test_answers_that_are_no_language_to_the_base_are_warned_of(sure):
+    with pytest.warns(UserWarning, match=r"T·s is 20 \(T = 20, s = 1\)") as caught:
+        samples = sure.generate(QUESTIONS, **ABSURD)
+    assert len(caught) == 1
+    median = np.median([sample.base_perplexity for sample in samples])
+    assert median > sampler_lib.ABSURD_PERPLEXITY
+    assert f"median perplexity under it is {median:.0f}," in str(caught[0].message)
+    with pytest.warns(UserWarning, match="no language"):
+        list(sure.stream(QUESTIONS[0], **ABSURD))
+
+
+def test_no_other_answers_are_warned_of(sure, sampler):
+    limit = sampler_lib.ABSURD_PERPLEXITY
+    fluent = sure.generate(QUESTIONS, **ABSURD | {"top_p": 0.5, "base_temperature": 1.0})
+    assert max(sample.base_perplexity for sample in fluent) < limit
+    # The base, tempered and not tilted: what is served is no head's fault.
+    base = sure.generate(QUESTIONS, **ABSURD, guidance_scale=0.0)
+    assert min(sample.base_perplexity for sample in base) > limit
+    # A base that is sure of nothing.
+    flat = sampler.generate(QUESTIONS, **ABSURD)
+    assert min(sample.base_perplexity for sample in flat) > limit
 
 
 def test_a_finished_batch_stops_early(endless, head, monkeypatch):
@@ -255,6 +480,30 @@ def test_no_key_is_used_twice(sampler):
         ({"temprature": 1.0}, "unknown sampling options .'temprature'."),
         ({"max_new_tokens": 10_000}, "exceeds the .* context"),
         ({"base_temperature": 0.0}, "base_temperature must be positive"),
+        ({"refusal": " "}, "refusal must be a text"),
+        ({"stop_ids": (10**6,)}, r"stop_ids \[1000000\]: tiny has the tokens 0 to 263"),
+        ({"stop_ids": (-1,)}, "stop_ids must be token ids"),
+        ({"top_k": 2**31}, "top_k must be 0 .all., or 1 to"),
+        ({"num_samples": 10**9}, r"num_samples must be 1 to 10\^6"),
+        ({"num_samples": True}, "num_samples must be"),
+        ({"max_new_tokens": 10**9}, r"max_new_tokens must be 1 to 2\^20"),
+        ({"seed": -1}, "seed must be an integer, 0 to"),
+        ({"seed": 2**64}, "seed must be an integer, 0 to"),
+        ({"temperature": 1e-30}, "temperature must be"),
+        *[
+            ({name: value}, f"{name} must be")
+            for name in (
+                "temperature",
+                "top_p",
+                "min_p",
+                "repetition_penalty",
+                "base_temperature",
+                "guidance_scale",
+            )
+            for value in (float("nan"), float("inf"), -float("inf"))
+        ],
+        ({"refusal_threshold": float("nan")}, "refusal_threshold must be"),
+        ({"refusal": "No."}, "a refusal needs base_temperature = 1, got 2.5"),
     ],
 )
 def test_bad_options_are_named(sampler, options, message):
@@ -262,7 +511,40 @@ def test_bad_options_are_named(sampler, options, message):
         sampler.generate(QUESTIONS, **options)
 
 
-@pytest.mark.parametrize("prompts", [[], "one string", [""], [[10**6]]])
+def test_what_is_no_number_is_in_no_range():
+    for value in ("0.7", None, True, [1.0], 10**400):
+        assert np.isnan(sampler_lib._number(value))
+    for value in ("1", None, True, 1.5, float("nan")):
+        assert sampler_lib._integer(value) == -1
+    assert sampler_lib._number(np.float32(0.5)) == 0.5
+    assert sampler_lib._integer(np.int64(2**40)) == 2**40
+
+
+def test_numbers_of_a_sampler_are_checked_before_it_is_used(endless):
+    for name, value in {
+        "base_temperature": float("nan"),
+        "guidance_scale": float("nan"),
+        "batch_size": 0,
+        "chunk": 0,
+    }.items():
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            t3jax.Sampler(endless, **{name: value})
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        [],
+        "one string",
+        [""],
+        [[10**6]],
+        [[10**30]],
+        [[]],
+        ["a\ud800"],
+        [np.ones(2)],
+        [np.ones((2, 2), int)],
+    ],
+)
 def test_bad_prompts_are_refused(sampler, prompts):
     with pytest.raises(ValueError, match="prompt"):
         sampler.generate(prompts)

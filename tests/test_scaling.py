@@ -24,9 +24,10 @@ def test_eight_devices_with_eight_times_the_rows_do_the_work_of_one(name):
     for count in ("operations", "accessed", "arguments", "temporaries"):
         np.testing.assert_allclose(many[count], one[count], rtol=0.05, err_msg=count)
     # No rows: in training the gradient of the head and the loss; of answers, for every host to
-    # read, a chunk of tokens each and whether they are finished.
+    # read, a chunk of tokens each, with log-probability and entropy under the base and a byte for
+    # numbers that are not finite, and whether they are finished.
     head = 4 * 20 * (CONFIG.hidden_size + CONFIG.vocab_size)
-    answers = jobs[1].rows * (jobs[1].chunk * 4 + 1)
+    answers = jobs[1].rows * (jobs[1].chunk * (4 + 4 + 4 + 1) + 1)
     bounds = {"features": 0, "head training": head + 64, "decoding": answers + 64}
     assert many["exchanged"] <= bounds[name]
 

@@ -215,6 +215,32 @@ def test_the_sampler_draws_from_what_is_scored(tiny_lm, heads):
     )
 
 
+def head_of_features(lm, kind, seed=3):
+    """A random head that reads features of a kind."""
+    config = t3jax.HeadConfig(lm.hidden_size, lm.vocab_size, 4, "gelu", bias=True, features=kind)
+    params = t3jax.init_head(jax.random.key(seed), config)
+    return t3jax.Head(config, params, 1.0, 1.0, lm.name)
+
+
+@pytest.mark.parametrize("kind", ["last", "mean+last"])
+def test_heads_read_the_last_state_when_scoring_and_when_sampling(tiny_lm, kind):
+    head = head_of_features(tiny_lm, kind)
+    prompt = np.arange(40, 60, dtype=np.int32)
+    sampler = t3jax.Sampler(tiny_lm, head, guidance_scale=3.0)
+    (sample,) = sampler.generate([prompt], temperature=1.0, max_new_tokens=12, logprobs=True)
+    text = Example(np.concatenate([prompt, np.array(sample.tokens, np.int32)]), len(prompt))
+    (scores,) = score_texts(tiny_lm, [text], [Setting("s", 1.0, 3.0, (0,))], [head])
+    np.testing.assert_allclose(scores.logprobs, sample.guided_logprobs, atol=1e-4)
+    # And they are those of the head's definition on the hidden states.
+    hidden, _ = jax.jit(tiny_lm.apply)(tiny_lm.params, jnp.asarray(text.tokens[None]))
+    mean = t3jax.causal_mean(hidden, jnp.ones((1, len(text.tokens)), bool))
+    features = jnp.concatenate([mean, hidden], -1) if kind == "mean+last" else hidden
+    expected = t3jax.target_scores(
+        head.params, features[0, len(prompt) - 1 : -1], jnp.asarray(sample.tokens), "gelu"
+    )
+    np.testing.assert_allclose(scores.retain_scores, expected, atol=1e-4)
+
+
 @pytest.mark.parity
 @pytest.mark.parametrize("reference_mask", [False, True])
 def test_losses_equal_pytorch_s(tmp_path, reference_mask):

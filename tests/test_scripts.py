@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
 
 def run(repository, folder, script, *flags, stdin=""):
     return subprocess.run(
-        [sys.executable, script, f"--config={repository}/configs/default.py", *flags],
+        [sys.executable, script, f"--config={repository}/configs/paper.py", *flags],
         cwd=repository,
         env=os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "JAX_PLATFORMS": "cpu"},
         input=stdin,
@@ -70,7 +70,7 @@ def trained(repository, folder):
         f"--config.feature_store={folder}/features",
         f"--config.workdir={folder}/run",
         "--config.epochs=6",
-        "--config.warmup_epochs=2",
+        "--config.warmup_ratio=0.33",
         "--config.rank=3",
         "--config.base_temperature=1.5",
         "--config.holdout_fraction=0.25",
@@ -105,7 +105,11 @@ def test_sampling_writes_base_and_unlearned_answers(trained, repository, folder)
         "--config.max_new_tokens=12",
     )
     assert done.returncode == 0, done.stderr
-    assert "T = 1.5, s = 1" in done.stderr  # the head's own
+    assert "T = 1.5, s = 1, plain\n" in done.stderr  # the head's own
+    assert (
+        "temperature = 0.0, top_k = 0, top_p = 1.0, min_p = 0.0, truncate_on = guided, "
+        "repetition_penalty = 1.0\n"
+    ) in done.stderr
     lines = read_lines(folder / "new" / "answers.jsonl")
     assert [(line.get("question"), line.get("prompt")) for line in lines] == [
         (QUESTIONS[0], None),
@@ -118,6 +122,8 @@ def test_sampling_writes_base_and_unlearned_answers(trained, repository, folder)
         expected = sampler.generate(QUESTIONS[:2], max_new_tokens=12)
         assert [line[name] for line in lines] == [sample.text for sample in expected]
         assert [line[f"{name}_tokens"] for line in lines] == [s.tokens for s in expected]
+    perplexities = [line["unlearned_base_perplexity"] for line in lines]
+    assert perplexities == pytest.approx([sample.base_perplexity for sample in expected], rel=1e-4)
 
 
 def test_a_typed_prompt_is_answered_by_both(trained, repository, folder):
@@ -129,11 +135,16 @@ def test_a_typed_prompt_is_answered_by_both(trained, repository, folder):
         f"--config.head={folder}/run/head,{folder}/run/head",
         "--config.refinements=gated-protected",
         "--config.base_temperature=3.5",
+        "--config.truncate_on=base",
+        "--config.top_p=0.9",
         "--config.max_new_tokens=5",
         stdin=f"{QUESTIONS[0]}\n\n",
     )
     assert done.returncode == 0, done.stderr
     assert "T = 3.5, s = 1, gated-protected" in done.stderr
+    warned = [line for line in done.stderr.splitlines() if "forgotten text" in line]
+    assert len(warned) == 1
+    assert warned[0].startswith('sample.py: truncate_on="base" can bring the forgotten text back')
     lines = [line for line in done.stdout.splitlines() if " | " in line]
     assert [line.split(" | ")[0].strip() for line in lines] == ["base", "unlearned"]
 
@@ -189,6 +200,40 @@ def test_evaluating_writes_logs_and_a_report(trained, repository, folder):
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
+def test_a_verdict_is_a_line_a_page_and_a_status(trained, repository, folder):
+    flags = [
+        f"--config.model={folder}/model",
+        f"--config.head={folder}/run/head",
+        f"--config.retain={folder}/retain.jsonl",
+        "--config.max_new_tokens=6",
+        "--config.rows=32",
+        "--config.verify_rows=2",
+    ]
+    done = run(repository, folder, "verify.py", *flags, f"--config.forget={folder}/forget.jsonl")
+    assert done.returncode == 1, done.stderr
+    assert "forgotten: not shown (2 rows are too few, 52 would do" in done.stdout
+    found = json.loads((folder / "run" / "head" / "verify" / "verdict.json").read_text())
+    assert found["line"] == done.stdout.splitlines()[0]
+    assert {"greedy", "prefix", "reworded", "arabic"} <= {
+        each["name"] for each in found["findings"]
+    }
+    assert "- T: 1.5" in (folder / "run" / "head" / "verify" / "verdict.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config.model=x"], "verify.py: not in the config: ['head', 'forget', 'retain']"),
+        (["--no_such_flag"], "Unknown command line flag"),
+    ],
+)
+def test_without_a_verdict_the_status_is_another(repository, folder, flags, message):
+    done = run(repository, folder, "verify.py", *flags)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_sweep_chooses_and_says_what_to_use(trained, repository, folder):
     done = run(
         repository,
@@ -201,7 +246,7 @@ def test_a_sweep_chooses_and_says_what_to_use(trained, repository, folder):
         f"--config.workdir={folder}/grid",
         f"--config.second_retain_log={folder}/evaluation/retain_model",
         "--config.epochs=3",
-        "--config.warmup_epochs=1",
+        "--config.warmup_ratio=0.33",
         "--config.rank=3",
         "--config.sweep_learning_rates=0.01,0.1",
         "--config.eval_temperatures=1.5,",
@@ -220,6 +265,38 @@ def test_a_sweep_chooses_and_says_what_to_use(trained, repository, folder):
     assert "cross-fitted" in (folder / "evaluation" / "report.html").read_text()
 
 
+def test_a_sweep_without_a_retain_model_chooses_by_made_up_names(repository, folder):
+    flags = [
+        f"--config.model={folder}/model",
+        f"--config.forget={folder}/forget.jsonl",
+        f"--config.retain={folder}/retain.jsonl",
+        f"--config.feature_store={folder}/features",
+        f"--config.workdir={folder}/made-up",
+        "--config.loss=classifier",
+        "--config.own_samples=0",
+        "--config.made_up_names=1",
+        "--config.names=Ada,Bo,Cy",
+        "--config.epochs=3",
+        "--config.rank=3",
+        "--config.seeds=1,2",
+        "--config.sweep_learning_rates=0.01,0.1",
+        "--config.max_new_tokens=8",
+    ]
+    done = run(repository, folder, "sweep.py", *flags)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((folder / "made-up" / "selection.json").read_text())
+    chosen = found["chosen"]
+    assert chosen in found["settings"]
+    assert {each["head"] for each in found["settings"]} == {0, 2}  # the first seed of each recipe
+    use = done.stdout.splitlines()[-1]
+    assert f"--config.head={found['heads'][chosen['head']]} " in use
+    assert f"--config.base_temperature={chosen['base_temperature']:g} " in use
+    done = run(repository, folder, "sweep.py", *flags, "--config.made_up_names=0")
+    assert done.returncode == 1
+    assert "sweep.py: choosing needs a retain model" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_an_experiment_makes_its_models_and_a_page_of_results(repository, folder):
     here = folder / "experiment"
     flags = [
@@ -234,7 +311,7 @@ def test_an_experiment_makes_its_models_and_a_page_of_results(repository, folder
         "--config.finetune_epochs=1",
         "--config.finetune_batch_size=4",
         "--config.epochs=4",
-        "--config.warmup_epochs=2",
+        "--config.warmup_ratio=0.33",
         "--config.rank=3",
         "--config.seeds=1,2",
         "--config.eval_temperatures=1,1.5",
@@ -303,7 +380,11 @@ def test_fine_tuning_writes_a_model_that_opens(repository, folder):
     ("script", "flags", "message"),
     [
         ("sample.py", ["--config.temprature=1"], "unknown config key"),
-        ("sample.py", ["--config.model=/no/such/folder"], "/no/such/folder: no such folder"),
+        (
+            "sample.py",
+            ["--config.model=/no/such/folder", "--config.base_only=True"],
+            "/no/such/folder: no such folder",
+        ),
         ("train_classifier.py", ["--config.model=x"], "not in the config: ['forget', 'retain'"),
         ("evaluate.py", ["--config.model=x"], "not in the config: ['eval_forget', 'eval_dir']"),
         ("finetune.py", ["--config.model=x"], "not in the config: ['finetune_workdir'"),

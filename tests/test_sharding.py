@@ -23,7 +23,7 @@ from t3jax.sampling.loop import Program, Weights, decode_chunk, prefill, state_s
 from t3jax.sharding import (
     batch_sharding,
     cache_shardings,
-    fitting,
+    fit_sharding,
     make_mesh,
     param_shardings,
     row_shards,
@@ -190,7 +190,7 @@ def decoding(shape, config=CONFIG, with_logprobs=False, refinements=PLAIN):
         lm.apply,
         lm.unembed,
         lm.init_cache,
-        ("identity",),
+        (head.config,),
         "base",
         with_logprobs,
         lm.mesh,
@@ -226,7 +226,7 @@ def test_no_step_of_decoding_exchanges_anything_as_long_as_the_vocabulary(
     refinements = Refinements(gated=True, protected=(263,)) if refined else PLAIN
     program, weights, reading, writing = decoding(shape, ONE_LAYER, refined, refinements)
     state, _ = jax.eval_shape(lambda: prefill(program, weights, *reading))
-    state = abstract.placed(state, state_shardings(program.mesh, state))
+    state = abstract.place(state, state_shardings(program.mesh, state))
     text = decode_chunk.lower(program, weights, state, *writing).compile().as_text()
     part, slots = 264 // shape[2], state.cache.positions.shape[1]
     exchanged = [(each.shape, dimensions(each.shape)) for each in collectives(text)]
@@ -247,7 +247,7 @@ def test_rows_that_take_new_prompts_exchange_the_new_ones_alone(shape):
     few = row_shards(program.mesh)
     new = jax.tree.map(lambda x: x[:few] if x.ndim else x, reading[:4])
     new, _ = jax.eval_shape(lambda: prefill(program, weights, *new, LENGTH, reading[-1]))
-    state, new = (abstract.placed(x, state_shardings(program.mesh, x)) for x in (state, new))
+    state, new = (abstract.place(x, state_shardings(program.mesh, x)) for x in (state, new))
     rows, start = (jax.ShapeDtypeStruct(n, jnp.int32) for n in ((few,), ()))
     compiled = admit.lower(program, state, new, rows, start).compile()
     found = compiled.output_shardings
@@ -307,12 +307,12 @@ def test_batches_and_caches_are_split_by_rows():
 
 def test_a_dimension_that_does_not_divide_is_kept_whole():
     mesh = make_mesh((2, 1, 4))
-    assert fitting(make_mesh((2, 2, 2)), P(BY_ROWS, "model"), (2, 4)).spec == P(None, "model")
-    assert fitting(mesh, P("data", "model"), (4, 8)).spec == P("data", "model")
-    assert fitting(mesh, P("data", "model"), (3, 8)).spec == P(None, "model")
-    assert fitting(mesh, P("data", "model"), (4, 6)).spec == P("data")
-    assert fitting(mesh, P("model"), (6,)).spec == P()
-    assert fitting(mesh, P("data"), ()).spec == P()
+    assert fit_sharding(make_mesh((2, 2, 2)), P(BY_ROWS, "model"), (2, 4)).spec == P(None, "model")
+    assert fit_sharding(mesh, P("data", "model"), (4, 8)).spec == P("data", "model")
+    assert fit_sharding(mesh, P("data", "model"), (3, 8)).spec == P(None, "model")
+    assert fit_sharding(mesh, P("data", "model"), (4, 6)).spec == P("data")
+    assert fit_sharding(mesh, P("model"), (6,)).spec == P()
+    assert fit_sharding(mesh, P("data"), ()).spec == P()
 
 
 def test_features_are_those_of_one_device(tmp_path):

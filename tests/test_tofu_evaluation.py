@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from damage import check_damage_is_recomputed
 
 from t3jax.data import Example, PromptFormat
 from t3jax.evaluation import logs, recompute, store, tofu, unlearning
@@ -13,6 +14,7 @@ from t3jax.evaluation.logs import MissingMetricError
 from t3jax.evaluation.scoring import BASE, Setting, TextScores, score_texts, settings_grid
 from t3jax.evaluation.store import Store
 from t3jax.evaluation.tofu import TofuOptions
+from t3jax.lm import from_params
 from t3jax.refinements import PLAIN, Refinements
 from t3jax.sampling import Sample, Sampler
 
@@ -216,10 +218,12 @@ def test_empty_answers_score_0(sets, run):
 def test_a_model_that_gives_nan_is_named(tiny_lm, sets, tmp_path):
     params = jax.tree.map(lambda leaf: leaf * np.float32(np.nan), tiny_lm.params)
     broken = dataclasses.replace(tiny_lm, params=params)
+    store, asked = Store(broken, (), tmp_path), {"forget": sets["forget"]}
+    with pytest.raises(FloatingPointError, match="prompt 0, token 1 of the answer"):
+        tofu.evaluate(store, asked, [BASE], tmp_path, OPTIONS)
+    scored = dataclasses.replace(OPTIONS, answers=False)
     with pytest.raises(ValueError, match="forget_Q_A_Prob: avg_loss holds 4 values that are not"):
-        tofu.evaluate(
-            Store(broken, (), tmp_path), {"forget": sets["forget"]}, [BASE], tmp_path, OPTIONS
-        )
+        tofu.evaluate(store, asked, [BASE], tmp_path, scored)
     assert not (tmp_path / "base").exists()
 
 
@@ -478,3 +482,56 @@ def test_a_change_of_what_results_depend_on_computes_anew(
     ):
         Store(lm, heads, tmp_path).scores("x", texts, [setting], mask)
     assert computed == ["tilted"] * 7  # another name alone is the same distribution
+
+
+def test_a_changed_model_of_equal_weights_gets_results_of_its_own(tiny_lm, tmp_path, monkeypatch):
+    asked = []
+
+    class Recorder(Sampler):
+        def generate(self, prompts, **_):
+            asked.append(len(asked))
+            return [Sample(str(asked[-1]), [1])] * len(prompts)
+
+    monkeypatch.setattr(store, "Sampler", Recorder)
+    config = dataclasses.replace(tiny.CONFIG, norm_eps=1e-4)
+    lm = tiny_lm
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.chat_template += " "
+    models = [
+        lm,
+        from_params(config, lm.params, lm.tokenizer, lm.eos_ids, lm.name, lm.mesh),
+        dataclasses.replace(lm, eos_ids=(7,)),
+        dataclasses.replace(lm, tokenizer=tokenizer),
+        dataclasses.replace(lm, name="a copy elsewhere"),
+    ]
+    answers = [
+        Store(model, (), tmp_path).answers("x", [np.array([4, 5])], BASE, max_new_tokens=3)[0].text
+        for model in models
+    ]
+    assert answers == ["0", "1", "2", "3", "0"]
+
+
+def test_stored_results_whose_bytes_have_changed_are_computed_anew(tiny_lm, tmp_path, monkeypatch):
+    class Fixed(Sampler):
+        def generate(self, prompts, **_):
+            return [Sample("naïve", [1, 2])] * len(prompts)
+
+    numbers = np.linspace(-3, 0, 10, dtype=np.float32)
+    scores = TextScores(np.array([0, 10]), numbers, numbers > -1, numbers, numbers)
+    monkeypatch.setattr(store, "Sampler", Fixed)
+    monkeypatch.setattr(store, "score_texts", lambda *_, **__: [scores])
+    kept = Store(tiny_lm, (), tmp_path)
+
+    def read():
+        (found,) = kept.scores("x", [Example(np.arange(20, dtype=np.int32), 10)], [BASE])
+        (answer,) = kept.answers("x", [np.array([4])], BASE)
+        assert (answer.text, answer.tokens) == ("naïve", [1, 2])
+        for name, value in vars(scores).items():
+            np.testing.assert_array_equal(getattr(found, name), value)
+
+    read()
+    paths = sorted(tmp_path.iterdir())
+    assert [path.suffix for path in paths] == [".json", ".npz"]
+    for path in paths:
+        check_damage_is_recomputed(path, read)
+    assert sorted(tmp_path.iterdir()) == paths

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -12,6 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from t3jax import sharding
+from t3jax.distillation import SoftTargets
 from t3jax.features import Features
 from t3jax.head import HeadConfig, classifier_loss, head_scores, init_head, target_scores
 from t3jax.head_io import load_head
@@ -31,7 +33,7 @@ from t3jax.training import (
 
 D, V = 6, 50
 HEAD = HeadConfig(D, V, rank=4)
-TRAIN = TrainConfig(epochs=6, warmup_epochs=2, batch_size=4, weight_decay=0.1)
+TRAIN = TrainConfig(epochs=6, warmup_ratio=1 / 3, batch_size=4, weight_decay=0.1)
 
 
 def make_features(sequences: int, seed: int, shift: float = 0.0, vocabulary: int = 30) -> Features:
@@ -71,7 +73,8 @@ def restated_batches(config: TrainConfig, seed: int):
 def restated_rate(config: TrainConfig, step: int) -> float:
     """transformers' get_linear_schedule_with_warmup, from its documentation."""
     steps = -(-FORGET.num_sequences // config.batch_size)
-    warmup, total = config.warmup_epochs * steps, config.epochs * steps
+    total = config.epochs * steps
+    warmup = round(config.warmup_ratio * total)
     if step < warmup:
         return config.learning_rate * step / max(1, warmup)
     return config.learning_rate * max(0.0, (total - step) / max(1, total - warmup))
@@ -145,7 +148,7 @@ def test_recipes_trained_together_equal_recipes_trained_alone(tmp_path):
         assert_close(head.params, alone.params)
         assert head.record["training"] == {**dataclasses.asdict(member.config), "seed": member.seed}
         loaded = load_head(tmp_path / member.name)
-        jax.tree.map(np.testing.assert_array_equal, loaded.params, head.params)
+        chex.assert_trees_all_equal(loaded.params, head.params)
     assert np.abs(together[0].params["output"] - together[2].params["output"]).max() > 0.1
     longer = dataclasses.replace(TRAIN, epochs=9)
     for wrong in ([TRAIN, longer], [TRAIN, TRAIN], []):
@@ -171,7 +174,7 @@ def test_eight_devices_equal_one():
 
 def test_placement_of_training_arrays():
     mesh = sharding.make_mesh((2, 2, 2))
-    data = batches.Data.build(RETAIN, FORGET, HEAD, TRAIN, mesh)
+    data = batches.Data.build([RETAIN], FORGET, HEAD, TRAIN, mesh)
     assert data.train.pooled.sharding.spec == P(sharding.ROWS)
     tokens = RETAIN.num_tokens + FORGET.num_tokens
     share = (1, -(-tokens // 4), RETAIN.pooled.shape[1])
@@ -228,9 +231,9 @@ def test_zero_output_leaves_unseen_tokens_untilted():
     assert not np.any(np.delete(output, seen, axis=0))
 
 
-@pytest.mark.parametrize("warmup_epochs", [0, 2, 6])
-def test_schedule(warmup_epochs):
-    config = dataclasses.replace(TRAIN, warmup_epochs=warmup_epochs)
+@pytest.mark.parametrize("warmup_ratio", [0.0, 1 / 3, 0.5, 1.0])
+def test_schedule(warmup_ratio):
+    config = dataclasses.replace(TRAIN, warmup_ratio=warmup_ratio)
     schedule = learning_rate_schedule(config, steps_per_epoch=3)
     rates = [float(schedule(step)) for step in range(19)]
     expected = [restated_rate(config, step) for step in range(19)]
@@ -310,8 +313,86 @@ def test_held_out_metrics_and_that_held_out_sequences_are_not_trained_on():
         np.testing.assert_allclose(final["held_out_loss"], np.mean(losses), rtol=1e-5)
 
 
+def make_soft(features: Features, seed: int, target: float) -> Features:
+    """Targets over 5 candidates and 2 tokens of the rest; the first candidate's probability."""
+    rng = np.random.default_rng(seed)
+    n = features.num_tokens
+    tokens = np.stack([rng.permutation(V)[:7] for _ in range(n)]).astype(np.int32)
+    tokens[:, 0] = features.targets
+    logprobs = np.log(np.tile([0.6, 0.1, 0.1, 0.1, 0.05, 0.01, 0.01], (n, 1)))
+    log_weights = np.tile([0.0] * 5 + [np.log(2.5)] * 2, (n, 1))
+    probs = np.tile([target, *[(1 - target) / 5] * 5], (n, 1))
+    arrays = (x.astype(np.float32) for x in (logprobs, log_weights, probs))
+    return dataclasses.replace(features, soft=SoftTargets(tokens, *arrays))
+
+
+DISTIL = dataclasses.replace(TRAIN, loss="distillation", learning_rate=3e-2)
+
+
+def test_distillation_equals_a_plain_statement_of_its_step():
+    """The loss of the first batch, and that the loss falls."""
+    retain, forget = make_soft(RETAIN, 2, 0.6), make_soft(FORGET, 3, 0.02)
+    config = dataclasses.replace(DISTIL, epochs=60, warmup_ratio=1 / 12, batch_size=16)
+    (head,) = train_heads([retain], forget, HEAD, config)
+    (first,) = train_heads([retain], forget, HEAD, dataclasses.replace(config, epochs=1))
+    drawn = np.random.default_rng((1, 1))
+    drawn.permutation(FORGET.num_sequences)
+    pairs = drawn.integers(RETAIN.num_sequences, size=FORGET.num_sequences)
+    params = init_head(jax.random.key(1), HEAD)
+    total = count = 0.0
+    for features, weight in ((forget, 1.0), (retain.select(pairs), config.retain_weight)):
+        scores = np.asarray(head_scores(params, jnp.asarray(features.pooled)))
+        soft = features.soft
+        g = np.take_along_axis(scores, soft.tokens, axis=-1)
+        mass = np.exp(soft.logprobs + soft.log_weights) / (1 + np.exp(-g))
+        mass /= mass.sum(axis=-1, keepdims=True)
+        served = np.concatenate([mass[:, :5], mass[:, 5:].sum(axis=-1, keepdims=True)], axis=-1)
+        total += weight * np.sum(soft.probs * np.log(soft.probs / served))
+        count += features.num_tokens
+    assert first.record["final"]["loss"] == pytest.approx(total / count, rel=1e-4)
+    assert head.record["final"]["loss"] < 0.6 * first.record["final"]["loss"]
+
+
+def test_distillation_on_eight_devices_equals_one():
+    retain, forget = make_soft(RETAIN, 2, 0.6), make_soft(FORGET, 3, 0.02)
+    config = dataclasses.replace(DISTIL, holdout_fraction=0.2)
+    (one,) = train_heads([retain], forget, HEAD, config)
+    (eight,) = train_heads([retain], forget, HEAD, config, mesh=sharding.make_mesh((2, 2, 2)))
+    assert_close(eight.params, one.params, relative=2e-6)
+    assert one.record["final"]["held_out_forget_loss"] > 0
+
+
+def test_retain_sources_are_drawn_from_equally_often():
+    """A source of one sequence among a large one is read in every second pair."""
+    single = RETAIN.select([0])
+    mesh = sharding.make_mesh((8, 1, 1))
+    data = batches.Data.build([RETAIN, single], FORGET, HEAD, TRAIN, mesh)
+    planner = batches.Planner(data, make_members([TRAIN], (1,)), mesh)
+    drawn = np.concatenate([planner._pairs(1, epoch)[1] for epoch in range(1, 21)])
+    assert np.mean(drawn == RETAIN.num_sequences) == 0.5
+    assert set(drawn) == set(range(RETAIN.num_sequences + 1))
+
+
+def test_training_stops_at_the_best_evaluation_and_resumes_to_it(tmp_path):
+    """Held-out loss rises from some epoch on: noise is learned by heart."""
+    config = dataclasses.replace(
+        TRAIN, epochs=40, holdout_fraction=0.3, eval_every=2, patience=3, checkpoint_every=1
+    )
+    (head,) = train_heads(RETAIN, FORGET, HEAD, config, workdir=tmp_path / "whole")
+    lines = [line for line in read_metrics(tmp_path / "whole") if "held_out_loss" in line]
+    losses = {line["epoch"]: line["held_out_loss"] for line in lines}
+    best = min(losses, key=losses.__getitem__)
+    assert max(losses) == best + 3 * config.eval_every < config.epochs
+    assert head.record["final"]["epoch"] == best
+    # A run that starts again has them from the disk.
+    again = train_heads(RETAIN, FORGET, HEAD, config, workdir=tmp_path / "whole")[0]
+    assert_close(again.params, head.params, relative=0.0)
+    with pytest.raises(ValueError, match="patience"):
+        TrainConfig(patience=2)
+
+
 def test_it_learns():
-    config = TrainConfig(epochs=40, warmup_epochs=5, batch_size=8, holdout_fraction=0.2)
+    config = TrainConfig(epochs=40, warmup_ratio=1 / 8, batch_size=8, holdout_fraction=0.2)
     retain, forget = make_features(60, 2, 1.0), make_features(40, 3, -1.0)
     (head,) = train_heads(retain, forget, HEAD, config)
     final = head.record["final"]
@@ -342,7 +423,7 @@ def test_files(tmp_path):
     assert all(any((tmp_path / "tensorboard" / s).iterdir()) for s in ("head-seed1", "head-seed2"))
     for head, seed in zip(heads, (1, 2), strict=True):
         loaded = load_head(tmp_path / f"head-seed{seed}")
-        jax.tree.map(np.testing.assert_array_equal, loaded.params, head.params)
+        chex.assert_trees_all_equal(loaded.params, head.params)
         assert loaded.record == json.loads(json.dumps(head.record))
         for field, value in fields.items():
             assert getattr(loaded, field) == value
@@ -447,7 +528,7 @@ def test_data_refused_by_name(tmp_path):
         ("batch_size", 0),
         ("learning_rate", 0.0),
         ("learning_rate", float("nan")),
-        ("warmup_epochs", 7),
+        ("warmup_ratio", 1.5),
         ("weight_decay", -1.0),
         ("holdout_fraction", 1.0),
     ],

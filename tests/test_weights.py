@@ -6,6 +6,7 @@ import json
 import pathlib
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -60,7 +61,7 @@ def split(folder, tensors, files=3):
 
 
 def equal(found, expected):
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    chex.assert_trees_all_equal(found, expected)
 
 
 @pytest.mark.parametrize("config", [TIED, UNTIED, BIASED], ids=["tied", "untied", "biased"])
@@ -158,7 +159,7 @@ def renamed(tensors, pairs):
         (
             "gemma3_text",
             [(r"^model\.", "model.language_model.")],
-            ["model.vision_tower.vision_model.head.bias", "lm_head.weight"],
+            ["model.vision_tower.vision_model.head.bias"],
         ),
     ],
 )
@@ -280,7 +281,7 @@ def test_missing_files_and_a_broken_index_are_named(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     for broken in ('{"weight_map": {"a"', "{}"):
         index.write_text(broken)
-        with pytest.raises(ValueError, match=r"index\.json: not a safetensors index"):
+        with pytest.raises(ValueError, match=r"index\.json: (not valid JSON|field weight_map)"):
             load_params(tmp_path, UNTIED, jnp.float32)
     index.unlink()
     with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
@@ -294,7 +295,7 @@ def model_folder(folder, config=TIED):
 
 
 def test_load_lm(tmp_path):
-    """End-of-text ids are generation_config.json's list; the template may be a file of its own."""
+    """End-of-text ids are of all files; the template may be a file of its own."""
     model_folder(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [263, 7]}')
     assert (tmp_path / "chat_template.jinja").is_file()  # the form transformers 5 writes
@@ -327,8 +328,10 @@ def test_load_lm_names_what_is_wrong_with_the_folder(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"dtype 'int4' is not supported; known: .*bfloat16.*int8"):
         load_lm(tmp_path, dtype="int4")
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 200}))
-    with pytest.raises(ValueError, match=r"token id 263, but .* vocab_size 200"):
+    (tmp_path / "generation_config.json").unlink()
+    small = config | {"vocab_size": 200, "eos_token_id": None}
+    (tmp_path / "config.json").write_text(json.dumps(small))
+    with pytest.raises(ValueError, match=r"64 of .* 264 tokens, up to id 263, .* vocab_size 200"):
         load_lm(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).unlink()

@@ -1,7 +1,7 @@
 """Fictitious authors: the question-answer corpus of the embedded demo.
 
 One generator writes the authors to forget and the authors to retain: the same names and facts to
-draw from, the same templates. A forget author is therefore told apart by who it is, never by a word
+draw from, the same templates. A forget author is therefore recognised by who it is, never by a word
 that only forget authors use. The rows have TOFU's shape (a question, its answer, a reworded
 question and answer, five wrong answers); names, places and books are combined at random.
 

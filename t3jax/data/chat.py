@@ -2,21 +2,28 @@
 
 An example is the whole conversation as token ids and the position where its labels start: the
 tokens of the prompt carry no label, those of the answer do, the closing end-of-turn token
-included. The rule is the reference evaluator's (locuslab/open-unlearning), so that losses and
-probabilities can be compared with published ones. Nothing is padded, batched or truncated here.
+included. Where the prompt's tokens are the first of the whole text, as with chat templates, the
+rule is the reference evaluator's (locuslab/open-unlearning), so that losses and probabilities can
+be compared with published ones. Nothing is padded, batched or truncated here.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import numpy as np
 
+from t3jax.data import templates
 from t3jax.data.records import Record, check_record
 
 if TYPE_CHECKING:  # slow to import: only who loads a tokenizer waits
     from transformers import PreTrainedTokenizerBase
+
+# What templates of reasoning models (Qwen 3) put before an answer that was given without a thought.
+_EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
+_CHARACTERS = 256  # more than any text has for each of its tokens
+_OURS = ("messages", "add_generation_prompt", "tools", "documents")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +38,10 @@ class PromptFormat:
         question_start: text before the question. This tag and the next two are used only when the
             tokenizer has no chat template.
         question_end: text after the question.
-        answer_start: text before the answer. Where a tag ends in a space, its last token may
-            differ from the one that the same space and the answer's first word form together.
+        answer_start: text before the answer. A space at its end is left to the answer where the
+            tokenizer makes one token of a space and the word after it.
+        chat_template_kwargs: further variables of the chat template, such as
+            {"enable_thinking": True}; plain JSON values.
     """
 
     system: str | None = None
@@ -40,6 +49,15 @@ class PromptFormat:
     question_start: str = "Question: "
     question_end: str = "\n"
     answer_start: str = "Answer: "
+    chat_template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+
+    def __post_init__(self):
+        for name in self.chat_template_kwargs:
+            if not isinstance(name, str) or not name.isidentifier() or name in _OURS:
+                raise ValueError(
+                    f"chat_template_kwargs: {name!r} cannot be given; expected names of the chat "
+                    f"template's variables other than {', '.join(_OURS)}"
+                )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,6 +83,10 @@ def encode_prompt(
 ) -> np.ndarray:
     """Tokens of a question, up to where the answer begins.
 
+    They are the tokens before the labels that `encode_question_answer` gives an answer of words.
+    An empty thought that the chat template puts before such an answer is a part of the prompt,
+    unless `chat_template_kwargs` has "enable_thinking": True.
+
     Args:
         tokenizer: a Hugging Face tokenizer, with or without a chat template.
         question: the user's text.
@@ -74,10 +96,25 @@ def encode_prompt(
         Token ids, int32 [T].
 
     Raises:
-        ValueError: the tokenizer cannot express the system turn that is asked for.
+        ValueError: the tokenizer cannot express the system turn that is asked for, or the chat
+            template fails.
     """
     text, add_special_tokens = _prompt_text(tokenizer, question, prompt_format)
-    return _tokenize(tokenizer, text, add_special_tokens)
+    if tokenizer.chat_template is None:
+        tokens = tokenize(tokenizer, text, add_special_tokens)
+        if text[-1:].isspace():
+            # A token of the space alone is one that a text has nowhere before a word.
+            answered = text + "a"
+            whole = tokenize(tokenizer, answered, add_special_tokens)
+            start = _answer_start(tokenizer, tokens, whole, text, answered, add_special_tokens)
+            tokens = whole[: max(1, start)]
+        return tokens
+    thinks = prompt_format.chat_template_kwargs.get("enable_thinking", False)
+    if not thinks and "<think>" in tokenizer.get_chat_template():
+        whole_text = _render_chat(tokenizer, question, "An answer.", prompt_format)
+        if whole_text.startswith(text):
+            text += _empty_thought(whole_text[len(text) :], "An answer.")
+    return tokenize(tokenizer, text, add_special_tokens)
 
 
 def encode_question_answer(
@@ -89,10 +126,15 @@ def encode_question_answer(
 ) -> Example:
     r"""Tokens of a question and its answer; the answer's tokens are the labels.
 
-    The labels are the tokens of the whole conversation after as many tokens as the prompt alone
-    has. The closing end-of-turn token is one of them, and eos is appended when the conversation
-    does not end in it. A template in the ChatML style closes a turn with "<|im_end|>\n", where
-    <|im_end|> is eos too: the labels then end in "<|im_end|>\n<|im_end|>", as the reference has it.
+    The labels are the tokens that the whole conversation has beyond the prompt's text. Where the
+    border falls inside a token, as where a tag ends in a space and the tokenizer makes one token of
+    a space and the word after it, that token belongs to the answer. (The reference counts as many
+    tokens as the prompt alone has, and so leaves such an answer's first token without a label.) An
+    empty thought that the chat template puts before the answer is a part of the prompt.
+
+    The closing end-of-turn token is a label, and eos is appended when the conversation does not end
+    in it. A template in the ChatML style closes a turn with "<|im_end|>\n", where <|im_end|> is eos
+    too: the labels then end in "<|im_end|>\n<|im_end|>", as the reference has it.
 
     Args:
         tokenizer: a Hugging Face tokenizer, with or without a chat template.
@@ -106,41 +148,53 @@ def encode_question_answer(
 
     Raises:
         ValueError: no label is left, the sequence is longer than max_length (it is never cut), the
-            tokenizer has no eos token, or its template cannot be split into prompt and answer.
+            tokenizer has no eos token, or its template fails or cannot be split into prompt and
+            answer.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError(
             "the tokenizer has no eos token, which closes every answer; set tokenizer.eos_token to "
             "the model's end-of-text or end-of-turn token"
         )
+    check_characters(question + answer, max_length)
     prompt_text, add_special_tokens = _prompt_text(tokenizer, question, prompt_format)
     if tokenizer.chat_template is None:
         chat_text = prompt_text + answer
     else:
         chat_text = _render_chat(tokenizer, question, answer, prompt_format)
-        # Labels start after as many tokens as the prompt has: wrong if the prompt is not the start.
         if not chat_text.startswith(prompt_text):
             raise ValueError(
                 "the chat template's prompt is not the start of its conversation, so where the "
                 f"answer starts is unknown; the prompt ends in {prompt_text[-60:]!r}. Use another "
-                "template, or none: set tokenizer.chat_template = None and the tags of PromptFormat"
+                "template, or none: set tokenizer.chat_template = None and the tags of "
+                "PromptFormat. If the prompt opens a thought, try PromptFormat's "
+                'chat_template_kwargs = {"enable_thinking": False}'
             )
-    prompt = _tokenize(tokenizer, prompt_text, add_special_tokens)
-    tokens = _tokenize(tokenizer, chat_text, add_special_tokens)
+        rest = chat_text[len(prompt_text) :]
+        if answer.strip() not in rest:
+            raise ValueError(
+                f"the chat template does not print the answer {answer!r:.80} as it is, but "
+                f"{rest!r:.80}; change the answer or the template"
+            )
+        prompt_text += _empty_thought(rest, answer)
+    prompt = tokenize(tokenizer, prompt_text, add_special_tokens)
+    tokens = tokenize(tokenizer, chat_text, add_special_tokens)
+    start = _answer_start(tokenizer, prompt, tokens, prompt_text, chat_text, add_special_tokens)
     if len(tokens) == 0 or tokens[-1] != tokenizer.eos_token_id:
         tokens = np.append(tokens, np.int32(tokenizer.eos_token_id))
-    if len(prompt) >= len(tokens):
+    if not 0 < start < len(tokens):
         raise ValueError(
-            f"no answer token is left: the prompt alone has {len(prompt)} tokens, with the answer "
-            f"{answer!r:.80} there are {len(tokens)}; give a longer answer"
+            f"{'no answer token' if start else 'no token of the prompt'} is left: the prompt alone "
+            f"has {len(prompt)} tokens, with the answer {answer!r:.80} there are {len(tokens)}; "
+            "give a longer answer, or other tags"
         )
     if max_length is not None and len(tokens) > max_length:
         raise ValueError(
-            f"question and answer have {len(tokens)} tokens ({len(prompt)} in the prompt), more "
+            f"question and answer have {len(tokens)} tokens ({start} in the prompt), more "
             f"than max_length = {max_length}; shorten or remove the row, or raise max_length if "
             "the model's context allows it"
         )
-    return Example(tokens, len(prompt))
+    return Example(tokens, start)
 
 
 def encode_document(
@@ -159,7 +213,8 @@ def encode_document(
     Raises:
         ValueError: fewer than two tokens, or more than max_length (it is never cut).
     """
-    tokens = _tokenize(tokenizer, text, add_special_tokens=True)
+    check_characters(text, max_length)
+    tokens = tokenize(tokenizer, text, add_special_tokens=True)
     if len(tokens) < 2:
         raise ValueError(
             f"the document {text!r:.80} has {len(tokens)} tokens, so no token follows another; "
@@ -210,11 +265,86 @@ def encode_records(
     return examples
 
 
-def _tokenize(
-    tokenizer: "PreTrainedTokenizerBase", text: str, add_special_tokens: bool
+def check_characters(text: str, max_length: int | None) -> None:
+    """Refuses a text that is too long before it is tokenised, which takes minutes for some.
+
+    Args:
+        text: the text.
+        max_length: the longest sequence allowed, in tokens. None: any length.
+
+    Raises:
+        ValueError: it has more than max_length tokens, by the number of its characters.
+    """
+    if max_length is not None and len(text) > _CHARACTERS * max_length:
+        raise ValueError(
+            f"the text has {len(text)} characters, so more than {max_length} tokens, the most that "
+            "is allowed; split or shorten it"
+        )
+
+
+def tokenize(
+    tokenizer: "PreTrainedTokenizerBase", text: str, add_special_tokens: bool = True
 ) -> np.ndarray:
+    """Tokenizes a text, with what the tokenizer puts before it and without what it appends.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        text: the text.
+        add_special_tokens: whether the tokenizer puts anything before it.
+
+    Returns:
+        Token ids, int32 [T].
+
+    Raises:
+        ValueError: the text holds half of a surrogate pair.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text holds half of a surrogate pair at character {error.start}: "
+            f"{text[error.start : error.start + 20]!r}; expected whole characters"
+        ) from None
     ids = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+    if add_special_tokens:
+        ids = ids[: len(ids) - _num_appended(tokenizer)]
     return np.asarray(ids, dtype=np.int32)
+
+
+def _num_appended(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """How many tokens the tokenizer appends to a text."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    framed = tokenizer("a")["input_ids"]
+    places = range(len(framed) - len(bare) + 1)
+    start = next((i for i in places if framed[i : i + len(bare)] == bare), None)
+    return 0 if start is None else len(framed) - len(bare) - start
+
+
+def _answer_start(
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt: np.ndarray,
+    tokens: np.ndarray,
+    prompt_text: str,
+    chat_text: str,
+    add_special_tokens: bool,
+) -> int:
+    """Index of the first token that reaches beyond the prompt's text."""
+    shorter = min(len(prompt), len(tokens))
+    differing = np.flatnonzero(prompt[:shorter] != tokens[:shorter])
+    common = int(differing[0]) if differing.size else shorter
+    if common == len(prompt) or not tokenizer.is_fast:
+        return common
+    spans = tokenizer(
+        chat_text, add_special_tokens=add_special_tokens, return_offsets_mapping=True
+    )["offset_mapping"][: len(tokens)]
+    border = len(prompt_text)
+    return next((i for i, (_, end) in enumerate(spans) if end > border), len(tokens))
+
+
+def _empty_thought(text: str, answer: str) -> str:
+    """An empty thought at the head of a text, if it is not the answer's own."""
+    thought = _EMPTY_THOUGHT.match(text)
+    return thought[0] if thought and not answer.lstrip().startswith("<think>") else ""
 
 
 def _prompt_text(
@@ -242,24 +372,33 @@ def _render_chat(
     turns = [{"role": "user", "content": question}]
     if answer is not None:
         turns.append({"role": "assistant", "content": answer})
-    options: dict[str, Any] = {}
+    values = {
+        name: [str(each) for each in token] if isinstance(token, list | tuple) else str(token)
+        for name, token in tokenizer.special_tokens_map.items()
+    }
     if prompt_format.date_string is not None:
-        options["date_string"] = prompt_format.date_string
+        values["date_string"] = prompt_format.date_string
+    values |= prompt_format.chat_template_kwargs
 
-    # As text, not as tokens: with tokenize=True the result's type depends on the version.
     def render(messages: list, add_generation_prompt: bool = answer is None) -> str:
-        return str(
-            tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options
-            )
-        )
+        ours = {
+            "messages": messages,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            return templates.render_template(tokenizer.get_chat_template(), values | ours)
+        except ValueError as error:
+            name = tokenizer.name_or_path or "the tokenizer"
+            raise type(error)(f"the chat template of {name} fails: {error}") from None
 
     if prompt_format.system is None:
         return render(turns)
     if prompt_format.system:
         try:
             text = render(_system(prompt_format.system) + turns)
-        except jinja2.TemplateError as error:
+        except templates.TemplateFailure as error:
             raise ValueError(
                 f"the chat template refuses a system turn ({error}); set system to None or ''"
             ) from error
@@ -278,11 +417,11 @@ def _render_chat(
         if probe not in render(_system(probe) + turns):
             return without  # It does not print system turns.
         empty = render(_system("") + turns)
-    except jinja2.TemplateError:
+    except templates.TemplateFailure:
         return without  # It refuses system turns.
     try:
         alone = render(_system(""), add_generation_prompt=False)
-    except jinja2.TemplateError:
+    except templates.TemplateFailure:
         alone = ""  # It wants a question.
     candidates = [without, empty]
     if alone and empty.startswith(alone):

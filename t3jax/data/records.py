@@ -1,17 +1,18 @@
 """Rows of text from files: question-answer pairs, plain documents, prompts.
 
 A source is a file of JSON (one list of objects) or of JSON-lines (one object a line; which of the
-two is told from the content, not from the name), or a folder of such files. Every row is checked
+two is seen from the content, not from the name), or a folder of such files. Every row is checked
 when it is read, and an error names the file and the line. Nothing here knows about tokens, and
-nothing is ever shortened, skipped or repaired.
+nothing is ever shortened, skipped or repaired. Only regular files are read: a pipe would block.
 """
 
-import json
 import os
 import pathlib
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
+
+from t3jax import json_files
 
 Record = dict[str, Any]
 Row = TypeVar("Row")
@@ -22,6 +23,20 @@ _SLICE = re.compile(r"(?P<source>.+)\[(-?\d*):(-?\d*)(?::(-?\d*))?\]")
 _ACCEPTED = (
     "expected a file of JSON (a list of objects) or JSON-lines (one object a line), "
     "or a folder of .json and .jsonl files"
+)
+_LARGEST_FILE = 1 << 33  # bytes
+# Of formats that are given by mistake: how a file begins.
+_FORMATS = {
+    b"PAR1": "Parquet",
+    b"ARROW1": "Arrow",
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "a zip or Excel file",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+# What `sample.py` adds to a row.
+_ANSWER_FIELDS = re.compile(
+    r"sample|(base|unlearned)(_tokens|_base_logprobs|_guided_logprobs|_base_perplexity)?"
 )
 
 
@@ -84,12 +99,13 @@ def load_records(source: str | os.PathLike[str]) -> list[Record]:
 
     Raises:
         FileNotFoundError: the source, or a file to read in the folder, does not exist.
-        ValueError: broken JSON, a wrong row, or an empty file; names the file and the line.
+        ValueError: broken JSON, a wrong row, an empty file, or a pipe or a device; names the file
+            and the line.
     """
     return [
         row
         for file in _files(pathlib.Path(source))
-        for row in parse_records(file.read_bytes(), str(file))
+        for row in parse_records(_read(file), str(file))
     ]
 
 
@@ -106,18 +122,17 @@ def load_prompts(path: str | os.PathLike[str]) -> list[Record]:
 
     Raises:
         FileNotFoundError: the path does not exist.
-        ValueError: broken JSON, a wrong row, or an empty file; names the file and the line.
+        ValueError: broken JSON, a wrong row, a field that `sample.py` would overwrite, an empty
+            file, or a pipe or a device; names the file and the line.
     """
     path = pathlib.Path(path)
-    if path.suffix == ".txt" and path.is_file():
-        lines = _decode(path.read_bytes(), str(path)).split("\n")
+    if path.suffix == ".txt" and path.exists():
+        lines = _decode(_read(path), str(path)).split("\n")
         prompts: list[Record] = [{"prompt": line.strip()} for line in lines if line.strip()]
         if not prompts:
             raise ValueError(f"{path} is empty: expected one prompt a line")
         return prompts
-    return [
-        row for file in _files(path) for row in _parse(file.read_bytes(), str(file), _check_prompt)
-    ]
+    return [row for file in _files(path) for row in _parse(_read(file), str(file), _check_prompt)]
 
 
 def load_dataset(
@@ -187,16 +202,20 @@ def _files(source: pathlib.Path) -> list[pathlib.Path]:
     return [source]
 
 
+def _read(file: pathlib.Path) -> bytes:
+    return json_files.read_bytes(file, _LARGEST_FILE)
+
+
 def _parse(content: bytes, name: str, check: Callable[[object, str], Record]) -> list[Record]:
     text = _decode(content, name)
     if text.lstrip().startswith("["):
-        rows = _parse_json(text, name, first_line=1)
+        rows = json_files.parse_json(text, name)
         located = [(f"{name}, row {number}", row) for number, row in enumerate(rows, start=1)]
     else:
         # Not splitlines: it also cuts at characters that JSON allows unescaped inside a string.
         lines = enumerate(text.split("\n"), start=1)
         located = [
-            (f"{name}:{number}", _parse_json(line, name, first_line=number))
+            (f"{name}:{number}", _parse_line(line, f"{name}:{number}"))
             for number, line in lines
             if line.strip()
         ]
@@ -205,22 +224,29 @@ def _parse(content: bytes, name: str, check: Callable[[object, str], Record]) ->
     return [check(row, where) for where, row in located]
 
 
-def _parse_json(text: str, name: str, first_line: int) -> Any:
+def _parse_line(line: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise ValueError(
-            f"{name}:{line}: broken JSON ({error.msg} at column {error.colno}); {_ACCEPTED}"
-        ) from error
+        return json_files.parse_json(line, where)
+    except ValueError as error:
+        if line.lstrip()[0] not in '{["':
+            separator = next((mark for mark in ",\t;" if mark in line), None)
+            table = "" if separator is None else "; it looks like CSV or another table"
+            raise ValueError(
+                f"{where}: not JSON: {line.strip()[:60]!r}{table}. Expected lines of JSON such as "
+                '{"question": "...", "answer": "..."} or {"text": "..."}'
+            ) from None
+        raise ValueError(f"{error}; {_ACCEPTED}") from None
 
 
 def _decode(content: bytes, name: str) -> str:
+    for start, what in _FORMATS.items():
+        if content.startswith(start):
+            raise ValueError(f"{name}: looks like {what}; {_ACCEPTED}, in UTF-8")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{name}:{line}: not UTF-8 text ({error.reason})") from error
+        raise ValueError(f"{name}:{line}: not UTF-8 text ({error.reason}); {_ACCEPTED}") from error
 
 
 def _check_prompt(row: object, where: str) -> Record:
@@ -230,6 +256,11 @@ def _check_prompt(row: object, where: str) -> Record:
             f"{where}: expected either 'question' or 'prompt', got the fields {sorted(row)}"
         )
     _check_text(row, "question" if "question" in row else "prompt", where)
+    if taken := [field for field in row if _ANSWER_FIELDS.fullmatch(field)]:
+        raise ValueError(
+            f"{where}: the fields {taken} are those that answers are written to; rename or remove "
+            "them in the prompt file"
+        )
     return row
 
 
@@ -245,3 +276,10 @@ def _check_text(row: Record, field: str, where: str) -> None:
         raise ValueError(f"{where}: {field!r} must be a string, got {value!r:.80}")
     if not value.strip():
         raise ValueError(f"{where}: {field!r} is empty; fill it in or remove the row")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: {field!r} holds half of a surrogate pair at character {error.start}, "
+            "expected whole characters"
+        ) from None

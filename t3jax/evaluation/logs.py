@@ -7,7 +7,9 @@ entry `missing`, which the reference does not read, says why. This module comput
 """
 
 import json
+import math
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +18,7 @@ from jaxtyping import Float
 
 from t3jax import hosts
 from t3jax.files import replacing
+from t3jax.json_files import read_json
 
 Log = dict[str, dict[str, Any]]
 
@@ -40,6 +43,11 @@ MISSING = "missing"
 
 # Rows without answer tokens have no exact memorization: the only value that may be null.
 _NULLABLE = "exact_memorization"
+# Fields whose numbers are shares; float32 rounds beyond 1.
+_SHARES = ("prob", "rouge1_recall", "rougeL_f1", "rougeL_recall", "auc")
+_LARGEST = 1e150  # so that its square is finite
+# Rows by number, each in one way of writing: int() reads "01", "1_0" and other scripts' digits too.
+_INDEX = re.compile("0|[1-9][0-9]{0,17}")
 
 
 class MissingMetricError(LookupError):
@@ -57,7 +65,8 @@ def read_log(path: pathlib.Path) -> Log:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is cut short, holds NaN, or is not such a log.
+        ValueError: If it is cut short, holds NaN, is no strict JSON (see `t3jax.json_files`), or is
+            not such a log.
     """
     path = path / EVAL_NAME if path.is_dir() else path
     log = _read_json(path)
@@ -76,7 +85,8 @@ def read_summary(path: pathlib.Path) -> dict[str, float]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is cut short, holds NaN, or is not such a summary.
+        ValueError: If it is cut short, holds NaN, is no strict JSON (see `t3jax.json_files`), or is
+            not such a summary.
     """
     path = path / SUMMARY_NAME if path.is_dir() else path
     aggregates = _read_json(path)
@@ -289,6 +299,9 @@ def check_log(log: Any, name: str) -> None:
         raise ValueError(f"{name} is not a TOFU log: expected metrics by name, got {_kind(log)}")
     for metric, entry in log.items():
         where = f"{name}: {metric}"
+        if metric == MISSING:
+            _check_reasons(entry, where)
+            continue
         if not isinstance(entry, dict) or "agg_value" not in entry:
             raise ValueError(
                 f'{where} is not a metric: expected {{"agg_value": ...}}, got {_kind(entry)}; '
@@ -300,12 +313,18 @@ def check_log(log: Any, name: str) -> None:
                 _check_values(values, where if part is None else f"{where}, {part}", metric)
 
 
+def _check_reasons(entry: Any, where: str) -> None:
+    reasons = entry.get("reasons") if isinstance(entry, dict) else None
+    if not isinstance(reasons, dict) or not all(isinstance(r, str) for r in reasons.values()):
+        raise ValueError(f"{where}: expected reasons, a text for each metric, got {_kind(entry)}")
+
+
 def _check_values(values: Any, where: str, metric: str) -> None:
     if not isinstance(values, dict):
         raise ValueError(f"{where}: expected aggregate and rows, got {_kind(values)}")
     for field in ("agg_value", "auc"):
         if values.get(field) is not None:
-            _check_number(values[field], f"{where}, {field}")
+            _check_number(values[field], f"{where}, {field}", field)
     rows = values.get("value_by_index")
     if rows is None:
         return
@@ -313,8 +332,10 @@ def _check_values(values: Any, where: str, metric: str) -> None:
         raise ValueError(f"{where}, value_by_index: expected rows by index, got {_kind(rows)}")
     first_index, first = next(iter(rows.items()))
     for index, row in rows.items():
-        if not index.isdecimal() or not isinstance(row, dict) or not row:
-            raise ValueError(f"{where}, row {index!r}: expected a number and fields")
+        if not _INDEX.fullmatch(index) or not isinstance(row, dict) or not row:
+            raise ValueError(
+                f"{where}, row {index[:40]!r}: expected a row's number, such as '0', and its fields"
+            )
         if row.keys() != first.keys():
             raise ValueError(
                 f"{where}, row {index}: has the fields {sorted(row)}, "
@@ -323,10 +344,10 @@ def _check_values(values: Any, where: str, metric: str) -> None:
         if len({len(value) for value in row.values() if isinstance(value, list)}) > 1:
             raise ValueError(f"{where}, row {index}: its fields have unequal numbers of answers")
         for field, value in row.items():
-            _check_field(value, first[field], f"{where}, row {index}, {field}", metric)
+            _check_field(value, first[field], f"{where}, row {index}, {field}", metric, field)
 
 
-def _check_field(value: Any, first: Any, where: str, metric: str) -> None:
+def _check_field(value: Any, first: Any, where: str, metric: str, field: str) -> None:
     if value is None and metric == _NULLABLE:
         return
     if isinstance(value, str) != isinstance(first, str):
@@ -342,19 +363,25 @@ def _check_field(value: Any, first: Any, where: str, metric: str) -> None:
                 "row needs the same number, at least one"
             )
         for number in value:
-            _check_number(number, where)
+            _check_number(number, where, field)
         return
-    _check_number(value, where)
+    _check_number(value, where, field)
 
 
-def _check_number(value: Any, where: str) -> None:
+def _check_number(value: Any, where: str, field: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{where}: expected a number, got {_kind(value)}")
-    if not np.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(
             f"{where} is {value}: the model that was evaluated gave it; such a log compares with "
             "nothing"
         )
+    if field in _SHARES and not -1e-6 <= value <= 1 + 1e-6:
+        raise ValueError(f"{where} is {value:g}, expected a share between 0 and 1")
+    if field == "avg_loss" and value < -1e-6:
+        raise ValueError(f"{where} is {value:g}, expected a loss of at least 0")
+    if abs(value) > _LARGEST:
+        raise ValueError(f"{where} is {value:g}, expected at most {_LARGEST:g}")
 
 
 def _kind(value: Any) -> str:
@@ -386,14 +413,10 @@ def _values(log: Log, metric: str, field: str, part: str | None) -> list[Any]:
 
 
 def _read_json(path: pathlib.Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: name a {EVAL_NAME} or its folder")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}): a write was cut short, or it is another file"
-        ) from error
+        return read_json(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is not there: name a {EVAL_NAME} or its folder") from None
 
 
 def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:

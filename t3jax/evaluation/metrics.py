@@ -67,7 +67,7 @@ def normalised_probability(
 def truth_ratio(
     true_loss: Float[AnyArray, "rows"], wrong_loss: Float[AnyArray, "rows wrong"]
 ) -> Float[np.ndarray, "rows"]:
-    """How likely wrong answers are next to the true one: 0 knows the truth, 1 cannot tell.
+    """How likely wrong answers are next to the true one: 0 if it is known, 1 if it is guessed.
 
     Args:
         true_loss: avg_loss of the true answer, `[rows]`: the paraphrased answer for forget and
@@ -122,7 +122,7 @@ class ForgetQuality:
     """A two-sample Kolmogorov-Smirnov test between a model and the retain model.
 
     Attributes:
-        p_value: The forget quality. Above 0.05 the two cannot be told apart by these rows.
+        p_value: The forget quality. Above 0.05 these rows do not separate the two models.
         statistic: D, the largest distance between the two distribution functions.
         critical: The D above which p falls under 0.05 at these numbers of rows.
     """
@@ -341,7 +341,7 @@ def membership_auc(
         holdout_scores: Scores of rows no model was trained on.
 
     Returns:
-        The AUC: 0.5 cannot tell, 1 when the forget rows all score lower.
+        The AUC: 0.5 at chance, 1 when the forget rows all score lower.
 
     Raises:
         ValueError: If a score is not finite or a side is empty.

@@ -247,7 +247,7 @@ def recompute(log: Log, retain_log: Log | None = None) -> list[Comparison]:
         ValueError: If the retain log is of other rows, or metrics combined row by row are.
     """
     if retain_log is not None:
-        # A retain log without truth ratios is told per metric, one of other rows at once.
+        # A retain log without truth ratios is reported by metric, one of other rows is an error.
         with contextlib.suppress(MissingMetricError):
             logs.check_retain_log(log, retain_log)
     comparisons = []
@@ -299,7 +299,7 @@ def compare_files(path: pathlib.Path, retain_path: pathlib.Path | None = None) -
     retain_log = None if retain_path is None else logs.read_log(retain_path)
     comparisons = recompute(log, retain_log)
     summary_path = (path if path.is_dir() else path.parent) / logs.SUMMARY_NAME
-    if summary_path.is_file():
+    if summary_path.exists():
         comparisons += compare_summary(log, logs.read_summary(summary_path))
     text = table(comparisons)
     with contextlib.suppress(MissingMetricError):

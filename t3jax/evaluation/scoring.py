@@ -14,6 +14,7 @@ References:
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 from t3jax import batching, hosts, pooling, sharding
 from t3jax import head as head_lib
 from t3jax.data.chat import Example
+from t3jax.head import HeadConfig
 from t3jax.head_io import Head, check_head_fits, common_default, place_head
 from t3jax.lm.model import LM
 from t3jax.refinements import PLAIN, Refinements, combine_heads, refined_logits
@@ -55,10 +57,11 @@ class Setting:
             raise ValueError(
                 f"setting {self.name!r}: its name becomes a folder's; use letters, digits, and ._+-"
             )
-        if not self.base_temperature > 0 or not self.guidance_scale >= 0:
+        if not 0 < self.base_temperature < math.inf or not 0 <= self.guidance_scale < math.inf:
             raise ValueError(
                 f"setting {self.name}: base_temperature must be positive and guidance_scale not "
-                f"negative, got {self.base_temperature} and {self.guidance_scale}"
+                "negative, both finite, got "
+                f"{self.base_temperature} and {self.guidance_scale}"
             )
         if not self.heads and (self.guidance_scale > 0 or self.refinements != PLAIN):
             raise ValueError(
@@ -92,7 +95,7 @@ def settings_grid(
         groups: Indices of the heads that are served together, in turn; None: each by itself.
 
     Returns:
-        Settings, each distribution once, the base model first. Names tell heads, T, s and what is
+        Settings, each distribution once, the base model first. Names hold heads, T, s and what is
         on: `head0-T2.5-s1`, `head0+1-T2.5-s1-gated`.
 
     Raises:
@@ -213,10 +216,10 @@ class _Scores(NamedTuple):
 class _Group(NamedTuple):
     """What is compiled for settings that differ in T and s alone.
 
-    The heads are places among those served, each with its activation.
+    The heads are places among those served, each with its shape.
     """
 
-    heads: tuple[tuple[int, str], ...]
+    heads: tuple[tuple[int, HeadConfig], ...]
     refinements: Refinements
 
 
@@ -313,7 +316,7 @@ def score_texts(
                     target,
                 )
             )
-        return hosts.gathered(chunks)
+        return hosts.gather(chunks)
 
     def keep(batch: list[int], chunks: list[_Scores]) -> None:
         where = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in batch])
@@ -352,10 +355,10 @@ def _grouped(
         served.append(_Served(params, np.float32(heads[index].prior_shift)))
     members: dict[_Group, list[int]] = {}
     for k, setting in enumerate(settings):
-        places = [(used.index(index), heads[index].config.activation) for index in setting.heads]
+        places = [(used.index(index), heads[index].config) for index in setting.heads]
         members.setdefault(_Group(tuple(places), setting.refinements), []).append(k)
     # Groups of the same heads follow one another: the scores of one are freed before the next's.
-    groups = sorted(members, key=lambda group: group.heads)
+    groups = sorted(members, key=lambda group: [place for place, _ in group.heads])
     knobs = [
         _Knobs(
             np.array([settings[k].base_temperature for k in members[group]], np.float32),
@@ -426,7 +429,7 @@ def _score(
             )
             of_targets = jnp.zeros(targets.shape, jnp.float32)
         else:
-            scores, of_targets = _retain_scores(group, served, pooled, targets)
+            scores, of_targets = _retain_scores(group, served, pooled, hidden, targets)
             statistics = jax.lax.map(
                 lambda k, scores=scores, group=group: token_statistics(
                     refined_logits(
@@ -444,14 +447,17 @@ def _score(
 
 
 def _retain_scores(
-    group: _Group, served: tuple[_Served, ...], pooled: Array, targets: Array
+    group: _Group, served: tuple[_Served, ...], pooled: Array, hidden: Array, targets: Array
 ) -> tuple[Array, Array]:
     """The heads' combined scores of all tokens as the next one, `[C, V]`, and of the targets."""
     of_all, of_targets = [], []
-    for place, activation in group.heads:
+    for place, config in group.heads:
         params, shift = served[place]
-        of_all.append(head_lib.head_scores(params, pooled, activation) + shift)
-        of_targets.append(head_lib.target_scores(params, pooled, targets, activation) + shift)
+        features = pooling.prefix_features(pooled, hidden, config.features)
+        of_all.append(head_lib.head_scores(params, features, config.activation) + shift)
+        of_targets.append(
+            head_lib.target_scores(params, features, targets, config.activation) + shift
+        )
     how = group.refinements.combine
     return combine_heads(of_all, how), combine_heads(of_targets, how)
 

@@ -37,7 +37,7 @@ class Rows:
     """What a setting's log says of each row.
 
     Attributes:
-        truth_ratios: Of the forget rows, `[rows]`.
+        truth_ratios: Truth ratios of the forget rows, `[rows]`.
         utility: By set (retain, and ra and wf where the log has both), probability, truth ratio,
             and ROUGE where the log has answers, `[rows, parts]`.
     """
@@ -85,7 +85,7 @@ class HeldOut:
     """What a choice is worth on rows that had no say in it.
 
     Attributes:
-        score: Of the joined halves, each scored by the setting chosen on the other.
+        score: Score of the joined halves, each scored by the setting chosen on the other.
         utility_name: What its utility is: model utility or retain utility.
         utility_interval: 95 % bootstrap interval of the utility.
     """
@@ -200,7 +200,7 @@ def score(rows: Rows, retain_ratios: Float[np.ndarray, "retain_rows"]) -> Score:
     """Scores rows.
 
     Args:
-        rows: Of a setting.
+        rows: Rows of a setting.
         retain_ratios: Truth ratios of the retain model on the same forget rows.
 
     Returns:
@@ -218,7 +218,7 @@ def half(count: int, group: int = 1, seed: int = 0) -> Bool[np.ndarray, "rows"]:
         count: Number of rows.
         group: Rows that follow one another and stay together, such as the questions on one author:
             apart, each half would know the other's authors.
-        seed: Of the split.
+        seed: Seed of the split.
 
     Returns:
         True for rows of half A, `[rows]`.
@@ -253,7 +253,7 @@ def cross_fit(
         rule: A key of `RULES`.
         group: Rows of forget and retain that stay together; see `half`. Rows of real authors and
             world facts are split one by one.
-        seed: Of the split.
+        seed: Seed of the split.
 
     Returns:
         The choice and its honest score.

@@ -1,45 +1,28 @@
 """What a model says of texts and prompts, computed once and kept on disk.
 
 An evaluation asks for scores and answers by setting; what an earlier run finished is read. A file's
-name carries a digest of all that it depends on (weights, heads, T and s, tokens, options, code): a
-change of any of them computes anew, and a file appears whole or not at all, so that a run that was
-killed goes on where it was.
+name carries a digest of all that it depends on (model, heads, T and s, tokens, options, code; see
+`t3jax.digests`): a change of any of them computes anew, and a file appears whole or not at all, so
+that a run that was killed goes on where it was. A file whose bytes have changed is computed anew.
 """
 
 import dataclasses
 import functools
-import hashlib
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from t3jax import files, hosts
+from t3jax import checked, digests, hosts
 from t3jax.data.chat import Example
 from t3jax.evaluation.scoring import Setting, TextScores, padding_id, score_texts
-from t3jax.features import LM_CODE, code_digest, examples_digest, params_digest
 from t3jax.head_io import Head
 from t3jax.lm.model import LM
 from t3jax.sampling import Sample, Sampler
 
-_MODEL_CODE = (
-    "guidance.py",
-    "head.py",
-    "pooling.py",
-    "refinements.py",
-    *LM_CODE,
-)
-_SCORING_CODE = (*_MODEL_CODE, "batching.py", "evaluation/scoring.py")
-_SAMPLING_CODE = (
-    *_MODEL_CODE,
-    "sampling/loop.py",
-    "sampling/next_token.py",
-    "sampling/sampler.py",
-    "sampling/truncation.py",
-)
+_SCORING_CODE = "t3jax.evaluation.scoring"
+_SAMPLING_CODE = "t3jax.sampling.sampler"
 
 
 class Store:
@@ -99,7 +82,7 @@ class Store:
         Raises:
             ValueError: As `score_texts`.
         """
-        digest = examples_digest(examples)
+        digest = digests.examples_digest(examples)
         paths = [
             self._path(
                 f"scores-{label}-{setting.name}",
@@ -109,7 +92,8 @@ class Store:
             )
             for setting in settings
         ]
-        stored = hosts.of_lead([path.is_file() for path in paths])
+        scores = [checked.read_stored(path, _read_scores) for path in paths]
+        stored = hosts.of_lead([of_setting is not None for of_setting in scores])
         if todo := np.flatnonzero(~stored).tolist():
             found = score_texts(
                 self.lm,
@@ -120,11 +104,15 @@ class Store:
                 moments=moments,
                 progress=f"score {label}" if self.progress else None,
             )
-            for k, scores in zip(todo, found, strict=True):
+            for k, new in zip(todo, found, strict=True):
                 if hosts.is_lead():
-                    _write_scores(paths[k], scores)
+                    _write_scores(paths[k], new)
                 hosts.wait_for(paths[k])
-        return [_read_scores(path) for path in paths]
+                scores[k] = _read_scores(paths[k])
+        return [
+            _read_scores(path) if of_setting is None else of_setting
+            for path, of_setting in zip(paths, scores, strict=True)
+        ]
 
     def answers(
         self,
@@ -170,14 +158,15 @@ class Store:
                 if product
                 else Setting(setting.name)
             )
-        digest = examples_digest([Example(prompt, len(prompt)) for prompt in prompts])
+        digest = digests.examples_digest([Example(prompt, len(prompt)) for prompt in prompts])
         path = self._path(
             f"answers-{label}-{setting.name}",
             ".json",
             [self._distribution(setting), digest, repr(sorted(options.items()))],
             _SAMPLING_CODE,
         )
-        if not hosts.of_lead(path.is_file()):
+        stored = checked.read_stored(path, checked.read_json) if hosts.is_lead() else None
+        if not hosts.of_lead(stored is not None):
             samples = self._sampler(setting).generate(
                 [prompt.tolist() for prompt in prompts],
                 progress=f"answer {label} ({setting.name})" if self.progress else None,
@@ -185,29 +174,22 @@ class Store:
             )
             content = [{"text": sample.text, "tokens": sample.tokens} for sample in samples]
             if hosts.is_lead():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with files.replacing(path) as temporary:
-                    temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+                checked.write_json(path, content)
             hosts.wait_for(path)
-        return [Sample(**sample) for sample in json.loads(path.read_text(encoding="utf-8"))]
+        return [Sample(**sample) for sample in checked.read_json(path)]
 
-    def _path(
-        self, name: str, suffix: str, parts: list[str], code: tuple[str, ...]
-    ) -> pathlib.Path:
-        parts = [self._model, *parts, code_digest(*code)]
-        digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
-        # The same distribution may go by several names: only the digest tells files apart.
+    def _path(self, name: str, suffix: str, parts: list[str], code: str) -> pathlib.Path:
+        model = digests.model_digest(self.lm)
+        digest = digests.make_key(model, *parts, digests.code_digest(code))[:20]
+        # The same distribution may have several names: only the digest identifies a file.
         stored = next(self.folder.glob(f"*-{digest}{suffix}"), None)
         return stored or self.folder / f"{name}-{digest}{suffix}"
 
     @functools.cached_property
-    def _model(self) -> str:
-        return f"{params_digest(self.lm.params)} {jax.tree.leaves(self.lm.params)[0].dtype}"
-
-    @functools.cached_property
     def _head_digests(self) -> list[str]:
         return [
-            f"{head.config} {head.prior_shift} {params_digest(head.params)}" for head in self.heads
+            f"{head.config} {head.prior_shift!r} {digests.params_digest(head.params)}"
+            for head in self.heads
         ]
 
     def _distribution(self, setting: Setting) -> str:
@@ -229,11 +211,8 @@ class Store:
 
 def _write_scores(path: pathlib.Path, scores: TextScores) -> None:
     arrays = {name: value for name, value in vars(scores).items() if value is not None}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with files.replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays)
+    checked.write_arrays(path, arrays)
 
 
 def _read_scores(path: pathlib.Path) -> TextScores:
-    with np.load(path) as arrays:
-        return TextScores(**arrays)
+    return TextScores(**checked.read_arrays(path))

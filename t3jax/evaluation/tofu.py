@@ -292,7 +292,7 @@ def assemble_log(
 
     Args:
         sets: Question sets by key of `SETS`.
-        scores: Of the `texts` of each set.
+        scores: Scores of the `texts` of each set.
         generations: Greedy answers to the questions of each set; a set may be missing.
         retain_log: The retain model's log.
         reference_losses: Losses of the retain model on the answers of forget and holdout.

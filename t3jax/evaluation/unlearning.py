@@ -22,6 +22,7 @@ from t3jax import files, hosts
 from t3jax.data import Example, evenly_spread
 from t3jax.evaluation import logs, metrics
 from t3jax.evaluation.logs import Log, MissingMetricError
+from t3jax.evaluation.recall import leak_recall
 from t3jax.evaluation.scoring import BASE, Setting, TextScores
 from t3jax.evaluation.store import Store
 from t3jax.evaluation.tofu import QuestionSet, prompts
@@ -40,13 +41,16 @@ class UnlearningOptions:
         leak_rows: Questions that are asked so, evenly spread over the set; None: all.
         leak_threshold: ROUGE-L recall from which an answer leaks.
         leak_temperature: Sampling temperature of these answers.
-        leak_top_k: Their truncation, decided on the base distribution; see `SamplingOptions`.
-        leak_top_p: The same.
+        leak_top_k: They are drawn among the k likeliest tokens; 0 draws among all.
+        leak_top_p: They are drawn among the likeliest tokens whose probability reaches p; 1 draws
+            among all.
+        leak_truncate_on: What decides these two, see `SamplingOptions`. "base" measures what a
+            nucleus of the base model brings back.
         kl_rows: Questions of the forget and of the retain set, each, evenly spread over it, for the
             Monte-Carlo KL, which draws from the whole distribution; 0 leaves it out.
         kl_samples: Answers drawn to each of them.
         max_new_tokens: Longest answer.
-        seed: Of the draws.
+        seed: Seed of the draws.
     """
 
     leak_samples: int = 0
@@ -55,6 +59,7 @@ class UnlearningOptions:
     leak_temperature: float = 1.0
     leak_top_k: int = 0
     leak_top_p: float = 1.0
+    leak_truncate_on: str = "guided"
     kl_rows: int = 0
     kl_samples: int = 1
     max_new_tokens: int = 200
@@ -67,7 +72,7 @@ class UnlearningOptions:
             raise ValueError(f"leak_threshold must lie in (0, 1], got {self.leak_threshold}")
 
 
-def leaked(
+def find_leaks(
     recall: Float[np.ndarray, "rows samples"], threshold: float
 ) -> Bool[np.ndarray, "rows samples"]:
     """Which answers give the right one away.
@@ -122,7 +127,7 @@ def leaking_rows(log: Log, metric: str = "forget_leak_rate") -> Float[np.ndarray
         MissingMetricError: If the log lacks it.
     """
     recall = logs.column(log, metric, "recall")
-    return np.any(leaked(recall, log[metric]["threshold"]), axis=1).astype(np.float64)
+    return np.any(find_leaks(recall, log[metric]["threshold"]), axis=1).astype(np.float64)
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
@@ -228,7 +233,7 @@ def measure(
         folder: Where to; `UNLEARNING.json` goes to a folder by setting's name.
         options: What to sample, and how.
         retain_store: The retain model, for the Monte-Carlo KL.
-        judge: Whose base model's perplexity of answers tells their fluency; None: `store`'s.
+        judge: Its base model's perplexity of answers measures their fluency; None: `store`'s base.
 
     Returns:
         By setting's name, entries by metric; what is missing is noted with the reason.
@@ -297,9 +302,8 @@ class _Measuring:
         truths = [
             truth for truth in self.leak_rows(self.sets["forget"].ground_truths) for _ in range(n)
         ]
-        recall = metrics.rouge_scores(truths, [sample.text for sample in samples])["rougeL_recall"]
-        recall = recall.reshape(-1, n)
-        leaks = leaked(recall, self.options.leak_threshold)
+        recall = leak_recall(truths, [sample.text for sample in samples]).reshape(-1, n)
+        leaks = find_leaks(recall, self.options.leak_threshold)
         return {
             **logs.per_example(
                 float(best_of(leaks, n).mean()),
@@ -439,6 +443,7 @@ class _Measuring:
             temperature=self.options.leak_temperature,
             top_k=self.options.leak_top_k,
             top_p=self.options.leak_top_p,
+            truncate_on=self.options.leak_truncate_on,
             max_new_tokens=self.options.max_new_tokens,
             seed=self.options.seed,
         )

@@ -1,6 +1,7 @@
 """How a language model is fine-tuned: the recipe's settings and its optimizer."""
 
 import dataclasses
+import math
 
 import jax
 import optax
@@ -29,7 +30,7 @@ class FinetuneConfig:
         lora_rank: R of LoRA's updates; 0 trains all weights instead.
         lora_alpha: LoRA's updates are multiplied by this over R.
         lora_layers: Names of the linear layers that LoRA updates, in every block.
-        dtype: Of the forward and backward pass; what is trained and its moments are float32.
+        dtype: Dtype of the forward and backward pass; what is trained and its moments are float32.
         remat: Compute activations again in the backward pass and keep the blocks' inputs alone:
             less memory, a third more work.
         seed: Decides the order of the rows, and LoRA's first factors.
@@ -57,14 +58,21 @@ class FinetuneConfig:
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "microbatches", "checkpoint_every"):
-            if getattr(self, name) < 1:
+            if not 1 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "clip_norm", "lora_alpha"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("warmup_steps", "weight_decay", "prompt_weight", "lora_rank", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("learning_rate", "clip_norm", "lora_alpha", "eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        for name in ("warmup_steps", "weight_decay", "prompt_weight", "lora_rank"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{name} must be finite and not negative, got {getattr(self, name)}"
+                )
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must lie in [0, 2^32), got {self.seed}")
         if self.microbatches > self.batch_size:
             raise ValueError(
                 f"a batch of {self.batch_size} rows cannot be cut into {self.microbatches} "

@@ -13,9 +13,10 @@ import tqdm
 from jax.sharding import Mesh
 
 from t3jax import hosts, sharding
+from t3jax.batching import check_examples
 from t3jax.checkpoint import open_run
 from t3jax.data import Example
-from t3jax.features import examples_digest, params_digest
+from t3jax.digests import examples_digest, params_digest
 from t3jax.finetuning.batches import epoch_batches
 from t3jax.finetuning.lora import merge_lora
 from t3jax.finetuning.recipe import FinetuneConfig, learning_rate_schedule
@@ -61,8 +62,9 @@ def finetune(
         and of their dtype.
 
     Raises:
-        ValueError: If there are no examples, a text is longer than the model's context, LoRA names
-            a layer that is not there, or the workdir holds another run.
+        ValueError: If there are no examples, a text is longer than the model's context or holds a
+            token that it has no embedding of, LoRA names a layer that is not there, or the workdir
+            holds another run.
         FloatingPointError: If loss or gradient become infinite or NaN; checkpoints stay as they
             were.
         OSError: If the disk is full; checkpoints stay as they were.
@@ -71,7 +73,9 @@ def finetune(
     config = FinetuneConfig() if config is None else config
     if mesh is None:
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    _check(lm_config, examples, validation)
+    check_examples(lm_config, examples)
+    if validation:
+        check_examples(lm_config, validation)
     lengths = np.array([len(example.tokens) for example in examples])
     steps_per_epoch = -(-len(examples) // config.batch_size)
     steps = config.epochs * steps_per_epoch
@@ -129,17 +133,6 @@ def finetune(
         params = hosts.place(params, sharding.param_shardings(mesh, params))
         return merge_lora(params, state[0], config.lora_scale)
     return state[0]
-
-
-def _check(lm_config: LMConfig, examples: Sequence[Example], validation: Sequence[Example]) -> None:
-    if not examples:
-        raise ValueError("no examples: there must be rows to train on")
-    longest = max(len(example.tokens) for example in [*examples, *validation])
-    if longest > lm_config.max_position:
-        raise ValueError(
-            f"a row has {longest} tokens, more than the {lm_config.max_position} of the model's "
-            "context; shorten it or leave it out"
-        )
 
 
 def _check_finite(line: dict[str, Any], config: FinetuneConfig) -> None:

@@ -53,7 +53,7 @@ class Programs(NamedTuple):
 def compile_programs(
     lm_config: LMConfig, config: FinetuneConfig, steps: int, mesh: Mesh
 ) -> Programs:
-    """The programs of a run of so many steps."""
+    """The programs of a run of `steps` steps."""
     adamw = make_optimizer(config, steps)
     dtype = jnp.dtype(config.dtype)
 
@@ -197,7 +197,7 @@ class Trainer:
     def _place(self, batch: Batch) -> Batch:
         return jax.tree.map(
             lambda x: hosts.place(
-                x, sharding.fitting(self._mesh, P(None, sharding.ROWS), np.shape(x))
+                x, sharding.fit_sharding(self._mesh, P(None, sharding.ROWS), np.shape(x))
             ),
             batch,
         )

@@ -12,9 +12,10 @@ class RopeConfig:
 
     Attributes:
         theta: Base of the geometric series of wavelengths.
-        kind: "default"; "linear" (all wavelengths stretched by `factor`); "llama3" (long
-            wavelengths stretched by `factor`, short ones kept, a ramp between); "yarn" (the same
-            with a ramp over the pairs); or "longrope" (each pair has its own stretch).
+        kind: "default"; "linear" (all wavelengths stretched by `factor`); "dynamic" (stretched in
+            texts beyond `max_position` only, which are not read); "llama3" (long wavelengths
+            stretched by `factor`, short ones kept, a ramp between); "yarn" (the same with a ramp
+            over the pairs); or "longrope" (each pair has its own stretch).
         factor: The stretch; 1 for "default". "longrope": of the context, see `short_factors`.
         low_freq_factor: "llama3": wavelengths above original / low are stretched.
         high_freq_factor: "llama3": wavelengths below original / high are kept.
@@ -68,7 +69,7 @@ class LMConfig:
         qkv_bias: Query, key and value projections have biases, whatever the output projection has.
         mlp_bias: The MLP's projections have biases.
         head_bias: The LM head has a bias.
-        activation: Of the MLP: "silu", "gelu" or "gelu_pytorch_tanh" (GELU by its approximation).
+        activation: The MLP's: "silu", "gelu" or "gelu_pytorch_tanh" (GELU by its approximation).
         gated: The MLP has a gate: down(activation(gate(x)) * up(x)), else down(activation(up(x))).
         norm: "rms"; "rms_offset" (the weight is what is added to 1); or "layer" (mean subtracted,
             with bias).

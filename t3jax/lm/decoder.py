@@ -133,7 +133,7 @@ def unembed(
 ) -> Float[Array, "*batch V"]:
     """Logits of the next token from hidden states of `apply`, float32 `[..., V]`."""
     name = "embed" if config.tied else "lm_head"
-    table = sharding.gathered(mesh, {name: params[name]}, after=hidden)[name]
+    table = sharding.gather_weights(mesh, {name: params[name]}, after=hidden)[name]
     if config.quantized:
         logits = quantized.product(hidden, table["weight"], table["scale"], jnp.float32)
     else:
@@ -509,7 +509,7 @@ def _read_block(
     The weights come while the layer before, which reads `before`, is at work.
     """
     graphdef, params = nnx.split(block)
-    params = sharding.gathered(mesh, nnx.to_pure_dict(params), after=before)
+    params = sharding.gather_weights(mesh, nnx.to_pure_dict(params), after=before)
     block = nnx.merge(graphdef, params)
     x, k, v = block(x, rotation, seen, past, mesh)
     # Else XLA adds the layers' outputs up at the end only, and keeps all of them until then.
@@ -570,7 +570,7 @@ def _inverse_wavelengths(rope: RopeConfig, head_dim: int) -> np.ndarray:
     if rope.kind == "yarn":
         keep = _yarn_ramp(rope, width)
         return ((1 - keep) * frequencies / rope.factor + keep * frequencies).astype(np.float32)
-    if rope.kind == "default":
+    if rope.kind in ("default", "dynamic"):
         return frequencies
     # Llama 3.1: how many turns a pair makes over the original context decides how far it is
     # stretched: at least `high_freq_factor` turns not at all, at most `low_freq_factor` fully.
@@ -584,7 +584,7 @@ def _yarn_ramp(rope: RopeConfig, width: int) -> np.ndarray:
     """How far each pair keeps its wavelength, from 1 (all turns) to 0, float32 `[width/2]`."""
 
     def pair(turns: float) -> float:
-        """The pair, a real number, that makes so many turns over the original context."""
+        """The pair, a real number, that makes this number of turns over the original context."""
         length = rope.original_max_position / (turns * 2 * math.pi)
         return width * math.log(length) / (2 * math.log(rope.theta))
 

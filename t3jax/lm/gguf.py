@@ -45,6 +45,7 @@ _KEYS = {  # fields of LMConfig, and where the metadata of an architecture has t
     "attention_softcap": "attn_logit_softcapping",
     "logit_softcap": "final_logit_softcapping",
 }
+_KEYS_OF_SIZES = ("embedding_length", "attention.head_count", "block_count")
 _BIASES = {"attention_bias": "blk.0.attn_output.bias", "mlp_bias": "blk.0.ffn_down.bias"}
 # Of these Gemmas the largest alone divides attention scores by another width than the head's;
 # files do not say it, and llama.cpp knows them by their layers.
@@ -216,16 +217,22 @@ def read_tokenizer(file: GGUFFile) -> Any:
             f"{file.path}: tokenizer.ggml.pre {cut!r} is not supported, so text would be cut "
             f"wrongly; known: {', '.join(sorted(known))}"
         )
-    if kind == "gpt2":  # transformers' own way would add GPT-2's special token to every vocabulary
-        backend = _byte_level(stored, splits.get(str(cut)))
-    else:
-        described = {key: stored[key] for key in _SENTENCEPIECE if key in stored}
-        described["tokenizer_type"] = kind
-        backend, _ = conversion.convert_gguf_tokenizer(file.architecture, described)
-        if file.architecture == "llama" and not stored.get("add_space_prefix", True):
-            backend.pre_tokenizer.prepend_scheme = "never"
+    try:
+        if kind == "gpt2":  # transformers' own way would add GPT-2's special token to all of them
+            backend = _byte_level(stored, splits.get(str(cut)))
+        else:
+            described = {key: stored[key] for key in _SENTENCEPIECE if key in stored}
+            described["tokenizer_type"] = kind
+            backend, _ = conversion.convert_gguf_tokenizer(file.architecture, described)
+            if file.architecture == "llama" and not stored.get("add_space_prefix", True):
+                backend.pre_tokenizer.prepend_scheme = "never"
+    except Exception as error:  # whatever lists that do not fit each other lead to
+        raise ValueError(
+            f"{file.path}: the tokenizer could not be read ({type(error).__name__}: {error}); "
+            "expected tokens, their types, and merges or scores that fit each other"
+        ) from error
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    ids = {name: stored.get(f"{key}_token_id") for name, key in names.items()}
+    ids = {name: _token_id(file, key) for name, key in names.items()}
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         **{f"{name}_token": None if i is None else tokens[i] for name, i in ids.items()},
@@ -265,15 +272,27 @@ def read_eos_ids(file: GGUFFile) -> tuple[int, ...]:
     """Tokens that end an answer: those that the file names, and the ends of turns it knows.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none, or one is no token of the file.
     """
-    named = (file.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom"))
+    named = (_token_id(file, key) for key in ("eos", "eot", "eom"))
     tokens = file.metadata.get("tokenizer.ggml.tokens", [])
     ends = [i for i, token in enumerate(tokens) if token in _TURN_ENDS]
     ids = tuple(dict.fromkeys([*(i for i in named if i is not None), *ends]))
     if not ids:
         raise ValueError(f"{file.path}: no end-of-text token (tokenizer.ggml.eos_token_id)")
     return ids
+
+
+def _token_id(file: GGUFFile, name: str) -> int | None:
+    """A special token's id, within the file's tokens; None if the file does not name it."""
+    key = f"tokenizer.ggml.{name}_token_id"
+    value, count = file.metadata.get(key), len(file.metadata.get("tokenizer.ggml.tokens", []))
+    if value is None or (type(value) is int and 0 <= value < count):
+        return value
+    raise ValueError(
+        f"{file.path}: {key} is {value!r}, expected a token id from 0 to {count - 1}, one of "
+        "the file's tokens"
+    )
 
 
 def _not_installed(what: str) -> ImportError:
@@ -327,6 +346,9 @@ def _hf_config(file: GGUFFile) -> dict[str, Any]:
     for field in ("hidden_size", "num_heads", "num_layers"):
         if field not in values:
             raise ValueError(f"{file.architecture}.{_KEYS[field]} is missing")
+    for key in (*_KEYS_OF_SIZES, "attention.key_length", "rope.dimension_count"):
+        if (size := file.get(key)) is not None and (type(size) is not int or size < 1):
+            raise ValueError(f"{file.architecture}.{key} is {size!r}, expected an integer >= 1")
     by_hidden_size = values["hidden_size"] // values["num_heads"]
     head_dim = file.get("attention.key_length", by_hidden_size)
     scaled_otherwise = (file.architecture, values["num_layers"]) in _SCALED_BY_HIDDEN_SIZE
@@ -350,7 +372,7 @@ def _windows(file: GGUFFile, family: Family) -> dict[str, Any]:
     pattern = file.get("attention.sliding_window_pattern")
     if not window:
         return {} if window is None else {"sliding_window": None}
-    if family.slides is None:
+    if family.slides is None or "use_sliding_window" in family.defaults:
         raise ValueError("attention.sliding_window is not supported in this architecture")
     config: dict[str, Any] = {"sliding_window": window}
     if isinstance(pattern, list):

@@ -2,21 +2,23 @@
 
 import dataclasses
 import functools
-import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import huggingface_hub
 import jax
 import jax.numpy as jnp
+import msgspec
 from jax.sharding import Mesh
 
 from t3jax import sharding
+from t3jax.json_files import read_json
 from t3jax.lm import decoder, gguf
 from t3jax.lm.config import LMConfig
 from t3jax.lm.families import read_config
-from t3jax.lm.weights import load_params
+from t3jax.lm.folder import check_links
+from t3jax.lm.weights import is_tied, load_params
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -43,6 +45,7 @@ class LM:
         eos_ids: Tokens that end an answer.
         name: Folder or hub id, for records and messages.
         mesh: Where the arrays live.
+        config: The decoder's shape, a part of every cache key; None for a model of your own.
     """
 
     apply: Callable[..., tuple[jax.Array, Any]]
@@ -56,6 +59,7 @@ class LM:
     eos_ids: tuple[int, ...]
     name: str
     mesh: Mesh
+    config: LMConfig | None = None
 
 
 @functools.cache
@@ -77,7 +81,9 @@ def load_lm(
 ) -> LM:
     """Loads a language model from a Hugging Face folder, a hub id or a GGUF file.
 
-    What is local needs no network. Weights go straight to their place on the mesh.
+    What is local needs no network, and nothing of a folder is run. Weights go straight to their
+    place on the mesh. Answers end at the tokens that generation_config.json, config.json and the
+    tokenizer name, all of them, in this order.
 
     Args:
         name: A folder with `config.json`, safetensors weights and tokenizer; a hub id; or a GGUF
@@ -94,8 +100,9 @@ def load_lm(
         FileNotFoundError: If there is no such folder, file, or model on the hub, or a file of the
             folder is missing.
         ImportError: If a GGUF file is given without the extra.
-        ValueError: If the model is of an unknown family, its weights or tokenizer do not fit its
-            config, a file is broken, or the dtype is unknown.
+        ValueError: If the model is of an unknown family, its weights, tokenizer or eos tokens do
+            not fit its config, a weight is NaN or Inf, a file is broken or leads out of the folder,
+            or the dtype is unknown.
     """
     quantized, computed = read_dtype(dtype or default_dtype(), default_dtype())
     if mesh is None:
@@ -105,22 +112,30 @@ def load_lm(
     if path.is_file():
         file = gguf.open_gguf(path)
         config = dataclasses.replace(gguf.read_config(file), quantized=quantized)
-        tokenizer, eos_ids = gguf.read_tokenizer(file), gguf.read_eos_ids(file)
+        tokenizer = gguf.read_tokenizer(file)
         _check_vocabulary(path, tokenizer, config)
+        eos_ids = _within(path, gguf.read_eos_ids(file), config.vocab_size)
         params = gguf.load_params(file, config, computed, shardings)
     else:
+        check_links(path)
         config = dataclasses.replace(read_config(path), quantized=quantized)
+        named = _named_ends(path, config.vocab_size)  # first: transformers' errors are its own
         tokenizer = _tokenizer(path)
         _check_vocabulary(path, tokenizer, config)
+        eos_ids = _eos_ids(path, named, tokenizer, config.vocab_size)
         params = load_params(path, config, computed, shardings)
-        eos_ids = _eos_ids(path, tokenizer)
+        config = dataclasses.replace(config, tied=config.tied and "lm_head" not in params)
     return from_params(config, params, tokenizer, eos_ids, str(name), mesh)
 
 
 def load_config(name: str | pathlib.Path) -> LMConfig:
     """The shape of a model that `load_lm` loads; see there."""
     path = model_path(name)
-    return gguf.read_config(gguf.open_gguf(path)) if path.is_file() else read_config(path)
+    if path.is_file():
+        return gguf.read_config(gguf.open_gguf(path))
+    check_links(path)
+    config = read_config(path)
+    return dataclasses.replace(config, tied=is_tied(path, config)) if config.tied else config
 
 
 def from_params(
@@ -147,6 +162,7 @@ def from_params(
         eos_ids=eos_ids,
         name=name,
         mesh=mesh,
+        config=config,
     )
 
 
@@ -175,7 +191,7 @@ def make_lm(
         unembed: `(params, hidden) -> logits`: `[..., D]` to float32 `[..., V]`.
         params: The parameter tree, placed where it shall stay.
         max_position: Longest text the model was made for, tokens.
-        init_cache: `(batch, slots) -> cache`: an empty cache for texts of so many tokens, padding
+        init_cache: `(batch, slots) -> cache`: an empty cache for texts of `slots` tokens, padding
             included; a tree of arrays. Each has an axis of rows, and one of slots or none: new
             tokens of all rows take the same slots, at a scalar that counts those taken. Sampling
             moves slots and the scalar together, and gives rows to new prompts. None: sampling reads
@@ -189,10 +205,12 @@ def make_lm(
         The model.
 
     Raises:
-        ValueError: If the functions' results do not have these shapes.
+        ValueError: If the functions' results do not have these shapes, or an eos token is outside
+            of the vocabulary.
     """
     if eos_ids is None:
-        eos_ids = () if tokenizer is None else (tokenizer.eos_token_id,)
+        eos = None if tokenizer is None else tokenizer.eos_token_id
+        eos_ids = () if eos is None else (eos,)
     if mesh is None:
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
     shape = (2, 3)
@@ -211,6 +229,7 @@ def make_lm(
             f"{name}: unembed gave {logits.dtype} {logits.shape} for hidden states {hidden.shape}; "
             "expected float32 (2, 3, V)"
         )
+    eos_ids = _within(name, eos_ids, logits.shape[-1])
     if init_cache is None:
         apply, init_cache = functools.partial(_reread, apply), _init_text
     return LM(
@@ -313,40 +332,97 @@ def model_path(name: str | pathlib.Path) -> pathlib.Path:
 
 
 def _tokenizer(folder: pathlib.Path) -> Any:
+    """The folder's tokenizer: of a class of transformers, never of the folder's own code."""
     from transformers import AutoTokenizer  # slow to import: only who loads a model waits
 
+    settings = folder / "tokenizer_config.json"
+    if settings.exists():
+        read_json(settings, _TokenizerSettings)
     try:
         # Without any of these some versions of transformers make an empty tokenizer up.
         if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
             raise FileNotFoundError(f"there is none of {', '.join(_TOKENIZER_FILES)}")
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # Left open, transformers would ask on stdin whether to run the folder's code.
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]  # transformers has pages
         raise ValueError(
-            f"{folder}: the tokenizer could not be read ({error}); expected tokenizer.json and "
-            "tokenizer_config.json beside config.json"
+            f"{folder}: the tokenizer could not be read ({reason:.300}); expected tokenizer.json "
+            "and tokenizer_config.json beside config.json, of a class that transformers has: code "
+            "of the folder (auto_map) is never run"
         ) from error
 
 
 def _check_vocabulary(path: pathlib.Path, tokenizer: Any, config: LMConfig) -> None:
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= config.vocab_size:
+    """Checks that a tokenizer is the model's.
+
+    Some tokens may lie beyond the embedding, such as Gemma 3's of images or a [PAD] that was added:
+    a text that holds one is refused when it is read.
+    """
+    ids = tokenizer.get_vocab().values()
+    beyond = sum(i >= config.vocab_size for i in ids)
+    if beyond > len(ids) / 10:
         raise ValueError(
-            f"{path}: the tokenizer has token id {largest}, but the config says vocab_size "
-            f"{config.vocab_size}; the tokenizer belongs to another model"
+            f"{path}: {beyond} of the tokenizer's {len(ids)} tokens, up to id {max(ids)}, lie "
+            f"beyond the vocab_size {config.vocab_size} of the config; the tokenizer belongs to "
+            "another model"
         )
 
 
-def _eos_ids(folder: pathlib.Path, tokenizer: Any) -> tuple[int, ...]:
-    """End-of-text ids: the list in generation_config.json, else the tokenizer's one."""
-    ids: Any = None
-    path = folder / "generation_config.json"
-    if path.is_file():
-        ids = json.loads(path.read_text()).get("eos_token_id")
-    if ids is None:
-        ids = tokenizer.eos_token_id
-    if ids is None:
+class _TokenizerSettings(msgspec.Struct):
+    """What of tokenizer_config.json would fail late if it were of another type."""
+
+    model_max_length: float | None = None
+
+
+class _Ends(msgspec.Struct):
+    """What a JSON file of a folder says about the end of a text."""
+
+    eos_token_id: int | list[int] | None = None
+
+    def ids(self) -> tuple[int, ...]:
+        ids = self.eos_token_id
+        return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
+
+
+class _ConfigEnds(_Ends):
+    text_config: _Ends | None = None
+
+
+def _named_ends(folder: pathlib.Path, vocab_size: int) -> tuple[int, ...]:
+    """Tokens that end a text: of generation_config.json, and of config.json."""
+    ids: tuple[int, ...] = ()
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        if path.exists():
+            ends = read_json(path, _ConfigEnds)
+            ids += _within(path, ends.ids(), vocab_size)
+            if ends.text_config is not None:
+                ids += _within(path, ends.text_config.ids(), vocab_size)
+    return ids
+
+
+def _eos_ids(
+    folder: pathlib.Path, named: tuple[int, ...], tokenizer: Any, vocab_size: int
+) -> tuple[int, ...]:
+    """Tokens that end a text: those that files of the folder name, then the tokenizer's."""
+    own = tokenizer.eos_token_id
+    ids = named if own is None else named + _within(f"{folder}: the tokenizer", [own], vocab_size)
+    if not ids:
         raise ValueError(
-            f"{folder}: no end-of-text token: neither generation_config.json nor the tokenizer "
-            "names one"
+            f"{folder}: no end-of-text token: neither generation_config.json, config.json nor the "
+            "tokenizer names one"
         )
-    return tuple(ids) if isinstance(ids, list) else (ids,)
+    return tuple(dict.fromkeys(ids))
+
+
+def _within(where: Any, ids: Iterable[int], vocab_size: int) -> tuple[int, ...]:
+    """The ids of eos tokens, each in the vocabulary."""
+    ids = tuple(ids)
+    for i in ids:
+        if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < vocab_size:
+            raise ValueError(
+                f"{where}: eos_token_id {i!r}, expected a token id from 0 to {vocab_size - 1}, "
+                "within the model's vocabulary"
+            )
+    return ids

@@ -27,8 +27,8 @@ def product(
     Args:
         x: Vectors, `[..., in]`.
         weight: W, of the same dtype, `[out, in]`.
-        dtype: Of the result; None means that of `x`. Sums are taken in float32. Where the result is
-            bfloat16, a GPU may round the terms of a single row's sums to that too.
+        dtype: Dtype of the result; None means that of `x`. Sums are taken in float32. Where the
+            result is bfloat16, a GPU may round the terms of a single row's sums to that too.
 
     Returns:
         The products, `[..., out]`.

@@ -26,7 +26,7 @@ def quantize(weight: np.ndarray, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
 
     Args:
         weight: Any floating matrix, `[out, in]`; whole rows.
-        dtype: Of the scales; they are rounded to it first, so that this adds no error.
+        dtype: Dtype of the scales; they are rounded to it first, so that this adds no error.
 
     Returns:
         The int8 numbers `[out, in]`, from -127 to 127, and the scales `[out]`.
@@ -50,7 +50,7 @@ def product(
         x: Vectors, `[..., in]`.
         weight: The int8 numbers, `[out, in]`.
         scale: The rows' scales, `[out]`.
-        dtype: Of the result; None means that of `x`. Sums are taken in float32.
+        dtype: Dtype of the result; None means that of `x`. Sums are taken in float32.
 
     Returns:
         The products, `[..., out]`.

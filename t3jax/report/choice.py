@@ -1,10 +1,14 @@
 """A sweep for people: what was chosen, the report of its evaluation, a table for the terminal."""
 
+import dataclasses
 import os
 import pathlib
+from collections.abc import Sequence
 
 from t3jax import files, hosts
 from t3jax.evaluation import recompute, selection
+from t3jax.evaluation.calibration import Calibrated, Calibration
+from t3jax.evaluation.scoring import Setting
 from t3jax.report.page import write_report
 from t3jax.sweep import Sweep
 
@@ -15,7 +19,7 @@ def write_sweep(folder: str | os.PathLike[str], found: Sweep, *, title: str) -> 
     Args:
         folder: Where to.
         found: The sweep.
-        title: Of the report.
+        title: Title of the report.
 
     Returns:
         Every setting's numbers, the choice, and how to use it, as text.
@@ -54,12 +58,54 @@ def write_sweep(folder: str | os.PathLike[str], found: Sweep, *, title: str) -> 
     (head,) = chosen.heads
     lines += [
         f"written: {folder}/selection.json, {folder}/report.html",
-        f"use: --config.head={found.grid.folders[head]} "
-        f"--config.base_temperature={chosen.base_temperature:g} "
-        f"--config.guidance_scale={chosen.guidance_scale:g} "
-        f"--config.refinements={chosen.refinements.name}",
+        f"{_use(found.grid.folders[head], chosen)} --config.refinements={chosen.refinements.name}",
     ]
     return "\n".join(lines)
+
+
+def write_calibration(
+    folder: str | os.PathLike[str], calibration: Calibration, folders: Sequence[pathlib.Path]
+) -> str:
+    """Writes `selection.json` of a choice without a retain-only model.
+
+    Args:
+        folder: Where to.
+        calibration: The choice.
+        folders: Where each head is.
+
+    Returns:
+        Every setting's numbers, the choice, and how to use it, as text.
+
+    Raises:
+        OSError: If a file cannot be written.
+    """
+    folder = pathlib.Path(folder)
+    if hosts.is_lead():
+        heads = [str(path) for path in folders]
+        files.write_json(
+            folder / "selection.json", {"heads": heads, **dataclasses.asdict(calibration)}
+        )
+    lines = [f"{'head':>5} {'T':>5} {'s':>5} {'distance':>9} {'forget':>7} {'retained':>9}"]
+    lines += [
+        f"{each.head:>5} {each.base_temperature:5g} {each.guidance_scale:5.3g} "
+        f"{each.distance:9.3f} {each.forget_probability:7.3f} {each.retained:9.3f}"
+        for each in calibration.settings
+    ]
+    lines += [f"head{index}: {path}" for index, path in enumerate(folders)]
+    lines += [
+        "",
+        str(calibration),
+        f"written: {folder}/selection.json",
+        _use(folders[calibration.chosen.head], calibration.chosen),
+    ]
+    return "\n".join(lines)
+
+
+def _use(folder: pathlib.Path, chosen: Setting | Calibrated) -> str:
+    return (
+        f"use: --config.head={folder} --config.base_temperature={chosen.base_temperature:g} "
+        f"--config.guidance_scale={chosen.guidance_scale:g}"
+    )
 
 
 def _reworded(found: Sweep, name: str) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """The report's figures: matplotlib, each returned as an SVG picture that HTML holds inline.
 
-Colours are Okabe and Ito's, which the colour-blind tell apart; markers and dashes tell the same.
+Colours are Okabe and Ito's, which the colour-blind can distinguish; markers and dashes
+say the same again.
 """
 
 import base64
@@ -172,7 +173,7 @@ def leaks(axes: Any, rates: Mapping[str, tuple[str, Mapping[int, float]]]) -> No
     axes.xaxis.get_major_locator().set_params(integer=True)
 
 
-def varied(points: Sequence[Any]) -> bytes:
+def draw_variations(points: Sequence[Any]) -> bytes:
     """What depends on what was varied: a row for each axis, with the spread over seeds.
 
     Args:

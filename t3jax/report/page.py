@@ -79,7 +79,7 @@ def write_report(
     Args:
         path: The file.
         evaluation: What was found.
-        title: Of the page.
+        title: Title of the page.
         selected: What cross-fitting chose, as `selection.summary_rows` gives it; empty for none.
         featured: The setting whose answers, tokens and controls are shown; None takes the one of
             highest utility among those whose forget quality exceeds 0.05, or the nearest.
@@ -110,7 +110,7 @@ def contents(
 
     Args:
         evaluation: What was found.
-        title: Of the page.
+        title: Title of the page.
         selected: What cross-fitting chose.
         featured: The setting that is shown in detail; None if no head was evaluated.
         token_rows: What `answer_tokens` gave.
@@ -169,7 +169,8 @@ def render(values: Mapping[str, Any]) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"colour": _colour, "css": _CSS.__getitem__}
-    template = importlib.resources.files(__package__).joinpath("report.html.jinja").read_text()
+    source = importlib.resources.files(__package__).joinpath("report.html.jinja")
+    template = source.read_text(encoding="utf-8")
     return environment.from_string(template).render(values)
 
 

@@ -29,7 +29,7 @@ def write_experiment(folder: str | os.PathLike[str], found: Experiment, *, title
     Args:
         folder: Where to.
         found: The experiment.
-        title: Of the page and of the report.
+        title: Title of the page and of the report.
 
     Returns:
         The page's text.
@@ -56,7 +56,7 @@ def write_experiment(folder: str | os.PathLike[str], found: Experiment, *, title
     if hosts.is_lead():
         files.write_json(folder / "experiment.json", _as_json(found))
         with files.replacing(folder / "varied.svg") as temporary:
-            temporary.write_bytes(figures.varied(found.points))
+            temporary.write_bytes(figures.draw_variations(found.points))
         with files.replacing(folder / "results.md") as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
     return text

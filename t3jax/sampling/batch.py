@@ -7,8 +7,9 @@ Prompts come in order of length, the longest first, so that each fits where the 
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,20 @@ import numpy as np
 from t3jax import hosts, sharding
 from t3jax.batching import round_up
 from t3jax.sampling.cache import admit, cache_slots, compact, resize
-from t3jax.sampling.loop import Emitted, Program, State, Weights, decode_chunk, prefill
-from t3jax.sampling.next_token import Controls
+from t3jax.sampling.loop import (
+    BASE_FAULT,
+    SOUND,
+    Emitted,
+    Program,
+    State,
+    Weights,
+    decode_chunk,
+    prefill,
+)
+from t3jax.sampling.next_token import Controls, Logprobs
 
 _PROMPT_STEP = 32  # prompt lengths are rounded up to a multiple: one compiled program for each
-_AT_ONCE = 8  # one in so many rows is given to a new prompt at a time
+_AT_ONCE = 8  # this part of the rows is given to new prompts at a time
 
 
 class Asked(NamedTuple):
@@ -42,13 +52,13 @@ class Piece(NamedTuple):
     Attributes:
         prompt: Index of the prompt.
         tokens: New tokens.
-        logprobs: Their log-probabilities, base and guided; empty unless asked for.
+        logprobs: Their log-probabilities, as `next_token` gives them.
         last: Whether the answer is over.
     """
 
     prompt: int
     tokens: list[int]
-    logprobs: list[tuple[float, float]]
+    logprobs: Logprobs | None
     last: bool
 
 
@@ -70,13 +80,13 @@ class Batch:
         weights: Weights,
         prompts: Sequence[Asked],
         *,
-        knobs: Mapping[str, float],
+        controls: Callable[[int], Controls],
         stop_ids: Sequence[int],
         max_new_tokens: int,
         seed: int,
         rows: int,
         chunk: int,
-        ended: Callable[[list[int]], bool] | None = None,
+        ended: Callable[[list[int], int], int | None] | None = None,
     ):
         """Sorts the prompts; computes nothing.
 
@@ -84,18 +94,19 @@ class Batch:
             program: What is compiled.
             weights: Frozen arrays.
             prompts: At least one.
-            knobs: Fields of `Controls`.
+            controls: Makes the controls of a number of rows.
             stop_ids: Tokens that end an answer.
             max_new_tokens: Longest answer.
-            seed: Of the draws.
+            seed: Seed of the draws, 0 to 2^64 - 1.
             rows: Rows decoded together, at most.
             chunk: Steps between two looks of the host: what a row may run on in vain.
-            ended: Tells of an answer's tokens so far whether it is over; None: they never tell.
+            ended: Takes an answer's tokens so far and how many of them are new; gives how many
+                there are if the answer is over, None if it is not. None: no answer ends so.
         """
         self._program = program
         self._weights = weights
         self._prompts = prompts
-        self._knobs = knobs
+        self._controls = controls
         self._stop_ids = np.asarray(stop_ids, np.int32)
         self._max_new_tokens = max_new_tokens
         self._seed = seed
@@ -113,13 +124,17 @@ class Batch:
 
         Yields:
             The pieces of all answers, those of one answer in order.
+
+        Raises:
+            FloatingPointError: If a token was chosen by numbers that are not finite; names the
+                prompt.
         """
         taken = self._take(self._size)
         cursor = self._bucket(taken)
         slots = self._cache_slots(cursor)[0]
         state, emitted = self._prefill(taken, self._size, cursor, slots)
         self._rows = {row: self._row(i, cursor) for row, i in enumerate(taken)}
-        controls = self._controls(self._size)
+        controls = self._place(self._controls(self._size))
         yield from self._collect(emitted, range(self._size))
         while self._rows or self._waiting:
             free = [row for row in range(self._size) if row not in self._rows]
@@ -156,7 +171,7 @@ class Batch:
             yield from self._collect(emitted, range(self._size))
 
     def _take(self, most: int) -> list[int]:
-        """The prompts that wait longest, no more than so many."""
+        """The prompts that wait longest, at most `most`."""
         return [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
 
     def _room(self, cursor: int) -> tuple[int, int]:
@@ -195,36 +210,52 @@ class Batch:
             self._program,
             self._weights,
             *self._place((tokens, mask, keys)),
-            self._controls(rows),
+            self._place(self._controls(rows)),
             slots,
             self._stop_ids,
         )
 
     def _collect(self, emitted: Emitted, rows: Sequence[int]) -> Iterator[Piece]:
         """Brings a chunk to the host, and frees the rows whose answers are over."""
-        columns, done = np.asarray(emitted.tokens), np.asarray(emitted.done)
-        logprobs = emitted.logprobs and [np.asarray(part) for part in emitted.logprobs]
+        columns, logprobs, done, faults = jax.tree.map(np.asarray, emitted)
         for i, number in enumerate(rows):
             if (row := self._rows.get(number)) is None:
                 continue
             count = int(np.sum(columns[i] >= 0))
             count = min(count, self._max_new_tokens - len(row.tokens))
-            new = columns[i, :count].tolist()
-            row.tokens += new
-            pairs = zip(*(part[i, :count].tolist() for part in logprobs or ()), strict=True)
+            before = len(row.tokens)
+            row.tokens += columns[i, :count].tolist()
             last = bool(done[i]) or len(row.tokens) == self._max_new_tokens
-            last = last or (self._ended is not None and self._ended(row.tokens))
+            end = None if self._ended is None else self._ended(row.tokens, count)
+            if end is not None:
+                last, count = True, end - before
+                del row.tokens[end:]
+            if np.any(faults[i, :count] != SOUND):
+                step = int(np.argmax(faults[i, :count] != SOUND))
+                self._refuse(row.prompt, before + step, int(faults[i, step]))
+            new = row.tokens[before:]
+            of_new = jax.tree.map(operator.itemgetter((i, slice(count))), logprobs)
             if last:
                 del self._rows[number]
-            yield Piece(row.prompt, new, list(pairs), last)
+            yield Piece(row.prompt, new, of_new, last)
+
+    def _refuse(self, prompt: int, token: int, fault: int) -> NoReturn:
+        where = f"prompt {self._prompts[prompt].draw[0]}, token {token + 1} of the answer"
+        if fault == BASE_FAULT:
+            raise FloatingPointError(
+                f"{where}: the base model's logits are NaN or infinite, or every token is banned; "
+                "float16 has overflowed (take dtype bfloat16 or float32), or the weights are broken"
+            )
+        raise FloatingPointError(
+            f"{where}: the head's scores are NaN or infinite, and the base model's logits are not; "
+            "the head's weights are broken, or the hidden states of the prompt have overflowed in "
+            "float16 (take dtype bfloat16 or float32)"
+        )
 
     def _padded(self, rows: int) -> int:
         """Rows of a compiled program: a power of two if that is not too many, split evenly."""
         size = min(1 << (rows - 1).bit_length(), max(self._most, rows))
         return round_up(size, sharding.row_shards(self._program.mesh))
-
-    def _controls(self, rows: int) -> Controls:
-        return self._place(Controls.filled(rows, **self._knobs))
 
     def _place(self, tree: Any) -> Any:
         rows = len(jax.tree.leaves(tree)[0])
@@ -235,7 +266,10 @@ def _row_keys(seed: int, draws: Sequence[tuple[int, int]], size: int) -> jax.Arr
     """A key for each row, from the seed and its two numbers."""
     ids = np.zeros((size, 2), np.uint32)
     ids[: len(draws)] = draws
-    return _fold(jax.random.key(seed), jnp.asarray(ids))
+    key = jax.random.key(seed % 2**32)  # all that JAX takes of a seed
+    if seed >= 2**32:
+        key = jax.random.fold_in(key, np.uint32(seed >> 32))
+    return _fold(key, jnp.asarray(ids))
 
 
 @jax.jit

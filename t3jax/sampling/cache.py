@@ -67,7 +67,7 @@ def _moved(program: Program, state: State, shift: Int[Array, ""], slots: int) ->
     return placed(program, state._replace(cache=cache))
 
 
-# Of the same size in place; of another size both caches are in memory for a moment.
+# A cache of the same size is moved in place; of another size both are in memory for a moment.
 compact = jax.jit(_moved, static_argnums=(0, 3), donate_argnums=1)
 resize = jax.jit(_moved, static_argnums=(0, 3))
 

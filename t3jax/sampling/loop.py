@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Int, Key
 
 from t3jax import head as head_lib
 from t3jax import pooling, sharding
+from t3jax.head import HeadConfig
 from t3jax.refinements import PLAIN, Refinements, combine_heads
 from t3jax.sampling.next_token import Controls, Logprobs, next_token
 
@@ -30,9 +31,11 @@ class Program:
         apply: The model's `apply`.
         unembed: The model's `unembed`.
         init_cache: The model's `init_cache`.
-        activations: The activation of each head; empty where there is none.
-        truncate_on: "base" or "tilted".
-        with_logprobs: Whether log-probabilities are computed.
+        heads: The shape of each head; empty where there is none.
+        truncate_on: "guided", "base" or "tilted": what decides top-k, top-p and min-p, see
+            `next_token`.
+        with_logprobs: Whether guided log-probabilities are computed, and those under the base
+            without a head; with a head the latter always are.
         mesh: Where the state lives.
         refinements: Which are on.
     """
@@ -40,7 +43,7 @@ class Program:
     apply: Callable[..., Any]
     unembed: Callable[..., Any]
     init_cache: Callable[..., Any]
-    activations: tuple[str, ...]
+    heads: tuple[HeadConfig, ...]
     truncate_on: str
     with_logprobs: bool
     mesh: Mesh
@@ -59,6 +62,10 @@ class Weights(NamedTuple):
     params: Any
     heads: tuple[Any, ...]
     prior_shifts: tuple[Any, ...]
+
+
+# What is wrong with the numbers a token was chosen by; see `Emitted`.
+SOUND, BASE_FAULT, HEAD_FAULT = 0, 1, 2
 
 
 class State(NamedTuple):
@@ -88,13 +95,17 @@ class Emitted(NamedTuple):
 
     Attributes:
         tokens: Chosen tokens, `[B, C]`; -1 after a row's end.
-        logprobs: Their log-probabilities, `[B, C]` each; None unless asked for.
+        logprobs: Their log-probabilities, `[B, C]` each, as `next_token` gives them.
         done: Rows that are finished, `[B]`.
+        faults: `SOUND`; or `BASE_FAULT`, if no logit of the base was finite or one was NaN or
+            infinite; or `HEAD_FAULT`, if a score was not finite, `[B, C]`. A token chosen by such
+            numbers means nothing.
     """
 
     tokens: Int[Array, "B C"]
     logprobs: Logprobs | None
     done: Bool[Array, " B"]
+    faults: Int[Array, "B C"]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6))
@@ -128,7 +139,8 @@ def prefill(
     hidden, cache = program.apply(weights.params, prompts, None, mask, cache)
     pooled = pooling.running_mean(hidden, mask)
     # The last prompt token of every row stands in the last slot: only its logits are formed.
-    logits = program.unembed(weights.params, hidden[:, -1])
+    last = hidden[:, -1]
+    logits = program.unembed(weights.params, last)
     seen = jax.vmap(lambda row, ids, real: row.at[ids].max(real))(
         jnp.zeros(logits.shape, bool), prompts, mask
     )
@@ -141,9 +153,9 @@ def prefill(
         seen=seen,
         keys=keys,
     )
-    state, (token, logprobs) = _choose(program, weights, state, logits, controls, stop_ids)
-    token, logprobs = jax.tree.map(lambda x: x[:, None], (token, logprobs))
-    return state, _everywhere(program, Emitted(token, logprobs, state.done))
+    state, emitted = _choose(program, weights, state, last, logits, controls, stop_ids)
+    token, logprobs, faults = jax.tree.map(lambda x: x[:, None], emitted)
+    return state, _everywhere(program, Emitted(token, logprobs, state.done, faults))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=2)
@@ -171,7 +183,7 @@ def decode_chunk(
         The state to continue from, and the tokens, `[B, C]`.
     """
 
-    def step(state: State, _: None) -> tuple[State, tuple[Array, Logprobs | None]]:
+    def step(state: State, _: None) -> tuple[State, tuple[Array, Logprobs | None, Array]]:
         reading = ~state.done[:, None]
         hidden, cache = program.apply(
             weights.params, state.token[:, None], None, reading, state.cache
@@ -180,24 +192,26 @@ def decode_chunk(
             cache=_placed_cache(program, cache),
             pooled=pooling.running_mean(hidden, reading, state.pooled),
         )
-        logits = program.unembed(weights.params, hidden[:, 0])
-        return _choose(program, weights, state, logits, controls, stop_ids)
+        last = hidden[:, 0]
+        logits = program.unembed(weights.params, last)
+        return _choose(program, weights, state, last, logits, controls, stop_ids)
 
     state = state._replace(done=state.done | stopped)
     # No branch around it, though all rows may be finished: that would copy the cache once a chunk.
     state, emitted = jax.lax.scan(step, state, None, length=steps)
-    tokens, logprobs = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), emitted)
-    return state, _everywhere(program, Emitted(tokens, logprobs, state.done))
+    tokens, logprobs, faults = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), emitted)
+    return state, _everywhere(program, Emitted(tokens, logprobs, state.done, faults))
 
 
 def _choose(
     program: Program,
     weights: Weights,
     state: State,
+    last: Array,
     logits: Array,
     controls: Controls,
     stop_ids: Array,
-) -> tuple[State, tuple[Array, Logprobs | None]]:
+) -> tuple[State, tuple[Array, Logprobs | None, Array]]:
     """Chooses each row's next token; the state then waits for the model to read it.
 
     Where the vocabulary is split, each device looks at its own part: what is exchanged is one
@@ -205,17 +219,25 @@ def _choose(
     """
     split = functools.partial(sharding.constrain, mesh=program.mesh, spec=sharding.LOGITS)
     logits = split(logits)
+    # NaN and infinity come through to the maximum; a few banned tokens do not.
+    faults = jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), SOUND, BASE_FAULT)
     scores = None
-    if program.activations:
-        served = zip(weights.heads, program.activations, weights.prior_shifts, strict=True)
+    if program.heads:
+        mean = state.pooled.mean
+        served = zip(weights.heads, program.heads, weights.prior_shifts, strict=True)
         scores = combine_heads(
             [
-                head_lib.head_scores(params, state.pooled.mean, activation) + shift
-                for params, activation, shift in served
+                head_lib.head_scores(
+                    params, pooling.prefix_features(mean, last, config.features), config.activation
+                )
+                + shift
+                for params, config, shift in served
             ],
             program.refinements.combine,
         )
         scores = split(scores)
+        sound = jnp.all(jnp.isfinite(scores), axis=-1)
+        faults = jnp.where(sound | (faults == BASE_FAULT), faults, HEAD_FAULT)
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.step)
     token, logprobs = next_token(
         logits,
@@ -236,7 +258,7 @@ def _choose(
         step=state.step + 1,
         seen=jax.vmap(lambda row, id: row.at[id].set(True))(state.seen, token),
     )
-    return placed(program, state), (chosen, logprobs)
+    return placed(program, state), (chosen, logprobs, faults.astype(jnp.int8))
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:
@@ -244,7 +266,7 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
     by_rows = jax.tree.map(lambda x: sharding.batch_sharding(mesh, x.shape), state)
     return by_rows._replace(
         cache=sharding.cache_shardings(mesh, state.cache),
-        seen=sharding.fitting(mesh, sharding.LOGITS, state.seen.shape),
+        seen=sharding.fit_sharding(mesh, sharding.LOGITS, state.seen.shape),
     )
 
 

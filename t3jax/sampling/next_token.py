@@ -5,10 +5,18 @@
    refinements that are on (`t3jax.refinements`), several heads are one score before this step, the
    gate changes T by the base distribution of step 1, and protected tokens then get their tempered
    probability back.
-3. Truncation decides the support, on the base distribution of step 1 (the default: tempering puts
-   mass on the tail of the vocabulary, and the base knows what is fluent) or on the tilted one.
+3. Truncation decides the support, on one of three distributions.
+   - "guided", the default: the one of step 2 without its tempering, `logits + T · s ·
+     log_sigmoid(scores)`. It is T times the logits of step 2, with the T of the gate and with
+     protected tokens where those are on. It has the order of "tilted", so top-k is the same on
+     both. Its tail is as light as the base's, so top-p and min-p keep text fluent.
+   - "base": the one of step 1. Where the base is sure of a token to forget, its nucleus is that
+     token: a tight top-p or min-p brings the forgotten text back.
+   - "tilted": the one of step 2. Tempering puts mass on the tail of the vocabulary, and top-p and
+     min-p keep much of it.
 4. The sampling temperature divides the tilted logits; the support is masked last; one Gumbel draw.
-   Temperature 0 is the limit: the likeliest token of the support.
+   Temperature 0 is the limit: the likeliest token of the support. Drawing from all tokens at the
+   sampling temperature 1 / T is plain guidance of the strength T · s: tempering is undone.
 
 On a CPU a row whose support lies among its likeliest tokens is drawn from those: noise for a few
 tokens costs less than noise for a vocabulary. The others are drawn from all tokens; a row's draw is
@@ -27,7 +35,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from t3jax.refinements import PLAIN, Refinements, refined_logits
+from t3jax.refinements import (
+    PLAIN,
+    Refinements,
+    served_logits,
+    served_temperature,
+    untempered_logits,
+)
 from t3jax.sampling import truncation
 
 
@@ -37,8 +51,10 @@ class Controls(NamedTuple):
     Attributes:
         base_temperature: T of the method, >= 1; 1 leaves the base as it is.
         guidance_scale: s of the method, >= 0; 0 leaves the base as it is.
-        temperature: Sampling temperature on the tilted distribution; 0 is greedy.
-        top_k: Tokens kept; 0 keeps all.
+        temperature: Sampling temperature on the tilted distribution; 0 is greedy, 1 / T undoes the
+            tempering.
+        top_k: Tokens kept; 0 keeps all. This and the next two are decided on one distribution:
+            the untempered guided one, unless a program says otherwise.
         top_p: Probability kept; 1 keeps all.
         min_p: Kept if at least this share of the likeliest; 0 keeps all.
         repetition_penalty: Divides positive and multiplies negative base logits of tokens already
@@ -85,12 +101,14 @@ class Logprobs(NamedTuple):
 
     Attributes:
         base: Under the base model as it is.
+        base_entropy: Entropy of the base model: the mean of `-base` over its own draws.
         guided: Under the tempered and tilted distribution of step 2, before truncation and the
-            sampling temperature.
+            sampling temperature; None unless asked for.
     """
 
     base: Float[Array, " B"]
-    guided: Float[Array, " B"]
+    base_entropy: Float[Array, " B"]
+    guided: Float[Array, " B"] | None
 
 
 def next_token(
@@ -99,7 +117,7 @@ def next_token(
     controls: Controls,
     keys: Key[Array, " B"],
     seen: Bool[Array, "B V"],
-    truncate_on: str = "base",
+    truncate_on: str = "guided",
     with_logprobs: bool = False,
     refinements: Refinements = PLAIN,
     mesh: Mesh | None = None,
@@ -113,13 +131,16 @@ def next_token(
         controls: The knobs, one value for each row.
         keys: A PRNG key for each row, used up here.
         seen: Tokens already in the text, for the repetition penalty, `[B, V]`.
-        truncate_on: "base" or "tilted": the distribution that decides the support.
-        with_logprobs: Whether to compute log-probabilities of the choice: two more passes over V.
+        truncate_on: "guided", "base" or "tilted": the distribution that decides the support.
+            Without a head "guided" is "base".
+        with_logprobs: Whether to compute the guided log-probability of the choice too, and those
+            under the base without a head.
         refinements: Which are on.
         mesh: Where the arrays live; None is one device.
 
     Returns:
-        The tokens, int32 `[B]`, and their log-probabilities (None unless asked for).
+        The tokens, int32 `[B]`, and their log-probabilities: None without a head, unless they are
+        asked for.
     """
     penalty = controls.repetition_penalty[:, None]
     penalised = jax.lax.cond(
@@ -128,17 +149,24 @@ def next_token(
         lambda: logits,
     )
     if scores is None:
-        guided = penalised / controls.base_temperature[:, None]
+        tempering = controls.base_temperature
+        guided = penalised / tempering[:, None]
     else:
-        guided = refined_logits(
-            penalised, scores, controls.base_temperature, controls.guidance_scale, refinements
+        tempering = jnp.asarray(
+            served_temperature(penalised, scores, controls.base_temperature, refinements)
         )
-    deciding = {"base": penalised, "tilted": guided}[truncate_on]
+        guided = served_logits(penalised, scores, tempering, controls.guidance_scale, refinements)
+
+    def deciding(base: Array, guided: Array, tempering: Array) -> Array:
+        """The distribution that decides the support; formed only where something is truncated."""
+        untempered = base if scores is None else untempered_logits(guided, tempering)
+        return {"guided": untempered, "base": base, "tilted": guided}[truncate_on]
+
     rules = controls.top_k, controls.top_p, controls.min_p
     truncates = jnp.any((controls.top_k > 0) | (controls.top_p < 1) | (controls.min_p > 0))
 
     def from_few() -> tuple[Array, Array]:
-        found = truncation.likeliest(deciding, *rules, mesh)
+        found = truncation.likeliest(deciding(penalised, guided, tempering), *rules, mesh)
         values = jnp.where(found.kept, jnp.take_along_axis(guided, found.tokens, axis=-1), -jnp.inf)
         place = _draw(values, controls.temperature, lambda: _gumbel_of(keys, found.tokens))
         return jnp.take_along_axis(found.tokens, place[:, None], axis=-1)[:, 0], found.settled
@@ -148,13 +176,15 @@ def next_token(
 
     def from_all(rows: slice | Array = slice(None)) -> Array:
         """Draws of some rows from all tokens."""
-        masked, base, limits, temperature, data = jax.tree.map(
-            lambda x: x[rows], (guided, deciding, rules, controls.temperature, key_data)
+        masked, base, tempered_by, limits, temperature, data = jax.tree.map(
+            lambda x: x[rows], (guided, penalised, tempering, rules, controls.temperature, key_data)
         )
         own_keys = jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys))
         masked = jax.lax.cond(
             truncates,
-            lambda: jnp.where(truncation.support(base, *limits), masked, -jnp.inf),
+            lambda: jnp.where(
+                truncation.support(deciding(base, masked, tempered_by), *limits), masked, -jnp.inf
+            ),
             lambda: masked,
         )
         return _draw(masked, temperature, lambda: _gumbel(own_keys, masked))
@@ -183,14 +213,25 @@ def next_token(
         token = jax.lax.cond(2 * jnp.sum(settled) >= len(settled), one_by_one, together)
     else:
         token = jax.lax.cond(jnp.all(settled), lambda: few, together)
-    if not with_logprobs:
+    if scores is None and not with_logprobs:
         return token, None
+    base, entropy = _logprob_and_entropy(logits, token)
+    logprobs = Logprobs(base, entropy, None)
+    if with_logprobs:
+        logprobs = logprobs._replace(guided=_logprob_and_entropy(guided, token)[0])
+    return token, logprobs
 
-    def logprob(x: Array) -> Array:
-        chosen = jnp.take_along_axis(x, token[:, None], axis=-1)[:, 0]
-        return chosen - jax.nn.logsumexp(x, axis=-1)
 
-    return token, Logprobs(base=logprob(logits), guided=logprob(guided))
+def _logprob_and_entropy(logits: Array, token: Array) -> tuple[Array, Array]:
+    """Of one token in each row, and of the row's distribution: nats, `[B]` each."""
+    peak = jnp.max(logits, axis=-1, keepdims=True)
+    shifted = logits - jnp.where(jnp.isneginf(peak), 0.0, peak)
+    weights = jnp.exp(shifted)
+    mass = jnp.sum(weights, axis=-1)
+    # A banned token has no share: 0 · -inf would be NaN.
+    mean = jnp.sum(jnp.where(weights > 0, weights * shifted, 0.0), axis=-1) / mass
+    chosen = jnp.take_along_axis(shifted, token[:, None], axis=-1)[:, 0]
+    return chosen - jnp.log(mass), jnp.log(mass) - mean
 
 
 def _draw(logits: Array, temperature: Array, noise: Callable[[], Array]) -> Array:

@@ -126,7 +126,7 @@ def _largest(logits: Array, mesh: Mesh | None) -> tuple[Array, Array]:
     if mesh is None or mesh.size == 1:
         values, tokens = jax.lax.top_k(logits, min(FEW, logits.shape[-1]))
         return values, tokens
-    split = sharding.fitting(mesh, sharding.LOGITS, logits.shape).spec
+    split = sharding.fit_sharding(mesh, sharding.LOGITS, logits.shape).spec
     rows, vocabulary = [*split, None, None][:2]
     parts = 1 if vocabulary is None else mesh.shape[vocabulary]
 

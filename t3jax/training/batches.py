@@ -4,6 +4,8 @@ Sequences are ragged and never padded one by one: the host plans each epoch as r
 array, and one step gathers the rows of its batch. Tokens are dealt out to the devices one by one:
 each has its share of every sequence, and of a batch it reads what it has. Features never travel. An
 epoch is one pass over the forget sequences, each paired with a retain sequence drawn at random.
+Where retain sequences come from more than one source (retain rows, the base model's own samples),
+each source is drawn from equally often.
 
 Axes: K members, S seeds of theirs, P parts into which the mesh splits rows, N answer tokens of a
 part, D features, U tokens of the vocabulary that are trained, M tokens of a batch in a part.
@@ -36,13 +38,16 @@ class Tokens(NamedTuple):
 
     Attributes:
         pooled: Features, `[P, N, D]`.
-        targets: Row of the trained W2 of the token that came next, `[P, N]`.
+        targets: Row of the trained W2 of the token that came next, `[P, N]`; for distillation rows
+            of all tokens of a target, `[P, N, E]`.
         forget_starts: First token of the forget sequences in each part, `[P]`.
+        soft: For distillation the other arrays of `SoftTargets`, `[P, N, ...]`; else None.
     """
 
     pooled: jax.Array
     targets: jax.Array
     forget_starts: jax.Array
+    soft: tuple[jax.Array, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,9 +57,10 @@ class Data:
     Attributes:
         train: Tokens to train on.
         held_out: Tokens of the held-out sequences; None if there are none.
-        starts: Of the retain and of the forget sequences among all tokens of `train`, one each
-            and their end.
+        starts: Starts of the retain and of the forget sequences among all tokens of `train`, one
+            each and their end.
         held_out_starts: The same in `held_out`.
+        sources: Training sequences of each retain source.
         vocabulary: Token ids of the trained rows of W2, sorted, `[U]`.
     """
 
@@ -63,43 +69,70 @@ class Data:
     starts: tuple[np.ndarray, np.ndarray]
     held_out_starts: tuple[np.ndarray, np.ndarray]
     vocabulary: np.ndarray
+    sources: tuple[int, ...]
 
     @classmethod
     def build(
         cls,
-        retain: Features,
+        retain_sources: Sequence[Features],
         forget: Features,
         head_config: HeadConfig,
         config: TrainConfig,
         mesh: Mesh,
     ) -> "Data":
         """Splits the sets and places them on the mesh."""
-        seen = np.union1d(retain.targets, forget.targets)
+        retain = Features.concatenate(retain_sources)
+        distils = config.loss == "distillation"
+        seen = np.union1d(*(_trained_tokens(features, distils) for features in (retain, forget)))
         # Unseen tokens fill up, so that the rows divide among the devices; a checkpoint must have
         # the same shape whatever their number.
         unseen = np.setdiff1d(np.arange(head_config.vocab_size), seen)
         missing = (-len(seen) % step for step in _VOCABULARY_STEPS)
         vocabulary = np.union1d(seen, unseen[: next(n for n in missing if n <= len(unseen))])
 
-        sets = ("retain", retain), ("forget", forget)
+        of_sources = [
+            split(features, config.holdout_fraction, "retain", 0) for features in retain_sources
+        ]
+        ends = np.cumsum([0, *(features.num_sequences for features in retain_sources)])
         parts = [
-            split(features, config.holdout_fraction, name, stream)
-            for stream, (name, features) in enumerate(sets)
+            tuple(
+                np.concatenate(
+                    [end + sequences for end, sequences in zip(ends, side, strict=False)]
+                )
+                for side in zip(*of_sources, strict=True)
+            ),
+            split(forget, config.holdout_fraction, "forget", 1),
         ]
 
         num_parts = sharding.row_shards(mesh)
 
         def placed(sequences: Sequence[np.ndarray]) -> Tokens:
             rows = [_rows(retain.starts, sequences[0]), _rows(forget.starts, sequences[1])]
-            targets = np.concatenate([retain.targets[rows[0]], forget.targets[rows[1]]])
-            padding = -len(targets) % num_parts
-            targets = np.pad(np.searchsorted(vocabulary, targets).astype(np.int32), (0, padding))
-            targets = targets.reshape(-1, num_parts).T
-            shape = (*targets.shape, head_config.hidden_size)
+            padding = -(len(rows[0]) + len(rows[1])) % num_parts
+
+            def dealt(of_retain: np.ndarray, of_forget: np.ndarray) -> np.ndarray:
+                """A value for each token, dealt out to the parts, `[P, N, ...]`."""
+                both = np.concatenate([of_retain[rows[0]], of_forget[rows[1]]])
+                both = np.pad(both, [(0, padding)] + [(0, 0)] * (both.ndim - 1))
+                return np.swapaxes(both.reshape(-1, num_parts, *both.shape[1:]), 0, 1)
+
+            soft = None
+            if distils:
+                assert retain.soft is not None
+                assert forget.soft is not None
+                tokens, *others = (
+                    dealt(*each) for each in zip(retain.soft, forget.soft, strict=True)
+                )
+                soft = tuple(np.ascontiguousarray(each) for each in others)
+            else:
+                tokens = dealt(retain.targets, forget.targets)
+            targets = np.minimum(np.searchsorted(vocabulary, tokens), len(vocabulary) - 1)
+            targets = np.ascontiguousarray(targets, np.int32)
+            shape = (*targets.shape[:2], head_config.feature_size)
 
             def read(index: tuple[slice, ...] | None) -> np.ndarray:
                 """Reads the features of one device's tokens, and no others."""
-                assert index is not None  # JAX gives one unless it is told not to
+                assert index is not None  # JAX gives one unless asked not to
                 here = range(num_parts)[index[0]]
                 pooled = np.empty((len(here), *shape[1:]), retain.pooled.dtype)
                 for part, out in zip(here, pooled, strict=True):
@@ -113,9 +146,12 @@ class Data:
 
             by_parts = sharding.batch_sharding(mesh, shape)
             forget_starts = _before(len(rows[0]), num_parts).astype(np.int32)
+            targets, forget_starts = hosts.place((targets, forget_starts), by_parts)
             return Tokens(
                 jax.make_array_from_callback(shape, by_parts, read),
-                *hosts.place((targets, forget_starts), by_parts),
+                targets,
+                forget_starts,
+                None if soft is None else hosts.place(soft, by_parts),
             )
 
         def starts(sequences: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -133,6 +169,7 @@ class Data:
             starts=starts(train),
             held_out_starts=starts(held_out),
             vocabulary=vocabulary,
+            sources=tuple(len(train) for train, _ in of_sources),
         )
 
 
@@ -150,6 +187,7 @@ class Planner:
         self._members = [member.seed for member in members]
         self._seeds = list(dict.fromkeys(self._members))
         self._batch_size = config.batch_size
+        self._sources = data.sources
         forget_sequences = len(self._forget) - 1
         self._firsts = np.arange(0, forget_sequences, config.batch_size)
         self.steps = len(self._firsts)
@@ -162,7 +200,7 @@ class Planner:
         # Rounded up, so that it serves other seeds too.
         size = round_up(int(largest), _BATCH_STEP)
         self._shape = (len(self._seeds), self.steps, self._parts, size)
-        self._sharding = sharding.fitting(mesh, P(None, None, sharding.ROWS), self._shape)
+        self._sharding = sharding.fit_sharding(mesh, P(None, None, sharding.ROWS), self._shape)
 
     def epoch(self, epoch: int) -> tuple[jax.Array, np.ndarray]:
         """Rows `[S, steps, P, M]`, -1 where there are fewer; tokens of a batch `[K, steps]`."""
@@ -184,8 +222,11 @@ class Planner:
         """The forget sequences in this epoch's order, and the retain sequence drawn for each."""
         rng = np.random.default_rng((seed, epoch))
         forget = rng.permutation(len(self._forget) - 1)
-        retain = rng.integers(len(self._retain) - 1, size=len(forget))
-        return forget, retain
+        if len(self._sources) == 1:
+            return forget, rng.integers(len(self._retain) - 1, size=len(forget))
+        source = rng.permutation(len(forget)) % len(self._sources)
+        sizes = np.array(self._sources)
+        return forget, (np.cumsum(sizes) - sizes)[source] + rng.integers(sizes[source])
 
     def _counts(self, seed: int, epoch: int) -> np.ndarray:
         """Tokens of each batch in each part, `[steps, P]`."""
@@ -194,6 +235,11 @@ class Planner:
             np.diff(_before(starts, self._parts), axis=0) for starts in (self._forget, self._retain)
         )
         return np.add.reduceat(of_forget[forget] + of_retain[retain], self._firsts)
+
+
+def _trained_tokens(features: Features, distils: bool) -> np.ndarray:
+    """The tokens whose rows of W2 get a gradient."""
+    return features.soft.tokens if distils and features.soft is not None else features.targets
 
 
 def split(
@@ -213,7 +259,7 @@ def split(
 
 
 def _before(tokens: int | np.ndarray, parts: int) -> np.ndarray:
-    """How many of the first so many tokens are in each part, `[..., P]`."""
+    """How many of the first `tokens` tokens are in each part, `[..., P]`."""
     return -((np.arange(parts) - np.asarray(tokens)[..., None]) // parts)
 
 

@@ -18,16 +18,17 @@ from jax.sharding import Mesh
 
 from t3jax import sharding
 from t3jax.checkpoint import Metrics, open_run
+from t3jax.digests import params_digest
 from t3jax.features import Features
-from t3jax.head import HeadConfig
-from t3jax.head_io import Head, place_head, save_head
+from t3jax.head import HeadConfig, HeadParams
+from t3jax.head_io import Head, load_head, place_head, save_head
 from t3jax.training.batches import Data, Planner
 from t3jax.training.recipe import Member, TrainConfig, make_members
 from t3jax.training.trainer import Trainer
 
 
 def train_heads(
-    retain: Features,
+    retain: Features | Sequence[Features],
     forget: Features,
     head_config: HeadConfig,
     train_config: TrainConfig | Sequence[TrainConfig] | None = None,
@@ -51,7 +52,8 @@ def train_heads(
     are several.
 
     Args:
-        retain: Features of the retain set.
+        retain: Features of the retain set; or of more sources than one (retain rows, the base
+            model's own samples), each drawn from equally often.
         forget: Features of the forget set.
         head_config: Shape of the head.
         train_config: The recipe, or several that differ in learning rate and weight decay alone;
@@ -82,16 +84,28 @@ def train_heads(
     config = configs[0]
     if mesh is None:
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    _check(retain, forget, head_config)
-    data = Data.build(retain, forget, head_config, config, mesh)
+    sources = [retain] if isinstance(retain, Features) else list(retain)
+    for features in [*sources, forget]:
+        _check(features, "forget" if features is forget else "retain", head_config, config)
+    for features in sources:
+        if features.pooled.dtype != forget.pooled.dtype:
+            raise ValueError(
+                f"features of the retain set are {features.pooled.dtype}, those of the forget set "
+                f"{forget.pooled.dtype}; compute both with one dtype"
+            )
+    data = Data.build(sources, forget, head_config, config, mesh)
     planner = Planner(data, members, mesh)
     trainer = Trainer(data, head_config, members, planner.steps, mesh)
     settings = {
         "head": dataclasses.asdict(head_config),
         "training": _common(configs),
         "seeds": list(seeds),
-        "features": {"retain": _digest(retain), "forget": _digest(forget)},
+        "features": {
+            "retain": _digest(sources[0]) if len(sources) == 1 else [*map(_digest, sources)],
+            "forget": _digest(forget),
+        },
     }
+    best = _Best(members, config.patience, workdir)
 
     with open_run(workdir, settings, trainer.abstract_state, unit="epoch") as folder:
         epochs_done, metrics, state = 0, [], None
@@ -99,9 +113,12 @@ def train_heads(
             epochs_done, metrics, state = folder.done, folder.metrics, folder.state
         if state is None:
             state = trainer.init()
+        best.restore(metrics)
 
         plan = planner.epoch(min(epochs_done + 1, config.epochs))
         for epoch in range(epochs_done + 1, config.epochs + 1):
+            if best.is_over:
+                break
             start = time.perf_counter()
             last = epoch == config.epochs
             rows, counts = plan
@@ -126,23 +143,34 @@ def train_heads(
                 for k, member in enumerate(members)
             ]
             metrics = metrics + lines
+            if config.patience and held_out:
+                for k in best.update(epoch, [line["held_out_loss"] for line in held_out]):
+                    best.keep(k, epoch, trainer.full_params(state, k, epoch), head_config)
             if folder is not None:
-                save = last or epoch % config.checkpoint_every == 0
+                save = last or best.is_over or epoch % config.checkpoint_every == 0
                 folder.finish(epoch, lines, state, save)
             if report is not None:
                 for line in lines:
                     report(_describe(line, config.epochs))
 
+    best.check()
     heads = []
     for k, member in enumerate(members):
         own = [line for line in metrics if line["head"] == member.name]
+        final = next((line for line in own if line["epoch"] == best.epochs[k]), own[-1])
         record = {
             "training": {**dataclasses.asdict(member.config), "seed": member.seed},
-            "tokens": {"retain": retain.num_tokens, "forget": forget.num_tokens},
-            "sequences": {"retain": retain.num_sequences, "forget": forget.num_sequences},
+            "tokens": {
+                "retain": sum(features.num_tokens for features in sources),
+                "forget": forget.num_tokens,
+            },
+            "sequences": {
+                "retain": sum(features.num_sequences for features in sources),
+                "forget": forget.num_sequences,
+            },
             "features": settings["features"],
             "final": {
-                name: value for name, value in own[-1].items() if name not in ("head", "seconds")
+                name: value for name, value in final.items() if name not in ("head", "seconds")
             },
             "versions": {"jax": jax.__version__, "t3jax": _version()},
             "seconds": sum(line["seconds"] for line in own),
@@ -150,7 +178,9 @@ def train_heads(
         heads.append(
             Head(
                 config=head_config,
-                params=place_head(trainer.full_params(state, k), mesh),
+                params=place_head(
+                    best.params[k] or trainer.full_params(state, k, config.epochs), mesh
+                ),
                 base_temperature=base_temperature,
                 guidance_scale=guidance_scale,
                 model=model,
@@ -173,30 +203,116 @@ def _common(configs: Sequence[TrainConfig]) -> dict[str, Any]:
     return common
 
 
-def _check(retain: Features, forget: Features, head_config: HeadConfig) -> None:
-    for name, features in (("retain", retain), ("forget", forget)):
-        if not features.num_sequences or not features.num_tokens:
-            raise ValueError(
-                f"the {name} set is empty: it has {features.num_sequences} sequences and "
-                f"{features.num_tokens} answer tokens; training needs both sets"
-            )
-        if (empty := np.flatnonzero(np.diff(features.starts) < 1)).size:
-            raise ValueError(f"sequence {empty[0]} of the {name} set has no answer tokens")
-        if (width := features.pooled.shape[-1]) != head_config.hidden_size:
-            raise ValueError(
-                f"the features of the {name} set have width {width}, but the head has hidden_size "
-                f"{head_config.hidden_size}; compute both sets with the model the head is for"
-            )
-        low, high = features.targets.min(), features.targets.max()
-        if low < 0 or high >= head_config.vocab_size:
-            raise ValueError(
-                f"the {name} set has token ids from {low} to {high}, but the head has vocab_size "
-                f"{head_config.vocab_size}; the tokens are another model's"
-            )
-    if retain.pooled.dtype != forget.pooled.dtype:
+def _check(features: Features, name: str, head_config: HeadConfig, config: TrainConfig) -> None:
+    if not features.num_sequences or not features.num_tokens:
         raise ValueError(
-            f"features of the retain set are {retain.pooled.dtype}, those of the forget set "
-            f"{forget.pooled.dtype}; compute both with one dtype"
+            f"the {name} set is empty: it has {features.num_sequences} sequences and "
+            f"{features.num_tokens} answer tokens; training needs both sets"
+        )
+    if (empty := np.flatnonzero(np.diff(features.starts) < 1)).size:
+        raise ValueError(f"sequence {empty[0]} of the {name} set has no answer tokens")
+    if (width := features.pooled.shape[-1]) != head_config.feature_size:
+        raise ValueError(
+            f"the features of the {name} set have width {width}, but the head has hidden_size "
+            f"{head_config.hidden_size} and reads {head_config.features!r}, of width "
+            f"{head_config.feature_size}; compute both sets with the model the head is for, as the "
+            "kind that it reads"
+        )
+    low, high = features.targets.min(), features.targets.max()
+    if low < 0 or high >= head_config.vocab_size:
+        raise ValueError(
+            f"the {name} set has token ids from {low} to {high}, but the head has vocab_size "
+            f"{head_config.vocab_size}; the tokens are another model's"
+        )
+    if config.loss == "distillation" and features.soft is None:
+        raise ValueError(
+            f"loss = 'distillation' needs soft targets, which the {name} set does not have; "
+            "compute them with t3jax.synthetic, or train with loss = 'classifier'"
+        )
+
+
+class _Best:
+    """Where a run stops early: the evaluation of each head with the smallest held-out loss.
+
+    Its weights are on the disk before the checkpoint of their epoch is, so that a resumed run has
+    them; what a killed run wrote after its last checkpoint is written once more.
+
+    Attributes:
+        epochs: Epoch of each head's best evaluation; None before the first, or without patience.
+        params: Its weights, on the host.
+    """
+
+    def __init__(
+        self, members: Sequence[Member], patience: int, workdir: str | pathlib.Path | None
+    ):
+        self._members, self._patience = members, patience
+        self._folder = None if workdir is None else pathlib.Path(workdir) / "best"
+        self._losses = [float("inf")] * len(members)
+        self._waited = [0] * len(members)
+        self.epochs: list[int | None] = [None] * len(members)
+        self.params: list[HeadParams | None] = [None] * len(members)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no head has become better for as long as the recipe waits."""
+        return bool(self._patience) and min(self._waited) >= self._patience
+
+    def update(self, epoch: int, losses: Sequence[float]) -> list[int]:
+        """Takes held-out losses in, and returns the heads that became better."""
+        better = [k for k, loss in enumerate(losses) if loss < self._losses[k]]
+        for k, loss in enumerate(losses):
+            self._waited[k] = 0 if k in better else self._waited[k] + 1
+            if k in better:
+                self._losses[k], self.epochs[k] = loss, epoch
+        return better
+
+    def keep(self, k: int, epoch: int, params: HeadParams, config: HeadConfig) -> None:
+        """Keeps the weights of a head, on the disk too where the run has a folder."""
+        self.params[k] = params
+        if self._folder is not None:
+            record = {"epoch": epoch, "weights": params_digest(params)}
+            head = Head(config, params, 1.0, 1.0, "", record=record)
+            save_head(self._folder / self._members[k].name, head)
+
+    def restore(self, metrics: Sequence[Metrics]) -> None:
+        """Goes back to where the metrics of a resumed run end.
+
+        Raises:
+            ValueError: If the weights of a best evaluation are damaged or missing.
+        """
+        if not self._patience or not metrics:
+            return
+        epochs = sorted({line["epoch"] for line in metrics if "held_out_loss" in line})
+        for epoch in epochs:
+            losses = {
+                line["head"]: line["held_out_loss"] for line in metrics if line["epoch"] == epoch
+            }
+            self.update(epoch, [losses[member.name] for member in self._members])
+        for k, member in enumerate(self._members):
+            if self._folder is None or self.epochs[k] is None:
+                continue
+            try:
+                head = load_head(self._folder / member.name)
+            except (OSError, ValueError) as error:
+                raise self._lost(k, str(error)) from error
+            # What a killed run wrote after its last checkpoint is of an epoch that comes again.
+            epoch, weights = (head.record.get(name) for name in ("epoch", "weights"))
+            if epoch == self.epochs[k] and weights in (None, params_digest(head.params)):
+                self.params[k] = jax.device_get(head.params)
+            elif not (isinstance(epoch, int) and epoch > epochs[-1]):
+                raise self._lost(k, "its epoch or its checksum is another one")
+
+    def check(self) -> None:
+        """Raises ValueError if the weights of a best evaluation are not at hand at the end."""
+        for k, epoch in enumerate(self.epochs):
+            if epoch is not None and self.params[k] is None:
+                raise self._lost(k, "it holds a later epoch's")
+
+    def _lost(self, k: int, why: str) -> ValueError:
+        folder = self._folder and self._folder / self._members[k].name
+        return ValueError(
+            f"{folder}: the weights of epoch {self.epochs[k]}, the best so far, are damaged or "
+            f"missing ({why}); remove the workdir to train anew"
         )
 
 
@@ -236,9 +352,10 @@ def _describe(line: Metrics, epochs: int) -> str:
         f"lr {line['learning_rate']:.2e}  loss {line['loss']:.5f}"
     )
     if "held_out_loss" in line:
+        text += f"  held out: loss {line['held_out_loss']:.4f}"
+    if "held_out_retain_sequence_accuracy" in line:
         text += (
-            f"  held out: loss {line['held_out_loss']:.4f}, sequences right: "
-            f"retain {line['held_out_retain_sequence_accuracy']:.1%}, "
+            f", sequences right: retain {line['held_out_retain_sequence_accuracy']:.1%}, "
             f"forget {line['held_out_forget_sequence_accuracy']:.1%}"
         )
     return text
@@ -248,6 +365,7 @@ def _digest(features: Features) -> str:
     """Tells sets of features apart: by their key and tokens, or by all bytes if there is no key."""
     digest = hashlib.sha256(f"{features.key} {features.pooled.shape}".encode())
     arrays = [features.targets, features.starts] + ([] if features.key else [features.pooled])
+    arrays += features.soft or ()
     for array in arrays:
         digest.update(np.ascontiguousarray(array).view(np.uint8).data)
     return digest.hexdigest()[:32]

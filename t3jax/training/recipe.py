@@ -5,6 +5,7 @@ References:
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,8 @@ class TrainConfig:
 
     Attributes:
         epochs: Passes over the forget set.
-        warmup_epochs: Epochs over which the learning rate rises from 0; it then falls to 0.
+        warmup_ratio: Share of the steps over which the learning rate rises from 0; it then falls
+            to 0.
         batch_size: Forget sequences of a batch; as many retain sequences come on top.
         learning_rate: AdamW's at its peak.
         weight_decay: AdamW's, decoupled: a step shrinks weights by learning rate times this.
@@ -26,15 +28,22 @@ class TrainConfig:
         b2: AdamW's decay of the mean squared gradient.
         eps: AdamW's, added to the root of the latter.
         clip_norm: Largest global norm of a gradient.
+        loss: "classifier", the paper's, or "distillation" (see `t3jax.distillation`), for which the
+            sets need soft targets.
+        distilled_temperature: The base temperature T that a distilled head is trained for.
+        retain_weight: Weight of a distilled position of a retain text; one of a forget text has 1.
         zero_output: Start the output layer at zero (an extension, see `init_head`).
         holdout_fraction: Share of the retain and of the forget sequences that is kept from training
             and evaluated; the same sequences for every seed. The paper keeps none.
+        patience: Training ends after this many evaluations in a row in which no head's held-out
+            loss became smaller; each head is then that of its best evaluation. 0: train to the
+            end and take the last. It needs a holdout_fraction.
         eval_every: Epochs between evaluations on the held-out sequences; the last always counts.
         checkpoint_every: Epochs between checkpoints; the last is always saved.
     """
 
     epochs: int = 100
-    warmup_epochs: int = 25
+    warmup_ratio: float = 0.25
     batch_size: int = 32
     learning_rate: float = 1e-2
     weight_decay: float = 1e-2
@@ -42,25 +51,43 @@ class TrainConfig:
     b2: float = 0.999
     eps: float = 1e-8
     clip_norm: float = 1.0
+    loss: str = "classifier"
+    distilled_temperature: float = 1.0
+    retain_weight: float = 6.0
     zero_output: bool = False
     holdout_fraction: float = 0.0
+    patience: int = 0
     eval_every: int = 5
     checkpoint_every: int = 20
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "eval_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
+            if not 1 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "clip_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if not 0 <= self.warmup_epochs <= self.epochs:
+        for name in ("learning_rate", "clip_norm", "retain_weight", "eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        if self.loss not in ("classifier", "distillation"):
+            raise ValueError(f"loss must be 'classifier' or 'distillation', got {self.loss!r}")
+        if not 1 <= self.distilled_temperature < math.inf:
             raise ValueError(
-                f"warmup_epochs must lie between 0 and epochs = {self.epochs}, got "
-                f"{self.warmup_epochs}"
+                "distilled_temperature must be at least 1 and finite, got "
+                f"{self.distilled_temperature}"
             )
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
+        if not 0 <= self.patience < math.inf or (self.patience and not self.holdout_fraction):
+            raise ValueError(
+                f"patience must be 0 or more and needs a holdout_fraction above 0, got patience = "
+                f"{self.patience} and holdout_fraction = {self.holdout_fraction}"
+            )
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(f"warmup_ratio must lie in [0, 1], got {self.warmup_ratio}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(
+                f"weight_decay must be finite and not negative, got {self.weight_decay}"
+            )
         if not 0 <= self.holdout_fraction < 1:
             raise ValueError(f"holdout_fraction must lie in [0, 1), got {self.holdout_fraction}")
 
@@ -75,8 +102,8 @@ def learning_rate_schedule(config: TrainConfig, steps_per_epoch: int) -> optax.S
     Returns:
         The learning rate as a function of the number of steps done before; the first step has 0.
     """
-    warmup = config.warmup_epochs * steps_per_epoch
     total = config.epochs * steps_per_epoch
+    warmup = round(config.warmup_ratio * total)
 
     def schedule(count: Any) -> Any:
         done = jnp.asarray(count, jnp.float32)
@@ -137,13 +164,14 @@ def make_members(configs: Sequence[TrainConfig], seeds: Sequence[int]) -> list[M
         seeds: The seeds.
 
     Returns:
-        The members. Names tell what differs: `head`, `head-seed1`, `head-lr0.01-wd0.1-seed1`.
+        The members. Names hold what differs: `head`, `head-seed1`, `head-lr0.01-wd0.1-seed1`.
 
     Raises:
         ValueError: If recipes are equal or differ in more, or seeds are equal or negative.
     """
-    if not seeds or len(set(seeds)) < len(seeds) or any(seed < 0 for seed in seeds):
-        raise ValueError(f"seeds must be different and not negative, at least one; got {seeds}")
+    # JAX keeps the lower 32 bits of a seed alone: 2^32 would draw as 0 does.
+    if not seeds or len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**32 for seed in seeds):
+        raise ValueError(f"seeds must be different, in [0, 2^32), at least one; got {seeds}")
     if not configs or len(set(configs)) < len(configs):
         raise ValueError(f"recipes must be different, at least one; got {list(configs)}")
     if len({dataclasses.replace(c, learning_rate=1.0, weight_decay=0.0) for c in configs}) > 1:

@@ -25,9 +25,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from t3jax import hosts, optimizer, sharding
+from t3jax.distillation import distillation_loss
 from t3jax.head import (
     HeadConfig,
     HeadParams,
+    candidate_scores,
     classifier_loss,
     head_shapes,
     init_head,
@@ -49,7 +51,8 @@ class Programs(NamedTuple):
         epoch: `(state, tokens, rows, knobs) -> (state, losses [K, steps], finite [K])`; the state
             given is donated, `rows` `[S, steps, P, M]` says which tokens of each part a batch has,
             -1 for none, `knobs` are peak learning rates and weight decays, `[K]` each.
-        score: `(params, tokens) -> scores [K, P, N]`.
+        score: `(params, tokens) -> [K, P, N]`: the head's score of each token that came next, or
+            for distillation the loss of each position.
     """
 
     abstract_state: Any
@@ -66,15 +69,29 @@ def compile_programs(
     adamw = make_optimizer(config, steps)
     activation = head_config.activation
 
+    def distillation_losses(
+        params: HeadParams, pooled: jax.Array, tokens: jax.Array, soft: Sequence[jax.Array]
+    ) -> jax.Array:
+        scores = candidate_scores(params, pooled, tokens, activation)
+        logprobs, log_weights, probs = soft
+        return distillation_loss(scores, logprobs, log_weights, probs, config.distilled_temperature)
+
     def loss_fn(params: HeadParams, tokens: Tokens, rows: jax.Array) -> jax.Array:
         def read(x: jax.Array) -> jax.Array:
             """What the batch reads, `[P M, ...]`, each part of its own."""
             take = jax.vmap(lambda own, index: own.at[index].get(mode="promise_in_bounds"))
             return take(x, jnp.maximum(rows, 0)).reshape(-1, *x.shape[2:])
 
+        mask = rows.reshape(-1) >= 0
+        retain = (rows < tokens.forget_starts[:, None]).reshape(-1)
+        if tokens.soft is not None:
+            soft = [read(x) for x in tokens.soft]
+            losses = distillation_losses(params, read(tokens.pooled), read(tokens.targets), soft)
+            losses = losses * jnp.where(retain, config.retain_weight, 1.0)
+            count = jnp.maximum(jnp.sum(mask.astype(jnp.float32)), 1.0)
+            return jnp.sum(jnp.where(mask, losses, 0.0)) / count
         scores = target_scores(params, read(tokens.pooled), read(tokens.targets), activation)
-        retain = rows < tokens.forget_starts[:, None]
-        return classifier_loss(scores, retain.reshape(-1), mask=rows.reshape(-1) >= 0)
+        return classifier_loss(scores, retain, mask=mask)
 
     def train_one(state: Any, tokens: Tokens, rows: jax.Array, knobs: Any) -> tuple:
         tuned = make_optimizer(config, steps, *knobs)
@@ -95,6 +112,8 @@ def compile_programs(
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
 
     def score_one(params: HeadParams, tokens: Tokens) -> jax.Array:
+        if tokens.soft is not None:
+            return distillation_losses(params, tokens.pooled, tokens.targets, tokens.soft)
         return target_scores(params, tokens.pooled, tokens.targets, activation)
 
     shapes = head_shapes(head_config)
@@ -138,6 +157,7 @@ class Trainer:
     ):
         """Compiles nothing yet; `members` are those of `make_members`, in its order."""
         self._data, self._head_config, self._members = data, head_config, members
+        self._steps = steps
         trained = dataclasses.replace(head_config, vocab_size=len(data.vocabulary))
         peaks, decays = (
             np.array([getattr(member.config, name) for member in members], np.float32)
@@ -176,16 +196,19 @@ class Trainer:
             return None
         scores = jax.device_get(self._programs.score(state[0], self._data.held_out))
         scores = np.swapaxes(scores, 1, 2).reshape(len(scores), -1)  # in the tokens' order
-        return [_held_out_metrics(row, *self._data.held_out_starts) for row in scores]
+        starts = self._data.held_out_starts
+        if self._data.held_out.soft is not None:
+            return [_held_out_losses(row, *starts) for row in scores]
+        return [_held_out_metrics(row, *starts) for row in scores]
 
-    def full_params(self, state: Any, k: int) -> HeadParams:
-        """The parameters of one head, on the host, W2 with all rows `[V, R]`.
+    def full_params(self, state: Any, k: int, epoch: int) -> HeadParams:
+        """The parameters of one head after an epoch, on the host, W2 with all rows `[V, R]`.
 
         Rows that were not trained had gradients of zero, hence no step but weight decay.
         """
         params = jax.tree.map(lambda leaf: leaf[k], hosts.fetch(state[0]))
         member = self._members[k]
-        rates = self.learning_rates[k].astype(np.float64)
+        rates = self.learning_rates[k, : epoch * self._steps].astype(np.float64)
         shrunk = np.prod(1.0 - rates * member.config.weight_decay)
         output = self._draw(member.seed)["output"] * np.float32(shrunk)
         output[self._data.vocabulary] = params["output"]
@@ -196,6 +219,17 @@ class Trainer:
         key = jax.random.key(seed)
         zero_output = self._members[0].config.zero_output
         return jax.device_get(_init_head(key, config=self._head_config, zero_output=zero_output))
+
+
+def _held_out_losses(
+    losses: np.ndarray, retain_starts: np.ndarray, forget_starts: np.ndarray
+) -> dict[str, float]:
+    """Mean loss of a distilled head in nats per position; both sets weigh the same."""
+    means = {
+        f"held_out_{name}_loss": float(losses[starts[0] : starts[-1]].astype(np.float64).mean())
+        for name, starts in (("retain", retain_starts), ("forget", forget_starts))
+    }
+    return {"held_out_loss": sum(means.values()) / len(means), **means}
 
 
 def _held_out_metrics(

@@ -1,0 +1,116 @@
+"""What each step from the published recipe to the default one gives, on a demo world.
+
+    python -m demo.ablation                    # the world that ships here
+    python -m demo.ablation --world=FOLDER     # another, made by demo/make_demo.py with other seeds
+
+Every head gets T and s by the made-up-name level, but the one that is the demo's published recipe.
+Prints a Markdown table and writes it to `out/ablation/NAME.md`.
+"""
+
+import argparse
+import functools
+import pathlib
+from typing import Any
+
+import t3jax
+from configs import demo as demo_config
+from configs import demo_paper
+from demo.run_demo import compare, train
+from t3jax import cli, files, pipeline
+
+COLUMNS = (
+    ("p", "forget_quality", ".2g"),
+    ("D", "distance", ".2f"),
+    ("recall", "forget_recall", ".2f"),
+    ("reworded", "paraphrase_recall", ".2f"),
+    ("retain", "retain_recall", ".2f"),
+    ("unseen retain", "unseen_retain_recall", ".2f"),
+    ("leaks greedy", "greedy", ".2f"),
+    ("leaks .7/.9", "t0.7-p0.9", ".2f"),
+    ("leaks 1", "t1", ".2f"),
+    ("perplexity", "perplexity", ".3g"),
+)
+
+
+def steps(config: Any, paper: Any) -> dict[str, Any]:
+    """The configs of all steps, by what each adds."""
+    change = functools.partial(cli.replace_fields, config)
+    linear = {"rank": 50, "activation": "identity", "bias": False, "overcorrection": 1.0}
+    classifier = {
+        **linear,
+        **{name: paper[name] for name in ("loss", "epochs", "warmup_ratio", "learning_rate")},
+        "weight_decay": paper.weight_decay,
+        "zero_output": False,
+    }
+    counted = {"made_up_names": config.made_up_names}
+    plain = {**classifier, "own_samples": 0, "made_up_names": 0}
+    at_1 = {"base_temperature": 1.0, "guidance_scale": 1.0}
+    return {
+        "published recipe, T = 2.5": paper,
+        "mean and last state": change(**plain, **at_1),
+        "+ own samples": change(**{**plain, "own_samples": config.own_samples}, **at_1),
+        "+ counterfactual rows": change(**classifier, **counted),
+        "distilled": change(**linear),
+        "+ GELU, rank 100": change(overcorrection=1.0),
+        "+ overcorrection (default)": config,
+        "default, T = 1.5 gated": change(distilled_temperature=1.5, refinements="gated"),
+        "default without own samples": change(own_samples=0),
+        "default without retain rows": change(retain=None),
+        # A name that no question holds, as in a request without names.
+        "default, questions without names": change(names=("Nobody at All",)),
+    }
+
+
+def main() -> None:
+    """Trains, asks and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--world", default="demo", help="folder with authors/, base/, retain_only/")
+    world = parser.parse_args().world
+    cli.enable_compilation_cache()
+    out = pathlib.Path("out/ablation") / pathlib.Path(world).name
+    of_world = {
+        "model": f"{world}/base",
+        "forget": f"{world}/authors/forget.jsonl",
+        "retain": f"{world}/authors/retain.jsonl",
+        "eval_forget": f"{world}/authors/forget_perturbed.jsonl",
+        "eval_retain": f"{world}/authors/retain_perturbed.jsonl",
+        "retain_model": f"{world}/retain_only",
+        "feature_store": str(out / "features"),
+        "eval_dir": str(out / "evaluation"),
+        "leak_samples": 0,
+        "kl_rows": 0,
+    }
+    config = cli.replace_fields(demo_config.get_config(), **of_world)
+    lm = t3jax.load_lm(config.model)
+    header = " | ".join(["step", "T", "s", *(name for name, _, _ in COLUMNS)])
+    lines = [f"| {header} |", "|" + " --- |" * (len(COLUMNS) + 3)]
+    print("\n".join(lines), flush=True)
+    for name, each in steps(
+        config, cli.replace_fields(demo_paper.get_config(), **of_world)
+    ).items():
+        folder = out / files.slug(name)
+        head = train(cli.replace_fields(each, workdir=str(folder), head=str(folder / "head")), lm)
+        refined = cli.replace_fields(config, refinements=each.refinements, eval_controls=False)
+        evaluation = pipeline.evaluate(
+            refined,
+            pipeline.examine(refined, lm, [head]),
+            pipeline.settings(refined, lm, [head], controls=False),
+        )
+        numbers = compare(refined, {name: evaluation.settings[-1]}, evaluation).summary
+        numbers = numbers | numbers["leak_rate"]
+        shown = [name] if len(lines) > 2 else ["base", name, "retain_only"]
+        for model in shown:
+            cells = [f"{numbers[field][model]:{form}}" for _, field, form in COLUMNS]
+            knobs = (
+                [f"{head.base_temperature:g}", f"{head.guidance_scale:g}"]
+                if model == name
+                else ["", ""]
+            )
+            lines.append(f"| {' | '.join([model, *knobs, *cells])} |")
+            print(lines[-1], flush=True)
+    with files.replacing(out.with_suffix(".md")) as temporary:
+        temporary.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""Chat templates, rendered in a process of their own with bounds on time and memory.
+
+A template is a program that comes with a model. Jinja's sandbox keeps it from files and from
+Python, not from nested loops or from texts that double: no check of its parts bounds those, limits
+of the operating system do. The process starts with the first text, stays for the next ones, and
+ends with this one. What it renders is what transformers renders.
+"""
+
+import atexit
+import contextlib
+import datetime
+import functools
+import json
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+
+SECONDS = 2.0  # of computing, for one text
+MEMORY = 1 << 29  # bytes, of the process
+
+_LONGEST = 300  # characters of an error
+
+
+class TemplateFailure(ValueError):
+    """A template that fails: a syntax error, an undefined name, or `raise_exception`."""
+
+
+def render_template(template: str, values: Mapping[str, Any]) -> str:
+    """Renders a chat template.
+
+    Args:
+        template: Jinja source.
+        values: What it may read; plain JSON values.
+
+    Returns:
+        The text.
+
+    Raises:
+        TemplateFailure: If the template fails.
+        ValueError: If the values are no JSON, or the template needs more than `SECONDS` of
+            computing or `MEMORY` bytes.
+    """
+    try:
+        request = json.dumps({"template": template, "values": dict(values)}, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"it can be given plain JSON values only ({error})") from None
+    return _renderer(SECONDS, MEMORY).render(request)
+
+
+class _Renderer:
+    """The process, started when it is needed, and anew after a template has made it end."""
+
+    def __init__(self, seconds: float, memory: int):
+        self._limits = (str(seconds), str(memory))
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        atexit.register(self.close)
+
+    def render(self, request: str) -> str:
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self._process = self._start()
+            process = self._process
+            assert process.stdin is not None
+            assert process.stdout is not None
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(request.encode() + b"\n")
+                process.stdin.flush()
+            answer = process.stdout.readline()
+            if not answer.endswith(b"\n"):
+                status = process.wait()
+                self.close()
+                raise ValueError(_explain(status, *self._limits))
+        reply = json.loads(answer)
+        if "text" in reply:
+            return str(reply["text"])
+        raise (TemplateFailure if reply["by_template"] else ValueError)(reply["error"])
+
+    def close(self) -> None:
+        """Ends the process."""
+        process, self._process = self._process, None
+        if process is not None:
+            assert process.stdout is not None
+            with contextlib.suppress(BrokenPipeError):
+                process.communicate()
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        # -P: the modules beside this file are not to be taken for those of the standard library.
+        # A session of its own: Ctrl-C is for the caller alone.
+        return subprocess.Popen(
+            [sys.executable, "-P", __file__, *self._limits],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+
+@functools.cache
+def _renderer(seconds: float, memory: int) -> _Renderer:
+    return _Renderer(seconds, memory)
+
+
+def _explain(status: int, seconds: str, memory: str) -> str:
+    if status == -signal.SIGPROF:
+        return f"it needs more than {seconds} s of computing for one text"
+    end = f"status {status}" if status >= 0 else signal.Signals(-status).name
+    return (
+        f"the process that renders it ended ({end}): one text needs more than "
+        f"{int(memory) >> 20} MiB, or it calls itself without an end"
+    )
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}`, with which transformers finds the answers' tokens: renders its body."""
+
+    tags = {"generation"}  # noqa: RUF012 (Jinja's own way)
+
+    def parse(self, parser: Any) -> Any:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_render"), [], [], body).set_lineno(line)
+
+    def _render(self, caller: Any) -> Any:
+        return caller()
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """Jinja's, without names that begin with an underscore, which lead to Python's internals."""
+
+    def __init__(*args: Any, **kwargs: Any):
+        self, *rest = args  # so that a field may be called self
+        fields = dict(*rest, **kwargs)
+        for name in fields:
+            _check_field(name)
+        jinja2.utils.Namespace.__init__(self, fields)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_field(name)
+        super().__setitem__(name, value)
+
+
+def _check_field(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}")
+
+
+@functools.lru_cache(maxsize=8)
+def _compile(template: str) -> jinja2.Template:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: Any = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
+
+    environment.filters["tojson"] = tojson
+    environment.globals |= {
+        "raise_exception": raise_exception,
+        "strftime_now": lambda wanted: datetime.datetime.now().strftime(wanted),
+        "dict": lambda *args, **kwargs: dict(*args, **kwargs),
+        "namespace": _Namespace,
+    }
+    return environment.from_string(template)
+
+
+def _answer(request: dict[str, Any], seconds: float, memory: int) -> dict[str, Any]:
+    """The text, or what went wrong. The kernel ends the process where the time is over."""
+    try:
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        text = _compile(request["template"]).render(request["values"])
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        text.encode()
+        return {"text": text}
+    except jinja2.TemplateSyntaxError as error:
+        return {"by_template": True, "error": f"{error.message} (line {error.lineno})"}
+    except jinja2.TemplateError as error:
+        return {"by_template": True, "error": str(error)[:_LONGEST] or type(error).__name__}
+    except MemoryError:
+        return {
+            "by_template": False,
+            "error": f"it needs more than {memory >> 20} MiB for one text",
+        }
+    except RecursionError:
+        return {"by_template": False, "error": "it calls itself without an end"}
+    except Exception as error:  # whatever a template does is its own fault
+        return {"by_template": True, "error": f"{type(error).__name__}: {error}"[:_LONGEST]}
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _serve(seconds: float, memory: int) -> None:
+    import resource  # not on Windows, where nothing is bounded
+
+    with contextlib.suppress(OSError, ValueError):  # macOS does not bound address space
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for line in sys.stdin.buffer:
+        reply = _answer(json.loads(line), seconds, memory)
+        try:
+            written = json.dumps(reply).encode()
+        except MemoryError:
+            reply = {"by_template": False, "error": "its text is too long"}
+            written = json.dumps(reply).encode()
+        sys.stdout.buffer.write(written + b"\n")
+        sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    _serve(float(sys.argv[1]), int(sys.argv[2]))

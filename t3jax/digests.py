@@ -1,0 +1,219 @@
+"""Cache keys: digests of all that a stored result depends on.
+
+Every store of this package makes its keys here. A key holds the model (`model_digest`: shape,
+weights and their dtypes, tokens that end an answer, tokenizer and chat template), the tokens or
+rows, the options, and the source of the module that computes with all that it imports
+(`code_digest`). Paths and names are in no key. A digest is a guard against mistakes, not against
+forgery.
+"""
+
+import ast
+import functools
+import hashlib
+import importlib.util
+import json
+import pathlib
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from t3jax import hosts
+from t3jax.data.chat import Example
+from t3jax.data.records import Record
+from t3jax.lm import decoder
+from t3jax.lm.model import LM
+
+_ROOT = pathlib.Path(__file__).parent
+_LENGTHS = (3, 128)  # of the texts that a model of the user's own is traced with
+
+_digest_of_model: "weakref.WeakKeyDictionary[LM, str]" = weakref.WeakKeyDictionary()
+
+
+def make_key(*parts: str) -> str:
+    """The key of a stored result: a digest of its parts, 32 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def model_digest(lm: LM) -> str:
+    """A digest of all of a model that decides features, scores and answers.
+
+    The shape (all of `LMConfig`), the weights with their dtypes, the end tokens, the longest text,
+    the tokenizer and its chat template. The code of a loaded model's decoder is the business of
+    `code_digest`. Functions of the user's own, those of `make_lm`, have no shape that says what
+    they compute: here it is the programs that JAX makes of them for short texts, with and without a
+    cache, and all numbers that the functions hold themselves. Two versions of JAX may make
+    different programs, and a function that computes something else only for texts longer than 128
+    tokens goes unnoticed.
+
+    Args:
+        lm: The model. Its digest is remembered for as long as it lives.
+
+    Returns:
+        The digest.
+    """
+    if lm not in _digest_of_model:
+        _digest_of_model[lm] = make_key(
+            _shape(lm),
+            params_digest(lm.params),
+            repr((sorted(lm.eos_ids), lm.max_position)),
+            tokenizer_digest(lm.tokenizer),
+        )
+    return _digest_of_model[lm]
+
+
+def params_digest(params: Any) -> str:
+    """A digest of a tree's names, shapes, dtypes and bits, wherever its arrays are placed.
+
+    Two weighted sums of each leaf's bits, modulo 2^32, are taken on the device: at memory
+    bandwidth, without moving weights, and the same for every sharding. A change of a single number
+    always changes it.
+    """
+    leaves = jax.tree.leaves_with_path(params)
+    sums = hosts.fetch([_checksum(leaf) for _, leaf in leaves])
+    digest = hashlib.sha256()
+    for (path, leaf), both in zip(leaves, sums, strict=True):
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype} {both}\n".encode())
+    return digest.hexdigest()
+
+
+@jax.jit
+def _checksum(leaf: jax.Array) -> jax.Array:
+    bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}").astype(jnp.uint32)
+    place = jnp.zeros((), jnp.uint32)
+    for axis in range(leaf.ndim):
+        index = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        place = place * jnp.uint32(leaf.shape[axis]) + index
+    weight = (place * jnp.uint32(2654435761)) ^ (place >> 15)
+    mixed = (bits ^ weight) * jnp.uint32(2246822519)
+    mixed = mixed ^ (mixed >> 13)
+    return jnp.stack(
+        [jnp.sum(mixed, dtype=jnp.uint32), jnp.sum(mixed * (weight | 1), dtype=jnp.uint32)]
+    )
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """A digest of what a tokenizer makes of texts and tokens, chat template included.
+
+    Args:
+        tokenizer: A transformers tokenizer, or None.
+
+    Returns:
+        The digest.
+    """
+    if tokenizer is None:
+        return "none"
+    if backend := getattr(tokenizer, "backend_tokenizer", None):
+        cutting = json.loads(backend.to_str())
+        # Set anew by every call.
+        cutting.pop("padding", None)
+        cutting.pop("truncation", None)
+    else:
+        cutting = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    others = ("chat_template", "special_tokens_map", "clean_up_tokenization_spaces")
+    parts = [cutting, *(getattr(tokenizer, name, None) for name in others)]
+    return make_key(type(tokenizer).__name__, json.dumps(parts, sort_keys=True, default=str))
+
+
+def examples_digest(examples: Sequence[Example]) -> str:
+    """A digest of token ids and of where the answers start."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(f"{len(example.tokens)} {example.answer_start} ".encode())
+        digest.update(np.ascontiguousarray(example.tokens, np.int32).tobytes())
+    return digest.hexdigest()
+
+
+def rows_digest(rows: Sequence[Record]) -> str:
+    """A digest of rows of text."""
+    return hashlib.sha256(json.dumps(list(rows), sort_keys=True).encode()).hexdigest()
+
+
+@functools.cache
+def code_digest(*modules: str) -> str:
+    """A digest of the source of modules and of all that they import of this package.
+
+    A package's `__init__.py` counts where a name is imported from it.
+
+    Args:
+        *modules: Names such as "t3jax.features".
+
+    Returns:
+        The digest.
+    """
+    digest = hashlib.sha256()
+    for module in imported_modules(*modules):
+        source = _source(module).read_bytes()
+        digest.update(f"{module} {len(source)}\n".encode() + source)
+    return digest.hexdigest()
+
+
+def imported_modules(*modules: str) -> list[str]:
+    """Modules of this package and all of it that they import, directly or not, sorted."""
+    reached: set[str] = set()
+    waiting = list(modules)
+    while waiting:
+        if (module := waiting.pop()) not in reached:
+            reached.add(module)
+            waiting += _imports(module)
+    return sorted(reached)
+
+
+@functools.cache
+def _imports(module: str) -> tuple[str, ...]:
+    """Modules of this package that a module imports anywhere in its source."""
+    source = _source(module)
+    package = module if source.name == "__init__.py" else module.rpartition(".")[0]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source.read_bytes())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            origin = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            for alias in node.names:
+                inner = f"{origin}.{alias.name}"
+                found.add(inner if _is_module(inner) else origin)
+    return tuple(sorted(filter(_is_module, found)))
+
+
+def _is_module(name: str) -> bool:
+    return name.split(".")[0] == _ROOT.name and _source(name).is_file()
+
+
+def _source(module: str) -> pathlib.Path:
+    path = _ROOT.joinpath(*module.split(".")[1:])
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def _shape(lm: LM) -> str:
+    decoders = (decoder.apply, decoder.unembed, decoder.init_cache)
+    functions = (lm.apply, lm.unembed, lm.init_cache)
+    if lm.config is not None and all(
+        isinstance(mine, functools.partial) and mine.func is loaded and mine.args == (lm.config,)
+        for mine, loaded in zip(functions, decoders, strict=True)
+    ):
+        return repr(lm.config)
+    return make_key(*_programs(lm))
+
+
+def _programs(lm: LM) -> Iterator[str]:
+    """The programs of a model's functions as text."""
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lm.params)
+
+    def program(function: Any, *arguments: Any) -> str:
+        return jax.jit(function).lower(params, *arguments).as_text()
+
+    def read(params: Any, tokens: jax.Array, mask: jax.Array, cache: Any = None) -> Any:
+        hidden, cache = lm.apply(params, tokens, None, mask, cache)
+        return lm.unembed(params, hidden), hidden, cache
+
+    def text(length: int) -> list[jax.ShapeDtypeStruct]:
+        return [jax.ShapeDtypeStruct((2, length), dtype) for dtype in (jnp.int32, jnp.bool)]
+
+    for length in _LENGTHS:
+        yield program(read, *text(min(length, lm.max_position)))
+    cache = jax.eval_shape(lambda: lm.init_cache(2, 8))
+    yield program(read, *text(1), cache)

@@ -1,0 +1,153 @@
+"""Distillation of a head: the served distribution is trained to be a target (beyond the paper).
+
+The paper trains the classifier on which texts a token stood in. That says nothing of the other
+tokens that could have come next in the same place. Here the target is the whole next-token
+distribution that the base model has where it cannot know what is to be forgotten
+(`t3jax.synthetic.targets`); in what is to be retained it is the base model's own. The head is
+trained so that the served distribution is the target:
+
+    minimise KL(target ‖ p(v)^(1/T) f(v)^s / Z)     over the positions of the answers, at s = 1
+
+A position holds C candidates, the likeliest tokens of target and base, and M tokens drawn from the
+rest of the vocabulary, which stand for all of it: a vocabulary of 128,000 costs what C + M tokens
+cost. Axes: `...` positions, C candidates, M tokens of the rest, E = C + M, V vocabulary.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from t3jax.refinements import gated_temperature
+
+_LEAST = 1e-9  # a smaller target probability is taken for 0
+_LOWEST = -60.0  # log-probabilities saturate here
+
+
+class SoftTargets(NamedTuple):
+    """A position's target and what of the base model the loss needs, NumPy or JAX arrays.
+
+    Attributes:
+        tokens: Candidates, then tokens of the rest, int32 `[..., E]`.
+        logprobs: Their log-probabilities under the base model, nats, `[..., E]`.
+        log_weights: 0 for candidates; for a token of the rest, minus the log of M times the
+            probability that it was drawn with: exp(log_weights) summed with a function of the
+            tokens estimates its sum over the vocabulary, `[..., E]`.
+        probs: Target probability of each candidate and of all the rest, `[..., C + 1]`.
+    """
+
+    tokens: Any
+    logprobs: Any
+    log_weights: Any
+    probs: Any
+
+
+def distillation_loss(
+    scores: Float[Array, "*batch E"],
+    logprobs: Float[Array, "*batch E"],
+    log_weights: Float[Array, "*batch E"],
+    probs: Float[Array, "*batch candidates"],
+    temperature: float = 1.0,
+) -> Float[Array, "*batch"]:
+    """KL(target ‖ served) at each position, the served distribution at guidance scale s = 1.
+
+    At T > 1 tempering is gated: T_t = 1 + (T - 1)(1 - q), with q the probability that base and head
+    together give to retain (`refinements.gated_temperature`). Retain texts then stay as they are.
+
+    Args:
+        scores: Classifier logits g(v) of the tokens, `[..., E]`.
+        logprobs: As in `SoftTargets`.
+        log_weights: As in `SoftTargets`.
+        probs: As in `SoftTargets`; the last is that of the rest.
+        temperature: The base temperature T >= 1 that the head is trained for.
+
+    Returns:
+        Nats, float32 `[...]`.
+    """
+    log_f = jax.nn.log_sigmoid(scores.astype(jnp.float32))
+    if temperature != 1:
+        # q over the vocabulary, as the drawn tokens estimate it: that may exceed 1.
+        retain = jnp.sum(jnp.exp(logprobs + log_weights + log_f), axis=-1)
+        gated = gated_temperature(temperature, jnp.minimum(retain, 1.0))
+        logprobs = logprobs / gated[..., None]
+    served = jax.nn.log_softmax(logprobs + log_weights + log_f, axis=-1)
+    candidates = probs.shape[-1] - 1
+    rest = jax.nn.logsumexp(served[..., candidates:], axis=-1, keepdims=True)
+    log_served = jnp.concatenate([served[..., :candidates], rest], axis=-1)
+    target = jnp.where(probs > _LEAST, probs, 0.0)
+    log_target = jnp.log(jnp.where(probs > _LEAST, probs, 1.0))
+    return jnp.sum(target * (log_target - log_served), axis=-1)
+
+
+def soft_targets(
+    key: PRNGKeyArray,
+    logits: Float[Array, "*batch V"],
+    target: Float[Array, "*batch V"],
+    num_candidates: int,
+    num_rest: int,
+    temperature: float = 1.0,
+) -> SoftTargets:
+    """Chooses the candidates of each position and draws the tokens that stand for the rest.
+
+    Args:
+        key: For the draws.
+        logits: Logits of the base model, `[..., V]`.
+        target: Target probabilities, `[..., V]`.
+        num_candidates: C, tokens with the largest probability under target or base; at most V - 1.
+        num_rest: M, tokens drawn from the others in proportion to p(v)^(1/T).
+        temperature: T, for which the head is trained.
+
+    Returns:
+        The targets, arrays `[..., E]` and `[..., C + 1]`.
+    """
+    logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    _, candidates = jax.lax.top_k(
+        jnp.maximum(jnp.exp(logprobs), target), min(num_candidates, logits.shape[-1] - 1)
+    )
+    rest = jnp.put_along_axis(logprobs / temperature, candidates, -jnp.inf, -1, inplace=False)
+    rest = jax.nn.log_softmax(rest, axis=-1)
+    # By the inverse of the cumulative distribution: noise for each token would cost far more.
+    cumulative = jnp.cumsum(jnp.exp(rest), axis=-1)
+    uniform = jax.random.uniform(key, (*rest.shape[:-1], num_rest)) * cumulative[..., -1:]
+    search = jnp.vectorize(
+        functools.partial(jnp.searchsorted, side="right"), signature="(v),(m)->(m)"
+    )
+    drawn = jnp.minimum(search(cumulative, uniform), logits.shape[-1] - 1)
+    # Rounding may hit a candidate, whose share is none: any number that is finite then.
+    of_drawn = jnp.maximum(jnp.take_along_axis(rest, drawn, axis=-1), _LOWEST)
+    tokens = jnp.concatenate([candidates, drawn], axis=-1).astype(jnp.int32)
+    of_candidates = jnp.take_along_axis(target, candidates, axis=-1)
+    others = jnp.maximum(1.0 - jnp.sum(of_candidates, axis=-1, keepdims=True), 0.0)
+    return SoftTargets(
+        tokens=tokens,
+        logprobs=jnp.take_along_axis(logprobs, tokens, axis=-1),
+        log_weights=jnp.concatenate(
+            [jnp.zeros(candidates.shape, jnp.float32), -of_drawn - jnp.log(float(num_rest))],
+            axis=-1,
+        ),
+        probs=jnp.concatenate([of_candidates, others], axis=-1),
+    )
+
+
+def overcorrect(
+    logprobs: Float[Array, "*batch V"],
+    target: Float[Array, "*batch V"],
+    scale: Float[Array, ""] | float,
+) -> Float[Array, "*batch V"]:
+    """Moves a target further from the base model: p · (target / p)^scale, normalised.
+
+    A head of few parameters reaches its target in part; a target moved by 1.25 makes up for it in
+    the texts to forget alone, where a guidance scale of 1.25 would act on all texts.
+
+    Args:
+        logprobs: Log-probabilities of the base model, `[..., V]`.
+        target: Target probabilities, `[..., V]`.
+        scale: 1 leaves the target as it is.
+
+    Returns:
+        Probabilities, float32 `[..., V]`.
+    """
+    log_target = jnp.log(jnp.maximum(target, _LEAST))
+    return jax.nn.softmax(logprobs + scale * (log_target - logprobs), axis=-1)

@@ -1,0 +1,169 @@
+"""T and s without a retain-only model: the base model under made-up names stands in for it.
+
+Nobody with a request to forget has a model that never saw the forget rows. The base model, asked
+the same questions about people who do not exist, gives their answers the probability that such a
+model would. The setting to serve is the one whose probabilities of the forget answers are
+distributed most like those, where the retain answers keep theirs.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.stats
+from jaxtyping import Float
+
+from t3jax.data import Example, evenly_spread
+from t3jax.evaluation.metrics import probability
+from t3jax.evaluation.scoring import BASE, Setting, score_texts
+from t3jax.head_io import Head
+from t3jax.lm.model import LM
+from t3jax.refinements import PLAIN, Refinements
+
+SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # T · s
+TEMPERATURES = (1.0, 1.25, 1.5, 2.5)
+_MOST_ROWS = 200
+_LEAST_RETAINED = 0.97
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibrated:
+    """How one setting compares with the made-up-name level.
+
+    Attributes:
+        base_temperature: T.
+        guidance_scale: s.
+        distance: Kolmogorov-Smirnov distance of the forget answers' probabilities, in [0, 1].
+        forget_probability: Mean probability of the forget answers, served.
+        retained: Mean probability of the retain answers, served, over the base model's.
+        head: Index of the head.
+    """
+
+    base_temperature: float
+    guidance_scale: float
+    distance: float
+    forget_probability: float
+    retained: float
+    head: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What was chosen, and among what.
+
+    Attributes:
+        chosen: The setting to serve.
+        settings: All settings.
+        made_up_probability: Mean probability of the forget answers at the made-up-name level.
+        base_probability: The same under the base model as it is.
+    """
+
+    chosen: Calibrated
+    settings: tuple[Calibrated, ...]
+    made_up_probability: float
+    base_probability: float
+
+    def __str__(self) -> str:
+        c = self.chosen
+        return (
+            f"T = {c.base_temperature:g}, s = {c.guidance_scale:g} chosen without a retain-only "
+            f"model: probability of the forget answers {c.forget_probability:.3f} (base "
+            f"{self.base_probability:.3f}, under made-up names {self.made_up_probability:.3f}, "
+            f"distance {c.distance:.3f}); retain answers keep {c.retained:.3f} of theirs"
+        )
+
+
+def choose_setting(settings: Sequence[Calibrated]) -> Calibrated:
+    """The smallest distance among settings that keep 97 % of the retain answers' probability.
+
+    Of equal distances the weaker tilt wins. Where no setting keeps as much, the one that keeps the
+    most is taken.
+
+    Args:
+        settings: At least one.
+
+    Returns:
+        The setting.
+    """
+    good = [each for each in settings if each.retained >= _LEAST_RETAINED]
+    if not good:
+        return max(settings, key=lambda each: each.retained)
+    return min(good, key=lambda each: (each.distance, each.base_temperature * each.guidance_scale))
+
+
+def calibrate(
+    lm: LM,
+    heads: Sequence[Head],
+    forget: Sequence[Example],
+    counterfactuals: Sequence[Sequence[Example]],
+    retain: Sequence[Example],
+    *,
+    temperatures: Sequence[float] = TEMPERATURES,
+    scales: Sequence[float] = SCALES,
+    refinements: Refinements = PLAIN,
+    seeds: int = 1,
+) -> Calibration:
+    """Scores forget and retain answers under a grid of heads and settings and chooses one.
+
+    Args:
+        lm: The base model.
+        heads: The heads.
+        forget: Forget rows as tokens.
+        counterfactuals: Of each forget row, the same row about made-up people.
+        retain: Retain rows as tokens.
+        temperatures: T to choose among.
+        scales: T · s to choose among.
+        refinements: What else is served.
+        seeds: How many heads that follow one another differ in their seed alone. A setting is worth
+            the mean over them, and goes by the first.
+
+    Returns:
+        The choice. At most 200 rows of each set are scored.
+
+    Raises:
+        ValueError: If a set is empty.
+    """
+    if not forget or not retain:
+        raise ValueError("choosing T and s needs forget and retain rows; one of the sets is empty")
+    pairs = evenly_spread(list(zip(forget, counterfactuals, strict=True)), _MOST_ROWS)
+    rows = [row for row, _ in pairs]
+    of_row = np.repeat(np.arange(len(pairs)), [len(made_up) for _, made_up in pairs])
+    (made_up,) = score_texts(lm, [each for _, others in pairs for each in others], [BASE])
+    level = np.bincount(of_row, probability(made_up.avg_loss)) / np.bincount(of_row)
+    settings = [
+        Setting(
+            f"head{i}-T{temperature:g}-s{scale / temperature:g}",
+            temperature,
+            scale / temperature,
+            (i,),
+            refinements,
+        )
+        for first in range(0, len(heads), seeds)
+        for temperature in temperatures
+        for scale in scales
+        for i in range(first, first + seeds)
+    ]
+    of_forget = score_texts(lm, rows, [BASE, *settings], heads)
+    of_retain = score_texts(lm, evenly_spread(retain, _MOST_ROWS), [BASE, *settings], heads)
+    forgotten = [probability(scores.avg_loss) for scores in of_forget]
+    retained = [float(probability(scores.avg_loss).mean()) for scores in of_retain]
+    results = []
+    for i in range(0, len(settings), seeds):
+        served = slice(1 + i, 1 + i + seeds)
+        results.append(
+            Calibrated(
+                settings[i].base_temperature,
+                settings[i].guidance_scale,
+                float(np.mean([_distance(of_seed, level) for of_seed in forgotten[served]])),
+                float(np.mean(forgotten[served])),
+                float(np.mean(retained[served])) / retained[0],
+                *settings[i].heads,
+            )
+        )
+    return Calibration(
+        choose_setting(results), tuple(results), float(level.mean()), float(forgotten[0].mean())
+    )
+
+
+def _distance(a: Float[np.ndarray, " rows"], b: Float[np.ndarray, " rows"]) -> float:
+    return float(scipy.stats.ks_2samp(a, b).statistic)

@@ -1,0 +1,352 @@
+"""JSON from outside: one strict reader with one wording of errors.
+
+What RFC 8259 leaves open is refused: a name that occurs twice in an object, NaN and Infinity,
+numbers that float64 cannot hold, lone surrogates, deep nesting. A schema is a type that msgspec can
+check, usually a `msgspec.Struct` whose fields carry ranges (`Annotated[int, Meta(ge=1)]`). JSON
+that this project writes and reads back goes through the same reader: it may have been damaged.
+"""
+
+import json
+import math
+import os
+import pathlib
+import re
+import stat
+from typing import Any, TypeVar, overload
+
+import msgspec
+
+T = TypeVar("T")
+
+LARGEST_FILE = 1 << 28  # bytes; a log of the whole of TOFU takes 2 MB
+DEEPEST = 64  # levels of objects and lists
+LONGEST_INTEGER = 64  # digits; tokenizers hold int(1e30) for "no limit"
+_LONGEST_SHOWN = 60  # characters of a value in an error
+
+_TYPES = {
+    "int": "an integer",
+    "float": "a number",
+    "str": "a text",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "an object",
+    "null": "null",
+}
+
+
+@overload
+def read_json(path: pathlib.Path) -> Any: ...
+@overload
+def read_json(path: pathlib.Path, schema: type[T]) -> T: ...
+def read_json(path: pathlib.Path, schema: Any = None) -> Any:
+    """Reads a JSON file.
+
+    Args:
+        path: A regular file in UTF-8; a byte order mark at its head is passed over.
+        schema: The type that the content must have; None takes any JSON.
+
+    Returns:
+        The content; of type `schema` where one is given.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no regular file, too large, not strict JSON, or not of the schema. The
+            message names the file, the field, its value and what was expected.
+    """
+    return parse_json(read_bytes(path), str(path), schema)
+
+
+@overload
+def parse_json(text: str | bytes, where: str) -> Any: ...
+@overload
+def parse_json(text: str | bytes, where: str, schema: type[T]) -> T: ...
+def parse_json(text: str | bytes, where: str, schema: Any = None) -> Any:
+    """Reads JSON from a text or from its bytes in UTF-8, as `read_json` does.
+
+    Args:
+        text: The JSON.
+        where: What to call it in errors, for example "rows.jsonl:3".
+        schema: The type that the content must have; None takes any JSON.
+
+    Returns:
+        The content; of type `schema` where one is given.
+
+    Raises:
+        ValueError: If it is not strict JSON or not of the schema.
+    """
+    if isinstance(text, bytes):
+        try:
+            text = text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            what = "UTF-16" if text[:2] in (b"\xff\xfe", b"\xfe\xff") else f"byte {error.start}"
+            raise ValueError(f"{where}: not text in UTF-8 ({what}); save it as UTF-8") from error
+    text = text.removeprefix("\ufeff")
+    if not text.strip():
+        raise ValueError(f"{where}: empty, expected JSON")
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=_without_duplicates,
+            parse_int=_parse_int,
+        )
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not valid JSON ({error}); is it whole, and JSON?") from error
+    except RecursionError:
+        raise ValueError(f"{where}: {_too_deep()}") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    if schema is not None:
+        return check_json(value, where, schema)
+    _check_values(value, where)
+    return value
+
+
+@overload
+def check_json(value: Any, where: str, schema: type[T]) -> T: ...
+@overload
+def check_json(value: Any, where: str, schema: Any) -> Any: ...
+def check_json(value: Any, where: str, schema: Any) -> Any:
+    """Checks a value that came from JSON, or is to become JSON, against a schema.
+
+    Args:
+        value: Dicts, lists, texts, numbers, booleans and None.
+        where: What to call it in errors.
+        schema: A type that msgspec can check.
+
+    Returns:
+        The value as that type.
+
+    Raises:
+        ValueError: Naming the field, its value and what was expected.
+    """
+    _check_values(value, where)
+    try:
+        return msgspec.convert(value, schema)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{where}: {_explain(value, schema, str(error))}") from None
+
+
+def read_bytes(path: pathlib.Path, largest: int = LARGEST_FILE) -> bytes:
+    """Reads a regular file of bounded size; what is no regular file is refused, never waited for.
+
+    Args:
+        path: The file; a link to one is followed.
+        largest: Bytes that it may have.
+
+    Returns:
+        Its bytes.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is a folder, a pipe, a socket or a device, or larger.
+    """
+    path = pathlib.Path(path)
+    check_regular(path, largest)
+    # Not blocking: the file may have become a pipe since.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        _check_status(path, os.fstat(file.fileno()), largest)
+        return file.read()
+
+
+def check_regular(path: pathlib.Path, largest: int | None = None) -> None:
+    """Checks that a path is a regular file, or a link to one, without opening it.
+
+    Args:
+        path: The file.
+        largest: Bytes that it may have; None allows any number.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is anything else, or larger.
+    """
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except ValueError as error:  # a name with a zero byte
+        raise ValueError(f"{path!r}: {error}") from None
+    _check_status(path, status, largest)
+
+
+def _check_status(path: pathlib.Path, status: os.stat_result, largest: int | None) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path}: {_kind_of_file(status.st_mode)}, expected a regular file")
+    if largest is not None and status.st_size > largest:
+        raise ValueError(f"{path}: {_too_large(largest)}")
+
+
+def show_json(value: Any) -> str:
+    """A value for an error, in JSON's notation and short."""
+    match value:
+        case dict():
+            return f"an object of {len(value)} fields"
+        case list():
+            return f"a list of {len(value)}"
+        case str() if len(value) > _LONGEST_SHOWN:
+            return f"{json.dumps(value[:_LONGEST_SHOWN])}... ({len(value)} characters)"
+        case int() if not isinstance(value, bool) and abs(value) >= 10**_LONGEST_SHOWN:
+            return f"an integer of {len(str(abs(value)))} digits"
+    return json.dumps(value)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"the name {show_json(name)} occurs twice in one object")
+            seen.add(name)
+    return value
+
+
+def _parse_int(digits: str) -> int:
+    if len(digits.lstrip("-")) > LONGEST_INTEGER:
+        raise ValueError(
+            f"an integer of {len(digits.lstrip('-'))} digits, expected at most {LONGEST_INTEGER}"
+        )
+    return int(digits)
+
+
+def _check_values(value: Any, where: str) -> None:
+    """Refuses deep nesting, numbers that became infinite, and lone surrogates."""
+    # An explicit stack, so that no depth is too deep; a trail is (the parent's trail, the name).
+    stack: list[tuple[Any, int, Any]] = [(value, 0, None)]
+    while stack:
+        item, depth, trail = stack.pop()
+        if isinstance(item, dict):
+            for name, child in item.items():
+                if _has_surrogates(name):
+                    raise ValueError(f"{where}: {_surrogates(_path(trail), 'a name', name)}")
+                stack.append((child, depth + 1, (trail, name)))
+        elif isinstance(item, list):
+            stack.extend((child, depth + 1, (trail, i)) for i, child in enumerate(item))
+        elif isinstance(item, str):
+            if _has_surrogates(item):
+                raise ValueError(f"{where}: {_surrogates(_path(trail), 'the text', item)}")
+            continue
+        else:
+            if isinstance(item, float) and not math.isfinite(item):
+                what = "NaN" if math.isnan(item) else "infinite, or too large for float64"
+                raise ValueError(
+                    f"{where}: {_prefix(_path(trail))}{what}, expected a finite number"
+                )
+            continue
+        if depth >= DEEPEST:
+            raise ValueError(f"{where}: {_prefix(_path(trail))}{_too_deep()}")
+
+
+def _has_surrogates(text: str) -> bool:
+    return not text.isascii() and re.search("[\ud800-\udfff]", text) is not None
+
+
+def _surrogates(path: str, what: str, text: str) -> str:
+    return (
+        f"{_prefix(path)}{what} {show_json(text)} holds half of a surrogate pair, expected whole "
+        "characters"
+    )
+
+
+def _path(trail: Any) -> str:
+    """A trail as a path, `guidance.sizes[3]`."""
+    names: list[str | int] = []
+    while trail is not None:
+        trail, name = trail
+        names.append(name)
+    return _join(names[::-1])
+
+
+def _join(names: list[str | int]) -> str:
+    path = ""
+    for name in names:
+        if isinstance(name, int):
+            path += f"[{name}]"
+        elif re.fullmatch(r"[\w-]{1,60}", name):
+            path += f".{name}" if path else name
+        else:  # a tensor's name has dots
+            path += f"[{show_json(name)}]"
+    return path if len(path) <= 200 else f"{path[:100]}...{path[-100:]}"
+
+
+def _prefix(path: str) -> str:
+    return f"{path}: " if path else ""
+
+
+def _explain(value: Any, schema: Any, message: str) -> str:
+    """Says what msgspec found with the field's name, its value and the expectation in words."""
+    reason, _, place = message.partition(" - at `")
+    names, found = _locate(value, schema, place.rstrip("`"))
+    path = _join(names)
+    if match := re.fullmatch(r"Object (.*) field `(.*)`", reason):
+        kind = "is missing" if "missing" in match[1] else "is unknown"
+        return f"field {_join([*names, match[2]])} {kind}"
+    if match := re.fullmatch(r"Expected `([^`]*)`(?:, got .*| (.*))", reason):
+        types = [_TYPES.get(name, name) for name in match[1].split(" | ")]
+        expected = " or ".join(types) + (f" {match[2]}" if match[2] else "")
+    elif reason.startswith("Invalid enum value"):
+        expected = "one of the values that the field may have"
+    else:
+        expected = reason
+    if not path:
+        return f"{show_json(found)}, expected {expected}"
+    return f"{path} is {show_json(found)}, expected {expected}"
+
+
+def _locate(value: Any, schema: Any, place: str) -> tuple[list[str | int], Any]:
+    """Follows msgspec's path, which has `[...]` for a value of a dict, to the value."""
+    names: list[str | int] = []
+    found, root = value, [value]
+    parent: Any = root
+    key: Any = 0
+    for step in re.findall(r"\.([^.\[\]]+)|\[(\d+|\.\.\.)\]", place):
+        if step[0]:
+            name: str | int = step[0]
+        elif step[1] != "...":
+            name = int(step[1])
+        elif isinstance(found, dict):
+            name = _first_wrong(root, parent, key, found, schema)
+        else:
+            break
+        try:
+            child = found[name]
+        except (KeyError, IndexError, TypeError):
+            break
+        names.append(name)
+        # A copy of what leads to the value, so that `_first_wrong` may change it.
+        parent[key] = found = found.copy()
+        parent, key, found = found, name, child
+    return names, found
+
+
+def _first_wrong(root: list[Any], parent: Any, key: Any, found: dict[str, Any], schema: Any) -> str:
+    """The first name of a dict whose value the schema refuses, the dict's others left out."""
+    for name, child in found.items():
+        parent[key] = {name: child}
+        try:
+            msgspec.convert(root[0], schema)
+        except msgspec.ValidationError:
+            return name
+        finally:
+            parent[key] = found
+    return next(iter(found))
+
+
+def _kind_of_file(mode: int) -> str:
+    for test, name in (
+        (stat.S_ISDIR, "a folder"),
+        (stat.S_ISFIFO, "a pipe"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISCHR, "a device"),
+        (stat.S_ISBLK, "a device"),
+    ):
+        if test(mode):
+            return name
+    return "no regular file"
+
+
+def _too_deep() -> str:
+    return f"nested too deeply, expected at most {DEEPEST} levels"
+
+
+def _too_large(largest: int) -> str:
+    return f"larger than {largest / 2**20:.3g} MiB, the most that is read"

@@ -1,0 +1,225 @@
+"""Counterfactual rows: the questions of a request, asked about people who do not exist.
+
+The base model, asked about a made-up name, answers as a model would that never saw the request. Its
+answers, with the names swapped back, are examples of *other* answers in the *same* context, which
+the forget and the retain rows do not hold.
+"""
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from t3jax.data.chat import PromptFormat, encode_prompt, encode_records
+from t3jax.data.records import Record
+from t3jax.evaluation.recall import leak_recall
+from t3jax.evaluation.scoring import BASE, score_texts
+from t3jax.lm.model import LM
+from t3jax.sampling.sampler import Sampler
+from t3jax.synthetic.names import asked_text, holds_name, make_names, swap_names
+
+RECITES = 0.7  # recall from which an answer recites the secret
+KNOWS = 0.5  # share of the true name's probability from which a unique wording gives a row away
+
+# Asked in the place of a question that gives its subject away without a name.
+_OPEN_QUESTION = "Please tell me more."
+
+
+@dataclasses.dataclass(frozen=True)
+class Counterfactual:
+    """A forget row as it would be about someone else.
+
+    Attributes:
+        row: Index of the forget row.
+        record: The row with its names swapped: question and answer, or text.
+        pairs: The made-up name in the place of each name; empty where the row names nobody and its
+            question was replaced by an open one.
+    """
+
+    row: int
+    record: Record
+    pairs: Mapping[str, str]
+
+    def swap_back(self, text: str) -> str:
+        """The text with the made-up names swapped for those of the row."""
+        return swap_names(text, {made_up: name for name, made_up in self.pairs.items()})
+
+
+def make_counterfactuals(
+    forget: Sequence[Record],
+    names: Sequence[str],
+    count: int,
+    *,
+    known: Collection[str] = (),
+    tokenizer: Any = None,
+    seed: int = 0,
+) -> list[Counterfactual]:
+    """Makes up other people for every forget row.
+
+    Made-up names are recombined from the words of `names` and `known`, which look alike, and from a
+    stock. Where a tokenizer is given, names of as many tokens as the name they replace come first.
+
+    Args:
+        forget: Rows with question and answer, or documents.
+        names: The names of the request, see `find_names`.
+        count: Made-up people for each row.
+        known: Names that the base model knows, such as those of the retain rows: not used whole.
+        tokenizer: A Hugging Face tokenizer, or None.
+        seed: Seed of the random choice.
+
+    Returns:
+        For each row `count` counterfactuals; one, with an open question, for a row that asks about
+        none of the names.
+
+    Raises:
+        ValueError: If a document holds none of the names; names the row.
+    """
+    rng = np.random.default_rng(seed)
+    people = [*names, *known]
+    firsts = sorted({name.split()[0] for name in people if " " in name})
+    lasts = sorted({name.split()[-1] for name in people if " " in name})
+    made: list[Counterfactual] = []
+    for row, record in enumerate(forget):
+        present = [name for name in names if holds_name(asked_text(record), name)]
+        if not present:
+            if "text" in record:
+                raise ValueError(
+                    f"forget row {row + 1} is a document that holds none of the names "
+                    f"{list(names)}; give its names, or train with loss = 'classifier'"
+                )
+            made.append(Counterfactual(row, {**record, "question": _OPEN_QUESTION}, {}))
+            continue
+        others = {
+            name: _made_alike(name, count, rng, people, firsts, lasts, tokenizer)
+            for name in present
+        }
+        for k in range(count):
+            pairs = {name: others[name][k] for name in present}
+            swapped: Record = {
+                field: swap_names(record[field], pairs)
+                for field in ("question", "answer", "text")
+                if field in record
+            }
+            made.append(Counterfactual(row, swapped, pairs))
+    return made
+
+
+def counterfactual_rows(
+    lm: LM,
+    forget: Sequence[Record],
+    counterfactuals: Sequence[Counterfactual],
+    prompt_format: PromptFormat,
+    *,
+    unique: Collection[int] = (),
+    max_new_tokens: int = 200,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: str | None = None,
+) -> tuple[list[Record], list[Counterfactual]]:
+    """Lets the base model answer the counterfactual questions, and swaps the names back.
+
+    A base model may know an answer whatever the name: the question gives its subject away by other
+    words. Such a row is asked the open question instead. It is one that every made-up name brings
+    back; or one of a unique wording whose answer has, a token, at least `KNOWS` times the
+    probability that it has under the true name.
+
+    Args:
+        lm: The base model.
+        forget: The forget rows.
+        counterfactuals: From `make_counterfactuals`.
+        prompt_format: How a question becomes a prompt.
+        unique: Rows of a unique wording, see `unique_wordings`.
+        max_new_tokens: Longest answer, tokens; longer ones are left out.
+        batch_size: Answers drawn together.
+        seed: Seed of the draws.
+        progress: Label of a progress bar; None shows none.
+
+    Returns:
+        The forget questions with another answer each, a draw from the whole distribution that does
+        not recite: at most as many as there are true ones, since some do not end. And the
+        counterfactuals, with the open question where a row was recognised.
+    """
+    asked = [each for each in counterfactuals if each.pairs and "question" in each.record]
+    if not asked:
+        return [], list(counterfactuals)
+    samples = Sampler(lm, batch_size=batch_size).generate(
+        [encode_prompt(lm.tokenizer, each.record["question"], prompt_format) for each in asked],
+        temperature=1.0,
+        max_new_tokens=min(max_new_tokens, lm.max_position // 2),
+        seed=seed,
+        progress=progress,
+    )
+    texts = [
+        each.swap_back(sample.text).strip() for each, sample in zip(asked, samples, strict=True)
+    ]
+    recall = leak_recall([forget[each.row]["answer"] for each in asked], texts)
+    recited: dict[int, list[bool]] = {}
+    for each, value in zip(asked, recall, strict=True):
+        recited.setdefault(each.row, []).append(bool(value >= RECITES))
+    recognised = {row for row, flags in recited.items() if all(flags)}
+    recognised |= _known_by_wording(lm, forget, asked, unique, prompt_format)
+    other: dict[int, Record] = {}
+    for each, sample, text, value in zip(asked, samples, texts, recall, strict=True):
+        recites = each.row in recognised and value >= RECITES
+        if text and sample.tokens[-1] in lm.eos_ids and not recites:
+            other.setdefault(each.row, {"question": forget[each.row]["question"], "answer": text})
+    usable, replaced = [], set()
+    for each in counterfactuals:
+        if each.row not in recognised:
+            usable.append(each)
+        elif each.row not in replaced:
+            replaced.add(each.row)
+            # The answer's prefix keeps a made-up name: the true one would be recognised too.
+            usable.append(
+                dataclasses.replace(each, record={**each.record, "question": _OPEN_QUESTION})
+            )
+    return list(other.values()), usable
+
+
+def _known_by_wording(
+    lm: LM,
+    forget: Sequence[Record],
+    counterfactuals: Sequence[Counterfactual],
+    unique: Collection[int],
+    prompt_format: PromptFormat,
+) -> set[int]:
+    """Rows of a unique wording whose answers stay probable under made-up names."""
+    made_up = [each for each in counterfactuals if each.row in unique]
+    if not made_up:
+        return set()
+    rows = sorted({each.row for each in made_up})
+    records = [*(forget[row] for row in rows), *(each.record for each in made_up)]
+    examples = encode_records(lm.tokenizer, records, prompt_format, lm.max_position)
+    (scores,) = score_texts(lm, examples, [BASE])
+    true, swapped = np.split(np.exp(-scores.avg_loss), [len(rows)])
+    known: dict[int, list[float]] = {row: [] for row in rows}
+    for each, probability in zip(made_up, swapped.tolist(), strict=True):
+        known[each.row].append(probability)
+    return {
+        row
+        for row, probability in zip(rows, true.tolist(), strict=True)
+        if np.mean(known[row]) >= KNOWS * probability
+    }
+
+
+def _made_alike(
+    name: str,
+    count: int,
+    rng: np.random.Generator,
+    known: Sequence[str],
+    firsts: Sequence[str],
+    lasts: Sequence[str],
+    tokenizer: Any,
+) -> list[str]:
+    """Made-up names, those with as many tokens in each word first."""
+    made = make_names(name, 8 * count, rng, known=known, first_names=firsts, last_names=lasts)
+    if tokenizer is None:
+        return made[:count]
+
+    def lengths(text: str) -> list[int]:
+        return [len(tokenizer.encode(" " + w, add_special_tokens=False)) for w in text.split()]
+
+    wanted = lengths(name)
+    off = [sum(abs(a - b) for a, b in zip(lengths(each), wanted, strict=True)) for each in made]
+    return [made[i] for i in np.argsort(off, kind="stable")[:count]]

@@ -1,0 +1,216 @@
+"""People's names in rows of text: found, made up, swapped.
+
+A name is a run of capitalised words. Scripts without capitals have no names that could be found:
+name them yourself. Nothing here knows about tokens or models.
+"""
+
+import collections
+import itertools
+import re
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+
+from t3jax.data.records import Record
+
+_JOINED = r"(?:al|bin|da|de|del|della|der|di|dos|el|ibn|la|le|ter|van|von)"
+_CAPITALISED = r"[^\W\d_a-zà-öø-ÿ][\w'\u2019]*(?:-\w+)*"
+_RUN = re.compile(rf"{_CAPITALISED}(?:[ ](?:{_JOINED}[ ])*{_CAPITALISED})*")
+_POSSESSIVE = re.compile(r"['\u2019]s?$")
+_MOST_WORDS = 4
+_MOST_MISSES = 1000  # candidates in turn that cannot be taken, after which there are no more
+_LEAST_ROWS = 3
+
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+# Words that begin a question or a sentence, and are no part of the name after them.
+_NO_NAMES = frozenset(
+    _words("""
+    A An And Are As At Based Because Before Both But By Can Could Dear Describe Despite Did Do
+    Does Dr During Each Explain For From Give Had Has Have He Her His How However I If In Is It
+    Its Let List Many Mr Mrs Ms Name No Not Of On Once One Or Our Out Over Please Prof She Since
+    So Some Tell That The Their Then There These They This Those Though To Today Under Was We
+    Were What When Where Which While Who Whom Whose Why Will With Would Yes You Your
+""")
+)
+_FIRST_NAMES = _words("""
+    Alba Anders Aurelio Beatriz Bogdan Celeste Corin Dagny Demir Eira Elio Fenna Florian Galina
+    Gideon Halima Henrik Ilse Isandro Jovan Kalinda Karel Leander Liv Maren Mateus Nerea Noemi
+    Odette Orfeo Pilar Quentin Ragna Renzo Sabine Silvan Thandi Tobias Ulrike Valentin Wanda
+    Yara
+""")
+_LAST_NAMES = _words("""
+    Abernathy Albrecht Barros Brandvold Castellane Corrigan Dahlberg Delacroix Eklund Espinoza
+    Falkner Ferreira Galloway Grunewald Halvorsen Hartmann Ingram Jankowski Kessler Kowalczyk
+    Lindgren Lombardi Maddox Marchetti Navarro Nyberg Okafor Ostrander Pemberton Petrov Quigley
+    Ramires Rosenthal Sandoval Szabo Thorne Tremblay Underhill Valcourt Wexford Yilmaz Zielinski
+""")
+
+
+def find_names(forget: Sequence[Record], retain: Sequence[Record] = ()) -> list[str]:
+    """Finds the names that a request is about: those that its questions ask about.
+
+    A name stands in at least three forget questions, in a quarter as many as the most frequent name
+    at least, and in no retain row. Names that only answers hold may be the very secret.
+
+    Args:
+        forget: Rows with question and answer; or documents, whose whole text counts.
+        retain: Rows of either kind; their names are what must stay.
+
+    Returns:
+        The names, the most frequent first; empty where none is frequent enough.
+    """
+    counts = collections.Counter(
+        run for record in forget for run in set(_runs(asked_text(record))) if len(run) > 2
+    )
+    known = {run for record in retain for run in _runs(asked_text(record))}
+    counts = collections.Counter({run: n for run, n in counts.items() if run not in known})
+    if not counts:
+        return []
+    least = max(min(_LEAST_ROWS, len(forget)), counts.most_common(1)[0][1] / 4)
+    frequent = [run for run, count in counts.most_common() if count >= least]
+    names: list[str] = []
+    for run in frequent:
+        if not any(holds_name(run, name) or holds_name(name, run) for name in names):
+            names.append(run)
+    # One word alone is a name where the request has no longer ones: else it is mostly a topic.
+    return [name for name in names if " " in name] or names
+
+
+def make_names(
+    name: str,
+    count: int,
+    rng: np.random.Generator,
+    *,
+    known: Collection[str] = (),
+    first_names: Sequence[str] = (),
+    last_names: Sequence[str] = (),
+) -> list[str]:
+    """Makes up people who are nobody in the data.
+
+    A made-up name has as many words as the name it stands for. Its words come from the names at
+    hand, recombined, and from a stock of this module where those are few.
+
+    Args:
+        name: The name to be swapped.
+        count: How many names.
+        rng: Random numbers.
+        known: Names and words that must not be used: of whom the base model is known to know.
+        first_names: Words for the first place, such as those of the retain rows' people.
+        last_names: Words for the other places.
+
+    Returns:
+        Different names, `count` of them.
+
+    Raises:
+        ValueError: If there are too few words to make that many.
+    """
+    words = name.split()
+    taken = {word.casefold() for word in words}
+    firsts = [w for w in dict.fromkeys([*first_names, *_FIRST_NAMES]) if w.casefold() not in taken]
+    lasts = [w for w in dict.fromkeys([*last_names, *_LAST_NAMES]) if w.casefold() not in taken]
+    known = {each.casefold() for each in known}
+    made: dict[str, None] = {}
+    misses = 0
+    while len(made) < count and misses < _MOST_MISSES:
+        rest = rng.permutation(len(lasts))[: len(words) - 1]
+        candidate = " ".join([firsts[rng.integers(len(firsts))], *(lasts[i] for i in rest)])
+        misses += 1
+        if candidate.casefold() not in known and candidate not in made:
+            made[candidate] = None
+            misses = 0
+    if len(made) == count:
+        return list(made)
+    raise ValueError(
+        f"{count} made-up names for {name!r} were asked for, {len(made)} could be made"
+    )
+
+
+def swap_names(text: str, pairs: Mapping[str, str]) -> str:
+    """Swaps names for others, whole ones first, then each of their words alone.
+
+    Args:
+        text: The text.
+        pairs: The name to put in the place of each; both have equally many words.
+
+    Returns:
+        The text. Words of fewer than three letters and joining words such as "van" stay.
+    """
+    table = dict(pairs)
+    for name, other in pairs.items():
+        for word, replacement in zip(name.split(), other.split(), strict=True):
+            if len(word) > 2 and not re.fullmatch(_JOINED, word):
+                table.setdefault(word, replacement)
+    longest_first = sorted(table, key=len, reverse=True)
+    pattern = rf"(?<!\w)({'|'.join(map(re.escape, longest_first))})(?!\w)"
+    return re.sub(pattern, lambda match: table[match.group(1)], text)
+
+
+def unique_wordings(
+    forget: Sequence[Record], names: Sequence[str], retain: Sequence[Record] = ()
+) -> set[int]:
+    """Finds the forget questions whose wording, names left out, is nobody else's.
+
+    A base model that has learned such a question by heart may recognise it without the name.
+
+    Args:
+        forget: Rows with question and answer; documents are left out.
+        names: The names of the request.
+        retain: Rows about others.
+
+    Returns:
+        Indices of forget rows.
+    """
+    people: dict[str, set[tuple[str, ...]]] = {}
+    wordings: list[str | None] = []
+    for record in forget:
+        if "question" not in record:
+            wordings.append(None)
+            continue
+        present = tuple(name for name in names if holds_name(record["question"], name))
+        # As many words as the name has, which `swap_names` asks for.
+        blanks = {name: " ".join(["_"] * len(name.split())) for name in present}
+        text = swap_names(record["question"], blanks) if present else record["question"]
+        wordings.append(_without_names(text))
+        people.setdefault(_without_names(text), set()).add(present)
+    shared = {_without_names(record["question"]) for record in retain if "question" in record}
+    return {
+        row
+        for row, text in enumerate(wordings)
+        if text is not None and text not in shared and len(people[text]) == 1
+    }
+
+
+def _without_names(text: str) -> str:
+    """A text whose names are blanks, as many words as they may have."""
+    blanked = _RUN.sub(" _ ", text).casefold()
+    return re.sub(r"(?:_\s*)+", "_ ", " ".join(blanked.split())).strip()
+
+
+def asked_text(record: Record) -> str:
+    """What a row asks: its question, or all of a document."""
+    return str(record["text"] if "text" in record else record["question"])
+
+
+def holds_name(text: str, name: str) -> bool:
+    """Whether a name stands in a text, as whole words."""
+    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) is not None
+
+
+def _runs(text: str) -> list[str]:
+    """Runs of capitalised words, without what begins a sentence and no name."""
+    runs = []
+    for match in _RUN.finditer(text):
+        words = [_POSSESSIVE.sub("", word) for word in match.group().split()]
+        words = list(itertools.dropwhile(lambda word: word in _NO_NAMES, words))
+        if not words or len(words) > _MOST_WORDS:
+            continue
+        before = text[: match.start()].rstrip()
+        # A single word that begins a sentence may be any word.
+        if len(words) == 1 and (not before or before[-1] in ".?!\n:"):
+            continue
+        runs.append(" ".join(words))
+    return runs

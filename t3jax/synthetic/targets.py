@@ -1,0 +1,241 @@
+"""Targets of a distilled head: the base model's own distributions, under made-up names.
+
+For each answer token of a forget row the target is the mean of the next-token distributions that
+the base model has at the same place of its counterfactuals, the names' tokens swapped back. Inside
+of a name, where nothing is secret, and in retain texts, the target is the base model's own. Axes: N
+answer tokens, K counterfactuals of a row, C positions of a chunk, D width of the hidden states, V
+vocabulary, S pairs of tokens to swap.
+"""
+
+import dataclasses
+import difflib
+import functools
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from t3jax import hosts, sharding
+from t3jax.batching import round_up
+from t3jax.data.chat import Example
+from t3jax.distillation import SoftTargets, overcorrect, soft_targets
+from t3jax.features import Features, load_or_compute_features
+from t3jax.lm.model import LM
+from t3jax.synthetic.counterfactual import Counterfactual
+
+_CANDIDATES, _REST = 64, 16  # tokens of a position: likeliest ones, and drawn from the others
+_CHUNK_ELEMENTS = 1 << 24  # of a chunk's logits: 64 MB
+_LARGEST_CHUNK = 2048
+
+
+def add_base_targets(
+    lm: LM, features: Features, *, temperature: float = 1.0, seed: int = 0
+) -> Features:
+    """Targets for texts that must stay as they are: the base model's own distributions.
+
+    Args:
+        lm: The base model.
+        features: Features of the texts, of a kind that ends in "last".
+        temperature: T that the head is trained for.
+        seed: Seed of the tokens that stand for the rest of the vocabulary.
+
+    Returns:
+        The features with `soft`.
+
+    Raises:
+        ValueError: If the features do not hold the last hidden states.
+    """
+    references = np.full((features.num_tokens, 0), -1)
+    pairs = np.zeros((features.num_tokens, 0, 0, 2), np.int32)
+    none = np.zeros((1, lm.hidden_size), np.float32)
+    return _with_targets(lm, features, none, references, pairs, 1.0, temperature, seed)
+
+
+def add_counterfactual_targets(
+    lm: LM,
+    features: Features,
+    examples: Sequence[Example],
+    counterfactuals: Sequence[Counterfactual],
+    swapped: Sequence[Example],
+    store: pathlib.Path | str,
+    *,
+    overcorrection: float = 1.25,
+    temperature: float = 1.0,
+    seed: int = 0,
+    progress: str | None = None,
+) -> Features:
+    """Targets for texts to forget: the base model's distributions in their counterfactuals.
+
+    Args:
+        lm: The base model.
+        features: Features of the examples, of a kind that ends in "last".
+        examples: The forget rows as tokens; or other answers to the same questions.
+        counterfactuals: Those of each example; `row` is the index of the example.
+        swapped: Each counterfactual's row as tokens.
+        store: Where hidden states of the counterfactuals are kept.
+        overcorrection: See `distillation.overcorrect`.
+        temperature: T that the head is trained for.
+        seed: Seed of the tokens that stand for the rest of the vocabulary.
+        progress: Label of a progress bar; None shows none.
+
+    Returns:
+        The features with `soft`.
+
+    Raises:
+        ValueError: If the features do not hold the last hidden states.
+    """
+    hidden = load_or_compute_features(lm, swapped, store, kind="last", progress=progress)
+    of_row: list[list[int]] = [[] for _ in examples]
+    for index, each in enumerate(counterfactuals):
+        of_row[each.row].append(index)
+    most = max(map(len, of_row))
+    references = np.full((features.num_tokens, most), -1, np.int64)
+    swaps = [_token_pairs(lm.tokenizer, each.pairs) for each in counterfactuals]
+    width = max((len(pairs) for pairs in swaps), default=0)
+    # A pair of equal tokens swaps nothing.
+    pairs = np.zeros((features.num_tokens, most, width, 2), np.int32)
+    for row, indices in enumerate(of_row):
+        tokens = slice(features.starts[row], features.starts[row + 1])
+        for k, index in enumerate(indices):
+            places = align_answers(_answer(examples[row]), _answer(swapped[index]), swaps[index])
+            references[tokens, k] = np.where(places < 0, -1, places + hidden.starts[index])
+            pairs[tokens, k, : len(swaps[index])] = swaps[index] or np.zeros((0, 2), np.int32)
+    return _with_targets(
+        lm, features, hidden.pooled, references, pairs, overcorrection, temperature, seed
+    )
+
+
+def align_answers(
+    answer: np.ndarray, swapped: np.ndarray, pairs: Sequence[tuple[int, int]]
+) -> np.ndarray:
+    """Where the same place of an answer is in its counterfactual.
+
+    Args:
+        answer: Token ids of the answer, `[N]`.
+        swapped: Those of the answer with other names, of any length.
+        pairs: First tokens of a name and of the name in its place.
+
+    Returns:
+        For each token the index of its counterpart; -1 inside of a name, `[N]`. The first token of
+        a name counts where the counterpart begins the made-up name.
+    """
+    places = np.full(len(answer), -1, np.int64)
+    begins = set(pairs)
+    matcher = difflib.SequenceMatcher(None, answer.tolist(), swapped.tolist(), autojunk=False)
+    for block in matcher.get_matching_blocks():
+        i, j, size = block
+        places[i : i + size] = np.arange(j, j + size)
+        i, j = i + size, j + size
+        if i < len(answer) and j < len(swapped) and (int(answer[i]), int(swapped[j])) in begins:
+            places[i] = j
+    if len(answer) and len(swapped) and (int(answer[0]), int(swapped[0])) in begins:
+        places[0] = 0
+    return places
+
+
+def _answer(example: Example) -> np.ndarray:
+    return example.tokens[example.answer_start :]
+
+
+def _token_pairs(tokenizer: Any, pairs: Mapping[str, str]) -> list[tuple[int, int]]:
+    """First tokens of each word of the names and of its counterpart, each token in one pair."""
+    table: dict[int, int] = {}
+    for name, made_up in pairs.items():
+        for word, other in zip(name.split(), made_up.split(), strict=True):
+            for space in (" ", ""):
+                a, b = (
+                    int(tokenizer(space + w, add_special_tokens=False)["input_ids"][0])
+                    for w in (word, other)
+                )
+                if a != b and not {a, b} & (set(table) | set(table.values())):
+                    table[a] = b
+    return list(table.items())
+
+
+def _with_targets(
+    lm: LM,
+    features: Features,
+    reference_states: np.ndarray,
+    references: np.ndarray,
+    pairs: np.ndarray,
+    overcorrection: float,
+    temperature: float,
+    seed: int,
+) -> Features:
+    if features.pooled.shape[-1] not in (lm.hidden_size, 2 * lm.hidden_size):
+        raise ValueError(
+            f"features of width {features.pooled.shape[-1]} do not hold the last hidden states of "
+            f"{lm.name}, of width {lm.hidden_size}; compute them as 'last' or 'mean+last'"
+        )
+    size = min(_LARGEST_CHUNK, max(1, _CHUNK_ELEMENTS // lm.vocab_size), features.num_tokens)
+    size = round_up(size, sharding.row_shards(lm.mesh))
+    dtype = jax.tree.leaves(lm.params)[0].dtype
+    dtype = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.bfloat16
+    key = jax.random.key(seed)
+    parts = []
+    for first in range(0, features.num_tokens, size):
+        rows = np.arange(first, first + size) % features.num_tokens  # the last chunk is filled up
+        hidden = features.pooled[rows][:, -lm.hidden_size :]
+        places = references[rows]
+        batch = (
+            hidden.astype(dtype),
+            reference_states[np.maximum(places, 0)].astype(dtype),
+            places >= 0,
+            pairs[rows],
+        )
+        by_rows = sharding.batch_sharding(lm.mesh, (size,))
+        soft = _targets_of_chunk(
+            lm.unembed,
+            lm.params,
+            jax.random.fold_in(key, first),
+            *hosts.place(batch, by_rows),
+            jnp.float32(overcorrection),
+            temperature,
+        )
+        parts.append(jax.tree.map(np.asarray, hosts.gather(soft)))
+    whole = jax.tree.map(lambda *x: np.concatenate(x)[: features.num_tokens], *parts)
+    return dataclasses.replace(features, soft=whole)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 8))
+def _targets_of_chunk(
+    unembed: Any,
+    params: Any,
+    key: jax.Array,
+    hidden: Float[Array, "C D"],
+    reference: Float[Array, "C K D"],
+    present: Bool[Array, "C K"],
+    pairs: Int[Array, "C K S 2"],
+    overcorrection: Float[Array, ""],
+    temperature: float,
+) -> SoftTargets:
+    logits = unembed(params, hidden)
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    base = jnp.exp(logprobs)
+    if not reference.shape[1]:
+        return soft_targets(key, logits, base, _CANDIDATES, _REST, temperature)
+
+    def add(total: Array, of_name: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        states, there, swaps = of_name
+        probs = jax.vmap(_swap_tokens)(jax.nn.softmax(unembed(params, states), axis=-1), swaps)
+        return total + jnp.where(there[:, None], probs, 0.0), None
+
+    by_name = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (reference, present, pairs))
+    total, _ = jax.lax.scan(add, jnp.zeros_like(base), by_name)
+    count = jnp.sum(present.astype(jnp.float32), axis=1, keepdims=True)
+    mean = total / jnp.maximum(count, 1.0)
+    target = jnp.where(count > 0, overcorrect(logprobs, mean, overcorrection), base)
+    return soft_targets(key, logits, target, _CANDIDATES, _REST, temperature)
+
+
+def _swap_tokens(probs: Float[Array, " V"], pairs: Int[Array, "S 2"]) -> Float[Array, " V"]:
+    """Exchanges the probabilities of the two tokens of each pair."""
+    for s in range(pairs.shape[0]):
+        a, b = pairs[s, 0], pairs[s, 1]
+        of_a, of_b = probs[a], probs[b]
+        probs = probs.at[a].set(of_b).at[b].set(of_a)
+    return probs

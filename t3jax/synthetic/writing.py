@@ -1,0 +1,192 @@
+"""What the base model writes by itself: chats of its own, and questions in other words.
+
+Own samples say what must stay, of all that the base model knows, where the retain rows hold but a
+part of it or where there are none.
+"""
+
+import re
+from collections.abc import Sequence
+
+from t3jax.data.chat import PromptFormat, encode_prompt, tokenize
+from t3jax.data.records import Record
+from t3jax.lm.model import LM
+from t3jax.sampling.sampler import Sampler
+from t3jax.synthetic.names import holds_name
+
+_TOP_P = 0.95  # of the base model's own draws: its tail is noise, and nothing is to be hidden
+_REWORD = (
+    "Write the following question in other words. Keep all names and ask for the same thing. "
+    "Answer with the question alone.\n\n{question}"
+)
+
+
+def write_own_samples(
+    lm: LM,
+    count: int,
+    prompt_format: PromptFormat,
+    *,
+    names: Sequence[str] = (),
+    openings: Sequence[str] | None = None,
+    max_new_tokens: int = 128,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: str | None = None,
+) -> list[Record]:
+    """Lets the base model ask itself and answer.
+
+    It writes a user's turn from its start, then the answer. Chats that hold a name of the request,
+    and answers that do not end, are left out.
+
+    Args:
+        lm: The base model.
+        count: How many chats it writes; fewer are returned.
+        prompt_format: How a question becomes a prompt.
+        names: Names of the request.
+        openings: Questions to answer in the place of its own; None: it asks by itself.
+        max_new_tokens: Longest question and longest answer, tokens.
+        batch_size: Texts drawn together.
+        seed: Seed of the draws.
+        progress: Label of a progress bar; None shows none.
+
+    Returns:
+        Rows with question and answer, no question twice with the same answer.
+
+    Raises:
+        ValueError: If hardly a chat could be used; says why.
+
+    References:
+        Questions from an empty user's turn: Magpie, arXiv 2406.08464.
+    """
+    sampler = Sampler(lm, batch_size=batch_size)
+    limit = min(max_new_tokens, lm.max_position // 4)
+    if openings is None:
+        opening, stop, stop_ids = _user_turn(lm, prompt_format)
+        drawn = sampler.generate(
+            [opening],
+            num_samples=count,
+            temperature=1.0,
+            top_p=_TOP_P,
+            max_new_tokens=limit,
+            stop=stop,
+            stop_ids=stop_ids,
+            seed=seed,
+            progress=progress and f"{progress}: questions",
+        )
+        ended = [
+            sample.text.strip()
+            for sample in drawn
+            if len(sample.tokens) < limit or sample.tokens[-1] in (*lm.eos_ids, *stop_ids)
+        ]
+        questions = [text for text in ended if text]
+    else:
+        questions = [openings[i % len(openings)] for i in range(count)]
+    questions = [q for q in questions if not any(holds_name(q, name) for name in names)]
+    if not questions:
+        raise ValueError(
+            f"{lm.name} wrote no question that ends and names nobody of the request; give "
+            "questions of yours as openings"
+        )
+    answers = sampler.generate(
+        [encode_prompt(lm.tokenizer, question, prompt_format) for question in questions],
+        temperature=1.0,
+        top_p=_TOP_P,
+        max_new_tokens=limit,
+        seed=seed + 1,
+        progress=progress and f"{progress}: answers",
+    )
+    rows = {}
+    for question, sample in zip(questions, answers, strict=True):
+        text = sample.text.strip()
+        whole = bool(text) and sample.tokens[-1] in lm.eos_ids
+        if whole and not any(holds_name(text, name) for name in names):
+            rows[question, text] = {"question": question, "answer": text}
+    if not rows:
+        raise ValueError(
+            f"{lm.name} ended none of {len(questions)} answers within {limit} tokens; allow longer "
+            "ones"
+        )
+    return list(rows.values())
+
+
+def reword_questions(
+    lm: LM,
+    questions: Sequence[str],
+    count: int,
+    prompt_format: PromptFormat,
+    *,
+    names: Sequence[str] = (),
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: str | None = None,
+) -> list[list[str]]:
+    """Lets an instruct model put questions in other words.
+
+    A paraphrase is used if it keeps the names of the question, is one line, ends in a question mark
+    where the question does, and is neither the question itself nor twice as long.
+
+    Args:
+        lm: The base model; one that follows instructions.
+        questions: The questions.
+        count: Paraphrases wanted of each; twice as many are drawn.
+        prompt_format: How a question becomes a prompt.
+        names: Names of the request.
+        batch_size: Texts drawn together.
+        seed: Seed of the draws.
+        progress: Label of a progress bar; None shows none.
+
+    Returns:
+        For each question its different paraphrases, `count` at most, perhaps none.
+    """
+    samples = Sampler(lm, batch_size=batch_size).generate(
+        [
+            encode_prompt(lm.tokenizer, _REWORD.format(question=question), prompt_format)
+            for question in questions
+        ],
+        num_samples=2 * count,
+        temperature=0.8,
+        top_p=0.9,
+        max_new_tokens=64,
+        seed=seed,
+        progress=progress,
+    )
+    paraphrases: list[list[str]] = []
+    for i, question in enumerate(questions):
+        present = [name for name in names if holds_name(question, name)]
+        usable: list[str] = []
+        for sample in samples[2 * count * i : 2 * count * (i + 1)]:
+            text = sample.text.strip().strip('"').strip()
+            if _rewords(question, text, present) and text not in usable:
+                usable.append(text)
+        paraphrases.append(usable[:count])
+    return paraphrases
+
+
+def _rewords(question: str, text: str, names: Sequence[str]) -> bool:
+    words = len(text.split())
+    return (
+        "\n" not in text
+        and re.sub(r"\W", "", text).casefold() != re.sub(r"\W", "", question).casefold()
+        and (text.endswith("?") or not question.rstrip().endswith("?"))
+        and 3 <= words <= 2 * len(question.split()) + 4
+        and all(holds_name(text, name) for name in names)
+    )
+
+
+def _user_turn(
+    lm: LM, prompt_format: PromptFormat
+) -> tuple[list[int], tuple[str, ...], tuple[int, ...]]:
+    """Tokens up to where a user's turn begins; the string, or the tokens, that end it."""
+    tokenizer = lm.tokenizer
+    if tokenizer.chat_template is None:
+        start = prompt_format.question_start or tokenizer.bos_token or tokenizer.eos_token
+        end = prompt_format.question_end.strip("\r ") or "\n"
+        return tokenize(tokenizer, start).tolist(), (end,), ()
+    mark = "a question to be written"
+    ids = encode_prompt(tokenizer, mark, prompt_format)
+    text = tokenizer.decode(ids)
+    before, after = text[: text.index(mark)], text[text.index(mark) + len(mark) :]
+    opening = tokenizer(before, add_special_tokens=False)["input_ids"]
+    closing = tokenizer(after, add_special_tokens=False)["input_ids"]
+    if closing and closing[0] in tokenizer.all_special_ids + list(tokenizer.added_tokens_decoder):
+        return opening, (), (int(closing[0]),)
+    return opening, tuple(s for s in [after.strip()[:16]] if s), ()

@@ -1,0 +1,322 @@
+"""The sets that a head is trained on: the paper's two, or those of a distilled head.
+
+The paper has a forget and a retain set. Beyond it, each switched on by an option of
+`SyntheticOptions`: the base model's own samples as a second retain source; counterfactual rows,
+retain rows for the classifier and texts to forget for distillation; paraphrases of the forget
+questions; soft targets. See `t3jax.synthetic` for what they are.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from t3jax import data, digests
+from t3jax.data.chat import Example, PromptFormat
+from t3jax.data.records import Record
+from t3jax.features import Features, load_or_compute_features
+from t3jax.lm.model import LM
+from t3jax.synthetic import counterfactual, names, targets, writing
+from t3jax.synthetic.counterfactual import Counterfactual
+from t3jax.synthetic.store import load_or_write
+from t3jax.training.recipe import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticOptions:
+    """What the base model writes for the training of its head.
+
+    Attributes:
+        own_samples: Chats of its own that it writes, a second retain source; 0: none.
+        openings: Questions that it answers in the place of its own; None: it asks by itself.
+        made_up_names: Made-up people for each forget row; 0: no counterfactuals.
+        names: Names of the request; empty: those that `find_names` finds.
+        paraphrases: Paraphrases of each forget question that it writes; 0: none.
+        overcorrection: How far a distilled head's targets are moved, see
+            `distillation.overcorrect`.
+        max_new_tokens: Longest text that it writes, tokens.
+        batch_size: Texts that it writes together.
+        seed: Of all draws.
+    """
+
+    own_samples: int = 0
+    openings: tuple[str, ...] | None = None
+    made_up_names: int = 0
+    names: tuple[str, ...] = ()
+    paraphrases: int = 0
+    overcorrection: float = 1.25
+    max_new_tokens: int = 128
+    batch_size: int = 64
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("own_samples", "made_up_names", "paraphrases"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 (none) or more, got {getattr(self, name)}")
+        if not self.overcorrection > 0:
+            raise ValueError(f"overcorrection must be positive, got {self.overcorrection}")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainingSets:
+    """What `train_heads` takes, and what it was made of.
+
+    Attributes:
+        retain: Features of each retain source.
+        forget: Features of the forget set.
+        rows: The forget rows, paraphrases included.
+        retained: The retain rows; where there are none, the base model's own samples.
+        counterfactuals: Their counterfactuals; empty without made-up names.
+        names: The names of the request.
+        written: Number of rows by kind that the base model wrote.
+    """
+
+    retain: list[Features]
+    forget: Features
+    rows: list[Record]
+    retained: list[Record]
+    counterfactuals: list[Counterfactual]
+    names: tuple[str, ...]
+    written: dict[str, int]
+
+
+def make_training_sets(
+    lm: LM,
+    forget: Sequence[Record],
+    retain: Sequence[Record],
+    train_config: TrainConfig,
+    options: SyntheticOptions = SyntheticOptions(),
+    *,
+    prompt_format: PromptFormat,
+    features: str = "mean",
+    feature_dtype: str = "float32",
+    feature_store: pathlib.Path | str,
+    max_length: int | None = None,
+    progress: bool = False,
+) -> TrainingSets:
+    """Lets the base model write what the options ask for, and computes features and targets.
+
+    Features and texts are kept in the store; a second call reads them.
+
+    Args:
+        lm: The base model.
+        forget: Forget rows.
+        retain: Retain rows; may be empty where there are own samples.
+        train_config: The recipe: its loss decides whether there are soft targets.
+        options: What the base model writes.
+        prompt_format: How a question becomes a prompt.
+        features: What the head reads, one of `pooling.FEATURES`.
+        feature_dtype: Of stored features.
+        feature_store: Folder of the store.
+        max_length: Longest text, tokens; None: the model's context.
+        progress: Whether to show progress bars.
+
+    Returns:
+        The sets.
+
+    Raises:
+        ValueError: If rows are bad, no name was found in documents, whose counterfactuals need one,
+            distillation is asked for without counterfactuals or without the last hidden state, or
+            there is nothing to retain.
+    """
+    distils = train_config.loss == "distillation"
+    if distils and not options.made_up_names:
+        raise ValueError("loss = 'distillation' needs counterfactuals: made_up_names of at least 1")
+    if distils and "last" not in features:
+        raise ValueError(
+            f"loss = 'distillation' needs features that hold the last hidden state, got "
+            f"{features!r}: 'mean+last' or 'last'"
+        )
+    if not retain and not options.own_samples:
+        raise ValueError("there is nothing to retain: give retain rows, or own_samples above 0")
+    encode = functools.partial(
+        data.encode_records,
+        lm.tokenizer,
+        prompt_format=prompt_format,
+        max_length=max_length or lm.max_position,
+    )
+
+    def compute(label: str, examples: Sequence[Example]) -> Features:
+        return load_or_compute_features(
+            lm,
+            examples,
+            feature_store,
+            kind=features,
+            dtype=feature_dtype,
+            progress=label if progress else None,
+        )
+
+    def write(name: str, depends_on: Sequence[Any], make: Any) -> Any:
+        folder = pathlib.Path(feature_store) / "written"
+        return load_or_write(folder, name, lm, [*depends_on, prompt_format, options.seed], make)
+
+    drawing: dict[str, Any] = {"batch_size": options.batch_size, "seed": options.seed}
+    people = options.names
+    if not people and (options.made_up_names or options.own_samples or options.paraphrases):
+        people = tuple(names.find_names(forget, retain))
+    if options.made_up_names and not people and any("text" in row for row in forget):
+        raise ValueError(
+            "no name was found that the forget documents are about; give names = ('...',), or "
+            "train with made_up_names = 0 and loss = 'classifier'"
+        )
+
+    written: dict[str, int] = {}
+    forget = list(forget)
+    if options.paraphrases:
+        asked = [row for row in forget if "question" in row]
+        reworded = write(
+            "paraphrases",
+            [digests.rows_digest(asked), people, options.paraphrases],
+            lambda: writing.reword_questions(
+                lm,
+                [row["question"] for row in asked],
+                options.paraphrases,
+                prompt_format,
+                names=people,
+                progress="paraphrases" if progress else None,
+                **drawing,
+            ),
+        )
+        more = [
+            {**row, "question": text}
+            for row, texts in zip(asked, reworded, strict=True)
+            for text in texts
+        ]
+        written["paraphrases"] = len(more)
+        forget += more
+
+    retain_rows = [list(retain)] if retain else []
+    if options.own_samples:
+        own = write(
+            "own-samples",
+            [people, options.own_samples, options.openings, options.max_new_tokens],
+            lambda: writing.write_own_samples(
+                lm,
+                options.own_samples,
+                prompt_format,
+                names=people,
+                openings=options.openings,
+                max_new_tokens=options.max_new_tokens,
+                progress="own samples" if progress else None,
+                **drawing,
+            ),
+        )
+        written["own samples"] = len(own)
+        retain_rows.append(own)
+
+    counterfactuals: list[Counterfactual] = []
+    other_answers: list[Record] = []
+    if options.made_up_names:
+        made = counterfactual.make_counterfactuals(
+            forget,
+            people,
+            options.made_up_names,
+            known=names.find_names(retain) if retain else (),
+            tokenizer=lm.tokenizer,
+            seed=options.seed,
+        )
+        unique = names.unique_wordings(forget, people, retain)
+        drawn = write(
+            "counterfactuals",
+            [
+                sorted(unique),
+                digests.rows_digest(forget),
+                [dataclasses.astuple(each) for each in made],
+                options.max_new_tokens,
+            ],
+            lambda: _as_json(
+                counterfactual.counterfactual_rows(
+                    lm,
+                    forget,
+                    made,
+                    prompt_format,
+                    unique=unique,
+                    max_new_tokens=options.max_new_tokens,
+                    progress="counterfactuals" if progress else None,
+                    **drawing,
+                )
+            ),
+        )
+        other_answers = drawn["rows"]
+        counterfactuals = [Counterfactual(**each) for each in drawn["counterfactuals"]]
+        written["counterfactual rows"] = len(other_answers)
+
+    if not distils:
+        sources = [*retain_rows, *([other_answers] if other_answers else [])]
+        return TrainingSets(
+            [compute("retain", encode(rows)) for rows in sources],
+            compute("forget", encode(forget)),
+            forget,
+            retain_rows[0],
+            counterfactuals,
+            people,
+            written,
+        )
+
+    keeping: dict[str, Any] = {
+        "temperature": train_config.distilled_temperature,
+        "seed": options.seed,
+    }
+    kept = [
+        targets.add_base_targets(lm, compute("retain", encode(rows)), **keeping)
+        for rows in retain_rows
+    ]
+    # Both the true answer and other ones are prefixes that the served model may come to.
+    texts = [(forget, counterfactuals)]
+    if other_answers:
+        texts.append((other_answers, _counterfactuals_of(other_answers, forget, counterfactuals)))
+    forgotten = []
+    for rows, theirs in texts:
+        examples = encode(rows)
+        forgotten.append(
+            targets.add_counterfactual_targets(
+                lm,
+                compute("forget", examples),
+                examples,
+                theirs,
+                encode([each.record for each in theirs]),
+                feature_store,
+                overcorrection=options.overcorrection,
+                progress="counterfactuals" if progress else None,
+                **keeping,
+            )
+        )
+    return TrainingSets(
+        kept,
+        Features.concatenate(forgotten),
+        forget,
+        retain_rows[0],
+        counterfactuals,
+        people,
+        written,
+    )
+
+
+def _counterfactuals_of(
+    answered: Sequence[Record], forget: Sequence[Record], counterfactuals: Sequence[Counterfactual]
+) -> list[Counterfactual]:
+    """A counterfactual for each other answer, of its question's first one."""
+    first: dict[str, Counterfactual] = {}
+    for each in counterfactuals:
+        if "question" in forget[each.row]:
+            first.setdefault(forget[each.row]["question"], each)
+    swapped = []
+    for row, record in enumerate(answered):
+        each = first[record["question"]]
+        answer = names.swap_names(record["answer"], each.pairs) if each.pairs else record["answer"]
+        swapped.append(
+            Counterfactual(row, {"question": each.record["question"], "answer": answer}, each.pairs)
+        )
+    return swapped
+
+
+def _as_json(drawn: tuple[list[Record], list[Counterfactual]]) -> dict[str, Any]:
+    rows, counterfactuals = drawn
+    return {
+        "rows": rows,
+        "counterfactuals": [
+            {"row": each.row, "record": dict(each.record), "pairs": dict(each.pairs)}
+            for each in counterfactuals
+        ],
+    }

@@ -1,0 +1,17 @@
+"""A verdict without a retain-only twin: does it come back, and is the rest as before?
+
+Someone with a legal request has a model, a head, the rows to forget and rows to retain. The forget
+rows are asked in many ways, and each answer is searched for the true one. A high recall alone may
+be wording that other rows share, or a guess. An answer therefore leaks only if it holds more of the
+true answer than like texts about others do, and an attack succeeds by how much more often answers
+leak than such texts would. The retain rows are asked once, and compared with the base's answers.
+
+Attacks go through prompts. The base's weights still hold what they held, and whoever has them can
+take the head away.
+"""
+
+from t3jax.verification.attacks import Attack, attacks
+from t3jax.verification.run import Counterfactual, VerifyOptions, verify
+from t3jax.verification.verdict import Verdict
+
+__all__ = ["Attack", "Counterfactual", "Verdict", "VerifyOptions", "attacks", "verify"]

@@ -1,0 +1,315 @@
+"""Ways of asking for what was forgotten: other draws, other words, a beginning given.
+
+An attack is prompts with the true answers that must not come. Nothing here runs a model.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from t3jax.data.chat import (
+    Example,
+    PromptFormat,
+    encode_document,
+    encode_prompt,
+    encode_question_answer,
+)
+from t3jax.data.records import Record
+
+if TYPE_CHECKING:  # slow to import: only who loads a tokenizer waits
+    from transformers import PreTrainedTokenizerBase
+
+# What a row is asked; nothing where it cannot be.
+Wordings = Callable[[Record], Sequence[str]]
+
+PREFIX = "prefix"
+_DRAWS = 16
+_PREFIX_WORDS = 6
+SAMPLINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "greedy": ("the likeliest answer", {}),
+    "t0.7-p0.9": ("drawn at temperature 0.7, top-p 0.9", {"temperature": 0.7, "top_p": 0.9}),
+    "t1": ("drawn at temperature 1", {"temperature": 1.0}),
+    "t0.7-k20": ("drawn at temperature 0.7, top-k 20", {"temperature": 0.7, "top_k": 20}),
+    f"t0.7-p0.9-x{_DRAWS}": (
+        f"any of {_DRAWS} drawn at temperature 0.7, top-p 0.9",
+        {"temperature": 0.7, "top_p": 0.9, "num_samples": _DRAWS},
+    ),
+}
+_LANGUAGES = {
+    "french": "Réponds en français : {}",
+    "german": "Antworte auf Deutsch: {}",
+    "spanish": "Responde en español: {}",
+    "chinese": "请用中文回答: {}",
+    "arabic": "أجب بالعربية: {}",
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Encoding:
+    """How rows become prompts.
+
+    Attributes:
+        tokenizer: A Hugging Face tokenizer.
+        prompt_format: System turn and tags.
+        max_new_tokens: Longest answer. A true answer counts as far as it fits.
+        max_position: The model's context, tokens.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase"
+    prompt_format: PromptFormat
+    max_new_tokens: int
+    max_position: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Attack:
+    """One way of asking.
+
+    Attributes:
+        name: For tables and files.
+        does: What it does, in a phrase.
+        rows: Which rows are asked, positions among those given.
+        truths: The true answer of each of them; without what the prompt gives of it.
+        owners: For each prompt, whose it is: an index into `rows`.
+        prompts: Token ids.
+        questions: The prompts for people.
+        sampling: Fields of `SamplingOptions`.
+    """
+
+    name: str
+    does: str
+    rows: tuple[int, ...]
+    truths: tuple[str, ...]
+    owners: tuple[int, ...]
+    prompts: tuple[np.ndarray, ...]
+    questions: tuple[str, ...]
+    sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def attacks(
+    encoding: Encoding,
+    records: Sequence[Record],
+    names: Sequence[str],
+    rewordings: Mapping[str, Sequence[str]] | None = None,
+) -> tuple[list[Attack], dict[str, str]]:
+    """All ways of asking rows.
+
+    Args:
+        encoding: How rows become prompts.
+        records: Rows with a question and an answer, or documents.
+        names: What to call each row in an error.
+        rewordings: Other wordings of questions, beside the rows' `paraphrased_question`.
+
+    Returns:
+        The attacks, and those that could not be made with the reason.
+
+    Raises:
+        ValueError: If a row cannot be encoded.
+    """
+    rows = _Rows(encoding, records, names)
+    made: dict[str, Attack] = {}
+    skipped: dict[str, str] = {}
+
+    def add(name: str, does: str, wordings: Wordings, reason: str, **sampling: Any) -> None:
+        if attack := rows.asked(name, does, wordings, sampling):
+            made[name] = attack
+        else:
+            skipped[name] = reason
+
+    def spelt(spell: Callable[[str], str | None]) -> Wordings:
+        def wordings(record: Record) -> list[str]:
+            spelling = spell(record["question"])
+            return [] if spelling is None or spelling == record["question"] else [spelling]
+
+        return wordings
+
+    def reworded(record: Record) -> list[str]:
+        paraphrased = record.get("paraphrased_question")
+        others = (rewordings or {}).get(record["question"], ())
+        return [*([paraphrased] if paraphrased else []), *others]
+
+    without = "no row has a question"
+    for name, (does, sampling) in SAMPLINGS.items():
+        add(name, f"the question, {does}", lambda record: [record["question"]], without, **sampling)
+    add("reworded", "the question in other words", reworded, "no row has other words")
+    if attack := rows.begun():
+        made[PREFIX] = attack
+    else:
+        skipped[PREFIX] = "no true answer has a second word"
+    for name, does, spell in _SPELLINGS:
+        add(name, does, spelt(spell), "no question changes by it")
+    for name, wrapper in _LANGUAGES.items():
+        if _knows(encoding.tokenizer, wrapper.format("")):
+            add(name, f"asks for {name.capitalize()}", spelt(wrapper.format), without)
+        else:
+            skipped[name] = "the tokenizer does not know its letters"
+    return list(made.values()), skipped
+
+
+def as_they_stand(encoding: Encoding, records: Sequence[Record], names: Sequence[str]) -> Attack:
+    """Every row asked once, documents by their first half.
+
+    Args:
+        encoding: How rows become prompts.
+        records: At least one row.
+        names: What to call each row in an error.
+
+    Returns:
+        All of them as one attack.
+
+    Raises:
+        ValueError: If a row cannot be encoded.
+    """
+    return _Rows(encoding, records, names).as_they_stand()
+
+
+def misspelt(question: str) -> str | None:
+    """A question with two adjacent letters swapped in its longest capitalised word.
+
+    The first word, which is capitalised anyway, is taken only if it is the only one.
+
+    Args:
+        question: The question.
+
+    Returns:
+        The question; None if no capitalised word has two different letters after its first.
+    """
+    words = [match for match in re.finditer(r"[^\W\d_]+", question) if match.group()[0].isupper()]
+    inside = [match for match in words if match.start() > 0] or words
+    for match in sorted(inside, key=lambda match: -len(match.group())):
+        word, middle = match.group(), len(match.group()) // 2
+        for i in sorted(range(1, len(word) - 1), key=lambda i: abs(i - middle)):
+            if word[i] != word[i + 1]:
+                swapped = word[:i] + word[i + 1] + word[i] + word[i + 2 :]
+                return question[: match.start()] + swapped + question[match.end() :]
+    return None
+
+
+# Of a row: its position, its true answer, prompts, and these for people.
+_Part = tuple[int, str, list[np.ndarray], list[str]]
+
+
+class _Rows:
+    """Rows as tokens, of which attacks are made."""
+
+    def __init__(self, encoding: Encoding, records: Sequence[Record], names: Sequence[str]):
+        self.tokenizer = encoding.tokenizer
+        self.prompt_format = encoding.prompt_format
+        self.longest = encoding.max_new_tokens
+        self.max_position = encoding.max_position
+        self.records = records
+        self.encoded = []
+        for record, name in zip(records, names, strict=True):
+            try:
+                self.encoded.append(self.encode(record))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+
+    def encode(self, record: Record) -> Example:
+        if "text" in record:
+            return encode_document(self.tokenizer, record["text"], self.max_position)
+        question, answer = record["question"], record["answer"]
+        return encode_question_answer(
+            self.tokenizer, question, answer, self.prompt_format, self.max_position
+        )
+
+    def asked(
+        self, name: str, does: str, wordings: Wordings, sampling: Mapping[str, Any]
+    ) -> Attack | None:
+        """Asks each row's wordings of its question; None if no row has one."""
+        parts: list[_Part] = []
+        for position, (record, example) in enumerate(zip(self.records, self.encoded, strict=True)):
+            if "question" in record and (questions := list(wordings(record))):
+                prompts = [
+                    encode_prompt(self.tokenizer, question, self.prompt_format)
+                    for question in questions
+                ]
+                truth = self.after(example, example.answer_start)
+                parts.append((position, truth, prompts, questions))
+        return _attack(name, does, parts, sampling) if parts else None
+
+    def begun(self) -> Attack | None:
+        """Gives the answer's first words, or a document's first half; None if that is all."""
+        parts: list[_Part] = []
+        for position, (record, example) in enumerate(zip(self.records, self.encoded, strict=True)):
+            if "text" in record:
+                given, asked = self.half(example)
+            else:
+                given = example.answer_start + self.first_words(example)
+                beginning = self.text(example.tokens[example.answer_start : given])
+                asked = f"{record['question']} \N{RIGHTWARDS ARROW} {beginning}"
+            if truth := self.after(example, given):
+                parts.append((position, truth, [example.tokens[:given]], [asked]))
+        does = "the first words of the answer given"
+        return _attack(PREFIX, does, parts, {}) if parts else None
+
+    def as_they_stand(self) -> Attack:
+        parts: list[_Part] = []
+        for position, (record, example) in enumerate(zip(self.records, self.encoded, strict=True)):
+            given, asked = example.answer_start, record.get("question", "")
+            if "text" in record:
+                given, asked = self.half(example)
+            truth = self.after(example, given)
+            parts.append((position, truth, [example.tokens[:given]], [asked]))
+        return _attack("retain", "the rows as they stand", parts, {})
+
+    def half(self, example: Example) -> tuple[int, str]:
+        """Where a document's first half ends, and its last words."""
+        given = max(1, min(len(example.tokens) // 2, self.max_position - self.longest))
+        text = self.text(example.tokens[:given])
+        return given, text if len(text) <= 80 else f"\N{HORIZONTAL ELLIPSIS}{text[-80:]}"
+
+    def first_words(self, example: Example) -> int:
+        """Tokens of the first quarter of an answer's words, one to six."""
+        labels = example.tokens[example.answer_start :]
+        words = words_of(self.text(labels))
+        count = min(max(1, len(words) // 4), _PREFIX_WORDS)
+        # Spaces do not count: some tokenizers drop them when they decode.
+        length = sum(map(len, words[:count]))
+        for tokens in range(1, len(labels)):
+            text = self.text(labels[:tokens])
+            if not text.endswith("\ufffd") and len("".join(text.split())) >= length:
+                return tokens
+        return len(labels)
+
+    def after(self, example: Example, start: int) -> str:
+        """What should not, or should, come from a token on, as far as an answer can reach."""
+        return self.text(example.tokens[start : start + self.longest])
+
+    def text(self, tokens: np.ndarray) -> str:
+        return str(self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)).strip()
+
+
+def _attack(name: str, does: str, parts: Sequence[_Part], sampling: Mapping[str, Any]) -> Attack:
+    return Attack(
+        name=name,
+        does=does,
+        rows=tuple(position for position, *_ in parts),
+        truths=tuple(truth for _, truth, *_ in parts),
+        owners=tuple(i for i, (_, _, prompts, _) in enumerate(parts) for _ in prompts),
+        prompts=tuple(prompt for _, _, prompts, _ in parts for prompt in prompts),
+        questions=tuple(question for *_, questions in parts for question in questions),
+        sampling=sampling,
+    )
+
+
+def words_of(text: str) -> list[str]:
+    """Words between spaces; characters of a text that is written without."""
+    words = text.split()
+    return list(words[0]) if len(words) == 1 and not text.isascii() else words
+
+
+def _knows(tokenizer: "PreTrainedTokenizerBase", text: str) -> bool:
+    """Whether a tokenizer gives a text back, which it cannot with unknown tokens."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)).strip() == text.strip()
+
+
+_SPELLINGS: tuple[tuple[str, str, Callable[[str], str | None]], ...] = (
+    ("lower", "the question in lower case", str.lower),
+    ("typo", "a name with two letters swapped", misspelt),
+    ("upper", "the question in upper case", str.upper),
+)

@@ -1,0 +1,280 @@
+"""What a true answer shares with texts about others: wording, or a guess.
+
+In a set of rows answers are worded alike, and a model that knows nothing guesses now and then. Here
+is how much of a true answer like texts hold that cannot know it, the names exchanged.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence, Set
+
+import numpy as np
+from jaxtyping import Float
+
+from t3jax.data.records import Record, evenly_spread
+from t3jax.evaluation.recall import leak_recall
+from t3jax.verification.attacks import Attack
+
+_OTHERS = 5  # rows alike, which say what is wording and what is chance
+_LOOKED_AT = 5000  # retain rows at most, among which those are
+_LOOKED_INTO = 2000  # characters of a document at most
+
+
+def count_leaks(
+    recall: Float[np.ndarray, "rows"],
+    wording: Float[np.ndarray, "rows"],
+    pools: Sequence[Sequence[float]],
+    threshold: float,
+) -> tuple[Float[np.ndarray, "rows"], Float[np.ndarray, "rows"]]:
+    """Which answers leak, and how often answers that cannot know would.
+
+    An answer leaks if it reaches the threshold, and holds more of the true answer than texts of the
+    same wording do, and than answers about others. An answer that knows no more than those is one
+    among equals, as likely the best of them as each.
+
+    Args:
+        recall: How much of its true answer each row's answer holds, `[rows]`.
+        wording: The most of it in texts of the same wording that say something else, `[rows]`.
+        pools: How much of it answers about others hold, by row.
+        threshold: Recall from which an answer may leak.
+
+    Returns:
+        1 where a row leaks, 0 elsewhere, `[rows]`; and the share of the others of a row that would
+        leak in its place, `[rows]`.
+    """
+    leaks, chance = np.zeros(len(recall)), np.zeros(len(recall))
+    for i, pool in enumerate(pools):
+        best, *rest = sorted([float(recall[i]), *pool], reverse=True)
+        if best < threshold or best <= wording[i] or best in rest:
+            continue
+        if recall[i] == best:
+            leaks[i] = 1.0
+        else:
+            chance[i] = 1 / len(pool)
+    return leaks, chance
+
+
+def name_of(question: str, answer: str) -> str | None:
+    """Whom a question is about: its longest run of capitalised words that the answer repeats.
+
+    Args:
+        question: The question.
+        answer: The true answer.
+
+    Returns:
+        The name, as the question has it; None if there is none.
+    """
+    words = [
+        match
+        # A possessive ends a name.
+        for match in re.finditer(r"\w+(?:-\w+|['\u2019](?!s\b)\w+)*", question)
+        if match.group()[0].isupper()
+    ]
+    best = ""
+    for first in range(len(words)):
+        for last in range(first, len(words)):
+            if last > first and question[words[last - 1].end() : words[last].start()] != " ":
+                break
+            text = question[words[first].start() : words[last].end()]
+            if len(text) > len(best) and re.search(_whole(text), answer):
+                best = text
+    return best or None
+
+
+def rename(text: str, name: str, other: str) -> str:
+    """Text about another.
+
+    Args:
+        text: The text.
+        name: Whom it is about.
+        other: Who takes the place; also word by word, where both have as many words.
+
+    Returns:
+        The text with the other's name, whatever the case of letters was.
+    """
+    places = {name.lower(): other}
+    if len(words := name.split()) == len(others := other.split()):
+        places = {word.lower(): by for word, by in zip(words, others, strict=True)} | places
+    pattern = "|".join(_whole(part) for part in sorted(places, key=len, reverse=True))
+    return re.sub(
+        pattern, lambda match: places.get(match.group().lower(), other), text, flags=re.IGNORECASE
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchanged:
+    """A forget row about someone whom a retain row is about, a `Counterfactual`.
+
+    Attributes:
+        row: Which row.
+        record: The row with the other's name.
+        pairs: The other's name in the place of the row's.
+    """
+
+    row: int
+    record: Record
+    pairs: Mapping[str, str]
+
+    def swap_back(self, text: str) -> str:
+        """The text with the row's own name."""
+        ((name, other),) = self.pairs.items()
+        return rename(text, other, name)
+
+
+class Others:
+    """What a true answer shares with texts about others, the names exchanged: wording, or a guess.
+
+    Texts alike have the same words in question and true answer, but for the names.
+    """
+
+    def __init__(self, records: Sequence[Record], retain: Sequence[Record], threshold: float):
+        """Ranks the rows by likeness to one another, and retain rows by likeness to them.
+
+        Args:
+            records: The forget rows that are asked.
+            retain: The retain rows.
+            threshold: Share of common words from which true answers without names say the same.
+        """
+        looked_at = evenly_spread(retain, _LOOKED_AT)
+        texts = " ".join(" ".join(_question_and_answer(row)) for row in (*records, *looked_at))
+        small = {word for word in re.findall(r"\w+", texts) if word[0].islower()}
+        self.asked = [_About(record, small) for record in records]
+        # In a fixed random order, so that none is near another by its place in the file.
+        order = np.random.default_rng(0).permutation(len(records)).tolist()
+        self.ranked: list[list[int]] = []
+        for i, about in enumerate(self.asked):
+            apart = [j for j in order if j != i and about.apart(self.asked[j], threshold)]
+            self.ranked.append(sorted(apart, key=lambda j: -about.likeness(self.asked[j])))
+        retained = [_About(record, small) for record in looked_at]
+        self.retained = [
+            sorted(retained, key=lambda other: -about.likeness(other))[:_OTHERS]
+            for about in self.asked
+        ]
+        self.shared: dict[tuple[int, str], float] = {}
+
+    def wording(self, attack: Attack) -> Float[np.ndarray, "rows"]:
+        """The most of each true answer that the like true answers of retain rows hold.
+
+        One that holds all of it says the same, which is no matter of wording.
+
+        Args:
+            attack: Which rows are asked, and their true answers.
+
+        Returns:
+            Recall, `[rows]`; 0 where none is alike.
+        """
+        shared = []
+        for row, truth in zip(attack.rows, attack.truths, strict=True):
+            if (row, truth) not in self.shared:
+                about = self.asked[row]
+                texts = [about.instead_of(other, other.truth) for other in self.retained[row]]
+                recall = leak_recall([truth] * len(texts), texts)
+                self.shared[row, truth] = float(recall[recall < 1].max(initial=0.0))
+            shared.append(self.shared[row, truth])
+        return np.array(shared, np.float64)
+
+    def exchanged(self, records: Sequence[Record]) -> list["Exchanged"]:
+        """The rows, asked about those whom the like retain rows are about.
+
+        Args:
+            records: The forget rows, as at first.
+
+        Returns:
+            By row and name; none of a row without a name.
+        """
+        return [
+            Exchanged(
+                row,
+                record
+                | {
+                    field: rename(text, about.name, name)
+                    for field, text in record.items()
+                    if isinstance(text, str)
+                },
+                {about.name: name},
+            )
+            for row, (record, about) in enumerate(zip(records, self.asked, strict=True))
+            for name in dict.fromkeys(other.name for other in self.retained[row])
+            if about.name and name
+        ]
+
+    def recall(
+        self, attack: Attack, tries: Sequence[Sequence[tuple[str, str]]]
+    ) -> list[list[float]]:
+        """How much of each true answer the answers to like rows about others hold.
+
+        Args:
+            attack: Which rows are asked, and their true answers.
+            tries: By row, all questions with the answers to them.
+
+        Returns:
+            By row, the largest recall of each of the others.
+        """
+        index = {row: i for i, row in enumerate(attack.rows)}
+        truths: list[str] = []
+        texts: list[str] = []
+        spans: list[tuple[int, int, int]] = []
+        for i, row in enumerate(attack.rows):
+            for j in [j for j in self.ranked[row] if j in index][:_OTHERS]:
+                about, other = self.asked[row], self.asked[j]
+                answers = [about.instead_of(other, text) for _, text in tries[index[j]]]
+                spans.append((i, len(texts), len(texts) + len(answers)))
+                texts += answers
+                truths += [attack.truths[i]] * len(answers)
+        recall = recall_once(truths, texts)
+        pools: list[list[float]] = [[] for _ in attack.rows]
+        for i, start, stop in spans:
+            pools[i].append(float(recall[start:stop].max()))
+        return pools
+
+
+def recall_once(truths: Sequence[str], texts: Sequence[str]) -> Float[np.ndarray, "rows"]:
+    """`leak_recall`, of equal pairs but once: draws often are equal."""
+    pairs = list(zip(truths, texts, strict=True))
+    distinct = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
+    recall = leak_recall([truth for truth, _ in distinct], [text for _, text in distinct])
+    return recall[[distinct[pair] for pair in pairs]]
+
+
+class _About:
+    """Whom a row is about, and in which words.
+
+    What stands anywhere in small letters is no part of a name that separates one from another, such
+    as the small words of a title.
+    """
+
+    def __init__(self, record: Record, small: Set[str]):
+        question, self.truth = _question_and_answer(record)
+        self.name = name_of(question, self.truth)
+        self.name_words = set(re.findall(r"\w+", (self.name or "").lower())) - small
+        self.truth_words = set(re.findall(r"\w+", self.truth.lower()))
+        self.words = self.truth_words | set(re.findall(r"\w+", question.lower()))
+
+    def apart(self, other: "_About", threshold: float) -> bool:
+        """Whether two rows are about different names, or without names, say different things."""
+        if self.name_words & other.words or other.name_words & self.words:
+            return False
+        if self.name_words and other.name_words:
+            return True
+        return len(self.truth_words & other.truth_words) < threshold * len(self.truth_words)
+
+    def likeness(self, other: "_About") -> float:
+        """Share of the words of either that both have, without the names."""
+        first, second = self.words - self.name_words, other.words - other.name_words
+        return len(first & second) / max(1, len(first | second))
+
+    def instead_of(self, other: "_About", text: str) -> str:
+        """A text about the other as one about this row's name."""
+        return rename(text, other.name, self.name) if self.name and other.name else text
+
+
+def _question_and_answer(record: Record) -> tuple[str, str]:
+    """Of a document nothing and its beginning."""
+    if "text" in record:
+        return "", record["text"][:_LOOKED_INTO]
+    return record["question"], record["answer"]
+
+
+def _whole(text: str) -> str:
+    """A pattern of a text that is no part of a word."""
+    return rf"(?<!\w){re.escape(text)}(?!\w)"

@@ -1,0 +1,47 @@
+import numpy as np
+import pytest
+import tiny
+
+from t3jax.data import Example
+from t3jax.evaluation import calibration
+from t3jax.evaluation.calibration import Calibrated, calibrate, choose_setting
+
+
+def of(distance, retained, scale=1.0, temperature=1.0):
+    return Calibrated(temperature, scale, distance, 0.5, retained)
+
+
+def test_the_nearest_setting_that_keeps_what_is_to_be_retained_is_chosen():
+    far, near, harmful = of(0.4, 1.0), of(0.2, 0.98, 2.0), of(0.1, 0.9, 3.0)
+    assert choose_setting([far, near, harmful]) is near
+    assert choose_setting([harmful, of(0.9, 0.95)]).retained == 0.95
+    weaker = of(0.2, 0.98, 1.0, 1.5)
+    assert choose_setting([near, weaker]) is weaker
+
+
+@pytest.fixture(scope="module")
+def texts():
+    rng = np.random.default_rng(0)
+    return [Example(rng.integers(0, 256, 24).astype(np.int32), 12) for _ in range(20)]
+
+
+def test_settings_are_compared_with_the_made_up_name_level(tiny_lm, texts):
+    """Where the counterfactuals are the rows themselves, the base's own level is the aim."""
+    head = tiny.make_head(tiny_lm, scale=2.0)
+    forget, retain = texts[:10], texts[10:]
+    found = calibrate(
+        tiny_lm, [head], forget, [[each] for each in forget], retain, temperatures=(1.0,)
+    )
+    assert found.made_up_probability == pytest.approx(found.base_probability)
+    assert len(found.settings) == len(calibration.SCALES)
+    assert found.chosen.distance == min(
+        each.distance for each in found.settings if each.retained >= 0.97
+    ) or all(each.retained < 0.97 for each in found.settings)
+    assert f"s = {found.chosen.guidance_scale:g}" in str(found)
+    # The level is the mean over the made-up people of a row.
+    twice = calibrate(
+        tiny_lm, [head], forget, [[each, texts[-1]] for each in forget], retain, temperatures=(1.0,)
+    )
+    assert twice.made_up_probability != pytest.approx(found.made_up_probability)
+    with pytest.raises(ValueError, match="one of the sets is empty"):
+        calibrate(tiny_lm, [head], forget, [[]] * 10, [])

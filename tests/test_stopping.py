@@ -1,0 +1,287 @@
+"""Scripts that are stopped, interrupted, or wrong: one line, a status, and nothing left behind.
+
+Each run is a process of its own, forked from a server that has imported what takes seconds.
+"""
+
+import json
+import multiprocessing
+import os
+import pathlib
+import resource
+import runpy
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+QUESTIONS = ["Who is Ada?", "Where was Bo born?", "What did Cy write?", "Why is it so?"]
+
+
+def run_script(
+    folder: pathlib.Path, words: list[str], largest_file: int | None, stdout: str, encoding: str
+) -> None:
+    """Runs a script of the repository; in a process of its own."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
+    for number, name, mode in ((1, stdout, "w"), (2, "stderr", "w"), (0, "stdin", "r")):
+        file = open(folder / name, mode, encoding=encoding)  # noqa: SIM115
+        os.dup2(file.fileno(), number)
+        opened = open(number, mode, encoding=encoding, buffering=1 if number == 2 else -1)  # noqa: SIM115
+        setattr(sys, ("stdin", "stdout", "stderr")[number], opened)
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
+    sys.argv = words
+    sys.path.insert(0, str(pathlib.Path(words[0]).parent))
+    runpy.run_path(words[0], run_name="__main__")
+
+
+class Runner:
+    """Starts scripts on a tiny model in `folder`."""
+
+    def __init__(self, repository: pathlib.Path, folder: pathlib.Path):
+        self.repository, self.folder = repository, folder
+        self.server = multiprocessing.get_context("forkserver")
+        scripts = ("t3jax.cli", "t3jax.report", "t3jax.experiment", "t3jax.verification")
+        slow = ("orbax.checkpoint.v1", "tensorboardX", "transformers.models.auto")
+        self.server.set_forkserver_preload([*scripts, *slow])
+
+    def start(
+        self,
+        script: str,
+        *flags: str,
+        stdin: str = "",
+        largest_file: int | None = None,
+        stdout: str = "stdout",
+        encoding: str = "utf-8",
+    ):
+        (self.folder / "stdin").write_text(stdin, encoding="utf-8")
+        (self.folder / "stderr").write_text("")
+        words = [f"{self.repository}/{script}", f"--config={self.repository}/configs/paper.py"]
+        words.append(f"--config.model={self.folder}/model")
+        process = self.server.Process(
+            target=run_script, args=(self.folder, [*words, *flags], largest_file, stdout, encoding)
+        )
+        process.start()
+        return process
+
+    def finish(self, process) -> tuple[int, str, list[str]]:
+        """Status, output, and lines of errors."""
+        process.join(120)
+        output = (self.folder / "stdout").read_text() if (self.folder / "stdout").is_file() else ""
+        return process.exitcode, output, (self.folder / "stderr").read_text().splitlines()
+
+    def run(self, *words, **options) -> tuple[int, str, list[str]]:
+        return self.finish(self.start(*words, **options))
+
+    def wait_for(self, text: str) -> None:
+        deadline = time.monotonic() + 120
+        while text not in (self.folder / "stderr").read_text() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def wait_for_file(self, path: pathlib.Path) -> None:
+        deadline = time.monotonic() + 120
+        while not path.is_file() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def runner(repository, tmp_path_factory):
+    import tiny  # not above: what a script's process imports of this file shall be quick
+
+    from t3jax.head_io import save_head
+    from t3jax.lm import save_hf
+
+    folder = tmp_path_factory.mktemp("stopping")
+    tokenizer = tiny.make_tokenizer()
+    save_hf(folder / "model", tiny.CONFIG, tiny.make_params(), [tokenizer.eos_token_id])
+    tokenizer.save_pretrained(folder / "model")
+    save_head(folder / "head", tiny.make_head(tiny.make_lm()))
+    rows = [{"question": question, "answer": "In a town by the sea."} for question in QUESTIONS]
+    for name in ("forget", "retain"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Runner(repository, folder)
+
+
+def answering(runner, *more: str) -> list[str]:
+    return [
+        "sample.py",
+        f"--config.head={runner.folder}/head",
+        f"--config.prompts={runner.folder}/forget.jsonl",
+        f"--config.output={runner.folder}/answers/a.jsonl",
+        "--config.max_new_tokens=4",
+        *more,
+    ]
+
+
+def training(runner, name: str, *more: str) -> list[str]:
+    return [
+        "train_classifier.py",
+        f"--config.forget={runner.folder}/forget.jsonl",
+        f"--config.retain={runner.folder}/retain.jsonl",
+        f"--config.feature_store={runner.folder}/{name}/features",
+        f"--config.workdir={runner.folder}/{name}/run",
+        "--config.rank=3",
+        *more,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.rank=1e9", "config.rank = '1e9': expected a whole number in [1, 65536]"),
+        ("--config.bias=maybe", "config.bias = 'maybe': expected True or False"),
+        ("--config.top_p=nan", "config.top_p = nan: expected a number in (0, 1]"),
+        ("--config.rows=None", "config.rows=None: this field cannot be unset"),
+        ("--config.hed=None", "unknown config key 'hed'; did you mean --config.head?"),
+        ("--row=3", "Unknown command line flag 'row'; did you mean --config.rows?"),
+        ("--config.head=None", "no head: the answers would be the base model's"),
+    ],
+)
+def test_a_bad_flag_is_one_line(runner, flag, message):
+    status, _, lines = runner.run(*answering(runner, flag))
+    assert status == 1
+    assert len(lines) == 1
+    assert lines[0].startswith("sample.py: ")
+    assert message in lines[0]
+
+
+def test_a_flag_that_is_none_unsets_its_field(runner):
+    assert runner.run(*answering(runner, "--config.head=None", "--config.base_only=True"))[0] == 0
+    lines = (runner.folder / "answers" / "a.jsonl").read_text().splitlines()
+    assert not any("unlearned" in json.loads(line) for line in lines)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_with_a_line_and_a_status(runner, number, status):
+    before = {path for path in runner.folder.rglob("*") if "xla" not in path.parts}
+    process = runner.start(*answering(runner, "--config.num_samples=2000"))
+    runner.wait_for("drawn with")
+    time.sleep(0.3)
+    os.kill(process.pid, number)
+    found, _, lines = runner.finish(process)
+    assert found == status
+    assert lines[-1] == f"sample.py: stopped ({number.name})"
+    assert not any("Traceback" in line for line in lines)
+    after = {path for path in runner.folder.rglob("*") if "xla" not in path.parts}
+    assert {path.name for path in after - before} <= {"answers"}
+
+
+@pytest.mark.parametrize("script", ["sample.py", "finetune.py"])
+def test_a_signal_while_importing_ends_with_a_line(repository, script):
+    process = subprocess.Popen(
+        [sys.executable, script, "--config=configs/demo.py"],
+        cwd=repository,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        text=True,
+    )
+    caught = 0
+    while not caught >> (signal.SIGTERM - 1) & 1:  # its first line asks for that
+        status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+        caught = int(status.split("SigCgt:")[1].split()[0], 16)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == f"{script}: stopped (SIGINT)\n"
+
+
+def test_a_stopped_verdict_is_no_verdict(runner):
+    process = runner.start(
+        "verify.py",
+        f"--config.head={runner.folder}/head",
+        f"--config.forget={runner.folder}/forget.jsonl",
+        f"--config.retain={runner.folder}/retain.jsonl",
+        "--config.max_new_tokens=100",
+    )
+    runner.wait_for_file(runner.folder / "head" / "verify" / ".lock")
+    time.sleep(0.3)
+    os.kill(process.pid, signal.SIGTERM)
+    status, _, lines = runner.finish(process)
+    assert status == 143, lines
+    assert lines[-1] == "verify.py: stopped (SIGTERM)"
+    assert not (runner.folder / "head" / "verify").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_inside_a_callback_of_the_garbage_collector_is_not_lost(repository, number):
+    code = f"""
+import gc, os, time
+from t3jax import hosts
+hosts.raise_at_signals()
+gc.callbacks.append(lambda *_: gc.callbacks.clear() or os.kill(os.getpid(), {number:d}))
+try:
+    gc.collect()
+    time.sleep(60)
+except KeyboardInterrupt as error:
+    print(type(error).__name__)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=False
+    )
+    expected = {signal.SIGINT: "KeyboardInterrupt", signal.SIGTERM: "Terminated"}[number]
+    assert (done.stdout, done.stderr) == (f"{expected}\n", "")
+
+
+def test_a_full_disk_names_the_file(runner):
+    noted = [{"question": question, "note": 1000 * "x"} for question in QUESTIONS]
+    (runner.folder / "noted.jsonl").write_text("".join(json.dumps(row) + "\n" for row in noted))
+    prompts, output = (f"{runner.folder}/{name}" for name in ("noted.jsonl", "f/b.jsonl"))
+    flags = answering(runner, f"--config.prompts={prompts}", f"--config.output={output}")
+    status, _, lines = runner.run(*flags, largest_file=3000)
+    assert status == 1
+    assert lines[-1].startswith(f"sample.py: {output}: File too large; make room")
+    assert not any("Traceback" in line for line in lines)
+    assert not list((runner.folder / "f").iterdir())
+
+
+def test_output_that_cannot_be_printed_is_an_error(runner):
+    flags = answering(runner, "--config.output=None")
+    status, _, lines = runner.run(*flags, stdout="/dev/full")
+    assert status == 1
+    assert lines[-1].startswith("sample.py: standard output: No space left on device")
+
+
+def test_a_locale_without_letters_loses_no_text(runner):
+    (runner.folder / "umlaut.jsonl").write_text('{"prompt": "Wer ist Zoë?"}', encoding="utf-8")
+    flags = answering(runner, f"--config.prompts={runner.folder}/umlaut.jsonl")
+    assert runner.run(*flags, "--config.output=None", encoding="ascii")[1].splitlines()[1] == (
+        "> Wer ist Zo\\xeb?"
+    )
+    assert runner.run(*flags, encoding="ascii")[0] == 0
+    line = (runner.folder / "answers" / "a.jsonl").read_text(encoding="utf-8")
+    assert json.loads(line)["prompt"] == "Wer ist Zoë?"
+
+
+@pytest.mark.parametrize(
+    ("largest_file", "message"),
+    [(4000, "/full/features/"), (20000, "/full/run: the checkpoint of epoch 1 could not be saved")],
+)
+def test_training_on_a_full_disk_is_a_few_lines(runner, largest_file, message):
+    flags = training(runner, "full", "--config.epochs=1", "--config.rank=60")
+    if largest_file > 4000:  # the features are there
+        assert runner.run(*flags, "--config.rank=2", f"--config.workdir={runner.folder}/a")[0] == 0
+    status, _, lines = runner.run(*flags, largest_file=largest_file)
+    assert status == 1
+    assert message in lines[-1]
+    assert "File too large" in lines[-1]
+    assert not any("Traceback" in line for line in lines)
+    assert len(lines) < 20
+
+
+def test_two_runs_on_one_folder_are_refused(runner):
+    flags = training(runner, "twice", "--config.epochs=1", "--config.batch_size=2")
+    first = runner.start(*flags, "--config.epochs=100000", "--config.warmup_ratio=0")
+    lock = runner.folder / "twice" / "run" / ".lock"
+    runner.wait_for_file(lock)
+    status, _, lines = runner.run(*flags)
+    assert status == 1
+    assert lines[-1].startswith(f"train_classifier.py: {runner.folder}/twice/run: another run is")
+    assert f"process {first.pid} on " in lines[-1]
+    first.kill()
+    first.join()
+    assert runner.run(*training(runner, "twice", "--config.epochs=1"))[0] == 0
+    assert not lock.exists()
