@@ -93,6 +93,7 @@ def run(script: Callable[[Any], None]) -> None:
             print(f"{name}: {error}", file=sys.stderr)
             sys.exit(hosts.PREEMPTED_STATUS)  # all processes end so, and wait for one another
         except KeyboardInterrupt as error:
+            hosts.stop_raising()
             number = signal.SIGTERM if isinstance(error, hosts.Terminated) else signal.SIGINT
             _fail(f"{name}: stopped ({number.name})", 128 + number)
         except BrokenPipeError:  # who reads the answers wants no more

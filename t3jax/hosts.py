@@ -13,10 +13,9 @@ import pathlib
 import signal
 import sys
 import threading
-import types
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -27,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 MODES = ("auto", "on", "off")
 # A process that is silent for so long is given up, and the others end. JAX's own default is 100.
 HEARTBEAT_TIMEOUT_SECONDS = 30
+_SECONDS_UNTIL_RAISED_AGAIN = 0.5
 PREEMPTED_STATUS = 128 + signal.SIGTERM  # what a shell reports for a process that SIGTERM ended
 
 
@@ -41,35 +41,46 @@ class Terminated(KeyboardInterrupt):
 def raise_at_signals() -> None:
     """Lets Ctrl-C raise `KeyboardInterrupt` and SIGTERM `Terminated`; a second SIGTERM kills.
 
-    Raised, they pass the blocks that remove temporary files. Python drops what is raised inside a
-    callback of its garbage collector, and JAX registers one: it is then raised again.
+    Raised, they pass the blocks that remove temporary files. An exception may get lost on its way:
+    Python drops those of finalizers and of callbacks of its garbage collector, of which JAX has
+    one, and extension modules clear some. So it is raised twice a second, except while it is being
+    handled, until `stop_raising` is called.
     """
 
-    def terminate(number: int, _: Any) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        raise Terminated
+    def raise_until_handled(raised: type[KeyboardInterrupt]) -> NoReturn:
+        def raise_again(_: int, __: Any) -> None:
+            handled = sys.exc_info()[1]
+            while handled is not None:
+                if isinstance(handled, KeyboardInterrupt):
+                    return
+                handled = handled.__context__
+            raise raised
+
+        signal.signal(signal.SIGALRM, raise_again)
+        signal.setitimer(signal.ITIMER_REAL, *2 * [_SECONDS_UNTIL_RAISED_AGAIN])
+        raise raised
+
+    def interrupt(_: int, __: Any) -> NoReturn:
+        raise_until_handled(KeyboardInterrupt)
+
+    def terminate(_: int, __: Any) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise_until_handled(Terminated)
 
     hook = sys.unraisablehook
 
     def report(dropped: Any) -> None:
         if not isinstance(dropped.exc_value, KeyboardInterrupt):
             hook(dropped)
-            return
 
-        def raise_again(_: int, frame: types.FrameType | None) -> None:
-            while frame is not None:
-                if frame.f_code is report.__code__:  # here it would be dropped once more
-                    signal.setitimer(signal.ITIMER_REAL, 0.01)
-                    return
-                frame = frame.f_back
-            raise type(dropped.exc_value)
-
-        signal.signal(signal.SIGALRM, raise_again)
-        signal.setitimer(signal.ITIMER_REAL, 0.01)
-
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, terminate)
     sys.unraisablehook = report
+
+
+def stop_raising() -> None:
+    """Ends the repeated raising after a signal of `raise_at_signals`."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def initialize(mode: str = "auto") -> None:

@@ -167,7 +167,8 @@ def test_a_signal_ends_with_a_line_and_a_status(runner, number, status):
     assert lines[-1] == f"sample.py: stopped ({number.name})"
     assert not any("Traceback" in line for line in lines)
     after = {path for path in runner.folder.rglob("*") if "xla" not in path.parts}
-    assert {path.name for path in after - before} <= {"answers"}
+    streams = {"stdin", "stdout", "stderr"}
+    assert {path.name for path in after - before} - streams <= {"answers"}
 
 
 @pytest.mark.parametrize("script", ["sample.py", "finetune.py"])
@@ -206,18 +207,46 @@ def test_a_stopped_verdict_is_no_verdict(runner):
     assert not (runner.folder / "head" / "verify").exists()
 
 
+_LOSSES = {
+    "collector": """
+gc.callbacks.append(lambda *_: gc.callbacks.clear() or stop())
+gc.collect()
+""",
+    "finalizer": """
+class Dropped:
+    def __del__(self):
+        stop()
+Dropped()
+""",
+    "cleared": """
+try:
+    stop()
+except BaseException:
+    pass
+""",
+}
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_inside_a_callback_of_the_garbage_collector_is_not_lost(repository, number):
+@pytest.mark.parametrize("loss", _LOSSES)
+def test_a_signal_whose_exception_is_dropped_is_not_lost(repository, loss, number):
     code = f"""
 import gc, os, time
 from t3jax import hosts
+
+def stop():
+    os.kill(os.getpid(), {number:d})
+    time.sleep(60)
+
 hosts.raise_at_signals()
-gc.callbacks.append(lambda *_: gc.callbacks.clear() or os.kill(os.getpid(), {number:d}))
 try:
-    gc.collect()
+    {_LOSSES[loss].replace(chr(10), chr(10) + 4 * " ")}
     time.sleep(60)
 except KeyboardInterrupt as error:
+    time.sleep(1.1)  # it is not raised again while it is handled
+    hosts.stop_raising()
     print(type(error).__name__)
+time.sleep(1.1)
 """
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=False
