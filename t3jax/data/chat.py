@@ -153,8 +153,9 @@ def encode_question_answer(
     """
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            "the tokenizer has no eos token, which closes every answer; set tokenizer.eos_token to "
-            "the model's end-of-text or end-of-turn token"
+            f"{tokenizer.name_or_path or 'the tokenizer'} has no eos token, which closes every "
+            "answer: tokenizer_config.json names none, or is missing; give it an eos_token, the "
+            "model's end-of-text or end-of-turn token"
         )
     check_characters(question + answer, max_length)
     prompt_text, add_special_tokens = _prompt_text(tokenizer, question, prompt_format)

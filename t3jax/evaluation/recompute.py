@@ -273,7 +273,7 @@ def compare_summary(log: Log, summary: dict[str, float]) -> list[Comparison]:
     return [
         Comparison(
             f"summary, {metric}",
-            value,
+            float(value),
             log.get(metric, {}).get("agg_value"),
             "beside the log" if metric in log else "the log lacks it",
         )
@@ -297,7 +297,11 @@ def compare_files(path: pathlib.Path, retain_path: pathlib.Path | None = None) -
     """
     log = logs.read_log(path)
     retain_log = None if retain_path is None else logs.read_log(retain_path)
-    comparisons = recompute(log, retain_log)
+    try:
+        comparisons = recompute(log, retain_log)
+    except ValueError as error:
+        beside = "" if retain_path is None else f", compared with {retain_path}"
+        raise ValueError(f"{path}{beside}: {error}") from error
     summary_path = (path if path.is_dir() else path.parent) / logs.SUMMARY_NAME
     if summary_path.exists():
         comparisons += compare_summary(log, logs.read_summary(summary_path))
