@@ -149,7 +149,8 @@ def get_config() -> ml_collections.ConfigDict:
     # Or "quality_given_utility": smallest D at 97 % of the base's utility; or "smallest_distance".
     config.selection_rule = "utility_given_quality"
     config.selection_group = 20  # rows on one author stay in one half; TOFU has 20 to an author
-    config.second_retain_log = placeholder(str)  # of another retain model: the noise floor
+    # The TOFU_EVAL.json of another retain model, evaluated beside `retain_model`: the noise floor.
+    config.second_retain_log = placeholder(str)
     # The experiment: what is varied beside T and s, each from the chosen setting.
     config.experiment_dir = placeholder(str)
     config.vary_ranks = ()

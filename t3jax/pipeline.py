@@ -56,6 +56,8 @@ class Evaluation:
         unlearning: By setting's name, the numbers beyond them.
         retain_log: The retain model's TOFU metrics, if there is one.
         retain_unlearning: Its numbers beyond them, if it was named.
+        second_retain_log: TOFU metrics of another retain model, the noise floor.
+        second_retain_unlearning: Its numbers beyond them, if they lie beside its log.
     """
 
     examined: Examined
@@ -64,6 +66,8 @@ class Evaluation:
     unlearning: dict[str, Log]
     retain_log: Log | None
     retain_unlearning: Log | None
+    second_retain_log: Log | None = None
+    second_retain_unlearning: Log | None = None
 
 
 def encode(config: Any, lm: LM, source: str) -> list[data.Example]:
@@ -416,9 +420,23 @@ def evaluate(config: Any, examined: Examined, settings: Sequence[Setting]) -> Ev
     Raises:
         ValueError: As `score`.
     """
+    second = _second_retain_logs(config.second_retain_log)
     evaluated, retain_log = score(config, examined, settings)
+    if second[0] is not None and retain_log is not None:
+        logs.check_retain_log(second[0], retain_log)
     measured, retain_unlearning = measure(config, examined, settings)
-    return Evaluation(examined, list(settings), evaluated, measured, retain_log, retain_unlearning)
+    return Evaluation(
+        examined, list(settings), evaluated, measured, retain_log, retain_unlearning, *second
+    )
+
+
+def _second_retain_logs(name: str | None) -> tuple[Log | None, Log | None]:
+    """The log of the second retain model, and what was measured beyond it."""
+    if name is None:
+        return None, None
+    path = pathlib.Path(name)
+    beside = (path if path.is_dir() else path.parent) / unlearning.UNLEARNING_NAME
+    return logs.read_log(path), logs.read_log(beside) if beside.is_file() else None
 
 
 def measure(

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from t3jax import pipeline
-from t3jax.evaluation import logs, recompute, selection
+from t3jax.evaluation import recompute, selection
 from t3jax.evaluation.logs import Log
 from t3jax.evaluation.metrics import ForgetQuality
 from t3jax.evaluation.scoring import BASE, Setting, settings_grid
@@ -170,9 +170,8 @@ def sweep(config: Any, lm: LM, grid: Grid, mesh: Mesh | None = None) -> Sweep:
         config, examined, [BASE, *chosen, *controls(chosen[0], grid.heads, chosen)]
     )
     floor = None
-    if config.second_retain_log is not None:
-        second = logs.read_log(pathlib.Path(config.second_retain_log))
-        floor = recompute.forget_quality(second, retain_scored)
+    if evaluation.second_retain_log is not None:
+        floor = recompute.forget_quality(evaluation.second_retain_log, retain_scored)
     return Sweep(grid, scored, candidates, retain_scored, choice, floor, evaluation)
 
 

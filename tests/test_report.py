@@ -218,3 +218,21 @@ def test_colours(value, colour):
 def test_rows_are_spread_evenly():
     assert evenly_spread(range(10), 3) == [0, 3, 6]
     assert evenly_spread("ab", 5) == ["a", "b"]
+
+
+def test_a_second_retain_model_is_the_noise_floor(evaluation):
+    second_log, second_unlearning = make_log(10, evaluation.retain_log), make_beyond(10)
+    found = dataclasses.replace(
+        evaluation, second_retain_log=second_log, second_retain_unlearning=second_unlearning
+    )
+    values = page.contents(found, "title", [], None, [])
+    quality = recompute.forget_quality(second_log, evaluation.retain_log)
+    cells = {}
+    for name in ("summary", "unlearning"):
+        *_, first, second = values[name].rows
+        assert (first.label, second.label) == (tables.RETAIN_MODEL, tables.SECOND_RETAIN_MODEL)
+        cells |= dict(zip(values[name].columns, second.cells, strict=True))
+    assert cells["distance D"].text == f"{quality.statistic:.3f}"
+    assert "than the retain model" in cells["leak in 2 answers (recall ≥ 0.7)"].note
+    assert "noise floor" in page.render(values)
+    assert "noise floor" not in page.render(page.contents(evaluation, "title", [], None, []))

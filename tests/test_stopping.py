@@ -206,7 +206,8 @@ def test_a_locale_without_letters_loses_no_text(runner):
 def test_training_on_a_full_disk_is_a_few_lines(runner, largest_file, message):
     flags = training(runner, "full", "--config.epochs=1", "--config.rank=60")
     if largest_file > 4000:  # the features are there
-        assert runner.run(*flags, "--config.rank=2", f"--config.workdir={runner.folder}/a")[0] == 0
+        done = runner.run(*flags, "--config.rank=2", f"--config.workdir={runner.folder}/a")
+        assert done[0] == 0, done
     status, _, lines = runner.run(*flags, largest_file=largest_file)
     assert status == 1
     assert message in lines[-1]

@@ -35,6 +35,7 @@ _CSS = {
     tables.TEMPERED: "tempered",
     tables.TILTED: "tilted",
     tables.RETAIN_MODEL: "retain",
+    tables.SECOND_RETAIN_MODEL: "retain",
 }
 
 
@@ -140,15 +141,21 @@ def contents(
             [(kind, kind, log) for _, kind, log in models], evaluation.retain_log
         ),
         "has_retain_log": evaluation.retain_log is not None,
-        "summary": tables.summary_table(settings, evaluated, evaluation.retain_log),
+        "summary": tables.summary_table(
+            settings, evaluated, evaluation.retain_log, evaluation.second_retain_log
+        ),
         "selected": selected,
         "figures": _figures(evaluation, featured),
         "samples": tables.samples(evaluation.examined.sets, models, SAMPLES),
         "token_rows": token_rows,
         "change_limit": CHANGE_LIMIT,
         "unlearning": tables.unlearning_table(
-            settings, evaluation.unlearning, evaluation.retain_unlearning
+            settings,
+            evaluation.unlearning,
+            evaluation.retain_unlearning,
+            evaluation.second_retain_unlearning,
         ),
+        "has_floor": evaluation.second_retain_log is not None,
         "missing": tables.missing(settings, evaluated, evaluation.unlearning),
         "all_metrics": tables.all_metrics_table(settings, evaluated),
     }

@@ -20,6 +20,7 @@ UNLEARNED = "unlearned"
 TEMPERED = "control: tempered only"
 TILTED = "control: tilted only"
 RETAIN_MODEL = "retain model"
+SECOND_RETAIN_MODEL = "second retain model"  # the noise floor
 
 
 class Cell(NamedTuple):
@@ -210,7 +211,10 @@ def cards(models: Sequence[tuple[str, str, Log]], retain_log: Log | None) -> lis
 
 
 def summary_table(
-    settings: Sequence[Setting], evaluated: Mapping[str, Log], retain_log: Log | None
+    settings: Sequence[Setting],
+    evaluated: Mapping[str, Log],
+    retain_log: Log | None,
+    second_retain_log: Log | None = None,
 ) -> Table:
     """The headline numbers of every setting, with 95 % bootstrap intervals over rows.
 
@@ -218,13 +222,12 @@ def summary_table(
         settings: What was evaluated.
         evaluated: Logs by setting's name.
         retain_log: The retain model's log.
+        second_retain_log: That of another retain model.
 
     Returns:
-        A row for each setting and one for the retain model.
+        A row for each setting and one for each retain model.
     """
-    named = [(setting.name, kind_of(setting), evaluated[setting.name]) for setting in settings]
-    if retain_log is not None:
-        named.append((RETAIN_MODEL, RETAIN_MODEL, retain_log))
+    named = _name_models(settings, evaluated, retain_log, second_retain_log)
     means = {
         "forget ROUGE-L recall": "forget_Q_A_ROUGE",
         "forget probability": "forget_Q_A_Prob",
@@ -247,8 +250,25 @@ def summary_table(
     return Table([*columns, *means], rows)
 
 
+def _name_models(
+    settings: Sequence[Setting],
+    by_name: Mapping[str, Log],
+    retain: Log | None,
+    second_retain: Log | None,
+) -> list[tuple[str, str, Log]]:
+    """Name, kind and log of every setting and of the retain models that there are."""
+    named = [(setting.name, kind_of(setting), by_name[setting.name]) for setting in settings]
+    for kind, log in ((RETAIN_MODEL, retain), (SECOND_RETAIN_MODEL, second_retain)):
+        if log is not None:
+            named.append((kind, kind, log))
+    return named
+
+
 def unlearning_table(
-    settings: Sequence[Setting], measured: Mapping[str, Log], retain_unlearning: Log | None
+    settings: Sequence[Setting],
+    measured: Mapping[str, Log],
+    retain_unlearning: Log | None,
+    second_retain_unlearning: Log | None = None,
 ) -> Table:
     """The numbers of `UNLEARNING.json`, those that no setting has left out.
 
@@ -256,13 +276,12 @@ def unlearning_table(
         settings: What was evaluated.
         measured: The numbers by setting's name.
         retain_unlearning: Those of the retain model, if it was at hand.
+        second_retain_unlearning: Those of another one.
 
     Returns:
-        A row for each setting and one for the retain model.
+        A row for each setting and one for each retain model.
     """
-    named = [(setting.name, kind_of(setting), measured[setting.name]) for setting in settings]
-    if retain_unlearning is not None:
-        named.append((RETAIN_MODEL, RETAIN_MODEL, retain_unlearning))
+    named = _name_models(settings, measured, retain_unlearning, second_retain_unlearning)
     columns: dict[str, list[Cell]] = {}
 
     def add(name: str, cells: list[Cell]) -> None:
