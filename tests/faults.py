@@ -192,7 +192,8 @@ class Tester:
 
     def _disk(self, script: str, rng: random.Random, folder: pathlib.Path, _: float) -> str:
         largest = max(path.stat().st_size for path in self._undisturbed[script][0].rglob("*"))
-        limit = int(largest ** rng.uniform(0.5, 0.99))
+        # What the runs print to is a file too.
+        limit = max(3000, int(largest ** rng.uniform(0.5, 0.99)))
         status, _, lines = self._runner.finish(self._start(script, folder, largest_file=limit))
         if status == 0:
             return ""

@@ -27,7 +27,7 @@ from t3jax.features import Features, load_or_compute_features
 from t3jax.lm.model import LM
 from t3jax.synthetic.counterfactual import Counterfactual
 
-_CANDIDATES, _REST = 64, 16  # tokens of a position: likeliest ones, and drawn from the others
+CANDIDATES, REST = 64, 16  # tokens of a position: likeliest ones, and drawn from the others
 _CHUNK_ELEMENTS = 1 << 24  # of a chunk's logits: 64 MB
 _LARGEST_CHUNK = 2048
 
@@ -217,7 +217,7 @@ def _targets_of_chunk(
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     base = jnp.exp(logprobs)
     if not reference.shape[1]:
-        return soft_targets(key, logits, base, _CANDIDATES, _REST, temperature)
+        return soft_targets(key, logits, base, CANDIDATES, REST, temperature)
 
     def add(total: Array, of_name: tuple[Array, Array, Array]) -> tuple[Array, None]:
         states, there, swaps = of_name
@@ -229,7 +229,7 @@ def _targets_of_chunk(
     count = jnp.sum(present.astype(jnp.float32), axis=1, keepdims=True)
     mean = total / jnp.maximum(count, 1.0)
     target = jnp.where(count > 0, overcorrect(logprobs, mean, overcorrection), base)
-    return soft_targets(key, logits, target, _CANDIDATES, _REST, temperature)
+    return soft_targets(key, logits, target, CANDIDATES, REST, temperature)
 
 
 def _swap_tokens(probs: Float[Array, " V"], pairs: Int[Array, "S 2"]) -> Float[Array, " V"]:

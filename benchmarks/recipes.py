@@ -1,0 +1,90 @@
+"""Training the two kinds of head: the published recipe and the default, distilled one.
+
+    python -m benchmarks recipes
+
+One process, on random features of 200 forget and 1,000 retain answers of TOFU's lengths, at the
+size of SmolLM2-135M (width 576, 49,152 tokens) and of an 8B model (width 4,096, 128,256 tokens).
+The distilled head has the default's features (twice the width), rank, GELU and 80 candidate tokens
+a position. Times are those of an epoch, without compiling and copying: the recipes differ in their
+number of epochs.
+"""
+
+import argparse
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from benchmarks.head import random_features
+from benchmarks.side_by_side import alternate, announce, ratio, write
+from configs import default, paper
+from t3jax.distillation import SoftTargets
+from t3jax.features import Features
+from t3jax.head import HeadConfig
+from t3jax.settings import from_config
+from t3jax.synthetic.targets import CANDIDATES, REST
+from t3jax.training import TrainConfig, train_heads
+
+SIZES = {"135M": (576, 49_152), "8B": (4_096, 128_256)}
+
+
+def main() -> None:
+    """Reads the command line, measures, writes `out/benchmarks/recipes.json`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--epochs", type=int, default=2, help="in each run")
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    figures: dict[str, Any] = {}
+    details: dict[str, Any] = {"arguments": vars(arguments)}
+    for size, (width, vocabulary) in SIZES.items():
+        measured, details[size] = compare(width, vocabulary, arguments.epochs, arguments.repeats)
+        figures |= {f"{name}_{size}": value for name, value in measured.items()}
+    write("recipes", figures, details)
+
+
+def compare(
+    width: int, vocabulary: int, epochs: int, repeats: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Seconds an epoch of both recipes in turn, after first runs that are not counted."""
+    announce(f"width {width}, {vocabulary} tokens")
+    seconds: dict[str, list[float]] = {"published": [], "default": []}
+    works = {}
+    for name, config in (("published", paper.get_config()), ("default", default.get_config())):
+        head_config = from_config(HeadConfig, config, hidden_size=width, vocab_size=vocabulary)
+        recipe = dataclasses.replace(from_config(TrainConfig, config), epochs=epochs)
+        wide = dataclasses.replace(head_config, hidden_size=head_config.feature_size)
+        sets = [random_features(count, seed, wide) for count, seed in ((1000, 0), (200, 1))]
+        if recipe.loss == "distillation":
+            sets = [add_random_targets(features, vocabulary) for features in sets]
+
+        def train(_: int = 0, name=name, sets=sets, head_config=head_config, recipe=recipe) -> None:
+            (head,) = train_heads(*sets, head_config, recipe, (1,))
+            seconds[name].append(head.record["seconds"] / epochs)
+
+        train()
+        works[name] = train
+    for times in seconds.values():
+        times.clear()
+    alternate(works, repeats)
+    figures = {f"{name}_seconds_an_epoch": float(np.median(seconds[name])) for name in seconds}
+    figures["default_over_published"] = ratio(seconds["default"], seconds["published"])
+    return figures, {"seconds an epoch": seconds}
+
+
+def add_random_targets(features: Features, vocabulary: int) -> Features:
+    """The features with targets of a distilled head: random tokens and distributions."""
+    rng = np.random.default_rng(features.num_tokens)
+    shape = (features.num_tokens, CANDIDATES + REST)
+    logprobs = np.log(rng.dirichlet(np.full(shape[1] + 1, 0.1), len(features.targets)) + 1e-9)
+    log_weights = np.zeros(shape, np.float32)
+    return dataclasses.replace(
+        features,
+        soft=SoftTargets(
+            rng.integers(vocabulary, size=shape, dtype=np.int32),
+            logprobs[:, :-1].astype(np.float32),
+            log_weights,
+            rng.dirichlet(np.ones(CANDIDATES + 1), len(features.targets)).astype(np.float32),
+        ),
+    )
