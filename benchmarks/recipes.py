@@ -60,7 +60,7 @@ def compare(
             sets = [add_random_targets(features, vocabulary) for features in sets]
 
         def train(_: int = 0, name=name, sets=sets, head_config=head_config, recipe=recipe) -> None:
-            (head,) = train_heads(*sets, head_config, recipe, (1,))
+            (head,) = train_heads(sets[0], sets[1], head_config, recipe, (1,))
             seconds[name].append(head.record["seconds"] / epochs)
 
         train()
@@ -68,7 +68,9 @@ def compare(
     for times in seconds.values():
         times.clear()
     alternate(works, repeats)
-    figures = {f"{name}_seconds_an_epoch": float(np.median(seconds[name])) for name in seconds}
+    figures: dict[str, Any] = {
+        f"{name}_seconds_an_epoch": float(np.median(seconds[name])) for name in seconds
+    }
     figures["default_over_published"] = ratio(seconds["default"], seconds["published"])
     return figures, {"seconds an epoch": seconds}
 
