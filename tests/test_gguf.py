@@ -20,7 +20,7 @@ import safetensors.numpy
 import tiny
 
 from t3jax import load_lm, make_mesh, sharding
-from t3jax.lm import decoder, from_params, gguf, lm_config, load_config, save_hf, weights
+from t3jax.lm import from_params, gguf, lm_config, load_config, rotation, save_hf, weights
 from t3jax.lm.families import hf_config
 from t3jax.lm.quantized import quantize
 
@@ -113,7 +113,7 @@ def rope_tensors(config):
         factors = {"short": rope.short_factors, "long": rope.long_factors}
         return {f"rope_factors_{k}.weight": np.float32(v) for k, v in factors.items()}
     plain = dataclasses.replace(rope, kind="default")
-    plain, stretched = (decoder._inverse_wavelengths(r, config.head_dim) for r in (plain, rope))
+    plain, stretched = (rotation.inverse_wavelengths(r, config.head_dim) for r in (plain, rope))
     return {"rope_freqs.weight": plain / stretched}
 
 
@@ -177,7 +177,7 @@ def same_config(found, expected):
     for ours, theirs in ((found.rope, expected.rope), (found.local_rope, expected.local_rope)):
         assert (ours is None) == (theirs is None)
         if ours is not None:
-            ropes = [decoder._inverse_wavelengths(r, found.head_dim) for r in (ours, theirs)]
+            ropes = [rotation.inverse_wavelengths(r, found.head_dim) for r in (ours, theirs)]
             np.testing.assert_allclose(*ropes, rtol=1e-6)
             close(ours.attention_factor, theirs.attention_factor, 1e-6)
 

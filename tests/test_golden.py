@@ -11,7 +11,7 @@ import safetensors.numpy
 import tiny
 
 import t3jax
-from t3jax.lm import decoder, families, from_params, read_config
+from t3jax.lm import attention, families, from_params, read_config
 from t3jax.lm.weights import load_params
 from t3jax.sampling import Sampler
 
@@ -59,7 +59,7 @@ def close(found, expected, atol):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_hidden_states_and_logits(monkeypatch, case, side, queries):
     golden, lm, _ = case
-    monkeypatch.setitem(decoder._QUERIES, "cpu", queries)
+    monkeypatch.setitem(attention._QUERIES, "cpu", queries)
     tokens, mask = golden[f"{side}/tokens"], golden[f"{side}/mask"]
     hidden, logits, _ = tiny.read(lm.apply, lm.unembed, lm.params, tokens, mask)
     close(np.asarray(hidden)[mask], golden[f"{side}/hidden"], 1e-4)
@@ -69,7 +69,7 @@ def test_hidden_states_and_logits(monkeypatch, case, side, queries):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family(name, tmp_path, monkeypatch):
     """Hidden states and logits, padded on either side, and greedy text after the left one."""
-    monkeypatch.setitem(decoder._QUERIES, "cpu", 3)
+    monkeypatch.setitem(attention._QUERIES, "cpu", 3)
     golden, lm = load(name, tmp_path)
     rows, length = golden["left/tokens"].shape
     steps = golden["greedy"].shape[1]

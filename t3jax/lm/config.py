@@ -26,6 +26,10 @@ class RopeConfig:
         beta_fast: "yarn": pairs with more turns over the original context are kept.
         beta_slow: "yarn": pairs with fewer turns are stretched.
         truncate: "yarn": the ramp starts and ends at whole pairs.
+        interleaved: Pairs are neighbours in a head, (0, 1), (2, 3) and so on; else each number of
+            the first half is paired with the one at its place in the second.
+        query_growth: Queries beyond `original_max_position` are scaled by it. The model is read in
+            that context only; it is kept to be written back.
         short_factors: "longrope": the stretch of each pair in texts within the original context.
             The model is read in that context only: beyond it every key would have to be rotated
             anew, by `long_factors`.
@@ -43,6 +47,8 @@ class RopeConfig:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+    interleaved: bool = False
+    query_growth: float = 0.0
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
 
@@ -67,23 +73,31 @@ class LMConfig:
         tied: The LM head is the embedding table.
         attention_bias: Query, key, value and output projections have biases.
         qkv_bias: Query, key and value projections have biases, whatever the output projection has.
+        o_bias: The output projection has a bias, whatever the others have.
         mlp_bias: The MLP's projections have biases.
         head_bias: The LM head has a bias.
-        activation: The MLP's: "silu", "gelu" or "gelu_pytorch_tanh" (GELU by its approximation).
+        activation: The MLP's: "silu", "gelu", "gelu_pytorch_tanh" (GELU by its approximation),
+            "relu" or "relu2" (its square).
         gated: The MLP has a gate: down(activation(gate(x)) * up(x)), else down(activation(up(x))).
         norm: "rms"; "rms_offset" (the weight is what is added to 1); or "layer" (mean subtracted,
-            with bias).
+            with bias unless `norm_bias` is false).
+        norm_bias: See `norm`.
         norms: Where a block norms: "pre" (the input of attention and of the MLP); "post" (their
             outputs); "both"; or "shared" (one norm, whose output both read; with `parallel`).
         parallel: Attention and MLP of a block both read the block's input.
         qk_norm: Queries and keys are normed before rotation: "head" each head by itself, "width"
             all heads together; None not.
         scaled_embedding: Embeddings are multiplied by sqrt(D), rounded to the weights' dtype.
+        embedding_multiplier: Embeddings are multiplied by it.
+        residual_multiplier: So is what attention and MLP add to the residual stream.
         query_pre_attn_scalar: Attention scores are divided by its square root; None: `head_dim`.
+        attention_multiplier: Attention scores are multiplied by it instead; None: not.
+        logit_scale: Logits are multiplied by it.
         attention_softcap: c: attention scores become c tanh(score / c); None not.
         logit_softcap: The same for the logits.
         window: Tokens that a local layer attends to, the query's own included; 0 without any.
         local: For each layer whether it is local; () where none is.
+        unrotated: For each layer whether its queries and keys are not rotated; () where all are.
         local_rope: Rotary positions of the local layers; None: `rope`.
         quantized: Matrices are int8 in memory, with a scale for each row.
     """
@@ -102,19 +116,26 @@ class LMConfig:
     tied: bool
     attention_bias: bool = False
     qkv_bias: bool = False
+    o_bias: bool = False
     mlp_bias: bool = False
     head_bias: bool = False
     activation: str = "silu"
     gated: bool = True
     norm: str = "rms"
+    norm_bias: bool = True
     norms: str = "pre"
     parallel: bool = False
     qk_norm: str | None = None
     scaled_embedding: bool = False
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
     query_pre_attn_scalar: int | None = None
+    attention_multiplier: float | None = None
+    logit_scale: float = 1.0
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     window: int = 0
     local: tuple[bool, ...] = ()
+    unrotated: tuple[bool, ...] = ()
     local_rope: RopeConfig | None = None
     quantized: bool = False

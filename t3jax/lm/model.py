@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from t3jax import sharding
 from t3jax.json_files import read_json
-from t3jax.lm import decoder, gguf
+from t3jax.lm import attention, decoder, gguf
 from t3jax.lm.config import LMConfig
 from t3jax.lm.families import read_config
 from t3jax.lm.folder import check_links
@@ -70,7 +70,7 @@ def pure_functions(
     return (
         functools.partial(decoder.apply, config, mesh=mesh),
         functools.partial(decoder.unembed, config, mesh=mesh),
-        functools.partial(decoder.init_cache, config, dtype=dtype),
+        functools.partial(attention.init_cache, config, dtype=dtype),
     )
 
 

@@ -1,0 +1,188 @@
+"""Attention of a layer, over a text by itself or over the cache of what was read before.
+
+Axes: B batch, T time (new tokens), S cache slots, D features, H query heads, K key-value heads,
+G queries for each key head (H = K G), h head width. The softmax is computed in float32.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from t3jax import sharding
+from t3jax.lm.config import LMConfig
+from t3jax.lm.layers import Linear, cap, full_precision, make_norm
+from t3jax.lm.rotation import rotate
+
+Past = tuple[Array, Array, Array | np.ndarray]  # a layer's keys and values, and the cursor
+# So many queries attend at a time, but in no more parts than these; where no text came before, what
+# is after them is not even looked at. An accelerator has less to save and is slow to compile many.
+_QUERIES = {"cpu": 128, "default": 1024}
+_PARTS = 8
+_MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+
+class Cache(NamedTuple):
+    """Keys and values of the text read so far, one array for each layer.
+
+    New tokens of all rows are written at the same slots, so prompts of unequal length are padded on
+    the left. A slot is seen by a query if it holds a real token at or before the query's position.
+    Local layers keep the whole text too, and mask what has left their window.
+
+    Attributes:
+        keys: Per layer `[B, K, h, S]`, rotated.
+        values: Per layer `[B, K, S, h]`. Both stand as the products of a decoding step read them:
+            otherwise a CPU transposes the whole cache at every step.
+        positions: Position of the token in each slot, `[B, S]`; -1 where there is none.
+        cursor: Next slot to write, scalar. NumPy's is known when a program is traced: the 0 of an
+            empty cache, whose first queries look at no slot after their own.
+    """
+
+    keys: tuple[Float[Array, "B K h S"], ...]
+    values: tuple[Float[Array, "B K S h"], ...]
+    positions: Int[Array, "B S"]
+    cursor: Int[Array, ""] | Int[np.ndarray, ""]
+
+
+def init_cache(config: LMConfig, batch: int, slots: int, dtype: Any) -> Cache:
+    """An empty cache for `batch` texts of up to `slots` tokens, padding included."""
+    rows, width, layers = (batch, config.num_kv_heads), config.head_dim, range(config.num_layers)
+    return Cache(
+        keys=tuple(jnp.zeros((*rows, width, slots), dtype) for _ in layers),
+        values=tuple(jnp.zeros((*rows, slots, width), dtype) for _ in layers),
+        positions=jnp.full((batch, slots), -1, jnp.int32),
+        cursor=np.zeros((), np.int32),
+    )
+
+
+class Attention(nnx.Module):
+    """Attention with grouped queries; it also writes the cache."""
+
+    def __init__(self, config: LMConfig):
+        width, bias = config.hidden_size, config.attention_bias
+        q_width = config.num_heads * config.head_dim
+        k_width = config.num_kv_heads * config.head_dim
+        self.q = Linear(width, q_width, bias or config.qkv_bias, config.quantized)
+        self.k = Linear(width, k_width, bias or config.qkv_bias, config.quantized)
+        self.v = Linear(width, k_width, bias or config.qkv_bias, config.quantized)
+        self.o = Linear(q_width, width, bias or config.o_bias, config.quantized)
+        by_head, wanted = config.qk_norm == "head", config.qk_norm is not None
+        self.q_norm = make_norm(config, config.head_dim if by_head else q_width, wanted)
+        self.k_norm = make_norm(config, config.head_dim if by_head else k_width, wanted)
+        self.config = config
+
+    def __call__(
+        self,
+        x: Array,
+        rotation: tuple[Array, Array] | None,
+        seen: Array,
+        past: Past | None,
+        mesh: Mesh | None,
+    ) -> tuple[Array, Array, Array]:
+        """What a layer adds for its inputs.
+
+        Args:
+            x: Inputs, `[B, T, D]`.
+            rotation: Cosine and sine of the positions' angles; None leaves queries and keys as
+                they are.
+            seen: Which slots each query attends to, bool `[B, T, S]`.
+            past: The layer's keys and values so far, and the cursor; None for a text by itself.
+            mesh: Where the arrays live.
+
+        Returns:
+            Outputs `[B, T, D]`, and keys and values with the new ones.
+        """
+        c = self.config
+        b, t, _ = x.shape
+        group = c.num_heads // c.num_kv_heads
+        q, k, v = (self._whole(part, mesh) for part in (self.q(x), self.k(x), self.v(x)))
+        q = self._heads(q, self.q_norm, c.num_kv_heads, group).transpose(0, 2, 3, 1, 4)
+        k = self._heads(k, self.k_norm, c.num_kv_heads).transpose(0, 2, 1, 3)
+        v = v.reshape(b, t, c.num_kv_heads, c.head_dim).transpose(0, 2, 1, 3)
+        if rotation is not None:
+            interleaved = c.rope is not None and c.rope.interleaved
+            q = self._whole(rotate(q, rotation, interleaved), mesh)  # [B, K, G, T, h]
+            k = self._whole(rotate(k, rotation, interleaved), mesh)  # [B, K, T, h]
+        k = k.swapaxes(2, 3)
+        if past is not None:
+            keys, values, cursor = past
+            zero = jnp.zeros_like(cursor)
+            k = jax.lax.dynamic_update_slice(keys, k, (zero, zero, zero, cursor))
+            v = jax.lax.dynamic_update_slice(values, v, (zero, zero, cursor, zero))
+        if mesh is not None:
+            specs = sharding.attention_specs(mesh, c.num_kv_heads, t)
+            q, k, v = (
+                sharding.constrain(x, mesh, spec) for x, spec in zip((q, k, v), specs, strict=True)
+            )
+        if t == 1 or not self._splits_heads(mesh):
+            out = self._attend(q, k, v, seen)
+        else:
+            sizes = {name: max(queries, -(-t // _PARTS)) for name, queries in _QUERIES.items()}
+            alone = past is None or isinstance(past[2], np.ndarray)
+            ways = {
+                name: functools.partial(self._attend_in_parts, size, alone)
+                for name, size in sizes.items()
+            }
+            out = jax.lax.platform_dependent(q, k, v, seen, **ways)
+        out = out.transpose(0, 3, 1, 2, 4).reshape(b, t, c.num_heads * c.head_dim)
+        return self.o(self._whole(out, mesh)), k, v
+
+    def _attend_in_parts(
+        self, size: int, alone: bool, q: Array, k: Array, v: Array, seen: Array
+    ) -> Array:
+        """So many queries at a time; those of a text alone look at nothing after them."""
+        parts = []
+        for first in range(0, q.shape[3], size):
+            end = first + size
+            last = end if alone else k.shape[-1]
+            these = q[..., first:end, :], k[..., :last], v[..., :last, :]
+            parts.append(self._attend(*these, seen[:, first:end, :last]))
+        return jnp.concatenate(parts, axis=3)
+
+    def _attend(self, q: Array, k: Array, v: Array, seen: Array) -> Array:
+        """What queries `[B, K, G, T, h]` find, `[B, K, G, T, h]`."""
+        c = self.config
+        scores = jnp.einsum(
+            "bkgth,bkhs->bkgts",
+            q,
+            k,
+            precision=full_precision(k),
+            preferred_element_type=jnp.float32,
+        )
+        if c.attention_multiplier is None:
+            scores = scores * ((c.query_pre_attn_scalar or c.head_dim) ** -0.5)
+        else:
+            scores = scores * c.attention_multiplier
+        scores = cap(scores, c.attention_softcap)
+        # Where nothing is seen (padding) the weights become uniform, never NaN.
+        scores = jnp.where(seen[:, None, None], scores, _MASKED)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        return jnp.einsum(
+            "bkgts,bksh->bkgth",
+            weights,
+            v,
+            precision=full_precision(v),
+            preferred_element_type=jnp.float32,
+        ).astype(v.dtype)
+
+    def _splits_heads(self, mesh: Mesh | None) -> bool:
+        """Whether `model` splits whole heads, so that each device attends by itself."""
+        return mesh is None or self.config.num_kv_heads % mesh.shape[sharding.MODEL] == 0
+
+    def _whole(self, x: Array, mesh: Mesh | None) -> Array:
+        """`[B, T, heads h]` before it is split into heads that `model` does not divide."""
+        if self._splits_heads(mesh):
+            return x
+        return sharding.constrain(x, mesh, [sharding.ROWS])
+
+    def _heads(self, x: Array, norm: Any, *heads: int) -> Array:
+        """Splits `[B, T, heads h]` into `[B, T, *heads, h]`, normed before or after."""
+        if self.config.qk_norm == "width":
+            x = norm(x)
+        x = x.reshape(*x.shape[:2], *heads, self.config.head_dim)
+        return norm(x) if self.config.qk_norm == "head" else x

@@ -1,0 +1,145 @@
+"""Layers of the decoder: linear maps, norms and the MLP.
+
+Axes: B batch, T time, D features, F MLP width, R rank. Weights stand as Hugging Face stores them,
+[out, in]: that is also the layout in which a CPU reads a matrix once, row after row, when it
+multiplies a single vector. Norms are computed in float32 whatever the weights' dtype.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from t3jax import sharding
+from t3jax.lm import quantized
+from t3jax.lm.config import LMConfig
+from t3jax.lm.product import product
+
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+}
+# So many queries attend at a time, but in no more parts than these; where no text came before, what
+
+
+class Linear(nnx.Module):
+    """A linear map, or a table of embeddings, int8 or not, with a low-rank update if it has one."""
+
+    lora_a: Array | None = None
+    lora_b: Array | None = None
+
+    def __init__(self, fan_in: int, fan_out: int, bias: bool = False, quantized: bool = False):
+        self.weight = nnx.Param(jnp.zeros((fan_out, fan_in), jnp.int8 if quantized else None))
+        if quantized:
+            self.scale = nnx.Param(jnp.ones((fan_out,)))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((fan_out,)))
+        self.has_bias = bias
+        self.quantized = quantized
+
+    def __call__(self, x: Array) -> Array:
+        """The map of vectors `[..., in]`, `[..., out]`."""
+        # Rows on one axis: a CPU is slow at a weight's gradient when that sums over two.
+        rows = x.reshape(-1, x.shape[-1])
+        if self.quantized:
+            y = quantized.product(rows, self.weight[...], self.scale[...])
+        else:
+            y = product(rows, self.weight[...])
+        if self.lora_a is not None and self.lora_b is not None:
+            y = y + product(product(rows, self.lora_a), self.lora_b)
+        if self.has_bias:
+            y = y + jnp.broadcast_to(self.bias[...], y.shape)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def rows(self, ids: Array, mesh: Mesh | None) -> Array:
+        """Rows `[B, T, in]` of the matrix, as a table of embeddings."""
+        found = sharding.lookup(mesh, self.weight[...], ids)
+        if not self.quantized:
+            return found
+        scale = sharding.lookup(mesh, self.scale[...][:, None], ids)
+        return found.astype(scale.dtype) * jnp.broadcast_to(scale, found.shape)
+
+
+class _RMSNorm(nnx.Module):
+    def __init__(self, width: int, eps: float, offset: bool):
+        self.weight = nnx.Param(jnp.ones((width,)))
+        self.eps = eps
+        self.offset = offset
+
+    def __call__(self, x: Array) -> Array:
+        x32 = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        # The product with the weight happens in the model's dtype, as transformers does it; where
+        # the weight is an offset, in float32.
+        if self.offset:
+            weight = 1 + self.weight[...].astype(jnp.float32)
+            return (x32 * scale * jnp.broadcast_to(weight, x.shape)).astype(x.dtype)
+        return (x32 * scale).astype(x.dtype) * jnp.broadcast_to(self.weight[...], x.shape)
+
+
+class _LayerNorm(nnx.Module):
+    def __init__(self, width: int, eps: float, bias: bool):
+        self.weight = nnx.Param(jnp.ones((width,)))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((width,)))
+        self.has_bias = bias
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        y = x32 * scale * jnp.broadcast_to(self.weight[...].astype(jnp.float32), x.shape)
+        if self.has_bias:
+            y = y + jnp.broadcast_to(self.bias[...].astype(jnp.float32), x.shape)
+        return y.astype(x.dtype)
+
+
+def _identity(x: Array) -> Array:
+    return x
+
+
+def make_norm(config: LMConfig, width: int, wanted: bool = True) -> Any:
+    """The family's norm over vectors of a width; where it is not wanted, nothing."""
+    if not wanted:
+        return _identity
+    if config.norm == "layer":
+        return _LayerNorm(width, config.norm_eps, config.norm_bias)
+    return _RMSNorm(width, config.norm_eps, offset=config.norm == "rms_offset")
+
+
+class MLP(nnx.Module):
+    """The MLP of a layer, with a gate or without."""
+
+    def __init__(self, config: LMConfig):
+        width, inner = config.hidden_size, config.intermediate_size
+        if config.gated:
+            self.gate = Linear(width, inner, config.mlp_bias, config.quantized)
+        self.up = Linear(width, inner, config.mlp_bias, config.quantized)
+        self.down = Linear(inner, width, config.mlp_bias, config.quantized)
+        self.activation = _ACTIVATIONS[config.activation]
+        self.gated = config.gated
+
+    def __call__(self, x: Array) -> Array:
+        """The MLP's output, `[..., D]`."""
+        if self.gated:
+            return self.down(self.activation(self.gate(x)) * self.up(x))
+        return self.down(self.activation(self.up(x)))
+
+
+def cap(x: Array, cap: float | None) -> Array:
+    """Values held softly between -cap and cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def full_precision(weight: Array) -> jax.lax.Precision | None:
+    """Float32 means float32, also where the hardware's default would round the factors."""
+    return jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None

@@ -1,0 +1,85 @@
+"""Rotary positions: the angles of each kind, and the rotation of queries and keys.
+
+Axes: B batch, T time, h head width, r rotated width. Angles are computed in float32.
+"""
+
+import functools
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from t3jax.lm.config import RopeConfig
+
+
+def make_rotation(
+    rope: RopeConfig | None, head_dim: int, positions: Array
+) -> tuple[Array, Array] | None:
+    """Cosine and sine of the rotary angles, float32 `[B, T, r/2]`, r the rotated width."""
+    if rope is None:
+        return None
+    frequencies = inverse_wavelengths(rope, head_dim).reshape(1, 1, -1)
+    angles = jnp.maximum(positions, 0)[..., None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if rope.attention_factor != 1:
+        cos, sin = cos * rope.attention_factor, sin * rope.attention_factor
+    return cos, sin
+
+
+def rotate(x: Array, rotation: tuple[Array, Array], interleaved: bool = False) -> Array:
+    """Rotates pairs of `[B, ..., T, h]` by the angles `[B, T, r/2]`.
+
+    The pairs are (x_i, x_{i+r/2}), i < r/2, or (x_2i, x_{2i+1}) where they are interleaved. What
+    lies beyond the first r of a head stays as it is.
+    """
+    middle = (1,) * (x.ndim - 3)
+    cos, sin = (
+        part.reshape(part.shape[0], *middle, *part.shape[1:]).astype(x.dtype) for part in rotation
+    )
+    rotated = 2 * cos.shape[-1]
+    x, rest = (x, []) if rotated == x.shape[-1] else (x[..., :rotated], [x[..., rotated:]])
+    first, second = (x[..., ::2], x[..., 1::2]) if interleaved else jnp.split(x, 2, axis=-1)
+    turned = first * cos - second * sin, second * cos + first * sin
+    if interleaved:
+        turned = (jnp.stack(turned, axis=-1).reshape(x.shape),)
+    return jnp.concatenate([*turned, *rest], axis=-1)
+
+
+@functools.cache
+def inverse_wavelengths(rope: RopeConfig, head_dim: int) -> np.ndarray:
+    """Radians per position of each rotary pair, float32 `[r/2]`."""
+    width = int(head_dim * rope.rotated)
+    exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+    frequencies = (1.0 / np.float32(rope.theta) ** exponents).astype(np.float32)
+    if rope.kind == "linear":
+        return frequencies / np.float32(rope.factor)
+    if rope.kind == "longrope":
+        return frequencies / np.asarray(rope.short_factors, np.float32)
+    if rope.kind == "yarn":
+        keep = _yarn_ramp(rope, width)
+        return ((1 - keep) * frequencies / rope.factor + keep * frequencies).astype(np.float32)
+    if rope.kind in ("default", "dynamic"):
+        return frequencies
+    # Llama 3.1: how many turns a pair makes over the original context decides how far it is
+    # stretched: at least `high_freq_factor` turns not at all, at most `low_freq_factor` fully.
+    turns = rope.original_max_position * frequencies / np.float32(2 * math.pi)
+    ramp = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    keep = np.clip(ramp, 0.0, 1.0)
+    return ((1 - keep) * frequencies / rope.factor + keep * frequencies).astype(np.float32)
+
+
+def _yarn_ramp(rope: RopeConfig, width: int) -> np.ndarray:
+    """How far each pair keeps its wavelength, from 1 (all turns) to 0, float32 `[width/2]`."""
+
+    def pair(turns: float) -> float:
+        """The pair, a real number, that makes this number of turns over the original context."""
+        length = rope.original_max_position / (turns * 2 * math.pi)
+        return width * math.log(length) / (2 * math.log(rope.theta))
+
+    low, high = pair(rope.beta_fast), pair(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    ramp = (np.arange(width // 2, dtype=np.float32) - low) / max(high - low, 0.001)
+    return 1 - np.clip(ramp, 0.0, 1.0)
