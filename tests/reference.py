@@ -91,11 +91,76 @@ FAMILIES = {
         },
     },
     "olmo2": {"tie_word_embeddings": False},
+    "olmo3": {
+        "num_hidden_layers": 3,
+        "tie_word_embeddings": False,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": {**_YARN, "original_max_position_embeddings": 32},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    },
+    "smollm3": {
+        "sliding_window": 6,
+        "use_sliding_window": True,
+        "no_rope_layers": [1, 0],
+        "layer_types": ["sliding_attention", "full_attention"],
+        "attention_bias": True,
+        "mlp_bias": True,
+        "pad_token_id": None,
+    },
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.25,
+        "logits_scaling": 2.0,
+    },
+    "glm": {"head_dim": 16, "pad_token_id": None},
+    "glm4": {"head_dim": 16, "pad_token_id": None},
+    "ernie4_5": {"head_dim": 16, "use_bias": True},
+    "helium": {"head_dim": 8, "attention_bias": True, "mlp_bias": True},
+    "exaone4": {
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "seed_oss": {"head_dim": 16, "attention_out_bias": True, "mlp_bias": True},
+    "arcee": {"attention_bias": True, "mlp_bias": True, "hidden_act": "relu2"},
+    "cwm": {
+        "head_dim": 16,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": LLAMA3_ROPE,
+    },
+    "ministral": {
+        "head_dim": 8,
+        "sliding_window": 6,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    "ministral3": {
+        "head_dim": 16,
+        "rope_parameters": {
+            **_YARN,
+            "original_max_position_embeddings": 128,
+            "llama_4_scaling_beta": 0.1,
+        },
+        "pad_token_id": None,
+    },
+    "internlm3": {"head_dim": 16, "attention_bias": True, "mlp_bias": True},
+    "iquestcoder": {"head_dim": 16},
+    "stablelm": {"use_qkv_bias": True, "partial_rotary_factor": 0.5, "tie_word_embeddings": False},
+    "starcoder2": {"sliding_window": 6},
+    "cohere": {"logit_scale": 0.5},
+    "cohere2": {
+        "sliding_window": 6,
+        "logit_scale": 0.5,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "gpt_neox": {"hidden_act": "gelu", "tie_word_embeddings": False},
     "gpt2": {"n_inner": 48},
     "phi": {"hidden_act": "gelu_new", "tie_word_embeddings": False},
 }
-_SEEDS = {"gemma2": 3, "gemma3_text": 8}
+_SEEDS = {"cohere": 3, "cohere2": 3, "gemma2": 3, "gemma3_text": 8, "glm4": 4, "phi3": 4, "starcoder2": 3}
 
 
 def make_llama(name: str, **overrides) -> transformers.LlamaForCausalLM:

@@ -21,7 +21,7 @@ import tiny
 
 from t3jax import load_lm, make_mesh, sharding
 from t3jax.lm import from_params, gguf, lm_config, load_config, rotation, save_hf, weights
-from t3jax.lm.families import hf_config
+from t3jax.lm.config_json import hf_config
 from t3jax.lm.quantized import quantize
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"

@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 from t3jax.lm import LMConfig, RopeConfig, lm_config, read_config
-from t3jax.lm.families import hf_config
+from t3jax.lm.config_json import hf_config
 
 SHAPE = {
     "model_type": "llama",
@@ -358,11 +358,14 @@ def test_what_a_family_does_not_implement_is_refused(model_type, changed, messag
     [
         (
             {"model_type": "mamba"},
-            "model_type 'mamba' is not supported; known: .*gemma3.*llama.*phi",
+            "model_type 'mamba' is not supported: .* recurrent; .*known: .*gemma3.*llama.*phi",
         ),
         ({"model_type": None}, "model_type None is not supported"),
-        ({"hidden_act": "relu2"}, "hidden_act 'relu2' is not supported; known: silu, .*gelu_new"),
-        ({"quantization_config": {"bits": 4}}, "quantized weights are not supported"),
+        ({"hidden_act": "xielu"}, "hidden_act 'xielu' is not supported; known: silu, .*gelu_new"),
+        (
+            {"quantization_config": {"bits": 4}},
+            "weights quantised by .* are not supported; .* dtype=int8",
+        ),
         ({"num_key_value_heads": 3}, "8 query heads do not divide among 3 key heads"),
         (
             {"rope_scaling": {"rope_type": "ntk", "factor": 2.0}},

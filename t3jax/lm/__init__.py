@@ -2,8 +2,8 @@
 
 from t3jax.lm.attention import Cache
 from t3jax.lm.config import LMConfig, RopeConfig
+from t3jax.lm.config_json import lm_config, read_config
 from t3jax.lm.decoder import init_params
-from t3jax.lm.families import lm_config, read_config
 from t3jax.lm.model import LM, default_dtype, from_params, load_config, load_lm, make_lm
 from t3jax.lm.weights import save_hf
 

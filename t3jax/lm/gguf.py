@@ -17,8 +17,10 @@ import ml_dtypes
 import numpy as np
 
 from t3jax.lm.config import LMConfig
+from t3jax.lm.config_json import lm_config
 from t3jax.lm.decoder import Params
-from t3jax.lm.families import FAMILIES, Family, lm_config
+from t3jax.lm.families import FAMILIES
+from t3jax.lm.family import Family
 from t3jax.lm.weights import place_params
 
 _ARCHITECTURES = {  # llama.cpp's names of the families; "llama" is Mistral too

@@ -16,7 +16,7 @@ from t3jax import sharding
 from t3jax.json_files import read_json
 from t3jax.lm import attention, decoder, gguf
 from t3jax.lm.config import LMConfig
-from t3jax.lm.families import read_config
+from t3jax.lm.config_json import read_config
 from t3jax.lm.folder import check_links
 from t3jax.lm.weights import is_tied, load_params
 

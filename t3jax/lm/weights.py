@@ -23,8 +23,10 @@ import safetensors.numpy
 from t3jax import files, hosts
 from t3jax.json_files import check_regular, read_json
 from t3jax.lm.config import LMConfig
+from t3jax.lm.config_json import checkpoint_name, hf_config
 from t3jax.lm.decoder import Params, abstract_params
-from t3jax.lm.families import FAMILIES, Family, checkpoint_name, hf_config
+from t3jax.lm.families import FAMILIES
+from t3jax.lm.family import Family
 from t3jax.lm.folder import check_inside, indexed_file
 from t3jax.lm.quantized import quantize
 

@@ -1,0 +1,115 @@
+"""What a model family's Hugging Face folders say, and how they differ from Llama's."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Json = Mapping[str, Any]
+
+FIELDS = {  # of LMConfig, and of config.json
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "max_position": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "tied": "tie_word_embeddings",
+    "activation": "hidden_act",
+}
+DEFAULTS = {
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "rope_theta": 10000.0,
+}
+ROPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+
+WEIGHTS = {
+    "embed": "model.embed_tokens",
+    "final_norm": "model.norm",
+    "lm_head": "lm_head",
+    "layers.{i}.attention_norm": "model.layers.{i}.input_layernorm",
+    "layers.{i}.attention.q": "model.layers.{i}.self_attn.q_proj",
+    "layers.{i}.attention.k": "model.layers.{i}.self_attn.k_proj",
+    "layers.{i}.attention.v": "model.layers.{i}.self_attn.v_proj",
+    "layers.{i}.attention.o": "model.layers.{i}.self_attn.o_proj",
+    "layers.{i}.mlp_norm": "model.layers.{i}.post_attention_layernorm",
+    "layers.{i}.mlp.gate": "model.layers.{i}.mlp.gate_proj",
+    "layers.{i}.mlp.up": "model.layers.{i}.mlp.up_proj",
+    "layers.{i}.mlp.down": "model.layers.{i}.mlp.down_proj",
+}
+QK_NORMS = {
+    "layers.{i}.attention.q_norm": "model.layers.{i}.self_attn.q_norm",
+    "layers.{i}.attention.k_norm": "model.layers.{i}.self_attn.k_norm",
+}
+FUSED_MLP = {
+    "layers.{i}.mlp.gate": "model.layers.{i}.mlp.gate_up_proj",
+    "layers.{i}.mlp.up": "model.layers.{i}.mlp.gate_up_proj",
+}
+POST_NORMS = {
+    "layers.{i}.attention_post_norm": "model.layers.{i}.post_attention_layernorm",
+    "layers.{i}.mlp_post_norm": "model.layers.{i}.post_feedforward_layernorm",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A family's Hugging Face folders; the defaults are Llama's.
+
+    Attributes:
+        architecture: The class of transformers.
+        fixed: Fields of `LMConfig` that hold for the whole family.
+        fields: Further fields of `LMConfig`, or the same under other names of `config.json`; None
+            removes one.
+        defaults: What `config.json` means where it is silent.
+        expected: Fields of `config.json` that must have one of these values, if they are there.
+        aliases: Other names of fields of `config.json`.
+        slides: `(config.json, layer) -> bool`: which layers have the sliding window where
+            `layer_types` is silent; None where the family has no windows.
+        layer_types: Whether `config.json` may say of each layer if it has the window.
+        unrotated: `(config.json, layer, local) -> bool`: which layers leave queries and keys as
+            they are; None where all rotate them.
+        interleaved: Rotary pairs are neighbours in a head.
+        reciprocal: Fields of `config.json` whose reciprocal is the field of `LMConfig`.
+        ropes: Kinds of rotary positions that transformers knows in the family.
+        weights: The decoder's parameters, and their modules in a checkpoint; {i} is the layer.
+            Parameters of one module are stacked in it, in this order.
+        by_head: What is stacked is stacked head by head.
+        transposed: Modules, by the end of their name, that are stored [in, out].
+        renamed: Patterns of other names that checkpoints use for the same, and what to put for
+            them; None: a weight of that name is no part of the decoder.
+    """
+
+    architecture: str
+    fixed: Json = dataclasses.field(default_factory=dict)
+    fields: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    defaults: Json = dataclasses.field(default_factory=dict)
+    expected: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    slides: Callable[[Json, int], bool] | None = None
+    layer_types: bool = False
+    unrotated: Callable[[Json, int, bool], bool] | None = None
+    interleaved: bool = False
+    reciprocal: tuple[str, ...] = ()
+    ropes: tuple[str, ...] = ROPES
+    weights: Mapping[str, str] = dataclasses.field(default_factory=lambda: WEIGHTS)
+    by_head: bool = False
+    transposed: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str | None], ...] = ()
+
+    @property
+    def all_fields(self) -> dict[str, str]:
+        """Fields of `LMConfig` and their names in `config.json`, Llama's and the family's own."""
+        both = {**FIELDS, **self.fields}
+        return {field: name for field, name in both.items() if name is not None}
+
+    @property
+    def all_defaults(self) -> dict[str, Any]:
+        """Llama's and the family's own."""
+        return {**DEFAULTS, **self.defaults}

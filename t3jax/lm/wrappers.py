@@ -1,0 +1,115 @@
+"""Multimodal models whose text model is read: what of their `config.json` it is.
+
+Images and sound are no part of what is read; the text model alone computes what the whole one
+computes for texts.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from t3jax.json_files import show_json
+from t3jax.lm.families import FAMILIES
+from t3jax.lm.family import Json
+
+# Fields that published configs of these leave out where they are as in transformers' classes.
+_LLAMA = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+}
+_TEXT_TYPES = {  # of text models that are of a family in all but their name
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrapper:
+    """A multimodal model.
+
+    Attributes:
+        text: Family of the text model.
+        others: Whether its own config may name another family.
+        tied: Whether the LM head is the embedding table where the config is silent.
+        text_ties: Whether the text model's config may say so too.
+        defaults: What the text model's config means where it is silent.
+    """
+
+    text: str
+    others: bool = True
+    tied: bool = False
+    text_ties: bool = False
+    defaults: Json = dataclasses.field(default_factory=dict)
+
+
+_QWEN2_VL = Wrapper("qwen2", others=False, text_ties=True, defaults={"rope_theta": 1e6})
+WRAPPERS = {
+    "aya_vision": Wrapper("cohere2", tied=True),
+    "gemma3": Wrapper("gemma3_text", others=False, tied=True),
+    "idefics3": Wrapper("llama", defaults=_LLAMA),
+    "internvl": Wrapper("qwen2", tied=True),
+    "llava": Wrapper("llama", text_ties=True, defaults=_LLAMA),
+    "llava_next": Wrapper("llama", defaults=_LLAMA),
+    "llava_onevision": Wrapper("qwen2", text_ties=True),
+    "mistral3": Wrapper("mistral", tied=True),
+    "qwen2_5_vl": _QWEN2_VL,
+    "qwen2_vl": _QWEN2_VL,
+    "qwen3_vl": Wrapper("qwen3", others=False, defaults={"rope_theta": 5e5}),
+    "smolvlm": Wrapper("llama", defaults=_LLAMA),
+}
+
+
+def text_config(config: Json) -> dict[str, Any]:
+    """The `config.json` of the text model of a multimodal one.
+
+    Args:
+        config: The whole `config.json`, whose `model_type` is in `WRAPPERS`.
+
+    Returns:
+        The text model's, with its family as `model_type`.
+
+    Raises:
+        ValueError: If the text model is of no known family.
+    """
+    wrapper = WRAPPERS[config["model_type"]]
+    # Folders of Qwen 2 VL have the fields of the text model at the top.
+    text = config.get("text_config", {**config, "model_type": wrapper.text})
+    model_type = text.get("model_type", wrapper.text) if isinstance(text, Mapping) else None
+    family = _TEXT_TYPES.get(model_type, model_type)
+    if model_type is None or (family != wrapper.text and not wrapper.others):
+        raise ValueError(f"text_config is {show_json(text)}, expected an object for {wrapper.text}")
+    if family not in FAMILIES:
+        raise ValueError(
+            f"text_config.model_type {show_json(model_type)} is not supported; known: "
+            f"{sorted([*FAMILIES, *_TEXT_TYPES])}"
+        )
+    if config["model_type"] == "gemma3" and text.get("final_logit_softcapping") is not None:
+        raise ValueError(
+            "text_config.final_logit_softcapping is "
+            f"{show_json(text['final_logit_softcapping'])}, expected null: the multimodal class of "
+            "transformers leaves the cap out"
+        )
+    tied = config.get("tie_word_embeddings", wrapper.tied)
+    if wrapper.text_ties:
+        tied = tied or text.get("tie_word_embeddings", False)
+    defaults = {} if family != wrapper.text else wrapper.defaults
+    found = {**defaults, **text, "model_type": family, "tie_word_embeddings": tied}
+    for name in ("rope_parameters", "rope_scaling"):
+        if isinstance(found.get(name), Mapping):
+            found[name] = _without_sections(found[name])
+    return found
+
+
+def _without_sections(rope: Json) -> dict[str, Any]:
+    """Rotary settings whose positions of time, height and width are one, as in all texts."""
+    rope = {k: v for k, v in rope.items() if k not in ("mrope_section", "mrope_interleaved")}
+    return {
+        name: "default" if name in ("rope_type", "type") and value == "mrope" else value
+        for name, value in rope.items()
+    }
