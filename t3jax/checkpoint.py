@@ -152,6 +152,9 @@ class RunFolder:
             # A save that failed fails again here, and must not hide the first error.
             with contextlib.suppress(*([Exception] if any(error) else [])):
                 self._checkpoints.close()
+            if any(error) and hosts.is_lead():  # what a save that was cut short has written
+                for path in (self._folder / "checkpoints").glob("*.orbax-checkpoint-tmp"):
+                    shutil.rmtree(path, ignore_errors=True)
         finally:
             self._open.__exit__(*error)
 
@@ -196,7 +199,8 @@ class RunFolder:
             writer.flush()
         digests = {"state": params_digest(state), "metrics": self._metrics_digest.hexdigest()}
         try:
-            self._checkpoints.save(done, state, custom_metadata=digests)
+            with _one_error():
+                self._checkpoints.save(done, state, custom_metadata=digests)
         except Exception as error:  # a full disk is a ValueError of TensorStore's
             raise OSError(
                 f"{self._folder}: the checkpoint of {self._unit} {done} could not be saved "
@@ -215,9 +219,9 @@ class RunFolder:
 
 @contextlib.contextmanager
 def _one_error() -> Iterator[None]:
-    """Lets the error of a read that fails be the only one.
+    """Lets the error of a read or a save that fails be the only one.
 
-    Orbax leaves the reads that are under way alone; each fails later, with a traceback of its own.
+    Orbax leaves those that are under way alone; each fails later, with a traceback of its own.
     """
     asyncio_log, hook = logging.getLogger("asyncio"), sys.unraisablehook
 

@@ -25,6 +25,8 @@ from t3jax.finetuning import FinetuneConfig, finetune
 from t3jax.head import HeadConfig, class_prior_shift
 from t3jax.head_io import Head
 from t3jax.lm import LM, default_dtype, load_config, load_lm, save_hf
+from t3jax.lm.adapter import save_adapter
+from t3jax.lm.decoder import Lora
 from t3jax.settings import from_config
 from t3jax.training import TrainConfig
 from t3jax.training_sets import SyntheticOptions, TrainingSets, make_training_sets
@@ -130,6 +132,16 @@ def finetune_once(config: Any, mesh: Mesh) -> pathlib.Path:
     if hosts.of_lead(hosts.is_lead() and _was_made_by(record, made_by)):
         return record.parent
     lm_config = load_config(config.model)
+
+    def write_adapter(lora: Lora) -> None:
+        try:
+            with files.replacing_folder(workdir / "adapter") as folder:
+                save_adapter(
+                    folder, lm_config, lora, recipe.lora_rank, recipe.lora_alpha, config.model
+                )
+        except ValueError as error:  # the merged model is written all the same
+            print(f"no adapter is written: {error}")
+
     params = finetune(
         lm_config,
         lm.params,
@@ -141,6 +153,7 @@ def finetune_once(config: Any, mesh: Mesh) -> pathlib.Path:
         workdir=workdir,
         mesh=mesh,
         progress="fine-tuning",
+        on_lora=write_adapter,
     )
     dtype = params["embed"]["weight"].dtype
     params = hosts.fetch_to_lead(params)

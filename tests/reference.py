@@ -160,7 +160,15 @@ FAMILIES = {
     "gpt2": {"n_inner": 48},
     "phi": {"hidden_act": "gelu_new", "tie_word_embeddings": False},
 }
-_SEEDS = {"cohere": 3, "cohere2": 3, "gemma2": 3, "gemma3_text": 8, "glm4": 4, "phi3": 4, "starcoder2": 3}
+_SEEDS = {
+    "cohere": 3,
+    "cohere2": 3,
+    "gemma2": 3,
+    "gemma3_text": 8,
+    "glm4": 4,
+    "phi3": 4,
+    "starcoder2": 3,
+}
 
 
 def make_llama(name: str, **overrides) -> transformers.LlamaForCausalLM:
@@ -193,6 +201,68 @@ def make_family(name: str, **overrides) -> transformers.PreTrainedModel:
                 parameter.normal_(0.0, 0.1 if gemma else 0.25)  # Gemma's is multiplied by sqrt(D)
             else:
                 parameter.normal_(0.0, 0.5)
+    return model.eval()
+
+
+_VISION = {
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "image_size": 8,
+    "patch_size": 4,
+}
+_QWEN_VISION = {
+    "depth": 1,
+    "embed_dim": 8,
+    "hidden_size": 32,
+    "num_heads": 1,
+    "out_hidden_size": 32,
+    "intermediate_size": 8,
+    "patch_size": 4,
+    "fullatt_block_indexes": [0],
+    "deepstack_visual_indexes": [0],
+    "num_position_embeddings": 4,
+}
+_MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+WRAPPERS = {  # fields of the text model's config, and the vision model's
+    "qwen2_vl": ({"rope_parameters": _MROPE}, _QWEN_VISION),
+    "qwen2_5_vl": ({"rope_parameters": _MROPE}, _QWEN_VISION),
+    "qwen3_vl": (
+        {"rope_parameters": {**_MROPE, "mrope_interleaved": True}, "head_dim": 8},
+        _QWEN_VISION,
+    ),
+    "llava": ({"model_type": "llama"}, {**_VISION, "model_type": "clip_vision_model"}),
+    "llava_next": ({"model_type": "mistral"}, {**_VISION, "model_type": "clip_vision_model"}),
+    "llava_onevision": ({"model_type": "qwen2"}, {**_VISION, "model_type": "siglip_vision_model"}),
+    "mistral3": (
+        {"model_type": "ministral3", "head_dim": 8, **FAMILIES["ministral3"]},
+        {**_VISION, "model_type": "pixtral", "head_dim": 8},
+    ),
+    "idefics3": ({"model_type": "llama", "pad_token_id": 0}, _VISION),
+    "smolvlm": ({"model_type": "llama", "pad_token_id": 0}, _VISION),
+    "internvl": (
+        {"model_type": "qwen3", "head_dim": 8},
+        {**_VISION, "image_size": [8, 8], "patch_size": [4, 4]},
+    ),
+}
+
+
+def make_wrapper(name: str, tied: bool) -> transformers.PreTrainedModel:
+    """A tiny multimodal model of `WRAPPERS` with random weights."""
+    torch.manual_seed(0)
+    text, vision = WRAPPERS[name]
+    text = {**_LLAMA, **text, "tie_word_embeddings": tied}
+    config = transformers.AutoConfig.for_model(
+        name, text_config=text, vision_config=vision, tie_word_embeddings=tied
+    )
+    model = transformers.AutoModelForImageTextToText.from_config(config)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if "norm" in path:
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(0.0, 0.25)
     return model.eval()
 
 

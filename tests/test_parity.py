@@ -20,6 +20,7 @@ from t3jax.evaluation.scoring import BASE, Setting
 from t3jax.evaluation.store import Store
 from t3jax.lm import families, from_params, load_config, load_lm, read_config, save_hf
 from t3jax.lm.weights import load_params
+from t3jax.lm.wrappers import WRAPPERS
 from t3jax.sampling import Sampler
 
 torch = pytest.importorskip(
@@ -231,8 +232,26 @@ def test_the_text_model_of_a_multimodal_folder(tmp_path):
         close(np.asarray(ours)[mask], theirs.numpy()[mask], atol=1e-4)
 
 
+@pytest.mark.parametrize("name", reference.WRAPPERS)
+def test_the_text_model_of_other_multimodal_folders(name, tmp_path):
+    tied = len(name) % 2 == 0
+    model = reference.make_wrapper(name, tied)
+    model.save_pretrained(tmp_path)
+    config = read_config(tmp_path)
+    assert config.tied == tied
+    lm = from_params(config, load_params(tmp_path, config, jnp.float32), None, (), name)
+    tokens, mask = padded("right", 200)
+    with torch.no_grad():
+        expected = model(
+            input_ids=torch.tensor(tokens), attention_mask=torch.tensor(mask).long()
+        ).logits.numpy()[mask]
+    assert expected.std() > 0.1  # far from all equal
+    close(np.asarray(forward(lm, tokens, mask)[1])[mask], expected, atol=1e-4)
+
+
 def test_every_family_is_compared():
     assert {"llama", *reference.FAMILIES} == set(families.FAMILIES)
+    assert {"gemma3", *reference.WRAPPERS} == set(WRAPPERS)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from t3jax.finetuning.lora import merge_lora
 from t3jax.finetuning.recipe import FinetuneConfig, learning_rate_schedule
 from t3jax.finetuning.trainer import Params, Trainer
 from t3jax.lm import LMConfig
+from t3jax.lm.decoder import Lora
 
 
 def finetune(
@@ -34,6 +35,7 @@ def finetune(
     workdir: str | pathlib.Path | None = None,
     mesh: Mesh | None = None,
     progress: str | None = None,
+    on_lora: Callable[[Lora], None] | None = None,
 ) -> Params:
     """Fine-tunes a language model on the answers of some rows.
 
@@ -56,6 +58,7 @@ def finetune(
         mesh: Where to train; None means one device.
         progress: Label of a progress bar with loss and remaining time, which leaves a line for each
             epoch; None shows nothing.
+        on_lora: Called in process 0 with LoRA's factors, NumPy arrays, when training has ended.
 
     Returns:
         The trained parameter tree, placed on the mesh: float32, or with LoRA merged into `params`
@@ -130,6 +133,10 @@ def finetune(
                 bar.write(_describe(metrics, config.epochs))
         bar.close()
     if config.lora_rank:
+        if on_lora is not None:
+            factors = hosts.fetch(state[0])
+            if hosts.is_lead():
+                on_lora(factors)
         params = hosts.place(params, sharding.param_shardings(mesh, params))
         return merge_lora(params, state[0], config.lora_scale)
     return state[0]

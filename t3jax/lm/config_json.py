@@ -113,6 +113,12 @@ def read_config(folder: pathlib.Path) -> LMConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
+def wrapper_of(folder: pathlib.Path) -> str | None:
+    """The type of the multimodal model whose text model a folder is read as; None: of none."""
+    model_type = read_json(folder / "config.json", dict[str, Any]).get("model_type")
+    return model_type if model_type in WRAPPERS else None
+
+
 def lm_config(config: Json) -> LMConfig:
     """The decoder's shape from the content of a `config.json`; see `read_config`."""
     model_type = config.get("model_type")

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -15,10 +16,12 @@ from jax.sharding import Mesh
 from t3jax import sharding
 from t3jax.json_files import read_json
 from t3jax.lm import attention, decoder, gguf
+from t3jax.lm.adapter import CONFIG as ADAPTER_CONFIG
+from t3jax.lm.adapter import is_adapter, read_base
 from t3jax.lm.config import LMConfig
-from t3jax.lm.config_json import read_config
+from t3jax.lm.config_json import read_config, wrapper_of
 from t3jax.lm.folder import check_links
-from t3jax.lm.weights import is_tied, load_params
+from t3jax.lm.weights import check_params, is_tied, load_params
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -86,8 +89,9 @@ def load_lm(
     tokenizer name, all of them, in this order.
 
     Args:
-        name: A folder with `config.json`, safetensors weights and tokenizer; a hub id; or a GGUF
-            file, which needs the extra `t3jax[gguf]`.
+        name: A folder with `config.json`, safetensors weights and tokenizer; a folder of PEFT with
+            a LoRA adapter, which is merged into its base as that is read; a hub id of either; or a
+            GGUF file, which needs the extra `t3jax[gguf]`.
         dtype: "float32", "bfloat16" or "float16"; None means float32 on CPU, where it is the fast
             one, and bfloat16 elsewhere. "int8" rounds the matrices as they are read, each row with
             a scale of its own (`t3jax.lm.quantized`), and computes in what None means.
@@ -117,13 +121,20 @@ def load_lm(
         eos_ids = _within(path, gguf.read_eos_ids(file), config.vocab_size)
         params = gguf.load_params(file, config, computed, shardings)
     else:
-        check_links(path)
+        path, adapter = _base_and_adapter(path)
         config = dataclasses.replace(read_config(path), quantized=quantized)
+        if wrapper := wrapper_of(path):
+            warnings.warn(
+                f"{path}: of this {wrapper} the text model is read, a {config.model_type}; images "
+                "and sound are not",
+                stacklevel=2,
+            )
         named = _named_ends(path, config.vocab_size)  # first: transformers' errors are its own
-        tokenizer = _tokenizer(path)
+        own = adapter is not None and any((adapter / name).is_file() for name in _TOKENIZER_FILES)
+        tokenizer = _tokenizer(adapter if adapter is not None and own else path)
         _check_vocabulary(path, tokenizer, config)
         eos_ids = _eos_ids(path, named, tokenizer, config.vocab_size)
-        params = load_params(path, config, computed, shardings)
+        params = load_params(path, config, computed, shardings, adapter)
         config = dataclasses.replace(config, tied=config.tied and "lm_head" not in params)
     return from_params(config, params, tokenizer, eos_ids, str(name), mesh)
 
@@ -133,9 +144,42 @@ def load_config(name: str | pathlib.Path) -> LMConfig:
     path = model_path(name)
     if path.is_file():
         return gguf.read_config(gguf.open_gguf(path))
-    check_links(path)
+    path, _ = _base_and_adapter(path)
     config = read_config(path)
     return dataclasses.replace(config, tied=is_tied(path, config)) if config.tied else config
+
+
+def check_weights(path: pathlib.Path) -> None:
+    """Checks that a model's weights are there and fit its config, without reading them.
+
+    Args:
+        path: From `model_path`.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If names or shapes do not fit, or a file is broken.
+    """
+    if path.is_file():
+        gguf.read_config(gguf.open_gguf(path))
+        return
+    base, adapter = _base_and_adapter(path)
+    check_params(base, read_config(base), adapter)
+
+
+def _base_and_adapter(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path | None]:
+    """The folder of the whole model, and the adapter's if `path` is one."""
+    check_links(path)
+    if not is_adapter(path):
+        return path, None
+    base = model_path(read_base(path))
+    if base.is_file() or is_adapter(base):
+        kind = "a file" if base.is_file() else "an adapter"
+        raise ValueError(
+            f"{path / ADAPTER_CONFIG}: the base model {base} is {kind}; expected a Hugging Face "
+            "folder with whole weights"
+        )
+    check_links(base)
+    return base, path
 
 
 def from_params(

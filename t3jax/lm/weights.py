@@ -22,6 +22,7 @@ import safetensors.numpy
 
 from t3jax import files, hosts
 from t3jax.json_files import check_regular, read_json
+from t3jax.lm.adapter import merge_adapter
 from t3jax.lm.config import LMConfig
 from t3jax.lm.config_json import checkpoint_name, hf_config
 from t3jax.lm.decoder import Params, abstract_params
@@ -48,6 +49,7 @@ def load_params(
     config: LMConfig,
     dtype: Any,
     shardings: Callable[[Params], Any] | None = None,
+    adapter: pathlib.Path | None = None,
 ) -> Params:
     """Reads a model's weights.
 
@@ -59,6 +61,7 @@ def load_params(
             quantised, that of all but matrices, which are rounded to int8.
         shardings: Gives the tree of shardings for the abstract parameter tree; None puts
             everything on the default device.
+        adapter: Folder of a LoRA adapter that is merged into them.
 
     Returns:
         The parameter tree, placed; see `place_params`.
@@ -70,7 +73,33 @@ def load_params(
             holds NaN or Inf.
     """
     family = FAMILIES[config.model_type]
-    return place_params(folder, config, family, _open_all(folder, family), dtype, shardings)
+    tensors = _open_all(folder, family)
+    if adapter is not None:
+        tensors = merge_adapter(adapter, tensors)
+    return place_params(folder, config, family, tensors, dtype, shardings)
+
+
+def check_params(
+    folder: pathlib.Path, config: LMConfig, adapter: pathlib.Path | None = None
+) -> None:
+    """Checks that the names and shapes of a folder's weights fit a config; reads no weight.
+
+    Args:
+        folder: As in `load_params`.
+        config: The model's shape.
+        adapter: As in `load_params`; its factors are read.
+
+    Raises:
+        FileNotFoundError: As `load_params`.
+        ValueError: As `load_params`, but for NaN and Inf.
+    """
+    family = FAMILIES[config.model_type]
+    tensors: Mapping[str, tuple[Any, str]] = _open_all(folder, family)
+    if adapter is not None:
+        tensors = merge_adapter(adapter, tensors)
+    config, tensors = _as_stored(folder, config, family, tensors)
+    places = _places(config, family, abstract_params(config, jnp.float32))
+    _check(folder, config, family, places, tensors)
 
 
 def place_params(

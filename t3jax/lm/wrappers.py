@@ -50,7 +50,6 @@ class Wrapper:
 
 _QWEN2_VL = Wrapper("qwen2", others=False, text_ties=True, defaults={"rope_theta": 1e6})
 WRAPPERS = {
-    "aya_vision": Wrapper("cohere2", tied=True),
     "gemma3": Wrapper("gemma3_text", others=False, tied=True),
     "idefics3": Wrapper("llama", defaults=_LLAMA),
     "internvl": Wrapper("qwen2", tied=True),

@@ -1,0 +1,89 @@
+"""What a model folder is, whether it loads, and what memory it takes: python -m t3jax.lm FOLDER.
+
+Only descriptions are read, of a file in safetensors its head; no weight is.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from t3jax.lm.adapter import is_adapter, read_base
+from t3jax.lm.config import LMConfig
+from t3jax.lm.config_json import wrapper_of
+from t3jax.lm.decoder import abstract_params
+from t3jax.lm.model import check_weights, load_config, model_path
+
+_GIB = 1 << 30
+
+
+def main() -> int:
+    """Prints what a model is; the status is 1 if it does not load."""
+    parser = argparse.ArgumentParser(
+        prog="python -m t3jax.lm",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", help="a Hugging Face folder, a hub id or a GGUF file")
+    name = parser.parse_args().model
+    try:
+        path = model_path(name)
+        config = load_config(path)
+        check_weights(path)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"{name}: does not load\n{error}", file=sys.stderr)
+        return 1
+    print("\n".join(describe(path, config)))
+    return 0
+
+
+def describe(path: pathlib.Path, config: LMConfig) -> list[str]:
+    """Lines about a model that loads.
+
+    Args:
+        path: Where it is.
+        config: Its shape.
+
+    Returns:
+        What it is, its shape, and the memory of its weights and of its cache.
+    """
+    kind = f"a {config.model_type} model"
+    if path.is_file():
+        kind += " in a GGUF file"
+    elif is_adapter(path):
+        kind = f"a LoRA adapter of {read_base(path)}, {kind}"
+    elif wrapper := wrapper_of(path):
+        kind = f"the text model of a {wrapper}, {kind}"
+    heads = f"{config.num_heads} query heads"
+    if config.num_kv_heads != config.num_heads:
+        heads += f" over {config.num_kv_heads} key heads"
+    windows = f", {sum(config.local)} of them with a window of {config.window}"
+    cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    count = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config, jnp.float32)))
+    return [
+        f"{path}: {kind}; it loads",
+        f"{config.num_layers} layers{windows if config.local else ''}, width {config.hidden_size}, "
+        f"{heads} of width {config.head_dim}, MLPs of width {config.intermediate_size}",
+        f"context {config.max_position} tokens, vocabulary {config.vocab_size}",
+        f"{count:,} weights: "
+        + ", ".join(
+            f"{_weight_bytes(config, dtype) / _GIB:.2f} GiB in {dtype}"
+            for dtype in ("float32", "bfloat16", "int8")
+        ),
+        f"cache: {2 * cache / 1024:.1f} KiB a token in bfloat16",
+    ]
+
+
+def _weight_bytes(config: LMConfig, dtype: str) -> int:
+    quantized = dtype == "int8"
+    shape = dataclasses.replace(config, quantized=quantized)
+    leaves = jax.tree.leaves(abstract_params(shape, jnp.bfloat16 if quantized else dtype))
+    return sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in leaves)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
