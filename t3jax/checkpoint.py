@@ -26,6 +26,7 @@ import os
 import pathlib
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -152,9 +153,8 @@ class RunFolder:
             # A save that failed fails again here, and must not hide the first error.
             with contextlib.suppress(*([Exception] if any(error) else [])):
                 self._checkpoints.close()
-            if any(error) and hosts.is_lead():  # what a save that was cut short has written
-                for path in (self._folder / "checkpoints").glob("*.orbax-checkpoint-tmp"):
-                    shutil.rmtree(path, ignore_errors=True)
+            if any(error) and hosts.is_lead():
+                _remove_cut_short(self._folder / "checkpoints")
         finally:
             self._open.__exit__(*error)
 
@@ -215,6 +215,16 @@ class RunFolder:
                 SummaryWriter(str(self._folder / "tensorboard" / head), purge_step=self.done + 1)
             )
         return self._writers[head]
+
+
+def _remove_cut_short(folder: pathlib.Path) -> None:
+    """Removes what saves that failed have written, until none of their threads writes any more."""
+    for _ in range(100):
+        for path in folder.glob("*.orbax-checkpoint-tmp"):
+            shutil.rmtree(path, ignore_errors=True)
+        time.sleep(0.05)
+        if not any(folder.glob("*.orbax-checkpoint-tmp")):
+            return
 
 
 @contextlib.contextmanager
