@@ -9,7 +9,8 @@ import pytest
 import transformers
 
 from t3jax.lm import LMConfig, RopeConfig, lm_config, read_config
-from t3jax.lm.config_json import hf_config
+from t3jax.lm.config_json import checkpoint_name, hf_config
+from t3jax.lm.families import FAMILIES
 
 SHAPE = {
     "model_type": "llama",
@@ -220,6 +221,158 @@ FAMILY_CONFIGS = {
         },
     ),
     "olmo2": ({"attention_bias": False}, {"norms": "post", "qk_norm": "width", "num_kv_heads": 4}),
+    "olmo3": (
+        {
+            "num_key_value_heads": 4,
+            "sliding_window": 16,
+            "rope_scaling": {**YARN, "attention_factor": 1.25, "beta_fast": 32, "beta_slow": 1},
+        },
+        {
+            "norms": "post",
+            "rope": RopeConfig(5e5, "yarn", 4.0, original_max_position=128, attention_factor=1.25),
+            "local_rope": RopeConfig(5e5),
+            "window": 16,
+            "local": (True, True, True, False, True, True),
+        },
+    ),
+    "smollm3": (
+        {
+            "num_key_value_heads": 2,
+            "no_rope_layers": [1, 1, 1, 0, 1, 1],
+            "no_rope_layer_interval": 4,
+            "layer_types": ["full_attention"] * 6,
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "attention_bias": False,
+            "mlp_bias": False,
+        },
+        {"unrotated": (False, False, False, True, False, False), "window": 0, "tied": True},
+    ),
+    "smollm3 by its interval": (
+        {"no_rope_layer_interval": 3},
+        {"unrotated": (False, False, True) * 2, "num_kv_heads": 4},
+    ),
+    "granite": (
+        {
+            "num_key_value_heads": 2,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.015625,
+            "logits_scaling": 8.0,
+            "tie_word_embeddings": True,
+        },
+        {
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.015625,
+            "logit_scale": 0.125,
+        },
+    ),
+    "glm": (
+        {"head_dim": 16, "attention_bias": True, "partial_rotary_factor": 0.5},
+        {
+            "num_kv_heads": 2,
+            "qkv_bias": True,
+            "attention_bias": False,
+            "rope": RopeConfig(5e5, rotated=0.5, interleaved=True),
+        },
+    ),
+    "glm4": (
+        {"partial_rotary_factor": 0.5, "head_dim": 128},
+        {"norms": "both", "rope": RopeConfig(5e5, rotated=0.5, interleaved=True)},
+    ),
+    "ernie4_5": (
+        {"head_dim": 128, "use_bias": False, "num_key_value_heads": 2},
+        {"tied": True, "mlp_bias": False, "rope": RopeConfig(5e5, interleaved=True)},
+    ),
+    "helium": (
+        {"head_dim": 8, "num_key_value_heads": 4},
+        {"qkv_bias": False, "rope": RopeConfig(5e5, interleaved=True)},
+    ),
+    "exaone4": (
+        {
+            "num_key_value_heads": 2,
+            "sliding_window": 16,
+            "sliding_window_pattern": "LLG",
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        },
+        {
+            "local": (True, True, False) * 2,
+            "unrotated": (False, False, True) * 2,
+            "qk_norm": "head",
+            "norms": "post",
+        },
+    ),
+    "exaone4 without a window": (
+        {
+            "num_key_value_heads": 2,
+            "sliding_window": None,
+            "sliding_window_pattern": None,
+            "layer_types": ["full_attention"] * 6,
+        },
+        {"local": (), "unrotated": ()},
+    ),
+    "seed_oss": (
+        {"num_key_value_heads": 2, "attention_bias": True, "attention_out_bias": False},
+        {"qkv_bias": True, "attention_bias": False, "o_bias": False, "head_dim": 128},
+    ),
+    "arcee": (
+        {"num_key_value_heads": 2, "hidden_act": "relu2"},
+        {"gated": False, "activation": "relu2"},
+    ),
+    "cwm": (
+        {"num_key_value_heads": 2, "sliding_window": 16, "rope_scaling": YARN},
+        {
+            "rope": RopeConfig(
+                5e5, "yarn", 4.0, original_max_position=128, attention_factor=0.1 * math.log(4) + 1
+            ),
+            "local": (False, True, True, True, False, True),
+        },
+    ),
+    "ministral": (
+        {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16},
+        {"window": 16, "local": (True,) * 6},
+    ),
+    "ministral3": (
+        {
+            "num_key_value_heads": 2,
+            "rope_parameters": {
+                **YARN,
+                "rope_theta": 1e6,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
+        },
+        {
+            "max_position": 128,
+            "rope": RopeConfig(1e6, "yarn", 4.0, original_max_position=128, query_growth=0.1),
+        },
+    ),
+    "stablelm": (
+        {"num_key_value_heads": 4, "layer_norm_eps": 1e-5, "use_qkv_bias": True},
+        {"norm": "layer", "gated": True, "qkv_bias": True, "rope": RopeConfig(5e5, rotated=0.25)},
+    ),
+    "starcoder2": (
+        {"norm_epsilon": 1e-5, "use_bias": True, "sliding_window": 16, "norm_type": "layer_norm"},
+        {"norm": "layer", "gated": False, "attention_bias": True, "tied": True, **SLIDING},
+    ),
+    "cohere": (
+        {"num_key_value_heads": 4, "logit_scale": 0.25, "use_qk_norm": False},
+        {
+            "norm_bias": False,
+            "logit_scale": 0.25,
+            "parallel": True,
+            "rope": RopeConfig(5e5, interleaved=True),
+        },
+    ),
+    "cohere2": (
+        {"num_key_value_heads": 2, "logit_scale": 0.25, "sliding_window": 16},
+        {
+            "local": (True, True, True, False, True, True),
+            "unrotated": (False, False, False, True, False, False),
+        },
+    ),
     "gpt_neox": (
         {
             "layer_norm_eps": 1e-5,
@@ -266,7 +419,8 @@ def test_a_family_is_read_and_written_back(tmp_path, name):
     # By way of transformers: what it makes of the old form, and of the one written here.
     for form in (content, hf_config(config)):
         form = {key: value for key, value in form.items() if key != "model_type"}
-        form |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+        bos = 0 if model_type == "cwm" else None  # its class wants a number
+        form |= {"pad_token_id": None, "bos_token_id": bos, "eos_token_id": None}
         transformers.AutoConfig.for_model(model_type, **form).save_pretrained(tmp_path)
         assert read_config(tmp_path) == config
 
@@ -516,6 +670,54 @@ def test_the_head_of_a_multimodal_model_is_tied_where_its_own_config_says_so():
     for wrong in (None, [], {"model_type": "llama"}):
         with pytest.raises(ValueError, match="text_config is"):
             lm_config({"model_type": "gemma3", "text_config": wrong})
+
+
+def test_the_text_models_of_published_multimodal_folders():
+    llama = {"model_type": "llama", "vocab_size": 32064}
+    llava = lm_config({"model_type": "llava", "text_config": llama})
+    assert (llava.model_type, llava.hidden_size, llava.vocab_size) == ("llama", 4096, 32064)
+    assert not llava.tied
+    rope = {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}, "rope_theta": 1e6}
+    flat = COMMON | {"model_type": "qwen2_vl", "vision_config": {}, "num_key_value_heads": 2} | rope
+    qwen = lm_config(flat | {"tie_word_embeddings": True})
+    assert (qwen.model_type, qwen.rope, qwen.tied) == ("qwen2", RopeConfig(1e6), True)
+    with pytest.raises(ValueError, match=r'text_config.model_type "mamba" is not supported; known'):
+        lm_config({"model_type": "llava", "text_config": {"model_type": "mamba"}})
+
+
+def test_what_is_unknown_is_refused_with_what_to_do():
+    def refusal(**config):
+        with pytest.raises(ValueError) as raised:  # noqa: PT011 (what it says is returned)
+            lm_config(config)
+        return str(raised.value)
+
+    assert "'qwen3_moe' is not supported: it is a mixture of experts" in refusal(
+        model_type="qwen3_moe"
+    )
+    assert "the nearest supported type is 'smollm3'" in refusal(model_type="smollm33")
+    said = refusal(model_type="newvl", text_config={"model_type": "qwen3"})
+    assert "its text model is a qwen3, which is: save that alone" in said
+    gptq = {"quant_method": "gptq", "bits": 4}
+    assert "quantised by gptq" in refusal(**SHAPE, quantization_config=gptq)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("language_model.model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
+        ("model.language_model.norm.weight", "model.norm.weight"),
+        ("model.text_model.norm.weight", "model.norm.weight"),
+        ("language_model.lm_head.weight", "lm_head.weight"),
+        ("model.norm.weight", "model.norm.weight"),
+        ("visual.blocks.0.attn.qkv.weight", None),
+        ("model.vision_tower.embeddings.weight", None),
+        ("multi_modal_projector.linear_1.weight", None),
+        ("model.connector.proj.weight", None),
+        ("image_newline", None),
+    ],
+)
+def test_names_of_weights_in_multimodal_folders(name, expected):
+    assert checkpoint_name(FAMILIES["llama"], name) == expected
 
 
 def test_both_names_of_a_gpt2_field():

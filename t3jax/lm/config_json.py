@@ -43,7 +43,7 @@ _TYPES: dict[str, Any] = {
     **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads", "head_dim"), Count),
     **dict.fromkeys(("max_position_embeddings", "n_positions"), Tokens),
     **dict.fromkeys(("original_max_position_embeddings", "sliding_window"), Tokens),
-    "sliding_window_pattern": Count | str,
+    "sliding_window_pattern": Annotated[int, Meta(ge=0, le=1 << 16)] | str,
     "no_rope_layers": list[int],
     "no_rope_layer_interval": Count,
     "max_window_layers": Annotated[int, Meta(ge=0)],

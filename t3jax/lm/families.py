@@ -6,20 +6,20 @@ Those with layer norms are in `layer_norm_families.py`. What a row says is read 
 
 from typing import Any
 
-from t3jax.lm.family import FUSED_MLP, POST_NORMS, QK_NORMS, WEIGHTS, Family, Json
+from t3jax.lm.family import (
+    FUSED_MLP,
+    POST_NORMS,
+    QK_NORMS,
+    WEIGHTS,
+    Family,
+    Json,
+    slides_but_every_last,
+)
 from t3jax.lm.layer_norm_families import LAYER_NORM_FAMILIES
 
 
 def _slides_in_qwen(config: Json, layer: int) -> bool:
     return layer >= config["max_window_layers"]
-
-
-def _slides_but_every_last(config: Json, layer: int) -> bool:
-    """All layers but the last of each `sliding_window_pattern`."""
-    pattern = config["sliding_window_pattern"]
-    if not isinstance(pattern, int):
-        raise ValueError(f"sliding_window_pattern is {pattern!r}; expected a number or layer_types")
-    return (layer + 1) % pattern != 0
 
 
 def _is_unrotated_in_smollm3(config: Json, layer: int, local: bool) -> bool:
@@ -166,7 +166,7 @@ FAMILIES: dict[str, Family] = {
             "attn_logit_softcapping": (None,),
             "use_bidirectional_attention": (False, None),
         },
-        slides=_slides_but_every_last,
+        slides=slides_but_every_last,
         layer_types=True,
         weights={**_GEMMA2_WEIGHTS, **QK_NORMS},
     ),
@@ -183,11 +183,10 @@ FAMILIES: dict[str, Family] = {
         defaults={
             "rms_norm_eps": 1e-5,
             "sliding_window": 4096,
-            "sliding_window_pattern": 4,
             "rope_theta": 5e5,
-            "rope_local_base_freq": 5e5,  # no field of its own: whatever the other layers have
         },
-        slides=_slides_but_every_last,
+        local_theta=5e5,  # transformers', whatever the other layers have
+        slides=lambda config, layer: (layer + 1) % 4 != 0,
         layer_types=True,
         weights={**WEIGHTS, **QK_NORMS, **POST_NORMS},
     ),
@@ -262,7 +261,7 @@ FAMILIES: dict[str, Family] = {
             "sliding_window": 4096,
             "sliding_window_pattern": 4,
         },
-        slides=_slides_but_every_last,
+        slides=slides_but_every_last,
         layer_types=True,
         unrotated=_is_unrotated_beside_windows,
         weights={**WEIGHTS, **QK_NORMS, **POST_NORMS},
@@ -297,6 +296,7 @@ FAMILIES: dict[str, Family] = {
             "rope_theta": 1e6,
             "rope_parameters": {
                 "rope_type": "llama3",
+                "rope_theta": 1e6,
                 "factor": 16.0,
                 "low_freq_factor": 1.0,
                 "high_freq_factor": 4.0,
@@ -321,6 +321,7 @@ FAMILIES: dict[str, Family] = {
             "rope_theta": 1e6,
             "rope_parameters": {
                 "rope_type": "yarn",
+                "rope_theta": 1e6,
                 "factor": 16.0,
                 "original_max_position_embeddings": 16384,
                 "mscale": 1.0,

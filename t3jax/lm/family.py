@@ -73,6 +73,9 @@ class Family:
         slides: `(config.json, layer) -> bool`: which layers have the sliding window where
             `layer_types` is silent; None where the family has no windows.
         layer_types: Whether `config.json` may say of each layer if it has the window.
+        local_theta: Base of the rotary positions of local layers where `config.json` is silent, and
+            has no field for it; None where it has one, or these layers have no rotation of their
+            own.
         unrotated: `(config.json, layer, local) -> bool`: which layers leave queries and keys as
             they are; None where all rotate them.
         interleaved: Rotary pairs are neighbours in a head.
@@ -94,6 +97,7 @@ class Family:
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     slides: Callable[[Json, int], bool] | None = None
     layer_types: bool = False
+    local_theta: float | None = None
     unrotated: Callable[[Json, int, bool], bool] | None = None
     interleaved: bool = False
     reciprocal: tuple[str, ...] = ()
@@ -113,3 +117,13 @@ class Family:
     def all_defaults(self) -> dict[str, Any]:
         """Llama's and the family's own."""
         return {**DEFAULTS, **self.defaults}
+
+
+def slides_but_every_last(config: Json, layer: int) -> bool:
+    """All layers but the last of each `sliding_window_pattern` have the window."""
+    pattern = config["sliding_window_pattern"]
+    if not isinstance(pattern, int) or not pattern:
+        raise ValueError(
+            f"sliding_window_pattern is {pattern!r}, expected a number >= 1, or layer_types"
+        )
+    return (layer + 1) % pattern != 0

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from t3jax.lm.family import WEIGHTS, Family
+from t3jax.lm.family import WEIGHTS, Family, slides_but_every_last
 
 _COHERE: dict[str, Any] = {
     "fixed": {"norm": "layer", "norm_bias": False, "norms": "shared", "parallel": True},
@@ -188,7 +188,7 @@ LAYER_NORM_FAMILIES: dict[str, Family] = {
                 "sliding_window_pattern": 4,
             },
         },
-        slides=lambda config, layer: (layer + 1) % config["sliding_window_pattern"] != 0,
+        slides=slides_but_every_last,
         layer_types=True,
         unrotated=lambda config, layer, local: not local,
     ),

@@ -59,7 +59,7 @@ def explain_unknown(config: Json) -> str:
     near = f"the nearest supported type is {nearest[0]!r}; " if nearest else ""
     return (
         f"{said}; {near}known: {known}. Another architecture can be given as functions "
-        "(t3jax.from_functions, docs/your_model.md); another name in config.json would be read as "
+        "(t3jax.make_lm, docs/your_model.md); another name in config.json would be read as "
         "another model, with other logits"
     )
 

@@ -65,17 +65,16 @@ def read_ropes(family: Family, config: Json, head_dim: int) -> dict[str, RopeCon
     # transformers 5 keeps everything in `rope_parameters`, for each type of layer where they
     # differ; 4 has the base and the share at the top and the rest in `rope_scaling`. Where both are
     # there, `rope_scaling` counts, as in transformers.
-    new, scaling = (
-        config.get(name) or family.defaults.get(name) or {}
-        for name in ("rope_parameters", "rope_scaling")
-    )
+    new, scaling = (config.get(name) for name in ("rope_parameters", "rope_scaling"))
+    new = family.defaults.get("rope_parameters", {}) if new is None else new
+    scaling = scaling or {}
     base = "rotary_emb_base" if "rotary_emb_base" in family.defaults else "rope_theta"
     share = share_field(family)
     top = {
         "rope_theta": config[base],
         "partial_rotary_factor": config.get(share or "partial_rotary_factor", 1.0),
     }
-    if "rope_local_base_freq" not in family.defaults:
+    if family.local_theta is None and "rope_local_base_freq" not in family.defaults:
         if nested := [name for name, value in new.items() if isinstance(value, Mapping)]:
             raise ValueError(
                 f"rope_parameters.{nested[0]} is an object, but this family has the same rotary "
@@ -93,7 +92,7 @@ def read_ropes(family: Family, config: Json, head_dim: int) -> dict[str, RopeCon
             f"rope_scaling has type {scaling['type']!r} but no rope_type, which transformers takes "
             "for none in this family; expected rope_type"
         )
-    local = {"rope_theta": config["rope_local_base_freq"]}
+    local = {"rope_theta": family.local_theta or config["rope_local_base_freq"]}
     return {
         "rope": _rope(family, {**top, **full, **scaling}, config, head_dim),
         "local_rope": _rope(family, {**top, **local, **sliding}, config, head_dim),
