@@ -18,6 +18,7 @@ CPU cores). No file is read for it.
 Of several processes each writes its part of a checkpoint, and process 0 everything else.
 """
 
+import atexit
 import contextlib
 import hashlib
 import json
@@ -26,7 +27,6 @@ import os
 import pathlib
 import shutil
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -154,7 +154,10 @@ class RunFolder:
             with contextlib.suppress(*([Exception] if any(error) else [])):
                 self._checkpoints.close()
             if any(error) and hosts.is_lead():
-                _remove_cut_short(self._folder / "checkpoints")
+                checkpoints = self._folder / "checkpoints"
+                _remove_cut_short(checkpoints)
+                # Once more when the threads that were writing have ended.
+                atexit.register(_remove_cut_short, checkpoints)
         finally:
             self._open.__exit__(*error)
 
@@ -218,13 +221,9 @@ class RunFolder:
 
 
 def _remove_cut_short(folder: pathlib.Path) -> None:
-    """Removes what saves that failed have written, until none of their threads writes any more."""
-    for _ in range(100):
-        for path in folder.glob("*.orbax-checkpoint-tmp"):
-            shutil.rmtree(path, ignore_errors=True)
-        time.sleep(0.05)
-        if not any(folder.glob("*.orbax-checkpoint-tmp")):
-            return
+    """Removes what a save that failed has written."""
+    for path in folder.glob("*.orbax-checkpoint-tmp"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager

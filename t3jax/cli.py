@@ -95,9 +95,7 @@ def run(script: Callable[[Any], None]) -> None:
         except KeyboardInterrupt as error:
             hosts.stop_raising()
             number = signal.SIGTERM if isinstance(error, hosts.Terminated) else signal.SIGINT
-            print(f"{name}: stopped ({number.name})", file=sys.stderr, flush=True)
-            # All blocks have ended. At a usual exit a thread amid a checkpoint prints pages.
-            os._exit(128 + number)
+            _fail(f"{name}: stopped ({number.name})", 128 + number)
         except BrokenPipeError:  # who reads the answers wants no more
             _fail("", 128 + signal.SIGPIPE)
         except Exception as error:

@@ -8,6 +8,7 @@ what is computed.
 
 import contextlib
 import functools
+import logging
 import os
 import pathlib
 import signal
@@ -79,8 +80,13 @@ def raise_at_signals() -> None:
 
 
 def stop_raising() -> None:
-    """Ends the repeated raising after a signal of `raise_at_signals`."""
+    """Ends the repeated raising after a signal of `raise_at_signals`, to end without a word.
+
+    What threads that were amid something say of its end is not heard any more.
+    """
     signal.setitimer(signal.ITIMER_REAL, 0)
+    logging.disable()
+    sys.unraisablehook = threading.excepthook = lambda _: None
 
 
 def initialize(mode: str = "auto") -> None:

@@ -345,9 +345,17 @@ FAMILY_CONFIGS = {
             },
         },
         {
-            "max_position": 128,
+            "max_position": 512,
             "rope": RopeConfig(1e6, "yarn", 4.0, original_max_position=128, query_growth=0.1),
         },
+    ),
+    "nemotron": (
+        {"num_key_value_heads": 2, "norm_eps": 1e-5, "partial_rotary_factor": 0.5},
+        {"norm": "layer_offset", "gated": False, "activation": "relu2"},
+    ),
+    "opt": (
+        {"ffn_dim": 64, "do_layer_norm_before": True, "word_embed_proj_dim": 32},
+        {"rope": None, "first_position": 2, "norm_eps": 1e-5, "activation": "relu", "tied": True},
     ),
     "stablelm": (
         {"num_key_value_heads": 4, "layer_norm_eps": 1e-5, "use_qkv_bias": True},

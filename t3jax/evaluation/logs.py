@@ -398,7 +398,7 @@ def _by_index(log: Log, metric: str, part: str | None) -> Mapping[str, Mapping[s
     if entry is None:
         reason = missing_reasons(log).get(metric)
         raise MissingMetricError(f"{metric} is missing" + (f": {reason}" if reason else ""))
-    rows = (entry if part is None else entry.get(part, {})).get("value_by_index")
+    rows = (entry if part is None else entry.get(part) or {}).get("value_by_index")
     if rows is None:
         of_part = f" for {part}" if part else ""
         raise MissingMetricError(f"{metric} has no per-example values{of_part}")

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from t3jax import sharding
 from t3jax.lm.config import LMConfig
 from t3jax.lm.layers import Linear, cap, full_precision, make_norm
-from t3jax.lm.rotation import rotate
+from t3jax.lm.rotation import Rotation, rotate_keys, rotate_queries
 
 Past = tuple[Array, Array, Array | np.ndarray]  # a layer's keys and values, and the cursor
 # So many queries attend at a time, but in no more parts than these; where no text came before, what
@@ -79,7 +79,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Array,
-        rotation: tuple[Array, Array] | None,
+        rotation: Rotation | None,
         seen: Array,
         past: Past | None,
         mesh: Mesh | None,
@@ -88,8 +88,7 @@ class Attention(nnx.Module):
 
         Args:
             x: Inputs, `[B, T, D]`.
-            rotation: Cosine and sine of the positions' angles; None leaves queries and keys as
-                they are.
+            rotation: That of the new tokens; None leaves queries and keys as they are.
             seen: Which slots each query attends to, bool `[B, T, S]`.
             past: The layer's keys and values so far, and the cursor; None for a text by itself.
             mesh: Where the arrays live.
@@ -105,9 +104,8 @@ class Attention(nnx.Module):
         k = self._heads(k, self.k_norm, c.num_kv_heads).transpose(0, 2, 1, 3)
         v = v.reshape(b, t, c.num_kv_heads, c.head_dim).transpose(0, 2, 1, 3)
         if rotation is not None:
-            interleaved = c.rope is not None and c.rope.interleaved
-            q = self._whole(rotate(q, rotation, interleaved), mesh)  # [B, K, G, T, h]
-            k = self._whole(rotate(k, rotation, interleaved), mesh)  # [B, K, T, h]
+            q = self._whole(rotate_queries(q, rotation), mesh)  # [B, K, G, T, h]
+            k = self._whole(rotate_keys(k, rotation), mesh)  # [B, K, T, h]
         k = k.swapaxes(2, 3)
         if past is not None:
             keys, values, cursor = past

@@ -28,8 +28,8 @@ class RopeConfig:
         truncate: "yarn": the ramp starts and ends at whole pairs.
         interleaved: Pairs are neighbours in a head, (0, 1), (2, 3) and so on; else each number of
             the first half is paired with the one at its place in the second.
-        query_growth: Queries beyond `original_max_position` are scaled by it. The model is read in
-            that context only; it is kept to be written back.
+        query_growth: b: queries at position p are multiplied by 1 + b log(1 + floor(p / original)),
+            which is 1 within the original context.
         short_factors: "longrope": the stretch of each pair in texts within the original context.
             The model is read in that context only: beyond it every key would have to be rotated
             anew, by `long_factors`.
@@ -70,6 +70,7 @@ class LMConfig:
         norm_eps: Added to the mean square, or the variance, in norms.
         rope: Rotary positions; None: a learned vector for each of the `max_position` positions is
             added to the embeddings.
+        first_position: Row of the first position in the table of these vectors.
         tied: The LM head is the embedding table.
         attention_bias: Query, key, value and output projections have biases.
         qkv_bias: Query, key and value projections have biases, whatever the output projection has.
@@ -79,8 +80,8 @@ class LMConfig:
         activation: The MLP's: "silu", "gelu", "gelu_pytorch_tanh" (GELU by its approximation),
             "relu" or "relu2" (its square).
         gated: The MLP has a gate: down(activation(gate(x)) * up(x)), else down(activation(up(x))).
-        norm: "rms"; "rms_offset" (the weight is what is added to 1); or "layer" (mean subtracted,
-            with bias unless `norm_bias` is false).
+        norm: "rms"; "layer" (mean subtracted, with bias unless `norm_bias` is false); or either
+            with "_offset" (the weight is what is added to 1).
         norm_bias: See `norm`.
         norms: Where a block norms: "pre" (the input of attention and of the MLP); "post" (their
             outputs); "both"; or "shared" (one norm, whose output both read; with `parallel`).
@@ -114,6 +115,7 @@ class LMConfig:
     norm_eps: float
     rope: RopeConfig | None
     tied: bool
+    first_position: int = 0
     attention_bias: bool = False
     qkv_bias: bool = False
     o_bias: bool = False

@@ -61,6 +61,12 @@ _TYPES: dict[str, Any] = {
     **dict.fromkeys(("partial_rotary_factor", "rotary_pct"), Share),
     **dict.fromkeys(("rope_parameters", "rope_scaling"), dict[str, Any]),
     "layer_types": list[str],
+    "attention_types": list[tuple[list[str], Annotated[int, Meta(ge=1, le=1024)]]],
+    "window_size": Tokens,
+    "num_layers": Annotated[int, Meta(ge=1, le=1024)],
+    "num_heads": Count,
+    "ffn_dim": Width,
+    "norm_eps": Epsilon,
 }
 _NULLABLE = (
     "attn_logit_softcapping",
@@ -145,9 +151,14 @@ def hf_config(config: LMConfig) -> dict[str, Any]:
     content |= {name: 1 / content[name] for name in family.reciprocal}
     content |= {name: values[0] for name, values in family.expected.items()}
     # Where no layer has a window, null also says that all layers are rotated.
-    tells_by_null = not family.layer_types or family.unrotated is not None
-    if family.slides is not None and (config.window or tells_by_null):
-        content["sliding_window"] = config.window or None
+    nullable = family.window == "sliding_window" and (
+        not family.layer_types or family.unrotated is not None
+    )
+    if family.slides is not None and (config.window or nullable):
+        content[family.window] = config.window or None
+    if "attention_types" in family.defaults:
+        local = config.local or (False,) * config.num_layers
+        content["attention_types"] = [[["local" if each else "global"], 1] for each in local]
     if "use_sliding_window" in family.defaults:
         content["use_sliding_window"] = bool(config.window)
     if family.layer_types:
@@ -228,7 +239,7 @@ def _read(model_type: str, config: Json) -> LMConfig:
     values |= _unrotated(family, config, values["num_layers"], values.get("local", ()))
     if "rope" not in family.fixed:
         values |= read_ropes(family, config, values["head_dim"])
-        if values["rope"].kind == "longrope" or values["rope"].query_growth:
+        if values["rope"].kind == "longrope":
             values["max_position"] = values["rope"].original_max_position
     return LMConfig(model_type=model_type, **{**values, **family.fixed})
 
@@ -296,7 +307,7 @@ def _windows(family: Family, config: Json, num_layers: int, max_position: int) -
     obey a window too where the model has none; what would differ between the two is refused.
     """
     types = config.get("layer_types")
-    window = config.get("sliding_window")
+    window = config.get(family.window)
     if "use_sliding_window" in family.defaults and not config["use_sliding_window"]:
         window = None
     kinds = ("full_attention", "sliding_attention")

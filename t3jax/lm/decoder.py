@@ -29,7 +29,7 @@ from t3jax.lm.attention import Attention, Cache, Past
 from t3jax.lm.config import LMConfig
 from t3jax.lm.layers import MLP, Linear, cap, make_norm
 from t3jax.lm.product import product
-from t3jax.lm.rotation import make_rotation
+from t3jax.lm.rotation import Rotation, make_rotation
 
 Params = dict[str, Any]
 Lora = dict[str, dict[str, Array]]  # path of a linear layer: "a" [R, in], "b" [out, R]
@@ -136,7 +136,7 @@ def init_params(config: LMConfig, key: PRNGKeyArray, dtype: Any = jnp.float32) -
         if names[-1] == "bias":
             return jnp.zeros(leaf.shape, dtype)
         if "norm" in names[-2]:
-            return jnp.full(leaf.shape, 0.0 if config.norm == "rms_offset" else 1.0, dtype)
+            return jnp.full(leaf.shape, 0.0 if config.norm.endswith("_offset") else 1.0, dtype)
         # What is added to the residual stream starts smaller, as in GPT-2.
         shrink = math.sqrt(2 * config.num_layers) if names[-2] in ("o", "down") else 1.0
         return (jax.random.normal(key, leaf.shape) * (0.02 / shrink)).astype(dtype)
@@ -170,7 +170,7 @@ class _Block(nnx.Module):
     def __call__(
         self,
         x: Array,
-        rotation: tuple[Array, Array] | None,
+        rotation: Rotation | None,
         seen: Array,
         past: Past | None,
         mesh: Mesh | None,
@@ -193,7 +193,8 @@ class _Decoder(nnx.Module):
         width, quantized = config.hidden_size, config.quantized
         self.embed = Linear(width, config.vocab_size, quantized=quantized)  # [V, D]
         if config.rope is None:
-            self.positions = Linear(width, config.max_position, quantized=quantized)
+            positions = config.first_position + config.max_position
+            self.positions = Linear(width, positions, quantized=quantized)
         self.layers = nnx.List([_Block(config) for _ in range(config.num_layers)])
         self.final_norm = make_norm(config, width)
         if not config.tied:
@@ -217,7 +218,7 @@ class _Decoder(nnx.Module):
             x = x * jnp.asarray(c.embedding_multiplier, x.dtype)
         if c.rope is None:
             within = jnp.clip(positions, 0, c.max_position - 1)
-            x = x + self.positions.rows(within, mesh)
+            x = x + self.positions.rows(within + c.first_position, mesh)
         rotation = make_rotation(c.rope, c.head_dim, positions)
         if cache is not None:
             key_positions = jax.lax.dynamic_update_slice(  # [B, S]
@@ -261,7 +262,7 @@ def _read_block(
     block: _Block,
     before: Array,
     x: Array,
-    rotation: tuple[Array, Array] | None,
+    rotation: Rotation | None,
     seen: Array,
     past: Past | None,
 ) -> tuple[Array, Array, Array]:

@@ -72,6 +72,7 @@ class Family:
         aliases: Other names of fields of `config.json`.
         slides: `(config.json, layer) -> bool`: which layers have the sliding window where
             `layer_types` is silent; None where the family has no windows.
+        window: The field with the width of the window.
         layer_types: Whether `config.json` may say of each layer if it has the window.
         local_theta: Base of the rotary positions of local layers where `config.json` is silent, and
             has no field for it; None where it has one, or these layers have no rotation of their
@@ -96,6 +97,7 @@ class Family:
     expected: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     slides: Callable[[Json, int], bool] | None = None
+    window: str = "sliding_window"
     layer_types: bool = False
     local_theta: float | None = None
     unrotated: Callable[[Json, int, bool], bool] | None = None

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from t3jax.lm.family import WEIGHTS, Family, slides_but_every_last
+from t3jax.lm.family import WEIGHTS, Family, Json, slides_but_every_last
 
 _COHERE: dict[str, Any] = {
     "fixed": {"norm": "layer", "norm_bias": False, "norms": "shared", "parallel": True},
@@ -19,6 +19,19 @@ _COHERE: dict[str, Any] = {
     },
     "interleaved": True,
 }
+
+
+def _slides_in_gpt_neo(config: Json, layer: int) -> bool:
+    """Each entry of `attention_types` is kinds of layers in turn, and how often."""
+    stated = config["attention_types"] or [(["global", "local"], 12)]
+    kinds = [kind for each, times in stated for _ in range(times) for kind in each]
+    if len(kinds) != config["num_layers"] or set(kinds) - {"global", "local"}:
+        raise ValueError(
+            f"attention_types {stated}: expected {config['num_layers']} layers, each of them "
+            "global or local"
+        )
+    return kinds[layer] == "local"
+
 
 LAYER_NORM_FAMILIES: dict[str, Family] = {
     "gpt_neox": Family(
@@ -172,6 +185,98 @@ LAYER_NORM_FAMILIES: dict[str, Family] = {
             "layers.{i}.mlp.up": "model.layers.{i}.mlp.c_fc",
             "layers.{i}.mlp.down": "model.layers.{i}.mlp.c_proj",
         },
+    ),
+    "nemotron": Family(
+        "NemotronForCausalLM",
+        fixed={"norm": "layer_offset", "gated": False},
+        fields={"attention_bias": "attention_bias", "mlp_bias": "mlp_bias", "norm_eps": "norm_eps"},
+        defaults={"hidden_act": "relu2", "norm_eps": 1e-5, "partial_rotary_factor": 0.5},
+    ),
+    "gpt_neo": Family(
+        "GPTNeoForCausalLM",
+        fixed={
+            "rope": None,
+            "norm": "layer",
+            "gated": False,
+            "o_bias": True,
+            "mlp_bias": True,
+            "attention_multiplier": 1.0,
+        },
+        fields={
+            "num_layers": "num_layers",
+            "num_heads": "num_heads",
+            "num_kv_heads": None,
+            "head_dim": None,
+            "norm_eps": "layer_norm_epsilon",
+            "activation": "activation_function",
+        },
+        defaults={
+            "intermediate_size": None,
+            "layer_norm_epsilon": 1e-5,
+            "activation_function": "gelu_new",
+            "tie_word_embeddings": True,
+            "window_size": 256,
+            "attention_types": None,
+        },
+        aliases={"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"},
+        slides=_slides_in_gpt_neo,
+        window="window_size",
+        weights={
+            "embed": "transformer.wte",
+            "positions": "transformer.wpe",
+            "final_norm": "transformer.ln_f",
+            "lm_head": "lm_head",
+            "layers.{i}.attention_norm": "transformer.h.{i}.ln_1",
+            "layers.{i}.attention.q": "transformer.h.{i}.attn.attention.q_proj",
+            "layers.{i}.attention.k": "transformer.h.{i}.attn.attention.k_proj",
+            "layers.{i}.attention.v": "transformer.h.{i}.attn.attention.v_proj",
+            "layers.{i}.attention.o": "transformer.h.{i}.attn.attention.out_proj",
+            "layers.{i}.mlp_norm": "transformer.h.{i}.ln_2",
+            "layers.{i}.mlp.up": "transformer.h.{i}.mlp.c_fc",
+            "layers.{i}.mlp.down": "transformer.h.{i}.mlp.c_proj",
+        },
+        renamed=((r".*\.attn\.attention\.(masked_)?bias$", None),),
+    ),
+    "opt": Family(
+        "OPTForCausalLM",
+        fixed={
+            "rope": None,
+            "first_position": 2,
+            "norm": "layer",
+            "norm_eps": 1e-5,
+            "gated": False,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+        fields={
+            "intermediate_size": "ffn_dim",
+            "num_kv_heads": None,
+            "head_dim": None,
+            "norm_eps": None,
+            "activation": "activation_function",
+        },
+        defaults={"activation_function": "relu", "tie_word_embeddings": True},
+        expected={
+            "do_layer_norm_before": (True,),  # OPT 350M norms after, and projects its embeddings
+            "_remove_final_layer_norm": (False,),
+            "enable_bias": (True,),
+            "layer_norm_elementwise_affine": (True,),
+        },
+        weights={
+            "embed": "model.decoder.embed_tokens",
+            "positions": "model.decoder.embed_positions",
+            "final_norm": "model.decoder.final_layer_norm",
+            "lm_head": "lm_head",
+            "layers.{i}.attention_norm": "model.decoder.layers.{i}.self_attn_layer_norm",
+            "layers.{i}.attention.q": "model.decoder.layers.{i}.self_attn.q_proj",
+            "layers.{i}.attention.k": "model.decoder.layers.{i}.self_attn.k_proj",
+            "layers.{i}.attention.v": "model.decoder.layers.{i}.self_attn.v_proj",
+            "layers.{i}.attention.o": "model.decoder.layers.{i}.self_attn.out_proj",
+            "layers.{i}.mlp_norm": "model.decoder.layers.{i}.final_layer_norm",
+            "layers.{i}.mlp.up": "model.decoder.layers.{i}.fc1",
+            "layers.{i}.mlp.down": "model.decoder.layers.{i}.fc2",
+        },
+        renamed=((r"^decoder\.", "model.decoder."),),
     ),
     "cohere": Family(
         "CohereForCausalLM",

@@ -86,18 +86,22 @@ class _RMSNorm(nnx.Module):
 
 
 class _LayerNorm(nnx.Module):
-    def __init__(self, width: int, eps: float, bias: bool):
+    def __init__(self, width: int, eps: float, bias: bool, offset: bool):
         self.weight = nnx.Param(jnp.ones((width,)))
         if bias:
             self.bias = nnx.Param(jnp.zeros((width,)))
         self.has_bias = bias
+        self.offset = offset
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
         x32 = x.astype(jnp.float32)
         x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        y = x32 * scale * jnp.broadcast_to(self.weight[...].astype(jnp.float32), x.shape)
+        weight = self.weight[...].astype(jnp.float32)
+        if self.offset:
+            weight = 1 + weight
+        y = x32 * scale * jnp.broadcast_to(weight, x.shape)
         if self.has_bias:
             y = y + jnp.broadcast_to(self.bias[...].astype(jnp.float32), x.shape)
         return y.astype(x.dtype)
@@ -111,9 +115,10 @@ def make_norm(config: LMConfig, width: int, wanted: bool = True) -> Any:
     """The family's norm over vectors of a width; where it is not wanted, nothing."""
     if not wanted:
         return _identity
-    if config.norm == "layer":
-        return _LayerNorm(width, config.norm_eps, config.norm_bias)
-    return _RMSNorm(width, config.norm_eps, offset=config.norm == "rms_offset")
+    offset = config.norm.endswith("_offset")
+    if config.norm.startswith("layer"):
+        return _LayerNorm(width, config.norm_eps, config.norm_bias, offset)
+    return _RMSNorm(width, config.norm_eps, offset)
 
 
 class MLP(nnx.Module):

@@ -44,7 +44,7 @@ def explain_unknown(config: Json) -> str:
     """Why the type of a `config.json` does not load, the nearest that does, and what to do."""
     model_type = config.get("model_type")
     known = sorted([*FAMILIES, *WRAPPERS])
-    said = f"model_type {model_type!r} is not supported"
+    said = f"model_type {model_type!r:.60} is not supported"
     if not isinstance(model_type, str):
         return f"{said}; known: {known}"
     if model_type in _OTHER:

@@ -118,7 +118,8 @@ def _rope(family: Family, stated: Json, config: Json, head_dim: int) -> RopeConf
         kind = "longrope"
     if kind not in family.ropes:
         raise ValueError(
-            f"rope_type {kind!r} is not supported in this family; known: {', '.join(family.ropes)}"
+            f"rope_type {kind!r:.60} is not supported in this family; known: "
+            f"{', '.join(family.ropes)}"
         )
     try:
         rope = check_json({**stated, "rope_type": kind}, "rope", _Rope)

@@ -5,6 +5,7 @@ Axes: B batch, T time, h head width, r rotated width. Angles are computed in flo
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,37 +14,65 @@ from jaxtyping import Array
 from t3jax.lm.config import RopeConfig
 
 
-def make_rotation(
-    rope: RopeConfig | None, head_dim: int, positions: Array
-) -> tuple[Array, Array] | None:
-    """Cosine and sine of the rotary angles, float32 `[B, T, r/2]`, r the rotated width."""
+class Rotation(NamedTuple):
+    """What queries and keys of new tokens are rotated by.
+
+    Attributes:
+        cos: Cosines of the angles, float32 `[B, T, r/2]`.
+        sin: Their sines.
+        growth: What queries are multiplied by, float32 `[B, T, 1]`; None for 1.
+        interleaved: Whether pairs are neighbours.
+    """
+
+    cos: Array
+    sin: Array
+    growth: Array | None
+    interleaved: bool
+
+
+def make_rotation(rope: RopeConfig | None, head_dim: int, positions: Array) -> Rotation | None:
+    """The rotation of tokens at positions `[B, T]`."""
     if rope is None:
         return None
     frequencies = inverse_wavelengths(rope, head_dim).reshape(1, 1, -1)
-    angles = jnp.maximum(positions, 0)[..., None].astype(jnp.float32) * frequencies
+    places = jnp.maximum(positions, 0)[..., None]
+    angles = places.astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     if rope.attention_factor != 1:
         cos, sin = cos * rope.attention_factor, sin * rope.attention_factor
-    return cos, sin
+    growth = None
+    if rope.query_growth:
+        contexts = (places // rope.original_max_position).astype(jnp.float32)
+        growth = 1 + rope.query_growth * jnp.log1p(contexts)
+    return Rotation(cos, sin, growth, rope.interleaved)
 
 
-def rotate(x: Array, rotation: tuple[Array, Array], interleaved: bool = False) -> Array:
-    """Rotates pairs of `[B, ..., T, h]` by the angles `[B, T, r/2]`.
+def rotate_queries(q: Array, rotation: Rotation) -> Array:
+    """Rotates queries `[B, K, G, T, h]`, and multiplies them by their growth."""
+    rotated = rotate_keys(q, rotation)
+    return rotated if rotation.growth is None else rotated * _spread(rotation.growth, q)
+
+
+def rotate_keys(x: Array, rotation: Rotation) -> Array:
+    """Rotates pairs of `[B, ..., T, h]`.
 
     The pairs are (x_i, x_{i+r/2}), i < r/2, or (x_2i, x_{2i+1}) where they are interleaved. What
     lies beyond the first r of a head stays as it is.
     """
-    middle = (1,) * (x.ndim - 3)
-    cos, sin = (
-        part.reshape(part.shape[0], *middle, *part.shape[1:]).astype(x.dtype) for part in rotation
-    )
+    cos, sin = _spread(rotation.cos, x), _spread(rotation.sin, x)
     rotated = 2 * cos.shape[-1]
     x, rest = (x, []) if rotated == x.shape[-1] else (x[..., :rotated], [x[..., rotated:]])
-    first, second = (x[..., ::2], x[..., 1::2]) if interleaved else jnp.split(x, 2, axis=-1)
+    first, second = (x[..., ::2], x[..., 1::2]) if rotation.interleaved else jnp.split(x, 2, -1)
     turned = first * cos - second * sin, second * cos + first * sin
-    if interleaved:
+    if rotation.interleaved:
         turned = (jnp.stack(turned, axis=-1).reshape(x.shape),)
     return jnp.concatenate([*turned, *rest], axis=-1)
+
+
+def _spread(part: Array, x: Array) -> Array:
+    """`[B, T, ...]` over the heads of `[B, ..., T, h]`, in its dtype."""
+    middle = (1,) * (x.ndim - 3)
+    return part.reshape(part.shape[0], *middle, *part.shape[1:]).astype(x.dtype)
 
 
 @functools.cache
