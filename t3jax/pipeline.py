@@ -88,6 +88,7 @@ def finetune_config(config: Any) -> FinetuneConfig:
         lora_alpha=config.lora_alpha,
         lora_layers=tuple(config.lora_layers),
         dtype=config.dtype or default_dtype(),
+        minnorm=from_config(MinNormConfig, config, "minnorm_") if config.minnorm_share else None,
     )
 
 
