@@ -5,7 +5,7 @@ from the answer that is known otherwise: 0 up to rounding. The first-order probl
 
     minimise R(theta + delta)   where delta is at right angles to every retain point's gradient.
 
-Axes: N retain points, M forget points, D inputs, H width.
+Axes: N retain points, P points with those to forget, D inputs, H width.
 
 References:
     Machine Unlearning under Overparameterization, arXiv 2505.22601, theorems 1 to 5.
@@ -94,11 +94,13 @@ def least_parameters(rng: np.random.Generator) -> float:
     x, y, retained = _points(rng)
     kept, said = x[:retained], y[:retained]
     depth, width = int(rng.integers(2, 5)), int(rng.integers(2, 6))
-    least = np.linalg.pinv(kept) @ said
+    inverse = np.linalg.pinv(kept)
+    least = inverse @ said
     best = depth * np.linalg.norm(least) ** (2 / depth)
     lowest = np.inf
     for scale in np.repeat(np.logspace(-4, 1, 10), 10):
-        w = _interpolator(rng, kept, said, scale)
+        other = scale * rng.normal(size=kept.shape[1])
+        w = least + other - inverse @ (kept @ other)
         units = [u / np.linalg.norm(u) for u in rng.normal(size=(depth - 1, width))]
         gains = np.exp(min(scale, 1.0) * rng.normal(size=depth))
         gains *= (np.linalg.norm(w) / np.prod(gains)) ** (1 / depth)
@@ -167,7 +169,7 @@ def largest_deviation(theorem: str, instances: int, seed: int = 0) -> float:
 
 def _points(
     rng: np.random.Generator,
-) -> tuple[Float[np.ndarray, "N+M D"], Float[np.ndarray, "N+M"], int]:
+) -> tuple[Float[np.ndarray, "P D"], Float[np.ndarray, "P"], int]:
     """Inputs and labels, retain points first, and N; fewer points than inputs."""
     retained, forgotten = rng.integers(2, 10, 2)
     inputs = retained + forgotten + rng.integers(1, 20)
@@ -175,11 +177,9 @@ def _points(
     return x, rng.normal(size=len(x)), int(retained)
 
 
-def _interpolator(
-    rng: np.random.Generator, x: np.ndarray, y: np.ndarray, scale: float = 1.0
-) -> Float[np.ndarray, "D"]:
+def _interpolator(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> Float[np.ndarray, "D"]:
     """Weights of a linear model that says y at x; beside the least-norm part they are random."""
-    inverse, other = np.linalg.pinv(x), scale * rng.normal(size=x.shape[1])
+    inverse, other = np.linalg.pinv(x), rng.normal(size=x.shape[1])
     return inverse @ y + other - inverse @ (x @ other)
 
 
