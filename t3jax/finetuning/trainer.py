@@ -202,7 +202,7 @@ class Trainer:
         rows = jax.tree.map(lambda x: hosts.place(x, NamedSharding(self._mesh, P())), rows)
         moved = project(self._programs.output, trained, rows, share, self._frozen)
         placed = jax.tree.map(lambda x: x.sharding, self.abstract_state[0])
-        return jax.device_put(moved, placed), moments
+        return hosts.place(moved, placed), moments
 
     def loss(self, trained: Any, examples: Sequence[Example]) -> float:
         """Mean cross-entropy of answer tokens, nats, over any number of texts.

@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -131,8 +130,8 @@ def project(
     """Takes away a share of the part of the parameters that the outputs do not need.
 
     The gradients of a group of leaves are in memory together, as many leaves as `block_bytes` hold;
-    a larger leaf is a group of its own. Each group costs a backward pass of every row, and one more
-    pass gives P theta.
+    a larger leaf is a group of its own. Each group costs two backward passes of every row; one
+    where there is a single group.
 
     Args:
         output: `(params, frozen, row)` to a scalar, whose value is to stay; compiled once for each
@@ -144,26 +143,39 @@ def project(
         block_bytes: Bytes for gradients of a group.
 
     Returns:
-        Parameters like `params`.
+        Parameters like `params`, on the host.
 
     Raises:
         FloatingPointError: If a gradient or a weight is infinite or NaN.
     """
-    leaves = jax.tree.leaves(params)
+    leaves, tree = jax.tree.flatten(params)
     count = len(jax.tree.leaves(rows)[0])
+    groups = _group([4 * count * leaf.size for leaf in leaves], block_bytes)
 
-    def read() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for group in _group([4 * count * leaf.size for leaf in leaves], block_bytes):
+    def read() -> Iterator[tuple[int, np.ndarray]]:
+        for group in groups:
             found = _gradients(output, group, params, frozen, rows)
             for index, gradients in zip(group, found, strict=True):
-                columns = np.asarray(hosts.fetch(gradients)).reshape(count, -1)
-                theta = np.asarray(hosts.fetch(leaves[index])).reshape(-1)
-                for start in range(0, theta.size, _COLUMNS):
-                    part = slice(start, start + _COLUMNS)
-                    yield columns[:, part], theta[part]
+                yield index, np.asarray(hosts.fetch(gradients)).reshape(count, -1)
 
-    weights = span_coefficients(read()).astype(np.float32)
-    return _move(output, params, frozen, rows, weights, np.float32(share))
+    held = list(read()) if len(groups) == 1 else None
+    flat = [np.asarray(hosts.fetch(leaf)).reshape(-1) for leaf in leaves]
+    weights = span_coefficients(
+        (gradients[:, part], flat[index][part])
+        for index, gradients in held or read()
+        for part in _parts(flat[index].size)
+    )
+    moved = [np.empty_like(leaf) for leaf in flat]
+    for index, gradients in held or read():
+        for part in _parts(flat[index].size):
+            theta = flat[index][part].astype(np.float64)
+            moved[index][part] = theta - share * (theta - weights @ gradients[:, part])
+    shaped = [new.reshape(leaf.shape) for new, leaf in zip(moved, leaves, strict=True)]
+    return jax.tree.unflatten(tree, shaped)
+
+
+def _parts(size: int) -> list[slice]:
+    return [slice(start, start + _COLUMNS) for start in range(0, size, _COLUMNS)]
 
 
 def _group(sizes: list[int], limit: int) -> list[tuple[int, ...]]:
@@ -191,14 +203,3 @@ def _gradients(output: Output, group: tuple[int, ...], params: Any, frozen: Any,
         return jax.grad(value)([leaves[index] for index in group])
 
     return jax.lax.map(of_row, rows)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _move(output: Output, params: Any, frozen: Any, rows: Any, weights: Array, share: Array) -> Any:
-    def add(total: Any, each: tuple[Any, Array]) -> tuple[Any, None]:
-        row, weight = each
-        gradient = jax.grad(output)(params, frozen, row)
-        return jax.tree.map(lambda t, g: t + weight * g, total, gradient), None
-
-    span, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), (rows, weights))
-    return jax.tree.map(lambda theta, inside: theta - share * (theta - inside), params, span)

@@ -230,27 +230,42 @@ def _step(adamw: optax.GradientTransformation, state: Any, grads: Any) -> Any:
 # bases of the N inputs and the N returns it has N x N entries, in place of W x W.
 
 
-def reduced_blocks(params: Params, x: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Gradients at some points and weights, as `span_coefficients` reads them, few numbers each.
+def project_one(params: Params, x: np.ndarray, share: float) -> Params:
+    """Takes away a share of the part of the weights that the outputs at some points do not need.
 
-    Inner products among gradients and between them and the weights are those of the whole ones.
+    Inner products among reduced gradients and with reduced weights are those of the whole ones.
 
     Args:
         params: The weights of one seed.
         x: The points.
+        share: From 0, nothing, to 1, all of it.
 
     Returns:
-        A block for each layer's weights and one for its biases, float64.
+        The weights after it, on the host.
     """
-    inputs, returns = jax.device_get(_factors(params, x))
-    blocks = []
-    for layer, given, back in zip(jax.device_get(params), inputs, returns, strict=True):
+    layers = jax.device_get(params)
+    blocks, bases = [], []
+    for layer, given, back in zip(layers, *jax.device_get(_factors(params, x)), strict=True):
         left, given = np.linalg.qr(given.T.astype(np.float64))  # [in, n], [n, N]
         right, returned = np.linalg.qr(back.T.astype(np.float64))
         gradients = np.einsum("an,bn->nab", given, returned).reshape(len(x), -1)
         blocks.append((gradients, (left.T @ layer["w"] @ right).ravel()))
         blocks.append((returned.T, right.T @ layer["b"]))
-    return blocks
+        bases.append((left, given, right, returned))
+    weights = span_coefficients(blocks)
+    moved = []
+    for layer, (left, given, right, returned) in zip(layers, bases, strict=True):
+        span = {
+            "w": left @ ((given * weights) @ returned.T) @ right.T,
+            "b": right @ (returned @ weights),
+        }
+        moved.append(
+            {
+                name: (leaf - share * (leaf - span[name])).astype(np.float32)
+                for name, leaf in layer.items()
+            }
+        )
+    return moved
 
 
 @jax.jit
@@ -278,19 +293,12 @@ def _backward(params: Params, before: list[Any], back: Any) -> list[Any]:
 
 
 def _project_seeds(params: Params, x: Any, share: float) -> Params:
-    points = np.asarray(x)[:, :RETAIN]
-    host = jax.device_get(params)
-    weights = [
-        span_coefficients(reduced_blocks(jax.tree.map(lambda leaf, i=i: leaf[i], host), each))
+    host, points = jax.device_get(params), np.asarray(x)[:, :RETAIN]
+    moved = [
+        project_one(jax.tree.map(lambda leaf, i=i: leaf[i], host), each, share)
         for i, each in enumerate(points)
     ]
-    return _move_seeds(params, points, np.stack(weights).astype(np.float32), np.float32(share))
-
-
-@jax.jit
-def _move_seeds(params: Params, x: Any, weights: Any, share: Any) -> Params:
-    span = jax.vmap(jax.grad(lambda p, x, w: jnp.sum(w * predict(p, x))))(params, x, weights)
-    return jax.tree.map(lambda theta, inside: theta - share * (theta - inside), params, span)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *moved)
 
 
 @jax.jit
