@@ -106,7 +106,8 @@ def span_coefficients(
         columns = np.concatenate([gradients, theta[None]]).astype(np.float64).T  # [D, N + 1]
         if not np.all(np.isfinite(columns)):
             raise FloatingPointError(
-                "a gradient or a weight is infinite or NaN; train with a smaller learning_rate"
+                "the projection met an infinite or NaN gradient or weight, expected finite ones; "
+                "lower the learning rate, or start from weights that are finite"
             )
         stacked = columns if triangle is None else np.concatenate([triangle, columns])
         triangle = np.linalg.qr(stacked, mode="r")
