@@ -67,8 +67,8 @@ def test_bad_numbers_are_refused():
         span_coefficients([(np.full((1, 2), np.nan), np.ones(2))])
     with pytest.raises(ValueError, match="no weights to project"):
         span_coefficients([])
-    with pytest.raises(ValueError, match=r"share must lie in \[0, 1\], got 2"):
-        MinNormConfig(share=2)
+    with pytest.raises(ValueError, match=r"share must lie in \[0, 1\], got 2.0"):
+        MinNormConfig(share=2.0)
     with pytest.raises(ValueError, match="n_pert must be at least 1, got 0"):
         MinNormConfig(n_pert=0)
     with pytest.raises(ValueError, match="last_epochs must not be negative"):

@@ -174,10 +174,8 @@ def unlearn(config: SineConfig, params: Params, x: Any, y: Any, seeds: Any) -> P
             if done < config.epochs - config.last_epochs:
                 state = _project_seeds(state[0], x, share), state[1]
                 share *= config.decay
-                following = done + config.every
-                steps = (
-                    following - done if following < config.epochs - config.last_epochs else steps
-                )
+                if done + config.every < config.epochs - config.last_epochs:
+                    steps = config.every
             if config.stale:
                 state = _stale_step(before, state, x, y, settings)
                 steps, done = steps - 1, done + 1
