@@ -90,8 +90,8 @@ def span_coefficients(
     """The weights c with which the gradients sum to the part of theta in their span.
 
     Args:
-        blocks: Of each block, its weights of all gradients `[N, D]` and of theta `[D]`. D may differ from
-            block to block.
+        blocks: Of each block, its weights of all gradients `[N, D]` and of theta `[D]`. D may
+            differ from block to block.
 
     Returns:
         c with sum_i c_i g_i = P theta, float64; the smallest such where gradients depend on each
