@@ -20,6 +20,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from t3jax.minnorm.projection import span_coefficients
+
 Params = Any
 Method = Literal["minnorm", "retrain", "ridge", "l1", "gd", "ngd", "ngp", "ga"]
 METHODS: tuple[Method, ...] = ("minnorm", "retrain", "ridge", "l1", "gd", "ngd", "ngp", "ga")
