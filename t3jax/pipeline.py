@@ -25,6 +25,7 @@ from t3jax.finetuning import FinetuneConfig, finetune
 from t3jax.head import HeadConfig, class_prior_shift
 from t3jax.head_io import Head
 from t3jax.lm import LM, default_dtype, load_config, load_lm, save_hf
+from t3jax.minnorm import MinNormConfig
 from t3jax.settings import from_config
 from t3jax.training import TrainConfig
 from t3jax.training_sets import SyntheticOptions, TrainingSets, make_training_sets
