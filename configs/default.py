@@ -47,6 +47,14 @@ def get_config() -> ml_collections.ConfigDict:
     config.finetune_remat = False  # less memory, a third more work
     config.finetune_seed = 0
     config.finetune_checkpoint_every = 100  # steps; each of the two kept takes 12 bytes a weight
+    # Unlearning by MinNorm-OG (docs/minnorm_og.md): `finetune_data` is then what is retained. The
+    # share of the weights' part outside the span of retained gradients that the first projection
+    # takes away; 0: plain fine-tuning.
+    config.minnorm_share = 0.0
+    config.minnorm_decay = 0.9  # of that share, after each projection
+    config.minnorm_every = 1  # epochs from one projection to the next
+    config.minnorm_last_epochs = 2  # epochs at the end without one
+    config.minnorm_n_pert = 50  # gradients of a projection
     config.lora_rank = 0  # 0: all weights are trained
     config.lora_alpha = 16.0
     config.lora_layers = ("q", "k", "v", "o", "gate", "up", "down")

@@ -27,6 +27,7 @@ from t3jax.head_io import Head
 from t3jax.lm import LM, default_dtype, load_config, load_lm, save_hf
 from t3jax.lm.adapter import save_adapter
 from t3jax.lm.decoder import Lora
+from t3jax.minnorm import MinNormConfig
 from t3jax.settings import from_config
 from t3jax.training import TrainConfig
 from t3jax.training_sets import SyntheticOptions, TrainingSets, make_training_sets
@@ -94,6 +95,7 @@ def finetune_config(config: Any) -> FinetuneConfig:
         lora_alpha=config.lora_alpha,
         lora_layers=tuple(config.lora_layers),
         dtype=config.dtype or default_dtype(),
+        minnorm=from_config(MinNormConfig, config, "minnorm_") if config.minnorm_share else None,
     )
 
 

@@ -373,9 +373,10 @@ def _compare_parts(log: Log, metric: str) -> Iterator[Comparison]:
         compared = _compare_aggregate(log, metric, None)
         yield dataclasses.replace(compared, name=f"{metric}, auc", stored=entry["auc"])
     for part in ("forget", "holdout"):
-        if part in entry:
+        values = entry.get(part) or {}
+        if values.get("value_by_index") is not None:
             mean = _mean_score(metric, logs.column(log, metric, "score", part))
-            yield Comparison(f"{metric}, mean of {part}", entry[part]["agg_value"], mean)
+            yield Comparison(f"{metric}, mean of {part}", values.get("agg_value"), mean)
 
 
 def _compare_rows(log: Log, metric: str) -> Iterator[Comparison]:

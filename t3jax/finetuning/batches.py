@@ -105,3 +105,30 @@ def make_batch(
         labels.reshape(split),
         weights.reshape(split),
     )
+
+
+def choose_outputs(
+    examples: Sequence[Example], count: int, longest: int, seed: int, step: int
+) -> dict[str, np.ndarray]:
+    """Answer tokens of a batch whose predictions a projection is to leave alone.
+
+    Args:
+        examples: The batch's tokenised texts.
+        count: N, how many; each text has as many as any other, or one more.
+        longest: The model's context, tokens.
+        seed: The run's.
+        step: Which one; with the seed it decides the choice.
+
+    Returns:
+        "tokens" `[N, T]`, padded on the right, and "place" `[N]`, where the model predicts the
+        chosen token: one place before it.
+    """
+    rng = np.random.default_rng((seed, step))
+    chosen = np.resize(rng.permutation(len(examples)), count)
+    length = min(round_up(max(len(each.tokens) for each in examples), _LENGTH_STEP), longest)
+    tokens = np.zeros((count, length), np.int32)
+    for row, index in enumerate(chosen):
+        tokens[row, : len(examples[index].tokens)] = examples[index].tokens
+    ends = [(examples[index].answer_start, len(examples[index].tokens)) for index in chosen]
+    place = np.array([rng.integers(first, end) - 1 for first, end in ends], np.int32)
+    return {"tokens": tokens, "place": place}

@@ -6,6 +6,8 @@ import math
 import jax
 import optax
 
+from t3jax.minnorm import MinNormConfig
+
 _LAST_RATE = 0.02  # the learning rate at the end, as a share of its peak
 
 
@@ -35,6 +37,8 @@ class FinetuneConfig:
             less memory, a third more work.
         seed: Decides the order of the rows, and LoRA's first factors.
         checkpoint_every: Steps between checkpoints; the last is always saved.
+        minnorm: Unlearn by MinNorm-OG: the rows are what is retained, and what is trained is
+            projected before the steps of some epochs; None trains alone.
     """
 
     epochs: int = 5
@@ -55,6 +59,7 @@ class FinetuneConfig:
     remat: bool = False
     seed: int = 0
     checkpoint_every: int = 100
+    minnorm: MinNormConfig | None = None
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "microbatches", "checkpoint_every"):

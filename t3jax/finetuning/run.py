@@ -109,6 +109,11 @@ def finetune(
             epoch, place = divmod(step - 1, steps_per_epoch)
             rows = epoch_batches(lengths, config.batch_size, config.seed, epoch)[place]
             batch = [examples[row] for row in rows]
+            share = 0.0
+            if config.minnorm is not None:
+                share = config.minnorm.share_at(step - 1, steps_per_epoch, config.epochs)
+            if share:
+                state = trainer.project(state, batch, step, share)
             state, loss, norm = trainer.step(state, batch)
             line = {
                 "step": step,
@@ -118,6 +123,8 @@ def finetune(
                 "learning_rate": float(schedule(step - 1)),
                 "answer_tokens": sum(example.num_answer_tokens for example in batch),
             }
+            if config.minnorm is not None:
+                line["projected_share"] = share
             _check_finite(line, config)
             epoch_ends = place + 1 == steps_per_epoch
             if epoch_ends and validation:

@@ -22,10 +22,11 @@ from jax.sharding import PartitionSpec as P
 from t3jax import hosts, optimizer, sharding
 from t3jax.batching import round_up
 from t3jax.data import Example
-from t3jax.finetuning.batches import Batch, make_batch
+from t3jax.finetuning.batches import Batch, choose_outputs, make_batch
 from t3jax.finetuning.lora import init_lora, scale_lora
 from t3jax.finetuning.recipe import FinetuneConfig, make_optimizer
 from t3jax.lm import LMConfig, decoder
+from t3jax.minnorm import project
 
 Params = decoder.Params
 
@@ -40,6 +41,8 @@ class Programs(NamedTuple):
         update: `(state, gradient) -> (state, norm of the gradient)`, compiled once; the state is
             donated.
         loss: `(trained, frozen, batch) -> sum of the weighted losses`.
+        output: `(trained, frozen, row) -> largest logit` at the place of a row of `choose_outputs`;
+            not compiled.
     """
 
     abstract_state: Any
@@ -47,6 +50,7 @@ class Programs(NamedTuple):
     gradient: Callable[[Any, Params, Batch], tuple[jax.Array, Any]]
     update: Callable[[Any, Any], tuple[Any, jax.Array]]
     loss: Callable[[Any, Params, Batch], jax.Array]
+    output: Callable[[Any, Params, Any], jax.Array]
 
 
 @functools.cache
@@ -84,6 +88,13 @@ def compile_programs(
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, part.labels)
         return jnp.sum(losses * part.weights)
 
+    def output(trained: Any, frozen: Params, row: Any) -> jax.Array:
+        params, lora = cast(trained), None
+        if config.lora_rank:
+            params, lora = frozen, scale_lora(params, config.lora_scale)
+        hidden, _ = decoder.apply(lm_config, params, row["tokens"][None], lora=lora)
+        return jnp.max(decoder.unembed(lm_config, params, hidden[:, row["place"]]))
+
     def gradient(trained: Any, frozen: Params, batch: Batch) -> tuple[jax.Array, Any]:
         working = cast(trained)
 
@@ -119,6 +130,7 @@ def compile_programs(
         ),
         update=jax.jit(update, donate_argnums=0, out_shardings=(placed_state, whole)),
         loss=jax.jit(loss, out_shardings=whole),
+        output=output,
     )
 
 
@@ -170,6 +182,27 @@ class Trainer:
             loss, grads = self._programs.gradient(state[0], self._frozen, batch)
             state, norm = self._programs.update(state, grads)
         return state, loss, norm
+
+    def project(self, state: Any, examples: Sequence[Example], step: int, share: float) -> Any:
+        """Takes away a share of what the predictions of a batch do not need (MinNorm-OG).
+
+        Args:
+            state: The training state; its moments stay.
+            examples: The texts whose predictions stay, to first order.
+            step: Which one; decides the answer tokens, as the seed does.
+            share: From 0, nothing, to 1, all of it.
+
+        Returns:
+            The state after it.
+        """
+        assert self._config.minnorm is not None
+        trained, moments = state
+        count, seed = self._config.minnorm.n_pert, self._config.seed
+        rows = choose_outputs(examples, count, self._longest, seed, step)
+        rows = jax.tree.map(lambda x: hosts.place(x, NamedSharding(self._mesh, P())), rows)
+        moved = project(self._programs.output, trained, rows, share, self._frozen)
+        placed = jax.tree.map(lambda x: x.sharding, self.abstract_state[0])
+        return hosts.place(moved, placed), moments
 
     def loss(self, trained: Any, examples: Sequence[Example]) -> float:
         """Mean cross-entropy of answer tokens, nats, over any number of texts.

@@ -1,0 +1,55 @@
+"""MinNorm-OG on the demo's model, scored as the demo scores T3.
+
+    python -m demo.minnorm --epochs=4 --share=0.02
+
+It trains on the retain rows alone and projects before the steps of the first epochs. The folder it
+writes, `out/minnorm/demo/model`, is a Hugging Face folder. What is printed are the rows of the
+demo's table, for that model and the retain-only one, and the seconds of the unlearning.
+"""
+
+import argparse
+import json
+import time
+
+import t3jax
+from configs import demo as demo_config
+from demo import run_demo
+from t3jax import cli, pipeline
+from t3jax.evaluation.scoring import BASE
+
+
+def main() -> None:
+    """Unlearns, evaluates and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--last_epochs", type=int, default=2, help="without projections")
+    parser.add_argument("--share", type=float, default=0.02, help="0: plain fine-tuning")
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--rows", default="", help='of the retain rows, such as "[:480]"')
+    parser.add_argument("--eval_rows", type=int, default=160)
+    parser.add_argument("--out", default="out/minnorm/demo")
+    args = parser.parse_args()
+    cli.enable_compilation_cache()
+    config = demo_config.get_config()
+    config.finetune_data = (config.retain + args.rows,)
+    config.finetune_workdir = args.out
+    config.finetune_epochs = args.epochs
+    config.finetune_learning_rate = args.learning_rate
+    config.minnorm_share = args.share
+    config.minnorm_last_epochs = args.last_epochs
+    config.eval_rows = args.eval_rows
+    config.eval_dir = f"{args.out}/evaluation"
+    start = time.perf_counter()
+    folder = pipeline.finetune_once(config, t3jax.make_mesh())
+    seconds = time.perf_counter() - start
+    print(f"unlearned in {seconds:.0f} s: {folder}", flush=True)
+    examined = pipeline.examine(config, t3jax.load_lm(str(folder)), [])
+    logs, retain_log = pipeline.score(config, examined, [BASE])
+    evaluation = pipeline.Evaluation(examined, [BASE], logs, {}, retain_log, None)
+    summary = run_demo.compare(config, {}, evaluation).summary
+    # There the model that is evaluated without a head is called base.
+    print(json.dumps(summary, indent=2).replace('"base"', '"minnorm"'))
+
+
+if __name__ == "__main__":
+    main()

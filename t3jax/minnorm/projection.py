@@ -1,0 +1,206 @@
+"""The simplest nearby model with the same outputs on what is retained, to first order.
+
+A change of the parameters that stands at right angles to the gradients g_1, ..., g_N of the outputs
+on retain points leaves those outputs alone, to first order. Among such changes, the one with the
+smallest |theta + delta|^2 + lambda |delta|^2 is
+
+    delta = -share (theta - P theta),        share = 1 / (1 + lambda),
+
+where P theta is the part of theta in the span of the gradients.
+
+The gradients are read block by block (a few weights of all N gradients at a time), so that they are
+never all in memory: the triangle of a QR factorisation of [gradients, theta] is carried from one
+block to the next, in float64. It holds the coefficients of P theta; P theta itself is then one more
+gradient, that of the sum of the outputs weighted by these coefficients.
+
+Axes: N gradients, D weights of a block.
+
+References:
+    Machine Unlearning under Overparameterization, arXiv 2505.22601, section 5.
+    Communication-optimal parallel and sequential QR and LU factorizations, arXiv 0808.2664,
+    section 4 (a triangle carried over blocks).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from t3jax import hosts
+
+# Of the largest singular value: gradients are computed in float32, so what is smaller is rounding.
+_RANK_TOLERANCE = 1e-6
+_COLUMNS = 2**14  # weights of a block of the factorisation, which is in float64
+# Of a model's parameters and of one row (and what is frozen) to one output.
+Output = Callable[[Any, Any, Any], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class MinNormConfig:
+    """When the parameters are projected, and how far.
+
+    Attributes:
+        n_pert: N, how many gradients a projection uses.
+        share: Share of the off-span part that the first projection takes away, 1 / (1 + lambda).
+        decay: What the share is multiplied by after each projection.
+        every: Epochs from one projection to the next.
+        last_epochs: Epochs at the end that project no more.
+    """
+
+    n_pert: int = 50
+    share: float = 0.1
+    decay: float = 0.9
+    every: int = 1
+    last_epochs: int = 2
+
+    def __post_init__(self):
+        for name in ("n_pert", "every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("share", "decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.last_epochs < 0:
+            raise ValueError(f"last_epochs must not be negative, got {self.last_epochs}")
+
+    def share_at(self, step: int, steps_per_epoch: int, epochs: int) -> float:
+        """The share that a step's projection takes away, 0 for a step without one.
+
+        Args:
+            step: Which one, from 0.
+            steps_per_epoch: Steps of an epoch; all steps of an epoch project, or none does.
+            epochs: Of the whole run.
+
+        Returns:
+            The share.
+        """
+        epoch, place = divmod(step, steps_per_epoch)
+        if epoch % self.every or epoch >= epochs - self.last_epochs:
+            return 0.0
+        return self.share * self.decay ** (epoch // self.every * steps_per_epoch + place)
+
+
+def span_coefficients(
+    blocks: Iterable[tuple[Float[np.ndarray, "N _"], Float[np.ndarray, "_"]]],
+) -> Float[np.ndarray, "N"]:
+    """The weights c with which the gradients sum to the part of theta in their span.
+
+    Args:
+        blocks: Of each block, its weights of all gradients `[N, D]` and of theta `[D]`. D may
+            differ from block to block.
+
+    Returns:
+        c with sum_i c_i g_i = P theta, float64; the smallest such where gradients depend on each
+        other.
+
+    Raises:
+        ValueError: If there are no blocks.
+        FloatingPointError: If a gradient or theta is infinite or NaN.
+    """
+    triangle = None
+    for gradients, theta in blocks:
+        columns = np.concatenate([gradients, theta[None]]).astype(np.float64).T  # [D, N + 1]
+        if not np.all(np.isfinite(columns)):
+            raise FloatingPointError(
+                "the projection met an infinite or NaN gradient or weight, expected finite ones; "
+                "lower the learning rate, or start from weights that are finite"
+            )
+        stacked = columns if triangle is None else np.concatenate([triangle, columns])
+        triangle = np.linalg.qr(stacked, mode="r")
+    if triangle is None:
+        raise ValueError("no weights to project: expected at least one block")
+    n = triangle.shape[1] - 1
+    scale = np.linalg.norm(triangle[:, :n], axis=0)  # gradients of like length: better conditioned
+    scale[scale == 0] = 1
+    found, *_ = np.linalg.lstsq(triangle[:, :n] / scale, triangle[:, n], rcond=_RANK_TOLERANCE)
+    return found / scale
+
+
+def project(
+    output: Output,
+    params: Any,
+    rows: Any,
+    share: float,
+    frozen: Any = None,
+    block_bytes: int = 2**30,
+) -> Any:
+    """Takes away a share of the part of the parameters that the outputs do not need.
+
+    The gradients of a group of leaves are in memory together, as many leaves as `block_bytes` hold;
+    a larger leaf is a group of its own. Each group costs two backward passes of every row; one
+    where there is a single group.
+
+    Args:
+        output: `(params, frozen, row)` to a scalar, whose value is to stay; compiled once for each
+            function object.
+        params: The parameters, float32.
+        rows: A tree of arrays whose first axis counts the N rows.
+        share: From 0, nothing, to 1, all of it.
+        frozen: What else `output` reads.
+        block_bytes: Bytes for gradients of a group.
+
+    Returns:
+        Parameters like `params`, on the host.
+
+    Raises:
+        FloatingPointError: If a gradient or a weight is infinite or NaN.
+    """
+    leaves, tree = jax.tree.flatten(params)
+    count = len(jax.tree.leaves(rows)[0])
+    groups = _group([4 * count * leaf.size for leaf in leaves], block_bytes)
+
+    def read() -> Iterator[tuple[int, np.ndarray]]:
+        for group in groups:
+            found = _gradients(output, group, params, frozen, rows)
+            for index, gradients in zip(group, found, strict=True):
+                yield index, np.asarray(hosts.fetch(gradients)).reshape(count, -1)
+
+    held = list(read()) if len(groups) == 1 else None
+    flat = [np.asarray(hosts.fetch(leaf)).reshape(-1) for leaf in leaves]
+    weights = span_coefficients(
+        (gradients[:, part], flat[index][part])
+        for index, gradients in held or read()
+        for part in _parts(flat[index].size)
+    )
+    moved = [np.empty_like(leaf) for leaf in flat]
+    for index, gradients in held or read():
+        for part in _parts(flat[index].size):
+            theta = flat[index][part].astype(np.float64)
+            moved[index][part] = theta - share * (theta - weights @ gradients[:, part])
+    shaped = [new.reshape(leaf.shape) for new, leaf in zip(moved, leaves, strict=True)]
+    return jax.tree.unflatten(tree, shaped)
+
+
+def _parts(size: int) -> list[slice]:
+    return [slice(start, start + _COLUMNS) for start in range(0, size, _COLUMNS)]
+
+
+def _group(sizes: list[int], limit: int) -> list[tuple[int, ...]]:
+    """Neighbours together, up to a limit."""
+    groups: list[list[int]] = []
+    held = 0
+    for index, size in enumerate(sizes):
+        if not groups or held + size > limit:
+            groups.append([])
+            held = 0
+        groups[-1].append(index)
+        held += size
+    return [tuple(group) for group in groups]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _gradients(output: Output, group: tuple[int, ...], params: Any, frozen: Any, rows: Any) -> Any:
+    leaves, tree = jax.tree.flatten(params)
+
+    def of_row(row: Any) -> list[Array]:
+        def value(chosen: list[Array]) -> Array:
+            mixed = dict(enumerate(leaves)) | dict(zip(group, chosen, strict=True))
+            return output(jax.tree.unflatten(tree, list(mixed.values())), frozen, row)
+
+        return jax.grad(value)([leaves[index] for index in group])
+
+    return jax.lax.map(of_row, rows)

@@ -1,0 +1,345 @@
+"""The sine wave with poisoned points: how near a few epochs come to the truth, method by method.
+
+A perceptron with two hidden layers is fitted to 50 points of a sine wave and to 5 points that say
+1.5. The 5 are to be forgotten. A method has some epochs, each one step on all retain points, and is
+judged by its largest error against the sine wave.
+
+Axes: N points, W width.
+
+References:
+    Machine Unlearning under Overparameterization, arXiv 2505.22601, the data poisoning experiment.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from t3jax.minnorm.projection import span_coefficients
+
+Params = Any
+Method = Literal["minnorm", "retrain", "ridge", "l1", "gd", "ngd", "ngp", "ga"]
+METHODS: tuple[Method, ...] = ("minnorm", "retrain", "ridge", "l1", "gd", "ngd", "ngp", "ga")
+_EDGE = 5 * np.pi  # points lie in [-_EDGE, _EDGE]
+_FALSE = 1.5  # what the poisoned points say
+RETAIN, FORGET = 50, 5
+_WIDTH = 300
+
+
+@dataclasses.dataclass(frozen=True)
+class SineConfig:
+    """A method and its settings.
+
+    Attributes:
+        method: Gradient descent on the retain points with nothing else is "gd"; "ngd" adds noise to
+            the gradient, "ngp" ascends on the forget points beside, "ga" ascends on them alone,
+            "ridge" and "l1" add a penalty, "retrain" starts from random weights.
+        epochs: Steps, each on all points.
+        learning_rate: AdamW's.
+        strength: Share of the off-span part that a projection takes away ("minnorm"), weight of the
+            squared norm ("ridge"), of the sum of absolutes ("l1") or of the ascent ("ngp"), or
+            the deviation of the noise ("ngd").
+        decay: What the strength is multiplied by after each projection or, for "ridge", epoch.
+        every: Epochs from one projection to the next.
+        last_epochs: Epochs at the end without a projection.
+        stale: A projecting step takes its gradient as the published code does: activations from
+            before the projection, weights from after it.
+    """
+
+    method: Method
+    epochs: int
+    learning_rate: float = 1e-3
+    strength: float = 0.0
+    decay: float = 1.0
+    every: int = 1
+    last_epochs: int = 0
+    stale: bool = False
+
+
+def make_points(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The points of a seed, retain points first: x and y."""
+    rng = np.random.default_rng(seed)
+    x = rng.uniform(-_EDGE, _EDGE, RETAIN + FORGET).astype(np.float32)
+    return x, np.where(np.arange(len(x)) < RETAIN, np.sin(x), _FALSE).astype(np.float32)
+
+
+def init_perceptron(key: PRNGKeyArray, width: int = _WIDTH) -> Params:
+    """Weights and biases uniform within in^-1/2, as PyTorch's linear layers begin."""
+    layers = []
+    for k, fan_in, fan_out in zip(
+        jax.random.split(key, 3), (1, width, width), (width, width, 1), strict=True
+    ):
+        w, b = jax.random.split(k)
+        edge = fan_in**-0.5
+        layers.append(
+            {
+                "w": jax.random.uniform(w, (fan_in, fan_out), jnp.float32, -edge, edge),
+                "b": jax.random.uniform(b, (fan_out,), jnp.float32, -edge, edge),
+            }
+        )
+    return layers
+
+
+def predict(params: Params, x: Float[Array, "N"]) -> Float[Array, "N"]:
+    """The perceptron's outputs."""
+    hidden = x[:, None]
+    for layer in params[:-1]:
+        hidden = jax.nn.silu(hidden @ layer["w"] + layer["b"][None])
+    return (hidden @ params[-1]["w"] + params[-1]["b"][None])[:, 0]
+
+
+def squared_error(params: Params, x: Float[Array, "N"], y: Float[Array, "N"]) -> Float[Array, ""]:
+    """Mean squared error."""
+    return jnp.mean((predict(params, x) - y) ** 2)
+
+
+def largest_error(params: Params) -> Float[Array, ""]:
+    """The largest error against the sine wave over 1,000 even points."""
+    x = jnp.linspace(-_EDGE, _EDGE, 1000, dtype=jnp.float32)
+    return jnp.max(jnp.abs(predict(params, x) - jnp.sin(x)))
+
+
+def init_fit(seeds: Any) -> tuple[Any, Any, Any]:
+    """Random weights and the points of some seeds.
+
+    Args:
+        seeds: The seeds.
+
+    Returns:
+        The state that `fit` begins with, and x and y `[seeds, N]`.
+    """
+    points = [make_points(seed) for seed in seeds]
+    params = jax.vmap(lambda seed: init_perceptron(jax.random.key(seed)))(jnp.asarray(seeds))
+    state = params, _adamw(jnp.float32(1e-3)).init(params)
+    return state, jnp.stack([p[0] for p in points]), jnp.stack([p[1] for p in points])
+
+
+def _adamw(rate: Any) -> optax.GradientTransformation:
+    return optax.adamw(rate, weight_decay=0.01)
+
+
+@functools.partial(jax.jit, static_argnames=("steps", "learning_rate"), donate_argnums=0)
+def fit(state: Any, x: Any, y: Any, steps: int, learning_rate: float = 1e-3) -> tuple[Any, Any]:
+    """Some epochs of AdamW on all points, of several seeds (the first axis) at once.
+
+    Args:
+        state: Weights and optimizer state.
+        x: Points of each seed.
+        y: What they say.
+        steps: How many epochs.
+        learning_rate: AdamW's.
+
+    Returns:
+        The state after them, and the mean squared error of each seed before the last.
+    """
+    adamw = _adamw(learning_rate)
+
+    def step(state: Any, _: Any) -> tuple[Any, Any]:
+        loss, grads = jax.vmap(jax.value_and_grad(squared_error))(state[0], x, y)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt = adamw.update(grads, state[1], state[0])
+        return (optax.apply_updates(state[0], updates), opt), loss
+
+    state, losses = jax.lax.scan(step, state, None, steps)
+    return state, losses[-1]
+
+
+def unlearn(config: SineConfig, params: Params, x: Any, y: Any, seeds: Any) -> Params:
+    """Unlearns the poisoned points by a method, several seeds at once.
+
+    Args:
+        config: The method and its settings.
+        params: Fitted weights, the first axis counts seeds; left as they are.
+        x: Points of each seed, retain points first.
+        y: What they say.
+        seeds: Decide noise, and the weights that "retrain" begins with.
+
+    Returns:
+        The weights after it.
+    """
+    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
+    if config.method == "retrain":
+        params = jax.vmap(lambda key: init_perceptron(jax.random.fold_in(key, 1)))(keys)
+    state = params, _adamw(jnp.float32(1e-3)).init(params)
+    settings = jnp.float32(config.learning_rate), jnp.float32(config.decay)
+    done, share = 0, config.strength
+    while done < config.epochs:
+        steps, strength = config.epochs - done, jnp.float32(config.strength)
+        before = state[0]
+        if config.method == "minnorm":
+            # From one projection to the next, the last of them to the end.
+            if done < config.epochs - config.last_epochs:
+                state = _project_seeds(state[0], x, share), state[1]
+                share *= config.decay
+                if done + config.every < config.epochs - config.last_epochs:
+                    steps = config.every
+            if config.stale:
+                state = _stale_step(before, state, x, y, settings)
+                steps, done = steps - 1, done + 1
+        if steps:
+            state = _run(config.method, steps, state, x, y, keys, strength, settings)
+        done += steps
+    return state[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(
+    method: Method, steps: int, state: Any, x: Any, y: Any, keys: Any, strength: Any, settings: Any
+) -> Any:
+    rate, decay = settings
+    adamw = _adamw(rate)
+
+    def loss(params: Params, x: Any, y: Any, weight: Any) -> Any:
+        kept = squared_error(params, x[:RETAIN], y[:RETAIN])
+        if method in ("ngp", "ga"):
+            lost = squared_error(params, x[RETAIN:], y[RETAIN:])
+            return -lost if method == "ga" else kept - weight * lost
+        if method == "ridge":
+            return kept + weight * optax.tree.norm(params, squared=True)
+        if method == "l1":
+            return kept + weight * optax.tree.norm(params, ord=1)
+        return kept
+
+    def step(state: Any, epoch: Any) -> tuple[Any, None]:
+        weight = strength * decay ** epoch.astype(jnp.float32)
+        if method == "l1":  # falls to 0 on a line
+            weight = strength * (1 - epoch.astype(jnp.float32) / steps)
+        grads = jax.vmap(jax.grad(loss), (0, 0, 0, None))(state[0], x, y, weight)
+        if method == "ngd":
+            noise = jax.vmap(
+                lambda key, one: optax.tree.random_like(jax.random.fold_in(key, epoch), one)
+            )(keys, grads)
+            grads = jax.tree.map(lambda g, n: g + strength * n, grads, noise)
+        return _step(adamw, state, grads), None
+
+    return jax.lax.scan(step, state, jnp.arange(steps))[0]
+
+
+def _step(adamw: optax.GradientTransformation, state: Any, grads: Any) -> Any:
+    with jax.numpy_dtype_promotion("standard"):
+        updates, opt = adamw.update(grads, state[1], state[0])
+    return optax.apply_updates(state[0], updates), opt
+
+
+# The projection. A layer's gradient at a point is (its input) x (what comes back to its output): in
+# bases of the N inputs and the N returns it has N x N entries, in place of W x W.
+
+
+def project_one(params: Params, x: np.ndarray, share: float) -> Params:
+    """Takes away a share of the part of the weights that the outputs at some points do not need.
+
+    Inner products among reduced gradients and with reduced weights are those of the whole ones.
+
+    Args:
+        params: The weights of one seed.
+        x: The points.
+        share: From 0, nothing, to 1, all of it.
+
+    Returns:
+        The weights after it, on the host.
+    """
+    layers = jax.device_get(params)
+    blocks, bases = [], []
+    for layer, given, back in zip(layers, *jax.device_get(_factors(params, x)), strict=True):
+        left, given = np.linalg.qr(given.T.astype(np.float64))  # [in, n], [n, N]
+        right, returned = np.linalg.qr(back.T.astype(np.float64))
+        gradients = np.einsum("an,bn->nab", given, returned).reshape(len(x), -1)
+        blocks.append((gradients, (left.T @ layer["w"] @ right).ravel()))
+        blocks.append((returned.T, right.T @ layer["b"]))
+        bases.append((left, given, right, returned))
+    weights = span_coefficients(blocks)
+    moved = []
+    for layer, (left, given, right, returned) in zip(layers, bases, strict=True):
+        span = {
+            "w": left @ ((given * weights) @ returned.T) @ right.T,
+            "b": right @ (returned @ weights),
+        }
+        moved.append(
+            {
+                name: (leaf - share * (leaf - span[name])).astype(np.float32)
+                for name, leaf in layer.items()
+            }
+        )
+    return moved
+
+
+@jax.jit
+def _factors(params: Params, x: Any) -> tuple[list[Any], list[Any]]:
+    """Of each layer, its inputs and the derivatives of the outputs by its outputs, `[N, W]`."""
+    inputs, before = _forward(params, x)
+    return inputs, _backward(params, before, jnp.ones_like(x))
+
+
+def _forward(params: Params, x: Any) -> tuple[list[Any], list[Any]]:
+    inputs, before = [x[:, None]], []
+    for layer in params:
+        before.append(inputs[-1] @ layer["w"] + layer["b"][None])
+        inputs.append(jax.nn.silu(before[-1]))
+    return inputs[:-1], before
+
+
+def _backward(params: Params, before: list[Any], back: Any) -> list[Any]:
+    returns = [back[:, None]]
+    for layer, value in zip(params[:0:-1], before[-2::-1], strict=True):
+        sigmoid = jax.nn.sigmoid(value)
+        slope = sigmoid * (1 + value * (1 - sigmoid))
+        returns.append((returns[-1] @ layer["w"].T) * slope)
+    return returns[::-1]
+
+
+def _project_seeds(params: Params, x: Any, share: float) -> Params:
+    host, points = jax.device_get(params), np.asarray(x)[:, :RETAIN]
+    moved = [
+        project_one(jax.tree.map(lambda leaf, i=i: leaf[i], host), each, share)
+        for i, each in enumerate(points)
+    ]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *moved)
+
+
+@jax.jit
+def _stale_step(old: Params, state: Any, x: Any, y: Any, settings: Any) -> Any:
+    """A step after a projection, as published: activations of the weights before it."""
+
+    def gradient(old: Params, new: Params, x: Any, y: Any) -> Params:
+        inputs, before = _forward(old, x)
+        error = 2 * (before[-1][:, 0] - y) / len(x)
+        returns = _backward(new, before, error)
+        return [
+            {"w": given.T @ back, "b": jnp.sum(back, axis=0)}
+            for given, back in zip(inputs, returns, strict=True)
+        ]
+
+    kept = slice(None, RETAIN)
+    grads = jax.vmap(gradient)(old, state[0], x[:, kept], y[:, kept])
+    return _step(_adamw(settings[0]), state, grads)
+
+
+# The published best settings. Where none is published the learning rate is MinNorm-OG's.
+def published(epochs: int, stale: bool = False) -> list[SineConfig]:
+    """The methods at the settings that the authors found best.
+
+    Args:
+        epochs: 10, 100 or 1000.
+        stale: How MinNorm-OG projects, see `SineConfig`.
+
+    Returns:
+        One for each of `METHODS`.
+    """
+    at = (10, 100, 1000).index(epochs)
+    return [
+        SineConfig(
+            "minnorm", epochs, 1e-3, 0.1, 0.9, (1, 2, 10)[at], (2, 50, 500)[at], stale=stale
+        ),
+        SineConfig("retrain", epochs, 1e-4),
+        SineConfig("ridge", epochs, strength=3.0, decay=(0.6, 0.9, 0.9)[at]),
+        SineConfig("l1", epochs, strength=0.1),
+        SineConfig("gd", epochs),
+        SineConfig("ngd", epochs, strength=(0.5, 0.1, 1.0)[at]),
+        SineConfig("ngp", epochs, strength=(1.0, 0.01, 0.001)[at]),
+        SineConfig("ga", epochs),
+    ]
