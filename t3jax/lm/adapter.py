@@ -46,8 +46,6 @@ _PLAIN: dict[str, tuple] = {
     "trainable_token_indices": (None,),
     "layer_replication": (None,),
     "target_parameters": (None, []),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
@@ -63,11 +61,25 @@ class _Config(msgspec.Struct):
     lora_alpha: Annotated[float, Meta(gt=0, le=1e6)]
     use_rslora: bool = False
     fan_in_fan_out: bool = False
+    rank_pattern: dict[str, Annotated[int, Meta(ge=1, le=1 << 16)]] | None = None
+    alpha_pattern: dict[str, Annotated[float, Meta(gt=0, le=1e6)]] | None = None
 
-    @property
-    def scale(self) -> float:
-        """S."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+    def rank(self, module: str) -> int:
+        """Rank of a linear layer's factors."""
+        return _find(self.rank_pattern, module, self.r)
+
+    def scale(self, module: str) -> float:
+        """Factor s of a linear layer's update."""
+        rank = self.rank(module)
+        alpha = _find(self.alpha_pattern, module, self.lora_alpha)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def _find(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """What a pattern says of a layer: the first of its names that the layer's name ends with."""
+    pattern = pattern or {}
+    names = (name for name in pattern if f".{module}".endswith(f".{name}"))
+    return next((pattern[name] for name in names), default)
 
 
 def is_adapter(folder: pathlib.Path) -> bool:
@@ -140,12 +152,13 @@ def merge_adapter(
         view, stored_name = tensors[name]
         shape = tuple(view.get_shape())
         fan_out, fan_in = shape[::-1] if config.fan_in_fan_out else shape
-        if (a.shape, b.shape) != ((config.r, fan_in), (fan_out, config.r)):
+        rank = config.rank(module)
+        if (a.shape, b.shape) != ((rank, fan_in), (fan_out, rank)):
             raise ValueError(
                 f"{path}: {module} has factors of shape {a.shape} and {b.shape}, expected "
-                f"{(config.r, fan_in)} and {(fan_out, config.r)}"
+                f"{(rank, fan_in)} and {(fan_out, rank)}"
             )
-        b = b * np.float32(config.scale)
+        b = b * np.float32(config.scale(module))
         left, right = (a.T, b.T) if config.fan_in_fan_out else (b, a)
         merged[name] = (_Updated(view, left, right), stored_name)
     return merged
@@ -233,4 +246,11 @@ def _read_config(folder: pathlib.Path) -> _Config:
                 f"{show_json(values[0])}. Merge the adapter into the base with merge_and_unload of "
                 "PEFT"
             )
-    return read_json(path, _Config)
+    config = read_json(path, _Config)
+    names = [*(config.rank_pattern or {}), *(config.alpha_pattern or {})]
+    if odd := [name for name in names if not re.fullmatch(r"[\w.]+", name)]:
+        raise ValueError(
+            f"{path}: the pattern {show_json(odd[0])} is not supported; expected names of layers, "
+            "such as q_proj or layers.0.mlp.up_proj"
+        )
+    return config
