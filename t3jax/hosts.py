@@ -86,7 +86,8 @@ def stop_raising() -> None:
     """
     signal.setitimer(signal.ITIMER_REAL, 0)
     logging.disable()
-    sys.unraisablehook = threading.excepthook = lambda _: None
+    sys.unraisablehook = lambda _: None
+    threading.excepthook = lambda _: None
 
 
 def initialize(mode: str = "auto") -> None:

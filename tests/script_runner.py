@@ -3,6 +3,7 @@
 The processes are forked from a server that has imported what takes seconds.
 """
 
+import atexit
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import pathlib
 import resource
 import runpy
 import sys
+import threading
 import time
 
 QUESTIONS = ["Who is Ada?", "Where was Bo born?", "What did Cy write?", "Why is it so?"]
@@ -32,7 +34,11 @@ def run_script(
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
     sys.argv = words
     sys.path.insert(0, str(pathlib.Path(words[0]).parent))
-    runpy.run_path(words[0], run_name="__main__")
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    finally:  # as every Python ends, and the fork of a server does not
+        threading._shutdown()
+        atexit._run_exitfuncs()
 
 
 class Runner:

@@ -124,7 +124,7 @@ def choose_outputs(
         chosen token: one place before it.
     """
     rng = np.random.default_rng((seed, step))
-    chosen = np.resize(rng.permutation(len(examples)), count)
+    chosen = np.resize(rng.permutation(len(examples)), count).tolist()
     length = min(round_up(max(len(each.tokens) for each in examples), _LENGTH_STEP), longest)
     tokens = np.zeros((count, length), np.int32)
     for row, index in enumerate(chosen):

@@ -63,9 +63,9 @@ def rotate_keys(x: Array, rotation: Rotation) -> Array:
     rotated = 2 * cos.shape[-1]
     x, rest = (x, []) if rotated == x.shape[-1] else (x[..., :rotated], [x[..., rotated:]])
     first, second = (x[..., ::2], x[..., 1::2]) if rotation.interleaved else jnp.split(x, 2, -1)
-    turned = first * cos - second * sin, second * cos + first * sin
+    turned = [first * cos - second * sin, second * cos + first * sin]
     if rotation.interleaved:
-        turned = (jnp.stack(turned, axis=-1).reshape(x.shape),)
+        turned = [jnp.stack(turned, axis=-1).reshape(x.shape)]
     return jnp.concatenate([*turned, *rest], axis=-1)
 
 

@@ -80,7 +80,7 @@ def text_config(config: Json) -> dict[str, Any]:
     # Folders of Qwen 2 VL have the fields of the text model at the top.
     text = config.get("text_config", {**config, "model_type": wrapper.text})
     model_type = text.get("model_type", wrapper.text) if isinstance(text, Mapping) else None
-    family = _TEXT_TYPES.get(model_type, model_type)
+    family = _TEXT_TYPES.get(str(model_type), model_type)
     if model_type is None or (family != wrapper.text and not wrapper.others):
         raise ValueError(f"text_config is {show_json(text)}, expected an object for {wrapper.text}")
     if family not in FAMILIES:

@@ -68,7 +68,7 @@ def deep_linear_net(rng: np.random.Generator) -> float:
     """
     x, y, retained = _points(rng)
     w = _interpolator(rng, x, y)
-    depth, width = rng.integers(2, 5), rng.integers(2, 6)
+    depth, width = int(rng.integers(2, 5)), int(rng.integers(2, 6))
     above = np.linalg.multi_dot(
         [rng.normal(size=(1, width)), *rng.normal(size=(depth - 2, width, width)), np.eye(width)]
     )[0]
@@ -110,8 +110,8 @@ def least_parameters(rng: np.random.Generator) -> float:
         ]
         layers[0] += scale * (lambda z: z - (z @ units[0]) * units[0])(rng.normal(size=width))
         assert _distance(np.linalg.multi_dot(layers)[0], w) < 1e-6
-        lowest = min(lowest, sum(np.sum(layer**2) for layer in layers))
-    return max(0.0, 1 - lowest / best)
+        lowest = min(lowest, float(sum(np.sum(layer**2) for layer in layers)))
+    return max(0.0, float(1 - lowest / best))
 
 
 def perceptron_width(rng: np.random.Generator) -> float:

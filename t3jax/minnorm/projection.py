@@ -101,7 +101,7 @@ def span_coefficients(
         ValueError: If there are no blocks.
         FloatingPointError: If a gradient or theta is infinite or NaN.
     """
-    triangle = None
+    triangle: np.ndarray | None = None
     for gradients, theta in blocks:
         columns = np.concatenate([gradients, theta[None]]).astype(np.float64).T  # [D, N + 1]
         if not np.all(np.isfinite(columns)):
@@ -110,7 +110,7 @@ def span_coefficients(
                 "lower the learning rate, or start from weights that are finite"
             )
         stacked = columns if triangle is None else np.concatenate([triangle, columns])
-        triangle = np.linalg.qr(stacked, mode="r")
+        triangle = np.asarray(np.linalg.qr(stacked, mode="r"))
     if triangle is None:
         raise ValueError("no weights to project: expected at least one block")
     n = triangle.shape[1] - 1
