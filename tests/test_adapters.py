@@ -1,5 +1,6 @@
 """Folders of PEFT: LoRA adapters that are read as part of their base, and written."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -11,7 +12,8 @@ import pytest
 import safetensors.numpy
 import tiny
 
-from t3jax.finetuning import init_lora, merge_lora
+from t3jax.data import Example
+from t3jax.finetuning import FinetuneConfig, finetune, init_lora, merge_lora
 from t3jax.lm import from_params, load_config, load_lm, save_hf
 from t3jax.lm.adapter import CONFIG, save_adapter
 from t3jax.lm.model import check_weights
@@ -138,3 +140,29 @@ def test_an_adapter_without_weights_is_an_error(folder):
     (folder / "adapter" / WEIGHTS).unlink()
     with pytest.raises(FileNotFoundError, match=WEIGHTS):
         load_lm(folder / "adapter", "float32")
+
+
+def test_what_fine_tuning_learns_is_an_adapter(folder):
+    rng = np.random.default_rng(0)
+    rows = [Example(rng.integers(0, 264, 20).astype(np.int32), answer_start=8) for _ in range(8)]
+    recipe = FinetuneConfig(
+        epochs=1, batch_size=8, learning_rate=0.1, warmup_steps=0, lora_rank=2, lora_layers=("q",)
+    )
+
+    def write(lora):
+        save_adapter(
+            folder / "adapter", tiny.CONFIG, lora, 2, recipe.lora_alpha, str(folder / "base")
+        )
+
+    params = load_lm(folder / "base", "float32").params
+    trained = finetune(tiny.CONFIG, params, rows, recipe, on_lora=write)
+    chex.assert_trees_all_close(load_lm(folder / "adapter", "float32").params, trained, atol=1e-6)
+    moved = trained["layers"][0]["attention"]["q"]["weight"]
+    assert np.abs(moved - params["layers"][0]["attention"]["q"]["weight"]).max() > 1e-4
+
+
+def test_layers_of_one_tensor_cannot_be_an_adapter(tmp_path):
+    config = dataclasses.replace(tiny.CONFIG, model_type="phi3")
+    with pytest.raises(ValueError, match="phi3 family keeps several of the layers"):
+        save_adapter(tmp_path, config, make_lora(), RANK, ALPHA, "base")
+    assert not any(tmp_path.iterdir())

@@ -7,8 +7,10 @@ import os
 import pathlib
 import shutil
 import socket
+import sys
 import warnings
 
+import chex
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -18,6 +20,7 @@ import tiny
 
 from t3jax import batching, load_lm, make_lm
 from t3jax.data.chat import Example
+from t3jax.lm import __main__ as describe
 from t3jax.lm import load_config, save_hf
 from t3jax.lm.weights import load_params
 
@@ -377,3 +380,34 @@ def test_broken_json_is_named(folder, name, text):
     pathlib.Path(folder / name).write_text(text)
     with pytest.raises(ValueError, match=name):
         load_lm(folder)
+
+
+def test_of_a_multimodal_folder_the_text_model_is_read_and_a_warning_says_so(folder):
+    plain = load_lm(folder, "float32")
+    path = folder / "config.json"
+    text = json.loads(path.read_text())
+    path.write_text(
+        json.dumps({"model_type": "llava", "text_config": text, "tie_word_embeddings": True})
+    )
+    wrapped = {f"language_model.{name}": tensor for name, tensor in tensors(folder).items()}
+    wrapped["vision_tower.embeddings.weight"] = np.ones((2, 2), np.float32)
+    safetensors.numpy.save_file(wrapped, folder / WEIGHTS, metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match="of this llava the text model is read, a llama"):
+        lm = load_lm(folder, "float32")
+    chex.assert_trees_all_equal(lm.params, plain.params)
+
+
+def test_a_folder_is_described_without_its_weights(folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["t3jax.lm", str(folder)])
+    monkeypatch.setattr(np, "isfinite", None)  # what looks through weights
+    assert describe.main() == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"{folder}: a llama model; it loads\n1 layers, width 16, 4 query heads ")
+    count = sum(tensor.size for tensor in tensors(folder).values())
+    assert f"{count:,} weights: 0.00 GiB in float32" in said
+    assert "cache: 0.0 KiB a token" in said
+    change(folder / "config.json", intermediate_size=7)
+    assert describe.main() == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"{folder}: does not load\n")
+    assert "mlp.down_proj.weight" in said or "mlp.up_proj.weight" in said
