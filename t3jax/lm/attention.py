@@ -104,8 +104,9 @@ class Attention(nnx.Module):
         k = self._heads(k, self.k_norm, c.num_kv_heads).transpose(0, 2, 1, 3)
         v = v.reshape(b, t, c.num_kv_heads, c.head_dim).transpose(0, 2, 1, 3)
         if rotation is not None:
-            q = self._whole(rotate_queries(q, rotation), mesh)  # [B, K, G, T, h]
-            k = self._whole(rotate_keys(k, rotation), mesh)  # [B, K, T, h]
+            interleaved = c.rope is not None and c.rope.interleaved
+            q = self._whole(rotate_queries(q, rotation, interleaved), mesh)  # [B, K, G, T, h]
+            k = self._whole(rotate_keys(k, rotation, interleaved), mesh)  # [B, K, T, h]
         k = k.swapaxes(2, 3)
         if past is not None:
             keys, values, cursor = past

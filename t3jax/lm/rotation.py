@@ -21,13 +21,11 @@ class Rotation(NamedTuple):
         cos: Cosines of the angles, float32 `[B, T, r/2]`.
         sin: Their sines.
         growth: What queries are multiplied by, float32 `[B, T, 1]`; None for 1.
-        interleaved: Whether pairs are neighbours.
     """
 
     cos: Array
     sin: Array
     growth: Array | None
-    interleaved: bool
 
 
 def make_rotation(rope: RopeConfig | None, head_dim: int, positions: Array) -> Rotation | None:
@@ -44,16 +42,16 @@ def make_rotation(rope: RopeConfig | None, head_dim: int, positions: Array) -> R
     if rope.query_growth:
         contexts = (places // rope.original_max_position).astype(jnp.float32)
         growth = 1 + rope.query_growth * jnp.log1p(contexts)
-    return Rotation(cos, sin, growth, rope.interleaved)
+    return Rotation(cos, sin, growth)
 
 
-def rotate_queries(q: Array, rotation: Rotation) -> Array:
+def rotate_queries(q: Array, rotation: Rotation, interleaved: bool) -> Array:
     """Rotates queries `[B, K, G, T, h]`, and multiplies them by their growth."""
-    rotated = rotate_keys(q, rotation)
+    rotated = rotate_keys(q, rotation, interleaved)
     return rotated if rotation.growth is None else rotated * _spread(rotation.growth, q)
 
 
-def rotate_keys(x: Array, rotation: Rotation) -> Array:
+def rotate_keys(x: Array, rotation: Rotation, interleaved: bool) -> Array:
     """Rotates pairs of `[B, ..., T, h]`.
 
     The pairs are (x_i, x_{i+r/2}), i < r/2, or (x_2i, x_{2i+1}) where they are interleaved. What
@@ -62,9 +60,9 @@ def rotate_keys(x: Array, rotation: Rotation) -> Array:
     cos, sin = _spread(rotation.cos, x), _spread(rotation.sin, x)
     rotated = 2 * cos.shape[-1]
     x, rest = (x, []) if rotated == x.shape[-1] else (x[..., :rotated], [x[..., rotated:]])
-    first, second = (x[..., ::2], x[..., 1::2]) if rotation.interleaved else jnp.split(x, 2, -1)
+    first, second = (x[..., ::2], x[..., 1::2]) if interleaved else jnp.split(x, 2, -1)
     turned = [first * cos - second * sin, second * cos + first * sin]
-    if rotation.interleaved:
+    if interleaved:
         turned = [jnp.stack(turned, axis=-1).reshape(x.shape)]
     return jnp.concatenate([*turned, *rest], axis=-1)
 

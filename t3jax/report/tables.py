@@ -467,9 +467,13 @@ def _leak_rate(metric: str, log: Log, retain_unlearning: Log | None) -> Cell:
     except MissingMetricError:
         return MISSING
     cell = _interval(metrics.bootstrap_interval(np.mean, leaks))
-    if log is retain_unlearning or retain_unlearning is None:
+    try:
+        level = unlearning.leaking_rows(retain_unlearning or {}, metric)
+    except MissingMetricError:
         return cell
-    by = metrics.bootstrap_difference(leaks, unlearning.leaking_rows(retain_unlearning, metric))
+    if log is retain_unlearning:
+        return cell
+    by = metrics.bootstrap_difference(leaks, level)
     return Cell(
         cell.text,
         f"{cell.note}\nthan the retain model {by.estimate:+.3f}, {by.low:+.3f} to {by.high:+.3f}",
