@@ -25,7 +25,7 @@ import safetensors.numpy
 from msgspec import Meta
 
 from t3jax import files
-from t3jax.json_files import read_json, show_json
+from t3jax.json_files import check_json, read_json, show_json
 from t3jax.lm.config import LMConfig
 from t3jax.lm.families import FAMILIES
 from t3jax.lm.folder import check_inside
@@ -246,7 +246,7 @@ def _read_config(folder: pathlib.Path) -> _Config:
                 f"{show_json(values[0])}. Merge the adapter into the base with merge_and_unload of "
                 "PEFT"
             )
-    config = read_json(path, _Config)
+    config = check_json(content, str(path), _Config)
     names = [*(config.rank_pattern or {}), *(config.alpha_pattern or {})]
     if odd := [name for name in names if not re.fullmatch(r"[\w.]+", name)]:
         raise ValueError(

@@ -156,13 +156,12 @@ def hf_config(config: LMConfig) -> dict[str, Any]:
     )
     if family.slides is not None and (config.window or nullable):
         content[family.window] = config.window or None
+    local = config.local or (False,) * config.num_layers
     if "attention_types" in family.defaults:
-        local = config.local or (False,) * config.num_layers
         content["attention_types"] = [[["local" if each else "global"], 1] for each in local]
     if "use_sliding_window" in family.defaults:
         content["use_sliding_window"] = bool(config.window)
     if family.layer_types:
-        local = config.local or (False,) * config.num_layers
         content["layer_types"] = [
             "sliding_attention" if each else "full_attention" for each in local
         ]

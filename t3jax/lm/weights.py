@@ -73,9 +73,7 @@ def load_params(
             holds NaN or Inf.
     """
     family = FAMILIES[config.model_type]
-    tensors = _open_all(folder, family)
-    if adapter is not None:
-        tensors = merge_adapter(adapter, tensors)
+    tensors = _open_merged(folder, family, adapter)
     return place_params(folder, config, family, tensors, dtype, shardings)
 
 
@@ -94,12 +92,18 @@ def check_params(
         ValueError: As `load_params`, but for NaN and Inf.
     """
     family = FAMILIES[config.model_type]
-    tensors: Mapping[str, tuple[Any, str]] = _open_all(folder, family)
-    if adapter is not None:
-        tensors = merge_adapter(adapter, tensors)
+    tensors = _open_merged(folder, family, adapter)
     config, tensors = _as_stored(folder, config, family, tensors)
     places = _places(config, family, abstract_params(config, jnp.float32))
     _check(folder, config, family, places, tensors)
+
+
+def _open_merged(
+    folder: pathlib.Path, family: Family, adapter: pathlib.Path | None
+) -> Mapping[str, tuple[Any, str]]:
+    """The tensors of a folder, those of an adapter merged into them."""
+    tensors = _open_all(folder, family)
+    return tensors if adapter is None else merge_adapter(adapter, tensors)
 
 
 def place_params(
