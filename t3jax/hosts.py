@@ -80,9 +80,9 @@ def raise_at_signals() -> None:
 
 
 def stop_raising() -> None:
-    """Ends the repeated raising after a signal of `raise_at_signals`, to end without a word.
+    """Stops the repeated raising of `raise_at_signals`; the process is about to exit.
 
-    What threads that were amid something say of its end is not heard any more.
+    From here on threads print no errors. Those in the middle of a save would print tracebacks.
     """
     signal.setitimer(signal.ITIMER_REAL, 0)
     logging.disable()

@@ -1,4 +1,4 @@
-"""Scripts that are killed, stopped, out of disk, or that find a flipped bit, by the dozen.
+"""Runs scripts that are killed, stopped, out of disk, or find a flipped bit, by the dozen.
 
     python -m tests.faults --cases 24 --seed 1 [--fault kill] [--script sample]
 

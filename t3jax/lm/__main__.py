@@ -1,6 +1,6 @@
-"""What a model folder is, whether it loads, and what memory it takes: python -m t3jax.lm FOLDER.
+"""Describes a model folder, whether it loads and its memory: python -m t3jax.lm FOLDER.
 
-Only descriptions are read, of a file in safetensors its head; no weight is.
+It reads configs and the headers of safetensors files, no weights.
 """
 
 import argparse

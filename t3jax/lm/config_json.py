@@ -120,7 +120,7 @@ def read_config(folder: pathlib.Path) -> LMConfig:
 
 
 def wrapper_of(folder: pathlib.Path) -> str | None:
-    """The type of the multimodal model whose text model a folder is read as; None: of none."""
+    """The type of a multimodal folder, of which the text model is read; None for other folders."""
     model_type = read_json(folder / "config.json", dict[str, Any]).get("model_type")
     return model_type if model_type in WRAPPERS else None
 

@@ -1,4 +1,4 @@
-"""What is said of folders that do not load, and what to do instead."""
+"""Error messages for model folders that do not load, with the way out."""
 
 import difflib
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Multimodal models whose text model is read: what of their `config.json` it is.
+"""Multimodal models: the part of their `config.json` that describes the text model.
 
 Images and sound are no part of what is read; the text model alone computes what the whole one
 computes for texts.
