@@ -30,23 +30,26 @@ _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 class Cache(NamedTuple):
     """Keys and values of the text read so far, one array for each layer.
 
-    New tokens of all rows are written at the same slots, so prompts of unequal length are padded on
-    the left. A slot is seen by a query if it holds a real token at or before the query's position.
-    Local layers keep the whole text too, and mask what has left their window.
+    With one cursor, new tokens of all rows are written at the same slots, so prompts of unequal
+    length are padded on the left. With a cursor for each row they are padded on the right, and the
+    next tokens overwrite the padding. A slot is seen by a query if it holds a real token at or
+    before the query's position. Local layers keep the whole text too, and mask what has left their
+    window.
 
     Attributes:
         keys: Per layer `[B, K, h, S]`, rotated.
         values: Per layer `[B, K, S, h]`. Both stand as the products of a decoding step read them:
             otherwise a CPU transposes the whole cache at every step.
         positions: Position of the token in each slot, `[B, S]`; -1 where there is none.
-        cursor: Next slot to write, scalar. NumPy's is known when a program is traced: the 0 of an
-            empty cache, whose first queries look at no slot after their own.
+        cursor: Next slot to write: a scalar, or one for each row, `[B]`; there must be room for
+            all new tokens, padding included. NumPy's is known when a program is traced: the 0 of
+            an empty cache, whose first queries look at no slot after their own.
     """
 
     keys: tuple[Float[Array, "B K h S"], ...]
     values: tuple[Float[Array, "B K S h"], ...]
     positions: Int[Array, "B S"]
-    cursor: Int[Array, ""] | Int[np.ndarray, ""]
+    cursor: Int[Array, ""] | Int[np.ndarray, ""] | Int[Array, " B"]
 
 
 def init_cache(config: LMConfig, batch: int, slots: int, dtype: Any) -> Cache:
@@ -58,6 +61,25 @@ def init_cache(config: LMConfig, batch: int, slots: int, dtype: Any) -> Cache:
         positions=jnp.full((batch, slots), -1, jnp.int32),
         cursor=np.zeros((), np.int32),
     )
+
+
+def write_slots(old: Array, new: Array, cursor: Array | np.ndarray, axis: int) -> Array:
+    """Writes new tokens into slots from the cursor on.
+
+    Args:
+        old: Rows and slots among its axes, rows first, `[B, ...]`.
+        new: The same with T slots.
+        cursor: First slot, the same for all rows, or `[B]`.
+        axis: Which axis is slots.
+
+    Returns:
+        As `old`.
+    """
+    if cursor.ndim:
+        return jax.vmap(functools.partial(write_slots, axis=axis - 1))(old, new, cursor)
+    start = [jnp.zeros_like(cursor)] * old.ndim
+    start[axis] = cursor
+    return jax.lax.dynamic_update_slice(old, new, start)
 
 
 class Attention(nnx.Module):
@@ -110,9 +132,8 @@ class Attention(nnx.Module):
         k = k.swapaxes(2, 3)
         if past is not None:
             keys, values, cursor = past
-            zero = jnp.zeros_like(cursor)
-            k = jax.lax.dynamic_update_slice(keys, k, (zero, zero, zero, cursor))
-            v = jax.lax.dynamic_update_slice(values, v, (zero, zero, cursor, zero))
+            k = write_slots(keys, k, cursor, axis=3)
+            v = write_slots(values, v, cursor, axis=2)
         if mesh is not None:
             specs = sharding.attention_specs(mesh, c.num_kv_heads, t)
             q, k, v = (

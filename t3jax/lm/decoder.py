@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from t3jax import sharding
 from t3jax.lm import quantized
-from t3jax.lm.attention import Attention, Cache, Past
+from t3jax.lm.attention import Attention, Cache, Past, write_slots
 from t3jax.lm.config import LMConfig
 from t3jax.lm.layers import MLP, Linear, cap, make_norm
 from t3jax.lm.product import product
@@ -221,9 +221,8 @@ class _Decoder(nnx.Module):
             x = x + self.positions.rows(within + c.first_position, mesh)
         rotation = make_rotation(c.rope, c.head_dim, positions)
         if cache is not None:
-            key_positions = jax.lax.dynamic_update_slice(  # [B, S]
-                cache.positions, key_positions, (jnp.zeros_like(cache.cursor), cache.cursor)
-            )
+            attended = jnp.sum(key_positions >= 0, axis=-1, dtype=jnp.int32)
+            key_positions = write_slots(cache.positions, key_positions, cache.cursor, 1)  # [B, S]
         seen = _seen(positions, key_positions)
         # What the layers share: angles, and which keys are attended to. Local ones have their own.
         whole = local = rotation, seen
@@ -234,7 +233,7 @@ class _Decoder(nnx.Module):
         before = x
         for i, block in enumerate(self.layers):
             past = None if cache is None else (cache.keys[i], cache.values[i], cache.cursor)
-            rotation, attended = local if c.local and c.local[i] else whole
+            rotation, visible = local if c.local and c.local[i] else whole
             if c.unrotated and c.unrotated[i]:
                 rotation = None
             read: Callable[..., Any] = functools.partial(_read_block, mesh, block)
@@ -242,13 +241,15 @@ class _Decoder(nnx.Module):
                 read = jax.checkpoint(read)
             elif mesh is not None and mesh.shape[sharding.FSDP] > 1:
                 read = jax.checkpoint(read, policy=_not_gathered)
-            before, (x, k, v) = x, read(before, x, rotation, attended, past)
+            before, (x, k, v) = x, read(before, x, rotation, visible, past)
             keys.append(k)
             values.append(v)
         x = self.final_norm(x)
         if cache is None:
             return x, None
-        cursor = cache.cursor + jnp.asarray(tokens.shape[1], jnp.int32)
+        cursor = cache.cursor + (
+            attended if cache.cursor.ndim else jnp.asarray(tokens.shape[1], jnp.int32)
+        )
         return x, Cache(tuple(keys), tuple(values), key_positions, cursor)
 
 

@@ -18,15 +18,9 @@
    Temperature 0 is the limit: the likeliest token of the support. Drawing from all tokens at the
    sampling temperature 1 / T is plain guidance of the strength T · s: tempering is undone.
 
-On a CPU a row whose support lies among its likeliest tokens is drawn from those: noise for a few
-tokens costs less than noise for a vocabulary. The others are drawn from all tokens; a row's draw is
-the same whoever is beside it. An accelerator has the noise sooner than it has found the likeliest,
-and draws from all.
-
-Axes: B batch, V vocabulary, F few.
+How a draw is made fast on a CPU is in `t3jax.sampling.drawing`. Axes: B batch, V vocabulary.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -42,7 +36,7 @@ from t3jax.refinements import (
     served_temperature,
     untempered_logits,
 )
-from t3jax.sampling import truncation
+from t3jax.sampling.drawing import Rows, draw
 
 
 class Controls(NamedTuple):
@@ -111,6 +105,55 @@ class Logprobs(NamedTuple):
     guided: Float[Array, " B"] | None
 
 
+class Guided(NamedTuple):
+    """The distributions of a step; all logits are unnormalised.
+
+    Attributes:
+        base: The base model's, after the repetition penalty, `[B, V]`.
+        served: The tempered and tilted ones of step 2, `[B, V]`.
+        base_temperature: T_t that each row was tempered by, `[B]`.
+    """
+
+    base: Float[Array, "B V"]
+    served: Float[Array, "B V"]
+    base_temperature: Float[Array, " B"]
+
+
+def guide(
+    logits: Float[Array, "B V"],
+    scores: Float[Array, "B V"] | None,
+    controls: Controls,
+    seen: Bool[Array, "B V"],
+    refinements: Refinements = PLAIN,
+) -> Guided:
+    """Steps 1 and 2: the repetition penalty, then tempering and tilting.
+
+    Args:
+        logits: As for `next_token`.
+        scores: As for `next_token`.
+        controls: As for `next_token`.
+        seen: As for `next_token`.
+        refinements: Which are on.
+
+    Returns:
+        The distributions.
+    """
+    penalty = controls.repetition_penalty[:, None]
+    penalised = jax.lax.cond(
+        jnp.any(penalty != 1),
+        lambda: jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits),
+        lambda: logits,
+    )
+    if scores is None:
+        tempering = controls.base_temperature
+        return Guided(penalised, penalised / tempering[:, None], tempering)
+    tempering = jnp.asarray(
+        served_temperature(penalised, scores, controls.base_temperature, refinements)
+    )
+    served = served_logits(penalised, scores, tempering, controls.guidance_scale, refinements)
+    return Guided(penalised, served, tempering)
+
+
 def next_token(
     logits: Float[Array, "B V"],
     scores: Float[Array, "B V"] | None,
@@ -142,84 +185,49 @@ def next_token(
         The tokens, int32 `[B]`, and their log-probabilities: None without a head, unless they are
         asked for.
     """
-    penalty = controls.repetition_penalty[:, None]
-    penalised = jax.lax.cond(
-        jnp.any(penalty != 1),
-        lambda: jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits),
-        lambda: logits,
-    )
-    if scores is None:
-        tempering = controls.base_temperature
-        guided = penalised / tempering[:, None]
-    else:
-        tempering = jnp.asarray(
-            served_temperature(penalised, scores, controls.base_temperature, refinements)
-        )
-        guided = served_logits(penalised, scores, tempering, controls.guidance_scale, refinements)
-
-    def deciding(base: Array, guided: Array, tempering: Array) -> Array:
-        """The distribution that decides the support; formed only where something is truncated."""
-        untempered = base if scores is None else untempered_logits(guided, tempering)
-        return {"guided": untempered, "base": base, "tilted": guided}[truncate_on]
-
-    rules = controls.top_k, controls.top_p, controls.min_p
-    truncates = jnp.any((controls.top_k > 0) | (controls.top_p < 1) | (controls.min_p > 0))
-
-    def from_few() -> tuple[Array, Array]:
-        found = truncation.likeliest(deciding(penalised, guided, tempering), *rules, mesh)
-        values = jnp.where(found.kept, jnp.take_along_axis(guided, found.tokens, axis=-1), -jnp.inf)
-        place = _draw(values, controls.temperature, lambda: _gumbel_of(keys, found.tokens))
-        return jnp.take_along_axis(found.tokens, place[:, None], axis=-1)[:, 0], found.settled
-
-    # As numbers: that a loop takes the key of another row each time JAX's check of keys cannot see.
-    key_data = jax.random.key_data(keys)
-
-    def from_all(rows: slice | Array = slice(None)) -> Array:
-        """Draws of some rows from all tokens."""
-        masked, base, tempered_by, limits, temperature, data = jax.tree.map(
-            lambda x: x[rows], (guided, penalised, tempering, rules, controls.temperature, key_data)
-        )
-        own_keys = jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys))
-        masked = jax.lax.cond(
-            truncates,
-            lambda: jnp.where(
-                truncation.support(deciding(base, masked, tempered_by), *limits), masked, -jnp.inf
-            ),
-            lambda: masked,
-        )
-        return _draw(masked, temperature, lambda: _gumbel(own_keys, masked))
-
-    def from_none() -> tuple[Array, Array]:
-        return jnp.zeros(logits.shape[0], jnp.int32), jnp.zeros(logits.shape[0], bool)
-
-    few, settled = jax.lax.platform_dependent(
-        cpu=lambda: jax.lax.cond(truncates, from_few, from_none), default=from_none
-    )
-
-    def one_by_one() -> Array:
-        """The rows that are not settled, each by itself."""
-        order = jnp.argsort(settled)
-
-        def choose(i: Array, tokens: Array) -> Array:
-            row = order[i][None]
-            return tokens.at[row].set(from_all(row))
-
-        return jax.lax.fori_loop(0, jnp.sum(~settled), choose, few)
-
-    def together() -> Array:
-        return jnp.where(settled, few, from_all())
-
-    if mesh is None or mesh.size == 1:
-        token = jax.lax.cond(2 * jnp.sum(settled) >= len(settled), one_by_one, together)
-    else:
-        token = jax.lax.cond(jnp.all(settled), lambda: few, together)
+    guided = guide(logits, scores, controls, seen, refinements)
+    if scores is None and truncate_on == "guided":
+        truncate_on = "base"
+    token = choose_token(guided, controls, keys, truncate_on, mesh)
     if scores is None and not with_logprobs:
         return token, None
     base, entropy = _logprob_and_entropy(logits, token)
     logprobs = Logprobs(base, entropy, None)
     if with_logprobs:
-        logprobs = logprobs._replace(guided=_logprob_and_entropy(guided, token)[0])
+        logprobs = logprobs._replace(guided=_logprob_and_entropy(guided.served, token)[0])
     return token, logprobs
+
+
+def choose_token(
+    guided: Guided,
+    controls: Controls,
+    keys: Key[Array, " B"],
+    truncate_on: str = "guided",
+    mesh: Mesh | None = None,
+) -> Int[Array, " B"]:
+    """Steps 3 and 4: decides the support, then draws from the served distribution within it.
+
+    Args:
+        guided: From `guide`.
+        controls: As for `next_token`.
+        keys: As for `next_token`.
+        truncate_on: As for `next_token`.
+        mesh: As for `next_token`.
+
+    Returns:
+        The tokens, int32 `[B]`.
+    """
+
+    base, served, base_temperature = guided
+
+    def decide(rows: Rows) -> Array:
+        """The distribution that decides the support."""
+        if truncate_on == "guided":
+            return untempered_logits(served[rows], base_temperature[rows])
+        return {"base": base, "tilted": served}[truncate_on][rows]
+
+    limits = controls.top_k, controls.top_p, controls.min_p
+    return draw(served, decide, limits, controls.temperature, keys, mesh)
 
 
 def _logprob_and_entropy(logits: Array, token: Array) -> tuple[Array, Array]:
@@ -232,27 +240,3 @@ def _logprob_and_entropy(logits: Array, token: Array) -> tuple[Array, Array]:
     mean = jnp.sum(jnp.where(weights > 0, weights * shifted, 0.0), axis=-1) / mass
     chosen = jnp.take_along_axis(shifted, token[:, None], axis=-1)[:, 0]
     return chosen - jnp.log(mass), jnp.log(mass) - mean
-
-
-def _draw(logits: Array, temperature: Array, noise: Callable[[], Array]) -> Array:
-    """Where the draw falls, int32 `[B]`: the largest of logits / temperature + Gumbel noise."""
-    greedy = temperature == 0
-    divisor = jnp.where(greedy, 1.0, temperature)[:, None]
-    return jax.lax.cond(
-        jnp.all(greedy),
-        lambda: jnp.argmax(logits, axis=-1),
-        lambda: jnp.argmax(jnp.where(greedy[:, None], logits, logits / divisor + noise()), axis=-1),
-    ).astype(jnp.int32)
-
-
-def _gumbel(keys: Array, like: Array) -> Array:
-    return jax.vmap(lambda key: jax.random.gumbel(key, like.shape[-1:], jnp.float32))(keys)
-
-
-def _gumbel_of(keys: Array, tokens: Array) -> Array:
-    """Noise of some tokens: a token's own, whatever its place among them."""
-
-    def noise(key: Array, token: Array) -> Array:
-        return jax.random.gumbel(jax.random.fold_in(key, token), (), jnp.float32)
-
-    return jax.vmap(jax.vmap(noise, (None, 0)))(keys, tokens)

@@ -1,0 +1,117 @@
+"""One draw in each row of a distribution, within the support that truncation leaves.
+
+A draw is the largest of logits / temperature + Gumbel noise. On a CPU a row whose support lies among
+its likeliest tokens is drawn from those: noise for a few tokens costs less than noise for a
+vocabulary. The others are drawn from all tokens; a row's draw is the same whoever is beside it. An
+accelerator has the noise sooner than it has found the likeliest, and draws from all.
+
+Axes: B batch, b some of its rows, V vocabulary, F few.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Key
+
+from t3jax.sampling import truncation
+
+Rows = slice | Array  # which rows of a batch
+Limits = tuple[Array, Array, Array]  # top-k, top-p and min-p, `[B]` each
+
+
+def draw(
+    logits: Float[Array, "B V"],
+    decide: Callable[[Rows], Array],
+    limits: Limits,
+    temperature: Float[Array, " B"],
+    keys: Key[Array, " B"],
+    mesh: Mesh | None = None,
+) -> Int[Array, " B"]:
+    """Draws a token in each row.
+
+    Args:
+        logits: The distribution to draw from, unnormalised, `[B, V]`.
+        decide: Takes rows, and gives the distribution that decides their support, `[b, V]`. It is
+            computed only if a row truncates.
+        limits: Top-k, top-p and min-p, as for `truncation.support`.
+        temperature: Sampling temperature; 0 is greedy, `[B]`.
+        keys: A PRNG key for each row, used up here.
+        mesh: Where the arrays live; None is one device.
+
+    Returns:
+        The tokens, int32 `[B]`.
+    """
+    top_k, top_p, min_p = limits
+    truncates = jnp.any((top_k > 0) | (top_p < 1) | (min_p > 0))
+
+    def from_few() -> tuple[Array, Array]:
+        few = truncation.likeliest(decide(slice(None)), *limits, mesh)
+        values = jnp.where(few.kept, jnp.take_along_axis(logits, few.tokens, axis=-1), -jnp.inf)
+        place = _pick(values, temperature, lambda: _gumbel_of(keys, few.tokens))
+        return jnp.take_along_axis(few.tokens, place[:, None], axis=-1)[:, 0], few.settled
+
+    # As numbers: that a loop takes the key of another row each time JAX's check of keys cannot see.
+    key_data = jax.random.key_data(keys)
+
+    def from_all(rows: Rows = slice(None)) -> Array:
+        """Draws of some rows from all tokens."""
+        masked, own_limits, own_temperature, data = jax.tree.map(
+            lambda x: x[rows], (logits, limits, temperature, key_data)
+        )
+        own_keys = jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys))
+        masked = jax.lax.cond(
+            truncates,
+            lambda: jnp.where(truncation.support(decide(rows), *own_limits), masked, -jnp.inf),
+            lambda: masked,
+        )
+        return _pick(masked, own_temperature, lambda: _gumbel(own_keys, masked))
+
+    def from_none() -> tuple[Array, Array]:
+        return jnp.zeros(logits.shape[0], jnp.int32), jnp.zeros(logits.shape[0], bool)
+
+    few, settled = jax.lax.platform_dependent(
+        cpu=lambda: jax.lax.cond(truncates, from_few, from_none), default=from_none
+    )
+
+    def one_by_one() -> Array:
+        """The rows that are not settled, each by itself."""
+        order = jnp.argsort(settled)
+
+        def choose(i: Array, tokens: Array) -> Array:
+            row = order[i][None]
+            return tokens.at[row].set(from_all(row))
+
+        return jax.lax.fori_loop(0, jnp.sum(~settled), choose, few)
+
+    def together() -> Array:
+        return jnp.where(settled, few, from_all())
+
+    if mesh is None or mesh.size == 1:
+        return jax.lax.cond(2 * jnp.sum(settled) >= len(settled), one_by_one, together)
+    return jax.lax.cond(jnp.all(settled), lambda: few, together)
+
+
+def _pick(logits: Array, temperature: Array, noise: Callable[[], Array]) -> Array:
+    """Where the draw falls, int32 `[B]`: the largest of logits / temperature + Gumbel noise."""
+    greedy = temperature == 0
+    divisor = jnp.where(greedy, 1.0, temperature)[:, None]
+    return jax.lax.cond(
+        jnp.all(greedy),
+        lambda: jnp.argmax(logits, axis=-1),
+        lambda: jnp.argmax(jnp.where(greedy[:, None], logits, logits / divisor + noise()), axis=-1),
+    ).astype(jnp.int32)
+
+
+def _gumbel(keys: Array, like: Array) -> Array:
+    return jax.vmap(lambda key: jax.random.gumbel(key, like.shape[-1:], jnp.float32))(keys)
+
+
+def _gumbel_of(keys: Array, tokens: Array) -> Array:
+    """Noise of some tokens: a token's own, whatever its place among them."""
+
+    def noise(key: Array, token: Array) -> Array:
+        return jax.random.gumbel(jax.random.fold_in(key, token), (), jnp.float32)
+
+    return jax.vmap(jax.vmap(noise, (None, 0)))(keys, tokens)
