@@ -1,7 +1,7 @@
 """One draw in each row of a distribution, within the support that truncation leaves.
 
-A draw is the largest of logits / temperature + Gumbel noise. On a CPU a row whose support lies among
-its likeliest tokens is drawn from those: noise for a few tokens costs less than noise for a
+A draw is the largest of logits / temperature + Gumbel noise. On a CPU a row whose support lies
+among its likeliest tokens is drawn from those: noise for a few tokens costs less than noise for a
 vocabulary. The others are drawn from all tokens; a row's draw is the same whoever is beside it. An
 accelerator has the noise sooner than it has found the likeliest, and draws from all.
 

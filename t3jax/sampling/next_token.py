@@ -217,7 +217,6 @@ def choose_token(
     Returns:
         The tokens, int32 `[B]`.
     """
-
     base, served, base_temperature = guided
 
     def decide(rows: Rows) -> Array:

@@ -24,6 +24,7 @@ from t3jax.refinements import PLAIN, Refinements
 from t3jax.sampling.batch import Asked, Batch
 from t3jax.sampling.loop import Program, Weights
 from t3jax.sampling.next_token import Controls, Logprobs
+from t3jax.sampling.text import Detokenizer
 
 REFUSAL_THRESHOLD = 3.0  # nats, see `SamplingOptions`
 ABSURD_PERPLEXITY = 30.0  # under the base: answers above it are no language, see `generate`
@@ -237,7 +238,7 @@ class Sampler:
         self.prompt_format = prompt_format or PromptFormat()
         self.batch_size = batch_size
         self.chunk = chunk
-        self._special = _special_tokens(lm.tokenizer)
+        self._detokenizer = Detokenizer(lm.tokenizer)
         self._heads = tuple(each.config for each in heads)
         self._weights = Weights(
             lm.params,
@@ -339,10 +340,7 @@ class Sampler:
             logprobs.append(piece.logprobs)
             if request.options.refusal is not None:
                 continue  # the whole answer decides
-            text = self._text(tokens, request.options.stop)
-            # What may still change is held back: half a character, or the start of a stop string.
-            held = max((len(s) - 1 for s in request.options.stop), default=0)
-            sure = text[: len(text) - held].rstrip("\ufffd")
+            sure = self._detokenizer.settled_text(tokens, request.options.stop)
             if sure.startswith(shown) and len(sure) > len(shown):
                 yield sure[len(shown) :]
                 shown = sure
@@ -435,10 +433,7 @@ class Sampler:
         )
 
         def ended(tokens: list[int], new: int) -> int | None:
-            if not self._stops(tokens, options.stop):
-                return None
-            counts = range(len(tokens) - new + 1, len(tokens))
-            return next((n for n in counts if self._stops(tokens[:n], options.stop)), len(tokens))
+            return self._detokenizer.stop_at(tokens, new, options.stop)
 
         return Batch(
             program,
@@ -479,7 +474,7 @@ class Sampler:
             )
 
     def _sample(self, request: "_Request", tokens: list[int], logprobs: Logprobs | None) -> Sample:
-        text = self._text(tokens, request.options.stop)
+        text = self._detokenizer.text(tokens, request.options.stop)
         if logprobs is None:
             return Sample(text, tokens)
         options = request.options
@@ -514,32 +509,6 @@ class Sampler:
                 stacklevel=3,
             )
 
-    def _text(self, tokens: list[int], stop: Sequence[str]) -> str:
-        text, ends = self._decoded(tokens, stop)
-        return text[: min(ends)] if ends else text
-
-    def _stops(self, tokens: list[int], stop: Sequence[str]) -> bool:
-        """Whether a stop string is among the tokens."""
-        _, ends = self._decoded(tokens, stop)
-        return bool(ends)
-
-    def _decoded(self, tokens: list[int], stop: Sequence[str]) -> tuple[str, list[int]]:
-        """The text without special tokens, and where stop strings begin in it."""
-        if self.lm.tokenizer is None:
-            return "", []
-        text = self.lm.tokenizer.decode(tokens, skip_special_tokens=True)
-        ends = [at for string in stop if (at := text.find(string)) >= 0]
-        special = [string for string in stop if any(token in string for token in self._special)]
-        if special:
-            whole = self.lm.tokenizer.decode(tokens, skip_special_tokens=False)
-            places = [at for string in special if (at := whole.find(string)) >= 0]
-            if places:
-                before = whole[: min(places)]
-                for token in self._special:
-                    before = before.replace(token, "")
-                ends.append(len(before))
-        return text, ends
-
 
 @dataclasses.dataclass(frozen=True)
 class _Request:
@@ -563,14 +532,6 @@ def _warn_of_the_base() -> None:
         'truncate_on="guided"',
         stacklevel=4,
     )
-
-
-def _special_tokens(tokenizer: Any) -> list[str]:
-    """What a tokenizer leaves out of a text that it decodes, the longest first."""
-    if tokenizer is None:
-        return []
-    added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
-    return sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
 
 
 def _check_guidance(base_temperature: float, guidance_scale: float) -> None:

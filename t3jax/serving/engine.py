@@ -1,0 +1,734 @@
+"""The engine: one thread that owns the device and answers requests as they come and go.
+
+Requests wait in a bounded queue. Between two chunks of decoding a free row takes the next one: its
+prompt is read in pieces, so that a long prompt does not stall the others for its whole length, and
+then joins the batch. A row is free again when its answer is over, or cancelled. Heads are put in,
+taken out and switched between two chunks too; nothing is compiled for it. No HTTP here.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import itertools
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from t3jax.head_io import Head, check_head_fits
+from t3jax.lm.model import LM
+from t3jax.refinements import PLAIN, Refinements
+from t3jax.sampling.loop import BASE_FAULT, SOUND, State
+from t3jax.sampling.next_token import Controls
+from t3jax.sampling.sampler import SamplingOptions
+from t3jax.sampling.text import Detokenizer
+from t3jax.serving import programs
+from t3jax.serving.stack import check_shape, make_stack, on_mask, put
+
+MOST_STOP_IDS = 8  # of a request, beside the model's own
+_SHORT_PIECE = 32
+_LEAST_SLOTS = 128
+
+
+class QueueFull(Exception):
+    """The queue holds as many requests as it may."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineOptions:
+    """How much an engine takes on.
+
+    Attributes:
+        rows: Answers decoded together.
+        chunk: Steps between two looks of the host; divides no answer, but what comes at once.
+        piece: Tokens of a prompt that are read at a time: a multiple of 32.
+        max_length: Longest prompt and answer together, tokens; None: the model's context, at most
+            2,048.
+        queue: Requests that may wait.
+        heads: Places for heads.
+        rank: Largest rank of a head.
+    """
+
+    rows: int = 16
+    chunk: int = 8
+    piece: int = 128
+    max_length: int | None = None
+    queue: int = 256
+    heads: int = 8
+    rank: int = 100
+
+    def __post_init__(self):
+        for name, most in (
+            ("rows", 2**12),
+            ("chunk", 2**10),
+            ("piece", 2**14),
+            ("queue", 2**20),
+            ("heads", 2**8),
+            ("rank", 2**16),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                raise ValueError(f"serve.{name} must be a whole number in [1, {most}], got {value}")
+        if self.piece % _SHORT_PIECE:
+            raise ValueError(f"serve.piece must be a multiple of {_SHORT_PIECE}, got {self.piece}")
+        if self.max_length is not None and not 2 <= self.max_length <= 2**20:
+            raise ValueError(f"serve.max_length must be in [2, 2^20], got {self.max_length}")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+    """A prompt to answer.
+
+    Attributes:
+        prompt: Its token ids.
+        options: How to draw the answer; `num_samples`, `logprobs` and `refusal` are not looked at.
+        sample: Index of the answer among those to the same prompt: with the seed, it makes the key.
+        base_temperature: T; None takes the engine's.
+        guidance_scale: s; None takes the engine's.
+        heads: Names of the heads that are on; None: all that are active.
+        scores_prompt: Whether to score the prompt's tokens.
+        likeliest: How many of the likeliest tokens to give at each place.
+    """
+
+    prompt: np.ndarray
+    options: SamplingOptions
+    sample: int = 0
+    base_temperature: float | None = None
+    guidance_scale: float | None = None
+    heads: tuple[str, ...] | None = None
+    scores_prompt: bool = False
+    likeliest: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Log-probabilities under the served distribution, nats.
+
+    Attributes:
+        chosen: Of each token.
+        likeliest: At each place the likeliest tokens and their log-probabilities; empty unless
+            asked for.
+    """
+
+    chosen: list[float]
+    likeliest: list[list[tuple[int, float]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """What comes out for a request.
+
+    Attributes:
+        text: New text.
+        tokens: New tokens.
+        scores: Theirs.
+        prompt_scores: Those of the prompt's tokens but the first, with the first event.
+        finish: "stop" or "length" with the last event; "cancelled", or "error".
+        error: What went wrong.
+        changed: For each new token, whether the heads changed the likeliest candidate.
+    """
+
+    text: str = ""
+    tokens: tuple[int, ...] = ()
+    scores: Scores | None = None
+    prompt_scores: Scores | None = None
+    finish: str | None = None
+    error: str | None = None
+    changed: tuple[bool, ...] = ()
+
+
+@dataclasses.dataclass(eq=False)
+class Ticket:
+    """A request on its way: where its events go, and what is known of it.
+
+    Attributes:
+        request: The request.
+        on_event: Takes its events, called in the engine's thread.
+        arrived: When it was submitted, seconds of `time.monotonic`.
+        cancelled: Whether nobody waits for it any more.
+    """
+
+    request: Request
+    on_event: Callable[[Event], None]
+    arrived: float
+    cancelled: bool = False
+
+
+@dataclasses.dataclass
+class Stats:
+    """Counts since the engine started.
+
+    Attributes:
+        prompt_tokens: Tokens read.
+        answer_tokens: Tokens chosen.
+        changed_tokens: By head, chosen tokens whose likeliest candidate it changed.
+        finished: Requests by reason.
+    """
+
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    changed_tokens: collections.Counter[str] = dataclasses.field(
+        default_factory=collections.Counter
+    )
+    finished: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+
+@dataclasses.dataclass(eq=False)
+class _Reading:
+    """A prompt that is read: its row, its own state, and the pieces that are left."""
+
+    ticket: Ticket
+    row: int
+    state: State
+    pieces: collections.deque[tuple[int, int]]  # first token, size
+    scores: list[Any] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(eq=False)
+class _Row:
+    """A row that decodes: its request, the answer so far, and how much text has been given."""
+
+    ticket: Ticket
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    given: int = 0
+
+    @property
+    def length(self) -> int:
+        return len(self.ticket.request.prompt) + len(self.tokens)
+
+
+@dataclasses.dataclass(eq=False)
+class _Installed:
+    """A head in a place of the stack."""
+
+    place: int
+    head: Head
+    active: bool
+
+
+class Engine:
+    """Answers requests with one model and the heads that are active."""
+
+    def __init__(
+        self,
+        lm: LM,
+        options: EngineOptions = EngineOptions(),
+        *,
+        base_temperature: float = 1.0,
+        guidance_scale: float = 1.0,
+        truncate_on: str = "guided",
+        refinements: Refinements = PLAIN,
+    ):
+        """Makes an empty batch beside the model; compiles nothing.
+
+        Args:
+            lm: The frozen base model, a decoder of `t3jax.lm`.
+            options: How much the engine takes on.
+            base_temperature: T where a request does not say.
+            guidance_scale: s where a request does not say.
+            truncate_on: What decides top-k, top-p and min-p.
+            refinements: Which are on.
+
+        Raises:
+            ValueError: If the model is not a decoder of `t3jax.lm`, the mesh splits rows, or heads
+                are to be combined by their product.
+        """
+        if lm.config is None or lm.tokenizer is None:
+            raise ValueError(f"{lm.name}: a server needs a model of t3jax.lm and its tokenizer")
+        if lm.mesh.shape["data"] * lm.mesh.shape["fsdp"] != 1:
+            raise ValueError(
+                f"mesh {dict(lm.mesh.shape)}: a server splits the model and not the rows; give "
+                f"--config.mesh='(1, 1, {lm.mesh.size})'"
+            )
+        if refinements.combine != "disjoint":
+            raise ValueError('a server combines heads as disjoint requests; drop "product"')
+        self.lm = lm
+        self.options = options
+        self.base_temperature = base_temperature
+        self.guidance_scale = guidance_scale
+        self.max_length = min(options.max_length or min(lm.max_position, 2048), lm.max_position)
+        self.stats = Stats()
+        self.detokenizer = Detokenizer(lm.tokenizer)
+        self._program = programs.Program(
+            lm.apply, lm.unembed, lm.init_cache, truncate_on, refinements, lm.mesh
+        )
+        stack = make_stack(options.heads, lm.hidden_size, lm.vocab_size, options.rank, lm.mesh)
+        self._weights = programs.Weights(lm.params, stack)
+        self._empty = stack[0]
+        self._heads: dict[str, _Installed] = {}
+        self._state = self._make_state(options.rows, _LEAST_SLOTS)
+        self._rows: dict[int, _Row] = {}
+        self._readings: list[_Reading] = []
+        self._waiting: collections.deque[Ticket] = collections.deque()
+        self._commands: collections.deque[tuple[Callable[[], Any], concurrent.futures.Future]]
+        self._commands = collections.deque()
+        self._wake = threading.Condition()
+        self._stopping: str | None = None  # "drain" or "now"
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # ---- from any thread
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def stop(self, drain: bool = True, timeout: float | None = None) -> None:
+        """Takes no more requests; answers those at hand, or cancels them, and ends the thread."""
+        with self._wake:
+            self._stopping = "drain" if drain else "now"
+            self._wake.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests whose prompt is read or answer decoded."""
+        return len(self._rows) + len(self._readings)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests are taken."""
+        return self._thread.is_alive() and self._stopping is None
+
+    @property
+    def active_heads(self) -> tuple[str, ...]:
+        """Names of the heads that are on for every request that does not say."""
+        return tuple(name for name, head in self._heads.items() if head.active)
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """Names of all heads, active or not."""
+        return tuple(self._heads)
+
+    def check(self, request: Request) -> None:
+        """Raises a ValueError unless the request can be answered; needs no device."""
+        length, asked = len(request.prompt), request.options.max_new_tokens
+        if not length:
+            raise ValueError("the prompt is empty")
+        if length + asked > self.max_length:
+            raise ValueError(
+                f"the prompt has {length} tokens; with an answer of up to {asked} that exceeds the "
+                f"{self.max_length} that this server takes: shorten it, or ask for less"
+            )
+        if len(request.options.stop_ids) > MOST_STOP_IDS:
+            raise ValueError(f"stop_token_ids: at most {MOST_STOP_IDS}")
+        vocabulary = self.lm.vocab_size
+        if not all(0 <= id < vocabulary for id in request.options.stop_ids):
+            raise ValueError(f"stop_token_ids must lie in [0, {vocabulary})")
+        if request.prompt.min() < 0 or request.prompt.max() >= vocabulary:
+            raise ValueError(f"the prompt's token ids must lie in [0, {vocabulary})")
+        if unknown := sorted(set(request.heads or ()) - set(self._heads)):
+            raise ValueError(f"unknown heads {unknown}; there are {sorted(self._heads)}")
+
+    def submit(self, requests: Sequence[Request], on_event: Callable[[int, Event], None]) -> list:
+        """Puts requests into the queue, all or none.
+
+        Args:
+            requests: The requests.
+            on_event: Takes the index of a request and an event of it, in the engine's thread.
+
+        Returns:
+            A `Ticket` for each.
+
+        Raises:
+            QueueFull: If they do not all fit.
+            ValueError: As `check`.
+            RuntimeError: If the engine has stopped.
+        """
+        for request in requests:
+            self.check(request)
+        now = time.monotonic()
+
+        def deliver(i: int, event: Event) -> None:
+            on_event(i, event)
+
+        with self._wake:
+            if not self.is_alive:
+                raise RuntimeError("the engine has stopped")
+            if len(self._waiting) + len(requests) > self.options.queue:
+                raise QueueFull
+            tickets = [
+                Ticket(request, lambda event, i=i: deliver(i, event), now)  # type: ignore[misc]
+                for i, request in enumerate(requests)
+            ]
+            self._waiting.extend(tickets)
+            self._wake.notify_all()
+        return tickets
+
+    def cancel(self, tickets: Sequence[Ticket]) -> None:
+        """Gives up requests: their rows are free at the end of the chunk."""
+        with self._wake:
+            for ticket in tickets:
+                ticket.cancelled = True
+            self._wake.notify_all()
+
+    def install(self, name: str, head: Head, active: bool = True) -> None:
+        """Puts a head in, or in the place of the one of this name; it holds from the next chunk on.
+
+        Args:
+            name: Its name.
+            head: The head.
+            active: Whether it is on for everybody.
+
+        Raises:
+            ValueError: If it does not fit the model or the stack, or there is no free place.
+        """
+        check_head_fits(head, self.lm)
+        check_shape(self._weights.stack, head.config)
+
+        def command() -> None:
+            taken = {one.place for one in self._heads.values()}
+            old = self._heads.get(name)
+            free = (i for i in range(self.options.heads) if i not in taken)
+            place = old.place if old else next(free, None)
+            if place is None:
+                raise ValueError(
+                    f"all {self.options.heads} places for heads are taken; revoke a request, or "
+                    "start the server with a larger --config.serve.heads"
+                )
+            stack = put(self._weights.stack, place, head, self.lm.mesh)
+            self._weights = self._weights._replace(stack=stack)
+            self._heads[name] = _Installed(place, head, active)
+
+        self.call(command)
+
+    def activate(self, name: str, active: bool) -> None:
+        """Turns a head on or off for everybody, from the next chunk on."""
+
+        def command() -> None:
+            self._heads[name].active = active
+
+        self.call(command)
+
+    def remove(self, name: str) -> None:
+        """Takes a head out."""
+
+        def command() -> None:
+            gone = self._heads.pop(name)
+            stack = list(self._weights.stack)
+            stack[gone.place] = self._empty
+            self._weights = self._weights._replace(stack=tuple(stack))
+
+        self.call(command)
+
+    def call(self, command: Callable[[], Any]) -> Any:
+        """Runs something between two chunks, in the engine's thread, and waits for it."""
+        if threading.current_thread() is self._thread or not self._thread.is_alive():
+            return command()
+        future: concurrent.futures.Future = concurrent.futures.Future()
+        with self._wake:
+            self._commands.append((command, future))
+            self._wake.notify_all()
+        return future.result()
+
+    def warm_up(self, report: Callable[[str], None] | None = None) -> None:
+        """Compiles what requests of up to `max_length` tokens need, but for prompt scores."""
+        sizes = self._slot_sizes()
+        for slots in sizes:
+            if report:
+                report(f"compiling for {slots} tokens")
+            settings = self._settings([None])
+            for size in {_SHORT_PIECE, self.options.piece}:
+                if size > slots:
+                    continue
+                state = self._make_state(1, slots)
+                tokens = np.full((1, size), -1, np.int32)
+                tokens[0, 0] = 0
+                state, last, _ = self._read(state, tokens, tokens, settings, False)
+                state, _ = programs.choose_first(
+                    self._program, self._weights, state, last, programs.row_keys([0], [0]), settings
+                )
+            self._state = programs.resize(self._program, self._state, slots)
+            nobody = np.full(1, self.options.rows, np.int32)
+            self._state = programs.join(self._program, self._state, state, nobody)
+            self._decode_step(self._settings([None] * self.options.rows))
+        self._state = programs.resize(self._program, self._state, sizes[0])
+        jax.block_until_ready(self._state.token)
+
+    # ---- in the engine's thread
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not (
+                    self._commands
+                    or self._waiting
+                    or self._rows
+                    or self._readings
+                    or self._stopping
+                ):
+                    self._wake.wait()
+                commands = [self._commands.popleft() for _ in range(len(self._commands))]
+            for command, future in commands:
+                try:
+                    future.set_result(command())
+                except Exception as error:
+                    future.set_exception(error)
+            if self._stopping == "now":
+                self._cancel_all()
+            self._drop_cancelled()
+            if self._stopping and not (self._waiting or self._rows or self._readings):
+                return
+            try:
+                self._begin_reading()
+                self._read_pieces()
+                if self._rows:
+                    self._decode_chunk()
+            except Exception as error:  # the device failed: say so to everybody, and go on
+                self._fail_all(f"{type(error).__name__}: {error}")
+
+    def _cancel_all(self) -> None:
+        for ticket in [*self._waiting, *(r.ticket for r in self._readings), *self._tickets()]:
+            ticket.cancelled = True
+
+    def _tickets(self) -> list[Ticket]:
+        return [row.ticket for row in self._rows.values()]
+
+    def _drop_cancelled(self) -> None:
+        with self._wake:
+            gone = [ticket for ticket in self._waiting if ticket.cancelled]
+            for ticket in gone:
+                self._waiting.remove(ticket)
+        gone += [one.ticket for one in self._readings if one.ticket.cancelled]
+        self._readings = [one for one in self._readings if not one.ticket.cancelled]
+        for number, row in list(self._rows.items()):
+            if row.ticket.cancelled:
+                gone.append(row.ticket)
+                del self._rows[number]
+        for ticket in gone:
+            self._finish(ticket, Event(finish="cancelled"))
+
+    def _fail_all(self, error: str) -> None:
+        tickets = [*(one.ticket for one in self._readings), *self._tickets()]
+        self._readings, self._rows = [], {}
+        slots = _LEAST_SLOTS
+        self._state = self._make_state(self.options.rows, slots)
+        for ticket in tickets:
+            self._finish(ticket, Event(finish="error", error=error))
+
+    def _finish(self, ticket: Ticket, event: Event) -> None:
+        self.stats.finished[event.finish or "error"] += 1
+        ticket.on_event(event)
+
+    def _begin_reading(self) -> None:
+        """Gives free rows to requests that wait."""
+        taken = {*self._rows, *(one.row for one in self._readings)}
+        free = [row for row in range(self.options.rows) if row not in taken]
+        while free:
+            with self._wake:
+                if not self._waiting:
+                    return
+                ticket = self._waiting.popleft()
+            pieces = self._pieces(len(ticket.request.prompt))
+            slots = self._slots_for(sum(size for _, size in pieces))
+            state = self._make_state(1, slots)
+            self._readings.append(_Reading(ticket, free.pop(0), state, collections.deque(pieces)))
+
+    def _pieces(self, length: int) -> list[tuple[int, int]]:
+        """Where the pieces of a prompt start, and their sizes; its length alone decides."""
+        pieces, start = [], 0
+        while start < length:
+            size = self.options.piece if length - start > _SHORT_PIECE else _SHORT_PIECE
+            pieces.append((start, size))
+            start += size
+        return pieces
+
+    def _read_pieces(self) -> None:
+        """Reads about one long piece: of the prompts with the least left first."""
+        budget = self.options.piece
+        while budget > 0 and self._readings:
+            reading = min(self._readings, key=lambda one: sum(size for _, size in one.pieces))
+            budget -= reading.pieces[0][1]
+            self._read_piece(reading)
+
+    def _read_piece(self, reading: _Reading) -> None:
+        request = reading.ticket.request
+        start, size = reading.pieces.popleft()
+        piece = request.prompt[start : start + size]
+        tokens = np.full((1, size), -1, np.int32)
+        tokens[0, : len(piece)] = piece
+        following = np.full((1, size), -1, np.int32)
+        after = request.prompt[start + 1 : start + 1 + size]
+        following[0, : len(after)] = after
+        settings = self._settings([request])
+        reading.state, last, scored = self._read(
+            reading.state, tokens, following, settings, request.scores_prompt
+        )
+        self.stats.prompt_tokens += len(piece)
+        if scored is not None:
+            reading.scores.append(jax.tree.map(lambda x: np.asarray(x)[0, : len(after)], scored))
+        if reading.pieces:
+            return
+        keys = programs.row_keys([request.options.seed], [request.sample])
+        new, emitted = programs.choose_first(
+            self._program, self._weights, reading.state, last, keys, settings
+        )
+        slots = new.cache.positions.shape[1]
+        self._fit(max(slots, len(request.prompt) + self.options.chunk))
+        self._state = programs.join(
+            self._program, self._state, new, np.asarray([reading.row], np.int32)
+        )
+        self._readings.remove(reading)
+        self._rows[reading.row] = _Row(reading.ticket)
+        prompt_scores = None
+        if request.scores_prompt:
+            joined = [np.concatenate(parts) for parts in zip(*reading.scores, strict=True)]
+            prompt_scores = _scores(joined, request.likeliest)
+        self._collect(emitted, {0: reading.row}, prompt_scores)
+
+    def _read(
+        self, state: State, tokens: Any, following: Any, settings: programs.Settings, scores: bool
+    ) -> tuple[State, Any, Any]:
+        return programs.read_piece(
+            self._program, self._weights, state, tokens, following, settings, scores
+        )
+
+    def _decode_chunk(self) -> None:
+        self._fit(max(row.length for row in self._rows.values()) + self.options.chunk)
+        rows = [self._rows.get(i) for i in range(self.options.rows)]
+        emitted = self._decode_step(
+            self._settings([None if row is None else row.ticket.request for row in rows])
+        )
+        self._collect(emitted, {row: row for row in self._rows})
+
+    def _decode_step(self, settings: programs.Settings) -> programs.Emitted:
+        running = np.asarray([row in self._rows for row in range(self.options.rows)])
+        self._state, emitted = programs.decode(
+            self._program, self._weights, self._state, running, settings, self.options.chunk
+        )
+        return emitted
+
+    def _fit(self, length: int) -> None:
+        """Gives the batch enough slots; takes them away again where nobody needs them."""
+        needed = self._slots_for(
+            max([length, *(row.length + self.options.chunk for row in self._rows.values())])
+        )
+        slots = self._state.cache.positions.shape[1]
+        if needed > slots or (needed < slots and not self._rows):
+            self._state = programs.resize(self._program, self._state, needed)
+
+    def _slots_for(self, length: int) -> int:
+        return next(size for size in self._slot_sizes() if size >= length)
+
+    def _slot_sizes(self) -> list[int]:
+        """Powers of two, up to what the longest request takes with the padding of its pieces."""
+        most = self.max_length + max(self.options.piece, self.options.chunk)
+        sizes = itertools.accumulate(itertools.repeat(_LEAST_SLOTS), lambda size, _: 2 * size)
+        head = list(itertools.takewhile(lambda size: size < most, sizes))
+        return [*head, 2 * head[-1] if head else _LEAST_SLOTS]
+
+    def _make_state(self, rows: int, slots: int) -> State:
+        state = programs.empty_state(
+            self._program, self.lm.vocab_size, self.lm.hidden_size, rows, slots
+        )
+        return programs.placed(self._program, state)
+
+    def _settings(self, requests: Sequence[Request | None]) -> programs.Settings:
+        """What differs from row to row; a row without a request is greedy and has no heads."""
+        count = len(requests)
+        fields = {name: list(value) for name, value in Controls.filled(count)._asdict().items()}
+        stop_ids = np.full((count, len(self.lm.eos_ids) + MOST_STOP_IDS), -1, np.int32)
+        limit = np.ones(count, np.int32)
+        wants = np.zeros(count, bool)
+        on: list[list[int]] = []
+        for i, request in enumerate(requests):
+            names = () if request is None else self.active_heads
+            if request is not None and request.heads is not None:
+                names = request.heads
+            places = [self._heads[name].place for name in names if name in self._heads]
+            on.append(places)
+            if request is None:
+                continue
+            options = request.options
+            for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
+                fields[name][i] = getattr(options, name)
+            if places:
+                fields["base_temperature"][i] = _or(request.base_temperature, self.base_temperature)
+                fields["guidance_scale"][i] = _or(request.guidance_scale, self.guidance_scale)
+            ends = [*self.lm.eos_ids, *options.stop_ids]
+            stop_ids[i, : len(ends)] = ends
+            limit[i] = options.max_new_tokens
+            wants[i] = request.likeliest > 0
+        controls = Controls(
+            **{
+                name: np.asarray(values, np.int32 if name == "top_k" else np.float32)
+                for name, values in fields.items()
+            }
+        )
+        return programs.Settings(controls, on_mask(on, self.options.heads), stop_ids, limit, wants)
+
+    def _collect(
+        self,
+        emitted: programs.Emitted,
+        rows: Mapping[int, int],
+        prompt_scores: Scores | None = None,
+    ) -> None:
+        """Brings a chunk to the host, hands out what is new, and frees rows whose answer is over."""
+        tokens, scored, changed_by, faults, done = jax.tree.map(np.asarray, tuple(emitted))
+        names = {one.place: name for name, one in self._heads.items()}
+        for i, number in rows.items():
+            row = self._rows[number]
+            request = row.ticket.request
+            count = int(np.sum(tokens[i] >= 0))
+            if np.any(faults[i, :count] != SOUND):
+                del self._rows[number]
+                fault = int(faults[i, np.argmax(faults[i] != SOUND)])
+                self._finish(row.ticket, Event(finish="error", error=_describe(fault)))
+                continue
+            row.tokens += tokens[i, :count].tolist()
+            end = self.detokenizer.stop_at(row.tokens, count, request.options.stop)
+            finish = None
+            if end is not None:
+                count -= len(row.tokens) - end
+                del row.tokens[end:]
+                finish = "stop"
+            elif done[i]:
+                closing = {*self.lm.eos_ids, *request.options.stop_ids}
+                finish = "stop" if row.tokens[-1] in closing else "length"
+            self.stats.answer_tokens += count
+            for place in changed_by[i, :count].tolist():
+                if place in names:
+                    self.stats.changed_tokens[names[place]] += 1
+            give = self.detokenizer.text if finish else self.detokenizer.settled_text
+            text = give(row.tokens, request.options.stop)
+            event = Event(
+                text=text[row.given :],
+                tokens=tuple(row.tokens[len(row.tokens) - count :]),
+                scores=_scores([x[i, :count] for x in scored], request.likeliest),
+                prompt_scores=prompt_scores,
+                finish=finish,
+                changed=tuple(bool(place >= 0) for place in changed_by[i, :count]),
+            )
+            row.given = max(row.given, len(text))
+            if finish:
+                del self._rows[number]
+                self._finish(row.ticket, event)
+            else:
+                row.ticket.on_event(event)
+
+
+def _or(value: float | None, otherwise: float) -> float:
+    return otherwise if value is None else value
+
+
+def _scores(scored: Sequence[np.ndarray], count: int) -> Scores:
+    chosen, tokens, logprobs = scored
+    likeliest = [
+        list(zip(ids[:count].tolist(), values[:count].tolist(), strict=True))
+        for ids, values in zip(tokens, logprobs, strict=True)
+    ]
+    return Scores(chosen.tolist(), likeliest if count else [])
+
+
+def _describe(fault: int) -> str:
+    if fault == BASE_FAULT:
+        return "the base model's logits are NaN or infinite: float16 has overflowed, or the weights are broken"
+    return "a head's scores are NaN or infinite: its weights are broken, or float16 has overflowed"

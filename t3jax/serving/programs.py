@@ -1,0 +1,387 @@
+"""The device programs of a server: read a piece of a prompt, join the batch, decode a chunk.
+
+Every row of the batch has a cursor of its own and starts at slot 0, and all shapes are fixed: a
+prompt is read alone, in pieces whose sizes follow from its length, and the batch has the same number
+of rows however many are at work. So a request gets the same numbers whoever is beside it. What
+differs from row to row is traced: settings, which heads are on, where it stops, how long it may get.
+
+Axes: B batch, T tokens of a piece, S cache slots, D features, H places for heads, V vocabulary, n
+stop tokens, K likeliest tokens.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from t3jax import pooling
+from t3jax.lm.attention import Cache
+from t3jax.refinements import Refinements
+from t3jax.sampling.loop import BASE_FAULT, HEAD_FAULT, SOUND, State, placed
+from t3jax.sampling.next_token import Controls, Guided, choose_token, guide
+from t3jax.serving.stack import FEATURES_READ, Stack, blame, combined_scores
+
+MOST_LIKELY = 20  # tokens whose log-probabilities a request may ask for, at each place
+_SCORED_AT_ONCE = 32  # places of a prompt whose scores of the vocabulary are in memory together
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What is fixed when the programs are compiled.
+
+    Attributes:
+        apply: The model's `apply`.
+        unembed: The model's `unembed`.
+        init_cache: The model's `init_cache`; its caches take a cursor for each row.
+        truncate_on: What decides top-k, top-p and min-p, see `next_token`.
+        refinements: Which are on.
+        mesh: Where the state lives.
+    """
+
+    apply: Any
+    unembed: Any
+    init_cache: Any
+    truncate_on: str
+    refinements: Refinements
+    mesh: Mesh
+
+
+class Weights(NamedTuple):
+    """Frozen arrays that the programs read: the model's parameters, and the heads."""
+
+    params: Any
+    stack: Stack
+
+
+class Settings(NamedTuple):
+    """What differs from row to row.
+
+    Attributes:
+        controls: As for `next_token`.
+        on: Which heads are on, `[B, H]`.
+        stop_ids: Tokens that end an answer, -1 where there are fewer, `[B, n]`.
+        limit: Longest answer, tokens, `[B]`.
+        wants_likeliest: Whether the likeliest tokens are asked for, `[B]`.
+    """
+
+    controls: Controls
+    on: Bool[Array, "B H"]
+    stop_ids: Int[Array, "B n"]
+    limit: Int[Array, " B"]
+    wants_likeliest: Bool[Array, " B"]
+
+
+class Scored(NamedTuple):
+    """Log-probabilities under the served distribution, before truncation and temperature.
+
+    Attributes:
+        chosen: Of the token that stands there, nats, `[...]`.
+        likeliest: The likeliest tokens, `[..., K]`.
+        logprobs: Theirs, `[..., K]`. Both are zeros in rows that did not ask.
+    """
+
+    chosen: Float[Array, "..."]
+    likeliest: Int[Array, "... K"]
+    logprobs: Float[Array, "... K"]
+
+
+class Emitted(NamedTuple):
+    """What came out of a chunk, `[B, C, ...]` each.
+
+    Attributes:
+        tokens: Chosen tokens; -1 after a row's end.
+        scored: Their log-probabilities.
+        changed_by: The head that speaks most against the base's likeliest token, where that is not
+            the served distribution's; else -1.
+        faults: As in `sampling.loop.Emitted`.
+        done: Rows whose answer ended by a stop token or by its length, `[B]`.
+    """
+
+    tokens: Int[Array, "B C"]
+    scored: Scored
+    changed_by: Int[Array, "B C"]
+    faults: Int[Array, "B C"]
+    done: Bool[Array, " B"]
+
+
+def empty_state(program: Program, vocab_size: int, hidden_size: int, rows: int, slots: int) -> State:
+    """The state of a batch without requests."""
+    cache = program.init_cache(rows, slots)
+    return State(
+        cache=cache._replace(cursor=jnp.zeros(rows, jnp.int32)),
+        pooled=pooling.RunningMean(
+            jnp.zeros((rows, hidden_size), jnp.float32), jnp.zeros(rows, jnp.float32)
+        ),
+        token=jnp.zeros(rows, jnp.int32),
+        done=jnp.ones(rows, bool),
+        step=jnp.zeros(rows, jnp.int32),
+        seen=jnp.zeros((rows, vocab_size), bool),
+        keys=jax.random.split(jax.random.key(0), rows),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=2)
+def read_piece(
+    program: Program,
+    weights: Weights,
+    state: State,
+    tokens: Int[Array, "B T"],
+    following: Int[Array, "B T"],
+    settings: Settings,
+    scores_prompt: bool,
+) -> tuple[State, Float[Array, "B D"], Scored | None]:
+    """Reads the next piece of a prompt.
+
+    Args:
+        program: What is compiled.
+        weights: Frozen arrays.
+        state: Of the rows that read; donated.
+        tokens: The piece, padded with -1 on the right.
+        following: The token after each, -1 where there is none.
+        settings: What differs from row to row.
+        scores_prompt: Whether to score the tokens that follow.
+
+    Returns:
+        The state, the last real token's hidden state, and the scores of the tokens that follow,
+        `[B, T]`.
+    """
+    mask = tokens >= 0
+    ids = jnp.where(mask, tokens, 0)
+    hidden, cache = program.apply(weights.params, ids, None, mask, state.cache)
+    scored = None
+    if scores_prompt:
+        scored = _score_prompt(program, weights, state.pooled, hidden, mask, following, settings)
+    count = jnp.sum(mask, axis=-1)
+    last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
+    seen = jax.vmap(lambda row, ids, real: row.at[ids].max(real))(state.seen, ids, mask)
+    pooled = pooling.running_mean(hidden, mask, state.pooled)
+    return placed(program, state._replace(cache=cache, pooled=pooled, seen=seen)), last, scored
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def choose_first(
+    program: Program,
+    weights: Weights,
+    state: State,
+    last: Float[Array, "B D"],
+    keys: Key[Array, " B"],
+    settings: Settings,
+) -> tuple[State, Emitted]:
+    """Chooses the first token of answers whose prompts are read.
+
+    Args:
+        program: What is compiled.
+        weights: Frozen arrays.
+        state: From the prompt's last piece; donated.
+        last: The hidden state of the prompt's last token.
+        keys: A PRNG key for each row.
+        settings: What differs from row to row.
+
+    Returns:
+        The state to join the batch with, and the first tokens, `[B, 1]`.
+    """
+    state = state._replace(keys=keys, done=jnp.zeros_like(state.done))
+    state, emitted = _choose(program, weights, state, last, settings)
+    emitted = jax.tree.map(lambda x: x[:, None], emitted)
+    return state, Emitted(*emitted, state.done)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def join(program: Program, state: State, new: State, rows: Int[Array, " b"]) -> State:
+    """Gives rows of the batch to answers that have begun.
+
+    Args:
+        program: What is compiled.
+        state: The batch's; donated.
+        new: From `choose_first`, of at most as many slots.
+        rows: The row of each; one that the batch does not have drops it, `[b]`.
+
+    Returns:
+        The batch's state.
+    """
+
+    def replace(old: Array, own: Array) -> Array:
+        return old.at[rows].set(own, mode="drop")
+
+    def widen(own: Array, axis: int, value: int = 0) -> Array:
+        missing = state.cache.positions.shape[1] - new.cache.positions.shape[1]
+        widths = [(0, missing if i == axis else 0) for i in range(own.ndim)]
+        return jnp.pad(own, widths, constant_values=value)
+
+    own = new.cache
+    cache = Cache(
+        keys=tuple(widen(x, 3) for x in own.keys),
+        values=tuple(widen(x, 2) for x in own.values),
+        positions=widen(own.positions, 1, -1),
+        cursor=own.cursor,
+    )
+    state = jax.tree.map(replace, state, new._replace(cache=cache))
+    return placed(program, state)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def resize(program: Program, state: State, slots: int) -> State:
+    """The same state with more or fewer slots; those dropped hold nothing that is needed."""
+
+    def change(x: Array, axis: int, value: int = 0) -> Array:
+        kept = jax.lax.slice_in_dim(x, 0, min(slots, x.shape[axis]), axis=axis)
+        widths = [(0, slots - kept.shape[axis] if i == axis else 0) for i in range(x.ndim)]
+        return jnp.pad(kept, widths, constant_values=value)
+
+    old = state.cache
+    cache = Cache(
+        keys=tuple(change(x, 3) for x in old.keys),
+        values=tuple(change(x, 2) for x in old.values),
+        positions=change(old.positions, 1, -1),
+        cursor=old.cursor,
+    )
+    return placed(program, state._replace(cache=cache))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=2)
+def decode(
+    program: Program,
+    weights: Weights,
+    state: State,
+    running: Bool[Array, " B"],
+    settings: Settings,
+    steps: int,
+) -> tuple[State, Emitted]:
+    """Chooses up to `steps` more tokens for the rows that run.
+
+    Args:
+        program: What is compiled.
+        weights: Frozen arrays.
+        state: The batch's; donated.
+        running: Rows with an answer that is not over.
+        settings: What differs from row to row.
+        steps: C.
+
+    Returns:
+        The state, and the tokens, `[B, C]`.
+    """
+
+    def step(state: State, _: None) -> tuple[State, Any]:
+        reading = ~state.done[:, None]
+        hidden, cache = program.apply(
+            weights.params, state.token[:, None], None, reading, state.cache
+        )
+        pooled = pooling.running_mean(hidden, reading, state.pooled)
+        state = state._replace(cache=cache, pooled=pooled)
+        return _choose(program, weights, state, hidden[:, 0], settings)
+
+    state = placed(program, state._replace(done=~running))
+    state, emitted = jax.lax.scan(step, state, None, length=steps)
+    emitted = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), emitted)
+    return state, Emitted(*emitted, state.done)
+
+
+def row_keys(seeds: list[int], samples: list[int]) -> Key[Array, " b"]:
+    """The keys of rows: those of `Sampler.generate` for a single prompt with these seeds."""
+    keys = []
+    for seed, sample in zip(seeds, samples, strict=True):
+        key = jax.random.key(seed % 2**32)
+        if seed >= 2**32:
+            key = jax.random.fold_in(key, np.uint32(seed >> 32))
+        keys.append(jax.random.fold_in(jax.random.fold_in(key, 0), np.uint32(sample)))
+    return jnp.stack(keys)
+
+
+def _choose(
+    program: Program, weights: Weights, state: State, last: Array, settings: Settings
+) -> tuple[State, tuple[Array, Scored, Array, Array]]:
+    """Chooses each row's next token; the state then waits for the model to read it."""
+    logits = program.unembed(weights.params, last)
+    features = pooling.prefix_features(state.pooled.mean, last, FEATURES_READ)
+    scores, hiddens = combined_scores(weights.stack, features, settings.on)
+    faults = jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), SOUND, BASE_FAULT)
+    sound = jnp.all(jnp.isfinite(scores), axis=-1)
+    faults = jnp.where(sound | (faults == BASE_FAULT), faults, HEAD_FAULT)
+
+    guided = guide(logits, scores, settings.controls, state.seen, program.refinements)
+    keys = jax.vmap(jax.random.fold_in)(state.keys, state.step)
+    token = choose_token(guided, settings.controls, keys, program.truncate_on, program.mesh)
+    scored = _score(guided, token, settings.wants_likeliest)
+
+    expected = jnp.argmax(guided.base, axis=-1)
+    changed = expected != jnp.argmax(guided.served, axis=-1)
+    changed_by = jnp.where(changed, blame(weights.stack, hiddens, settings.on, expected), -1)
+
+    step = state.step + 1
+    stops = jnp.any(token[:, None] == settings.stop_ids, axis=-1)
+    chosen = jnp.where(state.done, -1, token)
+    state = state._replace(
+        token=token,
+        done=state.done | stops | (step >= settings.limit),
+        step=step,
+        seen=jax.vmap(lambda row, id: row.at[id].set(True))(state.seen, token),
+    )
+    return placed(program, state), (chosen, scored, changed_by, faults.astype(jnp.int8))
+
+
+def _score(guided: Guided, token: Array, wants_likeliest: Array) -> Scored:
+    """The served log-probabilities of tokens and of the likeliest ones."""
+    logits = guided.served
+    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1) - normaliser
+    count = min(MOST_LIKELY, logits.shape[-1])
+
+    def find() -> tuple[Array, Array]:
+        values, tokens = jax.lax.top_k(logits, count)
+        return tokens, values - normaliser
+
+    def skip() -> tuple[Array, Array]:
+        shape = (logits.shape[0], count)
+        return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, logits.dtype)
+
+    tokens, logprobs = jax.lax.cond(jnp.any(wants_likeliest), find, skip)
+    return Scored(chosen[:, 0], tokens, logprobs)
+
+
+def _score_prompt(
+    program: Program,
+    weights: Weights,
+    past: pooling.RunningMean,
+    hidden: Array,
+    mask: Array,
+    following: Array,
+    settings: Settings,
+) -> Scored:
+    """Scores the token after each place of a piece, a few places at a time; no penalty applies."""
+    b, t, d = hidden.shape
+    summed = jnp.cumsum(jnp.where(mask[..., None], hidden.astype(jnp.float32), 0.0), axis=1)
+    count = past.count[:, None] + jnp.cumsum(mask, axis=1)
+    mean = (past.total[:, None] + summed) / jnp.maximum(count, 1.0)[..., None]
+    at_once = min(t, _SCORED_AT_ONCE)
+    rows = jax.tree.map(
+        lambda x: jnp.broadcast_to(x[:, None], (b, at_once, *x.shape[1:])).reshape(
+            b * at_once, *x.shape[1:]
+        ),
+        settings,
+    )
+    controls = rows.controls._replace(repetition_penalty=jnp.ones(b * at_once, jnp.float32))
+
+    def score(part: tuple[Array, Array, Array]) -> Scored:
+        mean, last, token = (x.reshape(b * at_once, *x.shape[2:]) for x in part)
+        logits = program.unembed(weights.params, last)
+        features = pooling.prefix_features(mean, last, FEATURES_READ)
+        scores, _ = combined_scores(weights.stack, features, rows.on)
+        seen = jnp.zeros(logits.shape, bool)
+        guided = guide(logits, scores, controls, seen, program.refinements)
+        return _score(guided, jnp.maximum(token, 0), rows.wants_likeliest)
+
+    def split(x: Array) -> Array:
+        return jnp.swapaxes(x.reshape(b, t // at_once, at_once, *x.shape[2:]), 0, 1)
+
+    scored = jax.lax.map(score, (split(mean), split(hidden), split(following)))
+
+    def merge(x: Array) -> Array:
+        x = x.reshape(t // at_once, b, at_once, *x.shape[2:])
+        return jnp.swapaxes(x, 0, 1).reshape(b, t, *x.shape[3:])
+
+    return jax.tree.map(merge, scored)
