@@ -109,12 +109,45 @@ def encode_prompt(
             start = _answer_start(tokenizer, tokens, whole, text, answered, add_special_tokens)
             tokens = whole[: max(1, start)]
         return tokens
-    thinks = prompt_format.chat_template_kwargs.get("enable_thinking", False)
-    if not thinks and "<think>" in tokenizer.get_chat_template():
-        whole_text = _render_chat(tokenizer, question, "An answer.", prompt_format)
-        if whole_text.startswith(text):
-            text += _empty_thought(whole_text[len(text) :], "An answer.")
+    turns = [{"role": "user", "content": question}]
+    text += _thought_before(tokenizer, text, turns, prompt_format)
     return tokenize(tokenizer, text, add_special_tokens)
+
+
+def encode_chat(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[Mapping[str, str]],
+    prompt_format: PromptFormat,
+) -> np.ndarray:
+    """Tokens of a conversation, up to where the next answer begins.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer; without a chat template it takes a single question.
+        messages: turns with `role` ("system", "user" or "assistant") and `content`, the last one
+            the user's.
+        prompt_format: system turn and tags; its system turn stands for one that is not given.
+
+    Returns:
+        Token ids, int32 [T]; those of `encode_prompt` for a single question.
+
+    Raises:
+        ValueError: a turn is not as above, or as `encode_prompt`.
+    """
+    roles = [turn.get("role") for turn in messages]
+    if not roles or roles[-1] != "user":
+        raise ValueError(f"messages must end with a turn of the user, got the roles {roles}")
+    if unknown := sorted({str(role) for role in roles} - {"system", "user", "assistant"}):
+        raise ValueError(f"roles are system, user and assistant, got {unknown}")
+    if roles == ["user"]:
+        return encode_prompt(tokenizer, messages[0]["content"], prompt_format)
+    if tokenizer.chat_template is None:
+        raise ValueError("the model has no chat template: it takes one question, without turns")
+    if "system" in roles:
+        prompt_format = dataclasses.replace(prompt_format, system=None)
+    turns = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
+    text = _render_turns(tokenizer, turns, True, prompt_format)
+    text += _thought_before(tokenizer, text, turns, prompt_format)
+    return tokenize(tokenizer, text, add_special_tokens=False)
 
 
 def encode_question_answer(
@@ -348,6 +381,22 @@ def _empty_thought(text: str, answer: str) -> str:
     return thought[0] if thought and not answer.lstrip().startswith("<think>") else ""
 
 
+def _thought_before(
+    tokenizer: "PreTrainedTokenizerBase",
+    text: str,
+    turns: list[dict[str, str]],
+    prompt_format: PromptFormat,
+) -> str:
+    """The empty thought that the template puts between a conversation and an answer of words."""
+    thinks = prompt_format.chat_template_kwargs.get("enable_thinking", False)
+    if thinks or "<think>" not in tokenizer.get_chat_template():
+        return ""
+    answer = "An answer."
+    answered = [*turns, {"role": "assistant", "content": answer}]
+    whole = _render_turns(tokenizer, answered, False, prompt_format)
+    return _empty_thought(whole[len(text) :], answer) if whole.startswith(text) else ""
+
+
 def _prompt_text(
     tokenizer: "PreTrainedTokenizerBase", question: str, prompt_format: PromptFormat
 ) -> tuple[str, bool]:
@@ -369,10 +418,20 @@ def _render_chat(
     answer: str | None,
     prompt_format: PromptFormat,
 ) -> str:
-    """The conversation in the chat template; without an answer, up to where one begins."""
+    """A question and its answer in the chat template; without it, up to where one begins."""
     turns = [{"role": "user", "content": question}]
     if answer is not None:
         turns.append({"role": "assistant", "content": answer})
+    return _render_turns(tokenizer, turns, answer is None, prompt_format)
+
+
+def _render_turns(
+    tokenizer: "PreTrainedTokenizerBase",
+    turns: list[dict[str, str]],
+    begins_answer: bool,
+    prompt_format: PromptFormat,
+) -> str:
+    """A conversation in the chat template."""
     values = {
         name: [str(each) for each in token] if isinstance(token, list | tuple) else str(token)
         for name, token in tokenizer.special_tokens_map.items()
@@ -381,7 +440,7 @@ def _render_chat(
         values["date_string"] = prompt_format.date_string
     values |= prompt_format.chat_template_kwargs
 
-    def render(messages: list, add_generation_prompt: bool = answer is None) -> str:
+    def render(messages: list, add_generation_prompt: bool = begins_answer) -> str:
         ours = {
             "messages": messages,
             "tools": None,

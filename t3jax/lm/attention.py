@@ -77,7 +77,7 @@ def write_slots(old: Array, new: Array, cursor: Array | np.ndarray, axis: int) -
     """
     if cursor.ndim:
         return jax.vmap(functools.partial(write_slots, axis=axis - 1))(old, new, cursor)
-    start = [jnp.zeros_like(cursor)] * old.ndim
+    start: list[Any] = [jnp.zeros_like(cursor)] * old.ndim
     start[axis] = cursor
     return jax.lax.dynamic_update_slice(old, new, start)
 

@@ -64,7 +64,7 @@ def _moved(program: Program, state: State, shift: Int[Array, ""], slots: int) ->
 
     empty = program.init_cache(state.token.shape[0], slots)
     cache = jax.tree.map(moved, _axes(program), state.cache, empty)
-    return placed(program, state._replace(cache=cache))
+    return placed(program.mesh, state._replace(cache=cache))
 
 
 # A cache of the same size is moved in place; of another size both are in memory for a moment.
@@ -103,7 +103,7 @@ def admit(
     empty = program.init_cache(rows.shape[0], _num_slots(axes, state.cache))
     cache = jax.tree.map(taken, axes, state.cache, new.cache, empty)
     rest = jax.tree.map(replaced, state._replace(cache=None), new._replace(cache=None))
-    return placed(program, rest._replace(cache=cache))
+    return placed(program.mesh, rest._replace(cache=cache))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -258,7 +258,7 @@ def _choose(
         step=state.step + 1,
         seen=jax.vmap(lambda row, id: row.at[id].set(True))(state.seen, token),
     )
-    return placed(program, state), (chosen, logprobs, faults.astype(jnp.int8))
+    return placed(program.mesh, state), (chosen, logprobs, faults.astype(jnp.int8))
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:
@@ -270,11 +270,11 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
     )
 
 
-def placed(program: Program, state: State) -> State:
+def placed(mesh: Mesh, state: State) -> State:
     """A state where it belongs, inside of jit."""
-    if program.mesh.size == 1:
+    if mesh.size == 1:
         return state
-    return jax.lax.with_sharding_constraint(state, state_shardings(program.mesh, state))
+    return jax.lax.with_sharding_constraint(state, state_shardings(mesh, state))
 
 
 def _placed_cache(program: Program, cache: Any) -> Any:

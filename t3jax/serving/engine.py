@@ -21,159 +21,24 @@ import numpy as np
 from t3jax.head_io import Head, check_head_fits
 from t3jax.lm.model import LM
 from t3jax.refinements import PLAIN, Refinements
-from t3jax.sampling.loop import BASE_FAULT, SOUND, State
+from t3jax.sampling.loop import BASE_FAULT, SOUND, State, placed
 from t3jax.sampling.next_token import Controls
-from t3jax.sampling.sampler import SamplingOptions
 from t3jax.sampling.text import Detokenizer
 from t3jax.serving import programs
+from t3jax.serving.messages import (
+    MOST_STOP_IDS,
+    SHORT_PIECE,
+    EngineOptions,
+    Event,
+    QueueFull,
+    Request,
+    Scores,
+    Stats,
+    Ticket,
+)
 from t3jax.serving.stack import check_shape, make_stack, on_mask, put
 
-MOST_STOP_IDS = 8  # of a request, beside the model's own
-_SHORT_PIECE = 32
 _LEAST_SLOTS = 128
-
-
-class QueueFull(Exception):
-    """The queue holds as many requests as it may."""
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineOptions:
-    """How much an engine takes on.
-
-    Attributes:
-        rows: Answers decoded together.
-        chunk: Steps between two looks of the host; divides no answer, but what comes at once.
-        piece: Tokens of a prompt that are read at a time: a multiple of 32.
-        max_length: Longest prompt and answer together, tokens; None: the model's context, at most
-            2,048.
-        queue: Requests that may wait.
-        heads: Places for heads.
-        rank: Largest rank of a head.
-    """
-
-    rows: int = 16
-    chunk: int = 8
-    piece: int = 128
-    max_length: int | None = None
-    queue: int = 256
-    heads: int = 8
-    rank: int = 100
-
-    def __post_init__(self):
-        for name, most in (
-            ("rows", 2**12),
-            ("chunk", 2**10),
-            ("piece", 2**14),
-            ("queue", 2**20),
-            ("heads", 2**8),
-            ("rank", 2**16),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-                raise ValueError(f"serve.{name} must be a whole number in [1, {most}], got {value}")
-        if self.piece % _SHORT_PIECE:
-            raise ValueError(f"serve.piece must be a multiple of {_SHORT_PIECE}, got {self.piece}")
-        if self.max_length is not None and not 2 <= self.max_length <= 2**20:
-            raise ValueError(f"serve.max_length must be in [2, 2^20], got {self.max_length}")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Request:
-    """A prompt to answer.
-
-    Attributes:
-        prompt: Its token ids.
-        options: How to draw the answer; `num_samples`, `logprobs` and `refusal` are not looked at.
-        sample: Index of the answer among those to the same prompt: with the seed, it makes the key.
-        base_temperature: T; None takes the engine's.
-        guidance_scale: s; None takes the engine's.
-        heads: Names of the heads that are on; None: all that are active.
-        scores_prompt: Whether to score the prompt's tokens.
-        likeliest: How many of the likeliest tokens to give at each place.
-    """
-
-    prompt: np.ndarray
-    options: SamplingOptions
-    sample: int = 0
-    base_temperature: float | None = None
-    guidance_scale: float | None = None
-    heads: tuple[str, ...] | None = None
-    scores_prompt: bool = False
-    likeliest: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Scores:
-    """Log-probabilities under the served distribution, nats.
-
-    Attributes:
-        chosen: Of each token.
-        likeliest: At each place the likeliest tokens and their log-probabilities; empty unless
-            asked for.
-    """
-
-    chosen: list[float]
-    likeliest: list[list[tuple[int, float]]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Event:
-    """What comes out for a request.
-
-    Attributes:
-        text: New text.
-        tokens: New tokens.
-        scores: Theirs.
-        prompt_scores: Those of the prompt's tokens but the first, with the first event.
-        finish: "stop" or "length" with the last event; "cancelled", or "error".
-        error: What went wrong.
-        changed: For each new token, whether the heads changed the likeliest candidate.
-    """
-
-    text: str = ""
-    tokens: tuple[int, ...] = ()
-    scores: Scores | None = None
-    prompt_scores: Scores | None = None
-    finish: str | None = None
-    error: str | None = None
-    changed: tuple[bool, ...] = ()
-
-
-@dataclasses.dataclass(eq=False)
-class Ticket:
-    """A request on its way: where its events go, and what is known of it.
-
-    Attributes:
-        request: The request.
-        on_event: Takes its events, called in the engine's thread.
-        arrived: When it was submitted, seconds of `time.monotonic`.
-        cancelled: Whether nobody waits for it any more.
-    """
-
-    request: Request
-    on_event: Callable[[Event], None]
-    arrived: float
-    cancelled: bool = False
-
-
-@dataclasses.dataclass
-class Stats:
-    """Counts since the engine started.
-
-    Attributes:
-        prompt_tokens: Tokens read.
-        answer_tokens: Tokens chosen.
-        changed_tokens: By head, chosen tokens whose likeliest candidate it changed.
-        finished: Requests by reason.
-    """
-
-    prompt_tokens: int = 0
-    answer_tokens: int = 0
-    changed_tokens: collections.Counter[str] = dataclasses.field(
-        default_factory=collections.Counter
-    )
-    finished: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
 
 @dataclasses.dataclass(eq=False)
@@ -215,7 +80,7 @@ class Engine:
     def __init__(
         self,
         lm: LM,
-        options: EngineOptions = EngineOptions(),
+        options: EngineOptions | None = None,
         *,
         base_temperature: float = 1.0,
         guidance_scale: float = 1.0,
@@ -226,7 +91,7 @@ class Engine:
 
         Args:
             lm: The frozen base model, a decoder of `t3jax.lm`.
-            options: How much the engine takes on.
+            options: How much the engine takes on; None takes the defaults.
             base_temperature: T where a request does not say.
             guidance_scale: s where a request does not say.
             truncate_on: What decides top-k, top-p and min-p.
@@ -246,7 +111,7 @@ class Engine:
         if refinements.combine != "disjoint":
             raise ValueError('a server combines heads as disjoint requests; drop "product"')
         self.lm = lm
-        self.options = options
+        self.options = options = options or EngineOptions()
         self.base_temperature = base_temperature
         self.guidance_scale = guidance_scale
         self.max_length = min(options.max_length or min(lm.max_position, 2048), lm.max_position)
@@ -436,7 +301,7 @@ class Engine:
             if report:
                 report(f"compiling for {slots} tokens")
             settings = self._settings([None])
-            for size in {_SHORT_PIECE, self.options.piece}:
+            for size in {SHORT_PIECE, self.options.piece}:
                 if size > slots:
                     continue
                 state = self._make_state(1, slots)
@@ -536,7 +401,7 @@ class Engine:
         """Where the pieces of a prompt start, and their sizes; its length alone decides."""
         pieces, start = [], 0
         while start < length:
-            size = self.options.piece if length - start > _SHORT_PIECE else _SHORT_PIECE
+            size = self.options.piece if length - start > SHORT_PIECE else SHORT_PIECE
             pieces.append((start, size))
             start += size
         return pieces
@@ -629,7 +494,7 @@ class Engine:
         state = programs.empty_state(
             self._program, self.lm.vocab_size, self.lm.hidden_size, rows, slots
         )
-        return programs.placed(self._program, state)
+        return placed(self._program.mesh, state)
 
     def _settings(self, requests: Sequence[Request | None]) -> programs.Settings:
         """What differs from row to row; a row without a request is greedy and has no heads."""
@@ -657,13 +522,12 @@ class Engine:
             stop_ids[i, : len(ends)] = ends
             limit[i] = options.max_new_tokens
             wants[i] = request.likeliest > 0
-        controls = Controls(
-            **{
-                name: np.asarray(values, np.int32 if name == "top_k" else np.float32)
-                for name, values in fields.items()
-            }
-        )
-        return programs.Settings(controls, on_mask(on, self.options.heads), stop_ids, limit, wants)
+        arrays: dict[str, Any] = {
+            name: np.asarray(values, np.int32 if name == "top_k" else np.float32)
+            for name, values in fields.items()
+        }
+        others: tuple[Any, ...] = (on_mask(on, self.options.heads), stop_ids, limit, wants)
+        return programs.Settings(Controls(**arrays), *others)
 
     def _collect(
         self,
@@ -671,7 +535,7 @@ class Engine:
         rows: Mapping[int, int],
         prompt_scores: Scores | None = None,
     ) -> None:
-        """Brings a chunk to the host, hands out what is new, and frees rows whose answer is over."""
+        """Brings a chunk to the host, hands out what is new, and frees rows that are done."""
         tokens, scored, changed_by, faults, done = jax.tree.map(np.asarray, tuple(emitted))
         names = {one.place: name for name, one in self._heads.items()}
         for i, number in rows.items():
@@ -720,15 +584,18 @@ def _or(value: float | None, otherwise: float) -> float:
 
 
 def _scores(scored: Sequence[np.ndarray], count: int) -> Scores:
-    chosen, tokens, logprobs = scored
+    chosen, base, retain, tokens, logprobs = scored
     likeliest = [
         list(zip(ids[:count].tolist(), values[:count].tolist(), strict=True))
         for ids, values in zip(tokens, logprobs, strict=True)
     ]
-    return Scores(chosen.tolist(), likeliest if count else [])
+    return Scores(chosen.tolist(), base.tolist(), retain.tolist(), likeliest if count else [])
 
 
 def _describe(fault: int) -> str:
     if fault == BASE_FAULT:
-        return "the base model's logits are NaN or infinite: float16 has overflowed, or the weights are broken"
+        return (
+            "the base model's logits are NaN or infinite: float16 has overflowed, or the weights "
+            "are broken"
+        )
     return "a head's scores are NaN or infinite: its weights are broken, or float16 has overflowed"

@@ -1,9 +1,10 @@
 """The device programs of a server: read a piece of a prompt, join the batch, decode a chunk.
 
 Every row of the batch has a cursor of its own and starts at slot 0, and all shapes are fixed: a
-prompt is read alone, in pieces whose sizes follow from its length, and the batch has the same number
-of rows however many are at work. So a request gets the same numbers whoever is beside it. What
-differs from row to row is traced: settings, which heads are on, where it stops, how long it may get.
+prompt is read alone, in pieces whose sizes follow from its length, and the batch has the same
+number of rows however many are at work. So a request gets the same numbers whoever is beside it.
+What differs from row to row is traced: settings, which heads are on, where it stops, how long it
+may get.
 
 Axes: B batch, T tokens of a piece, S cache slots, D features, H places for heads, V vocabulary, n
 stop tokens, K likeliest tokens.
@@ -81,11 +82,15 @@ class Scored(NamedTuple):
 
     Attributes:
         chosen: Of the token that stands there, nats, `[...]`.
+        base: The same under the base model.
+        retain: P(retain) that the heads give this token.
         likeliest: The likeliest tokens, `[..., K]`.
         logprobs: Theirs, `[..., K]`. Both are zeros in rows that did not ask.
     """
 
     chosen: Float[Array, "..."]
+    base: Float[Array, "..."]
+    retain: Float[Array, "..."]
     likeliest: Int[Array, "... K"]
     logprobs: Float[Array, "... K"]
 
@@ -109,7 +114,9 @@ class Emitted(NamedTuple):
     done: Bool[Array, " B"]
 
 
-def empty_state(program: Program, vocab_size: int, hidden_size: int, rows: int, slots: int) -> State:
+def empty_state(
+    program: Program, vocab_size: int, hidden_size: int, rows: int, slots: int
+) -> State:
     """The state of a batch without requests."""
     cache = program.init_cache(rows, slots)
     return State(
@@ -160,7 +167,7 @@ def read_piece(
     last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
     seen = jax.vmap(lambda row, ids, real: row.at[ids].max(real))(state.seen, ids, mask)
     pooled = pooling.running_mean(hidden, mask, state.pooled)
-    return placed(program, state._replace(cache=cache, pooled=pooled, seen=seen)), last, scored
+    return placed(program.mesh, state._replace(cache=cache, pooled=pooled, seen=seen)), last, scored
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -187,8 +194,8 @@ def choose_first(
     """
     state = state._replace(keys=keys, done=jnp.zeros_like(state.done))
     state, emitted = _choose(program, weights, state, last, settings)
-    emitted = jax.tree.map(lambda x: x[:, None], emitted)
-    return state, Emitted(*emitted, state.done)
+    tokens, scored, changed_by, faults = jax.tree.map(lambda x: x[:, None], emitted)
+    return state, Emitted(tokens, scored, changed_by, faults, state.done)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -221,7 +228,7 @@ def join(program: Program, state: State, new: State, rows: Int[Array, " b"]) -> 
         cursor=own.cursor,
     )
     state = jax.tree.map(replace, state, new._replace(cache=cache))
-    return placed(program, state)
+    return placed(program.mesh, state)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
@@ -240,7 +247,7 @@ def resize(program: Program, state: State, slots: int) -> State:
         positions=change(old.positions, 1, -1),
         cursor=old.cursor,
     )
-    return placed(program, state._replace(cache=cache))
+    return placed(program.mesh, state._replace(cache=cache))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=2)
@@ -275,10 +282,10 @@ def decode(
         state = state._replace(cache=cache, pooled=pooled)
         return _choose(program, weights, state, hidden[:, 0], settings)
 
-    state = placed(program, state._replace(done=~running))
+    state = placed(program.mesh, state._replace(done=~running))
     state, emitted = jax.lax.scan(step, state, None, length=steps)
-    emitted = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), emitted)
-    return state, Emitted(*emitted, state.done)
+    tokens, scored, changed_by, faults = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), emitted)
+    return state, Emitted(tokens, scored, changed_by, faults, state.done)
 
 
 def row_keys(seeds: list[int], samples: list[int]) -> Key[Array, " b"]:
@@ -306,7 +313,7 @@ def _choose(
     guided = guide(logits, scores, settings.controls, state.seen, program.refinements)
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.step)
     token = choose_token(guided, settings.controls, keys, program.truncate_on, program.mesh)
-    scored = _score(guided, token, settings.wants_likeliest)
+    scored = _score(guided, scores, token, settings.wants_likeliest)
 
     expected = jnp.argmax(guided.base, axis=-1)
     changed = expected != jnp.argmax(guided.served, axis=-1)
@@ -321,26 +328,33 @@ def _choose(
         step=step,
         seen=jax.vmap(lambda row, id: row.at[id].set(True))(state.seen, token),
     )
-    return placed(program, state), (chosen, scored, changed_by, faults.astype(jnp.int8))
+    return placed(program.mesh, state), (chosen, scored, changed_by, faults.astype(jnp.int8))
 
 
-def _score(guided: Guided, token: Array, wants_likeliest: Array) -> Scored:
-    """The served log-probabilities of tokens and of the likeliest ones."""
-    logits = guided.served
-    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1) - normaliser
-    count = min(MOST_LIKELY, logits.shape[-1])
+def _score(guided: Guided, scores: Array, token: Array, wants_likeliest: Array) -> Scored:
+    """The log-probabilities of tokens, and the likeliest ones."""
+    base, served, _ = guided
+    normaliser = jax.nn.logsumexp(served, axis=-1, keepdims=True)
+
+    def of_token(values: Array) -> Array:
+        return jnp.take_along_axis(values, token[:, None], axis=-1)[:, 0]
+
+    count = min(MOST_LIKELY, served.shape[-1])
 
     def find() -> tuple[Array, Array]:
-        values, tokens = jax.lax.top_k(logits, count)
+        values, tokens = jax.lax.top_k(served, count)
         return tokens, values - normaliser
 
     def skip() -> tuple[Array, Array]:
-        shape = (logits.shape[0], count)
-        return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, logits.dtype)
+        shape = (served.shape[0], count)
+        return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, served.dtype)
 
-    tokens, logprobs = jax.lax.cond(jnp.any(wants_likeliest), find, skip)
-    return Scored(chosen[:, 0], tokens, logprobs)
+    return Scored(
+        of_token(served) - normaliser[:, 0],
+        of_token(base) - jax.nn.logsumexp(base, axis=-1),
+        jax.nn.sigmoid(of_token(scores)),
+        *jax.lax.cond(jnp.any(wants_likeliest), find, skip),
+    )
 
 
 def _score_prompt(
@@ -353,7 +367,7 @@ def _score_prompt(
     settings: Settings,
 ) -> Scored:
     """Scores the token after each place of a piece, a few places at a time; no penalty applies."""
-    b, t, d = hidden.shape
+    b, t = mask.shape
     summed = jnp.cumsum(jnp.where(mask[..., None], hidden.astype(jnp.float32), 0.0), axis=1)
     count = past.count[:, None] + jnp.cumsum(mask, axis=1)
     mean = (past.total[:, None] + summed) / jnp.maximum(count, 1.0)[..., None]
@@ -373,7 +387,7 @@ def _score_prompt(
         scores, _ = combined_scores(weights.stack, features, rows.on)
         seen = jnp.zeros(logits.shape, bool)
         guided = guide(logits, scores, controls, seen, program.refinements)
-        return _score(guided, jnp.maximum(token, 0), rows.wants_likeliest)
+        return _score(guided, scores, jnp.maximum(token, 0), rows.wants_likeliest)
 
     def split(x: Array) -> Array:
         return jnp.swapaxes(x.reshape(b, t // at_once, at_once, *x.shape[2:]), 0, 1)

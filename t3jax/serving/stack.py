@@ -121,7 +121,7 @@ def combined_scores(
 
     Returns:
         g, float32 `[B, V]`, the same as `refinements.combine_heads` of these heads; 1e30 in a row
-        without any. And the hidden layer of each head, from which `blame` has the scores of one token.
+        without any. And the hidden layer of each head, which `blame` takes.
 
     References:
         `t3jax.refinements.combine_heads`, disjoint requests.

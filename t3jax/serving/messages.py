@@ -1,0 +1,159 @@
+"""What goes into the engine and comes out of it."""
+
+import collections
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from t3jax.sampling.sampler import SamplingOptions
+
+MOST_STOP_IDS = 8  # of a request, beside the model's own
+SHORT_PIECE = 32
+
+
+class QueueFull(Exception):
+    """The queue holds as many requests as it may."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineOptions:
+    """How much an engine takes on.
+
+    Attributes:
+        rows: Answers decoded together.
+        chunk: Steps between two looks of the host; divides no answer, but what comes at once.
+        piece: Tokens of a prompt that are read at a time: a multiple of 32.
+        max_length: Longest prompt and answer together, tokens; None: the model's context, at most
+            2,048.
+        queue: Requests that may wait.
+        heads: Places for heads.
+        rank: Largest rank of a head.
+    """
+
+    rows: int = 16
+    chunk: int = 8
+    piece: int = 128
+    max_length: int | None = None
+    queue: int = 256
+    heads: int = 8
+    rank: int = 100
+
+    def __post_init__(self):
+        for name, most in (
+            ("rows", 2**12),
+            ("chunk", 2**10),
+            ("piece", 2**14),
+            ("queue", 2**20),
+            ("heads", 2**8),
+            ("rank", 2**16),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                raise ValueError(f"serve.{name} must be a whole number in [1, {most}], got {value}")
+        if self.piece % SHORT_PIECE:
+            raise ValueError(f"serve.piece must be a multiple of {SHORT_PIECE}, got {self.piece}")
+        if self.max_length is not None and not 2 <= self.max_length <= 2**20:
+            raise ValueError(f"serve.max_length must be in [2, 2^20], got {self.max_length}")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+    """A prompt to answer.
+
+    Attributes:
+        prompt: Its token ids.
+        options: How to draw the answer; `num_samples`, `logprobs` and `refusal` are not looked at.
+        sample: Index of the answer among those to the same prompt: with the seed, it makes the key.
+        base_temperature: T; None takes the engine's.
+        guidance_scale: s; None takes the engine's.
+        heads: Names of the heads that are on; None: all that are active.
+        scores_prompt: Whether to score the prompt's tokens.
+        likeliest: How many of the likeliest tokens to give at each place.
+    """
+
+    prompt: np.ndarray
+    options: SamplingOptions
+    sample: int = 0
+    base_temperature: float | None = None
+    guidance_scale: float | None = None
+    heads: tuple[str, ...] | None = None
+    scores_prompt: bool = False
+    likeliest: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Log-probabilities under the served distribution, nats.
+
+    Attributes:
+        chosen: Of each token.
+        base: The same under the base model.
+        retain: P(retain) that the heads give it.
+        likeliest: At each place the likeliest tokens and their log-probabilities; empty unless
+            asked for.
+    """
+
+    chosen: list[float]
+    base: list[float]
+    retain: list[float]
+    likeliest: list[list[tuple[int, float]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """What comes out for a request.
+
+    Attributes:
+        text: New text.
+        tokens: New tokens.
+        scores: Theirs.
+        prompt_scores: Those of the prompt's tokens but the first, with the first event.
+        finish: "stop" or "length" with the last event; "cancelled", or "error".
+        error: What went wrong.
+        changed: For each new token, whether the heads changed the likeliest candidate.
+    """
+
+    text: str = ""
+    tokens: tuple[int, ...] = ()
+    scores: Scores | None = None
+    prompt_scores: Scores | None = None
+    finish: str | None = None
+    error: str | None = None
+    changed: tuple[bool, ...] = ()
+
+
+@dataclasses.dataclass(eq=False)
+class Ticket:
+    """A request on its way: where its events go, and what is known of it.
+
+    Attributes:
+        request: The request.
+        on_event: Takes its events, called in the engine's thread.
+        arrived: When it was submitted, seconds of `time.monotonic`.
+        cancelled: Whether nobody waits for it any more.
+    """
+
+    request: Request
+    on_event: Callable[[Event], None]
+    arrived: float
+    cancelled: bool = False
+
+
+@dataclasses.dataclass
+class Stats:
+    """Counts since the engine started.
+
+    Attributes:
+        prompt_tokens: Tokens read.
+        answer_tokens: Tokens chosen.
+        changed_tokens: By head, chosen tokens whose likeliest candidate it changed.
+        finished: Requests by reason.
+    """
+
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    changed_tokens: collections.Counter[str] = dataclasses.field(
+        default_factory=collections.Counter
+    )
+    finished: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)

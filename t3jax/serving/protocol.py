@@ -1,0 +1,357 @@
+"""Bodies of the OpenAI API, from JSON to requests of the engine.
+
+Every field does what it says or is refused by name. A client never decides what is unlearned: T, s
+and the heads that are on are fields of the server key alone.
+
+References:
+    OpenAI API reference, completions and chat completions.
+"""
+
+import dataclasses
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from t3jax.data.chat import PromptFormat, check_characters, encode_chat, tokenize
+from t3jax.json_files import parse_json
+from t3jax.lm.model import LM
+from t3jax.sampling.sampler import SamplingOptions
+from t3jax.serving.messages import Request
+from t3jax.serving.programs import MOST_LIKELY
+
+MOST_ANSWERS = 128  # of one body: prompts times n
+_MOST_STOPS = 16
+
+# Only who holds the server key may say these: they decide what is unlearned.
+SERVER_FIELDS = ("base_temperature", "guidance_scale", "heads")
+
+_SAMPLED = ("model", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_COMMON = (*_SAMPLED, "n", "seed", "stop", "stop_token_ids", "stream", "stream_options", "logprobs")
+COMPLETION_FIELDS = (*_COMMON, "prompt", "echo", *SERVER_FIELDS)
+CHAT_FIELDS = (*_COMMON, "messages", "max_completion_tokens", "top_logprobs", *SERVER_FIELDS)
+
+# Fields of the API that do nothing at these values, and that nothing here does at others.
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "frequency_penalty": (0, 0.0),
+    "function_call": ("none",),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "presence_penalty": (0, 0.0),
+    "response_format": ({"type": "text"},),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none",),
+    "tools": ([],),
+}
+
+
+class BadRequest(ValueError):
+    """A body that is refused.
+
+    Attributes:
+        param: The field.
+        status: HTTP status.
+        code: OpenAI's word for it.
+    """
+
+    def __init__(self, message: str, param: str | None = None, status: int = 400, code: str = ""):
+        super().__init__(message)
+        self.param = param
+        self.status = status
+        self.code = code or {401: "invalid_api_key", 403: "forbidden", 404: "not_found"}.get(
+            status, "invalid_value"
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ask:
+    """A body, read.
+
+    Attributes:
+        requests: Prompts times n, in the order of the choices.
+        stream: Whether events go out as they come.
+        include_usage: Whether the stream ends with the number of tokens.
+        logprobs: Whether log-probabilities are given.
+        echo: Whether the prompt is given too.
+        no_answer: Whether nothing but the echo is given (`max_tokens` of 0).
+        chat: Whether it is a chat.
+        shows_tilt: Whether the client may see what the base model says.
+        prompt_tokens: Tokens of the prompts, each counted once.
+    """
+
+    requests: list[Request]
+    stream: bool
+    include_usage: bool
+    logprobs: bool
+    echo: bool
+    no_answer: bool
+    chat: bool
+    shows_tilt: bool
+    prompt_tokens: int
+
+
+def read_object(content: bytes) -> dict[str, Any]:
+    """Reads the JSON object of a body; raises a `BadRequest`."""
+    try:
+        value = parse_json(content, "the body")
+    except ValueError as error:
+        raise BadRequest(str(error)) from None
+    if not isinstance(value, dict):
+        raise BadRequest(f"the body must be a JSON object, got {_named(value)}")
+    return value
+
+
+class Reader:
+    """Reads bodies for one model."""
+
+    def __init__(
+        self, lm: LM, names: Sequence[str], prompt_format: PromptFormat, max_new_tokens: int
+    ):
+        """Keeps what bodies are read for.
+
+        Args:
+            lm: The model.
+            names: What clients may call it.
+            prompt_format: How messages become a prompt.
+            max_new_tokens: Longest answer where a body does not say.
+        """
+        self.lm = lm
+        self.names = names
+        self.prompt_format = prompt_format
+        self.max_new_tokens = max_new_tokens
+
+    def read(self, body: dict[str, Any], chat: bool, has_server_key: bool) -> Ask:
+        """Reads a body.
+
+        Args:
+            body: The JSON object.
+            chat: Whether it is one of chat completions.
+            has_server_key: Whether the client may say what is unlearned.
+
+        Returns:
+            What is asked.
+
+        Raises:
+            BadRequest: If a field is unknown, not supported, of another type or out of range.
+        """
+        fields = _Fields(body, CHAT_FIELDS if chat else COMPLETION_FIELDS)
+        for name in SERVER_FIELDS:
+            if name in body and not has_server_key:
+                raise BadRequest(
+                    f"{name} decides what is unlearned and needs the server key", name, 403
+                )
+        self._check_model(fields.take("model", str))
+        prompts = self._messages(fields) if chat else self._prompts(fields)
+        count = fields.whole("n", 1, 1, MOST_ANSWERS)
+        if count * len(prompts) > MOST_ANSWERS:
+            raise BadRequest(f"prompts times n may be {MOST_ANSWERS} at most", "n")
+        logprobs, likeliest = self._logprobs(fields, chat)
+        echo = False if chat else fields.take("echo", bool, False)
+        longest = fields.whole("max_tokens", self.max_new_tokens, 0 if echo else 1, 2**20)
+        if chat:
+            longest = fields.whole("max_completion_tokens", longest, 1, 2**20)
+        stream = fields.take("stream", bool, False)
+        stream_options = fields.take("stream_options", dict, {})
+        if unknown := sorted(set(stream_options) - {"include_usage"}):
+            raise BadRequest(f"stream_options: unknown {unknown}", "stream_options")
+        if stream_options and not stream:
+            raise BadRequest("stream_options needs stream", "stream_options")
+        seed = fields.whole("seed", None, -(2**63), 2**64 - 1)
+        options = self._options(fields, max(longest, 1), seed)
+        heads = fields.take("heads", list, None)
+        if heads is not None and not all(isinstance(name, str) for name in heads):
+            raise BadRequest("heads must be a list of names", "heads")
+        requests = [
+            Request(
+                prompt,
+                options,
+                sample,
+                base_temperature=fields.number("base_temperature", None, 0.001, 1000),
+                guidance_scale=fields.number("guidance_scale", None, 0, 1000),
+                heads=None if heads is None else tuple(heads),
+                scores_prompt=echo and logprobs,
+                likeliest=likeliest,
+            )
+            for prompt in prompts
+            for sample in range(count)
+        ]
+        return Ask(
+            requests=requests,
+            stream=stream,
+            include_usage=stream_options.get("include_usage", False) is True,
+            logprobs=logprobs,
+            echo=echo,
+            no_answer=longest == 0,
+            chat=chat,
+            shows_tilt=has_server_key,
+            prompt_tokens=sum(len(prompt) for prompt in prompts),
+        )
+
+    def encode(self, text: str, param: str = "prompt", special: bool = True) -> np.ndarray:
+        """Tokens of a text."""
+        try:
+            check_characters(text, self.lm.max_position)
+            return tokenize(self.lm.tokenizer, text, special)
+        except ValueError as error:
+            raise BadRequest(f"{param}: {error}", param) from None
+
+    def encode_messages(self, messages: Any) -> np.ndarray:
+        """Tokens of a conversation, up to where the answer begins."""
+        if not isinstance(messages, list) or not messages:
+            raise BadRequest("messages must be a list of at least one turn", "messages")
+        turns = []
+        for i, turn in enumerate(messages):
+            where = f"messages[{i}]"
+            if not isinstance(turn, dict):
+                raise BadRequest(f"{where} must be an object, got {_named(turn)}", where)
+            # Some clients say {"type": "message"} too.
+            if unknown := sorted(set(turn) - {"role", "content", "type"}):
+                raise BadRequest(f"{where} has fields that are not supported: {unknown}", where)
+            content = turn.get("content")
+            if isinstance(content, list):
+                parts = [
+                    part.get("text") if isinstance(part, dict) and part.get("type") == "text" else 0
+                    for part in content
+                ]
+                if not all(isinstance(part, str) for part in parts):
+                    raise BadRequest(f"{where}.content: parts must be texts", where)
+                content = "".join(parts)  # type: ignore[arg-type]
+            if not isinstance(content, str) or not isinstance(turn.get("role"), str):
+                raise BadRequest(f"{where} needs a role and a content, both texts", where)
+            turns.append({"role": turn["role"], "content": content})
+        try:
+            check_characters("".join(turn["content"] for turn in turns), self.lm.max_position)
+            return encode_chat(self.lm.tokenizer, turns, self.prompt_format)
+        except ValueError as error:
+            raise BadRequest(str(error), "messages") from None
+
+    def _check_model(self, name: str | None) -> None:
+        if name is not None and name not in self.names:
+            raise BadRequest(
+                f"unknown model {name!r}; this server has {self.names[0]!r}",
+                "model",
+                404,
+                "model_not_found",
+            )
+
+    def _messages(self, fields: "_Fields") -> list[np.ndarray]:
+        return [self.encode_messages(fields.take("messages", list))]
+
+    def _prompts(self, fields: "_Fields") -> list[np.ndarray]:
+        prompt = fields.take("prompt", (str, list))
+        if prompt is None or prompt == []:
+            raise BadRequest("prompt is missing", "prompt")
+        if isinstance(prompt, str) or _are_ids(prompt):
+            prompt = [prompt]
+        if len(prompt) > MOST_ANSWERS:
+            raise BadRequest(f"at most {MOST_ANSWERS} prompts", "prompt")
+        return [self._prompt(each) for each in prompt]
+
+    def _prompt(self, prompt: Any) -> np.ndarray:
+        if isinstance(prompt, str):
+            ids = self.encode(prompt)
+        elif _are_ids(prompt):
+            if not all(0 <= id < self.lm.vocab_size for id in prompt):
+                raise BadRequest(f"token ids must lie in [0, {self.lm.vocab_size})", "prompt")
+            ids = np.asarray(prompt, np.int32)
+        else:
+            raise BadRequest("prompt must be a text, token ids, or a list of either", "prompt")
+        if not ids.size:
+            raise BadRequest("the prompt has no token", "prompt")
+        return ids
+
+    def _logprobs(self, fields: "_Fields", chat: bool) -> tuple[bool, int]:
+        if not chat:
+            count = fields.whole("logprobs", None, 0, MOST_LIKELY)
+            return count is not None, count or 0
+        wanted = fields.take("logprobs", bool, False)
+        count = fields.whole("top_logprobs", 0, 0, MOST_LIKELY)
+        if count and not wanted:
+            raise BadRequest("top_logprobs needs logprobs", "top_logprobs")
+        return wanted, count
+
+    def _options(self, fields: "_Fields", longest: int, seed: int | None) -> SamplingOptions:
+        stop = fields.take("stop", (str, list), [])
+        stop = [stop] if isinstance(stop, str) else stop
+        if len(stop) > _MOST_STOPS:
+            raise BadRequest(f"stop: at most {_MOST_STOPS} strings", "stop")
+        stop_ids = fields.take("stop_token_ids", list, [])
+        if stop_ids and not _are_ids(stop_ids):
+            raise BadRequest("stop_token_ids must be a list of token ids", "stop_token_ids")
+        top_k = fields.whole("top_k", 0, -1, 2**31 - 1)
+        try:
+            return SamplingOptions(
+                max_new_tokens=longest,
+                temperature=fields.number("temperature", 1.0, 0, 1000),
+                top_k=max(top_k, 0),  # -1 is how some clients say "all"
+                top_p=fields.number("top_p", 1.0, 0, 1),
+                min_p=fields.number("min_p", 0.0, 0, 1),
+                repetition_penalty=fields.number("repetition_penalty", 1.0, 0.01, 100),
+                seed=secrets.randbits(64) if seed is None else seed % 2**64,
+                stop=tuple(stop),
+                stop_ids=tuple(stop_ids),
+            )
+        except ValueError as error:
+            raise BadRequest(str(error), str(error).split()[0]) from None
+
+
+class _Fields:
+    """The fields of a body, with their types."""
+
+    def __init__(self, body: dict[str, Any], known: Sequence[str]):
+        self.body = body
+        for name, value in body.items():
+            if name in known or value is None:
+                continue
+            if name not in _NEUTRAL:
+                raise BadRequest(f"unknown field {name!r}; known: {sorted(known)}", name)
+            if value not in _NEUTRAL[name]:
+                raise BadRequest(f"{name} is not supported; leave it out", name)
+
+    def take(self, name: str, kind: Any, otherwise: Any = None) -> Any:
+        value = self.body.get(name)
+        if value is None:
+            return otherwise
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if type(value) not in kinds:
+            expected = " or ".join(_KINDS[each] for each in kinds)
+            raise BadRequest(f"{name} must be {expected}, got {_named(value)}", name)
+        return value
+
+    def whole(self, name: str, otherwise: Any, low: int, high: int) -> Any:
+        return self._within(name, self.take(name, int), otherwise, low, high)
+
+    def number(self, name: str, otherwise: Any, low: float, high: float) -> Any:
+        return self._within(name, self.take(name, (int, float)), otherwise, low, high)
+
+    def _within(self, name: str, value: Any, otherwise: Any, low: Any, high: Any) -> Any:
+        if value is None:
+            return otherwise
+        if not low <= value <= high:  # NaN too
+            raise BadRequest(f"{name} must be in [{low}, {high}], got {value}", name)
+        return value
+
+
+_KINDS = {
+    bool: "true or false",
+    dict: "an object",
+    float: "a number",
+    int: "a whole number",
+    list: "a list",
+    str: "a text",
+}
+
+
+def _named(value: Any) -> str:
+    if value is None:
+        return "null"
+    shown = json.dumps(value, ensure_ascii=False)
+    return f"{_KINDS.get(type(value), 'something else')}: {shown[:60]}"
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(each) is int for each in value)
