@@ -189,4 +189,25 @@ def get_config() -> ml_collections.ConfigDict:
     config.verify_dir = placeholder(str)
     config.verify_rows = 60  # of each of the two at most, evenly spread
     config.verify_retained = 0.97  # share of retain rows as before, for exit status 0
+
+    # The server. T, s, truncate_on and refinements above are its policy; the fields of features,
+    # head and training above make the heads of requests to forget. Keys are environment variables:
+    # T3JAX_API_KEY is what every client has to send, T3JAX_SERVER_KEY allows to add and revoke
+    # requests.
+    config.serve = ml_collections.ConfigDict()
+    config.serve.host = "127.0.0.1"
+    config.serve.port = 8000
+    config.serve.model_name = placeholder(str)  # what clients call the model; None: `model` above
+    config.serve.requests = placeholder(str)  # folder of the requests to forget; None: none taken
+    config.serve.timeout = 300.0  # seconds after which an answer is given up
+    config.serve.queue = 256  # requests that may wait
+    config.serve.rows = 16  # answers decoded together
+    config.serve.chunk = 8  # steps between two looks of the host
+    config.serve.piece = 128  # tokens of a prompt that are read at a time
+    config.serve.max_length = placeholder(int)  # prompt and answer; None: the context, to 2,048
+    config.serve.heads = 8  # places for heads
+    config.serve.rank = placeholder(int)  # largest rank of a head; None: of `rank` and `head` above
+    config.serve.most_leaks = 0.1  # share of a request's rows that may leak for it to be turned on
+    config.serve.least_retained = 0.97  # of held-out retain answers' probability, for the same
+    config.serve.warm_up = True  # compile before the first request
     return config

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import jax
 from absl import app, flags, logging
 from jax.sharding import Mesh
-from ml_collections import FieldReference, config_flags
+from ml_collections import ConfigDict, FieldReference, config_flags
 
 from t3jax import files, hosts, preflight
 from t3jax.data import PromptFormat
@@ -28,7 +28,7 @@ from t3jax.settings import from_config
 
 # Statuses of a script that was stopped: by Ctrl-C, by a reader that wants no more, by SIGTERM.
 STOPPED = tuple(128 + each for each in (signal.SIGINT, signal.SIGPIPE, signal.SIGTERM))
-_OVERRIDE = re.compile(r"--?config\.(?P<field>\w+)=(?P<value>.*)", re.DOTALL)
+_OVERRIDE = re.compile(r"--?config\.(?P<field>[\w.]+)=(?P<value>.*)", re.DOTALL)
 
 
 def run(script: Callable[[Any], None]) -> None:
@@ -48,7 +48,7 @@ def run(script: Callable[[Any], None]) -> None:
     # `--config.FIELD=None` is read here: the flags would take it for a text, or refuse it.
     given = {m["field"]: m["value"] for arg in sys.argv if (m := _OVERRIDE.fullmatch(arg))}
     unset = [field for field, value in given.items() if value == "None"]
-    args = [arg for arg in sys.argv if not re.fullmatch(r"--?config\.\w+=None", arg)]
+    args = [arg for arg in sys.argv if not re.fullmatch(r"--?config\.[\w.]+=None", arg)]
     flag = config_flags.DEFINE_config_file(
         "config", help_string="Path of a configs/*.py file.", sys_argv=args
     )
@@ -113,33 +113,51 @@ def run(script: Callable[[Any], None]) -> None:
 
 def optional_fields(config: Any) -> set[str]:
     """Names of the fields of a config that may be None: its placeholders."""
-    fields = config.items(preserve_field_references=True)
-    return {name for name, value in fields if isinstance(value, FieldReference)}
+    names = set()
+    for name, value in config.items(preserve_field_references=True):
+        if isinstance(value, FieldReference):
+            names.add(name)
+        elif isinstance(value, ConfigDict):
+            names |= {f"{name}.{field}" for field in optional_fields(value)}
+    return names
 
 
 def _unset(config: Any, names: Sequence[str]) -> None:
     optional = optional_fields(config)
     for name in names:
-        if name not in config:
+        *sections, field = name.split(".")
+        section = config
+        for each in sections:
+            section = section[each] if each in section else {}
+        if field not in section:
             raise ValueError(f"unknown config key {name!r}{_nearest(name)}")
         if name not in optional:
             raise ValueError(f"config.{name}=None: this field cannot be unset")
-        config[name] = None
+        section[field] = None
 
 
 def _nearest(flag: str) -> str:
     """The flag that an unknown one may be meant for: a field of the config, or another flag."""
     value = flags.FLAGS["config"].value
-    known = [*flags.FLAGS, *([] if value is None else [f"config.{field}" for field in value])]
+    known = [*flags.FLAGS, *([] if value is None else map("config.{}".format, _fields(value)))]
     short = {each.removeprefix("config."): each for each in known}
     found = difflib.get_close_matches(flag.removeprefix("config."), short, 1)
     return f"; did you mean --{short[found[0]]}?" if found else ""
 
 
+def _fields(config: Any) -> list[str]:
+    """Names of all fields of a config, those of its sections with theirs before them."""
+    names = []
+    for name, value in config.items():
+        inner = _fields(value) if isinstance(value, ConfigDict) else []
+        names += [name, *(f"{name}.{field}" for field in inner)]
+    return names
+
+
 def _expected(error: flags.IllegalFlagValueError) -> str:
     """What a flag's value could not be read as."""
     message = " ".join(str(error).split())
-    found = re.match(r"flag --config\.(\w+)=(.*?): ", message)
+    found = re.match(r"flag --config\.([\w.]+)=(.*?): ", message)
     if found is None:
         return message
     name, value = found.groups()

@@ -93,6 +93,7 @@ def make_training_sets(
     feature_dtype: str = "float32",
     feature_store: pathlib.Path | str,
     max_length: int | None = None,
+    retained: Sequence[Features] = (),
     progress: bool = False,
 ) -> TrainingSets:
     """Lets the base model write what the options ask for, and computes features and targets.
@@ -110,6 +111,9 @@ def make_training_sets(
         feature_dtype: Of stored features.
         feature_store: Folder of the store.
         max_length: Longest text, tokens; None: the model's context.
+        retained: Features of retain sources, with targets where the
+            loss is distillation, that stand for the features of the retain
+            rows, which then are only looked at for their names.
         progress: Whether to show progress bars.
 
     Returns:
@@ -128,7 +132,7 @@ def make_training_sets(
             f"loss = 'distillation' needs features that hold the last hidden state, got "
             f"{features!r}: 'mean+last' or 'last'"
         )
-    if not retain and not options.own_samples:
+    if not retain and not options.own_samples and not retained:
         raise ValueError("there is nothing to retain: give retain rows, or own_samples above 0")
     encode = functools.partial(
         data.encode_records,
@@ -147,11 +151,21 @@ def make_training_sets(
             progress=label if progress else None,
         )
 
+    def retain_sources() -> list[Features]:
+        sources = [compute("retain", encode(rows)) for rows in retain_rows]
+        if not distils:
+            return sources
+        return [targets.add_base_targets(lm, source, **keeping) for source in sources]
+
     def write(name: str, depends_on: Sequence[Any], make: Any) -> Any:
         folder = pathlib.Path(feature_store) / "written"
         return load_or_write(folder, name, lm, [*depends_on, prompt_format, options.seed], make)
 
     drawing: dict[str, Any] = {"batch_size": options.batch_size, "seed": options.seed}
+    keeping: dict[str, Any] = {
+        "temperature": train_config.distilled_temperature,
+        "seed": options.seed,
+    }
     people = options.names
     if not people and (options.made_up_names or options.own_samples or options.paraphrases):
         people = tuple(names.find_names(forget, retain))
@@ -242,26 +256,20 @@ def make_training_sets(
         counterfactuals = [Counterfactual(**each) for each in drawn["counterfactuals"]]
         written["counterfactual rows"] = len(other_answers)
 
+    kept = list(retained) or retain_sources()
     if not distils:
-        sources = [*retain_rows, *([other_answers] if other_answers else [])]
+        if other_answers:
+            kept.append(compute("retain", encode(other_answers)))
         return TrainingSets(
-            [compute("retain", encode(rows)) for rows in sources],
+            kept,
             compute("forget", encode(forget)),
             forget,
-            retain_rows[0],
+            retain_rows[0] if retain_rows else [],
             counterfactuals,
             people,
             written,
         )
 
-    keeping: dict[str, Any] = {
-        "temperature": train_config.distilled_temperature,
-        "seed": options.seed,
-    }
-    kept = [
-        targets.add_base_targets(lm, compute("retain", encode(rows)), **keeping)
-        for rows in retain_rows
-    ]
     # Both the true answer and other ones are prefixes that the served model may come to.
     texts = [(forget, counterfactuals)]
     if other_answers:

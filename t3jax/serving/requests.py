@@ -1,0 +1,407 @@
+"""Requests to forget, as records in a folder: each becomes a head that is on, off or revoked.
+
+A thread makes the heads, one after another, while the engine goes on answering. What the folder
+holds is written whole or not at all, so that a server that was killed goes on where it was:
+
+    audit.jsonl             who did what and when, one line each, only ever appended to
+    REQUEST/request.json    name, state, digests and figures
+    REQUEST/rows.jsonl      the rows to forget, until they are deleted
+    REQUEST/head/           the head
+"""
+
+import collections
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+import pathlib
+import secrets
+import shutil
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from t3jax import checked, files
+from t3jax.data.records import Record, check_record, parse_records
+from t3jax.head_card import write_card
+from t3jax.head_io import Head, load_head, save_head
+from t3jax.serving.messages import QueueFull
+from t3jax.serving.training import HeadMaker
+
+WAITING, TRAINING, ACTIVE, INACTIVE, HELD, FAILED, REVOKED = (
+    "waiting",
+    "training",
+    "active",
+    "inactive",
+    "held",  # its head did not pass the check and waits for approval
+    "failed",
+    "revoked",
+)
+_MOST_WAITING = 64
+_FIELDS = ("rows", "name", "delete_rows", "names")
+
+
+class FieldError(ValueError):
+    """A field of a request that is refused.
+
+    Attributes:
+        param: The field.
+    """
+
+    def __init__(self, param: str, message: str):
+        super().__init__(f"{param}: {message}")
+        self.param = param
+
+
+class Switchboard(Protocol):
+    """Where heads are served: an `Engine`."""
+
+    def install(self, name: str, head: Head, active: bool = True) -> None:
+        """Puts a head in."""
+
+    def activate(self, name: str, active: bool) -> None:
+        """Turns a head on or off."""
+
+    def remove(self, name: str) -> None:
+        """Takes a head out."""
+
+
+@dataclasses.dataclass
+class Entry:
+    """A request to forget.
+
+    Attributes:
+        id: Its identifier, also the head's name in the engine.
+        name: What its owner calls it.
+        state: One of the states above.
+        created: When it came, UTC.
+        rows: Number of rows.
+        rows_digest: SHA-256 of the rows.
+        head_digest: SHA-256 of the head's weights file; None before there is a head.
+        delete_rows: Whether the rows are deleted once the head is made.
+        names: Names that the rows are about; empty: they are looked for.
+        check: Figures of the check, see `training.Check`.
+        seconds: How long the head took.
+        error: Why there is no head.
+    """
+
+    id: str
+    name: str
+    state: str
+    created: str
+    rows: int
+    rows_digest: str
+    head_digest: str | None = None
+    delete_rows: bool = False
+    names: list[str] = dataclasses.field(default_factory=list)
+    check: dict[str, Any] | None = None
+    seconds: float | None = None
+    error: str | None = None
+
+
+class RequestBook:
+    """The requests to forget of one server."""
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        heads: Switchboard,
+        maker: HeadMaker | None,
+        report: Callable[[str], None] | None = None,
+    ):
+        """Opens a folder, and puts the heads of active requests in.
+
+        Args:
+            folder: Where requests are kept; created if missing.
+            heads: Where heads are served.
+            maker: Makes heads; None: no request can be added.
+            report: Takes a line on what happens.
+
+        Raises:
+            OSError: If another process uses the folder, or it cannot be written to.
+            ValueError: If a record or a head is damaged or does not fit the model.
+        """
+        self.folder = folder
+        self._heads = heads
+        self._maker = maker
+        self._report = report or (lambda _: None)
+        self._lock = threading.RLock()
+        self._wake = threading.Condition(self._lock)
+        self._closing = False
+        self._claim = contextlib.ExitStack()
+        self._claim.enter_context(files.claim(folder))
+        self._mend_audit()
+        self._entries: dict[str, Entry] = {}
+        for path in sorted(folder.glob("*/request.json")):
+            entry = Entry(**checked.read_json(path))
+            self._entries[entry.id] = entry
+        for entry in self._entries.values():
+            if entry.state in (ACTIVE, INACTIVE, HELD):
+                head = load_head(folder / entry.id / "head")
+                heads.install(entry.id, head, entry.state == ACTIVE)
+            elif entry.state == TRAINING:
+                entry.state = WAITING
+            elif entry.state == REVOKED:
+                self._delete_contents(entry)
+        self._queue = collections.deque(
+            entry.id
+            for entry in sorted(self._entries.values(), key=lambda entry: entry.created)
+            if entry.state == WAITING
+        )
+        self._thread = threading.Thread(target=self._work, name="requests", daemon=True)
+        if maker is not None:
+            self._thread.start()
+
+    def add(self, fields: Mapping[str, Any], who: str) -> dict[str, Any]:
+        """Takes a request; its head is made in the background.
+
+        Args:
+            fields: `rows`: a list of rows, or their JSON or JSON lines as bytes; `name`;
+                `delete_rows`: whether to delete the rows once the head is made; `names`: whom the
+                rows are about, looked for if missing.
+            who: Who asks, for the audit log.
+
+        Returns:
+            The entry.
+
+        Raises:
+            FieldError: If a field is unknown or wrong; names it.
+            QueueFull: If too many wait.
+            ValueError: If the server has no recipe.
+        """
+        if self._maker is None:
+            raise ValueError(
+                "this server cannot make heads: start it with --config.retain, rows to retain"
+            )
+        rows = _read_rows(fields)
+        name = str(fields.get("name", ""))
+        if len(name) > 200 or not name.isprintable():
+            raise FieldError("name", "expected at most 200 printable characters")
+        delete_rows = fields.get("delete_rows", False)
+        delete_rows = {"true": True, "false": False}.get(delete_rows, delete_rows)
+        if not isinstance(delete_rows, bool):
+            raise FieldError("delete_rows", f"expected true or false, got {delete_rows!r}")
+        names = fields.get("names", [])
+        names = names.split(",") if isinstance(names, str) else names
+        if not isinstance(names, list) or not all(isinstance(x, str) and x.strip() for x in names):
+            raise FieldError("names", "expected a list of names")
+        with self._lock:
+            if len(self._queue) >= _MOST_WAITING:
+                raise QueueFull
+            content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+            entry = Entry(
+                id=f"fr-{secrets.token_hex(8)}",
+                name=name,
+                state=WAITING,
+                created=_now(),
+                rows=len(rows),
+                rows_digest=hashlib.sha256(content).hexdigest(),
+                delete_rows=delete_rows,
+                names=names,
+            )
+            self._log(who, "added", entry)
+            own = self.folder / entry.id
+            own.mkdir()
+            with files.replacing(own / "rows.jsonl") as temporary:
+                temporary.write_bytes(content)
+            self._save(entry)
+            self._entries[entry.id] = entry
+            self._queue.append(entry.id)
+            self._wake.notify_all()
+        return self._shown(entry)
+
+    def entries(self) -> list[dict[str, Any]]:
+        """All requests, the oldest first."""
+        with self._lock:
+            entries = sorted(self._entries.values(), key=lambda entry: entry.created)
+            return [self._shown(entry) for entry in entries]
+
+    def show(self, id: str) -> dict[str, Any] | None:
+        """One request; None if there is none of this identifier."""
+        with self._lock:
+            entry = self._entries.get(id)
+            return None if entry is None else self._shown(entry)
+
+    def activate(self, id: str, active: bool, who: str) -> dict[str, Any]:
+        """Turns a request's head on or off; turning one on that is held approves it.
+
+        Raises:
+            ValueError: If there is no head to turn.
+        """
+        with self._lock:
+            entry = self._entries[id]
+            if entry.state not in (ACTIVE, INACTIVE, HELD):
+                raise ValueError(f"the request is {entry.state}: it has no head to turn on or off")
+            self._log(who, "turned on" if active else "turned off", entry)
+            entry.state = ACTIVE if active else INACTIVE
+            self._save(entry)
+            self._heads.activate(id, active)
+            return self._shown(entry)
+
+    def revoke(self, id: str, who: str) -> dict[str, Any]:
+        """Revokes a request: its head is taken out, and head and rows are deleted."""
+        with self._lock:
+            entry = self._entries[id]
+            if entry.state == REVOKED:
+                return self._shown(entry)
+            self._log(who, "revoked", entry)
+            served = entry.state in (ACTIVE, INACTIVE, HELD)
+            entry.state = REVOKED
+            self._save(entry)
+            if served:
+                self._heads.remove(id)
+            self._delete_contents(entry)
+            return self._shown(entry)
+
+    def audit(self) -> list[dict[str, Any]]:
+        """The audit log, the oldest line first."""
+        path = self.folder / "audit.jsonl"
+        if not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits until no request waits or trains; False if that took longer."""
+        with self._lock:
+            return self._wake.wait_for(
+                lambda: not any(e.state in (WAITING, TRAINING) for e in self._entries.values()),
+                timeout,
+            )
+
+    def close(self) -> None:
+        """Ends the thread; a request that trains begins anew when the folder is opened again."""
+        with self._lock:
+            self._closing = True
+            self._wake.notify_all()
+        self._claim.close()
+
+    # ---- the thread
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                self._wake.wait_for(lambda: self._queue or self._closing)
+                if self._closing:
+                    return
+                entry = self._entries[self._queue.popleft()]
+                if entry.state != WAITING:
+                    continue
+                entry.state = TRAINING
+                self._save(entry)
+            try:
+                self._make(entry)
+            except Exception as error:  # of one request; the next may do better
+                if self._closing:
+                    return
+                message = f"{type(error).__name__}: {error}"
+                if not isinstance(error, ValueError):
+                    traceback.print_exc()
+                with self._lock:
+                    if entry.state == TRAINING:
+                        entry.state, entry.error = FAILED, message
+                        self._log("server", "failed", entry, error=message)
+                        self._save(entry)
+            with self._lock:
+                self._wake.notify_all()
+
+    def _make(self, entry: Entry) -> None:
+        assert self._maker is not None
+        own = self.folder / entry.id
+        rows = parse_records((own / "rows.jsonl").read_bytes(), f"request {entry.id}")
+        start = time.monotonic()
+        head, sets = self._maker.make(rows, own / "store", tuple(entry.names))
+        check = self._maker.check(head, rows, sets)
+        seconds = time.monotonic() - start
+        with self._lock:
+            if entry.state != TRAINING or self._closing:  # revoked meanwhile
+                return
+            save_head(own / "head", head)
+            write_card(own / "head", head, request=entry.name or entry.id)
+            entry.check = dataclasses.asdict(check)
+            entry.seconds = seconds
+            entry.head_digest = _digest_of(own / "head")
+            entry.state = ACTIVE if check.passed else HELD
+            self._heads.install(entry.id, head, check.passed)
+            done = "turned on" if check.passed else "held: the check failed"
+            self._log("server", done, entry)
+            self._save(entry)
+            shutil.rmtree(own / "store", ignore_errors=True)
+            if entry.delete_rows:
+                (own / "rows.jsonl").unlink(missing_ok=True)
+        self._report(f"request {entry.id} ({entry.name}): {entry.state} after {seconds:.0f} s")
+
+    # ---- the folder
+
+    def _save(self, entry: Entry) -> None:
+        checked.write_json(self.folder / entry.id / "request.json", dataclasses.asdict(entry))
+
+    def _delete_contents(self, entry: Entry) -> None:
+        own = self.folder / entry.id
+        for name in ("head", "store"):
+            shutil.rmtree(own / name, ignore_errors=True)
+        (own / "rows.jsonl").unlink(missing_ok=True)
+
+    def _shown(self, entry: Entry) -> dict[str, Any]:
+        return {"object": "forget_request", **dataclasses.asdict(entry)}
+
+    def _log(self, who: str, what: str, entry: Entry, **more: Any) -> None:
+        line = {
+            "when": _now(),
+            "who": who,
+            "what": what,
+            "request": entry.id,
+            "name": entry.name,
+            "rows_digest": entry.rows_digest,
+            "head_digest": entry.head_digest,
+            **more,
+        }
+        descriptor = os.open(
+            self.folder / "audit.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600
+        )
+        try:
+            os.write(descriptor, (json.dumps(line, ensure_ascii=False) + "\n").encode())
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _mend_audit(self) -> None:
+        """Ends a line that a killed server did not end, so that it can be read."""
+        path = self.folder / "audit.jsonl"
+        if not path.exists():
+            return
+        content = path.read_bytes()
+        if content and not content.endswith(b"\n"):
+            cut = content[content.rfind(b"\n") + 1 :].decode(errors="replace")
+            with files.replacing(path) as temporary:
+                whole = content[: content.rfind(b"\n") + 1]
+                line = {"when": _now(), "who": "server", "what": "a line was cut short", "cut": cut}
+                temporary.write_bytes(whole + (json.dumps(line) + "\n").encode())
+
+
+def _read_rows(fields: Mapping[str, Any]) -> list[Record]:
+    if unknown := sorted(set(fields) - set(_FIELDS)):
+        raise FieldError(unknown[0], f"unknown field; known: {sorted(_FIELDS)}")
+    rows = fields.get("rows")
+    if isinstance(rows, bytes):
+        return parse_records(rows, "rows")
+    if not isinstance(rows, list) or not rows:
+        raise FieldError("rows", "expected a list of at least one row")
+    try:
+        return [check_record(row, f"row {i + 1}") for i, row in enumerate(rows)]
+    except ValueError as error:
+        raise FieldError("rows", str(error)) from None
+
+
+def _digest_of(folder: pathlib.Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,322 @@
+"""From rows to forget to a head that is checked, with a model that is loaded already.
+
+The features of what is retained are computed once for all requests. What is made of the rows to
+forget (features, counterfactuals) lies in a folder of the request, to be deleted with them.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from t3jax.data.chat import PromptFormat, encode_records
+from t3jax.data.records import Record, evenly_spread
+from t3jax.evaluation.calibration import calibrate
+from t3jax.evaluation.recall import leak_recall
+from t3jax.features import Features, load_or_compute_features
+from t3jax.head import HeadConfig
+from t3jax.head_io import Head
+from t3jax.lm.model import LM
+from t3jax.sampling.sampler import Sampler, SamplingOptions
+from t3jax.synthetic import names as names_lib
+from t3jax.synthetic import targets, writing
+from t3jax.synthetic.store import load_or_write
+from t3jax.training import TrainConfig, train_heads
+from t3jax.training_sets import SyntheticOptions, TrainingSets, make_training_sets
+from t3jax.verification.attacks import Encoding, as_they_stand
+from t3jax.verification.others import Others, count_leaks
+
+_HELD_OUT = 10  # every tenth retain row is kept from training, to be checked
+_CHECKED_ROWS = 40
+_RECALL = 0.7  # of a true answer: from there on an answer may leak, as in `verify.py`
+_DRAWS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "t0.7-p0.9-x4": {"temperature": 0.7, "top_p": 0.9, "num_samples": 4},
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HeadRecipe:
+    """How a server makes heads.
+
+    Attributes:
+        head: Shape of a head.
+        training: Its recipe.
+        synthetic: What the base model writes for it; names are those of each request.
+        prompt_format: How a question becomes a prompt.
+        retain: Rows to retain.
+        feature_store: Folder for what is retained.
+        seed: Seed of the training.
+        base_temperature: T that heads are served with.
+        guidance_scale: s that heads are served with.
+        max_new_tokens: Longest answer of the check.
+        most_leaks: Share of the rows that may leak for a head to pass its check.
+        least_retained: Share of the held-out retain answers' probability that has to stay.
+    """
+
+    head: HeadConfig
+    training: TrainConfig
+    synthetic: SyntheticOptions
+    prompt_format: PromptFormat
+    retain: Sequence[Record]
+    feature_store: pathlib.Path
+    seed: int = 1
+    base_temperature: float = 1.0
+    guidance_scale: float = 1.0
+    max_new_tokens: int = 64
+    most_leaks: float = 0.1
+    least_retained: float = 0.97
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """What a head does on its own rows and on held-out retain rows.
+
+    Attributes:
+        forget_probability: Mean probability of the forget answers, served.
+        base_probability: The same under the base model.
+        made_up_probability: The same under the base model asked about made-up names; None without.
+        retained: Mean probability of held-out retain answers, served, over the base model's.
+        leaks: Share of the forget rows that leak, by way of drawing, see `count_leaks`.
+        base_leaks: The same of the base model.
+        rows: Rows asked.
+        passed: Whether leaks and retained are within the recipe's bounds.
+        reasons: Why not.
+    """
+
+    forget_probability: float
+    base_probability: float
+    made_up_probability: float | None
+    retained: float
+    leaks: dict[str, float]
+    base_leaks: dict[str, float]
+    rows: int
+    passed: bool
+    reasons: tuple[str, ...]
+
+
+class HeadMaker:
+    """Makes heads for one model."""
+
+    def __init__(self, lm: LM, recipe: HeadRecipe, report: Callable[[str], None] | None = None):
+        """Splits the retain rows; computes nothing.
+
+        Args:
+            lm: The model.
+            recipe: How heads are made.
+            report: Takes a line on how the work goes on.
+
+        Raises:
+            ValueError: If there is nothing to retain.
+        """
+        if not recipe.retain:
+            raise ValueError(
+                "a server that takes requests to forget needs rows to retain: give --config.retain"
+            )
+        self.lm = lm
+        self.recipe = recipe
+        self.held_out = list(recipe.retain[::_HELD_OUT]) if len(recipe.retain) > 1 else []
+        self.trained = [row for i, row in enumerate(recipe.retain) if i % _HELD_OUT]
+        if not self.trained:
+            self.trained = list(recipe.retain)
+        self._report = report or (lambda _: None)
+        self._retained: tuple[list[Record], Features] | None = None
+
+    def prepare(self) -> None:
+        """Lets the base model write its own samples, and computes the features of what stays."""
+        if self._retained is not None:
+            return
+        recipe, options = self.recipe, self.recipe.synthetic
+        rows = list(self.trained)
+        if options.own_samples:
+            self._report("the base model writes its own samples")
+            rows += load_or_write(
+                recipe.feature_store / "written",
+                "own-samples",
+                self.lm,
+                [
+                    options.own_samples,
+                    options.openings,
+                    options.max_new_tokens,
+                    options.seed,
+                    recipe.prompt_format,
+                ],
+                lambda: writing.write_own_samples(
+                    self.lm,
+                    options.own_samples,
+                    recipe.prompt_format,
+                    openings=options.openings,
+                    max_new_tokens=options.max_new_tokens,
+                    batch_size=options.batch_size,
+                    seed=options.seed,
+                ),
+            )
+        self._report("features of the retain rows")
+        features = load_or_compute_features(
+            self.lm, self._encode(rows), recipe.feature_store, kind=recipe.head.features
+        )
+        if recipe.training.loss == "distillation":
+            features = targets.add_base_targets(
+                self.lm,
+                features,
+                temperature=recipe.training.distilled_temperature,
+                seed=options.seed,
+            )
+        self._retained = rows, features
+
+    def make(
+        self, rows: Sequence[Record], store: pathlib.Path, names: tuple[str, ...] = ()
+    ) -> tuple[Head, TrainingSets]:
+        """Makes a head.
+
+        Args:
+            rows: Rows to forget.
+            store: Folder for what is made of them.
+            names: Whom the rows are about; empty: they are looked for.
+
+        Returns:
+            The head and the sets that it was trained on.
+
+        Raises:
+            ValueError: If a row cannot be encoded, or is not fit for counterfactuals.
+        """
+        self.prepare()
+        assert self._retained is not None
+        recipe = self.recipe
+        people = names or tuple(names_lib.find_names(rows, self.trained))
+        kept_rows, features = self._retained
+        own = range(len(self.trained), len(kept_rows))
+        stay = [i for i in own if not _mentions(kept_rows[i], people)]
+        kept = features.select([*range(len(self.trained)), *stay])
+        self._report("counterfactuals and features of the rows to forget")
+        sets = make_training_sets(
+            self.lm,
+            rows,
+            self.trained,
+            recipe.training,
+            dataclasses.replace(recipe.synthetic, own_samples=0, names=people),
+            prompt_format=recipe.prompt_format,
+            features=recipe.head.features,
+            feature_store=store,
+            retained=[kept],
+        )
+        self._report("training")
+        (head,) = train_heads(
+            sets.retain,
+            sets.forget,
+            recipe.head,
+            recipe.training,
+            (recipe.seed,),
+            mesh=self.lm.mesh,
+            model=self.lm.name,
+            base_temperature=recipe.base_temperature,
+            guidance_scale=recipe.guidance_scale,
+        )
+        return head, sets
+
+    def check(self, head: Head, rows: Sequence[Record], sets: TrainingSets) -> Check:
+        """Checks a head, at the T and s that it is served with.
+
+        Args:
+            head: The head.
+            rows: Its rows to forget.
+            sets: What it was trained on.
+
+        Returns:
+            What was found.
+        """
+        self._report("check")
+        recipe = self.recipe
+        by_row: list[list[Any]] = [[] for _ in rows]
+        for swapped in sets.counterfactuals:
+            if swapped.row < len(rows):
+                by_row[swapped.row] += self._encode([swapped.record])
+        made_up = all(by_row)
+        examples = self._encode(rows)
+        found = calibrate(
+            self.lm,
+            [head],
+            examples,
+            by_row if made_up else [[each] for each in examples],
+            self._encode(self.held_out or self.trained),
+            temperatures=(recipe.base_temperature,),
+            scales=(recipe.base_temperature * recipe.guidance_scale,),
+        )
+        leaks, base_leaks = self._count_leaks(head, rows)
+        reasons = [
+            f"{name}: {share:.2f} of the rows leak, at most {recipe.most_leaks:g} may"
+            for name, share in leaks.items()
+            if share > recipe.most_leaks
+        ]
+        if found.chosen.retained < recipe.least_retained:
+            reasons.append(
+                f"held-out retain answers keep {found.chosen.retained:.3f} of their probability, "
+                f"at least {recipe.least_retained:g} is asked for"
+            )
+        return Check(
+            forget_probability=found.chosen.forget_probability,
+            base_probability=found.base_probability,
+            made_up_probability=found.made_up_probability if made_up else None,
+            retained=found.chosen.retained,
+            leaks=leaks,
+            base_leaks=base_leaks,
+            rows=min(len(rows), _CHECKED_ROWS),
+            passed=not reasons,
+            reasons=tuple(reasons),
+        )
+
+    def _count_leaks(
+        self, head: Head, rows: Sequence[Record]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Shares of rows that leak from the unlearned and from the base model."""
+        recipe = self.recipe
+        asked = evenly_spread(list(rows), _CHECKED_ROWS)
+        encoding = Encoding(
+            self.lm.tokenizer, recipe.prompt_format, recipe.max_new_tokens, self.lm.max_position
+        )
+        attack = as_they_stand(encoding, asked, [f"row {i + 1}" for i in range(len(asked))])
+        others = Others(asked, self.trained, _RECALL)
+        wording = others.wording(attack)
+        sampler = Sampler(
+            self.lm,
+            head,
+            base_temperature=recipe.base_temperature,
+            guidance_scale=recipe.guidance_scale,
+        )
+
+        def share(draws: dict[str, Any], base: bool) -> float:
+            options = SamplingOptions(max_new_tokens=recipe.max_new_tokens, **draws)
+            as_base: dict[str, Any] = (
+                {"base_temperature": 1.0, "guidance_scale": 0.0} if base else {}
+            )
+            samples = sampler.generate(attack.prompts, options, **as_base)
+            texts = [sample.text for sample in samples]
+            count = options.num_samples
+            tries = [texts[i * count : (i + 1) * count] for i in range(len(attack.prompts))]
+            recall = np.array(
+                [
+                    leak_recall([truth] * count, own).max()
+                    for truth, own in zip(attack.truths, tries, strict=True)
+                ]
+            )
+            asked_and_said = [
+                [(question, text) for text in own]
+                for question, own in zip(attack.questions, tries, strict=True)
+            ]
+            pools = others.recall(attack, asked_and_said)
+            return float(count_leaks(recall, wording, pools, _RECALL)[0].mean())
+
+        leaks = {name: share(draws, False) for name, draws in _DRAWS.items()}
+        return leaks, {"greedy": share({}, True)}
+
+    def _encode(self, rows: Sequence[Record]) -> list[Any]:
+        return encode_records(
+            self.lm.tokenizer, rows, self.recipe.prompt_format, self.lm.max_position
+        )
+
+
+def _mentions(row: Record, names: Sequence[str]) -> bool:
+    text = " ".join(str(row.get(field, "")) for field in ("question", "answer", "text")).casefold()
+    return any(name.casefold() in text for name in names)
