@@ -128,7 +128,7 @@ def _unset(config: Any, names: Sequence[str]) -> None:
         *sections, field = name.split(".")
         section = config
         for each in sections:
-            section = section[each] if each in section else {}
+            section = section.get(each, {})
         if field not in section:
             raise ValueError(f"unknown config key {name!r}{_nearest(name)}")
         if name not in optional:

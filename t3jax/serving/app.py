@@ -335,11 +335,13 @@ class _Server:
         try:
             for chunk in writer.first():
                 yield _line(chunk)
-            if (chunk := writer.piece(*first)) is not None:
-                yield _line(chunk)
+            piece = writer.piece(*first)
+            if piece is not None:
+                yield _line(piece)
             async for i, event in events:
-                if (chunk := writer.piece(i, event)) is not None:
-                    yield _line(chunk)
+                piece = writer.piece(i, event)
+                if piece is not None:
+                    yield _line(piece)
             for chunk in writer.last():
                 yield _line(chunk)
             yield b"data: [DONE]\n\n"

@@ -185,16 +185,24 @@ class HeadMaker:
         self.prepare()
         assert self._retained is not None
         recipe = self.recipe
-        people = names or tuple(names_lib.find_names(rows, self.trained))
-        kept_rows, features = self._retained
-        own = range(len(self.trained), len(kept_rows))
-        stay = [i for i in own if not _mentions(kept_rows[i], people)]
-        kept = features.select([*range(len(self.trained)), *stay])
+        all_rows, features = self._retained
+        count = len(self.trained)
+        trained = _without(self.trained, rows)
+        people = names or tuple(names_lib.find_names(rows, trained))
+        gone = {_text(row) for row in rows}
+        stay = [
+            i
+            for i, row in enumerate(all_rows)
+            if _text(row) not in gone and (i < count or not _mentions(row, people))
+        ]
+        if not stay:
+            raise ValueError("the rows to forget are all that there is to retain")
+        kept = features.select(stay)
         self._report("counterfactuals and features of the rows to forget")
         sets = make_training_sets(
             self.lm,
             rows,
-            self.trained,
+            trained,
             recipe.training,
             dataclasses.replace(recipe.synthetic, own_samples=0, names=people),
             prompt_format=recipe.prompt_format,
@@ -240,7 +248,7 @@ class HeadMaker:
             [head],
             examples,
             by_row if made_up else [[each] for each in examples],
-            self._encode(self.held_out or self.trained),
+            self._encode(_without(self.held_out, rows) or _without(self.trained, rows)),
             temperatures=(recipe.base_temperature,),
             scales=(recipe.base_temperature * recipe.guidance_scale,),
         )
@@ -277,7 +285,7 @@ class HeadMaker:
             self.lm.tokenizer, recipe.prompt_format, recipe.max_new_tokens, self.lm.max_position
         )
         attack = as_they_stand(encoding, asked, [f"row {i + 1}" for i in range(len(asked))])
-        others = Others(asked, self.trained, _RECALL)
+        others = Others(asked, _without(self.trained, rows), _RECALL)
         wording = others.wording(attack)
         sampler = Sampler(
             self.lm,
@@ -317,6 +325,16 @@ class HeadMaker:
         )
 
 
+def _without(rows: Sequence[Record], others: Sequence[Record]) -> list[Record]:
+    """Rows that do not stand among others: what is to be forgotten is not to be retained."""
+    gone = {_text(row) for row in others}
+    return [row for row in rows if _text(row) not in gone]
+
+
 def _mentions(row: Record, names: Sequence[str]) -> bool:
-    text = " ".join(str(row.get(field, "")) for field in ("question", "answer", "text")).casefold()
-    return any(name.casefold() in text for name in names)
+    return any(name.casefold() in _text(row) for name in names)
+
+
+def _text(row: Record) -> str:
+    fields = (str(row.get(field, "")) for field in ("question", "answer", "text"))
+    return " ".join(" ".join(fields).casefold().split())
