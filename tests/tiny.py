@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,10 +103,15 @@ def continue_batch(lm: LM, logits: jax.Array, cache, steps: int) -> np.ndarray:
 
 
 def make_head(
-    lm: LM, rank: int = 8, scale: float = 5.0, base_temperature: float = 2.5, seed: int = 1
+    lm: LM,
+    rank: int = 8,
+    scale: float = 5.0,
+    base_temperature: float = 2.5,
+    seed: int = 1,
+    **shape: Any,
 ) -> Head:
     """A random head for a model, scaled so that its scores are of the order of the logits."""
-    config = HeadConfig(lm.hidden_size, lm.vocab_size, rank)
+    config = HeadConfig(lm.hidden_size, lm.vocab_size, rank, **shape)
     params = init_head(jax.random.key(seed), config)
     params["output"] = params["output"] * jnp.float32(scale)
     return Head(config, params, base_temperature, guidance_scale=1.0, model=lm.name)

@@ -140,13 +140,13 @@ class Engine:
         """Starts the thread."""
         self._thread.start()
 
-    def stop(self, drain: bool = True, timeout: float | None = None) -> None:
+    def stop(self, drain: bool = True) -> None:
         """Takes no more requests; answers those at hand, or cancels them, and ends the thread."""
         with self._wake:
             self._stopping = "drain" if drain else "now"
             self._wake.notify_all()
         if self._thread.is_alive():
-            self._thread.join(timeout)
+            self._thread.join()
 
     @property
     def waiting(self) -> int:

@@ -313,7 +313,7 @@ def _choose(
     guided = guide(logits, scores, settings.controls, state.seen, program.refinements)
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.step)
     token = choose_token(guided, settings.controls, keys, program.truncate_on, program.mesh)
-    scored = _score(guided, scores, token, settings.wants_likeliest)
+    scored = _score(guided, logits, scores, token, settings.wants_likeliest)
 
     expected = jnp.argmax(guided.base, axis=-1)
     changed = expected != jnp.argmax(guided.served, axis=-1)
@@ -331,9 +331,11 @@ def _choose(
     return placed(program.mesh, state), (chosen, scored, changed_by, faults.astype(jnp.int8))
 
 
-def _score(guided: Guided, scores: Array, token: Array, wants_likeliest: Array) -> Scored:
+def _score(
+    guided: Guided, logits: Array, scores: Array, token: Array, wants_likeliest: Array
+) -> Scored:
     """The log-probabilities of tokens, and the likeliest ones."""
-    base, served, _ = guided
+    served = guided.served
     normaliser = jax.nn.logsumexp(served, axis=-1, keepdims=True)
 
     def of_token(values: Array) -> Array:
@@ -351,7 +353,7 @@ def _score(guided: Guided, scores: Array, token: Array, wants_likeliest: Array) 
 
     return Scored(
         of_token(served) - normaliser[:, 0],
-        of_token(base) - jax.nn.logsumexp(base, axis=-1),
+        of_token(logits) - jax.nn.logsumexp(logits, axis=-1),
         jax.nn.sigmoid(of_token(scores)),
         *jax.lax.cond(jnp.any(wants_likeliest), find, skip),
     )
@@ -369,7 +371,7 @@ def _score_prompt(
     """Scores the token after each place of a piece, a few places at a time; no penalty applies."""
     b, t = mask.shape
     summed = jnp.cumsum(jnp.where(mask[..., None], hidden.astype(jnp.float32), 0.0), axis=1)
-    count = past.count[:, None] + jnp.cumsum(mask, axis=1)
+    count = past.count[:, None] + jnp.cumsum(mask.astype(jnp.float32), axis=1)
     mean = (past.total[:, None] + summed) / jnp.maximum(count, 1.0)[..., None]
     at_once = min(t, _SCORED_AT_ONCE)
     rows = jax.tree.map(
@@ -387,7 +389,7 @@ def _score_prompt(
         scores, _ = combined_scores(weights.stack, features, rows.on)
         seen = jnp.zeros(logits.shape, bool)
         guided = guide(logits, scores, controls, seen, program.refinements)
-        return _score(guided, scores, jnp.maximum(token, 0), rows.wants_likeliest)
+        return _score(guided, logits, scores, jnp.maximum(token, 0), rows.wants_likeliest)
 
     def split(x: Array) -> Array:
         return jnp.swapaxes(x.reshape(b, t // at_once, at_once, *x.shape[2:]), 0, 1)

@@ -277,6 +277,8 @@ class Reader:
     def _options(self, fields: "_Fields", longest: int, seed: int | None) -> SamplingOptions:
         stop = fields.take("stop", (str, list), [])
         stop = [stop] if isinstance(stop, str) else stop
+        if not all(isinstance(each, str) and each for each in stop):
+            raise BadRequest("stop must be texts that are not empty", "stop")
         if len(stop) > _MOST_STOPS:
             raise BadRequest(f"stop: at most {_MOST_STOPS} strings", "stop")
         stop_ids = fields.take("stop_token_ids", list, [])
@@ -325,8 +327,9 @@ class _Fields:
     def whole(self, name: str, otherwise: Any, low: int, high: int) -> Any:
         return self._within(name, self.take(name, int), otherwise, low, high)
 
-    def number(self, name: str, otherwise: Any, low: float, high: float) -> Any:
-        return self._within(name, self.take(name, (int, float)), otherwise, low, high)
+    def number(self, name: str, otherwise: Any, low: Any, high: Any) -> Any:
+        value = self._within(name, self.take(name, (int, float)), otherwise, low, high)
+        return None if value is None else float(value)
 
     def _within(self, name: str, value: Any, otherwise: Any, low: Any, high: Any) -> Any:
         if value is None:

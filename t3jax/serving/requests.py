@@ -22,15 +22,14 @@ import shutil
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from t3jax import checked, files
 from t3jax.data.records import Record, check_record, parse_records
 from t3jax.head_card import write_card
 from t3jax.head_io import Head, load_head, save_head
 from t3jax.serving.messages import QueueFull
-from t3jax.serving.training import HeadMaker
 
 WAITING, TRAINING, ACTIVE, INACTIVE, HELD, FAILED, REVOKED = (
     "waiting",
@@ -57,6 +56,7 @@ class FieldError(ValueError):
         self.param = param
 
 
+@runtime_checkable
 class Switchboard(Protocol):
     """Where heads are served: an `Engine`."""
 
@@ -68,6 +68,19 @@ class Switchboard(Protocol):
 
     def remove(self, name: str) -> None:
         """Takes a head out."""
+
+
+@runtime_checkable
+class Maker(Protocol):
+    """Who makes heads: a `training.HeadMaker`."""
+
+    def make(
+        self, rows: Sequence[Record], store: pathlib.Path, names: tuple[str, ...] = ()
+    ) -> tuple[Head, Any]:
+        """Makes a head, and gives what it was trained on."""
+
+    def check(self, head: Head, rows: Sequence[Record], sets: Any) -> Any:
+        """Checks a head; gives a dataclass with the field `passed`."""
 
 
 @dataclasses.dataclass
@@ -110,7 +123,7 @@ class RequestBook:
         self,
         folder: pathlib.Path,
         heads: Switchboard,
-        maker: HeadMaker | None,
+        maker: Maker | None,
         report: Callable[[str], None] | None = None,
     ):
         """Opens a folder, and puts the heads of active requests in.
@@ -264,7 +277,7 @@ class RequestBook:
             return []
         return [json.loads(line) for line in path.read_text().splitlines()]
 
-    def wait(self, timeout: float | None = None) -> bool:
+    def wait(self, timeout: int | float | None = None) -> bool:
         """Waits until no request waits or trains; False if that took longer."""
         with self._lock:
             return self._wake.wait_for(

@@ -166,5 +166,6 @@ def on_mask(rows: Sequence[Sequence[int]], places: int) -> np.ndarray:
 
 def _hidden(place: Place, features: Array) -> Array:
     (layer,) = place.params["hidden"]
-    x = jnp.einsum("bf,rf->br", features, layer["weight"], precision="highest") + layer["bias"]
+    x = jnp.einsum("bf,rf->br", features, layer["weight"], precision="highest")
+    x = x + layer["bias"][None, :]
     return jax.lax.switch(place.activation, [ACTIVATIONS[name] for name in _ACTIVATIONS], x)
