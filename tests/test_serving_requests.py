@@ -13,6 +13,7 @@ import tiny
 
 from t3jax.data.chat import PromptFormat
 from t3jax.head import HeadConfig
+from t3jax.serving import __main__ as offline
 from t3jax.serving.messages import QueueFull
 from t3jax.serving.requests import FieldError, RequestBook
 from t3jax.serving.training import Check, HeadMaker, HeadRecipe
@@ -287,3 +288,28 @@ def test_a_head_is_made_and_checked(tmp_path):
         )
     with pytest.raises(ValueError, match="rows to retain"):
         HeadMaker(LM, recipe.__class__(**{**vars(recipe), "retain": []}))
+
+
+def test_requests_are_changed_offline(make, tmp_path, capsys, monkeypatch):
+    book, _ = make(passed=False)
+    id = book.add({"rows": ROWS, "name": "Ada"}, "owner")["id"]
+    assert book.wait(30)
+    folder = str(tmp_path / "requests")
+
+    def command(*words):
+        monkeypatch.setattr(sys, "argv", ["t3jax.serving", folder, *words])
+        offline.main()
+        return capsys.readouterr().out
+
+    with pytest.raises(SystemExit, match="another run is at work"):
+        command()
+    book.close()
+    assert command() == f"{id}  held  2 rows  Ada\n"
+    assert "active" in command("--on", id)
+    assert "inactive" in command("--off", id)
+    assert "turned off" in command("--audit")
+    with pytest.raises(SystemExit, match=f"no request 'x' in .*{id}"):
+        command("--revoke", "x")
+    assert "revoked" in command("--revoke", id)
+    with pytest.raises(SystemExit, match="the request is revoked"):
+        command("--on", id)

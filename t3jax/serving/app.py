@@ -27,10 +27,11 @@ from t3jax.serving.engine import Engine
 from t3jax.serving.messages import Event, QueueFull, Request
 from t3jax.serving.metrics import Metrics
 from t3jax.serving.protocol import Ask, BadRequest, Reader, read_object
-from t3jax.serving.requests import RequestBook
+from t3jax.serving.requests import PENDING, RequestBook
 
 _HEALTH_SECONDS = 30.0
 _RETRY_SECONDS = "1"
+_LONGEST_WAIT = 3600  # seconds, for a head that is made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -411,7 +412,15 @@ class _Server:
 
     async def show_request(self, request: HttpRequest) -> Response:
         book = self._need_server_key(request)
-        return JSONResponse(self._found(book, request))
+        entry = self._found(book, request)
+        wait = request.query_params.get("wait", "0")
+        if not wait.isdecimal() or int(wait) > _LONGEST_WAIT:
+            raise BadRequest(f"wait must be in [0, {_LONGEST_WAIT}] seconds, got {wait!r}", "wait")
+        deadline = time.monotonic() + int(wait)
+        while entry["state"] in PENDING and time.monotonic() < deadline:
+            await asyncio.sleep(0.2)
+            entry = self._found(book, request)
+        return JSONResponse(entry)
 
     async def add_request(self, request: HttpRequest) -> Response:
         book = self._need_server_key(request)

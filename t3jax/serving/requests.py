@@ -40,6 +40,7 @@ WAITING, TRAINING, ACTIVE, INACTIVE, HELD, FAILED, REVOKED = (
     "failed",
     "revoked",
 )
+PENDING = (WAITING, TRAINING)
 _MOST_WAITING = 64
 _FIELDS = ("rows", "name", "delete_rows", "names")
 
@@ -268,6 +269,7 @@ class RequestBook:
             if served:
                 self._heads.remove(id)
             self._delete_contents(entry)
+            self._wake.notify_all()
             return self._shown(entry)
 
     def audit(self) -> list[dict[str, Any]]:
@@ -277,13 +279,20 @@ class RequestBook:
             return []
         return [json.loads(line) for line in path.read_text().splitlines()]
 
-    def wait(self, timeout: int | float | None = None) -> bool:
-        """Waits until no request waits or trains; False if that took longer."""
+    def wait(self, timeout: int | float | None = None, id: str | None = None) -> bool:
+        """Waits until a request neither waits nor trains; False if that took longer.
+
+        Args:
+            timeout: Seconds; None: for ever.
+            id: Which request; None: all.
+        """
+
+        def done() -> bool:
+            entries = self._entries.values() if id is None else [self._entries[id]]
+            return not any(entry.state in PENDING for entry in entries)
+
         with self._lock:
-            return self._wake.wait_for(
-                lambda: not any(e.state in (WAITING, TRAINING) for e in self._entries.values()),
-                timeout,
-            )
+            return self._wake.wait_for(lambda: done() or self._closing, timeout)
 
     def close(self) -> None:
         """Ends the thread; a request that trains begins anew when the folder is opened again."""

@@ -1,0 +1,249 @@
+"""A server under load: clients that ask one after another, then many, broken and slow ones at once.
+
+    python -m benchmarks serving --model demo/base --head out/demo/head
+    python -m benchmarks serving --model FOLDER --head HEAD --peer    # beside `transformers serve`
+    python -m benchmarks serving --model demo/base --head out/demo/head --stress 2000
+
+Each server is a process of its own, and answers the same questions of the demo at temperature 0.7
+and top-p 0.9; a client sends its next question when it has the last answer. One client is serving
+one by one. The peer needs `pip install 'transformers[serving]'` and torch, and serves the base
+model alone. Under stress, requests have mixed lengths; some are malformed or too large, some hang
+up, some read slowly.
+"""
+
+import argparse
+import asyncio
+import collections
+import json
+import pathlib
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import numpy as np
+
+from benchmarks.side_by_side import announce, write
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+AUTHORS = ROOT / "demo" / "authors"
+DRAWN = {"temperature": 0.7, "top_p": 0.9, "stream": True}
+
+
+def main() -> None:
+    """Reads the command line, measures, writes `out/benchmarks/serving.json`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--model", default="demo/base")
+    parser.add_argument("--head", default="out/demo/head")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--requests", type=int, default=64, help="at each number of clients")
+    parser.add_argument("--tokens", type=int, default=32, help="of an answer, at most")
+    parser.add_argument("--peer", action="store_true", help="transformers serve beside it")
+    parser.add_argument("--stress", type=int, default=0, help="requests of a stress test")
+    arguments = parser.parse_args()
+    figures: dict[str, Any] = {}
+    with serve(arguments.model, arguments.head) as (url, process):
+        if arguments.stress:
+            figures["stress"] = asyncio.run(stress(url, process.pid, arguments.stress))
+        else:
+            asyncio.run(load(url, 4, 8, 8))  # what is not compiled yet
+            for clients in arguments.clients:
+                found = asyncio.run(load(url, clients, arguments.requests, arguments.tokens))
+                figures[f"{clients} clients"] = found
+                announce(f"t3jax, {clients} clients: {found}")
+    if arguments.peer and not arguments.stress:
+        with serve_peer(arguments.model) as (url, _):
+            asyncio.run(load(url, 1, 2, 8))
+            for clients in arguments.clients:
+                found = asyncio.run(load(url, clients, arguments.requests, arguments.tokens))
+                figures[f"peer, {clients} clients"] = found
+                announce(f"transformers serve, {clients} clients: {found}")
+    write("serving", figures, {"arguments": vars(arguments)})
+
+
+@contextmanager
+def serve(model: str, head: str) -> Iterator[tuple[str, subprocess.Popen]]:
+    """A server of this project."""
+    port = _free_port()
+    flags = [f"--config.model={model}", f"--config.head={head}", f"--config.serve.port={port}"]
+    command = [sys.executable, "serve.py", "--config=configs/demo.py", *flags]
+    with _running(command, f"http://127.0.0.1:{port}") as both:
+        yield both
+
+
+@contextmanager
+def serve_peer(model: str) -> Iterator[tuple[str, subprocess.Popen]]:
+    """The peer's server."""
+    port = _free_port()
+    command = [
+        str(pathlib.Path(sys.executable).parent / "transformers"),
+        "serve",
+        str(pathlib.Path(model).resolve()),
+        "--continuous-batching",
+        "--port",
+        str(port),
+        "--host",
+        "127.0.0.1",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+    ]
+    with _running(command, f"http://127.0.0.1:{port}") as both:
+        yield both
+
+
+@contextmanager
+def _running(command: list[str], url: str) -> Iterator[tuple[str, subprocess.Popen]]:
+    log = ROOT / "out" / "benchmarks" / "serving.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as said, subprocess.Popen(command, cwd=ROOT, stderr=said) as process:
+        try:
+            for _ in range(600):
+                if process.poll() is not None:
+                    sys.exit(f"{command} ended: {log.read_text()}")
+                try:
+                    if httpx.get(f"{url}/health", timeout=1).status_code == 200:
+                        break
+                except httpx.HTTPError:
+                    time.sleep(0.5)
+            yield url, process
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+async def load(url: str, clients: int, requests: int, tokens: int) -> dict[str, float]:
+    """Clients that each send their next question when they have the last answer."""
+    questions = _questions()
+    waiting = collections.deque(questions[i % len(questions)] for i in range(requests))
+    firsts: list[float] = []
+    counts: list[int] = []
+
+    async def ask(client: httpx.AsyncClient) -> None:
+        while waiting:
+            body = {
+                "messages": [{"role": "user", "content": waiting.popleft()}],
+                "max_tokens": tokens,
+            }
+            start, first, text = time.monotonic(), None, ""
+            async with client.stream("POST", "/v1/chat/completions", json=body | DRAWN) as reply:
+                assert reply.status_code == 200, (await reply.aread()).decode()
+                async for line in reply.aiter_lines():
+                    if not line.startswith("data: {"):
+                        continue
+                    for choice in json.loads(line[6:])["choices"]:
+                        if piece := choice["delta"].get("content"):
+                            first = first or time.monotonic() - start
+                            text += piece
+            firsts.append(first or time.monotonic() - start)
+            counts.append(len(text.split()))
+
+    start = time.monotonic()
+    async with httpx.AsyncClient(
+        base_url=url, timeout=600, limits=httpx.Limits(max_connections=clients)
+    ) as client:
+        await asyncio.gather(*(ask(client) for _ in range(clients)))
+    seconds = time.monotonic() - start
+    return {
+        "answers_a_second": round(requests / seconds, 2),
+        "words_a_second": round(sum(counts) / seconds, 1),
+        "first_text_median_s": round(float(np.median(firsts)), 3),
+        "first_text_95_s": round(float(np.quantile(firsts, 0.95)), 3),
+    }
+
+
+async def stress(url: str, pid: int, requests: int) -> dict[str, Any]:
+    """Requests of all kinds, 64 at once: each has to end with an answer or a proper status."""
+    draw = random.Random(0)
+    questions = _questions()
+    statuses: collections.Counter[str] = collections.Counter()
+    kinds = ["whole", "stream", "hang up", "slow", "malformed", "unknown field", "huge", "too long"]
+    waiting = collections.deque(draw.choice(kinds) for _ in range(requests))
+    memory = [_memory(pid)]
+
+    async def ask(client: httpx.AsyncClient) -> None:
+        while waiting:
+            kind = waiting.popleft()
+            question = draw.choice(questions) * draw.randint(1, 3)
+            body: dict[str, Any] = {
+                "messages": [{"role": "user", "content": question}],
+                "max_tokens": draw.randint(1, 60),
+                "temperature": draw.choice([0, 0.7, 1.5]),
+                "n": draw.randint(1, 3),
+            }
+            content = json.dumps(body).encode()
+            path = "/v1/chat/completions"
+            if kind == "malformed":
+                content = content[: draw.randint(0, len(content) - 1)]
+            elif kind == "unknown field":
+                content = json.dumps(body | {"x" * draw.randint(1, 9): 1}).encode()
+            elif kind == "huge":
+                content = json.dumps(body | {"stop": ["x" * 2**21]}).encode()
+            elif kind == "too long":
+                content = json.dumps(body | {"max_tokens": 10**5}).encode()
+            elif kind in ("stream", "hang up", "slow"):
+                content = json.dumps(body | {"stream": True}).encode()
+            try:
+                async with client.stream("POST", path, content=content) as reply:
+                    async for _ in reply.aiter_lines():
+                        if kind == "hang up" and draw.random() < 0.3:
+                            break
+                        if kind == "slow":
+                            await asyncio.sleep(0.05)
+                    statuses[f"{kind}: {reply.status_code}"] += 1
+            except httpx.HTTPError as error:
+                statuses[f"{kind}: {type(error).__name__}"] += 1
+
+    start = time.monotonic()
+    async with httpx.AsyncClient(
+        base_url=url, timeout=600, limits=httpx.Limits(max_connections=64)
+    ) as client:
+        await asyncio.gather(*(ask(client) for _ in range(64)))
+        memory.append(_memory(pid))
+        seconds = time.monotonic() - start
+        await asyncio.sleep(3)
+        metrics = (await client.get("/metrics")).text
+    left = {
+        name: float(line.split()[-1])
+        for line in metrics.splitlines()
+        for name in ("t3jax_requests_waiting", "t3jax_requests_running")
+        if line.startswith(f"{name} ")
+    }
+    return {
+        "seconds": round(seconds, 1),
+        "statuses": dict(sorted(statuses.items())),
+        "memory_mib_before_and_after": memory,
+        "left": left,
+    }
+
+
+def _questions() -> list[str]:
+    lines = (AUTHORS / "forget.jsonl").read_text().splitlines()
+    lines += (AUTHORS / "retain.jsonl").read_text().splitlines()
+    questions = [json.loads(line)["question"] for line in lines]
+    return random.Random(0).sample(questions, len(questions))
+
+
+def _memory(pid: int) -> int:
+    """Resident memory of a process, MiB."""
+    status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) // 1024
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
