@@ -1,5 +1,7 @@
 """Runs README's commands and Python lines as they stand there, after `make demo`."""
 
+import json
+import os
 import pathlib
 import re
 import shlex
@@ -35,8 +37,31 @@ def main() -> None:
     for block in blocks:
         print(block, flush=True)
         exec(block, names)
+    served = serve(*re.findall(r"```bash\n(.*?)```", readme, re.DOTALL))
+    accra = ["Accra" in answer for answer in served]
+    if accra != [True, False, True]:
+        sys.exit(f"README's server did not forget and remember: {served}")
     if len(commands) != 6 or len(blocks) != 2 or names["guided"].shape != (1, 1536):
         sys.exit("README has other commands than this script knows; mend it")
+
+
+def serve(block: str) -> list[str]:
+    """Runs the lines that start a server and change what it forgets; gives its answers."""
+    environment = os.environ | {
+        "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+    }
+    print(block, flush=True)
+    done = subprocess.run(
+        ["bash", "-m", "-e", "-c", f"{block}\nwait"],
+        cwd=ROOT,
+        check=False,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    print(done.stdout, flush=True)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"id":')]
+    return [line["choices"][0]["message"]["content"] for line in lines]
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """A server under load: clients that ask one after another, then many, broken and slow ones at once.
 
     python -m benchmarks serving --model demo/base --head out/demo/head
-    python -m benchmarks serving --model FOLDER --head HEAD --peer    # beside `transformers serve`
+    python -m benchmarks serving --model FOLDER --head HEAD --peer VENV/bin/transformers
     python -m benchmarks serving --model demo/base --head out/demo/head --stress 2000
 
 Each server is a process of its own, and answers the same questions of the demo at temperature 0.7
 and top-p 0.9; a client sends its next question when it has the last answer. One client is serving
-one by one. The peer needs `pip install 'transformers[serving]'` and torch, and serves the base
-model alone. Under stress, requests have mixed lengths; some are malformed or too large, some hang
-up, some read slowly.
+one by one. The peer is `transformers serve` (`pip install 'transformers[serving]' torch`), which
+serves the base model alone. Under stress, requests have mixed lengths; some are malformed or too
+large, some hang up, some read slowly.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--requests", type=int, default=64, help="at each number of clients")
     parser.add_argument("--tokens", type=int, default=32, help="of an answer, at most")
-    parser.add_argument("--peer", action="store_true", help="transformers serve beside it")
+    parser.add_argument("--peer", help="the command `transformers` of an environment with torch")
     parser.add_argument("--stress", type=int, default=0, help="requests of a stress test")
     arguments = parser.parse_args()
     figures: dict[str, Any] = {}
@@ -60,7 +60,7 @@ def main() -> None:
                 figures[f"{clients} clients"] = found
                 announce(f"t3jax, {clients} clients: {found}")
     if arguments.peer and not arguments.stress:
-        with serve_peer(arguments.model) as (url, _):
+        with serve_peer(arguments.peer, arguments.model) as (url, _):
             asyncio.run(load(url, 1, 2, 8))
             for clients in arguments.clients:
                 found = asyncio.run(load(url, clients, arguments.requests, arguments.tokens))
@@ -80,11 +80,11 @@ def serve(model: str, head: str) -> Iterator[tuple[str, subprocess.Popen]]:
 
 
 @contextmanager
-def serve_peer(model: str) -> Iterator[tuple[str, subprocess.Popen]]:
+def serve_peer(transformers: str, model: str) -> Iterator[tuple[str, subprocess.Popen]]:
     """The peer's server."""
     port = _free_port()
     command = [
-        str(pathlib.Path(sys.executable).parent / "transformers"),
+        transformers,
         "serve",
         str(pathlib.Path(model).resolve()),
         "--continuous-batching",
