@@ -70,10 +70,11 @@ def main() -> None:
 
 
 @contextmanager
-def serve(model: str, head: str) -> Iterator[tuple[str, subprocess.Popen]]:
-    """A server of this project."""
+def serve(model: str, head: str | None) -> Iterator[tuple[str, subprocess.Popen]]:
+    """A server of this project; without a head it serves the model as it is."""
     port = _free_port()
-    flags = [f"--config.model={model}", f"--config.head={head}", f"--config.serve.port={port}"]
+    flags = [f"--config.model={model}", f"--config.serve.port={port}"]
+    flags.append("--config.base_only=True" if head is None else f"--config.head={head}")
     command = [sys.executable, "serve.py", "--config=configs/demo.py", *flags]
     with _running(command, f"http://127.0.0.1:{port}") as both:
         yield both

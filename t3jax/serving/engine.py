@@ -9,7 +9,6 @@ taken out and switched between two chunks too; nothing is compiled for it. No HT
 import collections
 import concurrent.futures
 import dataclasses
-import itertools
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,13 +17,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from t3jax.head_io import Head, check_head_fits
+from t3jax.head_io import Head
 from t3jax.lm.model import LM
 from t3jax.refinements import PLAIN, Refinements
-from t3jax.sampling.loop import BASE_FAULT, SOUND, State, placed
-from t3jax.sampling.next_token import Controls
+from t3jax.sampling.loop import BASE_FAULT, SOUND, State
 from t3jax.sampling.text import Detokenizer
 from t3jax.serving import programs
+from t3jax.serving.device import Device
+from t3jax.serving.heads import HeadSet
 from t3jax.serving.messages import (
     MOST_STOP_IDS,
     SHORT_PIECE,
@@ -36,9 +36,6 @@ from t3jax.serving.messages import (
     Stats,
     Ticket,
 )
-from t3jax.serving.stack import check_shape, make_stack, on_mask, put
-
-_LEAST_SLOTS = 128
 
 
 @dataclasses.dataclass(eq=False)
@@ -63,15 +60,6 @@ class _Row:
     @property
     def length(self) -> int:
         return len(self.ticket.request.prompt) + len(self.tokens)
-
-
-@dataclasses.dataclass(eq=False)
-class _Installed:
-    """A head in a place of the stack."""
-
-    place: int
-    head: Head
-    active: bool
 
 
 class Engine:
@@ -117,14 +105,17 @@ class Engine:
         self.max_length = min(options.max_length or min(lm.max_position, 2048), lm.max_position)
         self.stats = Stats()
         self.detokenizer = Detokenizer(lm.tokenizer)
-        self._program = programs.Program(
-            lm.apply, lm.unembed, lm.init_cache, truncate_on, refinements, lm.mesh
+        self._heads = HeadSet(lm, options.heads, options.rank)
+        self._device = Device(
+            lm,
+            options,
+            self._heads,
+            base_temperature=base_temperature,
+            guidance_scale=guidance_scale,
+            truncate_on=truncate_on,
+            refinements=refinements,
+            max_length=self.max_length,
         )
-        stack = make_stack(options.heads, lm.hidden_size, lm.vocab_size, options.rank, lm.mesh)
-        self._weights = programs.Weights(lm.params, stack)
-        self._empty = stack[0]
-        self._heads: dict[str, _Installed] = {}
-        self._state = self._make_state(options.rows, _LEAST_SLOTS)
         self._rows: dict[int, _Row] = {}
         self._readings: list[_Reading] = []
         self._waiting: collections.deque[Ticket] = collections.deque()
@@ -166,12 +157,12 @@ class Engine:
     @property
     def active_heads(self) -> tuple[str, ...]:
         """Names of the heads that are on for every request that does not say."""
-        return tuple(name for name, head in self._heads.items() if head.active)
+        return self._heads.active
 
     @property
     def head_names(self) -> tuple[str, ...]:
         """Names of all heads, active or not."""
-        return tuple(self._heads)
+        return self._heads.names
 
     def check(self, request: Request) -> None:
         """Raises a ValueError unless the request can be answered; needs no device."""
@@ -190,8 +181,8 @@ class Engine:
             raise ValueError(f"stop_token_ids must lie in [0, {vocabulary})")
         if request.prompt.min() < 0 or request.prompt.max() >= vocabulary:
             raise ValueError(f"the prompt's token ids must lie in [0, {vocabulary})")
-        if unknown := sorted(set(request.heads or ()) - set(self._heads)):
-            raise ValueError(f"unknown heads {unknown}; there are {sorted(self._heads)}")
+        if unknown := sorted(set(request.heads or ()) - set(self.head_names)):
+            raise ValueError(f"unknown heads {unknown}; there are {sorted(self.head_names)}")
 
     def submit(self, requests: Sequence[Request], on_event: Callable[[int, Event], None]) -> list:
         """Puts requests into the queue, all or none.
@@ -246,43 +237,16 @@ class Engine:
         Raises:
             ValueError: If it does not fit the model or the stack, or there is no free place.
         """
-        check_head_fits(head, self.lm)
-        check_shape(self._weights.stack, head.config)
-
-        def command() -> None:
-            taken = {one.place for one in self._heads.values()}
-            old = self._heads.get(name)
-            free = (i for i in range(self.options.heads) if i not in taken)
-            place = old.place if old else next(free, None)
-            if place is None:
-                raise ValueError(
-                    f"all {self.options.heads} places for heads are taken; revoke a request, or "
-                    "start the server with a larger --config.serve.heads"
-                )
-            stack = put(self._weights.stack, place, head, self.lm.mesh)
-            self._weights = self._weights._replace(stack=stack)
-            self._heads[name] = _Installed(place, head, active)
-
-        self.call(command)
+        self._heads.check(head)
+        self.call(lambda: self._heads.install(name, head, active))
 
     def activate(self, name: str, active: bool) -> None:
         """Turns a head on or off for everybody, from the next chunk on."""
-
-        def command() -> None:
-            self._heads[name].active = active
-
-        self.call(command)
+        self.call(lambda: self._heads.activate(name, active))
 
     def remove(self, name: str) -> None:
         """Takes a head out."""
-
-        def command() -> None:
-            gone = self._heads.pop(name)
-            stack = list(self._weights.stack)
-            stack[gone.place] = self._empty
-            self._weights = self._weights._replace(stack=tuple(stack))
-
-        self.call(command)
+        self.call(lambda: self._heads.remove(name))
 
     def call(self, command: Callable[[], Any]) -> Any:
         """Runs something between two chunks, in the engine's thread, and waits for it."""
@@ -294,29 +258,9 @@ class Engine:
             self._wake.notify_all()
         return future.result()
 
-    def warm_up(self, report: Callable[[str], None] | None = None) -> None:
-        """Compiles what requests of up to `max_length` tokens need, but for prompt scores."""
-        sizes = self._slot_sizes()
-        for slots in sizes:
-            if report:
-                report(f"compiling for {slots} tokens")
-            settings = self._settings([None])
-            for size in {SHORT_PIECE, self.options.piece}:
-                if size > slots:
-                    continue
-                state = self._make_state(1, slots)
-                tokens = np.full((1, size), -1, np.int32)
-                tokens[0, 0] = 0
-                state, last, _ = self._read(state, tokens, tokens, settings, False)
-                state, _ = programs.choose_first(
-                    self._program, self._weights, state, last, programs.row_keys([0], [0]), settings
-                )
-            self._state = programs.resize(self._program, self._state, slots)
-            nobody = np.full(1, self.options.rows, np.int32)
-            self._state = programs.join(self._program, self._state, state, nobody)
-            self._decode_step(self._settings([None] * self.options.rows))
-        self._state = programs.resize(self._program, self._state, sizes[0])
-        jax.block_until_ready(self._state.token)
+    def warm_up(self, report: Callable[[str], None] = lambda _: None) -> None:
+        """Compiles what requests need, but for prompt scores, before the thread is started."""
+        self._device.warm_up(report)
 
     # ---- in the engine's thread
 
@@ -374,8 +318,7 @@ class Engine:
     def _fail_all(self, error: str) -> None:
         tickets = [*(one.ticket for one in self._readings), *self._tickets()]
         self._readings, self._rows = [], {}
-        slots = _LEAST_SLOTS
-        self._state = self._make_state(self.options.rows, slots)
+        self._device.reset()
         for ticket in tickets:
             self._finish(ticket, Event(finish="error", error=error))
 
@@ -393,8 +336,7 @@ class Engine:
                     return
                 ticket = self._waiting.popleft()
             pieces = self._pieces(len(ticket.request.prompt))
-            slots = self._slots_for(sum(size for _, size in pieces))
-            state = self._make_state(1, slots)
+            state = self._device.begin(sum(size for _, size in pieces))
             self._readings.append(_Reading(ticket, free.pop(0), state, collections.deque(pieces)))
 
     def _pieces(self, length: int) -> list[tuple[int, int]]:
@@ -418,29 +360,17 @@ class Engine:
         request = reading.ticket.request
         start, size = reading.pieces.popleft()
         piece = request.prompt[start : start + size]
-        tokens = np.full((1, size), -1, np.int32)
-        tokens[0, : len(piece)] = piece
-        following = np.full((1, size), -1, np.int32)
-        after = request.prompt[start + 1 : start + 1 + size]
-        following[0, : len(after)] = after
-        settings = self._settings([request])
-        reading.state, last, scored = self._read(
-            reading.state, tokens, following, settings, request.scores_prompt
+        following = request.prompt[start + 1 : start + 1 + size]
+        reading.state, last, scored = self._device.read(
+            reading.state, piece, following, size, request
         )
         self.stats.prompt_tokens += len(piece)
         if scored is not None:
-            reading.scores.append(jax.tree.map(lambda x: np.asarray(x)[0, : len(after)], scored))
+            reading.scores.append(scored)
         if reading.pieces:
             return
-        keys = programs.row_keys([request.options.seed], [request.sample])
-        new, emitted = programs.choose_first(
-            self._program, self._weights, reading.state, last, keys, settings
-        )
-        slots = new.cache.positions.shape[1]
-        self._fit(max(slots, len(request.prompt) + self.options.chunk))
-        self._state = programs.join(
-            self._program, self._state, new, np.asarray([reading.row], np.int32)
-        )
+        length = max([len(request.prompt), *(row.length for row in self._rows.values())])
+        emitted = self._device.join(reading.state, last, reading.row, request, length)
         self._readings.remove(reading)
         self._rows[reading.row] = _Row(reading.ticket)
         prompt_scores = None
@@ -449,85 +379,13 @@ class Engine:
             prompt_scores = _scores(joined, request.likeliest)
         self._collect(emitted, {0: reading.row}, prompt_scores)
 
-    def _read(
-        self, state: State, tokens: Any, following: Any, settings: programs.Settings, scores: bool
-    ) -> tuple[State, Any, Any]:
-        return programs.read_piece(
-            self._program, self._weights, state, tokens, following, settings, scores
-        )
-
     def _decode_chunk(self) -> None:
-        self._fit(max(row.length for row in self._rows.values()) + self.options.chunk)
-        rows = [self._rows.get(i) for i in range(self.options.rows)]
-        emitted = self._decode_step(
-            self._settings([None if row is None else row.ticket.request for row in rows])
+        rows = (self._rows.get(i) for i in range(self.options.rows))
+        emitted = self._device.decode(
+            [None if row is None else row.ticket.request for row in rows],
+            max(row.length for row in self._rows.values()),
         )
         self._collect(emitted, {row: row for row in self._rows})
-
-    def _decode_step(self, settings: programs.Settings) -> programs.Emitted:
-        running = np.asarray([row in self._rows for row in range(self.options.rows)])
-        self._state, emitted = programs.decode(
-            self._program, self._weights, self._state, running, settings, self.options.chunk
-        )
-        return emitted
-
-    def _fit(self, length: int) -> None:
-        """Gives the batch enough slots; takes them away again where nobody needs them."""
-        needed = self._slots_for(
-            max([length, *(row.length + self.options.chunk for row in self._rows.values())])
-        )
-        slots = self._state.cache.positions.shape[1]
-        if needed > slots or (needed < slots and not self._rows):
-            self._state = programs.resize(self._program, self._state, needed)
-
-    def _slots_for(self, length: int) -> int:
-        return next(size for size in self._slot_sizes() if size >= length)
-
-    def _slot_sizes(self) -> list[int]:
-        """Powers of two, up to what the longest request takes with the padding of its pieces."""
-        most = self.max_length + max(self.options.piece, self.options.chunk)
-        sizes = itertools.accumulate(itertools.repeat(_LEAST_SLOTS), lambda size, _: 2 * size)
-        head = list(itertools.takewhile(lambda size: size < most, sizes))
-        return [*head, 2 * head[-1] if head else _LEAST_SLOTS]
-
-    def _make_state(self, rows: int, slots: int) -> State:
-        state = programs.empty_state(
-            self._program, self.lm.vocab_size, self.lm.hidden_size, rows, slots
-        )
-        return placed(self._program.mesh, state)
-
-    def _settings(self, requests: Sequence[Request | None]) -> programs.Settings:
-        """What differs from row to row; a row without a request is greedy and has no heads."""
-        count = len(requests)
-        fields = {name: list(value) for name, value in Controls.filled(count)._asdict().items()}
-        stop_ids = np.full((count, len(self.lm.eos_ids) + MOST_STOP_IDS), -1, np.int32)
-        limit = np.ones(count, np.int32)
-        wants = np.zeros(count, bool)
-        on: list[list[int]] = []
-        for i, request in enumerate(requests):
-            names = () if request is None else self.active_heads
-            if request is not None and request.heads is not None:
-                names = request.heads
-            places = [self._heads[name].place for name in names if name in self._heads]
-            on.append(places)
-            if request is None:
-                continue
-            options = request.options
-            for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
-                fields[name][i] = getattr(options, name)
-            if places:
-                fields["base_temperature"][i] = _or(request.base_temperature, self.base_temperature)
-                fields["guidance_scale"][i] = _or(request.guidance_scale, self.guidance_scale)
-            ends = [*self.lm.eos_ids, *options.stop_ids]
-            stop_ids[i, : len(ends)] = ends
-            limit[i] = options.max_new_tokens
-            wants[i] = request.likeliest > 0
-        arrays: dict[str, Any] = {
-            name: np.asarray(values, np.int32 if name == "top_k" else np.float32)
-            for name, values in fields.items()
-        }
-        others: tuple[Any, ...] = (on_mask(on, self.options.heads), stop_ids, limit, wants)
-        return programs.Settings(Controls(**arrays), *others)
 
     def _collect(
         self,
@@ -537,7 +395,6 @@ class Engine:
     ) -> None:
         """Brings a chunk to the host, hands out what is new, and frees rows that are done."""
         tokens, scored, changed_by, faults, done = jax.tree.map(np.asarray, tuple(emitted))
-        names = {one.place: name for name, one in self._heads.items()}
         for i, number in rows.items():
             row = self._rows[number]
             request = row.ticket.request
@@ -559,8 +416,8 @@ class Engine:
                 finish = "stop" if row.tokens[-1] in closing else "length"
             self.stats.answer_tokens += count
             for place in changed_by[i, :count].tolist():
-                if place in names:
-                    self.stats.changed_tokens[names[place]] += 1
+                if (name := self._heads.name_of(place)) is not None:
+                    self.stats.changed_tokens[name] += 1
             give = self.detokenizer.text if finish else self.detokenizer.settled_text
             text = give(row.tokens, request.options.stop)
             event = Event(
@@ -577,10 +434,6 @@ class Engine:
                 self._finish(row.ticket, event)
             else:
                 row.ticket.on_event(event)
-
-
-def _or(value: float | None, otherwise: float) -> float:
-    return otherwise if value is None else value
 
 
 def _scores(scored: Sequence[np.ndarray], count: int) -> Scores:
