@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from t3jax.batching import round_up
 from t3jax.lm.model import LM
 from t3jax.refinements import Refinements
 from t3jax.sampling.loop import State, placed
@@ -183,11 +184,11 @@ class Device:
         return next(size for size in self._slot_sizes() if size >= length)
 
     def _slot_sizes(self) -> list[int]:
-        """Powers of two, up to what the longest request takes with the padding of its pieces."""
-        most = self._max_length + max(self._options.piece, self._options.chunk)
+        """Powers of two, and what the longest request takes with the padding of its pieces."""
+        padding = max(self._options.piece, self._options.chunk)
+        most = round_up(self._max_length + padding, _LEAST_SLOTS)
         sizes = itertools.accumulate(itertools.repeat(_LEAST_SLOTS), lambda size, _: 2 * size)
-        head = list(itertools.takewhile(lambda size: size < most, sizes))
-        return [*head, 2 * head[-1] if head else _LEAST_SLOTS]
+        return [*itertools.takewhile(lambda size: 3 * size <= 2 * most, sizes), most]
 
     def _make_state(self, rows: int, slots: int) -> State:
         state = programs.empty_state(
