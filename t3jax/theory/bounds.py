@@ -288,7 +288,7 @@ def _classifier_part(x: Instances) -> np.ndarray:
 
 
 def _price(x: Instances, plain: np.ndarray) -> np.ndarray:
-    """log E_plain[p^-β] + β E_retain[log p], β = 1 - 1/T."""
+    """What tempering adds: log E_plain[p^-β] + β E_retain[log p], β = 1 - 1/T."""
     beta = 1 - 1 / x.temperature
     mean = x.integral(np.where(x.retain > 0, x.retain, 0.0) * np.log(x.base))
     return np.log(x.integral(plain * x.base ** -beta[:, None])) + beta * mean

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from t3jax import optimizer
+
 _HALVINGS = 30
 _NEWTON_STEPS = 12
 _RIDGE = 1.0  # of the whole loss, not of its mean
@@ -141,18 +143,16 @@ def fit_perceptron(
         "out": jax.random.normal(outer, (_WIDTH,)) / jnp.sqrt(float(_WIDTH)),
         "shift": jnp.zeros(()),
     }
-    optimizer = optax.adam(_RATE)
+    adam = optax.adam(_RATE)
 
     def loss(params: Any) -> Array:
         losses = optax.sigmoid_binary_cross_entropy(perceptron(params, z), labels)
         return jnp.sum(weights * losses) / jnp.sum(weights)
 
     def step(_: int, state: Any) -> Any:
-        params, moments = state
-        updates, moments = optimizer.update(jax.grad(loss)(params), moments)
-        return optax.apply_updates(params, updates), moments
+        return optimizer.step(adam, state, jax.grad(loss)(state[0]))
 
-    return jax.lax.fori_loop(0, _STEPS, step, (params, optimizer.init(params)))[0]
+    return jax.lax.fori_loop(0, _STEPS, step, (params, adam.init(params)))[0]
 
 
 def perceptron(params: Any, z: Float[Array, "N D"]) -> Float[Array, " N"]:

@@ -12,6 +12,7 @@ References:
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -232,15 +233,16 @@ def run_grid(
     if min(temperatures) < 1:
         raise ValueError(f"T must be at least 1, got {min(temperatures)}")
     if not all(0 < gamma < 1 for gamma in gammas):
-        raise ValueError(f"γ must lie in (0, 1), got {gammas}")
+        raise ValueError(f"gammas must lie in (0, 1), got {gammas}")
     values = (log_peaks, gammas, samples, excess_risks, seeds)
     kinds = (np.float32, np.float32, np.int32, np.float32, np.int32)
     axes = [np.asarray(value, kind) for value, kind in zip(values, kinds, strict=True)]
-    flat = Point(*(axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")))
-    knobs = [np.asarray(value, np.float32) for value in (temperatures, scales)]
-    found = _run(shape, min(together, len(flat.seed)), *knobs, flat)
+    count = math.prod(map(len, axes))
+    flat = Point(*(jnp.asarray(axis.ravel()) for axis in np.meshgrid(*axes, indexing="ij")))
+    knobs = [jnp.asarray(value, jnp.float32) for value in (temperatures, scales)]
+    found = _run(shape, min(together, count), *knobs, flat)
     sizes = [len(axis) for axis in (*axes, *knobs)]
-    return Errors(*(np.asarray(leaf).reshape(sizes) for leaf in found))
+    return jax.tree.map(lambda leaf: np.asarray(leaf).reshape(sizes), found)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -263,4 +265,5 @@ def fit_slopes(
         percentile.
     """
     slopes = np.polyfit(np.asarray(log_peaks, np.float64), np.asarray(log_errors, np.float64), 1)[0]
-    return tuple(map(float, np.percentile(slopes, [50, 2.5, 97.5])))
+    median, low, high = np.percentile(slopes, [50, 2.5, 97.5])
+    return float(median), float(low), float(high)

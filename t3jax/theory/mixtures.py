@@ -1,4 +1,4 @@
-"""Continuous mixtures p = (1 - γ) p_r + γ p_f with known densities, and rules to integrate over them.
+"""Continuous mixtures p = (1 - γ) p_r + γ p_f with known densities, and rules to integrate.
 
 Both parts are mixtures of isotropic Gaussians; p_f may be as narrow as one likes. Integrals come
 from a rule of nodes and weights: quadrature in one and two dimensions, importance sampling in more.

@@ -1,0 +1,267 @@
+"""What docs/theory.md makes of a trained head: its excess risk, the base's peak, a T to serve.
+
+    python -m t3jax.theory.diagnose --config=configs/demo_paper.py
+
+reads `eval_forget` and `eval_retain` of the config, reworded where the rows have other wordings,
+scores them under the head at `eval_temperatures` (or 1 to 4) and prints a table. With
+`retain_model` the errors against that model stand beside the predicted ones. It trains nothing and
+chooses nothing: the head's folder stays as it is. A distilled head is no classifier, and what is
+said here of excess risk does not hold for it.
+
+The numbers are of single tokens after a given prefix. Axes: K temperatures, N answer tokens.
+
+References:
+    Temper-Then-Tilt, arXiv 2602.10217, bounds on retain and forget error.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.special import expit, log_expit
+
+import t3jax
+from t3jax import cli, pipeline
+from t3jax.evaluation.scoring import BASE, Setting
+from t3jax.evaluation.store import Store
+
+TEMPERATURES = (1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
+_DRAWS = 2000
+
+
+class Tokens(NamedTuple):
+    """Answer tokens of held-out rows of one kind, forget or retain.
+
+    Attributes:
+        starts: Row i owns tokens `starts[i]:starts[i + 1]`, `[rows + 1]`.
+        logits: g of the head for each token, class prior included, `[N]`.
+        base: Log-probability under the base model, nats, `[N]`.
+        served: Log-probability as served at each T, nats, `[K, N]`; the first T is 1.
+        twin: Log-probability under a model that never saw the forget rows, `[N]`, or None.
+    """
+
+    starts: Int[np.ndarray, " rows_1"]
+    logits: Float[np.ndarray, " N"]
+    base: Float[np.ndarray, " N"]
+    served: Float[np.ndarray, "K N"]
+    twin: Float[np.ndarray, " N"] | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Diagnosis:
+    """What was found; errors are of a token, by T.
+
+    Attributes:
+        temperatures: T, `[K]`.
+        scale: s.
+        gamma: The forget share of the mixture that the head's logits are of.
+        loss: Held-out log-loss of the head, nats: excess risk is at most this.
+        interval: Of the loss, 95 %, by drawing rows with replacement.
+        peak: Median and largest probability of a forget token under the base model.
+        forget: Predicted forget error, statement 3 of docs/theory.md: what a classifier of that
+            loss may leave of a forget token's probability, `[K]`.
+        leak: Mean probability of a forget token as served, `[K]`: the forget error itself where
+            the twin would never say it.
+        price: What T adds to the retain error, nats, `[K]`: exact, statement 6.
+        retain: Bound of the retain error, nats, `[K]`: statements 1 and 6.
+        measured_forget: Mean of |served - twin| over forget tokens, `[K]`, or None.
+        measured_retain: Mean log-ratio of twin and served over retain tokens, `[K]`, or None.
+    """
+
+    temperatures: tuple[float, ...]
+    scale: float
+    gamma: float
+    loss: float
+    interval: tuple[float, float]
+    peak: tuple[float, float]
+    forget: np.ndarray
+    leak: np.ndarray
+    price: np.ndarray
+    retain: np.ndarray
+    measured_forget: np.ndarray | None
+    measured_retain: np.ndarray | None
+
+    @property
+    def suggested(self) -> float:
+        """T of the smallest predicted forget error plus price."""
+        return self.temperatures[int(np.argmin(self.forget + self.price))]
+
+    @property
+    def suggested_by_leak(self) -> float:
+        """T of the smallest leak plus price."""
+        return self.temperatures[int(np.argmin(self.leak + self.price))]
+
+    @property
+    def best(self) -> float | None:
+        """T of the smallest measured sum of both errors."""
+        if self.measured_forget is None or self.measured_retain is None:
+            return None
+        total = self.measured_forget + self.measured_retain
+        return self.temperatures[int(np.argmin(total))]
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        lines = [
+            f"held-out loss of the head {self.loss:.4f} nats a token (95 % {low:.4f} to "
+            f"{high:.4f}), an upper bound of its excess risk",
+            f"probability of a forget token under the base model: median {self.peak[0]:.3f}, "
+            f"largest {self.peak[1]:.3f}",
+            f"s = {self.scale:g}, forget share {self.gamma:.2f}; errors of one token",
+            f"{'T':>5} {'forget, predicted':>18} {'leak':>7} {'retain, bound':>14} {'price':>7}"
+            + (f" {'forget, measured':>17} {'retain, measured':>17}" if self.best else ""),
+        ]
+        for k, temperature in enumerate(self.temperatures):
+            line = (
+                f"{temperature:5g} {self.forget[k]:18.4f} {self.leak[k]:7.4f} "
+                f"{self.retain[k]:14.4f} {self.price[k]:7.4f}"
+            )
+            if self.measured_forget is not None and self.measured_retain is not None:
+                line += f" {self.measured_forget[k]:17.4f} {self.measured_retain[k]:17.4f}"
+            lines.append(line)
+        lines.append(
+            f"T suggested: {self.suggested:g} by the bound, {self.suggested_by_leak:g} by the leak"
+        )
+        if self.best is not None:
+            lines.append(f"best against the retain-only model: {self.best:g}")
+        return "\n".join(lines)
+
+
+def diagnose(
+    forget: Tokens, retain: Tokens, temperatures: tuple[float, ...], scale: float, shift: float = 0
+) -> Diagnosis:
+    """Excess risk, peak, predicted errors and a T, from scores of held-out rows.
+
+    Args:
+        forget: Answer tokens of forget rows.
+        retain: Answer tokens of retain rows.
+        temperatures: T, from 1 on, `[K]`.
+        scale: s.
+        shift: The class prior that the logits hold, see `t3jax.head.class_prior_shift`.
+
+    Returns:
+        The diagnosis.
+
+    Raises:
+        ValueError: If there are no tokens of a kind, arrays do not fit, or T does not begin with 1.
+    """
+    if not temperatures or temperatures[0] != 1 or min(temperatures) < 1:
+        raise ValueError(f"temperatures must begin with 1 and not go below, got {temperatures}")
+    for name, tokens in (("forget", forget), ("retain", retain)):
+        expected = (len(temperatures), tokens.starts[-1])
+        if not tokens.starts[-1]:
+            raise ValueError(f"there are no {name} tokens; give held-out rows of both kinds")
+        if tokens.served.shape != expected:
+            raise ValueError(
+                f"{name}: served has shape {tokens.served.shape}, expected {expected}: "
+                "temperatures, tokens"
+            )
+    gamma = float(expit(-shift))
+    loss, interval = held_out_loss(forget, retain, gamma)
+    # p^(1/T) / Ẑ of each forget token: what an error of the classifier is multiplied by.
+    amplified = np.exp(forget.served - scale * log_expit(forget.logits.astype(np.float64)))
+    size = np.sqrt(np.mean(amplified**2, axis=1))
+    of_classifier = max(1.0, scale) * (interval[1] / (2 * gamma)) ** (0.5 * min(1.0, scale))
+    price = np.mean(retain.served[:1].astype(np.float64) - retain.served, axis=1)
+    measured_forget = measured_retain = None
+    if forget.twin is not None and retain.twin is not None:
+        gap = np.exp(forget.served.astype(np.float64)) - np.exp(forget.twin)[None]
+        measured_forget = np.mean(np.abs(gap), axis=1)
+        measured_retain = np.mean(retain.twin[None].astype(np.float64) - retain.served, axis=1)
+    peaks = np.exp(forget.base.astype(np.float64))
+    return Diagnosis(
+        temperatures=temperatures,
+        scale=scale,
+        gamma=gamma,
+        loss=loss,
+        interval=interval,
+        peak=(float(np.median(peaks)), float(peaks.max())),
+        forget=size * of_classifier,
+        leak=np.mean(np.exp(forget.served.astype(np.float64)), axis=1),
+        price=price,
+        retain=interval[1] / (1 - gamma) + price,
+        measured_forget=measured_forget,
+        measured_retain=measured_retain,
+    )
+
+
+def held_out_loss(
+    forget: Tokens, retain: Tokens, gamma: float, seed: int = 0
+) -> tuple[float, tuple[float, float]]:
+    """Log-loss of a head on rows that it never saw, with an interval.
+
+    Args:
+        forget: Answer tokens of forget rows.
+        retain: Answer tokens of retain rows.
+        gamma: Weight of the forget tokens.
+        seed: Of the draws.
+
+    Returns:
+        The loss in nats a token, and its 95 % interval: rows are drawn with replacement, since
+        the tokens of a row go together.
+    """
+    rng = np.random.default_rng(seed)
+    total, drawn = 0.0, np.zeros(_DRAWS)
+    for tokens, sign, weight in ((forget, -1.0, gamma), (retain, 1.0, 1 - gamma)):
+        losses = -log_expit(sign * tokens.logits.astype(np.float64))
+        of_row = np.add.reduceat(losses, tokens.starts[:-1])
+        counts = np.diff(tokens.starts)
+        rows = rng.integers(0, len(counts), (_DRAWS, len(counts)))
+        total += weight * of_row.sum() / counts.sum()
+        drawn += weight * of_row[rows].sum(axis=1) / counts[rows].sum(axis=1)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return float(total), (float(low), float(high))
+
+
+def diagnose_head(config: Any) -> Diagnosis:
+    """Scores held-out rows under the model and the head of a config, and diagnoses the head.
+
+    Args:
+        config: `model`, `head`, `eval_forget` and `eval_retain` are needed; `retain_model` adds
+            what is measured. Scores are kept in `eval_dir`.
+
+    Returns:
+        The diagnosis, at the head's own s.
+
+    Raises:
+        ValueError: If a field is missing, there are several heads, or rows are bad.
+    """
+    cli.require(config, "model", "head", "eval_forget", "eval_retain", "eval_dir")
+    mesh = t3jax.make_mesh(config.mesh)
+    _, heads, _ = cli.load_heads(config, (config.head,), mesh)
+    if len(heads) > 1:
+        raise ValueError(f"one head is diagnosed at a time, got {config.head}")
+    (head,) = heads
+    lm = t3jax.load_lm(config.model, config.dtype, mesh)
+    sets = pipeline.load_sets(config, lm)
+    folder = pathlib.Path(config.eval_dir) / "store"
+    store = Store(lm, heads, folder, progress=True)
+    twin = None
+    if config.retain_model is not None:
+        twin = Store(t3jax.load_lm(config.retain_model, config.dtype, mesh), (), folder)
+    temperatures = tuple(sorted({1.0, *(config.eval_temperatures or TEMPERATURES)}))
+    scale = head.guidance_scale if config.guidance_scale is None else config.guidance_scale
+    settings = [
+        BASE,
+        *(Setting(f"head0-T{t:g}-s{scale:g}", t, scale, (0,)) for t in temperatures),
+    ]
+
+    def tokens(name: str) -> Tokens:
+        examples = sets[name].reworded or sets[name].answers
+        base, *served = store.scores(f"{name}-diagnosed", examples, settings)
+        logits = served[0].retain_scores
+        assert logits is not None
+        return Tokens(
+            base.starts,
+            logits,
+            base.logprobs,
+            np.stack([each.logprobs for each in served]),
+            None if twin is None else twin.scores(f"{name}-diagnosed", examples, [BASE])[0].logprobs,
+        )
+
+    return diagnose(tokens("forget"), tokens("retain"), temperatures, scale, head.prior_shift)
+
+
+if __name__ == "__main__":
+    cli.run(lambda config: print(diagnose_head(config)))
