@@ -32,6 +32,7 @@ class Instances(NamedTuple):
         gamma: γ, `[I]`.
         learned: f̂, in (0, 1), `[I, A]`.
         temperature: T, at least 1, `[I]`.
+        scale: s, for statement 11; in all others s = 1, `[I]`.
     """
 
     measure: Float[np.ndarray, "I A"]
@@ -40,6 +41,7 @@ class Instances(NamedTuple):
     gamma: Float[np.ndarray, " I"]
     learned: Float[np.ndarray, "I A"]
     temperature: Float[np.ndarray, " I"]
+    scale: Float[np.ndarray, " I"]
 
     @property
     def base(self) -> Float[np.ndarray, "I A"]:
@@ -109,7 +111,7 @@ def draw_instances(rng: np.random.Generator, number: int, atoms: int = 12) -> In
         masses.append(mass / mass.sum(axis=1, keepdims=True))
     retain, forget = (mass / measure for mass in masses)
     gamma = expit(rng.uniform(np.log(0.001), -np.log(0.001), number))
-    blank = Instances(measure, retain, forget, gamma, retain, gamma)
+    blank = Instances(measure, retain, forget, gamma, retain, gamma, gamma)
     exact = blank.exact
     logit = np.log(np.maximum(exact, 1e-9)) - np.log(np.maximum(1 - exact, 1e-9))
     near = expit(logit + choose(0.01, 0.3, 3.0) * rng.normal(size=shape))
@@ -119,7 +121,8 @@ def draw_instances(rng: np.random.Generator, number: int, atoms: int = 12) -> In
     which = choose(0, 1, 2)
     learned = np.where(which == 0, near, np.where(which == 1, leaky, random))
     temperature = np.exp(rng.uniform(0, np.log(10), number))
-    return blank._replace(learned=learned, temperature=temperature)
+    scale = np.where(rng.random(number) < 0.5, 1.0, rng.uniform(0.1, 3, number))
+    return blank._replace(learned=learned, temperature=temperature, scale=scale)
 
 
 def chain_rule(x: Instances) -> Sides:
@@ -208,6 +211,18 @@ def held_out_loss(x: Instances) -> Sides:
     return x.excess_risk, x.integral(x.base * losses) + _ROUNDING
 
 
+def second_moment(x: Instances) -> Sides:
+    """Statement 11: the classifier's part by the second moment of p^(1/T) / Ẑ under p_f."""
+    scale = x.scale[:, None]
+    tilted = x.base ** (1 / x.temperature[:, None])
+    amplified = tilted / x.integral(tilted * x.learned**scale)[:, None]
+    found = x.integral(x.forget * amplified * np.abs(x.learned**scale - x.exact**scale))
+    size = np.sqrt(x.integral(x.forget * amplified**2))
+    power = 0.5 * np.minimum(1, x.scale)
+    of_classifier = np.maximum(1, x.scale) * (x.excess_risk / (2 * x.gamma)) ** power
+    return found, size * of_classifier
+
+
 STATEMENTS: dict[str, Callable[[Instances], Sides]] = {
     "1: chain rule of the excess risk": chain_rule,
     "1: retain error, T = 1": retain_error,
@@ -220,6 +235,7 @@ STATEMENTS: dict[str, Callable[[Instances], Sides]] = {
     "6: bias is not negative": bias_not_negative,
     "6: bias is bounded": bias_bound,
     "7: held-out loss": held_out_loss,
+    "11: classifier's part, second moment": second_moment,
 }
 
 

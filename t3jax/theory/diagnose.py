@@ -29,6 +29,7 @@ from t3jax.evaluation.store import Store
 
 TEMPERATURES = (1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 _DRAWS = 2000
+_SECRET = 0.1  # probability under the retain-only model
 
 
 class Tokens(NamedTuple):
@@ -38,15 +39,32 @@ class Tokens(NamedTuple):
         starts: Row i owns tokens `starts[i]:starts[i + 1]`, `[rows + 1]`.
         logits: g of the head for each token, class prior included, `[N]`.
         base: Log-probability under the base model, nats, `[N]`.
-        served: Log-probability as served at each T, nats, `[K, N]`; the first T is 1.
+        plain: Log-probability at T = s = 1, nats, `[N]`.
+        served: Log-probability as served at each T, nats, `[K, N]`.
         twin: Log-probability under a model that never saw the forget rows, `[N]`, or None.
     """
 
     starts: Int[np.ndarray, " rows_1"]
     logits: Float[np.ndarray, " N"]
     base: Float[np.ndarray, " N"]
+    plain: Float[np.ndarray, " N"]
     served: Float[np.ndarray, "K N"]
     twin: Float[np.ndarray, " N"] | None = None
+
+
+class Measured(NamedTuple):
+    """Errors against a model that never saw the forget rows, by T.
+
+    Attributes:
+        forget: Mean of |served - twin| over forget tokens, `[K]`.
+        secret: The same over those of them that the twin gives a probability below 0.1, `[K]`; NaN
+            where there are none.
+        retain: Mean log-ratio of twin and served over retain tokens, nats, `[K]`.
+    """
+
+    forget: Float[np.ndarray, " K"]
+    secret: Float[np.ndarray, " K"]
+    retain: Float[np.ndarray, " K"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,14 +78,14 @@ class Diagnosis:
         loss: Held-out log-loss of the head, nats: excess risk is at most this.
         interval: Of the loss, 95 %, by drawing rows with replacement.
         peak: Median and largest probability of a forget token under the base model.
-        forget: Predicted forget error, statement 3 of docs/theory.md: what a classifier of that
-            loss may leave of a forget token's probability, `[K]`.
-        leak: Mean probability of a forget token as served, `[K]`: the forget error itself where
-            the twin would never say it.
-        price: What T adds to the retain error, nats, `[K]`: exact, statement 6.
-        retain: Bound of the retain error, nats, `[K]`: statements 1 and 6.
-        measured_forget: Mean of |served - twin| over forget tokens, `[K]`, or None.
-        measured_retain: Mean log-ratio of twin and served over retain tokens, `[K]`, or None.
+        bound: What a classifier of that loss may leave of a forget token's probability, statement
+            11 of docs/theory.md, `[K]`; says nothing where it is 1.
+        leak: Mean probability of a forget token as served, `[K]`: the forget error itself where the
+            exact classifier would leave nothing of it.
+        price: What T and s add to the retain error at T = s = 1, nats, `[K]`: statement 6, exact
+            but for the sample.
+        retain: Bound of the retain error, nats, `[K]`: statements 6 and 10.
+        measured: Errors against the retain-only model, or None.
     """
 
     temperatures: tuple[float, ...]
@@ -76,30 +94,15 @@ class Diagnosis:
     loss: float
     interval: tuple[float, float]
     peak: tuple[float, float]
-    forget: np.ndarray
-    leak: np.ndarray
-    price: np.ndarray
-    retain: np.ndarray
-    measured_forget: np.ndarray | None
-    measured_retain: np.ndarray | None
+    bound: Float[np.ndarray, " K"]
+    leak: Float[np.ndarray, " K"]
+    price: Float[np.ndarray, " K"]
+    retain: Float[np.ndarray, " K"]
+    measured: Measured | None
 
-    @property
-    def suggested(self) -> float:
-        """T of the smallest predicted forget error plus price."""
-        return self.temperatures[int(np.argmin(self.forget + self.price))]
-
-    @property
-    def suggested_by_leak(self) -> float:
-        """T of the smallest leak plus price."""
-        return self.temperatures[int(np.argmin(self.leak + self.price))]
-
-    @property
-    def best(self) -> float | None:
-        """T of the smallest measured sum of both errors."""
-        if self.measured_forget is None or self.measured_retain is None:
-            return None
-        total = self.measured_forget + self.measured_retain
-        return self.temperatures[int(np.argmin(total))]
+    def best(self, forget: Float[np.ndarray, " K"], retain: Float[np.ndarray, " K"]) -> float:
+        """T of the smallest sum of a forget and a retain error."""
+        return self.temperatures[int(np.argmin(forget + retain))]
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -108,35 +111,45 @@ class Diagnosis:
             f"{high:.4f}), an upper bound of its excess risk",
             f"probability of a forget token under the base model: median {self.peak[0]:.3f}, "
             f"largest {self.peak[1]:.3f}",
-            f"s = {self.scale:g}, forget share {self.gamma:.2f}; errors of one token",
-            f"{'T':>5} {'forget, predicted':>18} {'leak':>7} {'retain, bound':>14} {'price':>7}"
-            + (f" {'forget, measured':>17} {'retain, measured':>17}" if self.best else ""),
+            f"s = {self.scale:g}, forget share {self.gamma:.2f}; errors of one token:",
         ]
-        for k, temperature in enumerate(self.temperatures):
-            line = (
-                f"{temperature:5g} {self.forget[k]:18.4f} {self.leak[k]:7.4f} "
-                f"{self.retain[k]:14.4f} {self.price[k]:7.4f}"
-            )
-            if self.measured_forget is not None and self.measured_retain is not None:
-                line += f" {self.measured_forget[k]:17.4f} {self.measured_retain[k]:17.4f}"
-            lines.append(line)
-        lines.append(
-            f"T suggested: {self.suggested:g} by the bound, {self.suggested_by_leak:g} by the leak"
-        )
-        if self.best is not None:
-            lines.append(f"best against the retain-only model: {self.best:g}")
+        columns = {
+            "T": self.temperatures,
+            "bound": self.bound,
+            "leak": self.leak,
+            "price": self.price,
+            "retain bound": self.retain,
+        }
+        chosen = {
+            "by the bound": self.best(self.bound, self.price),
+            "by the leak": self.best(self.leak, self.price),
+        }
+        if (m := self.measured) is not None:
+            columns |= {"forget": m.forget, "secret": m.secret, "retain": m.retain}
+            chosen["measured"] = self.best(m.forget, m.retain)
+            chosen["measured, secret tokens"] = self.best(m.secret, m.retain)
+        lines.append(" ".join(f"{name:>12}" for name in columns))
+        lines += [
+            " ".join(f"{value:12.4g}" for value in row)
+            for row in zip(*columns.values(), strict=True)
+        ]
+        lines.append("T: " + ", ".join(f"{value:g} {name}" for name, value in chosen.items()))
         return "\n".join(lines)
 
 
 def diagnose(
-    forget: Tokens, retain: Tokens, temperatures: tuple[float, ...], scale: float, shift: float = 0
+    forget: Tokens,
+    retain: Tokens,
+    temperatures: tuple[float, ...],
+    scale: float,
+    shift: float = 0.0,
 ) -> Diagnosis:
     """Excess risk, peak, predicted errors and a T, from scores of held-out rows.
 
     Args:
         forget: Answer tokens of forget rows.
         retain: Answer tokens of retain rows.
-        temperatures: T, from 1 on, `[K]`.
+        temperatures: T, at least 1, `[K]`.
         scale: s.
         shift: The class prior that the logits hold, see `t3jax.head.class_prior_shift`.
 
@@ -144,10 +157,10 @@ def diagnose(
         The diagnosis.
 
     Raises:
-        ValueError: If there are no tokens of a kind, arrays do not fit, or T does not begin with 1.
+        ValueError: If there are no tokens of a kind, arrays do not fit, or a T is below 1.
     """
-    if not temperatures or temperatures[0] != 1 or min(temperatures) < 1:
-        raise ValueError(f"temperatures must begin with 1 and not go below, got {temperatures}")
+    if min(temperatures, default=0.0) < 1:
+        raise ValueError(f"temperatures must be at least 1, got {temperatures}")
     for name, tokens in (("forget", forget), ("retain", retain)):
         expected = (len(temperatures), tokens.starts[-1])
         if not tokens.starts[-1]:
@@ -159,16 +172,12 @@ def diagnose(
             )
     gamma = float(expit(-shift))
     loss, interval = held_out_loss(forget, retain, gamma)
+    served = forget.served.astype(np.float64)
     # p^(1/T) / Ẑ of each forget token: what an error of the classifier is multiplied by.
-    amplified = np.exp(forget.served - scale * log_expit(forget.logits.astype(np.float64)))
+    amplified = np.exp(served - scale * log_expit(forget.logits.astype(np.float64))[None])
     size = np.sqrt(np.mean(amplified**2, axis=1))
     of_classifier = max(1.0, scale) * (interval[1] / (2 * gamma)) ** (0.5 * min(1.0, scale))
-    price = np.mean(retain.served[:1].astype(np.float64) - retain.served, axis=1)
-    measured_forget = measured_retain = None
-    if forget.twin is not None and retain.twin is not None:
-        gap = np.exp(forget.served.astype(np.float64)) - np.exp(forget.twin)[None]
-        measured_forget = np.mean(np.abs(gap), axis=1)
-        measured_retain = np.mean(retain.twin[None].astype(np.float64) - retain.served, axis=1)
+    price = np.mean(retain.plain[None].astype(np.float64) - retain.served, axis=1)
     peaks = np.exp(forget.base.astype(np.float64))
     return Diagnosis(
         temperatures=temperatures,
@@ -177,12 +186,24 @@ def diagnose(
         loss=loss,
         interval=interval,
         peak=(float(np.median(peaks)), float(peaks.max())),
-        forget=size * of_classifier,
-        leak=np.mean(np.exp(forget.served.astype(np.float64)), axis=1),
+        bound=np.minimum(1.0, size * of_classifier),
+        leak=np.mean(np.exp(served), axis=1),
         price=price,
         retain=interval[1] / (1 - gamma) + price,
-        measured_forget=measured_forget,
-        measured_retain=measured_retain,
+        measured=_measure(forget, retain),
+    )
+
+
+def _measure(forget: Tokens, retain: Tokens) -> Measured | None:
+    if forget.twin is None or retain.twin is None:
+        return None
+    twin = np.exp(forget.twin.astype(np.float64))
+    gap = np.abs(np.exp(forget.served.astype(np.float64)) - twin[None])
+    secret = gap[:, twin < _SECRET]
+    return Measured(
+        forget=gap.mean(axis=1),
+        secret=secret.mean(axis=1) if secret.size else np.full(len(gap), np.nan),
+        retain=np.mean(retain.twin[None].astype(np.float64) - retain.served, axis=1),
     )
 
 
@@ -244,20 +265,24 @@ def diagnose_head(config: Any) -> Diagnosis:
     scale = head.guidance_scale if config.guidance_scale is None else config.guidance_scale
     settings = [
         BASE,
+        Setting("head0-T1-s1", 1.0, 1.0, (0,)),
         *(Setting(f"head0-T{t:g}-s{scale:g}", t, scale, (0,)) for t in temperatures),
     ]
 
     def tokens(name: str) -> Tokens:
         examples = sets[name].reworded or sets[name].answers
-        base, *served = store.scores(f"{name}-diagnosed", examples, settings)
-        logits = served[0].retain_scores
-        assert logits is not None
+        label = f"{name}-diagnosed"
+        base, plain, *served = store.scores(label, examples, settings)
+        assert plain.retain_scores is not None
         return Tokens(
             base.starts,
-            logits,
+            plain.retain_scores,
             base.logprobs,
+            plain.logprobs,
             np.stack([each.logprobs for each in served]),
-            None if twin is None else twin.scores(f"{name}-diagnosed", examples, [BASE])[0].logprobs,
+            None
+            if twin is None
+            else twin.scores(f"{name}-diagnosed", examples, [BASE])[0].logprobs,
         )
 
     return diagnose(tokens("forget"), tokens("retain"), temperatures, scale, head.prior_shift)

@@ -237,7 +237,7 @@ def run_grid(
     values = (log_peaks, gammas, samples, excess_risks, seeds)
     kinds = (np.float32, np.float32, np.int32, np.float32, np.int32)
     axes = [np.asarray(value, kind) for value, kind in zip(values, kinds, strict=True)]
-    count = math.prod(map(len, axes))
+    count = math.prod(len(value) for value in values)
     flat = Point(*(jnp.asarray(axis.ravel()) for axis in np.meshgrid(*axes, indexing="ij")))
     knobs = [jnp.asarray(value, jnp.float32) for value in (temperatures, scales)]
     found = _run(shape, min(together, count), *knobs, flat)
