@@ -234,14 +234,14 @@ def run_grid(
         raise ValueError(f"T must be at least 1, got {min(temperatures)}")
     if not all(0 < gamma < 1 for gamma in gammas):
         raise ValueError(f"gammas must lie in (0, 1), got {gammas}")
-    values = (log_peaks, gammas, samples, excess_risks, seeds)
+    values: tuple[Sequence[float], ...] = (log_peaks, gammas, samples, excess_risks, seeds)
     kinds = (np.float32, np.float32, np.int32, np.float32, np.int32)
     axes = [np.asarray(value, kind) for value, kind in zip(values, kinds, strict=True)]
     count = math.prod(len(value) for value in values)
     flat = Point(*(jnp.asarray(axis.ravel()) for axis in np.meshgrid(*axes, indexing="ij")))
     knobs = [jnp.asarray(value, jnp.float32) for value in (temperatures, scales)]
     found = _run(shape, min(together, count), *knobs, flat)
-    sizes = [len(axis) for axis in (*axes, *knobs)]
+    sizes = [*(len(value) for value in values), len(temperatures), len(scales)]
     return jax.tree.map(lambda leaf: np.asarray(leaf).reshape(sizes), found)
 
 
@@ -267,3 +267,34 @@ def fit_slopes(
     slopes = np.polyfit(np.asarray(log_peaks, np.float64), np.asarray(log_errors, np.float64), 1)[0]
     median, low, high = np.percentile(slopes, [50, 2.5, 97.5])
     return float(median), float(low), float(high)
+
+
+def predict_total(
+    log_peak: float,
+    gamma: float,
+    excess_risk: float,
+    dimensions: int,
+    temperatures: Float[np.ndarray, " K"],
+) -> Float[np.ndarray, " K"]:
+    """Leading terms of forget plus retain error, for a spike in a unit Gaussian.
+
+    The forget error by statement 4 of docs/theory.md where p_r has no share in the spike, with the
+    mean of p_f^(1/T) over a Gaussian spike in the place of its peak, and the normaliser of a unit
+    Gaussian; and the bias of statement 6, which is exact for one.
+
+    Args:
+        log_peak: Logarithm of the peak of p_f.
+        gamma: γ.
+        excess_risk: ε, nats.
+        dimensions: D.
+        temperatures: T, `[K]`.
+
+    Returns:
+        `[K]`; the forget error counts in peaks of p_r, the retain error in nats.
+    """
+    power = 1 / temperatures
+    log_widest = power * (math.log(gamma) + log_peak) - math.log(gamma)
+    log_mean = -0.5 * dimensions * np.log1p(power)
+    log_total = power * math.log1p(-gamma) + 0.5 * dimensions * np.log(temperatures)
+    bias = 0.5 * dimensions * (np.log(temperatures) - 1 + power)
+    return excess_risk * np.exp(log_widest + log_mean - log_total) + bias
