@@ -103,7 +103,7 @@ def draw_instances(rng: np.random.Generator, number: int, atoms: int = 12) -> In
     measure = np.exp(choose(0.0, 1.0, 4.0) * rng.normal(size=shape))
     split = rng.integers(1, atoms, (number, 1))  # where supports are disjoint, or nearly
     left = np.arange(atoms) < split
-    kind = choose(0, 1, 2, 3)
+    kind = choose(0.0, 1.0, 2.0, 3.0)
     masses = []
     for side in (left, ~left):
         mass = rng.gamma(np.broadcast_to(choose(0.1, 1.0, 10.0), shape)) + 1e-12
@@ -118,7 +118,7 @@ def draw_instances(rng: np.random.Generator, number: int, atoms: int = 12) -> In
     rate = 10 ** rng.uniform(-4, -0.01, (number, 1))
     leaky = np.clip(exact + rate * (1 - exact), 1e-12, 1 - 1e-12)
     random = expit(choose(0.5, 5.0) * rng.normal(size=shape))
-    which = choose(0, 1, 2)
+    which = choose(0.0, 1.0, 2.0)
     learned = np.where(which == 0, near, np.where(which == 1, leaky, random))
     temperature = np.exp(rng.uniform(0, np.log(10), number))
     scale = np.where(rng.random(number) < 0.5, 1.0, rng.uniform(0.1, 3, number))

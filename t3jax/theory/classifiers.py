@@ -67,7 +67,7 @@ def leak_at_risk(
         log a.
     """
 
-    def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Any, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends
         middle = 0.5 * (low + high)
         risk = jnp.sum(jnp.exp(log_mass) * bernoulli_kl(exact, leak(exact, middle)))
@@ -108,7 +108,7 @@ def fit_logistic(
     """
     ridge = _RIDGE * jnp.eye(features.shape[1])
 
-    def step(_: int, w: Array) -> Array:
+    def step(_: Any, w: Array) -> Array:
         prob = jax.nn.sigmoid(features @ w)
         gradient = features.T @ (weights * (prob - labels)) + _RIDGE * w
         curvature = features.T @ ((weights * prob * (1.0 - prob))[:, None] * features) + ridge
@@ -149,7 +149,7 @@ def fit_perceptron(
         losses = optax.sigmoid_binary_cross_entropy(perceptron(params, z), labels)
         return jnp.sum(weights * losses) / jnp.sum(weights)
 
-    def step(_: int, state: Any) -> Any:
+    def step(_: Any, state: Any) -> Any:
         return optimizer.step(adam, state, jax.grad(loss)(state[0]))
 
     return jax.lax.fori_loop(0, _STEPS, step, (params, adam.init(params)))[0]

@@ -141,7 +141,7 @@ def diagnose(
     forget: Tokens,
     retain: Tokens,
     temperatures: tuple[float, ...],
-    scale: float,
+    scale: float = 1.0,
     shift: float = 0.0,
 ) -> Diagnosis:
     """Excess risk, peak, predicted errors and a T, from scores of held-out rows.
@@ -162,7 +162,7 @@ def diagnose(
     if min(temperatures, default=0.0) < 1:
         raise ValueError(f"temperatures must be at least 1, got {temperatures}")
     for name, tokens in (("forget", forget), ("retain", retain)):
-        expected = (len(temperatures), tokens.starts[-1])
+        expected = (len(temperatures), int(tokens.starts[-1]))
         if not tokens.starts[-1]:
             raise ValueError(f"there are no {name} tokens; give held-out rows of both kinds")
         if tokens.served.shape != expected:

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 from t3jax.theory import classifiers, mixtures
 from t3jax.theory.mixtures import Rule, World
 
+Values = Sequence[float] | Sequence[int] | np.ndarray
 CLASSIFIERS = ("exact", "leaky", "logistic", "perceptron")
 
 
@@ -197,13 +198,13 @@ def _train(
 def run_grid(
     shape: Shape,
     *,
-    log_peaks: Sequence[float],
-    temperatures: Sequence[float],
-    gammas: Sequence[float] = (0.1,),
-    scales: Sequence[float] = (1.0,),
-    samples: Sequence[int] = (1,),
-    excess_risks: Sequence[float] = (0.01,),
-    seeds: Sequence[int] = (0,),
+    log_peaks: Values,
+    temperatures: Values,
+    gammas: Values = (0.1,),
+    scales: Values = (1.0,),
+    samples: Values = (1,),
+    excess_risks: Values = (0.01,),
+    seeds: Values = (0,),
     together: int = 16,
 ) -> Errors:
     """Every combination, as one program.
@@ -234,7 +235,7 @@ def run_grid(
         raise ValueError(f"T must be at least 1, got {min(temperatures)}")
     if not all(0 < gamma < 1 for gamma in gammas):
         raise ValueError(f"gammas must lie in (0, 1), got {gammas}")
-    values: tuple[Sequence[float], ...] = (log_peaks, gammas, samples, excess_risks, seeds)
+    values: tuple[Values, ...] = (log_peaks, gammas, samples, excess_risks, seeds)
     kinds = (np.float32, np.float32, np.int32, np.float32, np.int32)
     axes = [np.asarray(value, kind) for value, kind in zip(values, kinds, strict=True)]
     count = math.prod(len(value) for value in values)

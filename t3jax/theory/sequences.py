@@ -52,7 +52,7 @@ def prefix_probabilities(chain: np.ndarray) -> Prefixes:
     """The probability of each prefix of 0 to L tokens: L + 1 arrays."""
     found = [chain]
     for _ in range(chain.ndim):
-        found.append(found[-1].sum(axis=-1))
+        found.append(np.asarray(found[-1].sum(axis=-1)))
     return found[::-1]
 
 
@@ -149,7 +149,7 @@ def defects(
     """
     before = [np.ones(()), *classifier[:-1]]
     return [
-        np.log(normaliser) - scale * np.log(f)
+        np.asarray(np.log(normaliser) - scale * np.log(f))
         for (_, normaliser), f in zip(
             _steps(chain, classifier, temperature, scale), before, strict=True
         )
@@ -269,7 +269,7 @@ def _steps(
     found = []
     for before, after, f in zip(masses[:-1], masses[1:], classifier, strict=True):
         weights = (after / before[..., None]) ** (1 / temperature) * f**scale
-        normaliser = weights.sum(axis=-1)
+        normaliser = np.asarray(weights.sum(axis=-1))
         found.append((weights / normaliser[..., None], normaliser))
     return found
 
