@@ -9,8 +9,10 @@ import pytest
 import tiny
 from scipy.special import expit
 
-import t3jax
 from configs import default
+from t3jax import data
+from t3jax.evaluation.scoring import BASE, Setting, score_texts
+from t3jax.evaluation.store import Store
 from t3jax.theory import bounds, classifiers, diagnose, errors, mixtures, sequences
 from t3jax.theory.errors import Shape
 
@@ -49,10 +51,14 @@ def test_importance_sampling_integrates_in_100_dimensions():
 
 
 def test_importance_sampling_agrees_with_quadrature():
-    options = {"log_peaks": np.log([10.0, 1e3]), "temperatures": (1.0, 2.0), "seeds": (3,)}
     exact, sampled = (
-        errors.run_grid(Shape(1, "leaky", nodes=nodes, narrowest=1e-3), **options)
-        for nodes in (0, 4000)
+        errors.run_grid(
+            Shape(1, "leaky", nodes=nodes, narrowest=1e-2),
+            log_peaks=np.log([10.0, 100.0]),
+            temperatures=(2.0,),
+            seeds=(3,),
+        )
+        for nodes in (0, 2000)
     )
     for name, tolerance in (("log_forget", 0.05), ("retain", 0.02), ("excess_risk", 1e-4)):
         found, expected = getattr(sampled, name), getattr(exact, name)
@@ -65,39 +71,37 @@ def test_quadrature_is_refused_in_many_dimensions():
         mixtures.quadrature_rule(world, 0.1)
 
 
-def test_labels_come_in_the_shares_of_the_mixture():
-    world = mixtures.make_world(jax.random.key(0), SCALAR(8.0), SCALAR(0.2), 2)
-    z, labels = mixtures.draw_labelled(jax.random.key(1), world, 4000)
-    assert float(labels.mean()) == pytest.approx(0.8, abs=0.02)
-    forget = z[labels == 0]
-    assert float(forget.std()) == pytest.approx(float(jnp.exp(world.forget.log_std[0])), rel=0.05)
-
-
-# Classifiers.
+@jax.jit
+def fit_two_gaussians():
+    """Share of retain, forget samples' spread over p_f's, excess risk of a fit and of none."""
+    world = mixtures.make_world(jax.random.key(5), SCALAR(1.0), SCALAR(0.4), 2)
+    z, labels = mixtures.draw_labelled(jax.random.key(1), world, 8000)
+    spread = jnp.std(z, where=labels[:, None] == 0) / jnp.exp(world.forget.log_std[0])
+    w = classifiers.fit_logistic(classifiers.quadratic_features(z), labels, jnp.ones(len(z)))
+    exact = mixtures.bayes_logit(world, z)
+    fits = (classifiers.quadratic_features(z) @ w, jnp.zeros(len(z)))
+    risks = [classifiers.bernoulli_kl(exact, fit).mean() for fit in fits]
+    return labels.mean(), spread, *risks
 
 
 def test_logistic_regression_finds_the_bayes_classifier_of_two_gaussians():
-    world = mixtures.make_world(jax.random.key(5), SCALAR(1.0), SCALAR(0.4), 2)
-    z, labels = mixtures.draw_labelled(jax.random.key(1), world, 20_000)
-    w = classifiers.fit_logistic(classifiers.quadratic_features(z), labels, jnp.ones(len(z)))
-    new, _ = mixtures.draw_labelled(jax.random.key(2), world, 2000)
-    exact = mixtures.bayes_logit(world, new)
-    risk = classifiers.bernoulli_kl(exact, classifiers.quadratic_features(new) @ w)
-    assert 0 < float(risk.mean()) < 1e-3  # about 4 weights / (2 · 20,000)
-    assert float(classifiers.bernoulli_kl(exact, jnp.zeros(len(new))).mean()) > 0.05
+    retained, spread, risk, constant = map(float, fit_two_gaussians())
+    assert retained == pytest.approx(0.6, abs=0.02)
+    assert spread == pytest.approx(1, abs=0.03)
+    assert 0 < risk < 2e-3  # about 4 weights / (2 · 8000)
+    assert constant > 0.05
 
 
-def test_trained_classifiers_get_better_with_samples():
-    for classifier in ("logistic", "perceptron"):
-        found = errors.run_grid(
-            Shape(2, classifier, most_samples=1000, nodes=200),
-            log_peaks=(2.0,),
-            temperatures=(1.0,),
-            samples=(30, 1000),
-            seeds=range(3),
-        )
-        few, many = np.median(found.excess_risk[0, 0, :, 0, :, 0, 0], axis=1)
-        assert many < 0.5 * few
+def test_a_trained_perceptron_gets_better_with_samples(monkeypatch):
+    monkeypatch.setattr(classifiers, "_STEPS", 100)
+    found = errors.run_grid(
+        Shape(2, "perceptron", most_samples=400, nodes=100),
+        log_peaks=(2.0,),
+        temperatures=(1.0,),
+        samples=(20, 400),
+    )
+    few, many = found.excess_risk[0, 0, :, 0, 0, 0, 0]
+    assert many < 0.5 * few
 
 
 # Errors.
@@ -114,14 +118,12 @@ def test_the_exact_classifier_without_tempering_gives_p_r():
     np.testing.assert_array_equal(found.log_forget, found.log_bias)
 
 
-@pytest.mark.parametrize("dimensions", [10, 100])
-def test_the_classifiers_part_grows_with_the_peak_to_the_power_1_over_t(dimensions):
-    peaks = np.linspace(2, 6, 3) * np.log(10) * dimensions**0.5
+def test_the_classifiers_part_grows_with_the_peak_to_the_power_1_over_t():
+    peaks = np.log([1e20, 1e35])
     found = errors.run_grid(
-        Shape(dimensions, "leaky", retain_components=2, nodes=300),
+        Shape(100, "leaky", retain_components=2, nodes=150),
         log_peaks=peaks,
         temperatures=(1.0, 2.0, 4.0),
-        seeds=(0, 1),
     )
     np.testing.assert_allclose(found.excess_risk, 0.01, rtol=1e-3)
     for k, power in enumerate((1, 1 / 2, 1 / 4)):
@@ -136,7 +138,7 @@ def test_the_classifiers_part_grows_with_the_peak_to_the_power_1_over_t(dimensio
 def test_the_best_temperature_is_the_predicted_one():
     temperatures = np.arange(1, 4, 0.1)
     found = errors.run_grid(
-        Shape(10, "leaky", nodes=300), log_peaks=np.log([1e4, 1e8]), temperatures=temperatures
+        Shape(10, "leaky", nodes=150), log_peaks=np.log([1e4, 1e8]), temperatures=temperatures
     )
     total = (np.exp(found.log_forget) + found.retain)[:, 0, 0, 0, 0, :, 0]
     best = temperatures[total.argmin(axis=1)]
@@ -307,26 +309,29 @@ def test_a_bad_diagnosis_is_refused():
         diagnose.diagnose(tokens, tokens._replace(starts=np.zeros(1, int)), (1.0, 2.0))
 
 
-def test_a_head_folder_is_diagnosed(repository, tmp_path):
+def test_a_model_with_a_head_is_scored(tiny_lm, tmp_path):
+    head = tiny.make_head(tiny_lm, scale=1.0)
+    rows = [{"question": f"Who is {i}?", "answer": f"Number {i * i}."} for i in range(3)]
+    examples = data.encode_records(tiny_lm.tokenizer, rows, data.PromptFormat(), 128)
+    store = Store(tiny_lm, [head], tmp_path)
+    tokens = diagnose.score_tokens(store, "rows", examples, (1.0, 2.0), 0.5, twin=store)
+    found = diagnose.diagnose(tokens, tokens, (1.0, 2.0), 0.5)
+    settings = [Setting("mine", 2.0, 0.5, (0,)), Setting("plain", 1.0, 1.0, (0,))]
+    mine, plain = score_texts(tiny_lm, examples, settings, [head])
+    assert found.leak[1] == pytest.approx(np.exp(mine.logprobs).mean(), rel=1e-5)
+    price = np.mean(plain.logprobs - mine.logprobs)
+    assert found.price[1] == pytest.approx(price, abs=1e-5)
+    # Retain tokens are the forget tokens here: the loss is that of calling each both.
+    logits = mine.retain_scores
+    losses = np.logaddexp(0, logits) / 2 + np.logaddexp(0, -logits) / 2
+    assert found.loss == pytest.approx(losses.mean(), rel=1e-5)
+    base = np.exp(score_texts(tiny_lm, examples, [BASE])[0].logprobs)
+    gap = np.abs(np.exp(mine.logprobs) - base).mean()
+    assert found.measured.forget[1] == pytest.approx(gap, rel=1e-4)
+
+
+def test_a_diagnosis_needs_rows_of_both_kinds():
     config = default.get_config()
-    config.model = config.retain_model = str(repository / "demo" / "base")
-    lm = t3jax.load_lm(config.model)
-    t3jax.save_head(tmp_path / "head", tiny.make_head(lm, scale=1.0))
-    config.head = str(tmp_path / "head")
-    for name in ("forget", "retain"):
-        path = repository / "demo" / "authors" / f"{name}_perturbed.jsonl"
-        config[f"eval_{name}"] = str(path)
-    config.eval_rows, config.eval_dir = 2, str(tmp_path / "evaluation")
-    config.eval_temperatures = (2.0,)
-    found = diagnose.diagnose_head(config)
-    assert found.temperatures == (1.0, 2.0)
-    assert found.scale == 1.0
-    assert found.price[0] == 0
-    assert found.price[1] > 0.01
-    assert found.peak[1] > 0.99  # the demo's model knows its authors by heart
-    assert found.leak[1] < found.leak[0]
-    # The base model stands in for the retain-only one, so that leaks are not errors.
-    assert found.measured.forget[0] < 0.3 < found.leak[0]
-    config.head = f"{config.head},{config.head}x"
-    with pytest.raises(FileNotFoundError):
+    config.model = config.head = config.eval_forget = config.eval_dir = "x"
+    with pytest.raises(ValueError, match=r"not in the config: \['eval_retain'\]"):
         diagnose.diagnose_head(config)

@@ -16,6 +16,7 @@ References:
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ from scipy.special import expit, log_expit
 
 import t3jax
 from t3jax import cli, pipeline
+from t3jax.data import Example
 from t3jax.evaluation.scoring import BASE, Setting
 from t3jax.evaluation.store import Store
 
@@ -257,35 +259,64 @@ def diagnose_head(config: Any) -> Diagnosis:
     lm = t3jax.load_lm(config.model, config.dtype, mesh)
     sets = pipeline.load_sets(config, lm)
     folder = pathlib.Path(config.eval_dir) / "store"
-    store = Store(lm, heads, folder, progress=True)
-    twin = None
+    store, twin = Store(lm, heads, folder, progress=True), None
     if config.retain_model is not None:
         twin = Store(t3jax.load_lm(config.retain_model, config.dtype, mesh), (), folder)
     temperatures = tuple(sorted({1.0, *(config.eval_temperatures or TEMPERATURES)}))
     scale = head.guidance_scale if config.guidance_scale is None else config.guidance_scale
+    forget, retain = (
+        score_tokens(
+            store,
+            f"{name}-diagnosed",
+            sets[name].reworded or sets[name].answers,
+            temperatures,
+            scale,
+            twin,
+        )
+        for name in ("forget", "retain")
+    )
+    return diagnose(forget, retain, temperatures, scale, head.prior_shift)
+
+
+def score_tokens(
+    store: Store,
+    label: str,
+    examples: Sequence[Example],
+    temperatures: Sequence[float],
+    scale: float = 1.0,
+    twin: Store | None = None,
+) -> Tokens:
+    """What a diagnosis needs of the answers of rows.
+
+    Args:
+        store: Scores of the base model with one head.
+        label: What the rows are, for file names.
+        examples: Rows of one kind as tokens, none of which the head was trained on.
+        temperatures: T, `[K]`.
+        scale: s.
+        twin: Scores of a model that never saw the forget rows.
+
+    Returns:
+        Arrays over their answer tokens.
+
+    Raises:
+        ValueError: As `score_texts`.
+    """
     settings = [
         BASE,
         Setting("head0-T1-s1", 1.0, 1.0, (0,)),
         *(Setting(f"head0-T{t:g}-s{scale:g}", t, scale, (0,)) for t in temperatures),
     ]
-
-    def tokens(name: str) -> Tokens:
-        examples = sets[name].reworded or sets[name].answers
-        label = f"{name}-diagnosed"
-        base, plain, *served = store.scores(label, examples, settings)
-        assert plain.retain_scores is not None
-        return Tokens(
-            base.starts,
-            plain.retain_scores,
-            base.logprobs,
-            plain.logprobs,
-            np.stack([each.logprobs for each in served]),
-            None
-            if twin is None
-            else twin.scores(f"{name}-diagnosed", examples, [BASE])[0].logprobs,
-        )
-
-    return diagnose(tokens("forget"), tokens("retain"), temperatures, scale, head.prior_shift)
+    base, plain, *served = store.scores(label, examples, settings)
+    assert plain.retain_scores is not None
+    return Tokens(
+        base.starts,
+        plain.retain_scores,
+        base.logprobs,
+        plain.logprobs,
+        np.stack([each.logprobs for each in served]),
+        None if twin is None else twin.scores(label, examples, [BASE])[0].logprobs,
+    )
 
 
 if __name__ == "__main__":
