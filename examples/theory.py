@@ -36,12 +36,13 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/theory"))
     args = parser.parse_args()
     start = time.perf_counter()
-    check_statements(10_000, 2_000)
+    check_statements(*(100_000, 5_000) if args.full else (10_000, 2_000))
     show_slopes()
     leaky = show_leaky(10, range(10 if args.full else 4))
     if args.full:
         for dimensions in (1, 2, 100):
             show_leaky(dimensions, range(10))
+    show_controls(range(10 if args.full else 2))
     trained = show_trained("logistic", 10, range(10 if args.full else 3))
     if args.full:
         for classifier, dimensions in (
@@ -89,6 +90,31 @@ def show_leaky(dimensions: int, seeds: range) -> errors.Errors:
     print(f"\nexcess risk .01, D = {dimensions}, peaks {peaks[0]:.0e} to {peaks[-1]:.0e}")
     table(peaks, found, 0)
     return found
+
+
+def show_controls(seeds: range) -> None:
+    """T = 2 beside a stronger tilt without tempering, at a fixed excess risk, D = 10."""
+    peaks = PEAKS[10]
+    found = errors.run_grid(
+        Shape(10, "leaky", nodes=500),
+        log_peaks=np.log(peaks),
+        temperatures=(1.0, 2.0),
+        scales=(1.0, 2.0),
+        seeds=seeds,
+    )
+    print(
+        f"\nwith a stronger tilt, D = 10, excess risk .01, peaks {peaks[0]:.0e} to {peaks[-1]:.0e}"
+    )
+    for k, temperature in enumerate((1, 2)):
+        for j, scale in enumerate((1, 2)):
+            at = (slice(None), 0, 0, 0, slice(None), k, j)
+            slope = errors.fit_slopes(np.log(peaks), found.log_forget[at])
+            forget = np.exp(np.median(found.log_forget[at], axis=1))
+            retain = np.median(found.retain[at])
+            print(
+                f"  T = {temperature}, s = {scale}: slope {interval(slope)}, forget error "
+                f"{forget[0]:.2e} to {forget[-1]:.2e}, retain {retain:.3f}"
+            )
 
 
 def show_trained(classifier: str, dimensions: int, seeds: range) -> errors.Errors:

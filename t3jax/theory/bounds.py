@@ -156,9 +156,14 @@ def unnormalised(x: Instances) -> Sides:
     return _classifier_part(x), x.widest * np.sqrt(x.excess_risk / 2)
 
 
-def peak_of_mixture(x: Instances) -> Sides:
-    """Statement 3: W <= ‖p‖∞^(1/T) / γ."""
-    return x.widest, np.max(x.base, axis=1) ** (1 / x.temperature) / x.gamma
+def widest_and_peak(x: Instances) -> Sides:
+    """Statement 3: W <= γ^(1/T - 1) ‖p_f‖∞^(1/T)."""
+    return x.widest, _peak_power(x)
+
+
+def peak_and_mixture(x: Instances) -> Sides:
+    """Statement 3: γ^(1/T - 1) ‖p_f‖∞^(1/T) <= ‖p‖∞^(1/T) / γ."""
+    return _peak_power(x), np.max(x.base, axis=1) ** (1 / x.temperature) / x.gamma
 
 
 def fast_rate(x: Instances) -> Sides:
@@ -228,7 +233,8 @@ STATEMENTS: dict[str, Callable[[Instances], Sides]] = {
     "1: retain error, T = 1": retain_error,
     "2: forget error, T = 1": forget_error,
     "3: classifier's part, not normalised": unnormalised,
-    "3: W and the peak of p": peak_of_mixture,
+    "3: W and the peak of p_f": widest_and_peak,
+    "3: the peak of p_f and that of p": peak_and_mixture,
     "4: classifier's part, few retain points": fast_rate,
     "5: forget error, tempered": tempered_forget_error,
     "6: retain error, tempered": tempered_retain_error,
@@ -301,6 +307,11 @@ def spike_errors(
 def _classifier_part(x: Instances) -> np.ndarray:
     power = 1 / x.temperature[:, None]
     return x.integral(x.forget * x.base**power * np.abs(x.learned - x.exact))
+
+
+def _peak_power(x: Instances) -> np.ndarray:
+    power = 1 / x.temperature
+    return x.gamma ** (power - 1) * np.max(x.forget, axis=1) ** power
 
 
 def _price(x: Instances, plain: np.ndarray) -> np.ndarray:
