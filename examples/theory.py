@@ -19,8 +19,8 @@ from t3jax.theory.errors import Shape
 
 TEMPERATURES = (1.0, 1.5, 2.0, 4.0)
 PEAKS = {
-    1: (1e2, 1e3, 1e4, 1e5),
-    2: (1e2, 1e3, 1e4, 1e5),
+    1: (1e4, 1e5, 1e6, 1e7),
+    2: (1e4, 1e5, 1e6, 1e7),
     10: (1e4, 1e6, 1e8, 1e10),
     100: (1e10, 1e20, 1e30, 1e35),
 }
@@ -240,7 +240,9 @@ def draw(
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    with plt.rc_context({"svg.hashsalt": "t3jax", "axes.spines.top": False, "font.size": 9}):
+    with plt.rc_context(
+        {"svg.hashsalt": "t3jax", "svg.fonttype": "none", "axes.spines.top": False, "font.size": 9}
+    ):
         figure, ((a, b), (c, d)) = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
         for k, (temperature, colour) in enumerate(zip(TEMPERATURES, COLOURS, strict=True)):
             label = f"T = {temperature:g}"
@@ -253,7 +255,7 @@ def draw(
         a.set(title="forget error, excess risk .01, D = 10", ylabel="log10 forget error")
         b.set(title="forget error, logistic regression, n = 4000, D = 10")
         for e, (risk, colour) in enumerate(zip(RISKS, COLOURS, strict=False)):
-            for name, line in (("best", "o-"), ("predicted", ":")):
+            for name, line in (("best", "o-"), ("predicted", "kx:")):
                 values = best[name][:, 1, e]
                 c.plot(
                     np.log10(best["peaks"]),
