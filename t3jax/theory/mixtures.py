@@ -169,8 +169,10 @@ def draw(key: PRNGKeyArray, gaussians: Gaussians, number: int) -> Float[Array, "
         `[N, D]`.
     """
     which, noise = jax.random.split(key)
-    k: Int[Array, " N"] = jax.random.categorical(which, gaussians.log_weight, shape=(number,))
     z = jax.random.normal(noise, (number, gaussians.mean.shape[1]))
+    if len(gaussians.mean) == 1:  # XLA would compile a long time to fold the gather
+        return gaussians.mean + jnp.exp(gaussians.log_std)[:, None] * z
+    k: Int[Array, " N"] = jax.random.categorical(which, gaussians.log_weight, shape=(number,))
     return gaussians.mean[k] + jnp.exp(gaussians.log_std[k])[:, None] * z
 
 
