@@ -1,7 +1,7 @@
 """T3's theorems: bounds on random instances, slopes against the peak, the best T, sequences.
 
 python -m examples.theory            # few mixtures; under two minutes on a CPU
-python -m examples.theory --full     # the tables of docs/theory.md; about 15 minutes
+python -m examples.theory --full     # the tables of docs/theory.md; about ten minutes
 
 Prints what docs/theory.md has and draws it to `--out`.
 """
@@ -50,7 +50,6 @@ def main() -> None:
             ("logistic", 100),
             ("perceptron", 2),
             ("perceptron", 10),
-            ("perceptron", 100),
         ):
             show_trained(classifier, dimensions, range(10))
     best = show_best(range(3 if args.full else 1))

@@ -146,7 +146,7 @@ def test_the_best_temperature_is_the_predicted_one():
         temperatures[errors.predict_total(log_peak, 0.1, 0.01, 10, temperatures).argmin()]
         for log_peak in np.log([1e4, 1e8])
     ]
-    np.testing.assert_allclose(best, predicted, atol=0.21)
+    np.testing.assert_allclose(best, predicted, atol=0.11)
     assert best[1] > best[0] + 0.5
 
 
