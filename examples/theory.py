@@ -221,9 +221,7 @@ def show_sequences(chains: int) -> np.ndarray:
             for k, t in enumerate(TEMPERATURES)
         ]
         print(f"  L = {length}: " + "; ".join(cells))
-    return np.concatenate(
-        [np.broadcast_to(np.array(lengths)[:, None, None], (6, 4, 1)), medians], 2
-    )
+    return np.stack([np.array(lengths), *medians[..., 0].T])
 
 
 def draw(

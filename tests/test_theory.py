@@ -10,6 +10,7 @@ import tiny
 from scipy.special import expit
 
 from configs import default
+from examples import theory
 from t3jax import data
 from t3jax.evaluation.scoring import BASE, Setting, score_texts
 from t3jax.evaluation.store import Store
@@ -90,6 +91,12 @@ def test_logistic_regression_finds_the_bayes_classifier_of_two_gaussians():
     assert spread == pytest.approx(1, abs=0.03)
     assert 0 < risk < 2e-3  # about 4 weights / (2 · 8000)
     assert constant > 0.05
+
+
+def test_a_leaky_classifier_passes_a_share_of_what_is_to_be_forgotten():
+    logits = jnp.linspace(-9, 9, 7)
+    found = jax.nn.sigmoid(classifiers.leak(logits, jnp.log(SCALAR(0.2))))
+    np.testing.assert_allclose(found, 0.2 + 0.8 * jax.nn.sigmoid(logits), atol=1e-6)
 
 
 def test_a_trained_perceptron_gets_better_with_samples(monkeypatch):
@@ -335,3 +342,18 @@ def test_a_diagnosis_needs_rows_of_both_kinds():
     config.model = config.head = config.eval_forget = config.eval_dir = "x"
     with pytest.raises(ValueError, match=r"not in the config: \['eval_retain'\]"):
         diagnose.diagnose_head(config)
+
+
+def test_the_example_prints_and_draws(tmp_path, capsys):
+    theory.check_statements(20, 3)
+    theory.show_slopes()
+    apart = theory.show_sequences(1)
+    printed = capsys.readouterr().out
+    assert "2: forget error, T = 1: 20, 0," in printed
+    assert "uniform spike, T = 2: power 0.500" in printed
+    assert printed.count("\n  L = ") == apart.shape[1]
+    np.testing.assert_allclose(apart[1], 0, atol=1e-12)  # T = 1
+    drawn = errors.Errors(*np.ones((6, 4, 1, 3, 1, 2, 4, 1)))
+    best = {"peaks": (1e4, 1e6), "best": np.ones((2, 3, 2)), "predicted": np.ones((2, 3, 2))}
+    theory.draw(tmp_path / "theory.svg", drawn, drawn, best, apart)
+    assert "best, risk 0.01" in (tmp_path / "theory.svg").read_text()
