@@ -252,15 +252,9 @@ def draw(
         a.set(title="forget error, excess risk .01, D = 10", ylabel="log10 forget error")
         b.set(title="forget error, logistic regression, n = 4000, D = 10")
         for e, (risk, colour) in enumerate(zip(RISKS, COLOURS, strict=False)):
-            for name, line in (("best", "o-"), ("predicted", "kx:")):
-                values = best[name][:, 1, e]
-                c.plot(
-                    np.log10(best["peaks"]),
-                    values,
-                    line,
-                    color=colour,
-                    label=f"{name}, risk {risk:g}",
-                )
+            at = np.log10(best["peaks"])
+            c.plot(at, best["best"][:, 1, e], "o-", color=colour, label=f"best, risk {risk:g}")
+            c.plot(at, best["predicted"][:, 1, e], "kx:", label="predicted" if e == 0 else None)
         c.set(title="T of the smallest sum of both errors, forget share .1, D = 10", ylabel="T")
         d.set(title="KL(token by token || whole sequences)", xlabel="length, tokens", ylabel="nats")
         for axes in (a, b, c):

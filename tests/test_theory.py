@@ -351,7 +351,7 @@ def test_the_example_prints_and_draws(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "2: forget error, T = 1: 20, 0," in printed
     assert "uniform spike, T = 2: power 0.500" in printed
-    assert printed.count("\n  L = ") == apart.shape[1]
+    assert printed.count("\n  L = ") == apart.shape[1] == 6
     np.testing.assert_allclose(apart[1], 0, atol=1e-12)  # T = 1
     drawn = errors.Errors(*np.ones((6, 4, 1, 3, 1, 2, 4, 1)))
     best = {"peaks": (1e4, 1e6), "best": np.ones((2, 3, 2)), "predicted": np.ones((2, 3, 2))}

@@ -239,11 +239,14 @@ def run_grid(
     kinds = (np.float32, np.float32, np.int32, np.float32, np.int32)
     axes = [np.asarray(value, kind) for value, kind in zip(values, kinds, strict=True)]
     count = math.prod(len(value) for value in values)
-    flat = Point(*(jnp.asarray(axis.ravel()) for axis in np.meshgrid(*axes, indexing="ij")))
+    together = min(together, count)
+    # A last batch of its own would be compiled as a second program: repeat instances instead.
+    padded = -(-count // together) * together
+    flat = Point(*(jnp.asarray(np.resize(x, padded)) for x in np.meshgrid(*axes, indexing="ij")))
     knobs = [jnp.asarray(value, jnp.float32) for value in (temperatures, scales)]
-    found = _run(shape, min(together, count), *knobs, flat)
+    found = _run(shape, together, *knobs, flat)
     sizes = [*(len(value) for value in values), len(temperatures), len(scales)]
-    return jax.tree.map(lambda leaf: np.asarray(leaf).reshape(sizes), found)
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[:count].reshape(sizes), found)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
