@@ -278,12 +278,18 @@ def test_a_diagnosis_bounds_what_is_measured():
     low, high = found.interval
     assert 0 < low < found.loss < high < np.log(2)
     assert found.gamma == 0.5
-    assert np.all(found.bound >= found.leak * 0.9)
+    amplified = np.exp(forget.served) / expit(forget.logits)
+    bound = np.sqrt(np.mean(amplified**2, axis=1) * high / (2 * 0.5))  # statement 11
+    np.testing.assert_allclose(found.bound, np.minimum(bound, 1))
+    assert np.any(found.bound < 1)
     assert found.price[0] == 0 < found.price[1] < found.price[2]
     np.testing.assert_allclose(  # statement 6: the same rows, so that it is exact
         found.measured.retain - found.measured.retain[0], found.price, atol=1e-12
     )
     assert np.all(found.measured.retain < found.retain)
+    rare = forget.twin < np.log(0.1)
+    gap = np.abs(np.exp(forget.served[2]) - np.exp(forget.twin))[rare].mean()
+    assert found.measured.secret[2] == pytest.approx(gap)
     text = str(found)
     assert "an upper bound of its excess risk" in text
     assert text.count("\n") == 7
@@ -299,6 +305,10 @@ def test_the_interval_takes_a_row_as_one():
     few = alike._replace(starts=np.arange(0, 2001, 100))
     widths = [np.ptp(diagnose.held_out_loss(each, retain, 0.5)[1]) for each in (forget, few)]
     assert widths[0] < 0.5 * widths[1]
+    signed = (forget.logits, -retain.logits)
+    rows = [np.logaddexp(0, logits).reshape(400, 5).mean(axis=1) for logits in signed]
+    error = 0.5 * np.sqrt(sum(row.var() for row in rows) / 400)
+    assert widths[0] == pytest.approx(2 * 1.96 * error, rel=0.1)
     assert diagnose.held_out_loss(few, retain, 0.5)[0] == pytest.approx(
         diagnose.held_out_loss(forget, retain, 0.5)[0]
     )
