@@ -1,0 +1,169 @@
+"""Classifiers of retain against forget: one of a known excess risk, and two trained on samples.
+
+A classifier is what it says of points: the logit g of P(retain | z). Training is over a fixed
+number of samples of which the first n count, so that sample sizes share one program.
+
+Axes: N samples or nodes, D dimensions, P features, H hidden width.
+
+References:
+    Temper-Then-Tilt, arXiv 2602.10217, the surrogate loss.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from t3jax import optimizer
+
+_HALVINGS = 30
+_NEWTON_STEPS = 12
+_RIDGE = 1.0  # of the whole loss, not of its mean
+_WIDTH, _STEPS, _RATE = 32, 400, 1e-2
+
+
+def bernoulli_kl(exact: Float[Array, " N"], learned: Float[Array, " N"]) -> Float[Array, " N"]:
+    """KL(f* || f̂) of two coins from their logits: the pointwise excess of the log-loss.
+
+    Args:
+        exact: Logits of f*, `[N]`.
+        learned: Logits of f̂, `[N]`.
+
+    Returns:
+        `[N]`, nats, never negative.
+    """
+    heads = jax.nn.sigmoid(exact) * (jax.nn.log_sigmoid(exact) - jax.nn.log_sigmoid(learned))
+    tails = jax.nn.sigmoid(-exact) * (jax.nn.log_sigmoid(-exact) - jax.nn.log_sigmoid(-learned))
+    return jnp.maximum(heads + tails, 0.0)
+
+
+def leak(exact: Float[Array, " N"], log_rate: Float[Array, ""]) -> Float[Array, " N"]:
+    """Logits of f̂ = f* + a (1 - f*): a share a of what is to be forgotten passes as retain.
+
+    Args:
+        exact: Logits of f*, `[N]`.
+        log_rate: log a, a in (0, 1).
+
+    Returns:
+        `[N]`.
+    """
+    passed = jnp.logaddexp(exact, jnp.broadcast_to(log_rate, exact.shape))
+    return passed - jnp.log1p(-jnp.exp(log_rate))
+
+
+def leak_at_risk(
+    exact: Float[Array, " N"], log_mass: Float[Array, " N"], excess_risk: Float[Array, ""]
+) -> Float[Array, ""]:
+    """The rate a at which `leak` has a given excess risk, by bisection.
+
+    Args:
+        exact: Logits of f* at nodes, `[N]`.
+        log_mass: Logarithm of each node's mass under p, `[N]`.
+        excess_risk: ε, nats.
+
+    Returns:
+        log a.
+    """
+
+    def halve(_: Any, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = ends
+        middle = 0.5 * (low + high)
+        risk = jnp.sum(jnp.exp(log_mass) * bernoulli_kl(exact, leak(exact, middle)))
+        return jnp.where(risk < excess_risk, middle, low), jnp.where(
+            risk < excess_risk, high, middle
+        )
+
+    ends = (jnp.float32(-25.0), jnp.float32(-1e-6))
+    return jax.lax.fori_loop(0, _HALVINGS, halve, ends)[0]
+
+
+def quadratic_features(z: Float[Array, "N D"]) -> Float[Array, "N P"]:
+    """1, z and |z|²: the Bayes logit of two Gaussians is linear in them.
+
+    Args:
+        z: Points, `[N, D]`.
+
+    Returns:
+        `[N, D + 2]`, each of size about 1.
+    """
+    size = z.shape[1]
+    square = jnp.sum(z**2, axis=1, keepdims=True) / size
+    return jnp.concatenate([jnp.ones_like(square), z, square], axis=1)
+
+
+def fit_logistic(
+    features: Float[Array, "N P"], labels: Float[Array, " N"], weights: Float[Array, " N"]
+) -> Float[Array, " P"]:
+    """Logistic regression by damped Newton steps, with a ridge of 1/2 |w|².
+
+    Args:
+        features: `[N, P]`.
+        labels: 1 retain, 0 forget, `[N]`.
+        weights: Of the samples, `[N]`; 0 leaves one out.
+
+    Returns:
+        Weights of the features, `[P]`.
+    """
+    ridge = _RIDGE * jnp.eye(features.shape[1])
+
+    def step(_: Any, w: Array) -> Array:
+        prob = jax.nn.sigmoid(features @ w)
+        gradient = features.T @ (weights * (prob - labels)) + _RIDGE * w
+        curvature = features.T @ ((weights * prob * (1.0 - prob))[:, None] * features) + ridge
+        change = jnp.linalg.solve(curvature, gradient)
+        norm = jnp.sqrt(jnp.sum(change**2))
+        return w - change * jnp.minimum(1.0, 5.0 / jnp.maximum(norm, 1e-6))
+
+    return jax.lax.fori_loop(0, _NEWTON_STEPS, step, jnp.zeros(features.shape[1]))
+
+
+def fit_perceptron(
+    key: PRNGKeyArray,
+    z: Float[Array, "N D"],
+    labels: Float[Array, " N"],
+    weights: Float[Array, " N"],
+) -> Any:
+    """A perceptron with one hidden layer of 32, trained on the log-loss by Adam on all samples.
+
+    Args:
+        key: A typed PRNG key.
+        z: Samples, `[N, D]`.
+        labels: 1 retain, 0 forget, `[N]`.
+        weights: Of the samples, `[N]`; 0 leaves one out.
+
+    Returns:
+        Parameters for `perceptron`.
+    """
+    inner, bias, outer = jax.random.split(key, 3)
+    params = {
+        "in": jax.random.normal(inner, (z.shape[1], _WIDTH)) / jnp.sqrt(float(z.shape[1])),
+        "bias": jax.random.normal(bias, (_WIDTH,)),
+        "out": jax.random.normal(outer, (_WIDTH,)) / jnp.sqrt(float(_WIDTH)),
+        "shift": jnp.zeros(()),
+    }
+    adam = optax.adam(_RATE)
+
+    def loss(params: Any) -> Array:
+        losses = optax.sigmoid_binary_cross_entropy(perceptron(params, z), labels)
+        return jnp.sum(weights * losses) / jnp.sum(weights)
+
+    def step(_: Any, state: Any) -> Any:
+        return optimizer.step(adam, state, jax.grad(loss)(state[0]))
+
+    return jax.lax.fori_loop(0, _STEPS, step, (params, adam.init(params)))[0]
+
+
+def perceptron(params: Any, z: Float[Array, "N D"]) -> Float[Array, " N"]:
+    """What a perceptron says.
+
+    Args:
+        params: As `fit_perceptron` makes them.
+        z: Points, `[N, D]`.
+
+    Returns:
+        Logits of "retain", `[N]`.
+    """
+    hidden = jnp.tanh(z @ params["in"] + params["bias"][None])
+    return hidden @ params["out"] + params["shift"]
