@@ -23,7 +23,7 @@ References:
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,8 @@ import scipy.stats
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from t3jax.lora_ml.least_squares import minimize_squares
+
+_DRAWN = 10_000  # samples of a task that are drawn at least, so that one program serves every N
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,57 +119,62 @@ def run(config: LinearConfig, seeds: Sequence[int]) -> Found:
         What they came to; the first axis of each array counts seeds.
     """
     keys = jax.vmap(jax.random.key)(jnp.asarray(np.asarray(seeds), jnp.uint32))
-    return _run(config, keys)
+    counts = [np.inf if n is None else n for n in (config.samples, config.test_samples)]
+    knobs = (*counts, config.noise, config.start, config.test_rank or config.rank)
+    drawn = max([_DRAWN, *(n for n in counts if np.isfinite(n))])
+    shape = (config.width, config.tasks, config.rank, config.steps, int(drawn))
+    return _run(shape, keys, [jnp.float32(knob) for knob in knobs])
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run(config: LinearConfig, keys: Array) -> Found:
-    return jax.vmap(functools.partial(_run_one, config))(keys)
+def _run(shape: tuple[int, ...], keys: Array, knobs: Any) -> Found:
+    return jax.vmap(lambda key: _run_one(shape, key, knobs))(keys)
 
 
-def _run_one(config: LinearConfig, key: PRNGKeyArray) -> Found:
-    d, tasks = config.width, config.tasks
+def _run_one(shape: tuple[int, ...], key: PRNGKeyArray, knobs: Any) -> Found:
+    d, tasks, k, steps, drawn = shape
+    samples, test_samples, noise, deviation, test_rank = knobs
     of_base, of_tasks, of_samples, of_test, of_start = jax.random.split(key, 5)
     square = jax.random.normal(of_base, (d, d), jnp.float32)
     base = (square + square.T) / jnp.float32(2)
-    factors = jax.random.normal(of_tasks, (tasks + 1, d, config.rank), jnp.float32)
-    updates = _products(factors)
-    maps = base + updates
-    sample = functools.partial(draw_task, noise=config.noise)
-    seen = jax.vmap(lambda k, m: sample(k, m, config.samples))(
+    updates = _products(jax.random.normal(of_tasks, (tasks + 1, d, k), jnp.float32))
+    maps = base[None] + updates
+    seen = jax.vmap(lambda key, m: draw_task(key, m, samples, noise, drawn))(
         jax.random.split(of_samples, tasks), maps[:-1]
     )
-    test = sample(of_test, maps[-1], config.test_samples)
-    start = config.start * jax.random.normal(of_start, (tasks, d, config.rank), jnp.float32)
+    test = draw_task(of_test, maps[-1], test_samples, noise, drawn)
+    start = deviation * jax.random.normal(of_start, (tasks, d, k), jnp.float32)
     sr = retrain(seen)
-    lora_ml, found, loss = meta_learn(seen, start, config.steps)
-    test_rank = config.test_rank or config.rank
+    lora_ml, found, loss = meta_learn(seen, start, steps)
     errors = [jnp.sum((adapt(each, test, test_rank) - maps[-1]) ** 2) for each in (sr, lora_ml)]
-    return Found(sr, lora_ml, base, found, updates[:-1], maps[-1], *errors, loss)
+    return Found(sr, lora_ml, base, found, updates[:-1], maps[-1], errors[0], errors[1], loss)
 
 
 def draw_task(
-    key: PRNGKeyArray, task: Float[Array, "d d"], samples: int | None, noise: float
+    key: PRNGKeyArray, task: Float[Array, "d d"], samples: Array, noise: Array, drawn: int
 ) -> Task:
     """Draws samples of a task and keeps what its loss needs.
 
     Args:
         key: Decides them.
         task: The map.
-        samples: N; None means infinitely many.
+        samples: N, traced; infinity means the limit.
         noise: Deviation of the noise.
+        drawn: How many samples are drawn, of which the first N count.
 
     Returns:
         S and the least-squares map.
     """
-    if samples is None:
-        return Task(jnp.eye(len(task), dtype=task.dtype), task)
     of_x, of_noise = jax.random.split(key)
-    x = jax.random.normal(of_x, (samples, len(task)), jnp.float32)
+    count = jnp.minimum(samples, jnp.float32(drawn))
+    counts = (jnp.arange(drawn, dtype=jnp.float32) < count).astype(jnp.float32)
+    x = counts[:, None] * jax.random.normal(of_x, (drawn, len(task)), jnp.float32)
     off = noise * jax.random.normal(of_noise, x.shape, jnp.float32)
-    moment = _dot(x.T, x) / jnp.float32(samples)
-    least = task + jnp.linalg.solve(moment, _dot(x.T, off) / jnp.float32(samples)).T
-    return Task(_power(moment, 0.5), least)
+    moment = _dot(x.T, x) / count
+    least = task + jnp.linalg.solve(moment, _dot(x.T, off) / count).T
+    limit = jnp.isinf(samples)
+    identity = jnp.eye(len(task), dtype=task.dtype)
+    return Task(jnp.where(limit, identity, _root(moment)), jnp.where(limit, task, least))
 
 
 def retrain(tasks: Task) -> Float[Array, "d d"]:
@@ -206,19 +213,21 @@ def meta_learn(
         return _dot(_dot(tasks.least - _products(factors), moments).sum(axis=0), inverse)
 
     def residuals(factors: Array) -> Array:
-        return _dot(base_for(factors) + _products(factors) - tasks.least, tasks.root).reshape(-1)
+        return _dot(base_for(factors)[None] + _products(factors) - tasks.least, tasks.root).reshape(
+            -1
+        )
 
     factors, loss = minimize_squares(residuals, start, steps)
     return base_for(factors), _products(factors), loss
 
 
-def adapt(base: Float[Array, "d d"], task: Task, rank: int) -> Float[Array, "d d"]:
+def adapt(base: Float[Array, "d d"], task: Task, rank: Any) -> Float[Array, "d d"]:
     """The best A + U V^T for a task, of all updates of a rank.
 
     Args:
         base: A.
         task: What to adapt to.
-        rank: Of the update.
+        rank: Of the update; may be traced.
 
     Returns:
         A + U V^T, `[d, d]`.
@@ -227,11 +236,12 @@ def adapt(base: Float[Array, "d d"], task: Task, rank: int) -> Float[Array, "d d
         Multivariate Reduced-Rank Regression, Reinsel and Velu, theorem 2.2.
     """
     left, values, right = jnp.linalg.svd(_dot(task.least - base, task.root))
-    update = _dot(left[:, :rank] * values[None, :rank], right[:rank])
+    kept = jnp.where(jnp.arange(len(values), dtype=jnp.float32) < rank, values, 0)
+    update = _dot(left * kept[None], right)
     return base + _dot(update, jnp.linalg.inv(task.root))
 
 
-def numerical_rank(difference: Float[Array, "*seeds d d"], tolerance: float = 1e-3) -> np.ndarray:
+def numerical_rank(difference: Float[Array, "*seeds d d"], tolerance: float = 1e-4) -> np.ndarray:
     """How many singular values are above a share of the largest, `[...]`."""
     values = np.linalg.svd(np.asarray(difference), compute_uv=False)
     return (values > tolerance * values[..., :1]).sum(axis=-1)
@@ -239,12 +249,12 @@ def numerical_rank(difference: Float[Array, "*seeds d d"], tolerance: float = 1e
 
 def relative_error(found: Float[Array, "S *rest"], true: Float[Array, "S *rest"]) -> np.ndarray:
     """Frobenius norm of the difference over that of the truth, of each seed `[S]`."""
-    found, true = (np.asarray(each).reshape(len(each), -1) for each in (found, true))
-    return np.linalg.norm(found - true, axis=1) / np.linalg.norm(true, axis=1)
+    flat = [np.asarray(each).reshape(len(each), -1) for each in (found, true)]
+    return np.linalg.norm(flat[0] - flat[1], axis=1) / np.linalg.norm(flat[1], axis=1)
 
 
 def slope(
-    x: Sequence[float], errors: Float[np.ndarray, "S X"], level: float = 0.95
+    x: Sequence[int], errors: Float[np.ndarray, "S X"], level: float = 0.95
 ) -> tuple[float, float, float]:
     """Slope of log error against log x: each seed's by least squares, then their mean.
 
@@ -269,10 +279,10 @@ def _products(factors: Array) -> Array:
     return _dot(factors, factors.mT)
 
 
-def _power(matrix: Array, exponent: float) -> Array:
-    """A power of a symmetric positive matrix."""
+def _root(matrix: Array) -> Array:
+    """The root of a symmetric positive matrix."""
     values, vectors = jnp.linalg.eigh(matrix)
-    return _dot(vectors * values[None] ** jnp.float32(exponent), vectors.T)
+    return _dot(vectors * jnp.sqrt(values)[None], vectors.T)
 
 
 def _dot(a: Array, b: Array) -> Array:
