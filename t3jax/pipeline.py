@@ -6,6 +6,7 @@ is no mathematics.
 """
 
 import dataclasses
+import itertools
 import json
 import pathlib
 from collections.abc import Sequence
@@ -96,6 +97,7 @@ def finetune_config(config: Any) -> FinetuneConfig:
         lora_layers=tuple(config.lora_layers),
         dtype=config.dtype or default_dtype(),
         minnorm=from_config(MinNormConfig, config, "minnorm_") if config.minnorm_share else None,
+        tasks=len(config.finetune_data) if config.meta else None,
     )
 
 
@@ -127,7 +129,7 @@ def finetune_once(config: Any, mesh: Mesh) -> pathlib.Path:
         },
     }
     # What is trained is float32; weights that LoRA leaves alone need not be.
-    lm = load_lm(config.model, recipe.dtype if recipe.lora_rank else "float32", mesh)
+    lm = load_lm(config.model, recipe.dtype if recipe.freezes_weights else "float32", mesh)
     made_by["model"] = model_digest(lm)
     record = workdir / "model" / "finetuning.json"
     made_by = json.loads(json.dumps(made_by))  # as it is read back
@@ -144,10 +146,11 @@ def finetune_once(config: Any, mesh: Mesh) -> pathlib.Path:
         except ValueError as error:  # the merged model is written all the same
             print(f"no adapter is written: {error}")
 
+    tasks = [encode(config, lm, source) for source in config.finetune_data]
     params = finetune(
         lm_config,
         lm.params,
-        [row for source in config.finetune_data for row in encode(config, lm, source)],
+        tasks if recipe.tasks else list(itertools.chain(*tasks)),
         recipe,
         validation=[
             row for source in config.finetune_validation for row in encode(config, lm, source)

@@ -202,7 +202,7 @@ def fine_tuning(job: Job) -> Stage:
     recipe = job.finetuning
     assert recipe is not None
     trained, optimizer = abstract.finetuning_programs(job).abstract_state
-    begun = job if recipe.lora_rank else dataclasses.replace(job, dtype=jnp.float32)
+    begun = job if recipe.freezes_weights else dataclasses.replace(job, dtype=jnp.float32)
     copy = shard_bytes(trained) // 2 if recipe.dtype == "bfloat16" else 0
     # The gradient is split as the weights are, which the program of one device does not know.
     known = abstract.on_one_device(job, job.config.num_layers)
