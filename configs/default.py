@@ -95,6 +95,9 @@ def get_config() -> ml_collections.ConfigDict:
     # Training.
     config.workdir = placeholder(str)  # checkpoints, metrics and the head
     config.seeds = (1,)
+    # A head folder whose weights training starts at, such as a meta-learned one
+    # (docs/lora_ml.md); None: PyTorch's start.
+    config.init = placeholder(str)
     # "distillation" trains the served distribution to be the base model's under made-up names;
     # "classifier" is the paper's loss. configs/paper.py is the whole published recipe.
     config.loss = "distillation"

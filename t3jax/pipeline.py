@@ -24,13 +24,13 @@ from t3jax.evaluation.scoring import Setting, settings_grid
 from t3jax.evaluation.store import Store
 from t3jax.finetuning import FinetuneConfig, finetune
 from t3jax.head import HeadConfig, class_prior_shift
-from t3jax.head_io import Head
+from t3jax.head_io import Head, load_head
 from t3jax.lm import LM, default_dtype, load_config, load_lm, save_hf
 from t3jax.lm.adapter import save_adapter
 from t3jax.lm.decoder import Lora
 from t3jax.minnorm import MinNormConfig
 from t3jax.settings import from_config
-from t3jax.training import TrainConfig
+from t3jax.training import TrainConfig, check_start
 from t3jax.training_sets import SyntheticOptions, TrainingSets, make_training_sets
 
 
@@ -233,6 +233,30 @@ def training_sets(config: Any, lm: LM) -> TrainingSets:
 def head_config(config: Any, lm: LM) -> HeadConfig:
     """The head that a config describes, for a model."""
     return from_config(HeadConfig, config, hidden_size=lm.hidden_size, vocab_size=lm.vocab_size)
+
+
+def start_head(config: Any, shape: HeadConfig) -> Head | None:
+    """The head in a config's `init`, at which training starts.
+
+    Args:
+        config: The settings.
+        shape: The shape of the heads that are trained.
+
+    Returns:
+        The head; None where the field is unset.
+
+    Raises:
+        FileNotFoundError: If there is no head.
+        ValueError: If it is damaged, or of another shape or kind than the config's.
+    """
+    if config.init is None:
+        return None
+    head = load_head(config.init)
+    try:
+        check_start(head.config, shape)
+    except ValueError as error:
+        raise ValueError(f"config.init = {config.init!r}: {error}") from error
+    return head
 
 
 def train_config(config: Any) -> TrainConfig:
