@@ -86,10 +86,10 @@ def show_shallow(full: bool) -> None:
     print("\nshallow network: LoRA-ML's training loss (noise .01), error of SR, of LoRA-ML")
     cases = [ShallowConfig(width=5)]
     if full:
-        plain = ShallowConfig(starts=5)
-        cases = [dataclasses.replace(plain, width=d) for d in (5, 10, 20)]
-        cases += [dataclasses.replace(plain, tasks=t) for t in (2, 5, 10)]
+        plain = ShallowConfig()
+        cases = [dataclasses.replace(plain, tasks=t) for t in (2, 3, 5, 10)]
         cases += [dataclasses.replace(plain, tasks=2, test_rank=3)]
+        cases += [dataclasses.replace(plain, width=d) for d in (5, 20)]
     for config in cases:
         found = shallow.run(config, range(10 if full else 3))
         name = f"d = {config.width}, T = {config.tasks}, test rank {config.test_rank or 1}"

@@ -17,7 +17,7 @@ from t3jax import make_mesh, pipeline
 from t3jax.finetuning import Trainer, finetune, merge_lora
 
 META = dataclasses.replace(RECIPE, lora_rank=4, lora_layers=("q", "down"), tasks=2)
-TASKS = [examples(16, seed=1), examples(5, seed=2)]
+TASKS = [examples(16, seed=1), examples(8, seed=2)]
 
 
 def run(folder=None, recipe=META, tasks=TASKS):
@@ -34,7 +34,7 @@ def test_the_loss_of_a_step_is_the_mean_over_the_base_with_each_adapter():
     trainer = make_trainer()
     plain = make_trainer(dataclasses.replace(RECIPE, lora_rank=0))
     state = trainer.init()
-    rows = [each[:5] for each in TASKS]
+    rows = [each[:8] for each in TASKS]
     for _ in range(3):
         merged = [
             merge_lora(state[0]["base"], state[0]["adapters"][task], META.lora_scale)
@@ -56,7 +56,7 @@ def test_the_loss_of_a_step_is_the_mean_over_the_base_with_each_adapter():
 
 def test_the_gradient_of_the_base_is_the_mean_over_tasks():
     """Adapters of product 0 change nothing; clipping, by the norm of all gradients, is far away."""
-    rows = examples(4, seed=5)
+    rows = examples(8, seed=5)
     joint = make_trainer(dataclasses.replace(META, clip_norm=1e3))
     alone = make_trainer(dataclasses.replace(RECIPE, clip_norm=1e3))
     found, _, _ = joint.step(joint.init(), rows, rows)
@@ -79,13 +79,13 @@ def test_an_interrupted_joint_run_ends_with_the_same_bits(tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "stopped")
     chex.assert_trees_all_equal(run(tmp_path / "stopped"), expected)
-    assert calls == [[8, 5]] * 3 + [[8, 5]] + [[8, 5]] * 2  # the smaller task begins anew
+    assert calls == [[8, 8]] * 6  # the smaller task begins anew in each step
     assert set(expected) == set(tiny.make_params(CONFIG))  # no adapter is left
     with pytest.raises(ValueError, match=r"\.lora_rank: 4 there, 2 asked for"):
         run(tmp_path / "whole", dataclasses.replace(META, lora_rank=2))
 
 
-def test_a_config_asks_for_it_and_gets_a_folder(tmp_path, monkeypatch):
+def test_a_config_asks_for_it(tmp_path, monkeypatch):
     write_model(tmp_path / "base")
     for name, count in (("a", 2), ("b", 3)):
         rows = [{"question": f"Who is {name}?", "answer": f"{name} is {name}."}] * count
@@ -98,16 +98,15 @@ def test_a_config_asks_for_it_and_gets_a_folder(tmp_path, monkeypatch):
         pipeline.finetune_config(config)
     config.lora_rank = 2
 
-    def fake(lm_config, params, tasks, recipe, **options):
+    def asked(lm_config, params, tasks, recipe, **options):
         assert [len(each) for each in tasks] == [2, 3]
         assert recipe.tasks == 2
         assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-        return params
+        raise InterruptedError("as asked")
 
-    monkeypatch.setattr(pipeline, "finetune", fake)
-    folder = pipeline.finetune_once(config, make_mesh(devices=jax.devices()[:1]))
-    assert (folder / "model.safetensors").is_file()
-    assert not (folder.parent / "adapter").exists()
+    monkeypatch.setattr(pipeline, "finetune", asked)
+    with pytest.raises(InterruptedError, match="as asked"):
+        pipeline.finetune_once(config, make_mesh(devices=jax.devices()[:1]))
 
 
 def test_what_cannot_be_is_refused():
