@@ -134,15 +134,16 @@ def _run(shape: tuple[int, ...], keys: Array, knobs: Any) -> Found:
 def _run_one(shape: tuple[int, ...], key: PRNGKeyArray, knobs: Any) -> Found:
     d, tasks, k, steps, drawn = shape
     samples, test_samples, noise, deviation, test_rank = knobs
-    of_base, of_tasks, of_samples, of_test, of_start = jax.random.split(key, 5)
+    of_base, of_tasks, of_samples, of_start = jax.random.split(key, 4)
     square = jax.random.normal(of_base, (d, d), jnp.float32)
     base = (square + square.T) / jnp.float32(2)
     updates = _products(jax.random.normal(of_tasks, (tasks + 1, d, k), jnp.float32))
     maps = base[None] + updates
-    seen = jax.vmap(lambda key, m: draw_task(key, m, samples, noise, drawn))(
-        jax.random.split(of_samples, tasks), maps[:-1]
+    counts = jnp.where(jnp.arange(tasks + 1) < tasks, samples, test_samples)
+    every = jax.vmap(lambda key, m, count: draw_task(key, m, count, noise, drawn))(
+        jax.random.split(of_samples, tasks + 1), maps, counts
     )
-    test = draw_task(of_test, maps[-1], test_samples, noise, drawn)
+    seen, test = (jax.tree.map(lambda x, at=at: x[at], every) for at in (slice(tasks), -1))
     start = deviation * jax.random.normal(of_start, (tasks, d, k), jnp.float32)
     sr = retrain(seen)
     lora_ml, found, loss = meta_learn(seen, start, steps)
@@ -165,15 +166,15 @@ def draw_task(
     Returns:
         S and the least-squares map.
     """
-    of_x, of_noise = jax.random.split(key)
+    d = len(task)
     count = jnp.minimum(samples, jnp.float32(drawn))
     counts = (jnp.arange(drawn, dtype=jnp.float32) < count).astype(jnp.float32)
-    x = counts[:, None] * jax.random.normal(of_x, (drawn, len(task)), jnp.float32)
-    off = noise * jax.random.normal(of_noise, x.shape, jnp.float32)
+    normal = jax.random.normal(key, (drawn, 2 * d), jnp.float32)  # in one: quicker to compile
+    x, off = counts[:, None] * normal[:, :d], noise * normal[:, d:]
     moment = _dot(x.T, x) / count
     least = task + jnp.linalg.solve(moment, _dot(x.T, off) / count).T
     limit = jnp.isinf(samples)
-    identity = jnp.eye(len(task), dtype=task.dtype)
+    identity = jnp.eye(d, dtype=task.dtype)
     return Task(jnp.where(limit, identity, _root(moment)), jnp.where(limit, task, least))
 
 
