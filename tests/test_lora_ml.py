@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from examples import lora_ml as example
 from t3jax.lora_ml import linear, shallow
 from t3jax.lora_ml.least_squares import minimize_squares
 from t3jax.lora_ml.linear import LinearConfig, Task
@@ -88,6 +89,18 @@ def test_the_adaptation_is_the_best_of_its_rank():
     _, reached = minimize_squares(residuals, (start[0], start[1]), 60)
     loss = float((((best - least) @ task.root) ** 2).sum()) / 2
     np.testing.assert_allclose(loss, reached, rtol=1e-3)
+
+
+def test_the_example_prints_a_line_of_its_table(monkeypatch, capsys):
+    monkeypatch.setattr(example, "SEEDS", SEEDS)
+    errors = example.line(LinearConfig(width=7, steps=40), "d = 7")
+    assert errors.shape == (len(SEEDS),)
+    name, sr, _, _, ml, *_ = capsys.readouterr().out.strip().rsplit(maxsplit=6)
+    assert name == "d = 7"
+    assert float(ml) < 1e-3 < float(sr)
+    assert example.spread(np.array([3.0, 1.0, 2.0])) == "2 (1, 3)"
+    falling = [np.array([1.0, 2.0]) / n for n in example.COUNTS]
+    assert example.interval(falling) == "-1.00 (-1.00, -1.00)"
 
 
 def test_a_setting_that_determines_nothing_is_refused():

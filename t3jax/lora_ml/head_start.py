@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tqdm
 
 import t3jax
 from t3jax import cli, pipeline, preflight
@@ -60,7 +61,10 @@ class MetaConfig:
 
 
 def meta_learn_head(
-    retain: Features, head_config: HeadConfig, config: MetaConfig | None = None
+    retain: Features,
+    head_config: HeadConfig,
+    config: MetaConfig | None = None,
+    progress: bool = False,
 ) -> HeadParams:
     """Meta-learns a start on requests that are simulated with retain rows.
 
@@ -68,6 +72,7 @@ def meta_learn_head(
         retain: Features of the retain rows; groups stand together.
         head_config: Shape of the head.
         config: The settings; None means the defaults.
+        progress: Whether to show a progress bar.
 
     Returns:
         The parameters of a head, `HeadParams`.
@@ -89,7 +94,7 @@ def meta_learn_head(
     pooled, targets = jnp.asarray(retain.pooled), jnp.asarray(retain.targets)
     params = init_head(jax.random.key(config.seed), head_config)
     rng = np.random.default_rng(config.seed)
-    for request in range(config.requests):
+    for request in tqdm.trange(config.requests, desc="requests", disable=not progress):
         chosen = rng.choice(count, config.groups, replace=False)
         forget = np.concatenate([members[group] for group in chosen])
         others = np.flatnonzero(~np.isin(group_of, chosen))
@@ -155,7 +160,7 @@ def main(config: Any) -> None:
         )
         shape = pipeline.head_config(config, lm)
         settings = MetaConfig(group=config.selection_group)
-        params = meta_learn_head(retain, shape, settings)
+        params = meta_learn_head(retain, shape, settings, progress=True)
         record = {"meta_learning": dataclasses.asdict(settings)}
         save_head(folder, Head(shape, params, 1.0, 1.0, config.model, record=record))
     print(f"{folder}: give it to train_classifier.py as --config.init={folder}")
