@@ -12,6 +12,7 @@ With a retain model (`retain_model` or `retain_log`) all heads are scored at `ev
 made-up-name level, see `t3jax.evaluation.calibration`, and `selection.json` goes to `workdir`.
 """
 
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -44,7 +45,9 @@ def main(config: Any) -> None:
         choose = _choose_by_retain_model
     mesh = t3jax.make_mesh(config.mesh)
     shape = preflight.shape_of(config, mesh)
-    pipeline.head_config(config, shape)
+    for rank in config.sweep_ranks or (config.rank,):
+        head_config = dataclasses.replace(pipeline.head_config(config, shape), rank=rank)
+        pipeline.start_head(config, head_config)
     pipeline.train_config(config)
     preflight.check_sources(config, "forget", "retain")
     files.check_writable(pathlib.Path(config.feature_store))

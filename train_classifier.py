@@ -35,7 +35,7 @@ def main(config: Any) -> None:
     cli.require(config, *needed)
     mesh = t3jax.make_mesh(config.mesh)
     make_members([pipeline.train_config(config)], config.seeds)
-    pipeline.head_config(config, preflight.shape_of(config, mesh))
+    pipeline.start_head(config, pipeline.head_config(config, preflight.shape_of(config, mesh)))
     preflight.check_sources(config, "forget", "retain")
     files.check_writable(pathlib.Path(config.feature_store))
     with preflight.outputs(config.workdir):
@@ -54,10 +54,12 @@ def _train(config: Any, mesh: Mesh) -> None:
             "the forget questions hold no name: in their counterfactuals an open question takes "
             "their place; if there are names, give --config.names=\"('NAME',)\""
         )
+    head_config = pipeline.head_config(config, lm)
     heads = t3jax.train_heads(
         retain=sets.retain,
         forget=sets.forget,
-        head_config=pipeline.head_config(config, lm),
+        head_config=head_config,
+        init=pipeline.start_head(config, head_config),
         train_config=pipeline.train_config(config),
         seeds=config.seeds,
         workdir=config.workdir,

@@ -55,6 +55,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.minnorm_every = 1  # epochs from one projection to the next
     config.minnorm_last_epochs = 2  # epochs at the end without one
     config.minnorm_n_pert = 50  # gradients of a projection
+    # "joint": LoRA-ML (docs/lora_ml.md). Each source of `finetune_data` is a task with an adapter
+    # of `lora_rank` of its own beside all weights, which are written without it; None: no tasks.
+    config.meta = placeholder(str)
     config.lora_rank = 0  # 0: all weights are trained
     config.lora_alpha = 16.0
     config.lora_layers = ("q", "k", "v", "o", "gate", "up", "down")
@@ -92,6 +95,9 @@ def get_config() -> ml_collections.ConfigDict:
     # Training.
     config.workdir = placeholder(str)  # checkpoints, metrics and the head
     config.seeds = (1,)
+    # A head folder whose weights training starts at, such as a meta-learned one
+    # (docs/lora_ml.md); None: PyTorch's start.
+    config.init = placeholder(str)
     # "distillation" trains the served distribution to be the base model's under made-up names;
     # "classifier" is the paper's loss. configs/paper.py is the whole published recipe.
     config.loss = "distillation"

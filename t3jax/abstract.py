@@ -223,8 +223,10 @@ def gradient(job: Job) -> Step:
         labels=_Abstract(scored, jnp.int32),
         weights=_Abstract(scored, jnp.float32),
     )
-    trained, _ = programs.abstract_state
-    frozen = abstract_lm(job.config, recipe.dtype, job.mesh).params if recipe.lora_rank else {}
+    trained = finetuning_trainer.of_task(programs.abstract_state[0], 0, recipe)
+    frozen = {}
+    if recipe.freezes_weights:
+        frozen = abstract_lm(job.config, recipe.dtype, job.mesh).params
     batch = jax.tree.map(functools.partial(_after, 1, job.mesh), batch)
     return Step(programs.gradient, (trained, frozen, batch))
 

@@ -6,6 +6,7 @@ is no mathematics.
 """
 
 import dataclasses
+import itertools
 import json
 import pathlib
 from collections.abc import Sequence
@@ -23,13 +24,13 @@ from t3jax.evaluation.scoring import Setting, settings_grid
 from t3jax.evaluation.store import Store
 from t3jax.finetuning import FinetuneConfig, finetune
 from t3jax.head import HeadConfig, class_prior_shift
-from t3jax.head_io import Head
+from t3jax.head_io import Head, load_head
 from t3jax.lm import LM, default_dtype, load_config, load_lm, save_hf
 from t3jax.lm.adapter import save_adapter
 from t3jax.lm.decoder import Lora
 from t3jax.minnorm import MinNormConfig
 from t3jax.settings import from_config
-from t3jax.training import TrainConfig
+from t3jax.training import TrainConfig, check_start
 from t3jax.training_sets import SyntheticOptions, TrainingSets, make_training_sets
 
 
@@ -96,6 +97,7 @@ def finetune_config(config: Any) -> FinetuneConfig:
         lora_layers=tuple(config.lora_layers),
         dtype=config.dtype or default_dtype(),
         minnorm=from_config(MinNormConfig, config, "minnorm_") if config.minnorm_share else None,
+        tasks=len(config.finetune_data) if config.meta else None,
     )
 
 
@@ -127,7 +129,7 @@ def finetune_once(config: Any, mesh: Mesh) -> pathlib.Path:
         },
     }
     # What is trained is float32; weights that LoRA leaves alone need not be.
-    lm = load_lm(config.model, recipe.dtype if recipe.lora_rank else "float32", mesh)
+    lm = load_lm(config.model, recipe.dtype if recipe.freezes_weights else "float32", mesh)
     made_by["model"] = model_digest(lm)
     record = workdir / "model" / "finetuning.json"
     made_by = json.loads(json.dumps(made_by))  # as it is read back
@@ -144,10 +146,11 @@ def finetune_once(config: Any, mesh: Mesh) -> pathlib.Path:
         except ValueError as error:  # the merged model is written all the same
             print(f"no adapter is written: {error}")
 
+    tasks = [encode(config, lm, source) for source in config.finetune_data]
     params = finetune(
         lm_config,
         lm.params,
-        [row for source in config.finetune_data for row in encode(config, lm, source)],
+        tasks if recipe.tasks else list(itertools.chain(*tasks)),
         recipe,
         validation=[
             row for source in config.finetune_validation for row in encode(config, lm, source)
@@ -230,6 +233,30 @@ def training_sets(config: Any, lm: LM) -> TrainingSets:
 def head_config(config: Any, lm: LM) -> HeadConfig:
     """The head that a config describes, for a model."""
     return from_config(HeadConfig, config, hidden_size=lm.hidden_size, vocab_size=lm.vocab_size)
+
+
+def start_head(config: Any, shape: HeadConfig) -> Head | None:
+    """The head in a config's `init`, at which training starts.
+
+    Args:
+        config: The settings.
+        shape: The shape of the heads that are trained.
+
+    Returns:
+        The head; None where the field is unset.
+
+    Raises:
+        FileNotFoundError: If there is no head.
+        ValueError: If it is damaged, or of another shape or kind than the config's.
+    """
+    if config.init is None:
+        return None
+    head = load_head(config.init)
+    try:
+        check_start(head.config, shape)
+    except ValueError as error:
+        raise ValueError(f"config.init = {config.init!r}: {error}") from error
+    return head
 
 
 def train_config(config: Any) -> TrainConfig:

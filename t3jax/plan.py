@@ -202,7 +202,8 @@ def fine_tuning(job: Job) -> Stage:
     recipe = job.finetuning
     assert recipe is not None
     trained, optimizer = abstract.finetuning_programs(job).abstract_state
-    begun = job if recipe.lora_rank else dataclasses.replace(job, dtype=jnp.float32)
+    begun = job if recipe.freezes_weights else dataclasses.replace(job, dtype=jnp.float32)
+    of_tasks = shard_bytes(trained) if recipe.tasks else 0  # the sum over the tasks so far
     copy = shard_bytes(trained) // 2 if recipe.dtype == "bfloat16" else 0
     # The gradient is split as the weights are, which the program of one device does not know.
     known = abstract.on_one_device(job, job.config.num_layers)
@@ -212,7 +213,7 @@ def fine_tuning(job: Job) -> Stage:
             "weights": shard_bytes(_params(begun)),
             "trained": shard_bytes(trained),
             "optimizer state": shard_bytes(optimizer),
-            "gradient": _gradient_bytes(job),
+            "gradient": _gradient_bytes(job) + of_tasks,
             "copy in bfloat16": copy,
         },
         max(0, activations) + gathered_bytes(job),

@@ -107,6 +107,7 @@ FIELDS: Mapping[str, Numbers | Words] = {
     "minnorm_every": _whole(1),
     "minnorm_last_epochs": _whole(0),
     "minnorm_n_pert": _whole(1, 2**12),
+    "meta": Words(("joint",)),
     "lora_rank": _whole(0, 2**16),
     "lora_alpha": Numbers(0, 10**6, above=True),
     "features": Words(FEATURES),

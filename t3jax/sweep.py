@@ -102,10 +102,12 @@ def train_grid(config: Any, lm: LM, sets: TrainingSets, mesh: Mesh) -> Grid:
     heads: list[Head] = []
     for rank in config.sweep_ranks or (config.rank,):
         workdir = pathlib.Path(config.workdir) / f"sweep-rank{rank}"
+        head_config = dataclasses.replace(pipeline.head_config(config, lm), rank=rank)
         heads += train_heads(
             sets.retain,
             sets.forget,
-            head_config=dataclasses.replace(pipeline.head_config(config, lm), rank=rank),
+            head_config=head_config,
+            init=pipeline.start_head(config, head_config),
             train_config=recipes,
             seeds=config.seeds,
             workdir=workdir,

@@ -131,6 +131,20 @@ def test_fine_tuning_keeps_a_layer_s_activations_for_each_layer():
     assert kept["optimizer state"] == pytest.approx(2 * kept["trained"], abs=16)
 
 
+def test_tasks_take_one_more_gradient_and_their_adapters(monkeypatch):
+    monkeypatch.setattr(plan, "temporary_bytes", lambda *_: 0)
+    recipe = FinetuneConfig(batch_size=16)
+    alone, of_tasks = (
+        plan.fine_tuning(job(finetuning=each)).kept
+        for each in (recipe, dataclasses.replace(recipe, lora_rank=2, tasks=3))
+    )
+    step = abstract.gradient(job(finetuning=dataclasses.replace(recipe, lora_rank=2, tasks=3)))
+    assert set(jax.eval_shape(step.function, *step.arguments)[1]) == {"base", "lora"}
+    assert alone["weights"] == of_tasks["weights"]
+    assert alone["trained"] < of_tasks["trained"] < 1.5 * alone["trained"]
+    assert of_tasks["gradient"] == 3 * of_tasks["trained"]  # the sum, of a microbatch, and its sum
+
+
 def test_a_job_of_a_config():
     config = paper.get_config()
     config.model, config.head = "llama-3.1-8b", "a,b"

@@ -13,10 +13,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from t3jax import sharding
+from t3jax.digests import params_digest
 from t3jax.distillation import SoftTargets
 from t3jax.features import Features
 from t3jax.head import HeadConfig, classifier_loss, head_scores, init_head, target_scores
-from t3jax.head_io import load_head
+from t3jax.head_io import Head, load_head
 from t3jax.training import (
     TrainConfig,
     batches,
@@ -80,9 +81,9 @@ def restated_rate(config: TrainConfig, step: int) -> float:
     return config.learning_rate * max(0.0, (total - step) / max(1, total - warmup))
 
 
-def dense_training(head_config: HeadConfig, config: TrainConfig, seed: int):
+def dense_training(head_config: HeadConfig, config: TrainConfig, seed: int, init=None):
     """Plain training with all rows of W2 and scores of all tokens."""
-    params = init_head(jax.random.key(seed), head_config, config.zero_output)
+    params = init or init_head(jax.random.key(seed), head_config, config.zero_output)
     rates = jnp.asarray([restated_rate(config, step) for step in range(1000)], jnp.float32)
     optimizer = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
@@ -124,6 +125,19 @@ def test_equals_dense_training(head_config):
     start = init_head(jax.random.key(7), head_config)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), heads[0].params, start)
     assert min(jax.tree.leaves(moved)) > 0.01
+
+
+def test_training_starts_at_a_given_head(tmp_path):
+    params = init_head(jax.random.key(99), HEAD)
+    init = Head(HEAD, params, 1.0, 1.0, "")
+    (head,) = train_heads(RETAIN, FORGET, HEAD, TRAIN, (7,), init=init, workdir=tmp_path)
+    assert_close(head.params, dense_training(HEAD, TRAIN, 7, params))
+    assert head.record["init"] == params_digest(params)
+    with pytest.raises(ValueError, match=r"init: \w+ there, None asked for"):
+        train_heads(RETAIN, FORGET, HEAD, TRAIN, (7,), workdir=tmp_path)
+    other = dataclasses.replace(HEAD, rank=5, activation="gelu")
+    with pytest.raises(ValueError, match=r"rank 4 where 5 is and activation 'identity' where 'g"):
+        train_heads(RETAIN, FORGET, other, TRAIN, init=init)
 
 
 def test_seeds_trained_together_equal_seeds_trained_alone():

@@ -17,7 +17,7 @@ class FinetuneConfig:
 
     Attributes:
         epochs: Passes over the rows.
-        batch_size: Rows of an optimizer step.
+        batch_size: Rows of an optimizer step; with tasks, of each task.
         microbatches: Parts of a batch whose gradients are computed one after the other and summed:
             less memory, the same step up to rounding.
         learning_rate: AdamW's at its peak.
@@ -39,6 +39,8 @@ class FinetuneConfig:
         checkpoint_every: Steps between checkpoints; the last is always saved.
         minnorm: Unlearn by MinNorm-OG: the rows are what is retained, and what is trained is
             projected before the steps of some epochs; None trains alone.
+        tasks: T of LoRA-ML: all weights are trained, jointly with a LoRA adapter for each of T
+            tasks, and the adapters are dropped at the end; None trains without.
     """
 
     epochs: int = 5
@@ -60,6 +62,7 @@ class FinetuneConfig:
     seed: int = 0
     checkpoint_every: int = 100
     minnorm: MinNormConfig | None = None
+    tasks: int | None = None
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "microbatches", "checkpoint_every"):
@@ -83,8 +86,20 @@ class FinetuneConfig:
                 f"a batch of {self.batch_size} rows cannot be cut into {self.microbatches} "
                 "microbatches; lower microbatches or raise batch_size"
             )
+        if self.tasks is not None and self.tasks < 2:
+            raise ValueError(f"LoRA-ML needs 2 tasks or more, each a source, got {self.tasks}")
+        if self.tasks and (not self.lora_rank or self.minnorm is not None):
+            raise ValueError(
+                "tasks have a LoRA adapter each and know no projection: give a lora_rank of 1 or "
+                f"more and no minnorm, got lora_rank = {self.lora_rank}, minnorm = {self.minnorm}"
+            )
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype {self.dtype!r} is not supported; known: float32, bfloat16")
+
+    @property
+    def freezes_weights(self) -> bool:
+        """Whether LoRA's factors alone are trained."""
+        return self.lora_rank > 0 and not self.tasks
 
     @property
     def lora_scale(self) -> float:

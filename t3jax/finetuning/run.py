@@ -28,7 +28,7 @@ from t3jax.lm.decoder import Lora
 def finetune(
     lm_config: LMConfig,
     params: Params,
-    examples: Sequence[Example],
+    examples: Sequence[Example] | Sequence[Sequence[Example]],
     config: FinetuneConfig | None = None,
     *,
     validation: Sequence[Example] = (),
@@ -48,26 +48,32 @@ def finetune(
     Training all weights takes 16 bytes for each (the weight, two moments, a gradient) beside
     `params` and the activations; LoRA takes that for its factors alone.
 
+    With `config.tasks` (LoRA-ML) the base and an adapter for each task minimise the mean of the
+    tasks' losses jointly, and the base is returned alone: it is made to be adapted. Each step reads
+    a batch of every task; an epoch is one of the task with the most rows, the others begin anew.
+    It takes 4 bytes a weight more, the sum of the tasks' gradients.
+
     Args:
         lm_config: The model's shape.
         params: Its parameter tree; left as it is.
-        examples: Tokenised texts with their answers.
+        examples: Tokenised texts with their answers; with `config.tasks`, those of each task.
         config: The recipe; None means the defaults.
         validation: Texts to report the loss of after every epoch; never trained on.
         workdir: Folder of the run; None writes nothing.
         mesh: Where to train; None means one device.
         progress: Label of a progress bar with loss and remaining time, which leaves a line for each
             epoch; None shows nothing.
-        on_lora: Called in process 0 with LoRA's factors, NumPy arrays, when training has ended.
+        on_lora: Called in process 0 with LoRA's factors, NumPy arrays, when training has ended;
+            not with tasks.
 
     Returns:
         The trained parameter tree, placed on the mesh: float32, or with LoRA merged into `params`
         and of their dtype.
 
     Raises:
-        ValueError: If there are no examples, a text is longer than the model's context or holds a
-            token that it has no embedding of, LoRA names a layer that is not there, or the workdir
-            holds another run.
+        ValueError: If there are no examples, or not of as many tasks as the recipe says, a text is
+            longer than the model's context or holds a token that it has no embedding of, LoRA names
+            a layer that is not there, or the workdir holds another run.
         FloatingPointError: If loss or gradient become infinite or NaN; checkpoints stay as they
             were.
         OSError: If the disk is full; checkpoints stay as they were.
@@ -76,11 +82,15 @@ def finetune(
     config = FinetuneConfig() if config is None else config
     if mesh is None:
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    check_examples(lm_config, examples)
+    tasks: list[Sequence[Example]] = list(examples) if config.tasks else [examples]  # type: ignore[arg-type,list-item]
+    if config.tasks and len(tasks) != config.tasks:
+        raise ValueError(f"expected the texts of {config.tasks} tasks, got those of {len(tasks)}")
+    for each in tasks:
+        check_examples(lm_config, each)
     if validation:
         check_examples(lm_config, validation)
-    lengths = np.array([len(example.tokens) for example in examples])
-    steps_per_epoch = -(-len(examples) // config.batch_size)
+    lengths = [np.array([len(example.tokens) for example in each]) for each in tasks]
+    steps_per_epoch = max(-(-len(each) // config.batch_size) for each in tasks)
     steps = config.epochs * steps_per_epoch
     trainer = Trainer(lm_config, params, config, steps, mesh)
     schedule = learning_rate_schedule(config, steps)
@@ -88,9 +98,15 @@ def finetune(
         "model": dataclasses.asdict(lm_config),
         "weights": params_digest(params),
         "finetuning": dataclasses.asdict(config),
-        "data": examples_digest(examples),
+        "data": [*map(examples_digest, tasks)] if config.tasks else examples_digest(tasks[0]),
         "validation": examples_digest(validation),
     }
+
+    def draw(task: int, step: int) -> list[Example]:
+        """The rows of a task in a step, which counts from 0; a task has epochs of its own."""
+        epoch, place = divmod(step, -(-len(tasks[task]) // config.batch_size))
+        batches = epoch_batches(lengths[task], config.batch_size, config.seed + task, epoch)
+        return [tasks[task][row] for row in batches[place]]
 
     if not hosts.is_lead():
         progress = None
@@ -107,21 +123,20 @@ def finetune(
         for step in range(done + 1, steps + 1):
             start = time.perf_counter()
             epoch, place = divmod(step - 1, steps_per_epoch)
-            rows = epoch_batches(lengths, config.batch_size, config.seed, epoch)[place]
-            batch = [examples[row] for row in rows]
+            batches = [draw(task, step - 1) for task in range(len(tasks))]
             share = 0.0
             if config.minnorm is not None:
                 share = config.minnorm.share_at(step - 1, steps_per_epoch, config.epochs)
             if share:
-                state = trainer.project(state, batch, step, share)
-            state, loss, norm = trainer.step(state, batch)
+                state = trainer.project(state, batches[0], step, share)
+            state, loss, norm = trainer.step(state, *batches)
             line = {
                 "step": step,
                 "epoch": epoch + 1,
                 "loss": float(loss),
                 "gradient_norm": float(norm),
                 "learning_rate": float(schedule(step - 1)),
-                "answer_tokens": sum(example.num_answer_tokens for example in batch),
+                "answer_tokens": sum(each.num_answer_tokens for rows in batches for each in rows),
             }
             if config.minnorm is not None:
                 line["projected_share"] = share
@@ -139,6 +154,8 @@ def finetune(
             if epoch_ends and progress is not None:
                 bar.write(_describe(metrics, config.epochs))
         bar.close()
+    if config.tasks:
+        return state[0]["base"]
     if config.lora_rank:
         if on_lora is not None:
             factors = hosts.fetch(state[0])

@@ -4,6 +4,9 @@ What is trained (all weights, or LoRA's factors) and its moments are float32, an
 mesh as the weights are. They are cast once a step to the dtype of the forward and backward pass;
 gradients are summed in float32.
 
+With tasks (LoRA-ML) what is trained is `{"base": all weights, "adapters": {"0": factors, ...}}`. A
+gradient is taken for one task after the other, of its batch and `{"base": ..., "lora": factors}`.
+
 Axes: M microbatches, B rows of one, T time, S shards, A scored tokens of a shard, D features, V
 vocabulary.
 """
@@ -38,8 +41,9 @@ class Programs(NamedTuple):
         abstract_state: The state as shapes with shardings.
         init: `params -> state`.
         gradient: `(trained, frozen, batch) -> (loss, gradient)`, compiled for each shape of batch.
+        add: `(tree, tree) -> their sum`; the first is donated.
         update: `(state, gradient) -> (state, norm of the gradient)`, compiled once; the state is
-            donated.
+            donated. With tasks the gradient is the sum over them, and divided by their number.
         loss: `(trained, frozen, batch) -> sum of the weighted losses`.
         output: `(trained, frozen, row) -> largest logit` at the place of a row of `choose_outputs`;
             not compiled.
@@ -48,6 +52,7 @@ class Programs(NamedTuple):
     abstract_state: Any
     init: Callable[[Params], Any]
     gradient: Callable[[Any, Params, Batch], tuple[jax.Array, Any]]
+    add: Callable[[Any, Any], Any]
     update: Callable[[Any, Any], tuple[Any, jax.Array]]
     loss: Callable[[Any, Params, Batch], jax.Array]
     output: Callable[[Any, Params, Any], jax.Array]
@@ -62,21 +67,33 @@ def compile_programs(
     dtype = jnp.dtype(config.dtype)
 
     def init(params: Params) -> Any:
-        if config.lora_rank:
-            key = jax.random.key(config.seed)
-            trained = init_lora(params, config.lora_rank, config.lora_layers, key)
+        key = jax.random.key(config.seed)
+        draw = functools.partial(init_lora, params, config.lora_rank, config.lora_layers)
+        trained: Any
+        if config.freezes_weights:
+            trained = draw(key)
         else:
             trained = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+        if config.tasks:
+            keys = jax.random.split(key, config.tasks)
+            trained = {"base": trained, "adapters": {str(t): draw(k) for t, k in enumerate(keys)}}
         return trained, adamw.init(trained)
+
+    def read(working: Any, frozen: Params) -> tuple[Params, Any]:
+        """The weights, and what LoRA adds to them."""
+        if config.tasks:  # held-out texts are read without an adapter
+            lora = working.get("lora")
+            return working["base"], lora and scale_lora(lora, config.lora_scale)
+        if config.lora_rank:
+            return frozen, scale_lora(working, config.lora_scale)
+        return working, None
 
     def cast(trained: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf.astype(dtype), trained)
 
     def loss_sum(trained: Any, frozen: Params, part: Batch) -> jax.Array:
         """Of one microbatch; the arrays of `part` lack their first axis."""
-        params, lora = trained, None
-        if config.lora_rank:
-            params, lora = frozen, scale_lora(trained, config.lora_scale)
+        params, lora = read(trained, frozen)
         hidden, _ = decoder.apply(
             lm_config, params, part.tokens, lora=lora, remat=config.remat, mesh=mesh
         )
@@ -89,9 +106,7 @@ def compile_programs(
         return jnp.sum(losses * part.weights)
 
     def output(trained: Any, frozen: Params, row: Any) -> jax.Array:
-        params, lora = cast(trained), None
-        if config.lora_rank:
-            params, lora = frozen, scale_lora(params, config.lora_scale)
+        params, lora = read(cast(trained), frozen)
         hidden, _ = decoder.apply(lm_config, params, row["tokens"][None], lora=lora)
         return jnp.max(decoder.unembed(lm_config, params, hidden[:, row["place"]]))
 
@@ -107,7 +122,12 @@ def compile_programs(
         share = 1 / jnp.sum(batch.weights)
         return jax.tree.map(lambda x: x * share, total)
 
+    def add(a: Any, b: Any) -> Any:
+        return jax.tree.map(jnp.add, a, b)
+
     def update(state: Any, grads: Any) -> tuple[Any, jax.Array]:
+        if config.tasks:
+            grads = jax.tree.map(lambda x: x / config.tasks, grads)
         return optimizer.step(adamw, state, grads), optax.tree.norm(grads)
 
     def loss(trained: Any, frozen: Params, batch: Batch) -> jax.Array:
@@ -125,13 +145,21 @@ def compile_programs(
         init=jax.jit(init, out_shardings=placed_state),
         gradient=jax.jit(
             gradient,
-            out_shardings=(whole, placed),
+            out_shardings=(whole, of_task(placed, 0, config)),
             compiler_options=optimizer.reproducible(),
         ),
+        add=jax.jit(add, donate_argnums=0),
         update=jax.jit(update, donate_argnums=0, out_shardings=(placed_state, whole)),
         loss=jax.jit(loss, out_shardings=whole),
         output=output,
     )
+
+
+def of_task(trained: Any, task: int, config: FinetuneConfig) -> Any:
+    """What the gradient of a task is of; without tasks, all that is trained."""
+    if not config.tasks:
+        return trained
+    return {"base": trained["base"], "lora": trained["adapters"][str(task)]}
 
 
 class Trainer:
@@ -157,7 +185,7 @@ class Trainer:
         self._longest = lm_config.max_position
         self._params = params
         self._frozen = {}
-        if config.lora_rank:
+        if config.freezes_weights:
             cast = jax.tree.map(lambda leaf: leaf.astype(config.dtype), params)
             self._frozen = hosts.place(cast, sharding.param_shardings(mesh, cast))
         self.abstract_state = self._programs.abstract_state
@@ -166,22 +194,38 @@ class Trainer:
         """The training state before the first step."""
         return self._programs.init(self._params)
 
-    def step(self, state: Any, examples: Sequence[Example]) -> tuple[Any, jax.Array, jax.Array]:
+    def step(
+        self, state: Any, *examples: Sequence[Example]
+    ) -> tuple[Any, jax.Array | float, jax.Array]:
         """One optimizer step.
 
         Args:
             state: The training state; donated, so that it cannot be used again.
-            examples: At most `batch_size` tokenised texts.
+            *examples: At most `batch_size` tokenised texts; with tasks, as many of each task.
 
         Returns:
-            The state after it, the loss before it (nats a token, weighted), and the norm of its
-            gradient.
+            The state after it, the loss before it (nats a token, weighted; with tasks their mean),
+            and the norm of its gradient.
         """
-        batch = self._place(self._arrays(examples, self._config.prompt_weight))
+        weight = self._config.prompt_weight
+        batches = [self._place(self._arrays(each, weight)) for each in examples]
+        programs = self._programs
+        if not self._config.tasks:
+            (batch,) = batches
+            with jax.transfer_guard("disallow"):
+                loss, grads = programs.gradient(state[0], self._frozen, batch)
+                state, norm = programs.update(state, grads)
+            return state, loss, norm
+        base, adapters, losses = None, {}, []
         with jax.transfer_guard("disallow"):
-            loss, grads = self._programs.gradient(state[0], self._frozen, batch)
-            state, norm = self._programs.update(state, grads)
-        return state, loss, norm
+            for task, batch in enumerate(batches):
+                own = of_task(state[0], task, self._config)
+                loss, grads = programs.gradient(own, self._frozen, batch)
+                base = grads["base"] if base is None else programs.add(base, grads["base"])
+                adapters[str(task)] = grads["lora"]
+                losses.append(loss)
+            state, norm = programs.update(state, {"base": base, "adapters": adapters})
+        return state, float(np.mean([float(loss) for loss in losses])), norm
 
     def project(self, state: Any, examples: Sequence[Example], step: int, share: float) -> Any:
         """Takes away a share of what the predictions of a batch do not need (MinNorm-OG).
@@ -208,13 +252,15 @@ class Trainer:
         """Mean cross-entropy of answer tokens, nats, over any number of texts.
 
         Args:
-            trained: The first half of a training state.
+            trained: The first half of a training state; of tasks, its base is read alone.
             examples: Tokenised texts.
 
         Returns:
             The mean over the answer tokens of all of them.
         """
         size, total, count = self._config.batch_size, 0.0, 0.0
+        if self._config.tasks:
+            trained = {"base": trained["base"]}
         ordered = sorted(examples, key=lambda example: len(example.tokens))
         for start in range(0, len(ordered), size):
             batch = self._arrays(ordered[start : start + size], prompt_weight=0.0)

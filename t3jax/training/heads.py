@@ -36,6 +36,7 @@ def train_heads(
     *,
     workdir: str | pathlib.Path | None = None,
     mesh: Mesh | None = None,
+    init: Head | None = None,
     model: str = "",
     base_temperature: float = 2.5,
     guidance_scale: float = 1.0,
@@ -61,6 +62,8 @@ def train_heads(
         seeds: A seed decides the first weights and the batches of its head.
         workdir: Folder of the run; None writes nothing.
         mesh: Where to train; None means one device.
+        init: A head whose weights every seed begins with, such as a meta-learned one; None means
+            PyTorch's start, drawn by the seed.
         model: Folder or hub id of the base model, kept in the head.
         base_temperature: T, kept in the head.
         guidance_scale: s, kept in the head.
@@ -72,7 +75,7 @@ def train_heads(
 
     Raises:
         ValueError: If a set is empty, sets and head do not fit each other, recipes differ in more,
-            or the workdir holds another run.
+            `init` is of another shape or kind, or the workdir holds another run.
         FloatingPointError: If loss or weights become infinite or NaN; heads and checkpoints stay as
             they were.
         OSError: If the disk is full; heads and checkpoints stay as they were.
@@ -93,9 +96,12 @@ def train_heads(
                 f"features of the retain set are {features.pooled.dtype}, those of the forget set "
                 f"{forget.pooled.dtype}; compute both with one dtype"
             )
+    if init is not None:
+        check_start(init.config, head_config)
     data = Data.build(sources, forget, head_config, config, mesh)
     planner = Planner(data, members, mesh)
-    trainer = Trainer(data, head_config, members, planner.steps, mesh)
+    first = None if init is None else init.params
+    trainer = Trainer(data, head_config, members, planner.steps, mesh, first)
     settings = {
         "head": dataclasses.asdict(head_config),
         "training": _common(configs),
@@ -104,6 +110,8 @@ def train_heads(
             "retain": _digest(sources[0]) if len(sources) == 1 else [*map(_digest, sources)],
             "forget": _digest(forget),
         },
+        # None leaves runs that know no start as they are.
+        "init": None if init is None else params_digest(init.params),
     }
     best = _Best(members, config.patience, workdir)
 
@@ -169,6 +177,7 @@ def train_heads(
                 "forget": forget.num_sequences,
             },
             "features": settings["features"],
+            **({"init": settings["init"]} if init is not None else {}),
             "final": {
                 name: value for name, value in final.items() if name not in ("head", "seconds")
             },
@@ -192,6 +201,28 @@ def train_heads(
         for head, member in zip(heads, members, strict=True):
             save_head(pathlib.Path(workdir) / member.name, head)
     return heads
+
+
+def check_start(found: HeadConfig, expected: HeadConfig) -> None:
+    """Checks that a head can begin with the weights of another.
+
+    Args:
+        found: The shape of the head that it begins with.
+        expected: Its own.
+
+    Raises:
+        ValueError: If a field differs; names each.
+    """
+    different = [
+        f"{field.name} {getattr(found, field.name)!r} where {getattr(expected, field.name)!r} is"
+        for field in dataclasses.fields(HeadConfig)
+        if getattr(found, field.name) != getattr(expected, field.name)
+    ]
+    if different:
+        raise ValueError(
+            f"the head to start at has {' and '.join(different)} asked for; give a head of the "
+            "same shape and kind, made on the same base model"
+        )
 
 
 def _common(configs: Sequence[TrainConfig]) -> dict[str, Any]:

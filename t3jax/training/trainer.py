@@ -154,8 +154,10 @@ class Trainer:
         members: Sequence[Member],
         steps: int,
         mesh: Mesh,
+        start: HeadParams | None = None,
     ):
         """Compiles nothing yet; `members` are those of `make_members`, in its order."""
+        self._start = start
         self._data, self._head_config, self._members = data, head_config, members
         self._steps = steps
         trained = dataclasses.replace(head_config, vocab_size=len(data.vocabulary))
@@ -215,7 +217,9 @@ class Trainer:
         return {**params, "output": output}
 
     def _draw(self, seed: int) -> HeadParams:
-        """The whole head of a seed before the first step, on the host."""
+        """The whole head of a seed before the first step, on the host; its leaves are copies."""
+        if self._start is not None:
+            return jax.tree.map(np.array, hosts.fetch(self._start))
         key = jax.random.key(seed)
         zero_output = self._members[0].config.zero_output
         return jax.device_get(_init_head(key, config=self._head_config, zero_output=zero_output))

@@ -1,0 +1,62 @@
+"""Least squares by Levenberg and Marquardt's method, for the small problems of this folder.
+
+It reaches the optimum in tens of steps where plain gradient steps take thousands; the objective is
+the same. It is a pure function that `jax.vmap` runs over seeds. There is no stopping rule: the
+number of steps is given.
+
+Axes: P parameters, M residuals.
+
+References:
+    An Algorithm for Least-Squares Estimation of Nonlinear Parameters, Marquardt 1963.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+_DAMPING = (1e-9, 1e9)
+
+
+def minimize_squares(
+    residuals: Callable[[Any], Float[Array, "M"]], start: Any, steps: int
+) -> tuple[Any, Float[Array, ""]]:
+    """Minimises half the sum of squared residuals.
+
+    A step that does not lower the sum is not taken; the damping then grows.
+
+    Args:
+        residuals: Of parameters to residuals; differentiable.
+        start: A tree of float32 parameters.
+        steps: How many steps are tried.
+
+    Returns:
+        The parameters, and half the sum at them.
+    """
+    flat, unravel = jax.flatten_util.ravel_pytree(start)
+
+    def halved(values: Array) -> Array:
+        return jnp.sum(residuals(unravel(values)) ** 2) / 2
+
+    def step(state: tuple, _: None) -> tuple[tuple, None]:
+        values, sum_of_squares, damping = state
+        found = residuals(unravel(values))
+        jacobian = jax.jacfwd(lambda each: residuals(unravel(each)))(values)  # [M, P]
+        normal = jnp.einsum("mp,mq->pq", jacobian, jacobian, precision="highest")
+        gradient = jnp.einsum("mp,m->p", jacobian, found, precision="highest")
+        scale = jnp.mean(jnp.diagonal(normal)) + jnp.float32(1e-12)
+        damped = normal + damping * scale * jnp.eye(len(values), dtype=values.dtype)
+        moved = values - jax.scipy.linalg.solve(damped, gradient, assume_a="pos")
+        there = halved(moved)
+        better = there < sum_of_squares  # NaN is not
+        values = jnp.where(better, moved, values)
+        sum_of_squares = jnp.where(better, there, sum_of_squares)
+        damping = jnp.clip(damping * jnp.where(better, 0.3, 4.0), *_DAMPING)
+        return (values, sum_of_squares, damping), None
+
+    state = flat, halved(flat), jnp.float32(0.1)
+    (values, sum_of_squares, _), _ = jax.lax.scan(step, state, None, steps)
+    return unravel(values), sum_of_squares

@@ -1,0 +1,290 @@
+"""Linear maps: one base fitted to all tasks (SR), or a base with an adapter a task (LoRA-ML).
+
+Task t is y = (A* + U*_t U*_t^T) x + noise with x standard normal. Both methods see T tasks; the
+base that they find is then adapted to one more task from few samples, by a low-rank update.
+
+The squared loss of N samples is, but for a constant,
+
+    |(M - M_t) S_t|^2 / 2,    S_t^2 = the mean of x x^T,    M_t = ordinary least squares,
+
+so that a fit reads d x d numbers a task and no samples. `samples=None` is the limit of infinitely
+many: S_t = 1 and M_t = A* + U*_t U*_t^T.
+
+How each problem is solved, with the objective unchanged: SR in closed form; LoRA-ML with A in
+closed form for given adapters, and the adapters by `minimize_squares`; the adaptation, a regression
+of reduced rank, by one singular value decomposition.
+
+Axes: T tasks, d inputs and outputs, k rank of an adapter, N samples of a task.
+
+References:
+    Provable Meta-Learning with Low-Rank Adaptations, arXiv 2410.22264, sections 2 to 4.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.stats
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from t3jax.lora_ml.least_squares import minimize_squares
+
+_DRAWN = 10_000  # samples of a task that are drawn at least, so that one program serves every N
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearConfig:
+    """One setting of the experiment; the defaults are the published ones.
+
+    Attributes:
+        width: d.
+        tasks: T.
+        rank: k, of the tasks' and of the trained adapters.
+        samples: N, of each task; None means infinitely many.
+        test_samples: n, of the task that is adapted to; None means infinitely many.
+        noise: Deviation of the noise of y.
+        test_rank: Rank of the adapter of that task; 0 means k.
+        start: Deviation of the adapters' first entries.
+        steps: Steps of the joint fit.
+    """
+
+    width: int = 10
+    tasks: int = 3
+    rank: int = 1
+    samples: int | None = 5000
+    test_samples: int | None = 100
+    noise: float = 0.01
+    test_rank: int = 0
+    start: float = 0.1
+    steps: int = 100
+
+    def __post_init__(self):
+        for name in ("width", "tasks", "rank", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("samples", "test_samples"):
+            count = getattr(self, name)
+            if count is not None and count < self.width:
+                raise ValueError(
+                    f"{name} = {count} determines no map of {self.width} inputs; give at least "
+                    f"{self.width}, or None for infinitely many"
+                )
+
+
+class Found(NamedTuple):
+    """What one seed came to.
+
+    Attributes:
+        sr: SR's base, `[d, d]`.
+        lora_ml: LoRA-ML's, `[d, d]`.
+        base: A*, `[d, d]`.
+        updates: U_t U_t^T as found, `[T, d, d]`.
+        true_updates: U*_t U*_t^T, `[T, d, d]`.
+        test_task: A* + U* U*^T of the test task, `[d, d]`.
+        sr_error: Mean of |y - prediction|^2 over x, without the noise, after SR's adaptation.
+        lora_ml_error: After LoRA-ML's.
+        loss: The joint loss at its end, above what noise alone would leave.
+    """
+
+    sr: Array
+    lora_ml: Array
+    base: Array
+    updates: Array
+    true_updates: Array
+    test_task: Array
+    sr_error: Array
+    lora_ml_error: Array
+    loss: Array
+
+
+class Task(NamedTuple):
+    """What a squared loss knows of its samples: S, and the ordinary least-squares map."""
+
+    root: Array
+    least: Array
+
+
+def run(config: LinearConfig, seeds: Sequence[int]) -> Found:
+    """Runs both methods on one random instance for each seed.
+
+    Args:
+        config: The setting.
+        seeds: Each decides an instance, its noise and the first adapters.
+
+    Returns:
+        What they came to; the first axis of each array counts seeds.
+    """
+    keys = jax.vmap(jax.random.key)(jnp.asarray(np.asarray(seeds), jnp.uint32))
+    counts = [np.inf if n is None else n for n in (config.samples, config.test_samples)]
+    knobs = (*counts, config.noise, config.start, config.test_rank or config.rank)
+    drawn = max([_DRAWN, *(n for n in counts if np.isfinite(n))])
+    shape = (config.width, config.tasks, config.rank, config.steps, int(drawn))
+    return _run(shape, keys, [jnp.float32(knob) for knob in knobs])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(shape: tuple[int, ...], keys: Array, knobs: Any) -> Found:
+    return jax.vmap(lambda key: _run_one(shape, key, knobs))(keys)
+
+
+def _run_one(shape: tuple[int, ...], key: PRNGKeyArray, knobs: Any) -> Found:
+    d, tasks, k, steps, drawn = shape
+    samples, test_samples, noise, deviation, test_rank = knobs
+    of_base, of_tasks, of_samples, of_start = jax.random.split(key, 4)
+    square = jax.random.normal(of_base, (d, d), jnp.float32)
+    base = (square + square.T) / jnp.float32(2)
+    updates = _products(jax.random.normal(of_tasks, (tasks + 1, d, k), jnp.float32))
+    maps = base[None] + updates
+    counts = jnp.where(jnp.arange(tasks + 1) < tasks, samples, test_samples)
+    every = jax.vmap(lambda key, m, count: draw_task(key, m, count, noise, drawn))(
+        jax.random.split(of_samples, tasks + 1), maps, counts
+    )
+    seen, test = (jax.tree.map(lambda x, at=at: x[at], every) for at in (slice(tasks), -1))
+    start = deviation * jax.random.normal(of_start, (tasks, d, k), jnp.float32)
+    sr = retrain(seen)
+    lora_ml, found, loss = meta_learn(seen, start, steps)
+    errors = [jnp.sum((adapt(each, test, test_rank) - maps[-1]) ** 2) for each in (sr, lora_ml)]
+    return Found(sr, lora_ml, base, found, updates[:-1], maps[-1], errors[0], errors[1], loss)
+
+
+def draw_task(
+    key: PRNGKeyArray, task: Float[Array, "d d"], samples: Array, noise: Array, drawn: int
+) -> Task:
+    """Draws samples of a task and keeps what its loss needs.
+
+    Args:
+        key: Decides them.
+        task: The map.
+        samples: N, traced; infinity means the limit.
+        noise: Deviation of the noise.
+        drawn: How many samples are drawn, of which the first N count.
+
+    Returns:
+        S and the least-squares map.
+    """
+    d = len(task)
+    count = jnp.minimum(samples, jnp.float32(drawn))
+    counts = (jnp.arange(drawn, dtype=jnp.float32) < count).astype(jnp.float32)
+    normal = jax.random.normal(key, (drawn, 2 * d), jnp.float32)  # in one: quicker to compile
+    x, off = counts[:, None] * normal[:, :d], noise * normal[:, d:]
+    moment = _dot(x.T, x) / count
+    least = task + jnp.linalg.solve(moment, _dot(x.T, off) / count).T
+    limit = jnp.isinf(samples)
+    identity = jnp.eye(d, dtype=task.dtype)
+    return Task(jnp.where(limit, identity, _root(moment)), jnp.where(limit, task, least))
+
+
+def retrain(tasks: Task) -> Float[Array, "d d"]:
+    """SR: the one map with the smallest summed loss.
+
+    Args:
+        tasks: The tasks; a first axis counts them.
+
+    Returns:
+        A, `[d, d]`.
+    """
+    moments = _dot(tasks.root, tasks.root)
+    return _dot(_dot(tasks.least, moments).sum(axis=0), jnp.linalg.inv(moments.sum(axis=0)))
+
+
+def meta_learn(
+    tasks: Task, start: Float[Array, "T d k"], steps: int
+) -> tuple[Float[Array, "d d"], Float[Array, "T d d"], Float[Array, ""]]:
+    """LoRA-ML: min over A and U_t of the sum over tasks of the loss of A + U_t U_t^T.
+
+    Args:
+        tasks: The tasks; a first axis counts them.
+        start: The first U_t.
+        steps: Of `minimize_squares`.
+
+    Returns:
+        A, the updates U_t U_t^T, and the loss: half the sum of squares.
+
+    References:
+        arXiv 2410.22264, the objective of LoRA-ML.
+    """
+    moments = _dot(tasks.root, tasks.root)
+    inverse = jnp.linalg.inv(moments.sum(axis=0))
+
+    def base_for(factors: Array) -> Array:
+        return _dot(_dot(tasks.least - _products(factors), moments).sum(axis=0), inverse)
+
+    def residuals(factors: Array) -> Array:
+        return _dot(base_for(factors)[None] + _products(factors) - tasks.least, tasks.root).reshape(
+            -1
+        )
+
+    factors, loss = minimize_squares(residuals, start, steps)
+    return base_for(factors), _products(factors), loss
+
+
+def adapt(base: Float[Array, "d d"], task: Task, rank: Any) -> Float[Array, "d d"]:
+    """The best A + U V^T for a task, of all updates of a rank.
+
+    Args:
+        base: A.
+        task: What to adapt to.
+        rank: Of the update; may be traced.
+
+    Returns:
+        A + U V^T, `[d, d]`.
+
+    References:
+        Multivariate Reduced-Rank Regression, Reinsel and Velu, theorem 2.2.
+    """
+    left, values, right = jnp.linalg.svd(_dot(task.least - base, task.root))
+    kept = jnp.where(jnp.arange(len(values), dtype=jnp.float32) < rank, values, 0)
+    update = _dot(left * kept[None], right)
+    return base + _dot(update, jnp.linalg.inv(task.root))
+
+
+def numerical_rank(difference: Float[Array, "*seeds d d"], tolerance: float = 1e-4) -> np.ndarray:
+    """How many singular values are above a share of the largest, `[...]`."""
+    values = np.linalg.svd(np.asarray(difference), compute_uv=False)
+    return (values > tolerance * values[..., :1]).sum(axis=-1)
+
+
+def relative_error(found: Float[Array, "S *rest"], true: Float[Array, "S *rest"]) -> np.ndarray:
+    """Frobenius norm of the difference over that of the truth, of each seed `[S]`."""
+    flat = [np.asarray(each).reshape(len(each), -1) for each in (found, true)]
+    return np.linalg.norm(flat[0] - flat[1], axis=1) / np.linalg.norm(flat[1], axis=1)
+
+
+def slope(
+    x: Sequence[int], errors: Float[np.ndarray, "S X"], level: float = 0.95
+) -> tuple[float, float, float]:
+    """Slope of log error against log x: each seed's by least squares, then their mean.
+
+    Args:
+        x: Where the errors were measured.
+        errors: Of each seed there.
+        level: Of the confidence interval.
+
+    Returns:
+        The mean slope, and the ends of Student's interval for it.
+    """
+    logs = np.log(np.asarray(x, float))
+    logs -= logs.mean()
+    slopes = np.log(np.asarray(errors, float)) @ logs / (logs @ logs)
+    mean, deviation = slopes.mean(), scipy.stats.sem(slopes)
+    half = scipy.stats.t.ppf((1 + level) / 2, len(slopes) - 1) * deviation
+    return float(mean), float(mean - half), float(mean + half)
+
+
+def _products(factors: Array) -> Array:
+    """U U^T of each, `[..., d, d]`."""
+    return _dot(factors, factors.mT)
+
+
+def _root(matrix: Array) -> Array:
+    """The root of a symmetric positive matrix."""
+    values, vectors = jnp.linalg.eigh(matrix)
+    return _dot(vectors * jnp.sqrt(values)[None], vectors.T)
+
+
+def _dot(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
