@@ -93,7 +93,7 @@ def test_plan_is_near_what_the_compiler_takes(program):
 def test_the_plan_of_a_mixture_of_experts_is_near_too(program):
     experts = ExpertsConfig(8, 2, 128, dense=(True, False))
     mixture = dataclasses.replace(CONFIG, model_type="qwen3_moe", experts=experts)
-    planned = dataclasses.replace(job((1, 4, 2)), config=mixture)
+    planned = dataclasses.replace(job((4, 1, 2)), config=mixture)
     step = program(planned)
     found = step.compile().memory_analysis()
     kept = plan.shard_bytes(step.arguments)
