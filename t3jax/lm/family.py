@@ -92,7 +92,7 @@ class Family:
         reciprocal: Fields of `config.json` whose reciprocal is the field of `LMConfig`.
         ropes: Kinds of rotary positions that transformers knows in the family.
         mscales: "longrope" has its factors of cosine and sine stated, `short_mscale` and
-            `long_mscale`.
+            `long_mscale`, and its own original context counts before that at the top.
         weights: The decoder's parameters, and their modules in a checkpoint; {i} is the layer.
             Parameters of one module are stacked in it, in this order. A parameter that is there by
             its whole name stands in a tensor of just that name.

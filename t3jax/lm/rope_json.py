@@ -144,11 +144,10 @@ def _rope(family: Family, stated: Json, config: Json, head_dim: int) -> RopeConf
         )
     if kind == "default":
         return base
-    original = (
-        config.get("original_max_position_embeddings")
-        or rope.original_max_position_embeddings
-        or config["max_position_embeddings"]
-    )
+    at_top = config.get("original_max_position_embeddings")
+    own = rope.original_max_position_embeddings
+    original = own or at_top if family.mscales else at_top or own
+    original = original or config["max_position_embeddings"]
     factor = rope.factor
     if factor is None and (kind == "longrope" or (kind == "yarn" and "factor" in stated)):
         factor = config["max_position_embeddings"] / original
