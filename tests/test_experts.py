@@ -5,6 +5,7 @@
 
 import dataclasses
 import functools
+import json
 import sys
 
 import chex
@@ -184,6 +185,25 @@ def test_what_is_wrong_with_an_expert_is_named(folder, changed, message):
     with pytest.raises(ValueError, match=message) as raised:
         load_params(folder, CONFIG, jnp.float32)
     assert str(folder) in str(raised.value)
+
+
+def test_an_adapter_of_a_single_expert_is_merged(folder, tmp_path):
+    a, b = np.ones((2, 32), np.float32), np.ones((16, 2), np.float32)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    settings = {"peft_type": "LORA", "base_model_name_or_path": "x", "r": 2, "lora_alpha": 1}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    module = f"base_model.model.{LAYER}3.up_proj"
+    factors = {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+    safetensors.numpy.save_file(factors, adapter / "adapter_model.safetensors")
+    (base, found) = (
+        load_params(folder, CONFIG, jnp.float32, adapter=each)["layers"][1]["experts"]
+        for each in (None, adapter)
+    )
+    update = np.asarray(found["up"]["weight"] - base["up"]["weight"])
+    np.testing.assert_allclose(update[3], 1.0, atol=1e-5)  # 1 / 2 of 2
+    assert not np.delete(update, 3, axis=0).any()
+    np.testing.assert_array_equal(found["gate"]["weight"], base["gate"]["weight"])
 
 
 def test_layers_that_predict_further_tokens_are_not_read(tmp_path):
