@@ -23,7 +23,8 @@ from benchmarks.peer import Peer
 from benchmarks.side_by_side import alternate, announce, ratio, tune, write
 from t3jax.lm import from_params, init_params, lm_config, save_hf
 
-WAYS = ("eager", "batched_mm", "grouped_mm")
+WAYS = ("eager", "grouped_mm")
+FOR_FEW = "batched_mm"  # copies the experts of every token, those of the prompt too
 CALLS = {"batch1": (1, 32, 33), "batch16": (16, 32, 33), "reading": (4, 512, 1)}
 
 
@@ -91,7 +92,8 @@ def compare(
 
     ours(0)
     generate = functools.partial(peer, "generate_with_experts")
-    way, tried = tune(peer, {way: functools.partial(generate, way, prompts, new) for way in WAYS})
+    ways = (*WAYS, FOR_FEW) if prompts.size <= 64 else WAYS
+    way, tried = tune(peer, {way: functools.partial(generate, way, prompts, new) for way in ways})
 
     def theirs(_: int) -> None:
         tokens["peer"] = generate(way, prompts, new)
