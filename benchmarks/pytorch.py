@@ -87,6 +87,11 @@ class LanguageModel:
         )
         return out[:, prompts.shape[1] :].cpu().numpy()
 
+    def generate_with_experts(self, way: str, prompts: np.ndarray, new_tokens: int) -> np.ndarray:
+        """`generate` with the dynamic cache and a way to multiply by experts."""
+        self.model.set_experts_implementation(way)
+        return self.generate(prompts, new_tokens, "dynamic")
+
     @torch.inference_mode()
     def guided(
         self,

@@ -242,19 +242,24 @@ def on_one_device(job: Job, layers: int = 1) -> Job:
         The job, on a mesh of one device.
     """
     config, shards, recipe = job.config, job.row_shards, job.finetuning
-    lm = abstract_lm(config, job.dtype, job.mesh)
-    layer = lm.params["layers"][0]
-    vocabulary, mlp, queries = (
-        leaf.sharding.shard_shape(leaf.shape)[0]
-        for leaf in (
-            lm.params["embed"]["weight"],
-            layer["mlp"]["up"]["weight"],
-            layer["attention"]["q"]["weight"],
+
+    def share(size: int) -> int:
+        split = sharding.fit_sharding(job.mesh, P(sharding.MODEL), (size,))
+        return split.shard_shape((size,))[0]
+
+    vocabulary, experts = share(config.vocab_size), config.experts
+    if experts is not None:
+        experts = dataclasses.replace(
+            experts,
+            count=max(experts.chosen, share(experts.count)),
+            shared=share(experts.shared),
+            dense=experts.dense[-layers:],  # the first layers are often others
+            groups=1,
+            chosen_groups=1,
         )
-    )
     # Where there are more devices than key heads, several share one.
     group = config.num_heads // config.num_kv_heads
-    heads = max(1, queries // config.head_dim)
+    heads = max(1, share(config.num_heads * config.head_dim) // config.head_dim)
     keys = heads // group if heads % group == 0 else math.gcd(heads, config.num_kv_heads)
     if recipe is not None:
         rows = -(-recipe.batch_size // (recipe.microbatches * shards))
@@ -264,7 +269,8 @@ def on_one_device(job: Job, layers: int = 1) -> Job:
         config=dataclasses.replace(
             config,
             vocab_size=vocabulary,
-            intermediate_size=mlp,
+            intermediate_size=share(config.intermediate_size),
+            experts=experts,
             num_layers=layers,
             num_heads=heads,
             num_kv_heads=keys,

@@ -33,7 +33,7 @@ _VIEWS = {
     "transpose",
 }
 # What cannot stand in an operand's place; what a branch writes to, XLA copies.
-_FRESH = {"concatenate", "cond", "cumsum", "dot_general", "gather", "sort"}
+_FRESH = {"concatenate", "cond", "cumsum", "dot_general", "gather", "ragged_dot_general", "sort"}
 
 
 def peak_bytes(jaxpr: jex.Jaxpr, donated: Sequence[bool] = ()) -> int:

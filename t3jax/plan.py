@@ -133,7 +133,7 @@ def gathered_bytes(job: Job) -> int:
     # While one layer is at work, the next one's weights come.
     layers = min(2, job.config.num_layers)
     return max(
-        layers * gathered(stored["layers"][0], used["layers"][0]),
+        layers * gathered(stored["layers"][job.config.num_layers - 1], used["layers"][0]),
         gathered(stored[table], used[table]),
     )
 

@@ -26,6 +26,10 @@ PARAM_RULES: tuple[tuple[str, P], ...] = (
     (r"(embed|lm_head)/weight$", P(MODEL, FSDP)),  # vocabulary
     (r"(embed|lm_head)/(bias|scale)$", P(MODEL)),
     (r"positions/weight$", P(None, FSDP)),
+    (r"/experts/(gate|up)/weight$", P(MODEL, None, FSDP)),  # experts, [expert, out, in]
+    (r"/experts/down/weight$", P(MODEL, FSDP)),
+    (r"/experts/(gate|up)/scale$", P(MODEL)),
+    (r"/experts/down/scale$", P(MODEL, FSDP)),
     (r"/(q|k|v|gate|up)/weight$", P(MODEL, FSDP)),  # heads, MLP width
     (r"/(q|k|v|gate|up)/(bias|scale)$", P(MODEL)),
     (r"/(o|down)/weight$", P(FSDP, MODEL)),

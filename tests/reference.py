@@ -68,6 +68,7 @@ _LONGROPE = {
     "short_factor": [1.0, 1.5, 3.0],
     "long_factor": [2.0, 4.0, 8.0],
 }
+_EXPERTS = {"num_experts_per_tok": 2, "pad_token_id": None}
 FAMILIES = {
     "mistral": {"sliding_window": 6},
     "qwen2": {"rope_parameters": {**_YARN, "original_max_position_embeddings": 32}},
@@ -164,6 +165,75 @@ FAMILIES = {
         "logit_scale": 0.5,
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    "qwen3_moe": {
+        **_EXPERTS,
+        "num_hidden_layers": 3,
+        "head_dim": 16,
+        "attention_bias": True,
+        "moe_intermediate_size": 24,
+        "num_experts": 6,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 2,
+        "mlp_only_layers": [0],
+        "use_sliding_window": True,
+        "sliding_window": 6,
+    },
+    "mixtral": {**_EXPERTS, "num_local_experts": 4, "sliding_window": 6},
+    "olmoe": {
+        **_EXPERTS,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "clip_qkv": 1.0,
+        "attention_bias": True,
+    },
+    "qwen2_moe": {
+        **_EXPERTS,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "num_experts": 4,
+        "mlp_only_layers": [1],
+        "use_sliding_window": True,
+        "sliding_window": 6,
+    },
+    "granitemoe": {
+        **_EXPERTS,
+        "num_local_experts": 4,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.25,
+        "logits_scaling": 2.0,
+    },
+    "phimoe": {
+        **_EXPERTS,
+        "num_local_experts": 6,
+        "router_jitter_noise": 0.3,
+        "attention_bias": True,
+        "lm_head_bias": True,
+        "tie_word_embeddings": False,
+        "sliding_window": 20,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 100.0,
+            "short_factor": [1.0, 1.5, 3.0, 4.0],
+            "long_factor": [2.0, 4.0, 8.0, 9.0],
+            "short_mscale": 1.2,
+            "long_mscale": 1.3,
+            "original_max_position_embeddings": 128,
+        },
+    },
+    "glm4_moe": {
+        **_EXPERTS,
+        "head_dim": 16,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 6,
+        "n_shared_experts": 2,
+        "n_group": 3,
+        "topk_group": 2,
+        "routed_scaling_factor": 1.5,
+        "num_nextn_predict_layers": 0,
+    },
     "gpt_neox": {"hidden_act": "gelu", "tie_word_embeddings": False},
     "gpt2": {"n_inner": 48},
     "phi": {"hidden_act": "gelu_new", "tie_word_embeddings": False},
@@ -171,7 +241,7 @@ FAMILIES = {
 _SEEDS = {  # where the greedy text of the second is dull, or its numbers large
     "gemma3_text": 8, "glm4": 4, "ministral3": 4, "phi3": 4,
     **dict.fromkeys(
-        ("cohere", "cohere2", "gemma2", "gpt_neo", "nemotron", "opt", "starcoder2"), 3
+        ("cohere", "cohere2", "gemma2", "gpt_neo", "granitemoe", "nemotron", "opt", "starcoder2"), 3
     ),
 }  # fmt: skip
 
@@ -208,6 +278,9 @@ def make_family(name: str, **overrides) -> transformers.PreTrainedModel:
             else:
                 # GPT-Neo's scores are not divided by anything.
                 parameter.normal_(0.0, 0.3 if name == "gpt_neo" else 0.5)
+        for path, buffer in model.named_buffers():
+            if "correction" in path:  # of a router's scores
+                buffer.copy_(torch.rand_like(buffer).half())
     return model.eval()
 
 

@@ -8,7 +8,7 @@ import math
 import pytest
 import transformers
 
-from t3jax.lm import LMConfig, RopeConfig, lm_config, read_config
+from t3jax.lm import ExpertsConfig, LMConfig, RopeConfig, lm_config, read_config
 from t3jax.lm.config_json import checkpoint_name, hf_config
 from t3jax.lm.families import FAMILIES
 
@@ -381,6 +381,163 @@ FAMILY_CONFIGS = {
             "unrotated": (False, False, False, True, False, False),
         },
     ),
+    "qwen3_moe": (
+        {
+            "head_dim": 128,
+            "num_key_value_heads": 2,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "output_router_logits": False,
+            "router_aux_loss_coef": 0.001,
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "max_window_layers": 48,
+        },
+        {
+            "qk_norm": "head",
+            "head_dim": 128,
+            "experts": ExpertsConfig(8, 2, 24, normed=True),
+            "local": (),
+        },
+    ),
+    "qwen3_moe with MLPs in some layers": (
+        {
+            "num_key_value_heads": 4,
+            "num_local_experts": 8,  # as transformers 5 writes it
+            "num_experts_per_tok": 2,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [1],
+        },
+        {"experts": ExpertsConfig(8, 2, 768, dense=(True, True, True, False, True, False))},
+    ),
+    "mixtral": (
+        {
+            "num_key_value_heads": 2,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "sliding_window": None,
+            "router_aux_loss_coef": 0.02,
+            "output_router_logits": False,
+        },
+        {"experts": ExpertsConfig(8, 2, 64, normed=True), "num_kv_heads": 2, "local": ()},
+    ),
+    "olmoe": (
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 4,
+            "norm_topk_prob": False,
+            "clip_qkv": 8.0,
+            "attention_bias": False,
+        },
+        {"experts": ExpertsConfig(8, 4, 64), "qkv_clip": 8.0, "qk_norm": "width"},
+    ),
+    "qwen2_moe": (
+        {
+            "num_key_value_heads": 4,
+            "num_experts": 8,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 96,
+            "norm_topk_prob": False,
+            "use_sliding_window": False,
+            "sliding_window": 16,
+            "max_window_layers": 21,
+        },
+        {
+            "experts": ExpertsConfig(8, 4, 24, shared=96, shared_gate=True),
+            "qkv_bias": True,
+            "local": (),
+        },
+    ),
+    "granitemoe": (
+        {
+            "num_key_value_heads": 2,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 4,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.015625,
+            "logits_scaling": 8.0,
+            "tie_word_embeddings": True,
+        },
+        {
+            "experts": ExpertsConfig(8, 4, 64, normed=True),
+            "attention_multiplier": 0.015625,
+            "logit_scale": 0.125,
+        },
+    ),
+    "phimoe": (
+        {
+            "num_key_value_heads": 2,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "router_jitter_noise": 0.02,
+            "input_jitter_noise": 0.01,
+            "attention_bias": True,
+            "lm_head_bias": True,
+            "sliding_window": 512,
+            "original_max_position_embeddings": 64,
+            "rope_scaling": LONGROPE
+            | {"short_mscale": 1.25, "long_mscale": 1.5, "original_max_position_embeddings": 64},
+        },
+        {
+            "experts": ExpertsConfig(8, 2, 64, router="sparsemixer", jitter=0.02),
+            "norm": "layer",
+            "head_bias": True,
+            "max_position": 64,
+            "rope": RopeConfig(
+                5e5,
+                "longrope",
+                8.0,
+                original_max_position=64,
+                attention_factor=1.25,
+                short_factors=(1.0, 1.5, 2.0, 3.0),
+                long_factors=(2.0, 4.0, 6.0, 8.0),
+                long_attention_factor=1.5,
+            ),
+        },
+    ),
+    "glm4_moe": (
+        {
+            "head_dim": 16,
+            "num_key_value_heads": 2,
+            "n_routed_experts": 8,
+            "n_shared_experts": 2,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 24,
+            "n_group": 2,
+            "topk_group": 1,
+            "routed_scaling_factor": 2.5,
+            "norm_topk_prob": True,
+            "first_k_dense_replace": 3,
+            "use_qk_norm": True,
+            "attention_bias": True,
+            "partial_rotary_factor": 0.5,
+            "num_nextn_predict_layers": 1,
+        },
+        {
+            "experts": ExpertsConfig(
+                8,
+                4,
+                24,
+                router="sigmoid",
+                normed=True,
+                scale=2.5,
+                groups=2,
+                chosen_groups=1,
+                shared=48,
+                dense=(True,) * 3 + (False,) * 3,
+            ),
+            "qk_norm": "head",
+            "qkv_bias": True,
+            "attention_bias": False,
+            "rope": RopeConfig(5e5, rotated=0.5),
+        },
+    ),
     "gpt_neox": (
         {
             "layer_norm_eps": 1e-5,
@@ -501,6 +658,21 @@ def test_yarn():
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
         ("gemma2", {"layer_types": ["full_attention"]}, "layer_types .*: expected 6, each one of"),
         ("gemma3_text", {"layer_types": ["linear_attention"] * 6}, "layer_types .*: expected 6"),
+        ("mixtral", {"num_local_experts": 1}, "sent to 2 experts, but there are 1"),
+        ("mixtral", {"num_experts": 4, "num_local_experts": 8}, "two names of one field"),
+        ("qwen3_moe", {"num_experts": 0}, "num_experts is 0, expected an integer >= 1"),
+        ("phimoe", {"num_experts_per_tok": 4}, "num_experts_per_tok 4 is not .*; expected 2"),
+        (
+            "phimoe",
+            {"rope_scaling": LONGROPE, "original_max_position_embeddings": 64},
+            "field 'short_mscale' is missing",
+        ),
+        ("glm4_moe", {"n_group": 3}, "128 experts in 3 groups of which 1 are chosen: expected eq"),
+        (
+            "glm4_moe",
+            {"n_group": 32, "topk_group": 1},
+            "128 experts in 32 groups, 8 chosen from 1: expected two experts in a group or more",
+        ),
         (
             "phi3",
             {"rope_scaling": LONGROPE | {"long_factor": [1.0]}},
@@ -699,8 +871,8 @@ def test_what_is_unknown_is_refused_with_what_to_do():
             lm_config(config)
         return str(raised.value)
 
-    assert "'qwen3_moe' is not supported: it is a mixture of experts" in refusal(
-        model_type="qwen3_moe"
+    assert "'deepseek_v3' is not supported: its mixture of experts is of another kind" in refusal(
+        model_type="deepseek_v3"
     )
     assert "the nearest supported type is 'smollm3'" in refusal(model_type="smollm33")
     said = refusal(model_type="newvl", text_config={"model_type": "qwen3"})

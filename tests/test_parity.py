@@ -39,14 +39,18 @@ def llama(name):
     return reference.make_llama(name)
 
 
+def made(name):
+    return llama(name) if name in reference.LLAMAS else reference.make_family(name)
+
+
 @pytest.fixture(scope="session")
 def load(tmp_path_factory):
     """The PyTorch model of a name and the same folder read by t3jax, loaded once."""
 
     @functools.cache
     def both(name):
-        folder = tmp_path_factory.mktemp(name)
-        return llama(name), load_lm(reference.save_model(llama(name), folder), dtype="float32")
+        folder, model = tmp_path_factory.mktemp(name), made(name)
+        return model, load_lm(reference.save_model(model, folder), dtype="float32")
 
     return both
 
@@ -398,8 +402,9 @@ def both_heads(lm, scale):
     return ours, head
 
 
-def test_guided_greedy_text(load):
-    model, lm = load("gqa_tied")
+@pytest.mark.parametrize("name", ["gqa_tied", "qwen2_moe"])
+def test_guided_greedy_text(load, name):
+    model, lm = load(name)
     prompts = [[5, 9, 200, 31], [77], list(range(40, 75))]
     ours, head = both_heads(lm, scale=8.0)
     sampler = Sampler(lm, ours)

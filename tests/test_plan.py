@@ -16,6 +16,7 @@ from t3jax import abstract, plan, sharding
 from t3jax.finetuning import FinetuneConfig
 from t3jax.head import HeadConfig
 from t3jax.liveness import peak_bytes
+from t3jax.lm import ExpertsConfig
 from t3jax.lm.decoder import abstract_params
 
 KIB = 1024
@@ -84,6 +85,20 @@ def test_plan_is_near_what_the_compiler_takes(program):
     assert plan.shard_bytes(step.arguments) == found.argument_size_in_bytes
     taken = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     kept = plan.shard_bytes(step.arguments)
+    ratio = (kept + taken) / (kept + plan.temporary_bytes(planned, program))
+    assert 1 / BOUND < ratio < BOUND
+
+
+@pytest.mark.parametrize("program", [abstract.decode, abstract.feature_pass])
+def test_the_plan_of_a_mixture_of_experts_is_near_too(program):
+    experts = ExpertsConfig(8, 2, 128, dense=(True, False))
+    mixture = dataclasses.replace(CONFIG, model_type="qwen3_moe", experts=experts)
+    planned = dataclasses.replace(job((4, 1, 2)), config=mixture)
+    step = program(planned)
+    found = step.compile().memory_analysis()
+    kept = plan.shard_bytes(step.arguments)
+    assert kept == found.argument_size_in_bytes
+    taken = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     ratio = (kept + taken) / (kept + plan.temporary_bytes(planned, program))
     assert 1 / BOUND < ratio < BOUND
 

@@ -102,6 +102,15 @@ def test_a_model_whose_widths_do_not_divide_works_too():
     assert_equals_one_device(tiny.ODD_CONFIG, (1, 2, 4))
 
 
+def test_a_mixture_of_experts_works_too():
+    assert_equals_one_device(tiny.MIXTURE, (2, 2, 2))
+    experts = specs(tiny.make_lm(tiny.MIXTURE, make_mesh((2, 2, 2))).params["layers"][1]["experts"])
+    assert experts["gate/weight"] == experts["up/weight"] == P("model", None, "fsdp")
+    assert experts["down/weight"] == P("model", "fsdp")
+    assert experts["router/weight"] == P()
+    assert experts["shared/gate/weight"] == P("model", "fsdp")
+
+
 def test_refined_text_is_that_of_one_device():
     """Heads of several shapes, gated, stop tokens protected: greedy text on 8 devices."""
     found = []

@@ -13,7 +13,7 @@ import transformers
 from t3jax import sharding
 from t3jax.head import HeadConfig, init_head
 from t3jax.head_io import Head
-from t3jax.lm import LM, LMConfig, RopeConfig, from_params, init_params
+from t3jax.lm import LM, ExpertsConfig, LMConfig, RopeConfig, from_params, init_params
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
@@ -51,6 +51,16 @@ ODD_CONFIG = dataclasses.replace(
 )
 
 
+# A layer with an MLP and one with experts, a number of them that 8 devices divide.
+MIXTURE = dataclasses.replace(
+    CONFIG,
+    model_type="qwen2_moe",
+    tied=False,
+    qkv_bias=True,
+    experts=ExpertsConfig(8, 2, 16, shared=24, shared_gate=True, dense=(True, False)),
+)
+
+
 def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """Bytes and a few merges as tokens, and a ChatML template; nothing is downloaded."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
@@ -73,7 +83,7 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
 def make_params(config: LMConfig = CONFIG, seed: int = 0):
     """Random weights, large enough that attention and next tokens are far from uniform."""
     params = init_params(config, jax.random.key(seed))
-    return jax.tree.map(lambda leaf: leaf * 10.0 if leaf.ndim == 2 else leaf, params)
+    return jax.tree.map(lambda leaf: leaf * 10.0 if leaf.ndim > 1 else leaf, params)
 
 
 def make_lm(config: LMConfig = CONFIG, mesh: jax.sharding.Mesh | None = None, seed: int = 0) -> LM:

@@ -31,11 +31,16 @@ def init_lora(params: Params, rank: int, layers: Sequence[str], key: PRNGKeyArra
         By path of the layer, "a" `[R, in]` and "b" `[out, R]`, float32.
 
     Raises:
-        ValueError: If there is no layer of a name.
+        ValueError: If there is no layer of a name, or one is a matrix of each expert.
     """
     shapes = {}
     for path, leaf in jax.tree.leaves_with_path(params):
         *module, kind = [str(part.key) for part in path]
+        if "experts" in module and module[-1] in layers:
+            raise ValueError(
+                f"lora_layers: {module[-1]} is a matrix of each expert in this model, and experts "
+                "have no low-rank updates here; expected layers of the attention: q, k, v, o"
+            )
         if kind == "weight" and module[-1] in layers and leaf.ndim == 2:
             shapes["/".join(module)] = leaf.shape
     if unknown := sorted(set(layers) - {path.split("/")[-1] for path in shapes}):

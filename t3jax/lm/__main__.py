@@ -61,21 +61,42 @@ def describe(path: pathlib.Path, config: LMConfig) -> list[str]:
     heads = f"{config.num_heads} query heads"
     if config.num_kv_heads != config.num_heads:
         heads += f" over {config.num_kv_heads} key heads"
+    shape = f"MLPs of width {config.intermediate_size}"
+    if (experts := config.experts) is not None:
+        mixed = f"{experts.count} experts of width {experts.size}, {experts.chosen} for a token"
+        mixed += f" and one of width {experts.shared} for all" if experts.shared else ""
+        layers = _mixed_layers(config)
+        shape = (
+            mixed if layers == config.num_layers else f"{mixed} in {layers} layers, else {shape}"
+        )
     windows = f", {sum(config.local)} of them with a window of {config.window}"
     cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     count = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config, jnp.float32)))
     return [
         f"{path}: {kind}; it loads",
         f"{config.num_layers} layers{windows if config.local else ''}, width {config.hidden_size}, "
-        f"{heads} of width {config.head_dim}, MLPs of width {config.intermediate_size}",
+        f"{heads} of width {config.head_dim}, {shape}",
         f"context {config.max_position} tokens, vocabulary {config.vocab_size}",
-        f"{count:,} weights: "
+        f"{count:,} weights{_describe_used(config, count)}: "
         + ", ".join(
             f"{_weight_bytes(config, dtype) / _GIB:.2f} GiB in {dtype}"
             for dtype in ("float32", "bfloat16", "int8")
         ),
         f"cache: {2 * cache / 1024:.1f} KiB a token in bfloat16",
     ]
+
+
+def _describe_used(config: LMConfig, count: int) -> str:
+    """How many weights a token meets, where those are not all."""
+    if config.experts is None:
+        return ""
+    spared = config.experts.count - config.experts.chosen
+    one = 3 * config.hidden_size * config.experts.size
+    return f", {count - _mixed_layers(config) * spared * one:,} of them for a token"
+
+
+def _mixed_layers(config: LMConfig) -> int:
+    return sum(map(config.has_experts, range(config.num_layers)))
 
 
 def _weight_bytes(config: LMConfig, dtype: str) -> int:

@@ -124,7 +124,7 @@ class Attention(nnx.Module):
         q, k, v = (self._whole(part, mesh) for part in (self.q(x), self.k(x), self.v(x)))
         q = self._heads(q, self.q_norm, c.num_kv_heads, group).transpose(0, 2, 3, 1, 4)
         k = self._heads(k, self.k_norm, c.num_kv_heads).transpose(0, 2, 1, 3)
-        v = v.reshape(b, t, c.num_kv_heads, c.head_dim).transpose(0, 2, 1, 3)
+        v = self._clipped(v).reshape(b, t, c.num_kv_heads, c.head_dim).transpose(0, 2, 1, 3)
         if rotation is not None:
             interleaved = c.rope is not None and c.rope.interleaved
             q = self._whole(rotate_queries(q, rotation, interleaved), mesh)  # [B, K, G, T, h]
@@ -200,9 +200,14 @@ class Attention(nnx.Module):
             return x
         return sharding.constrain(x, mesh, [sharding.ROWS])
 
+    def _clipped(self, x: Array) -> Array:
+        c = self.config.qkv_clip
+        return x if c is None else jnp.clip(x, -c, c)
+
     def _heads(self, x: Array, norm: Any, *heads: int) -> Array:
         """Splits `[B, T, heads h]` into `[B, T, *heads, h]`, normed before or after."""
         if self.config.qk_norm == "width":
             x = norm(x)
+        x = self._clipped(x)
         x = x.reshape(*x.shape[:2], *heads, self.config.head_dim)
         return norm(x) if self.config.qk_norm == "head" else x

@@ -34,6 +34,7 @@ class RopeConfig:
             The model is read in that context only: beyond it every key would have to be rotated
             anew, by `long_factors`.
         long_factors: "longrope": kept to be written back.
+        long_attention_factor: "longrope": likewise, where there is one beside `attention_factor`.
     """
 
     theta: float = 10000.0
@@ -51,6 +52,43 @@ class RopeConfig:
     query_growth: float = 0.0
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
+    long_attention_factor: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertsConfig:
+    """Layers whose MLP is one of several for each token, chosen by a router: a mixture of experts.
+
+    Attributes:
+        count: E, experts of a layer.
+        chosen: Experts that a token is sent to.
+        size: F, width of an expert.
+        router: What the router makes of its logits: "softmax"; "sigmoid" (each by itself; a bias,
+            which is no part of the weight, is added for the choice); or "sparsemixer" (two experts,
+            each weighed by a softmax over those that are nearly as good).
+        normed: The weights of the chosen experts are divided by their sum.
+        scale: They are multiplied by it.
+        groups: "sigmoid": the experts are in equal groups, one after the other.
+        chosen_groups: "sigmoid": the groups with the two best experts, from which a token chooses.
+        jitter: "sparsemixer": an expert is nearly as good if its logit is less than twice this
+            share below the best one.
+        shared: Width of an MLP that every token is sent to as well; 0 without one.
+        shared_gate: Its output is multiplied by the sigmoid of a linear map of the input.
+        dense: For each layer whether it has an MLP and no experts; () where none has.
+    """
+
+    count: int
+    chosen: int
+    size: int
+    router: str = "softmax"
+    normed: bool = False
+    scale: float = 1.0
+    groups: int = 1
+    chosen_groups: int = 1
+    jitter: float = 0.0
+    shared: int = 0
+    shared_gate: bool = False
+    dense: tuple[bool, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +99,7 @@ class LMConfig:
         model_type: The family, in Hugging Face's words.
         vocab_size: V, tokens the model scores; the tokenizer may know fewer.
         hidden_size: D, width of the residual stream.
-        intermediate_size: F, width of the MLP.
+        intermediate_size: F, width of the MLP; of an expert, see `experts`.
         num_layers: Number of blocks.
         num_heads: H, query heads.
         num_kv_heads: K, key-value heads; H / K queries share one.
@@ -86,6 +124,8 @@ class LMConfig:
         norms: Where a block norms: "pre" (the input of attention and of the MLP); "post" (their
             outputs); "both"; or "shared" (one norm, whose output both read; with `parallel`).
         parallel: Attention and MLP of a block both read the block's input.
+        experts: In the place of the MLPs; None: every layer has an MLP.
+        qkv_clip: c: queries, keys and values are cut to -c and c, before rotation; None not.
         qk_norm: Queries and keys are normed before rotation: "head" each head by itself, "width"
             all heads together; None not.
         scaled_embedding: Embeddings are multiplied by sqrt(D), rounded to the weights' dtype.
@@ -127,6 +167,8 @@ class LMConfig:
     norm_bias: bool = True
     norms: str = "pre"
     parallel: bool = False
+    experts: ExpertsConfig | None = None
+    qkv_clip: float | None = None
     qk_norm: str | None = None
     scaled_embedding: bool = False
     embedding_multiplier: float = 1.0
@@ -141,3 +183,8 @@ class LMConfig:
     unrotated: tuple[bool, ...] = ()
     local_rope: RopeConfig | None = None
     quantized: bool = False
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer has experts, and no MLP of its own."""
+        e = self.experts
+        return e is not None and not (e.dense and e.dense[layer])

@@ -5,6 +5,7 @@ asks for and the decoder does not implement is refused by name.
 """
 
 import functools
+import operator
 import pathlib
 import re
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ from msgspec import UNSET, Meta
 
 from t3jax.json_files import check_json, read_json, show_json
 from t3jax.lm.config import LMConfig
+from t3jax.lm.experts_json import read_experts, write_experts
 from t3jax.lm.families import FAMILIES
 from t3jax.lm.family import Family, Json
 from t3jax.lm.refusals import explain_quantized, explain_unknown
@@ -65,7 +67,17 @@ _TYPES: dict[str, Any] = {
     "window_size": Tokens,
     "num_layers": Annotated[int, Meta(ge=1, le=1024)],
     "num_heads": Count,
-    "ffn_dim": Width,
+    **dict.fromkeys(("ffn_dim", "moe_intermediate_size"), Width),
+    **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok"), Count),
+    "decoder_sparse_step": Count,
+    "mlp_only_layers": list[int],
+    "norm_topk_prob": bool,
+    **dict.fromkeys(("clip_qkv", "routed_scaling_factor"), Positive),
+    "router_jitter_noise": Annotated[float, Meta(ge=0, le=1)],
+    **dict.fromkeys(("n_routed_experts", "n_shared_experts", "n_group", "topk_group"), Count),
+    "shared_expert_intermediate_size": Width,
+    "first_k_dense_replace": Annotated[int, Meta(ge=0, le=1024)],
+    **dict.fromkeys(("qkv_bias", "lm_head_bias", "use_qk_norm"), bool),
     "norm_eps": Epsilon,
 }
 _NULLABLE = (
@@ -147,7 +159,9 @@ def hf_config(config: LMConfig) -> dict[str, Any]:
         "architectures": [family.architecture],
         "model_type": config.model_type,
     }
-    content |= {name: getattr(config, field) for field, name in family.all_fields.items()}
+    content |= {
+        name: operator.attrgetter(field)(config) for field, name in family.all_fields.items()
+    }
     content |= {name: 1 / content[name] for name in family.reciprocal}
     content |= {name: values[0] for name, values in family.expected.items()}
     # Where no layer has a window, null also says that all layers are rotated.
@@ -168,6 +182,9 @@ def hf_config(config: LMConfig) -> dict[str, Any]:
     if "no_rope_layers" in family.defaults:
         unrotated = config.unrotated or (False,) * config.num_layers
         content["no_rope_layers"] = [int(not each) for each in unrotated]
+    content |= write_experts(config, family)
+    if "use_qk_norm" in family.defaults:
+        content["use_qk_norm"] = config.qk_norm is not None
     if config.rope is not None:
         content["rope_parameters"] = write_rope(config.rope)
         if share_field(family) is not None:  # transformers knows a share here
@@ -209,7 +226,10 @@ def checkpoint_name(family: Family, name: str) -> str | None:
 
 def _read(model_type: str, config: Json) -> LMConfig:
     family = FAMILIES[model_type]
-    config = {**family.all_defaults, **_checked(model_type, _without_aliases(family, config))}
+    config = _without_aliases(family, config)
+    if "use_sliding_window" in family.defaults and config.get("sliding_window") == 0:
+        config["sliding_window"] = None  # transformers writes so where no layer has a window
+    config = {**family.all_defaults, **_checked(model_type, config)}
     for name, known in {**_EXPECTED, **family.expected}.items():
         if name in config and config[name] not in known:
             raise ValueError(
@@ -220,6 +240,8 @@ def _read(model_type: str, config: Json) -> LMConfig:
         field: 1 / config[name] if name in family.reciprocal else config[name]
         for field, name in family.all_fields.items()
     }
+    if "use_qk_norm" in family.defaults:
+        values["qk_norm"] = "head" if values["qk_norm"] else None
     num_heads, hidden_size = values["num_heads"], values["hidden_size"]
     num_kv_heads = values.get("num_kv_heads") or num_heads
     if num_heads % num_kv_heads:
@@ -240,7 +262,9 @@ def _read(model_type: str, config: Json) -> LMConfig:
         values |= read_ropes(family, config, values["head_dim"])
         if values["rope"].kind == "longrope":
             values["max_position"] = values["rope"].original_max_position
-    return LMConfig(model_type=model_type, **{**values, **family.fixed})
+    values |= family.fixed
+    values |= read_experts(family, config, values, values["num_layers"])
+    return LMConfig(model_type=model_type, **values)
 
 
 def _without_aliases(family: Family, config: Json) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from t3jax import sharding
 from t3jax.lm import quantized
 from t3jax.lm.attention import Attention, Cache, Past, write_slots
 from t3jax.lm.config import LMConfig
+from t3jax.lm.experts import Experts
 from t3jax.lm.layers import MLP, Linear, cap, make_norm
 from t3jax.lm.product import product
 from t3jax.lm.rotation import Rotation, make_rotation
@@ -133,7 +134,7 @@ def init_params(config: LMConfig, key: PRNGKeyArray, dtype: Any = jnp.float32) -
 
     def draw(path: tuple, leaf: jax.ShapeDtypeStruct, key: Array) -> Array:
         names = [str(getattr(part, "key", part)) for part in path]
-        if names[-1] == "bias":
+        if names[-1] in ("bias", "correction"):
             return jnp.zeros(leaf.shape, dtype)
         if "norm" in names[-2]:
             return jnp.full(leaf.shape, 0.0 if config.norm.endswith("_offset") else 1.0, dtype)
@@ -156,15 +157,19 @@ def _merge(config: LMConfig, params: Params) -> "_Decoder":
 
 
 class _Block(nnx.Module):
-    def __init__(self, config: LMConfig):
+    def __init__(self, config: LMConfig, experts: bool):
         width = config.hidden_size
         before, after = config.norms != "post", config.norms in ("post", "both")
         self.attention_norm = make_norm(config, width, before)
         self.attention = Attention(config)
         self.attention_post_norm = make_norm(config, width, after)
         self.mlp_norm = make_norm(config, width, before and config.norms != "shared")
-        self.mlp = MLP(config)
+        if experts:
+            self.experts = Experts(config)
+        else:
+            self.mlp = MLP(config)
         self.mlp_post_norm = make_norm(config, width, after)
+        self.has_experts = experts
         self.config = config
 
     def __call__(
@@ -180,7 +185,8 @@ class _Block(nnx.Module):
         attended = x + self._scaled(self.attention_post_norm(out))
         read = x if self.config.parallel else attended
         normed = normed if self.config.norms == "shared" else self.mlp_norm(read)
-        return attended + self._scaled(self.mlp_post_norm(self.mlp(normed))), k, v
+        out = self.experts(normed, mesh) if self.has_experts else self.mlp(normed)
+        return attended + self._scaled(self.mlp_post_norm(out)), k, v
 
     def _scaled(self, branch: Array) -> Array:
         """What a branch adds to the residual stream."""
@@ -195,7 +201,9 @@ class _Decoder(nnx.Module):
         if config.rope is None:
             positions = config.first_position + config.max_position
             self.positions = Linear(width, positions, quantized=quantized)
-        self.layers = nnx.List([_Block(config) for _ in range(config.num_layers)])
+        self.layers = nnx.List(
+            [_Block(config, config.has_experts(layer)) for layer in range(config.num_layers)]
+        )
         self.final_norm = make_norm(config, width)
         if not config.tied:
             self.lm_head = Linear(width, config.vocab_size, config.head_bias, quantized)

@@ -48,6 +48,12 @@ QK_NORMS = {
     "layers.{i}.attention.q_norm": "model.layers.{i}.self_attn.q_norm",
     "layers.{i}.attention.k_norm": "model.layers.{i}.self_attn.k_norm",
 }
+EXPERTS = {
+    "layers.{i}.experts.router": "model.layers.{i}.mlp.gate",
+    "layers.{i}.experts.gate.weight": "model.layers.{i}.mlp.experts.gate_up_proj",
+    "layers.{i}.experts.up.weight": "model.layers.{i}.mlp.experts.gate_up_proj",
+    "layers.{i}.experts.down.weight": "model.layers.{i}.mlp.experts.down_proj",
+}
 FUSED_MLP = {
     "layers.{i}.mlp.gate": "model.layers.{i}.mlp.gate_up_proj",
     "layers.{i}.mlp.up": "model.layers.{i}.mlp.gate_up_proj",
@@ -64,7 +70,8 @@ class Family:
 
     Attributes:
         architecture: The class of transformers.
-        fixed: Fields of `LMConfig` that hold for the whole family.
+        fixed: Fields of `LMConfig` that hold for the whole family; those of its experts are
+            `experts.NAME`.
         fields: Further fields of `LMConfig`, or the same under other names of `config.json`; None
             removes one.
         defaults: What `config.json` means where it is silent.
@@ -79,11 +86,20 @@ class Family:
             own.
         unrotated: `(config.json, layer, local) -> bool`: which layers leave queries and keys as
             they are; None where all rotate them.
+        dense: `(config.json, layer) -> bool`: which layers have an MLP and no experts; None where
+            none has.
         interleaved: Rotary pairs are neighbours in a head.
         reciprocal: Fields of `config.json` whose reciprocal is the field of `LMConfig`.
         ropes: Kinds of rotary positions that transformers knows in the family.
+        mscales: "longrope" has its factors of cosine and sine stated, `short_mscale` and
+            `long_mscale`, and its own original context counts before that at the top.
         weights: The decoder's parameters, and their modules in a checkpoint; {i} is the layer.
-            Parameters of one module are stacked in it, in this order.
+            Parameters of one module are stacked in it, in this order. A parameter that is there by
+            its whole name stands in a tensor of just that name.
+        expert_names: The gate, up and down matrix of an expert, where folders have a tensor of
+            each; None where they have those of a layer in one tensor, or no experts.
+        more_layers: Folders may hold layers after the last one, which predict further tokens and
+            are not read.
         by_head: What is stacked is stacked head by head.
         transposed: Modules, by the end of their name, that are stored [in, out].
         renamed: Patterns of other names that checkpoints use for the same, and what to put for
@@ -101,10 +117,14 @@ class Family:
     layer_types: bool = False
     local_theta: float | None = None
     unrotated: Callable[[Json, int, bool], bool] | None = None
+    dense: Callable[[Json, int], bool] | None = None
     interleaved: bool = False
     reciprocal: tuple[str, ...] = ()
     ropes: tuple[str, ...] = ROPES
+    mscales: bool = False
     weights: Mapping[str, str] = dataclasses.field(default_factory=lambda: WEIGHTS)
+    expert_names: tuple[str, str, str] | None = None
+    more_layers: bool = False
     by_head: bool = False
     transposed: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str | None], ...] = ()

@@ -20,14 +20,13 @@ from t3jax.lm import quantized
 from t3jax.lm.config import LMConfig
 from t3jax.lm.product import product
 
-_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
-# So many queries attend at a time, but in no more parts than these; where no text came before, what
 
 
 class Linear(nnx.Module):
@@ -122,15 +121,15 @@ def make_norm(config: LMConfig, width: int, wanted: bool = True) -> Any:
 
 
 class MLP(nnx.Module):
-    """The MLP of a layer, with a gate or without."""
+    """The MLP of a layer, with a gate or without; `inner` is its width if that is another."""
 
-    def __init__(self, config: LMConfig):
-        width, inner = config.hidden_size, config.intermediate_size
+    def __init__(self, config: LMConfig, inner: int | None = None):
+        width, inner = config.hidden_size, inner or config.intermediate_size
         if config.gated:
             self.gate = Linear(width, inner, config.mlp_bias, config.quantized)
         self.up = Linear(width, inner, config.mlp_bias, config.quantized)
         self.down = Linear(inner, width, config.mlp_bias, config.quantized)
-        self.activation = _ACTIVATIONS[config.activation]
+        self.activation = ACTIVATIONS[config.activation]
         self.gated = config.gated
 
     def __call__(self, x: Array) -> Array:

@@ -25,15 +25,15 @@ def quantize(weight: np.ndarray, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
     """The nearest int8 matrix, row by row.
 
     Args:
-        weight: Any floating matrix, `[out, in]`; whole rows.
+        weight: Any floating matrix, `[out, in]`, or several, `[E, out, in]`; whole rows.
         dtype: Dtype of the scales; they are rounded to it first, so that this adds no error.
 
     Returns:
-        The int8 numbers `[out, in]`, from -127 to 127, and the scales `[out]`.
+        The int8 numbers, from -127 to 127, and the scales `[out]` or `[E, out]`.
     """
     exact = weight.astype(np.float32)
-    scale = (np.abs(exact).max(axis=1) / _LARGEST).astype(dtype)
-    divisor = np.where(scale == 0, 1, scale).astype(np.float32)[:, None]
+    scale = (np.abs(exact).max(axis=-1) / _LARGEST).astype(dtype)
+    divisor = np.where(scale == 0, 1, scale).astype(np.float32)[..., None]
     numbers = np.clip(np.rint(exact / divisor), -_LARGEST, _LARGEST)
     return numbers.astype(np.int8), scale
 

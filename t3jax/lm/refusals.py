@@ -11,18 +11,10 @@ from t3jax.lm.wrappers import WRAPPERS
 _OTHER = {
     **dict.fromkeys(
         (
-            *(
-                "deepseek_v2",
-                "deepseek_v3",
-                "glm4_moe",
-                "gpt_oss",
-                "granitemoe",
-                "llama4",
-                "mixtral",
-            ),
-            *("minimax_m2", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe"),
+            *("deepseek_v2", "deepseek_v3", "gpt_oss", "llama4", "minimax_m2"),
+            *("ernie4_5_moe", "granitemoeshared", "hunyuan_v1_moe"),
         ),
-        "it is a mixture of experts",
+        "its mixture of experts is of another kind",
     ),
     **dict.fromkeys(
         (

@@ -44,6 +44,8 @@ class _Rope(msgspec.Struct):
     mscale_all_dim: float | None = None
     truncate: bool = True
     llama_4_scaling_beta: Annotated[float, Meta(ge=0, le=1000)] | None = None
+    short_mscale: Annotated[float, Meta(gt=0, le=1000)] | None = None
+    long_mscale: Annotated[float, Meta(gt=0, le=1000)] | None = None
     short_factor: list[Stretch] | None = None
     long_factor: list[Stretch] | None = None
 
@@ -142,11 +144,10 @@ def _rope(family: Family, stated: Json, config: Json, head_dim: int) -> RopeConf
         )
     if kind == "default":
         return base
-    original = (
-        config.get("original_max_position_embeddings")
-        or rope.original_max_position_embeddings
-        or config["max_position_embeddings"]
-    )
+    at_top = config.get("original_max_position_embeddings")
+    own = rope.original_max_position_embeddings
+    original = own or at_top if family.mscales else at_top or own
+    original = original or config["max_position_embeddings"]
     factor = rope.factor
     if factor is None and (kind == "longrope" or (kind == "yarn" and "factor" in stated)):
         factor = config["max_position_embeddings"] / original
@@ -159,7 +160,10 @@ def _rope(family: Family, stated: Json, config: Json, head_dim: int) -> RopeConf
     base = dataclasses.replace(base, original_max_position=original)
     if kind == "llama3":
         return _llama3(rope, base)
-    return _yarn(rope, base) if kind == "yarn" else _longrope(rope, base, width // 2)
+    if kind == "yarn":
+        return _yarn(rope, base)
+    base = _longrope(rope, base, width // 2)
+    return _with_mscales(rope, base) if family.mscales else base
 
 
 def _llama3(rope: _Rope, base: RopeConfig) -> RopeConfig:
@@ -200,6 +204,13 @@ def _longrope(rope: _Rope, base: RopeConfig, pairs: int) -> RopeConfig:
     )
 
 
+def _with_mscales(rope: _Rope, base: RopeConfig) -> RopeConfig:
+    short, long = rope.short_mscale, rope.long_mscale
+    if short is None or long is None:
+        raise KeyError("short_mscale" if short is None else "long_mscale")
+    return dataclasses.replace(base, attention_factor=short, long_attention_factor=long)
+
+
 def _yarn_attention_factor(rope: _Rope, factor: float) -> float:
     def scale(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
@@ -231,6 +242,9 @@ def write_rope(rope: RopeConfig) -> dict[str, Any]:
     if rope.query_growth:
         content["llama_4_scaling_beta"] = rope.query_growth
     if rope.kind == "longrope":
+        if rope.long_attention_factor is not None:
+            content["short_mscale"] = rope.attention_factor
+            content["long_mscale"] = rope.long_attention_factor
         content["short_factor"] = list(rope.short_factors)
         content["long_factor"] = list(rope.long_factors)
     return content

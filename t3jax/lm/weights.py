@@ -8,6 +8,7 @@ and each part once.
 import dataclasses
 import functools
 import pathlib
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from t3jax.lm.adapter import merge_adapter
 from t3jax.lm.config import LMConfig
 from t3jax.lm.config_json import checkpoint_name, hf_config
 from t3jax.lm.decoder import Params, abstract_params
+from t3jax.lm.expert_tensors import split_experts, stack_experts
 from t3jax.lm.families import FAMILIES
 from t3jax.lm.family import Family
 from t3jax.lm.folder import check_inside, indexed_file
@@ -102,8 +104,13 @@ def _open_merged(
     folder: pathlib.Path, family: Family, adapter: pathlib.Path | None
 ) -> Mapping[str, tuple[Any, str]]:
     """The tensors of a folder, those of an adapter merged into them."""
-    tensors = _open_all(folder, family)
-    return tensors if adapter is None else merge_adapter(adapter, tensors)
+    tensors: Mapping[str, tuple[Any, str]] = _open_all(folder, family)
+    if adapter is not None:
+        tensors = merge_adapter(adapter, tensors)
+    try:
+        return stack_experts(tensors, family)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
 
 
 def place_params(
@@ -171,7 +178,7 @@ def place_params(
         if keys[-1] != _SCALE and leaf.dtype != np.int8:
             read = functools.partial(_plain, place, view, dtype)
         else:
-            read = functools.partial(_part, whole_rows)
+            read = functools.partial(_part, whole_rows, keys[-1] == _SCALE)
         loaded.append(load(leaf, sharding, read))
         if leaf.dtype != np.int8:
             finite[f"{stored_name} {jax.tree_util.keystr(keys)}"] = _is_finite(loaded[-1])
@@ -300,6 +307,7 @@ def save_hf(
     for place, leaf in zip(places, jax.tree.leaves(params), strict=True):
         stacks.setdefault(place.name, []).append((place, _cast(np.asarray(leaf), dtype)))
     tensors = {name: np.ascontiguousarray(_stacked(parts)) for name, parts in stacks.items()}
+    tensors = split_experts(tensors, FAMILIES[config.model_type])
     if wrong := [name for name, tensor in tensors.items() if _holds_no_number(tensor)]:
         raise ValueError(f"{folder}: not written: {_not_finite(wrong, dtype)}")
     with files.replacing(folder / "model.safetensors") as temporary:
@@ -317,7 +325,8 @@ class _Place(NamedTuple):
     """Where a parameter stands in a checkpoint: in rows of a tensor that others may share.
 
     The rows of the tensor fall into equal groups; each holds some rows of the parameter in turn. A
-    tensor of one parameter alone is one group.
+    tensor of one parameter alone is one group. The matrices of a layer's experts are one group in
+    each expert.
 
     Attributes:
         name: Name of the tensor, in the family's table.
@@ -327,6 +336,7 @@ class _Place(NamedTuple):
         group_rows: Rows of a group, those of all parameters.
         columns: The other dimension, `(in,)`; () of a vector.
         transposed: The tensor is stored [in, out].
+        experts: Of the matrices of experts, how many there are; 0 of others.
     """
 
     name: str
@@ -336,15 +346,22 @@ class _Place(NamedTuple):
     group_rows: int
     columns: tuple[int, ...]
     transposed: bool
+    experts: int = 0
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """Shape of the whole tensor."""
         shape = (self.groups * self.group_rows, *self.columns)
+        if self.experts:
+            return (self.experts, *shape)
         return shape[::-1] if self.transposed else shape
 
     def read(self, view: Any, index: tuple[slice, ...]) -> np.ndarray:
         """Reads a part of the parameter from the tensor, and nothing else."""
+        if self.experts:
+            experts, rows, inputs = index
+            own = slice(rows.start + self.start, rows.stop + self.start)
+            return np.asarray(view[(experts, own, inputs)])
         wanted, *columns = index
         parts = []
         for group in range(wanted.start // self.rows, -(-wanted.stop // self.rows)):
@@ -365,12 +382,20 @@ def _places(config: LMConfig, family: Family, params: Params) -> list[_Place]:
         *parts, kind = [str(part.key) for part in path]
         layer = next((part for part in parts if part.isdigit()), "")
         key = ".".join("{i}" if part.isdigit() else part for part in parts)
-        name = f"{family.weights[key].replace('{i}', layer)}.{kind}"
+        if f"{key}.{kind}" in family.weights:
+            key = f"{key}.{kind}"
+            name = family.weights[key]
+        else:
+            name = f"{family.weights[key]}.{kind}"
+        name = name.replace("{i}", layer)
         names.append((key, name))
         stacks.setdefault(name, {})[key] = leaf.shape
     places = []
     for key, name in names:
         shapes = {k: stacks[name][k] for k in sorted(stacks[name], key=order.index)}
+        experts = shapes[key][0] if len(shapes[key]) == 3 else 0
+        if experts:
+            shapes = {k: shape[1:] for k, shape in shapes.items()}
         groups = config.num_heads if family.by_head and len(shapes) > 1 else 1
         rows = {k: shape[0] // groups for k, shape in shapes.items()}
         before = list(rows)[: list(rows).index(key)]
@@ -384,6 +409,7 @@ def _places(config: LMConfig, family: Family, params: Params) -> list[_Place]:
                 group_rows=sum(rows.values()),
                 columns=shapes[key][1:],
                 transposed=kind == "weight" and module.endswith(family.transposed),
+                experts=experts,
             )
         )
     return places
@@ -392,10 +418,10 @@ def _places(config: LMConfig, family: Family, params: Params) -> list[_Place]:
 def _stacked(parts: list[tuple[_Place, np.ndarray]]) -> np.ndarray:
     """A tensor of a checkpoint from the parameters that it holds."""
     place = parts[0][0]
-    grouped = [
-        array.reshape(p.groups, p.rows, *p.columns)
-        for p, array in sorted(parts, key=lambda part: part[0].start)
-    ]
+    parts = sorted(parts, key=lambda part: part[0].start)
+    if place.experts:
+        return np.concatenate([array for _, array in parts], axis=1)
+    grouped = [array.reshape(p.groups, p.rows, *p.columns) for p, array in parts]
     tensor = np.concatenate(grouped, axis=1).reshape(-1, *place.columns)
     return tensor.T if place.transposed else tensor
 
@@ -476,7 +502,12 @@ def _check(
         if found != shape and not padded:
             wrong.append(f"{stored_name}: shape {found}, expected {shape}")
     # An LM head beside a tied embedding is harmless.
-    for name in sorted(set(tensors) - set(shapes) - {f"{table['lm_head']}.weight"}):
+    spare = {f"{table['lm_head']}.weight"}
+    if family.more_layers:
+        later = re.compile(r"^model\.layers\.(\d+)\.")
+        numbers = {name: later.match(name) for name in tensors}
+        spare |= {name for name, n in numbers.items() if n and int(n[1]) >= config.num_layers}
+    for name in sorted(set(tensors) - set(shapes) - spare):
         wrong.append(f"{tensors[name][1]}: not a weight of this {config.model_type} model")
     if wrong:
         more = len(wrong) - _MAX_REPORTED
@@ -495,20 +526,20 @@ def _plain(place: _Place, view: Any, dtype: Any, wanted: tuple[slice, ...]) -> n
 
 
 def _quantized(
-    place: _Place, view: Any, dtype: Any, start: int, stop: int
+    place: _Place, view: Any, dtype: Any, *bounds: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Some rows of a matrix, in int8, and their scales."""
+    """Some rows of a matrix, or of some experts' matrices, in int8, and their scales."""
     (columns,) = place.columns
-    rows = place.read(view, (slice(start, stop), slice(0, columns)))
+    rows = place.read(view, (*(slice(*each) for each in bounds), slice(0, columns)))
     with np.errstate(invalid="ignore", over="ignore"):  # the scale says it
         return quantize(_cast(rows, np.float32), dtype)
 
 
-def _part(whole_rows: Callable[..., Any], wanted: tuple[slice, ...]) -> np.ndarray:
+def _part(whole_rows: Callable[..., Any], scales: bool, wanted: tuple[slice, ...]) -> np.ndarray:
     """What is wanted of an int8 matrix, or of its scales."""
-    rows, *columns = wanted
-    numbers, scales = whole_rows(rows.start, rows.stop)
-    return np.ascontiguousarray(numbers[:, columns[0]]) if columns else scales
+    rows = wanted if scales else wanted[:-1]
+    numbers, scale = whole_rows(*((axis.start, axis.stop) for axis in rows))
+    return scale if scales else np.ascontiguousarray(numbers[..., wanted[-1]])
 
 
 def _cast(array: np.ndarray, dtype: Any) -> np.ndarray:

@@ -1,0 +1,235 @@
+"""The model families with experts, a row each: how their folders differ from Llama's."""
+
+from t3jax.lm.family import EXPERTS, QK_NORMS, WEIGHTS, Family, Json
+
+_NAMES = ("gate_proj", "up_proj", "down_proj")
+_MIXTRAL_NAMES = ("w1", "w3", "w2")
+_MIXTRAL = {
+    key: name.replace(".mlp.", ".block_sparse_moe.") for key, name in EXPERTS.items()
+}  # in folders; transformers 5 calls the module mlp
+_OF_EXPERTS = {
+    "experts.count": "num_experts",
+    "experts.chosen": "num_experts_per_tok",
+    "experts.normed": "norm_topk_prob",
+}
+_OF_MLPS = {  # whose width is the experts'
+    "experts.count": "num_local_experts",
+    "experts.chosen": "num_experts_per_tok",
+    "experts.size": "intermediate_size",
+}
+_QWEN_DEFAULTS = {
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": None,
+    "norm_topk_prob": False,
+}
+
+
+def _shared(module: str) -> dict[str, str]:
+    """The weights of a shared expert, a module of the MLP."""
+    return {
+        f"layers.{{i}}.experts.shared.{name}": f"model.layers.{{i}}.mlp.{module}.{name}_proj"
+        for name in ("gate", "up", "down")
+    }
+
+
+def _is_dense_in_qwen(config: Json, layer: int) -> bool:
+    step = config["decoder_sparse_step"]
+    return layer in (config["mlp_only_layers"] or ()) or (layer + 1) % step != 0
+
+
+EXPERT_FAMILIES: dict[str, Family] = {
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        fixed={"qk_norm": "head"},
+        fields={
+            "attention_bias": "attention_bias",
+            "experts.size": "moe_intermediate_size",
+            **_OF_EXPERTS,
+        },
+        defaults={
+            **_QWEN_DEFAULTS,
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 768,
+            "num_experts_per_tok": 8,
+            "num_experts": 128,
+        },
+        aliases={"num_local_experts": "num_experts"},
+        slides=lambda config, layer: True,
+        dense=_is_dense_in_qwen,
+        weights={**WEIGHTS, **QK_NORMS, **EXPERTS},
+        expert_names=_NAMES,
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        fixed={"experts.normed": True},
+        fields=_OF_MLPS,
+        defaults={
+            "num_key_value_heads": 8,
+            "sliding_window": None,
+            "rope_theta": 1e6,
+            "num_experts_per_tok": 2,
+            "num_local_experts": 8,
+        },
+        aliases={"num_experts": "num_local_experts"},
+        slides=lambda config, layer: True,
+        weights={**WEIGHTS, **_MIXTRAL},
+        expert_names=_MIXTRAL_NAMES,
+        renamed=((r"\.mlp\.(?=gate\.|experts\.)", ".block_sparse_moe."),),
+    ),
+    "olmoe": Family(
+        "OlmoeForCausalLM",
+        fixed={"qk_norm": "width"},
+        fields={
+            "attention_bias": "attention_bias",
+            "qkv_clip": "clip_qkv",
+            "experts.size": "intermediate_size",
+            **_OF_EXPERTS,
+        },
+        defaults={
+            "clip_qkv": None,
+            "num_experts_per_tok": 8,
+            "num_experts": 64,
+            "norm_topk_prob": False,
+        },
+        aliases={"num_local_experts": "num_experts"},
+        weights={**WEIGHTS, **QK_NORMS, **EXPERTS},
+        expert_names=_NAMES,
+    ),
+    "qwen2_moe": Family(
+        "Qwen2MoeForCausalLM",
+        fixed={"experts.shared_gate": True},
+        fields={
+            "qkv_bias": "qkv_bias",
+            "experts.size": "moe_intermediate_size",
+            "experts.shared": "shared_expert_intermediate_size",
+            **_OF_EXPERTS,
+        },
+        defaults={
+            **_QWEN_DEFAULTS,
+            "num_key_value_heads": 16,
+            "max_window_layers": 28,
+            "qkv_bias": True,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+            "num_experts_per_tok": 4,
+            "num_experts": 60,
+        },
+        slides=lambda config, layer: layer % 2 == 0 and layer < config["max_window_layers"],
+        layer_types=True,
+        dense=_is_dense_in_qwen,
+        weights={
+            **WEIGHTS,
+            **EXPERTS,
+            **_shared("shared_expert"),
+            "layers.{i}.experts.shared_gate": "model.layers.{i}.mlp.shared_expert_gate",
+        },
+        expert_names=_NAMES,
+    ),
+    "granitemoe": Family(
+        "GraniteMoeForCausalLM",
+        fixed={"experts.normed": True},
+        fields={
+            "attention_bias": "attention_bias",
+            "embedding_multiplier": "embedding_multiplier",
+            "residual_multiplier": "residual_multiplier",
+            "attention_multiplier": "attention_multiplier",
+            "logit_scale": "logits_scaling",
+            **_OF_MLPS,
+        },
+        defaults={
+            "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "attention_multiplier": 1.0,
+            "logits_scaling": 1.0,
+            "num_experts_per_tok": 2,
+            "num_local_experts": 8,
+        },
+        reciprocal=("logits_scaling",),
+        weights={
+            **WEIGHTS,
+            "layers.{i}.experts.router": "model.layers.{i}.block_sparse_moe.router.layer",
+            "layers.{i}.experts.gate": "model.layers.{i}.block_sparse_moe.input_linear",
+            "layers.{i}.experts.up": "model.layers.{i}.block_sparse_moe.input_linear",
+            "layers.{i}.experts.down": "model.layers.{i}.block_sparse_moe.output_linear",
+        },
+        renamed=(
+            (r"\.experts\.gate_up_proj$", ".input_linear.weight"),
+            (r"\.experts\.down_proj$", ".output_linear.weight"),
+            (r"\.router\.weight$", ".router.layer.weight"),
+        ),
+    ),
+    "phimoe": Family(
+        "PhimoeForCausalLM",
+        fixed={"norm": "layer", "experts.router": "sparsemixer"},
+        fields={
+            "attention_bias": "attention_bias",
+            "head_bias": "lm_head_bias",
+            "experts.jitter": "router_jitter_noise",
+            **_OF_MLPS,
+        },
+        defaults={
+            "num_key_value_heads": 8,
+            "sliding_window": None,
+            "rope_theta": 1e6,
+            "lm_head_bias": False,
+            "router_jitter_noise": 0.01,
+            "num_experts_per_tok": 2,
+            "num_local_experts": 16,
+        },
+        # SparseMixer takes two whatever it is told.
+        expected={"num_experts_per_tok": (2,), "tie_word_embeddings": (False,)},
+        slides=lambda config, layer: True,
+        ropes=("default", "longrope"),
+        mscales=True,
+        weights={**WEIGHTS, **_MIXTRAL},
+        expert_names=_MIXTRAL_NAMES,
+        renamed=(
+            (r"\.mlp\.router\.", ".block_sparse_moe.gate."),
+            (r"\.mlp\.experts\.", ".block_sparse_moe.experts."),
+        ),
+    ),
+    "glm4_moe": Family(
+        "Glm4MoeForCausalLM",
+        fixed={"experts.router": "sigmoid"},
+        fields={
+            "qkv_bias": "attention_bias",
+            "qk_norm": "use_qk_norm",
+            "experts.count": "n_routed_experts",
+            "experts.chosen": "num_experts_per_tok",
+            "experts.normed": "norm_topk_prob",
+            "experts.size": "moe_intermediate_size",
+            "experts.scale": "routed_scaling_factor",
+            "experts.groups": "n_group",
+            "experts.chosen_groups": "topk_group",
+        },
+        defaults={
+            "num_key_value_heads": 8,
+            "partial_rotary_factor": 0.5,
+            "use_qk_norm": False,
+            "n_routed_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+            "moe_intermediate_size": 1408,
+            "routed_scaling_factor": 1.0,
+            "n_group": 1,
+            "topk_group": 1,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+        },
+        aliases={"num_local_experts": "n_routed_experts"},
+        dense=lambda config, layer: layer < config["first_k_dense_replace"],
+        weights={
+            **WEIGHTS,
+            **QK_NORMS,
+            **EXPERTS,
+            **_shared("shared_experts"),
+            "layers.{i}.experts.router.correction": (
+                "model.layers.{i}.mlp.gate.e_score_correction_bias"
+            ),
+        },
+        expert_names=_NAMES,
+        more_layers=True,
+    ),
+}

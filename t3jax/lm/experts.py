@@ -1,0 +1,342 @@
+"""A mixture of experts in the place of a layer's MLP: the router, and what the chosen experts give.
+
+A token's output is the sum over its chosen experts of the router's weight times the expert's MLP;
+a shared expert, which every token is sent to, is added. No token is dropped. What is for training
+only, the router's noise and its balancing loss, is not here.
+
+The products are done as each device does them best. On a CPU, `jax.lax.ragged_dot` multiplies every
+token by every expert: there the tokens of an expert are cut into tiles, and a loop reads a tile and
+the expert's matrices. Elsewhere a few tokens gather the matrices of their experts, and many are
+sorted by expert for `ragged_dot`; this is not measured yet.
+
+Axes: B batch, T time, N tokens, D features, E experts, K chosen experts of a token, F width of an
+expert. Weights stand as `[E, out, in]`. The router is computed in float32.
+
+References:
+    Outrageously Large Neural Networks, arXiv 1701.06538, equations 1 to 5.
+    DeepSeek-V3 Technical Report, arXiv 2412.19437, section 2.1.2: sigmoid, its bias, groups.
+    GRIN: GRadient-INformed MoE, arXiv 2409.12136: SparseMixer at inference time.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from t3jax import sharding
+from t3jax.lm import quantized
+from t3jax.lm.config import ExpertsConfig, LMConfig
+from t3jax.lm.layers import ACTIVATIONS, MLP, Linear
+from t3jax.lm.product import product
+
+Matrices = dict[str, Array]  # of all experts: "weight" [E, out, in], and "scale" [E, out] of int8
+Activation = Callable[[Array], Array]
+_TILE = 64  # tokens of an expert that a CPU multiplies at a time, at most
+
+
+class _Stack(nnx.Module):
+    """A matrix of each expert, int8 or not."""
+
+    def __init__(self, count: int, fan_in: int, fan_out: int, quantized: bool):
+        shape = (count, fan_out, fan_in)
+        self.weight = nnx.Param(jnp.zeros(shape, jnp.int8 if quantized else None))
+        if quantized:
+            self.scale = nnx.Param(jnp.ones(shape[:2]))
+        self.quantized = quantized
+
+    def matrices(self) -> Matrices:
+        scale = {"scale": self.scale[...]} if self.quantized else {}
+        return {"weight": self.weight[...], **scale}
+
+
+class _Router(nnx.Module):
+    def __init__(self, config: LMConfig, experts: ExpertsConfig):
+        # Rounded to int8, it would choose other experts.
+        self.weight = nnx.Param(jnp.zeros((experts.count, config.hidden_size)))
+        if experts.router == "sigmoid":
+            self.correction = nnx.Param(jnp.zeros((experts.count,)))
+        self.experts = experts
+
+    def __call__(self, x: Array) -> tuple[Array, Array]:
+        logits = product(x.reshape(-1, x.shape[-1]), self.weight[...], jnp.float32)
+        corrected = self.experts.router == "sigmoid"
+        correction = self.correction[...].astype(jnp.float32) if corrected else None
+        chosen, weights = choose_experts(self.experts, logits, correction)
+        shape = (*x.shape[:-1], self.experts.chosen)
+        return chosen.reshape(shape), weights.reshape(shape)
+
+
+class Experts(nnx.Module):
+    """The experts of a layer, with their router and a shared one if there is one."""
+
+    def __init__(self, config: LMConfig):
+        e = config.experts
+        assert e is not None
+        width = config.hidden_size
+        self.router = _Router(config, e)
+        self.gate = _Stack(e.count, width, e.size, config.quantized)
+        self.up = _Stack(e.count, width, e.size, config.quantized)
+        self.down = _Stack(e.count, e.size, width, config.quantized)
+        if e.shared:
+            self.shared = MLP(config, e.shared)
+        if e.shared_gate:
+            self.shared_gate = Linear(width, 1)
+        self.activation = ACTIVATIONS[config.activation]
+        self.experts = e
+
+    def __call__(self, x: Array, mesh: Mesh | None) -> Array:
+        """What the experts give for `[B, T, D]`, `[B, T, D]`."""
+        chosen, weights = self.router(x)
+        matrices = {name: getattr(self, name).matrices() for name in ("gate", "up", "down")}
+        y = _mix_on_mesh(x, chosen, weights, matrices, self.activation, mesh)
+        if not self.experts.shared:
+            return y
+        shared = self.shared(x)
+        if self.experts.shared_gate:
+            opened = jax.nn.sigmoid(self.shared_gate(x))
+            shared = shared * jnp.broadcast_to(opened, shared.shape)
+        return y + shared
+
+
+@functools.partial(jax.jit, static_argnames="experts", inline=True)  # traced once for all layers
+def choose_experts(
+    experts: ExpertsConfig,
+    logits: Float[Array, "N E"],
+    correction: Float[Array, " E"] | None = None,
+) -> tuple[Int[Array, "N K"], Float[Array, "N K"]]:
+    """The experts that tokens are sent to, and the weights of their outputs.
+
+    Args:
+        experts: How the router chooses.
+        logits: The router's, float32 `[N, E]`.
+        correction: "sigmoid": added to the scores for the choice, not in the weights, `[E]`.
+
+    Returns:
+        The experts `[N, K]` and their weights `[N, K]`.
+
+    References:
+        See the module.
+    """
+    if experts.router == "sparsemixer":
+        return _mix_sparsely(logits, experts.jitter)
+    if experts.router == "sigmoid":
+        scores = jax.nn.sigmoid(logits)
+        assert correction is not None
+        ranked = scores + jnp.broadcast_to(correction, scores.shape)
+        if experts.groups > 1:
+            ranked = _keep_groups(ranked, experts.groups, experts.chosen_groups)
+    else:
+        ranked = scores = jax.nn.softmax(logits, axis=-1)
+    _, chosen = jax.lax.top_k(ranked, experts.chosen)
+    weights = jnp.take_along_axis(scores, chosen, axis=-1)
+    if experts.normed:
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    return chosen, weights if experts.scale == 1 else weights * experts.scale
+
+
+def _keep_groups(ranked: Array, groups: int, kept: int) -> Array:
+    """Scores of the groups whose two best experts are best together; -inf in the others."""
+    grouped = ranked.reshape(len(ranked), groups, -1)
+    together = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
+    _, best = jax.lax.top_k(together, kept)
+    allowed = jnp.any(jax.nn.one_hot(best, groups, dtype=bool), axis=1)
+    return jnp.where(allowed[:, :, None], grouped, -jnp.inf).reshape(ranked.shape)
+
+
+def _mix_sparsely(logits: Array, jitter: float) -> tuple[Array, Array]:
+    """The two best experts; each one's weight is a softmax over those nearly as good as it."""
+
+    def choose(remaining: Array) -> tuple[Array, Array]:
+        best = jnp.max(remaining, axis=-1, keepdims=True)
+        chosen = jnp.argmax(remaining, axis=-1, keepdims=True)
+        far = (best - logits) / jnp.maximum(jnp.abs(logits), best) > 2 * jitter
+        weights = jax.nn.softmax(jnp.where(far, -jnp.inf, remaining), axis=-1)
+        return chosen, jnp.take_along_axis(weights, chosen, axis=-1)
+
+    first, weight = choose(logits)
+    taken = jax.nn.one_hot(first[:, 0], logits.shape[-1], dtype=bool)
+    second, other = choose(jnp.where(taken, -jnp.inf, logits))
+    chosen, weights = (first, second), (weight, other)
+    return jnp.concatenate(chosen, axis=-1), jnp.concatenate(weights, axis=-1)
+
+
+def _mix_on_mesh(
+    x: Array,
+    chosen: Array,
+    weights: Array,
+    matrices: dict[str, Matrices],
+    activation: Activation,
+    mesh: Mesh | None,
+) -> Array:
+    """`mix_experts` for `[B, T, D]`: each device has some rows and the experts of its own.
+
+    Where `model` does not divide the experts, each device has all of them.
+    """
+
+    def mix(x: Array, chosen: Array, weights: Array, matrices: dict[str, Matrices]) -> Array:
+        tokens, *pairs = (part.reshape(-1, part.shape[-1]) for part in (x, chosen, weights))
+        return mix_experts(tokens, *pairs, matrices, activation).reshape(x.shape)
+
+    if mesh is None or mesh.size == 1:
+        return mix(x, chosen, weights, matrices)
+    (rows,) = sharding.fit_sharding(mesh, P(sharding.ROWS), x.shape[:1]).spec or (None,)
+    (model,) = sharding.fit_sharding(
+        mesh, P(sharding.MODEL), matrices["gate"]["weight"].shape[:1]
+    ).spec or (None,)
+
+    def mix_own(x: Array, chosen: Array, weights: Array, matrices: dict[str, Matrices]) -> Array:
+        if model is None:
+            return mix(x, chosen, weights, matrices)
+        first = jax.lax.axis_index(model) * len(matrices["gate"]["weight"])
+        return jax.lax.psum(mix(x, chosen - first, weights, matrices), model)
+
+    return jax.shard_map(
+        mix_own,
+        mesh=mesh,
+        in_specs=(P(rows), P(rows), P(rows), P(model)),
+        out_specs=P(rows),
+        check_vma=False,
+    )(x, chosen, weights, matrices)
+
+
+@functools.partial(jax.jit, static_argnames="activation", inline=True)
+def mix_experts(
+    x: Float[Array, "N D"],
+    chosen: Int[Array, "N K"],
+    weights: Float[Array, "N K"],
+    matrices: dict[str, Matrices],
+    activation: Activation,
+) -> Float[Array, "N D"]:
+    """The sum of the chosen experts' outputs by their weights.
+
+    Args:
+        x: The tokens' inputs, `[N, D]`.
+        chosen: The experts of each, `[N, K]`; one that is not of 0 to E - 1 adds nothing.
+        weights: Their weights, float32 `[N, K]`.
+        matrices: "gate" and "up", `[E, F, D]`, and "down", `[E, D, F]`.
+        activation: That of the gate.
+
+    Returns:
+        The sums, taken in float32, `[N, D]` in the dtype of `x`.
+    """
+    known = (chosen >= 0) & (chosen < len(matrices["gate"]["weight"]))
+    ways = {
+        name: functools.partial(way, activation=activation)
+        for name, way in (("cpu", _in_tiles), ("default", _on_accelerator))
+    }
+    y = jax.lax.platform_dependent(x, jnp.where(known, chosen, -1), matrices, **ways)
+    weighed = y.astype(jnp.float32) * jnp.where(known, weights, 0.0)[:, :, None]
+    return jnp.sum(weighed, axis=1).astype(x.dtype)
+
+
+def _places(chosen: Array, experts: int, tile: int) -> tuple[Array, Array]:
+    """A place for each token and expert such that no tile of places has two experts.
+
+    Returns:
+        The places `[N K]`, past all others where there is no expert, and the tiles of each expert.
+    """
+    flat = chosen.reshape(-1)
+    hot = jax.nn.one_hot(flat, experts, dtype=jnp.int32)  # zeros where there is no expert
+    rank = jnp.sum((jnp.cumsum(hot, axis=0) - 1) * hot, axis=1)
+    tiles = -(-jnp.sum(hot, axis=0) // tile)
+    first = (jnp.cumsum(tiles) - tiles) * tile
+    beyond = jnp.iinfo(jnp.int32).max
+    return jnp.where(flat < 0, beyond, first[flat] + rank), tiles
+
+
+def _put(x: Array, chosen: Array, places: Array, size: int) -> Array:
+    """The tokens at their places, `[size, D]`; zeros where there is none."""
+    tokens = jnp.arange(len(places)) // chosen.shape[1]
+    source = jnp.full((size,), len(x)).at[places].set(tokens, mode="drop")
+    return jnp.take(x, source, axis=0, mode="fill", fill_value=0)
+
+
+def _in_tiles(
+    x: Array, chosen: Array, matrices: dict[str, Matrices], activation: Activation
+) -> Array:
+    """Outputs `[N, K, D]`, tile by tile: as many tokens as an expert has on average, or fewer."""
+    experts, pairs = len(matrices["gate"]["weight"]), chosen.size
+    tile = min(_TILE, 1 << (-(-pairs // experts) - 1).bit_length())
+    if tile == 1:
+        rows = jnp.repeat(x, chosen.shape[1], axis=0)[:, None]
+        expert, places = chosen.reshape(-1), jnp.arange(pairs)
+        real = expert >= 0
+    else:
+        places, tiles = _places(chosen, experts, tile)
+        count = min(pairs, pairs // tile + experts)  # of tiles, at most
+        rows = _put(x, chosen, places, count * tile).reshape(count, tile, -1)
+        ends = jnp.cumsum(tiles)
+        expert = jnp.searchsorted(ends, jnp.arange(count), side="right")
+        real = jnp.arange(count) < ends[-1]
+
+    @jax.checkpoint  # else the backward pass would keep the matrices of every tile
+    def run(rows: Array, expert: Array, real: Array) -> Array:
+        def multiply(rows: Array) -> Array:
+            own = jax.tree.map(
+                lambda leaf: jax.lax.dynamic_index_in_dim(leaf, expert, keepdims=False), matrices
+            )
+            inner = activation(_multiply(rows, own["gate"])) * _multiply(rows, own["up"])
+            return _multiply(inner, own["down"])
+
+        return jax.lax.cond(real, multiply, jnp.zeros_like, rows)
+
+    y = jax.lax.map(lambda each: run(*each), (rows, expert, real))
+    y = y.reshape(-1, x.shape[-1])
+    found = jnp.take(y, places, axis=0, mode="fill", fill_value=0)
+    return found.reshape(*chosen.shape, -1)
+
+
+def _multiply(x: Array, matrix: Matrices) -> Array:
+    if "scale" in matrix:
+        return quantized.product(x, matrix["weight"], matrix["scale"])
+    return product(x, matrix["weight"])
+
+
+def _on_accelerator(
+    x: Array, chosen: Array, matrices: dict[str, Matrices], activation: Activation
+) -> Array:
+    """Outputs `[N, K, D]`: of gathered matrices where that moves less than reading all of them."""
+    experts, pairs = len(matrices["gate"]["weight"]), chosen.size
+    if 3 * pairs <= experts:  # what is gathered is read, written and read again
+        own = jnp.maximum(chosen.reshape(-1), 0)
+        rows = jnp.repeat(x, chosen.shape[1], axis=0)
+        times = functools.partial(_multiply_gathered, own)
+        places = jnp.arange(pairs)
+    else:
+        places, sizes = _places(chosen, experts, 1)
+        rows = _put(x, chosen, places, pairs)
+        times = functools.partial(_multiply_ragged, sizes)
+    inner = activation(times(rows, matrices["gate"])) * times(rows, matrices["up"])
+    y = jnp.take(times(inner, matrices["down"]), places, axis=0, mode="fill", fill_value=0)
+    return y.reshape(*chosen.shape, -1)
+
+
+def _multiply_gathered(own: Array, rows: Array, matrix: Matrices) -> Array:
+    y = jnp.einsum(
+        "ni,noi->no",
+        rows,
+        matrix["weight"][own].astype(rows.dtype),
+        precision="highest" if rows.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+    return (y * matrix["scale"][own] if "scale" in matrix else y).astype(rows.dtype)
+
+
+def _multiply_ragged(sizes: Array, rows: Array, matrix: Matrices) -> Array:
+    y = jax.lax.ragged_dot(
+        rows,
+        matrix["weight"].astype(rows.dtype).swapaxes(1, 2),
+        sizes,
+        precision="highest" if rows.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+    if "scale" in matrix:
+        expert = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(rows)), side="right")
+        scale = jnp.take(matrix["scale"], expert, axis=0, mode="fill", fill_value=0)
+        y = y * scale.astype(jnp.float32)
+    return y.astype(rows.dtype)
