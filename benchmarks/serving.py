@@ -88,7 +88,6 @@ def serve_peer(transformers: str, model: str) -> Iterator[tuple[str, subprocess.
         transformers,
         "serve",
         str(pathlib.Path(model).resolve()),
-        "--continuous-batching",
         "--port",
         str(port),
         "--host",

@@ -28,7 +28,7 @@ def config(monkeypatch, repository):
         ({"serve.requests": "out/r"}, "T3JAX_SERVER_KEY"),
         ({"serve.port": 70000}, r"serve\.port must be in"),
         ({"serve.rows": 0}, r"serve\.rows must be a whole number"),
-        ({"serve.piece": 100}, r"serve\.piece must be a multiple of 32"),
+        ({"serve.piece": 100}, r"serve\.piece must be 32, 64"),
         ({"serve.max_length": 1}, r"serve\.max_length"),
         ({"serve.timeout": 0.0}, r"serve\.timeout"),
         ({"head": "demo"}, "demo"),

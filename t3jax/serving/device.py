@@ -18,7 +18,7 @@ from t3jax.sampling.loop import State, placed
 from t3jax.sampling.next_token import Controls
 from t3jax.serving import programs
 from t3jax.serving.heads import HeadSet
-from t3jax.serving.messages import MOST_STOP_IDS, SHORT_PIECE, EngineOptions, Request
+from t3jax.serving.messages import MOST_STOP_IDS, EngineOptions, Request, piece_sizes
 from t3jax.serving.stack import on_mask
 
 _LEAST_SLOTS = 128
@@ -150,7 +150,7 @@ class Device:
         nobody = [None] * self._options.rows
         for slots in self._slot_sizes():
             report(f"compiling for {slots} tokens")
-            for size in sorted({SHORT_PIECE, self._options.piece}):
+            for size in piece_sizes(self._options):
                 if size > slots:
                     continue
                 state = self._make_state(1, slots)

@@ -27,7 +27,6 @@ from t3jax.serving.device import Device
 from t3jax.serving.heads import HeadSet
 from t3jax.serving.messages import (
     MOST_STOP_IDS,
-    SHORT_PIECE,
     EngineOptions,
     Event,
     QueueFull,
@@ -35,6 +34,7 @@ from t3jax.serving.messages import (
     Scores,
     Stats,
     Ticket,
+    piece_sizes,
 )
 
 
@@ -343,14 +343,20 @@ class Engine:
         """Where the pieces of a prompt start, and their sizes; its length alone decides."""
         pieces, start = [], 0
         while start < length:
-            size = self.options.piece if length - start > SHORT_PIECE else SHORT_PIECE
+            sizes = piece_sizes(self.options)
+            size = next((size for size in sizes if size >= length - start), sizes[-1])
             pieces.append((start, size))
             start += size
         return pieces
 
     def _read_pieces(self) -> None:
-        """Reads about one long piece: of the prompts with the least left first."""
-        budget = self.options.piece
+        """Reads pieces, of the prompts with the least left first.
+
+        Beside rows that decode, about one long piece, or a few if most rows are free: an answer
+        then waits for others to begin, and the batch is not decoded for a few of them alone.
+        """
+        free = self.options.rows - len(self._rows)
+        budget = self.options.piece * max(1, free // 4)
         while budget > 0 and self._readings:
             reading = min(self._readings, key=lambda one: sum(size for _, size in one.pieces))
             budget -= reading.pieces[0][1]

@@ -23,7 +23,7 @@ class EngineOptions:
     Attributes:
         rows: Answers decoded together.
         chunk: Steps between two looks of the host; divides no answer, but what comes at once.
-        piece: Tokens of a prompt that are read at a time: a multiple of 32.
+        piece: Tokens of a prompt that are read at a time: 32 times a power of two.
         max_length: Longest prompt and answer together, tokens; None: the model's context, at most
             2,048.
         queue: Requests that may wait.
@@ -51,10 +51,15 @@ class EngineOptions:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
                 raise ValueError(f"serve.{name} must be a whole number in [1, {most}], got {value}")
-        if self.piece % SHORT_PIECE:
-            raise ValueError(f"serve.piece must be a multiple of {SHORT_PIECE}, got {self.piece}")
+        if self.piece not in (SHORT_PIECE << i for i in range(10)):
+            raise ValueError(f"serve.piece must be {SHORT_PIECE}, 64, 128, ..., got {self.piece}")
         if self.max_length is not None and not 2 <= self.max_length <= 2**20:
             raise ValueError(f"serve.max_length must be in [2, 2^20], got {self.max_length}")
+
+
+def piece_sizes(options: EngineOptions) -> list[int]:
+    """Sizes of the programs that read a prompt, the smallest first."""
+    return [SHORT_PIECE << i for i in range(10) if SHORT_PIECE << i <= options.piece]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
