@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import json
 
 import jax
 import jax.numpy as jnp
@@ -22,3 +23,19 @@ def test_examples_print_what_they_say(name):
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     for test in examples:
         assert runner.run(test).failed == 0, test.name
+
+
+def test_the_notebook_runs_and_shows_what_it_says(repository, tmp_path, monkeypatch):
+    cells = json.loads((repository / "examples" / "first_steps.ipynb").read_text())["cells"]
+    for name in ("demo", "configs"):
+        (tmp_path / name).symlink_to(repository / name)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for cell in cells:
+        assert not cell.get("outputs"), "clear the outputs before committing"
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    recalls = names["recalls"]
+    assert recalls["forget", "base"] > 0.95
+    assert recalls["forget", "unlearned"] < 0.6
+    assert recalls["retain", "unlearned"] > 0.9
