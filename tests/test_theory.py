@@ -1,5 +1,6 @@
 """T3's theorems: integrals, slopes, bounds, sequences, the diagnosis of a head."""
 
+import dataclasses
 import functools
 
 import jax
@@ -14,6 +15,7 @@ from examples import theory
 from t3jax import data
 from t3jax.evaluation.scoring import BASE, Setting, score_texts
 from t3jax.evaluation.store import Store
+from t3jax.head_io import save_head
 from t3jax.theory import bounds, classifiers, diagnose, errors, mixtures, sequences
 from t3jax.theory.errors import Shape
 
@@ -347,10 +349,20 @@ def test_a_model_with_a_head_is_scored(tiny_lm, tmp_path):
     assert found.measured.forget[1] == pytest.approx(gap, rel=1e-4)
 
 
-def test_a_diagnosis_needs_rows_of_both_kinds():
+def test_a_diagnosis_needs_both_kinds_of_rows_and_one_classifier(tiny_lm, tmp_path):
     config = default.get_config()
-    config.model = config.head = config.eval_forget = config.eval_dir = "x"
+    config.model = config.eval_forget = config.eval_dir = "x"
+    config.head = str(tmp_path / "head")
     with pytest.raises(ValueError, match=r"not in the config: \['eval_retain'\]"):
+        diagnose.diagnose_head(config)
+    config.eval_retain = "x"
+    head = tiny.make_head(tiny_lm)
+    save_head(config.head, dataclasses.replace(head, record={"training": {"loss": "distillation"}}))
+    with pytest.raises(ValueError, match="head was distilled: its scores are no P"):
+        diagnose.diagnose_head(config)
+    save_head(tmp_path / "other", head)
+    config.head += f",{tmp_path / 'other'}"
+    with pytest.raises(ValueError, match="one head is diagnosed at a time"):
         diagnose.diagnose_head(config)
 
 

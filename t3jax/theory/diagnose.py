@@ -5,8 +5,8 @@
 reads `eval_forget` and `eval_retain` of the config, reworded where the rows have other wordings,
 scores them under the head at `eval_temperatures` (or 1 to 4) and prints a table. With
 `retain_model` the errors against that model stand beside the predicted ones. It trains nothing and
-chooses nothing: the head's folder stays as it is. A distilled head is no classifier, and what is
-said here of excess risk does not hold for it.
+chooses nothing: the head's folder stays as it is. A distilled head, which is no classifier, is
+refused.
 
 The numbers are of single tokens after a given prefix. Axes: K temperatures, N answer tokens.
 
@@ -248,7 +248,8 @@ def diagnose_head(config: Any) -> Diagnosis:
         The diagnosis, at the head's own s.
 
     Raises:
-        ValueError: If a field is missing, there are several heads, or rows are bad.
+        ValueError: If a field is missing, there are several heads or a distilled one, or rows are
+            bad.
     """
     cli.require(config, "model", "head", "eval_forget", "eval_retain", "eval_dir")
     mesh = t3jax.make_mesh(config.mesh)
@@ -256,6 +257,12 @@ def diagnose_head(config: Any) -> Diagnosis:
     if len(heads) > 1:
         raise ValueError(f"one head is diagnosed at a time, got {config.head}")
     (head,) = heads
+    training = head.record.get("training")
+    if isinstance(training, dict) and training.get("loss") == "distillation":
+        raise ValueError(
+            f"{config.head} was distilled: its scores are no P(retain), and nothing here holds "
+            "for it; give a head of loss = 'classifier', as configs/paper.py trains it"
+        )
     lm = t3jax.load_lm(config.model, config.dtype, mesh)
     sets = pipeline.load_sets(config, lm)
     folder = pathlib.Path(config.eval_dir) / "store"
