@@ -1,6 +1,11 @@
 """Training the head on frozen features."""
 
-from t3jax.training.heads import check_start, train_heads
-from t3jax.training.recipe import TrainConfig, learning_rate_schedule, make_members
+from t3jax.training.heads import train_heads
+from t3jax.training.recipe import (
+    TrainConfig,
+    check_start,
+    learning_rate_schedule,
+    make_members,
+)
 
 __all__ = ["TrainConfig", "check_start", "learning_rate_schedule", "make_members", "train_heads"]

@@ -23,7 +23,7 @@ from t3jax.features import Features
 from t3jax.head import HeadConfig, HeadParams
 from t3jax.head_io import Head, load_head, place_head, save_head
 from t3jax.training.batches import Data, Planner
-from t3jax.training.recipe import Member, TrainConfig, make_members
+from t3jax.training.recipe import Member, TrainConfig, check_start, make_members
 from t3jax.training.trainer import Trainer
 
 
@@ -201,28 +201,6 @@ def train_heads(
         for head, member in zip(heads, members, strict=True):
             save_head(pathlib.Path(workdir) / member.name, head)
     return heads
-
-
-def check_start(found: HeadConfig, expected: HeadConfig) -> None:
-    """Checks that a head can begin with the weights of another.
-
-    Args:
-        found: The shape of the head that it begins with.
-        expected: Its own.
-
-    Raises:
-        ValueError: If a field differs; names each.
-    """
-    different = [
-        f"{field.name} {getattr(found, field.name)!r} where {getattr(expected, field.name)!r} is"
-        for field in dataclasses.fields(HeadConfig)
-        if getattr(found, field.name) != getattr(expected, field.name)
-    ]
-    if different:
-        raise ValueError(
-            f"the head to start at has {' and '.join(different)} asked for; give a head of the "
-            "same shape and kind, made on the same base model"
-        )
 
 
 def _common(configs: Sequence[TrainConfig]) -> dict[str, Any]:

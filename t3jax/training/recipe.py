@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import optax
 
+from t3jax.head import HeadConfig
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
@@ -188,3 +190,25 @@ def make_members(configs: Sequence[TrainConfig], seeds: Sequence[int]) -> list[M
                 name += f"-seed{seed}"
             members.append(Member(name, config, seed))
     return members
+
+
+def check_start(found: HeadConfig, expected: HeadConfig) -> None:
+    """Checks that a head can begin with the weights of another.
+
+    Args:
+        found: The shape of the head that it begins with.
+        expected: Its own.
+
+    Raises:
+        ValueError: If a field differs; names each.
+    """
+    different = [
+        f"{field.name} {getattr(found, field.name)!r} where {getattr(expected, field.name)!r} is"
+        for field in dataclasses.fields(HeadConfig)
+        if getattr(found, field.name) != getattr(expected, field.name)
+    ]
+    if different:
+        raise ValueError(
+            f"the head to start at has {' and '.join(different)} asked for; give a head of the "
+            "same shape and kind, made on the same base model"
+        )
