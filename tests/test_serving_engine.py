@@ -17,6 +17,7 @@ from t3jax.sampling import Sampler, SamplingOptions
 from t3jax.serving import programs, stack
 from t3jax.serving.engine import Engine
 from t3jax.serving.messages import EngineOptions, QueueFull, Request
+from t3jax.sharding import make_mesh
 
 LM = tiny.make_lm()
 HEAD = tiny.make_head(LM)
@@ -256,3 +257,22 @@ def test_the_stack_scores_as_the_heads_do(features):
     token = jnp.asarray([5, 6, 7, 8])
     blamed = 1 + int(single[1][2, 7] < single[0][2, 7])
     assert stack.blame(places, hiddens, on, token).tolist() == [1, 2, blamed, -1]
+
+
+def test_a_split_model_answers_as_the_sampler_does_there():
+    mesh = make_mesh((1, 1, 2), jax.devices()[:2])
+    lm = tiny.make_lm(mesh=mesh)
+    split = Engine(lm, OPTIONS, base_temperature=T, guidance_scale=S)
+    split.install("head", tiny.make_head(lm))
+    split.start()
+    request = make_requests()[1]
+    (events,) = answer(split, request)
+    split.stop()
+    sampler = Sampler(lm, tiny.make_head(lm), base_temperature=T, guidance_scale=S)
+    assert tokens_of(events) == sampler.generate([request.prompt], request.options)[0].tokens
+
+
+def test_a_mesh_that_splits_rows_is_refused():
+    lm = tiny.make_lm(mesh=make_mesh((2, 1, 1), jax.devices()[:2]))
+    with pytest.raises(ValueError, match=r"splits the model and not the rows"):
+        Engine(lm, OPTIONS)
