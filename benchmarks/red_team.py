@@ -49,6 +49,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--rows", type=int, default=160, help="questions, each with each attack")
+    parser.add_argument("--attacks", nargs="+", choices=_attacks(), help="some; all without")
     arguments = parser.parse_args()
     lines = (AUTHORS / "forget_perturbed.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines][: arguments.rows]
@@ -59,7 +60,8 @@ def main() -> None:
     ):
         with serve(model, head) as (url, _):
             client = httpx.Client(base_url=url, timeout=600)
-            for name, attack in _attacks().items():
+            for name in arguments.attacks or _attacks():
+                attack = _attacks()[name]
                 leaks.setdefault(name, {})[who] = np.array([attack(client, row) for row in rows])
                 announce(f"{who}, {name}: {leaks[name][who].mean():.3f}")
     figures = {
