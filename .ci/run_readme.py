@@ -1,5 +1,6 @@
 """Runs README's commands and Python lines as they stand there, after `make demo`."""
 
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -18,6 +19,10 @@ def main() -> None:
     """Stops at the first that fails."""
     readme = (ROOT / "README.md").read_text()
     commands = re.findall(r"^    (python .*)$", readme.replace("\\\n", " "), re.MULTILINE)
+    # Beside the other commands, which wait for one core much of the time.
+    server = concurrent.futures.ThreadPoolExecutor().submit(
+        serve, *re.findall(r"```bash\n(.*?)```", readme, re.DOTALL)
+    )
     for command in commands:
         print(f"$ {command}", flush=True)
         words = shlex.split(command, comments=True)[1:]
@@ -37,7 +42,7 @@ def main() -> None:
     for block in blocks:
         print(block, flush=True)
         exec(block, names)
-    served = serve(*re.findall(r"```bash\n(.*?)```", readme, re.DOTALL))
+    served = server.result()
     accra = ["Accra" in answer for answer in served]
     if accra != [True, False, True]:
         sys.exit(f"README's server did not forget and remember: {served}")
@@ -52,7 +57,7 @@ def serve(block: str) -> list[str]:
     }
     print(block, flush=True)
     done = subprocess.run(
-        ["bash", "-m", "-e", "-c", f"{block}\nwait"],
+        ["bash", "-e", "-c", f"trap 'kill $(jobs -p) 2>&-' EXIT\n{block}\nwait"],
         cwd=ROOT,
         check=False,
         stdout=subprocess.PIPE,
