@@ -318,6 +318,22 @@ def test_an_answer_that_takes_too_long_is_given_up():
         assert client.engine.stats.finished == {"cancelled": 1}
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_stalls_after_its_first_token_is_given_up(client, stream):
+    client.post(CHAT, json=ASK)  # compiled
+    with serving(timeout=1.0) as client:
+        client.engine._decode_chunk = lambda: None
+        reply = client.post(CHAT, json=ASK | {"stream": stream})
+        if stream:
+            *_, last = [line for line in reply.text.split("\n\n") if line]
+            assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
+        else:
+            assert (reply.status_code, reply.json()["error"]["code"]) == (504, "timeout")
+        del client.engine._decode_chunk
+        client.engine.stop()
+        assert client.engine.stats.finished == {"cancelled": 1}
+
+
 def test_metrics_are_counted(client):
     client.post(CHAT, json=ASK)
     client.post(CHAT, json=ASK | {"n": 0})

@@ -377,25 +377,27 @@ class _Server:
         begun: dict[int, float] = {}
         counts = [0] * len(requests)
         left = len(requests)
+        deadline = arrived + self.options.timeout
         try:
-            async with asyncio.timeout(self.options.timeout):
-                while left:
+            while left:
+                # Not a timeout around all: another task may go on with this generator.
+                async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
                     i, event = await queue.get()
-                    now = time.monotonic()
-                    if event.tokens and i not in begun:
-                        begun[i] = now
-                        self.metrics.first_token.observe(now - arrived)
-                    counts[i] += len(event.tokens)
-                    if event.finish == "error":
-                        raise BadRequest(event.error or "", None, 500, "internal_error")
-                    if event.finish == "cancelled":
-                        raise BadRequest("the server is ending", None, 503, "unavailable")
-                    if event.finish:
-                        left -= 1
-                        if counts[i] > 1:
-                            each = (now - begun[i]) / (counts[i] - 1)
-                            self.metrics.per_token.observe(each)
-                    yield i, event
+                now = time.monotonic()
+                if event.tokens and i not in begun:
+                    begun[i] = now
+                    self.metrics.first_token.observe(now - arrived)
+                counts[i] += len(event.tokens)
+                if event.finish == "error":
+                    raise BadRequest(event.error or "", None, 500, "internal_error")
+                if event.finish == "cancelled":
+                    raise BadRequest("the server is ending", None, 503, "unavailable")
+                if event.finish:
+                    left -= 1
+                    if counts[i] > 1:
+                        each = (now - begun[i]) / (counts[i] - 1)
+                        self.metrics.per_token.observe(each)
+                yield i, event
         except TimeoutError:
             raise BadRequest(
                 f"no answer in {self.options.timeout:g} seconds", None, 504, "timeout"
