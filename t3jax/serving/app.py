@@ -211,7 +211,11 @@ class _Server:
     # ---- small routes
 
     async def page(self, _: HttpRequest) -> Response:
-        page = importlib.resources.files("t3jax.serving").joinpath("page.html").read_text()
+        page = (
+            importlib.resources.files("t3jax.serving")
+            .joinpath("page.html")
+            .read_text(encoding="utf-8")
+        )
         return HTMLResponse(
             page,
             headers={

@@ -277,7 +277,7 @@ class RequestBook:
         path = self.folder / "audit.jsonl"
         if not path.exists():
             return []
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
     def wait(self, timeout: int | float | None = None, id: str | None = None) -> bool:
         """Waits until a request neither waits nor trains; False if that took longer.
