@@ -205,7 +205,7 @@ class Batch:
             ids = self._prompts[i].tokens
             tokens[row, length - len(ids) :] = ids
             mask[row, length - len(ids) :] = True
-        keys = _row_keys(self._seed, [self._prompts[i].draw for i in taken], rows)
+        keys = row_keys(self._seed, [self._prompts[i].draw for i in taken], rows)
         return prefill(
             self._program,
             self._weights,
@@ -241,16 +241,7 @@ class Batch:
 
     def _refuse(self, prompt: int, token: int, fault: int) -> NoReturn:
         where = f"prompt {self._prompts[prompt].draw[0]}, token {token + 1} of the answer"
-        if fault == BASE_FAULT:
-            raise FloatingPointError(
-                f"{where}: the base model's logits are NaN or infinite, or every token is banned; "
-                "float16 has overflowed (take dtype bfloat16 or float32), or the weights are broken"
-            )
-        raise FloatingPointError(
-            f"{where}: the head's scores are NaN or infinite, and the base model's logits are not; "
-            "the head's weights are broken, or the hidden states of the prompt have overflowed in "
-            "float16 (take dtype bfloat16 or float32)"
-        )
+        raise FloatingPointError(f"{where}: {describe_fault(fault)}")
 
     def _padded(self, rows: int) -> int:
         """Rows of a compiled program: a power of two if that is not too many, split evenly."""
@@ -262,7 +253,21 @@ class Batch:
         return hosts.place(tree, sharding.batch_sharding(self._program.mesh, (rows,)))
 
 
-def _row_keys(seed: int, draws: Sequence[tuple[int, int]], size: int) -> jax.Array:
+def describe_fault(fault: int) -> str:
+    """Says what is wrong with the numbers that a token was chosen by, see `Emitted`."""
+    if fault == BASE_FAULT:
+        return (
+            "the base model's logits are NaN or infinite, or every token is banned; "
+            "float16 has overflowed (take dtype bfloat16 or float32), or the weights are broken"
+        )
+    return (
+        "the head's scores are NaN or infinite, and the base model's logits are not; "
+        "the head's weights are broken, or the hidden states of the prompt have overflowed in "
+        "float16 (take dtype bfloat16 or float32)"
+    )
+
+
+def row_keys(seed: int, draws: Sequence[tuple[int, int]], size: int) -> jax.Array:
     """A key for each row, from the seed and its two numbers."""
     ids = np.zeros((size, 2), np.uint32)
     ids[: len(draws)] = draws

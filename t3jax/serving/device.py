@@ -14,6 +14,7 @@ import numpy as np
 from t3jax.batching import round_up
 from t3jax.lm.model import LM
 from t3jax.refinements import Refinements
+from t3jax.sampling.batch import row_keys
 from t3jax.sampling.loop import State, placed
 from t3jax.sampling.next_token import Controls
 from t3jax.serving import programs
@@ -113,7 +114,7 @@ class Device:
         Returns:
             The first token.
         """
-        keys = programs.row_keys([request.options.seed], [request.sample])
+        keys = row_keys(request.options.seed, [(0, request.sample)], 1)
         settings = self._settings([request])
         state, emitted = programs.choose_first(
             self._program, self._weights, state, last, keys, settings
@@ -159,7 +160,7 @@ class Device:
                 state, last, _ = programs.read_piece(
                     self._program, self._weights, state, token, token, settings, False
                 )
-                keys = programs.row_keys([0], [0])
+                keys = row_keys(0, [(0, 0)], 1)
                 state, _ = programs.choose_first(
                     self._program, self._weights, state, last, keys, settings
                 )

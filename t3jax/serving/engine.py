@@ -9,6 +9,7 @@ taken out and switched between two chunks too; nothing is compiled for it. No HT
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,8 @@ import numpy as np
 from t3jax.head_io import Head
 from t3jax.lm.model import LM
 from t3jax.refinements import PLAIN, Refinements
-from t3jax.sampling.loop import BASE_FAULT, SOUND, State
+from t3jax.sampling.batch import describe_fault
+from t3jax.sampling.loop import SOUND, State
 from t3jax.sampling.text import Detokenizer
 from t3jax.serving import programs
 from t3jax.serving.device import Device
@@ -203,16 +205,13 @@ class Engine:
             self.check(request)
         now = time.monotonic()
 
-        def deliver(i: int, event: Event) -> None:
-            on_event(i, event)
-
         with self._wake:
             if not self.is_alive:
                 raise RuntimeError("the engine has stopped")
             if len(self._waiting) + len(requests) > self.options.queue:
                 raise QueueFull
             tickets = [
-                Ticket(request, lambda event, i=i: deliver(i, event), now)  # type: ignore[misc]
+                Ticket(request, functools.partial(on_event, i), now)
                 for i, request in enumerate(requests)
             ]
             self._waiting.extend(tickets)
@@ -408,7 +407,7 @@ class Engine:
             if np.any(faults[i, :count] != SOUND):
                 del self._rows[number]
                 fault = int(faults[i, np.argmax(faults[i] != SOUND)])
-                self._finish(row.ticket, Event(finish="error", error=_describe(fault)))
+                self._finish(row.ticket, Event(finish="error", error=describe_fault(fault)))
                 continue
             row.tokens += tokens[i, :count].tolist()
             end = self.detokenizer.stop_at(row.tokens, count, request.options.stop)
@@ -449,12 +448,3 @@ def _scores(scored: Sequence[np.ndarray], count: int) -> Scores:
         for ids, values in zip(tokens, logprobs, strict=True)
     ]
     return Scores(chosen.tolist(), base.tolist(), retain.tolist(), likeliest if count else [])
-
-
-def _describe(fault: int) -> str:
-    if fault == BASE_FAULT:
-        return (
-            "the base model's logits are NaN or infinite: float16 has overflowed, or the weights "
-            "are broken"
-        )
-    return "a head's scores are NaN or infinite: its weights are broken, or float16 has overflowed"

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -286,17 +285,6 @@ def decode(
     state, emitted = jax.lax.scan(step, state, None, length=steps)
     tokens, scored, changed_by, faults = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), emitted)
     return state, Emitted(tokens, scored, changed_by, faults, state.done)
-
-
-def row_keys(seeds: list[int], samples: list[int]) -> Key[Array, " b"]:
-    """The keys of rows: those of `Sampler.generate` for a single prompt with these seeds."""
-    keys = []
-    for seed, sample in zip(seeds, samples, strict=True):
-        key = jax.random.key(seed % 2**32)
-        if seed >= 2**32:
-            key = jax.random.fold_in(key, np.uint32(seed >> 32))
-        keys.append(jax.random.fold_in(jax.random.fold_in(key, 0), np.uint32(sample)))
-    return jnp.stack(keys)
 
 
 def _choose(
