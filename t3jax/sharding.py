@@ -28,6 +28,7 @@ PARAM_RULES: tuple[tuple[str, P], ...] = (
     (r"positions/weight$", P(None, FSDP)),
     (r"/experts/(gate|up)/weight$", P(MODEL, None, FSDP)),  # experts, [expert, out, in]
     (r"/experts/down/weight$", P(MODEL, FSDP)),
+    (r"/experts/(gate|up|down)/bias$", P(MODEL)),
     (r"/experts/(gate|up)/scale$", P(MODEL)),
     (r"/experts/down/scale$", P(MODEL, FSDP)),
     (r"/(q|k|v|gate|up)/weight$", P(MODEL, FSDP)),  # heads, MLP width

@@ -203,6 +203,20 @@ FAMILIES = {
         "attention_multiplier": 0.25,
         "logits_scaling": 2.0,
     },
+    "gpt_oss": {  # with a clamp that cuts
+        **_EXPERTS,
+        "head_dim": 16,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "swiglu_limit": 1.5,
+        "sliding_window": 6,
+        "rope_parameters": {
+            **_YARN,
+            "truncate": False,
+            "original_max_position_embeddings": 32,
+        },
+        "tie_word_embeddings": False,
+    },
     "phimoe": {
         **_EXPERTS,
         "num_local_experts": 6,

@@ -18,7 +18,7 @@ import tiny
 
 from t3jax import make_mesh, sharding
 from t3jax.finetuning import init_lora
-from t3jax.lm import ExpertsConfig, experts, save_hf, weights
+from t3jax.lm import ExpertsConfig, experts, places, save_hf
 from t3jax.lm import __main__ as describe
 from t3jax.lm.weights import load_params
 
@@ -34,21 +34,31 @@ def draw(tokens, chosen, seed=0):
     weighed = generator.random((tokens, chosen)).astype(np.float32)
     shapes = {"gate": (E, F, D), "up": (E, F, D), "down": (E, D, F)}
     matrices = {
-        name: {"weight": generator.standard_normal(shape).astype(np.float32)}
+        name: {
+            "weight": generator.standard_normal(shape).astype(np.float32),
+            "bias": generator.standard_normal(shape[:2]).astype(np.float32),
+        }
         for name, shape in shapes.items()
     }
     return x, order, weighed, matrices
 
 
+def opened(gate, up):
+    return jnp.tanh(gate) * up
+
+
 def mixed(x, chosen, weighed, matrices):
     """Token by token, expert by expert."""
     gate, up, down = (matrices[name]["weight"] for name in ("gate", "up", "down"))
+    added = [matrices[name]["bias"] for name in ("gate", "up", "down")]
     y = np.zeros_like(x)
     for token, (own, by) in enumerate(zip(chosen, weighed, strict=True)):
         for expert, weight in zip(own, by, strict=True):
             if 0 <= expert < len(gate):
-                inner = np.tanh(gate[expert] @ x[token]) * (up[expert] @ x[token])
-                y[token] += weight * (down[expert] @ inner)
+                before, beside, after = (bias[expert] for bias in added)
+                inner = np.tanh(gate[expert] @ x[token] + before)
+                inner = inner * (up[expert] @ x[token] + beside)
+                y[token] += weight * (down[expert] @ inner + after)
     return y
 
 
@@ -61,7 +71,7 @@ def test_a_token_s_output_is_the_sum_over_its_experts(monkeypatch, way, tokens, 
     jax.clear_caches()
     x, own, weighed, matrices = draw(tokens, chosen)
     own[0, 0] = -1  # of another device
-    found = experts.mix_experts(x, own, weighed, matrices, jnp.tanh)
+    found = experts.mix_experts(x, own, weighed, matrices, opened)
     np.testing.assert_allclose(found, mixed(x, own, weighed, matrices), atol=2e-5)
     jax.clear_caches()
 
@@ -106,7 +116,7 @@ def test_gradients_on_eight_devices_are_those_of_one(shape, own):
     matrices = jax.tree.map(jnp.asarray, matrices)
 
     def loss(x, weighed, matrices, mesh):
-        out = experts._mix_on_mesh(x, rows[1], weighed, matrices, jnp.tanh, mesh)
+        out = experts._mix_on_mesh(x, rows[1], weighed, matrices, opened, mesh)
         return jnp.mean(jnp.sin(out))
 
     gradient = jax.jit(jax.value_and_grad(loss, (0, 1, 2)), static_argnums=3)
@@ -235,7 +245,7 @@ def test_low_rank_updates_of_experts_are_refused():
 def test_a_description_says_what_a_token_meets(folder, monkeypatch, capsys):
     tiny.make_tokenizer().save_pretrained(folder)
     monkeypatch.setattr(sys, "argv", ["t3jax.lm", str(folder)])
-    monkeypatch.setattr(weights._Place, "read", None)  # a weight that is read ends the test
+    monkeypatch.setattr(places.Place, "read", None)  # a weight that is read ends the test
     assert describe.main() == 0
     said = capsys.readouterr().out
     assert "a qwen2_moe model; it loads" in said

@@ -21,7 +21,7 @@ import tiny
 from t3jax import batching, load_lm, make_lm
 from t3jax.data.chat import Example
 from t3jax.lm import __main__ as describe
-from t3jax.lm import load_config, save_hf, weights
+from t3jax.lm import load_config, places, save_hf
 from t3jax.lm.weights import load_params
 
 CONFIG = dataclasses.replace(
@@ -399,7 +399,7 @@ def test_of_a_multimodal_folder_the_text_model_is_read_and_a_warning_says_so(fol
 
 def test_a_folder_is_described_without_its_weights(folder, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["t3jax.lm", str(folder)])
-    monkeypatch.setattr(weights._Place, "read", None)  # a weight that is read ends the test
+    monkeypatch.setattr(places.Place, "read", None)  # a weight that is read ends the test
     assert describe.main() == 0
     said = capsys.readouterr().out
     assert said.startswith(f"{folder}: a llama model; it loads\n1 layers, width 16, 4 query heads ")

@@ -16,7 +16,7 @@ import safetensors.numpy
 import tiny
 
 from t3jax import load_lm, make_mesh, sharding
-from t3jax.lm import families, lm_config, save_hf, weights
+from t3jax.lm import families, lm_config, places, save_hf
 from t3jax.lm.decoder import abstract_params
 from t3jax.lm.weights import load_params
 
@@ -87,14 +87,14 @@ def test_what_is_saved_loads_in_every_family(tmp_path, name, monkeypatch):
     """In parts: fused, interleaved and transposed tensors are cut across heads and stacks."""
     config = family_config(name)
     params, _ = save(tmp_path, config)
-    read, sizes = weights._Place.read, []
+    read, sizes = places.Place.read, []
 
     def recorded(place, view, index):
         part = read(place, view, index)
         sizes.append(part.size)
         return part
 
-    monkeypatch.setattr(weights._Place, "read", recorded)
+    monkeypatch.setattr(places.Place, "read", recorded)
     shardings = functools.partial(sharding.param_shardings, make_mesh((2, 2, 2)))
     loaded = load_params(tmp_path, config, jnp.float32, shardings)
     equal(loaded, params)
@@ -122,8 +122,8 @@ def test_no_more_is_read_than_is_wanted(name):
     config = family_config(name)
     abstract = abstract_params(config, jnp.float32)
     leaves = jax.tree.leaves_with_path(abstract)
-    places = weights._places(config, families.FAMILIES[name], abstract)
-    for (path, leaf), place in zip(leaves, places, strict=True):
+    found = places.find_places(config, families.FAMILIES[name], abstract)
+    for (path, leaf), place in zip(leaves, found, strict=True):
         view = Recorder(np.zeros(place.stored_shape, np.float32))
         third = slice(leaf.shape[0] // 3, 2 * leaf.shape[0] // 3)
         index = (third, *(slice(0, size) for size in leaf.shape[1:]))

@@ -5,7 +5,7 @@ from t3jax.lm.config import ExpertsConfig, LMConfig, RopeConfig
 from t3jax.lm.config_json import lm_config, read_config
 from t3jax.lm.decoder import init_params
 from t3jax.lm.model import LM, default_dtype, from_params, load_config, load_lm, make_lm
-from t3jax.lm.weights import save_hf
+from t3jax.lm.saving import save_hf
 
 __all__ = [
     "LM",

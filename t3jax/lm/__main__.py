@@ -91,7 +91,8 @@ def _describe_used(config: LMConfig, count: int) -> str:
     if config.experts is None:
         return ""
     spared = config.experts.count - config.experts.chosen
-    one = 3 * config.hidden_size * config.experts.size
+    width, size = config.hidden_size, config.experts.size
+    one = 3 * width * size + (2 * size + width if config.experts.bias else 0)
     return f", {count - _mixed_layers(config) * spared * one:,} of them for a token"
 
 

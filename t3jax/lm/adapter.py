@@ -29,6 +29,7 @@ from t3jax.json_files import check_json, read_json, show_json
 from t3jax.lm.config import LMConfig
 from t3jax.lm.families import FAMILIES
 from t3jax.lm.folder import check_inside
+from t3jax.lm.places import Computed
 
 Factors = Mapping[str, Mapping[str, Any]]  # path of a linear layer: "a" [R, in], "b" [out, R]
 
@@ -164,7 +165,7 @@ def merge_adapter(
     return merged
 
 
-class _Updated:
+class _Updated(Computed):
     """A stored matrix with a low-rank update, which is added to what is read of it."""
 
     def __init__(self, view: Any, left: np.ndarray, right: np.ndarray):

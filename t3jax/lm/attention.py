@@ -96,6 +96,8 @@ class Attention(nnx.Module):
         by_head, wanted = config.qk_norm == "head", config.qk_norm is not None
         self.q_norm = make_norm(config, config.head_dim if by_head else q_width, wanted)
         self.k_norm = make_norm(config, config.head_dim if by_head else k_width, wanted)
+        if config.sinks:
+            self.sinks = nnx.Param(jnp.zeros((config.num_heads,)))
         self.config = config
 
     def __call__(
@@ -181,7 +183,7 @@ class Attention(nnx.Module):
         scores = cap(scores, c.attention_softcap)
         # Where nothing is seen (padding) the weights become uniform, never NaN.
         scores = jnp.where(seen[:, None, None], scores, _MASKED)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        weights = self._softmax(scores).astype(v.dtype)
         return jnp.einsum(
             "bkgts,bksh->bkgth",
             weights,
@@ -189,6 +191,15 @@ class Attention(nnx.Module):
             precision=full_precision(v),
             preferred_element_type=jnp.float32,
         ).astype(v.dtype)
+
+    def _softmax(self, scores: Array) -> Array:
+        """Weights of the keys, `[B, K, G, T, S]`; a sink takes its share of 1."""
+        if not self.config.sinks:
+            return jax.nn.softmax(scores, axis=-1)
+        sinks = self.sinks[...].astype(jnp.float32).reshape(1, *scores.shape[1:3], 1, 1)
+        largest = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sinks)
+        exp = jnp.exp(scores - largest)
+        return exp / (jnp.sum(exp, axis=-1, keepdims=True) + jnp.exp(sinks - largest))
 
     def _splits_heads(self, mesh: Mesh | None) -> bool:
         """Whether `model` splits whole heads, so that each device attends by itself."""

@@ -68,6 +68,9 @@ class ExpertsConfig:
             each weighed by a softmax over those that are nearly as good).
         normed: The weights of the chosen experts are divided by their sum.
         scale: They are multiplied by it.
+        bias: The router and the experts' projections have biases.
+        clamp: c: what the gate's projection gives is cut to at most c, what the other one gives to
+            -c and c, and 1 is added to that; None: neither.
         groups: "sigmoid": the experts are in equal groups, one after the other.
         chosen_groups: "sigmoid": the groups with the two best experts, from which a token chooses.
         jitter: "sparsemixer": an expert is nearly as good if its logit is less than twice this
@@ -83,6 +86,8 @@ class ExpertsConfig:
     router: str = "softmax"
     normed: bool = False
     scale: float = 1.0
+    bias: bool = False
+    clamp: float | None = None
     groups: int = 1
     chosen_groups: int = 1
     jitter: float = 0.0
@@ -116,7 +121,7 @@ class LMConfig:
         mlp_bias: The MLP's projections have biases.
         head_bias: The LM head has a bias.
         activation: The MLP's: "silu", "gelu", "gelu_pytorch_tanh" (GELU by its approximation),
-            "relu" or "relu2" (its square).
+            "quick_gelu" (x sigmoid(1.702 x)), "relu" or "relu2" (its square).
         gated: The MLP has a gate: down(activation(gate(x)) * up(x)), else down(activation(up(x))).
         norm: "rms"; "layer" (mean subtracted, with bias unless `norm_bias` is false); or either
             with "_offset" (the weight is what is added to 1).
@@ -134,6 +139,8 @@ class LMConfig:
         query_pre_attn_scalar: Attention scores are divided by its square root; None: `head_dim`.
         attention_multiplier: Attention scores are multiplied by it instead; None: not.
         logit_scale: Logits are multiplied by it.
+        sinks: Each head has a logit of its own, learned, beside its scores in the softmax: the
+            weights sum to less than 1.
         attention_softcap: c: attention scores become c tanh(score / c); None not.
         logit_softcap: The same for the logits.
         window: Tokens that a local layer attends to, the query's own included; 0 without any.
@@ -176,6 +183,7 @@ class LMConfig:
     query_pre_attn_scalar: int | None = None
     attention_multiplier: float | None = None
     logit_scale: float = 1.0
+    sinks: bool = False
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     window: int = 0

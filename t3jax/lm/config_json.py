@@ -18,7 +18,8 @@ from t3jax.lm.config import LMConfig
 from t3jax.lm.experts_json import read_experts, write_experts
 from t3jax.lm.families import FAMILIES
 from t3jax.lm.family import Family, Json
-from t3jax.lm.refusals import explain_quantized, explain_unknown
+from t3jax.lm.quantization_json import read_quantization
+from t3jax.lm.refusals import explain_unknown
 from t3jax.lm.rope_json import Positive, Share, Theta, Tokens, read_ropes, share_field, write_rope
 from t3jax.lm.wrappers import WRAPPERS, text_config
 
@@ -72,7 +73,7 @@ _TYPES: dict[str, Any] = {
     "decoder_sparse_step": Count,
     "mlp_only_layers": list[int],
     "norm_topk_prob": bool,
-    **dict.fromkeys(("clip_qkv", "routed_scaling_factor"), Positive),
+    **dict.fromkeys(("clip_qkv", "routed_scaling_factor", "swiglu_limit"), Positive),
     "router_jitter_noise": Annotated[float, Meta(ge=0, le=1)],
     **dict.fromkeys(("n_routed_experts", "n_shared_experts", "n_group", "topk_group"), Count),
     "shared_expert_intermediate_size": Width,
@@ -142,8 +143,7 @@ def lm_config(config: Json) -> LMConfig:
     model_type = config.get("model_type")
     if model_type not in [*FAMILIES, *WRAPPERS]:
         raise ValueError(explain_unknown(config))
-    if quantized := config.get("quantization_config"):
-        raise ValueError(explain_quantized(quantized))
+    read_quantization(config)  # refuses by name what is not read
     try:
         if model_type in WRAPPERS:
             config = text_config(config)

@@ -106,13 +106,18 @@ def unembed(
 
 
 def abstract_params(config: LMConfig, dtype: Any) -> Params:
-    """The parameter tree as `jax.ShapeDtypeStruct` leaves of `dtype`, quantised ones of int8."""
+    """The parameter tree as `jax.ShapeDtypeStruct` leaves of `dtype`.
+
+    Quantised matrices are of int8, and what corrects a router's choice of float32: rounded, it
+    would choose others.
+    """
     _, shapes = _split_abstract(config)
 
-    def described(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, jnp.int8 if leaf.dtype == jnp.int8 else dtype)
+    def describe(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
+        kept = jnp.float32 if path[-1].key == "correction" else dtype
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.int8 if leaf.dtype == jnp.int8 else kept)
 
-    return jax.tree.map(described, shapes)
+    return jax.tree.map_with_path(describe, shapes)
 
 
 def compute_dtype(params: Params) -> Any:
@@ -134,8 +139,8 @@ def init_params(config: LMConfig, key: PRNGKeyArray, dtype: Any = jnp.float32) -
 
     def draw(path: tuple, leaf: jax.ShapeDtypeStruct, key: Array) -> Array:
         names = [str(getattr(part, "key", part)) for part in path]
-        if names[-1] in ("bias", "correction"):
-            return jnp.zeros(leaf.shape, dtype)
+        if names[-1] in ("bias", "correction", "sinks"):
+            return jnp.zeros(leaf.shape, leaf.dtype)
         if "norm" in names[-2]:
             return jnp.full(leaf.shape, 0.0 if config.norm.endswith("_offset") else 1.0, dtype)
         # What is added to the residual stream starts smaller, as in GPT-2.

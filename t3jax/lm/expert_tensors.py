@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from t3jax.lm.family import Family
+from t3jax.lm.places import Computed
 
 Tensors = Mapping[str, tuple[Any, str]]  # by name: a view, and the tensor's own name
 _OWN = re.compile(r"^(.*\.experts)\.(\d+)\.(\w+)\.weight$")
 
 
-class _Stack:
+class _Stack(Computed):
     """The matrices of a layer's experts as one tensor, of which nothing else than asked is read."""
 
     def __init__(self, experts: list[list[Any]]):

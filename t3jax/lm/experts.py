@@ -34,36 +34,46 @@ from t3jax.lm.config import ExpertsConfig, LMConfig
 from t3jax.lm.layers import ACTIVATIONS, MLP, Linear
 from t3jax.lm.product import product
 
-Matrices = dict[str, Array]  # of all experts: "weight" [E, out, in], and "scale" [E, out] of int8
-Activation = Callable[[Array], Array]
+# Of all experts: "weight" [E, out, in], "scale" [E, out] of int8, and "bias" [E, out] if any.
+Matrices = dict[str, Array]
+Gate = Callable[[Array, Array], Array]  # from the outputs of gate and up to the input of down
 _TILE = 64  # tokens of an expert that a CPU multiplies at a time, at most
 
 
 class _Stack(nnx.Module):
-    """A matrix of each expert, int8 or not."""
+    """A matrix of each expert, int8 or not, with a bias or without."""
 
-    def __init__(self, count: int, fan_in: int, fan_out: int, quantized: bool):
+    def __init__(self, count: int, fan_in: int, fan_out: int, bias: bool, quantized: bool):
         shape = (count, fan_out, fan_in)
         self.weight = nnx.Param(jnp.zeros(shape, jnp.int8 if quantized else None))
         if quantized:
             self.scale = nnx.Param(jnp.ones(shape[:2]))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros(shape[:2]))
+        self.has_bias = bias
         self.quantized = quantized
 
     def matrices(self) -> Matrices:
         scale = {"scale": self.scale[...]} if self.quantized else {}
-        return {"weight": self.weight[...], **scale}
+        bias = {"bias": self.bias[...]} if self.has_bias else {}
+        return {"weight": self.weight[...], **scale, **bias}
 
 
 class _Router(nnx.Module):
     def __init__(self, config: LMConfig, experts: ExpertsConfig):
         # Rounded to int8, it would choose other experts.
         self.weight = nnx.Param(jnp.zeros((experts.count, config.hidden_size)))
+        if experts.bias:
+            self.bias = nnx.Param(jnp.zeros((experts.count,)))
         if experts.router == "sigmoid":
             self.correction = nnx.Param(jnp.zeros((experts.count,)))
         self.experts = experts
 
     def __call__(self, x: Array) -> tuple[Array, Array]:
         logits = product(x.reshape(-1, x.shape[-1]), self.weight[...], jnp.float32)
+        if self.experts.bias:
+            bias = self.bias[...].astype(jnp.float32)
+            logits = logits + jnp.broadcast_to(bias, logits.shape)
         corrected = self.experts.router == "sigmoid"
         correction = self.correction[...].astype(jnp.float32) if corrected else None
         chosen, weights = choose_experts(self.experts, logits, correction)
@@ -79,21 +89,21 @@ class Experts(nnx.Module):
         assert e is not None
         width = config.hidden_size
         self.router = _Router(config, e)
-        self.gate = _Stack(e.count, width, e.size, config.quantized)
-        self.up = _Stack(e.count, width, e.size, config.quantized)
-        self.down = _Stack(e.count, e.size, width, config.quantized)
+        self.gate = _Stack(e.count, width, e.size, e.bias, config.quantized)
+        self.up = _Stack(e.count, width, e.size, e.bias, config.quantized)
+        self.down = _Stack(e.count, e.size, width, e.bias, config.quantized)
         if e.shared:
             self.shared = MLP(config, e.shared)
         if e.shared_gate:
             self.shared_gate = Linear(width, 1)
-        self.activation = ACTIVATIONS[config.activation]
+        self.opened = make_gate(config.activation, e.clamp)
         self.experts = e
 
     def __call__(self, x: Array, mesh: Mesh | None) -> Array:
         """What the experts give for `[B, T, D]`, `[B, T, D]`."""
         chosen, weights = self.router(x)
         matrices = {name: getattr(self, name).matrices() for name in ("gate", "up", "down")}
-        y = _mix_on_mesh(x, chosen, weights, matrices, self.activation, mesh)
+        y = _mix_on_mesh(x, chosen, weights, matrices, self.opened, mesh)
         if not self.experts.shared:
             return y
         shared = self.shared(x)
@@ -101,6 +111,23 @@ class Experts(nnx.Module):
             opened = jax.nn.sigmoid(self.shared_gate(x))
             shared = shared * jnp.broadcast_to(opened, shared.shape)
         return y + shared
+
+
+@functools.cache
+def make_gate(activation: str, clamp: float | None = None) -> Gate:
+    """What an expert makes of the outputs of its gate and up matrices: one function for each pair.
+
+    Args:
+        activation: That of the gate, in the words of `LMConfig`.
+        clamp: As in `ExpertsConfig`.
+
+    Returns:
+        The function, from two arrays of a shape to one.
+    """
+    activate = ACTIVATIONS[activation]
+    if clamp is None:
+        return lambda gate, up: activate(gate) * up
+    return lambda gate, up: activate(jnp.minimum(gate, clamp)) * (jnp.clip(up, -clamp, clamp) + 1)
 
 
 @functools.partial(jax.jit, static_argnames="experts", inline=True)  # traced once for all layers
@@ -170,7 +197,7 @@ def _mix_on_mesh(
     chosen: Array,
     weights: Array,
     matrices: dict[str, Matrices],
-    activation: Activation,
+    opened: Gate,
     mesh: Mesh | None,
 ) -> Array:
     """`mix_experts` for `[B, T, D]`: each device has some rows and the experts of its own.
@@ -180,7 +207,7 @@ def _mix_on_mesh(
 
     def mix(x: Array, chosen: Array, weights: Array, matrices: dict[str, Matrices]) -> Array:
         tokens, *pairs = (part.reshape(-1, part.shape[-1]) for part in (x, chosen, weights))
-        return mix_experts(tokens, *pairs, matrices, activation).reshape(x.shape)
+        return mix_experts(tokens, *pairs, matrices, opened).reshape(x.shape)
 
     if mesh is None or mesh.size == 1:
         return mix(x, chosen, weights, matrices)
@@ -204,13 +231,13 @@ def _mix_on_mesh(
     )(x, chosen, weights, matrices)
 
 
-@functools.partial(jax.jit, static_argnames="activation", inline=True)
+@functools.partial(jax.jit, static_argnames="opened", inline=True)
 def mix_experts(
     x: Float[Array, "N D"],
     chosen: Int[Array, "N K"],
     weights: Float[Array, "N K"],
     matrices: dict[str, Matrices],
-    activation: Activation,
+    opened: Gate,
 ) -> Float[Array, "N D"]:
     """The sum of the chosen experts' outputs by their weights.
 
@@ -218,15 +245,15 @@ def mix_experts(
         x: The tokens' inputs, `[N, D]`.
         chosen: The experts of each, `[N, K]`; one that is not of 0 to E - 1 adds nothing.
         weights: Their weights, float32 `[N, K]`.
-        matrices: "gate" and "up", `[E, F, D]`, and "down", `[E, D, F]`.
-        activation: That of the gate.
+        matrices: "gate" and "up", `[E, F, D]`, and "down", `[E, D, F]`; see `Matrices`.
+        opened: From `make_gate`.
 
     Returns:
         The sums, taken in float32, `[N, D]` in the dtype of `x`.
     """
     known = (chosen >= 0) & (chosen < len(matrices["gate"]["weight"]))
     ways = {
-        name: functools.partial(way, activation=activation)
+        name: functools.partial(way, opened=opened)
         for name, way in (("cpu", _in_tiles), ("default", _on_accelerator))
     }
     y = jax.lax.platform_dependent(x, jnp.where(known, chosen, -1), matrices, **ways)
@@ -257,7 +284,7 @@ def _put(x: Array, chosen: Array, places: Array, size: int) -> Array:
 
 
 def _in_tiles(
-    x: Array, chosen: Array, matrices: dict[str, Matrices], activation: Activation
+    x: Array, chosen: Array, matrices: dict[str, Matrices], opened: Gate
 ) -> Array:
     """Outputs `[N, K, D]`, tile by tile: as many tokens as an expert has on average, or fewer."""
     experts, pairs = len(matrices["gate"]["weight"]), chosen.size
@@ -280,7 +307,7 @@ def _in_tiles(
             own = jax.tree.map(
                 lambda leaf: jax.lax.dynamic_index_in_dim(leaf, expert, keepdims=False), matrices
             )
-            inner = activation(_multiply(rows, own["gate"])) * _multiply(rows, own["up"])
+            inner = opened(_multiply(rows, own["gate"]), _multiply(rows, own["up"]))
             return _multiply(inner, own["down"])
 
         return jax.lax.cond(real, multiply, jnp.zeros_like, rows)
@@ -293,12 +320,14 @@ def _in_tiles(
 
 def _multiply(x: Array, matrix: Matrices) -> Array:
     if "scale" in matrix:
-        return quantized.product(x, matrix["weight"], matrix["scale"])
-    return product(x, matrix["weight"])
+        y = quantized.product(x, matrix["weight"], matrix["scale"])
+    else:
+        y = product(x, matrix["weight"])
+    return y + jnp.broadcast_to(matrix["bias"], y.shape) if "bias" in matrix else y
 
 
 def _on_accelerator(
-    x: Array, chosen: Array, matrices: dict[str, Matrices], activation: Activation
+    x: Array, chosen: Array, matrices: dict[str, Matrices], opened: Gate
 ) -> Array:
     """Outputs `[N, K, D]`: of gathered matrices where that moves less than reading all of them."""
     experts, pairs = len(matrices["gate"]["weight"]), chosen.size
@@ -311,7 +340,7 @@ def _on_accelerator(
         places, sizes = _places(chosen, experts, 1)
         rows = _put(x, chosen, places, pairs)
         times = functools.partial(_multiply_ragged, sizes)
-    inner = activation(times(rows, matrices["gate"])) * times(rows, matrices["up"])
+    inner = opened(times(rows, matrices["gate"]), times(rows, matrices["up"]))
     y = jnp.take(times(inner, matrices["down"]), places, axis=0, mode="fill", fill_value=0)
     return y.reshape(*chosen.shape, -1)
 
@@ -324,7 +353,9 @@ def _multiply_gathered(own: Array, rows: Array, matrix: Matrices) -> Array:
         precision="highest" if rows.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )
-    return (y * matrix["scale"][own] if "scale" in matrix else y).astype(rows.dtype)
+    y = y * matrix["scale"][own].astype(jnp.float32) if "scale" in matrix else y
+    y = y + matrix["bias"][own].astype(jnp.float32) if "bias" in matrix else y
+    return y.astype(rows.dtype)
 
 
 def _multiply_ragged(sizes: Array, rows: Array, matrix: Matrices) -> Array:
@@ -335,8 +366,12 @@ def _multiply_ragged(sizes: Array, rows: Array, matrix: Matrices) -> Array:
         precision="highest" if rows.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )
-    if "scale" in matrix:
-        expert = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(rows)), side="right")
-        scale = jnp.take(matrix["scale"], expert, axis=0, mode="fill", fill_value=0)
-        y = y * scale.astype(jnp.float32)
+    expert = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(rows)), side="right")
+
+    def own(each: Array) -> Array:
+        taken = jnp.take(each, expert, axis=0, mode="fill", fill_value=0)
+        return taken.astype(jnp.float32)
+
+    y = y * own(matrix["scale"]) if "scale" in matrix else y
+    y = y + own(matrix["bias"]) if "bias" in matrix else y
     return y.astype(rows.dtype)

@@ -101,7 +101,8 @@ class Family:
         more_layers: Folders may hold layers after the last one, which predict further tokens and
             are not read.
         by_head: What is stacked is stacked head by head.
-        transposed: Modules, by the end of their name, that are stored [in, out].
+        by_row: The gate and up matrices of experts are stacked row by row, in turn.
+        transposed: Modules, or tensors of that whole name, by its end, that are stored [in, out].
         renamed: Patterns of other names that checkpoints use for the same, and what to put for
             them; None: a weight of that name is no part of the decoder.
     """
@@ -126,6 +127,7 @@ class Family:
     expert_names: tuple[str, str, str] | None = None
     more_layers: bool = False
     by_head: bool = False
+    by_row: bool = False
     transposed: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str | None], ...] = ()
 

@@ -11,7 +11,7 @@ from t3jax.lm.wrappers import WRAPPERS
 _OTHER = {
     **dict.fromkeys(
         (
-            *("deepseek_v2", "deepseek_v3", "gpt_oss", "llama4", "minimax_m2"),
+            *("deepseek_v2", "deepseek_v3", "llama4", "minimax_m2"),
             *("ernie4_5_moe", "granitemoeshared", "hunyuan_v1_moe"),
         ),
         "its mixture of experts is of another kind",
@@ -53,13 +53,4 @@ def explain_unknown(config: Json) -> str:
         f"{said}; {near}known: {known}. Another architecture can be given as functions "
         "(t3jax.make_lm, docs/your_model.md); another name in config.json would be read as "
         "another model, with other logits"
-    )
-
-
-def explain_quantized(quantized: object) -> str:
-    """Why quantised weights do not load, and what does."""
-    method = quantized.get("quant_method") if isinstance(quantized, Mapping) else None
-    return (
-        f"quantization_config: weights quantised by {method or 'an unnamed method'} are not "
-        "supported; load the unquantised folder with dtype=int8, or a GGUF file"
     )

@@ -1,4 +1,4 @@
-"""Weights from and to Hugging Face safetensors, straight onto the device or mesh, without torch.
+"""Weights from Hugging Face safetensors, straight onto the device or mesh, without torch.
 
 Names and shapes are checked against the config before a byte of weights is read, and everything
 that is wrong is reported in one error. A process reads what its own devices hold, rows and columns,
@@ -7,43 +7,32 @@ and each part once.
 
 import dataclasses
 import functools
+import math
 import pathlib
 import re
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
-import msgspec
 import numpy as np
-import safetensors
-import safetensors.numpy
 
-from t3jax import files, hosts
-from t3jax.json_files import check_regular, read_json
-from t3jax.lm.adapter import merge_adapter
+from t3jax import hosts
 from t3jax.lm.config import LMConfig
-from t3jax.lm.config_json import checkpoint_name, hf_config
 from t3jax.lm.decoder import Params, abstract_params
-from t3jax.lm.expert_tensors import split_experts, stack_experts
 from t3jax.lm.families import FAMILIES
 from t3jax.lm.family import Family
-from t3jax.lm.folder import check_inside, indexed_file
+from t3jax.lm.finite import MAX_REPORTED, describe_not_finite, is_finite
+from t3jax.lm.places import Computed, Place, cast, find_places
 from t3jax.lm.quantized import quantize
+from t3jax.lm.tensors import Tensors, open_tensors
 
 _VOCABULARY = ("embed", "lm_head")
-_MAX_REPORTED = 12
 _ROWS_COMPARED = 8192
-_LOOKED_AT = 1 << 18  # numbers at a time: they stay in the cache
+_COMPUTED_AT_ONCE = 1 << 22  # numbers, in float32
+_ROWS_OF_A_BLOCK = 128  # of most quantised weights
 _WEIGHT, _SCALE = (jax.tree_util.DictKey(name) for name in ("weight", "scale"))
-
-
-class _Index(msgspec.Struct):
-    """`model.safetensors.index.json`: which file has which tensor."""
-
-    weight_map: dict[str, str]
 
 
 def load_params(
@@ -75,7 +64,7 @@ def load_params(
             holds NaN or Inf.
     """
     family = FAMILIES[config.model_type]
-    tensors = _open_merged(folder, family, adapter)
+    tensors = open_tensors(folder, family, adapter)
     return place_params(folder, config, family, tensors, dtype, shardings)
 
 
@@ -94,30 +83,17 @@ def check_params(
         ValueError: As `load_params`, but for NaN and Inf.
     """
     family = FAMILIES[config.model_type]
-    tensors = _open_merged(folder, family, adapter)
+    tensors = open_tensors(folder, family, adapter)
     config, tensors = _as_stored(folder, config, family, tensors)
-    places = _places(config, family, abstract_params(config, jnp.float32))
+    places = find_places(config, family, abstract_params(config, jnp.float32))
     _check(folder, config, family, places, tensors)
-
-
-def _open_merged(
-    folder: pathlib.Path, family: Family, adapter: pathlib.Path | None
-) -> Mapping[str, tuple[Any, str]]:
-    """The tensors of a folder, those of an adapter merged into them."""
-    tensors: Mapping[str, tuple[Any, str]] = _open_all(folder, family)
-    if adapter is not None:
-        tensors = merge_adapter(adapter, tensors)
-    try:
-        return stack_experts(tensors, family)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
 
 
 def place_params(
     path: pathlib.Path,
     config: LMConfig,
     family: Family,
-    tensors: Mapping[str, tuple[Any, str]],
+    tensors: Tensors,
     dtype: Any,
     shardings: Callable[[Params], Any] | None = None,
 ) -> Params:
@@ -147,7 +123,7 @@ def place_params(
     leaves, treedef = jax.tree.flatten_with_path(abstract)
     stored = abstract_params(dataclasses.replace(config, quantized=False), dtype)
     paths = [path for path, _ in jax.tree.leaves_with_path(stored)]
-    places = dict(zip(paths, _places(config, family, stored), strict=True))
+    places = dict(zip(paths, find_places(config, family, stored), strict=True))
     _check(path, config, family, list(places.values()), tensors)
     placed = (
         jax.tree.leaves(shardings(abstract))
@@ -176,15 +152,15 @@ def place_params(
         if keys[-1] == _SCALE:  # its matrix follows
             whole_rows = functools.cache(functools.partial(_quantized, place, view, dtype))
         if keys[-1] != _SCALE and leaf.dtype != np.int8:
-            read = functools.partial(_plain, place, view, dtype)
+            read = functools.partial(_plain, place, view, leaf.dtype)
         else:
             read = functools.partial(_part, whole_rows, keys[-1] == _SCALE)
         loaded.append(load(leaf, sharding, read))
         if leaf.dtype != np.int8:
-            finite[f"{stored_name} {jax.tree_util.keystr(keys)}"] = _is_finite(loaded[-1])
+            finite[f"{stored_name} {jax.tree_util.keystr(keys)}"] = is_finite(loaded[-1])
     wrong = [name.split()[0] for name, flag in hosts.fetch(finite).items() if not flag]
     if wrong:
-        raise ValueError(f"{path}: {_not_finite(sorted(set(wrong)), dtype)}")
+        raise ValueError(f"{path}: {describe_not_finite(sorted(set(wrong)), dtype)}")
     return jax.tree.unflatten(treedef, loaded)
 
 
@@ -203,15 +179,15 @@ def is_tied(folder: pathlib.Path, config: LMConfig) -> bool:
         ValueError: If a file is broken or truncated, or lies outside of the folder.
     """
     family = FAMILIES[config.model_type]
-    return config.tied and _as_stored(folder, config, family, _open_all(folder, family))[0].tied
+    return config.tied and _as_stored(folder, config, family, open_tensors(folder, family))[0].tied
 
 
 def _as_stored(
     path: pathlib.Path,
     config: LMConfig,
     family: Family,
-    tensors: Mapping[str, tuple[Any, str]],
-) -> tuple[LMConfig, Mapping[str, tuple[Any, str]]]:
+    tensors: Tensors,
+) -> tuple[LMConfig, Tensors]:
     """The config and the tensors after what transformers makes of a head beside a tied embedding.
 
     The one of the two that is there serves as both. Where both are there and differ, the config is
@@ -248,244 +224,12 @@ def _equal_rows(one: Any, other: Any, rows: int) -> bool:
     return True
 
 
-def _is_finite(x: jax.Array) -> Any:
-    """Whether an array holds finite numbers only, as a truth value or an array of one."""
-    if jax.process_count() > 1 or any(device.platform != "cpu" for device in x.devices()):
-        return _all_finite(x)
-    # A CPU would compile for longer than it looks.
-    parts = {str(shard.index): shard.data for shard in x.addressable_shards}
-    return not any(_holds_no_number(np.asarray(part)) for part in parts.values())
-
-
-@jax.jit
-def _all_finite(x: jax.Array) -> jax.Array:
-    return jnp.isfinite(x).all()
-
-
-def _holds_no_number(array: np.ndarray) -> bool:
-    """Whether there is NaN or Inf: all bits of an exponent are set."""
-    exponent = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}[array.dtype.name]
-    mask = np.array(exponent, f"uint{8 * array.itemsize}")
-    bits = np.ascontiguousarray(array).view(mask.dtype).reshape(-1)
-    parts = (bits[i : i + _LOOKED_AT] for i in range(0, len(bits), _LOOKED_AT))
-    return any(bool(((part & mask) == mask).any()) for part in parts)
-
-
-def _not_finite(names: list[str], dtype: Any) -> str:
-    """What is wrong with tensors that hold no finite numbers."""
-    more = f" and {len(names) - _MAX_REPORTED} more" if len(names) > _MAX_REPORTED else ""
-    cause = (
-        "or numbers too large for float16, which ends at 65504; load it as bfloat16 or float32"
-        if jnp.dtype(dtype) == jnp.float16
-        else "expected finite numbers; was it trained until it diverged, or is the file damaged?"
-    )
-    return f"NaN or Inf in {', '.join(names[:_MAX_REPORTED])}{more}, {cause}"
-
-
-def save_hf(
-    folder: pathlib.Path,
-    config: LMConfig,
-    params: Params,
-    eos_ids: list[int],
-    dtype: Any = jnp.float32,
-) -> None:
-    """Writes a folder that transformers opens: weights, `config.json`, `generation_config.json`.
-
-    Args:
-        folder: Where to write; created if missing, files in it are replaced.
-        config: The model's shape.
-        params: The parameter tree.
-        eos_ids: Tokens that end a text.
-        dtype: Dtype of the weights on disk.
-
-    Raises:
-        ValueError: If a tensor holds NaN or Inf in that dtype.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    stacks: dict[str, list[tuple[_Place, np.ndarray]]] = {}
-    places = _places(config, FAMILIES[config.model_type], params)
-    for place, leaf in zip(places, jax.tree.leaves(params), strict=True):
-        stacks.setdefault(place.name, []).append((place, _cast(np.asarray(leaf), dtype)))
-    tensors = {name: np.ascontiguousarray(_stacked(parts)) for name, parts in stacks.items()}
-    tensors = split_experts(tensors, FAMILIES[config.model_type])
-    if wrong := [name for name, tensor in tensors.items() if _holds_no_number(tensor)]:
-        raise ValueError(f"{folder}: not written: {_not_finite(wrong, dtype)}")
-    with files.replacing(folder / "model.safetensors") as temporary:
-        safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
-    description = hf_config(config) | {
-        "dtype": jnp.dtype(dtype).name,
-        "eos_token_id": eos_ids,
-        "pad_token_id": None,  # transformers' own default may lie outside of the vocabulary
-    }
-    files.write_json(folder / "config.json", description)
-    files.write_json(folder / "generation_config.json", {"eos_token_id": eos_ids})
-
-
-class _Place(NamedTuple):
-    """Where a parameter stands in a checkpoint: in rows of a tensor that others may share.
-
-    The rows of the tensor fall into equal groups; each holds some rows of the parameter in turn. A
-    tensor of one parameter alone is one group. The matrices of a layer's experts are one group in
-    each expert.
-
-    Attributes:
-        name: Name of the tensor, in the family's table.
-        groups: Number of groups.
-        start: The parameter's first row in a group.
-        rows: Its rows in a group.
-        group_rows: Rows of a group, those of all parameters.
-        columns: The other dimension, `(in,)`; () of a vector.
-        transposed: The tensor is stored [in, out].
-        experts: Of the matrices of experts, how many there are; 0 of others.
-    """
-
-    name: str
-    groups: int
-    start: int
-    rows: int
-    group_rows: int
-    columns: tuple[int, ...]
-    transposed: bool
-    experts: int = 0
-
-    @property
-    def stored_shape(self) -> tuple[int, ...]:
-        """Shape of the whole tensor."""
-        shape = (self.groups * self.group_rows, *self.columns)
-        if self.experts:
-            return (self.experts, *shape)
-        return shape[::-1] if self.transposed else shape
-
-    def read(self, view: Any, index: tuple[slice, ...]) -> np.ndarray:
-        """Reads a part of the parameter from the tensor, and nothing else."""
-        if self.experts:
-            experts, rows, inputs = index
-            own = slice(rows.start + self.start, rows.stop + self.start)
-            return np.asarray(view[(experts, own, inputs)])
-        wanted, *columns = index
-        parts = []
-        for group in range(wanted.start // self.rows, -(-wanted.stop // self.rows)):
-            first = max(wanted.start, group * self.rows)
-            last = min(wanted.stop, (group + 1) * self.rows)
-            shift = group * (self.group_rows - self.rows) + self.start
-            rows = slice(first + shift, last + shift)
-            parts.append(view[(*columns, rows)].T if self.transposed else view[(rows, *columns)])
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def _places(config: LMConfig, family: Family, params: Params) -> list[_Place]:
-    """The place of every parameter, in the order of the tree's leaves."""
-    order = list(family.weights)
-    stacks: dict[str, dict[str, tuple[int, ...]]] = {}  # tensor: the shapes of what it holds
-    names = []
-    for path, leaf in jax.tree.leaves_with_path(params):
-        *parts, kind = [str(part.key) for part in path]
-        layer = next((part for part in parts if part.isdigit()), "")
-        key = ".".join("{i}" if part.isdigit() else part for part in parts)
-        if f"{key}.{kind}" in family.weights:
-            key = f"{key}.{kind}"
-            name = family.weights[key]
-        else:
-            name = f"{family.weights[key]}.{kind}"
-        name = name.replace("{i}", layer)
-        names.append((key, name))
-        stacks.setdefault(name, {})[key] = leaf.shape
-    places = []
-    for key, name in names:
-        shapes = {k: stacks[name][k] for k in sorted(stacks[name], key=order.index)}
-        experts = shapes[key][0] if len(shapes[key]) == 3 else 0
-        if experts:
-            shapes = {k: shape[1:] for k, shape in shapes.items()}
-        groups = config.num_heads if family.by_head and len(shapes) > 1 else 1
-        rows = {k: shape[0] // groups for k, shape in shapes.items()}
-        before = list(rows)[: list(rows).index(key)]
-        module, kind = name.rsplit(".", 1)
-        places.append(
-            _Place(
-                name,
-                groups,
-                start=sum(rows[k] for k in before),
-                rows=rows[key],
-                group_rows=sum(rows.values()),
-                columns=shapes[key][1:],
-                transposed=kind == "weight" and module.endswith(family.transposed),
-                experts=experts,
-            )
-        )
-    return places
-
-
-def _stacked(parts: list[tuple[_Place, np.ndarray]]) -> np.ndarray:
-    """A tensor of a checkpoint from the parameters that it holds."""
-    place = parts[0][0]
-    parts = sorted(parts, key=lambda part: part[0].start)
-    if place.experts:
-        return np.concatenate([array for _, array in parts], axis=1)
-    grouped = [array.reshape(p.groups, p.rows, *p.columns) for p, array in parts]
-    tensor = np.concatenate(grouped, axis=1).reshape(-1, *place.columns)
-    return tensor.T if place.transposed else tensor
-
-
-def _open_all(folder: pathlib.Path, family: Family) -> dict[str, tuple[Any, str]]:
-    """Every tensor in the folder's checkpoint: a view of it and its name there."""
-    tensors: dict[str, tuple[Any, str]] = {}
-    places: dict[str, pathlib.Path] = {}
-    for path in _files(folder):
-        try:
-            file = safetensors.safe_open(path, framework="numpy")
-        except safetensors.SafetensorError as error:
-            raise ValueError(
-                f"{path}: not a whole safetensors file ({error}); download or write it again"
-            ) from error
-        for stored_name in file.keys():  # noqa: SIM118  (not a dict)
-            if (name := checkpoint_name(family, stored_name)) is None:
-                continue
-            if name in tensors:
-                raise ValueError(
-                    f"{path}: {stored_name} is also in {places[name].name}, as {tensors[name][1]}; "
-                    "expected each tensor once. Write the folder anew"
-                )
-            tensors[name] = (file.get_slice(stored_name), stored_name)
-            places[name] = path
-    return tensors
-
-
-def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The files of the folder's checkpoint, each a regular file in the folder."""
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if (adapter := folder / "adapter_config.json").exists():
-        raise ValueError(
-            f"{adapter}: the folder holds an adapter, which is not applied here and which "
-            "transformers applies where peft is installed; merge the adapter into the weights, or "
-            "remove its files"
-        )
-    if single.exists():  # as transformers has it: an index beside a whole file is a left-over
-        paths = [single]
-    elif index.exists():
-        names = read_json(index, _Index).weight_map
-        if not names:
-            raise ValueError(f"{index}: weight_map is empty, expected the file of each tensor")
-        paths = sorted({indexed_file(index, *item, ".safetensors") for item in names.items()})
-    else:
-        raise FileNotFoundError(
-            f"{folder}: no model.safetensors and no model.safetensors.index.json; expected a "
-            "Hugging Face folder with safetensors weights"
-        )
-    if missing := [str(path) for path in paths if not path.exists()]:
-        raise FileNotFoundError(f"{index} names files that are not there: {', '.join(missing)}")
-    for path in paths:
-        check_inside(folder, path)
-        check_regular(path)
-    return paths
-
-
 def _check(
     path: pathlib.Path,
     config: LMConfig,
     family: Family,
-    places: list[_Place],
-    tensors: Mapping[str, tuple[Any, str]],
+    places: list[Place],
+    tensors: Tensors,
 ) -> None:
     wrong = []
     table = family.weights
@@ -510,8 +254,8 @@ def _check(
     for name in sorted(set(tensors) - set(shapes) - spare):
         wrong.append(f"{tensors[name][1]}: not a weight of this {config.model_type} model")
     if wrong:
-        more = len(wrong) - _MAX_REPORTED
-        listed = "\n  ".join(wrong[:_MAX_REPORTED] + ([f"and {more} more"] if more > 0 else []))
+        more = len(wrong) - MAX_REPORTED
+        listed = "\n  ".join(wrong[:MAX_REPORTED] + ([f"and {more} more"] if more > 0 else []))
         raise ValueError(f"{path}: the weights do not fit the config:\n  {listed}")
 
 
@@ -521,18 +265,39 @@ def _within(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> tuple[sl
     return tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True))
 
 
-def _plain(place: _Place, view: Any, dtype: Any, wanted: tuple[slice, ...]) -> np.ndarray:
-    return _cast(place.read(view, wanted), dtype)
+def _plain(place: Place, view: Any, dtype: Any, wanted: tuple[slice, ...]) -> np.ndarray:
+    """A part of a parameter; what is worked out is so in small parts, each cast at once."""
+    if not isinstance(view, Computed):
+        return cast(place.read(view, wanted), dtype)
+    array = np.empty([axis.stop - axis.start for axis in wanted], dtype)
+    for part, index in _in_parts(wanted):
+        array[part] = cast(place.read(view, index), dtype)
+    return array
 
 
 def _quantized(
-    place: _Place, view: Any, dtype: Any, *bounds: tuple[int, int]
+    place: Place, view: Any, dtype: Any, *bounds: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Some rows of a matrix, or of some experts' matrices, in int8, and their scales."""
-    (columns,) = place.columns
-    rows = place.read(view, (*(slice(*each) for each in bounds), slice(0, columns)))
-    with np.errstate(invalid="ignore", over="ignore"):  # the scale says it
-        return quantize(_cast(rows, np.float32), dtype)
+    wanted = (*(slice(*each) for each in bounds), slice(0, *place.columns))
+    shape = [axis.stop - axis.start for axis in wanted]
+    numbers, scale = np.empty(shape, np.int8), np.empty(shape[:-1], dtype)
+    for part, index in _in_parts(wanted):
+        with np.errstate(invalid="ignore", over="ignore"):  # the scale says it
+            numbers[part], scale[part] = quantize(cast(place.read(view, index), np.float32), dtype)
+    return numbers, scale
+
+
+def _in_parts(wanted: tuple[slice, ...]) -> Iterator[tuple[slice, tuple[slice, ...]]]:
+    """What is wanted as some rows, or experts, after the other: their place there, and each."""
+    rows, *rest = wanted
+    width = math.prod(axis.stop - axis.start for axis in rest)
+    step = max(1, _COMPUTED_AT_ONCE // max(width, 1))
+    if len(rest) < 2:
+        step = -(-step // _ROWS_OF_A_BLOCK) * _ROWS_OF_A_BLOCK
+    for first in range(rows.start, rows.stop, step):
+        last = min(first + step, rows.stop)
+        yield slice(first - rows.start, last - rows.start), (slice(first, last), *rest)
 
 
 def _part(whole_rows: Callable[..., Any], scales: bool, wanted: tuple[slice, ...]) -> np.ndarray:
@@ -540,12 +305,3 @@ def _part(whole_rows: Callable[..., Any], scales: bool, wanted: tuple[slice, ...
     rows = wanted if scales else wanted[:-1]
     numbers, scale = whole_rows(*((axis.start, axis.stop) for axis in rows))
     return scale if scales else np.ascontiguousarray(numbers[..., wanted[-1]])
-
-
-def _cast(array: np.ndarray, dtype: Any) -> np.ndarray:
-    if array.dtype not in (np.float32, np.float16, np.dtype(ml_dtypes.bfloat16)):
-        raise ValueError(
-            f"weights of dtype {array.dtype} are not supported; expected float32, float16, bfloat16"
-        )
-    with np.errstate(over="ignore"):  # what overflows is found by who looks for Inf
-        return array.astype(dtype, copy=False)

@@ -1,0 +1,155 @@
+"""The tensors of a model folder, by the names of its family, each a view that is read in parts.
+
+What a folder holds in other forms is put into the family's: experts, quantised weights, and the
+updates of an adapter. Nothing is read but headers until a view is indexed.
+"""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import msgspec
+import numpy as np
+import safetensors
+
+from t3jax.json_files import check_regular, parse_json, read_json
+from t3jax.lm.adapter import merge_adapter
+from t3jax.lm.config_json import checkpoint_name
+from t3jax.lm.dequantized import dequantize
+from t3jax.lm.expert_tensors import stack_experts
+from t3jax.lm.family import Family
+from t3jax.lm.folder import check_inside, indexed_file
+from t3jax.lm.quantization_json import quantization_of
+
+Tensors = Mapping[str, tuple[Any, str]]  # by name: a view, and the tensor's own name
+
+
+class _Index(msgspec.Struct):
+    """`model.safetensors.index.json`: which file has which tensor."""
+
+    weight_map: dict[str, str]
+
+
+def open_tensors(
+    folder: pathlib.Path, family: Family, adapter: pathlib.Path | None = None
+) -> Tensors:
+    """Opens the tensors of a folder.
+
+    Args:
+        folder: A Hugging Face folder.
+        family: The row of its family.
+        adapter: Folder of a LoRA adapter whose updates are added to them.
+
+    Returns:
+        By the family's names, what is there: a view with `get_shape()` that is indexed by slices,
+        as safetensors gives it, and the tensor's own name.
+
+    Raises:
+        FileNotFoundError: If there are no safetensors weights, or a file of them is missing.
+        ValueError: If a file is broken, lies outside of the folder or holds a tensor of another,
+            or what is put together does not fit.
+    """
+    opened = _open_all(folder, family)
+    try:
+        tensors = dequantize(opened, quantization_of(folder))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    if adapter is not None:
+        tensors = merge_adapter(adapter, tensors)
+    try:
+        return stack_experts(tensors, family)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+
+
+def _open_all(folder: pathlib.Path, family: Family) -> dict[str, tuple[Any, str]]:
+    """Every tensor in the folder's checkpoint: a view of it and its name there."""
+    tensors: dict[str, tuple[Any, str]] = {}
+    places: dict[str, pathlib.Path] = {}
+    for path in _files(folder):
+        try:
+            file = safetensors.safe_open(path, framework="numpy")
+        except safetensors.SafetensorError as error:
+            raise ValueError(
+                f"{path}: not a whole safetensors file ({error}); download or write it again"
+            ) from error
+        float8: dict[str, _Mapped] = {}
+        for stored_name in file.keys():  # noqa: SIM118  (not a dict)
+            if (name := checkpoint_name(family, stored_name)) is None:
+                continue
+            if name in tensors:
+                raise ValueError(
+                    f"{path}: {stored_name} is also in {places[name].name}, as {tensors[name][1]}; "
+                    "expected each tensor once. Write the folder anew"
+                )
+            view = file.get_slice(stored_name)
+            if view.get_dtype() in _FLOAT8:
+                float8 = float8 or _map_float8(path)
+                view = float8[stored_name]
+            tensors[name] = (view, stored_name)
+            places[name] = path
+    return tensors
+
+
+def _files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files of the folder's checkpoint, each a regular file in the folder."""
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if (adapter := folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{adapter}: the folder holds an adapter, which is not applied here and which "
+            "transformers applies where peft is installed; merge the adapter into the weights, or "
+            "remove its files"
+        )
+    if single.exists():  # as transformers has it: an index beside a whole file is a left-over
+        paths = [single]
+    elif index.exists():
+        names = read_json(index, _Index).weight_map
+        if not names:
+            raise ValueError(f"{index}: weight_map is empty, expected the file of each tensor")
+        paths = sorted({indexed_file(index, *item, ".safetensors") for item in names.items()})
+    else:
+        raise FileNotFoundError(
+            f"{folder}: no model.safetensors and no model.safetensors.index.json; expected a "
+            "Hugging Face folder with safetensors weights"
+        )
+    if missing := [str(path) for path in paths if not path.exists()]:
+        raise FileNotFoundError(f"{index} names files that are not there: {', '.join(missing)}")
+    for path in paths:
+        check_inside(folder, path)
+        check_regular(path)
+    return paths
+
+
+_FLOAT8 = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
+
+
+class _Mapped:
+    """A tensor mapped from its file, as safetensors gives others."""
+
+    def __init__(self, numbers: np.ndarray):
+        self._numbers = numbers
+
+    def get_shape(self) -> list[int]:
+        return list(self._numbers.shape)
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        return self._numbers[index]
+
+
+def _map_float8(path: pathlib.Path) -> dict[str, _Mapped]:
+    """The tensors of float8 in a whole file, which safetensors does not give to NumPy."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = parse_json(file.read(size), str(path))
+    contents = np.memmap(path, np.uint8, "r", offset=8 + size)
+    return {
+        name: _Mapped(
+            contents[slice(*tensor["data_offsets"])]
+            .view(_FLOAT8[tensor["dtype"]])
+            .reshape(tensor["shape"])
+        )
+        for name, tensor in header.items()
+        if tensor.get("dtype") in _FLOAT8
+    }
