@@ -470,6 +470,59 @@ FAMILY_CONFIGS = {
             "logit_scale": 0.125,
         },
     ),
+    "gpt_oss": (
+        {
+            "attention_bias": True,
+            "experts_per_token": 4,
+            "head_dim": 64,
+            "hidden_act": "silu",
+            "initial_context_length": 4096,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "num_experts_per_tok": 4,
+            "num_key_value_heads": 2,
+            "num_local_experts": 32,
+            "quantization_config": {
+                "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"],
+                "quant_method": "mxfp4",
+            },
+            "rope_scaling": {
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "factor": 32.0,
+                "original_max_position_embeddings": 4096,
+                "rope_type": "yarn",
+                "truncate": False,
+            },
+            "sliding_window": 16,
+            "swiglu_limit": 7.0,
+            "tie_word_embeddings": False,
+        },
+        {
+            "activation": "quick_gelu",
+            "attention_bias": True,
+            "sinks": True,
+            "rope": RopeConfig(
+                5e5,
+                "yarn",
+                32.0,
+                original_max_position=4096,
+                attention_factor=0.1 * math.log(32) + 1,
+                truncate=False,
+            ),
+            "experts": ExpertsConfig(32, 4, 64, normed=True, bias=True, clamp=7.0),
+            **EVERY_SECOND,
+        },
+    ),
+    "gpt_oss without what it may leave out": (
+        {"num_key_value_heads": 2},
+        {
+            "tied": False,
+            "head_dim": 64,
+            "window": 128,
+            "local": (True, False) * 3,
+            "experts": ExpertsConfig(128, 4, 64, normed=True, bias=True, clamp=7.0),
+        },
+    ),
     "phimoe": (
         {
             "num_key_value_heads": 2,
@@ -661,6 +714,7 @@ def test_yarn():
         ("mixtral", {"num_local_experts": 1}, "sent to 2 experts, but there are 1"),
         ("mixtral", {"num_experts": 4, "num_local_experts": 8}, "two names of one field"),
         ("qwen3_moe", {"num_experts": 0}, "num_experts is 0, expected an integer >= 1"),
+        ("gpt_oss", {"swiglu_alpha": 1.0}, "swiglu_alpha 1.0 is not supported .* expected 1.702"),
         ("phimoe", {"num_experts_per_tok": 4}, "num_experts_per_tok 4 is not .*; expected 2"),
         (
             "phimoe",
@@ -877,8 +931,10 @@ def test_what_is_unknown_is_refused_with_what_to_do():
     assert "the nearest supported type is 'smollm3'" in refusal(model_type="smollm33")
     said = refusal(model_type="newvl", text_config={"model_type": "qwen3"})
     assert "its text model is a qwen3, which is: save that alone" in said
-    gptq = {"quant_method": "gptq", "bits": 4}
-    assert "quantised by gptq" in refusal(**SHAPE, quantization_config=gptq)
+    bits = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    said = refusal(**SHAPE, quantization_config=bits)
+    assert "quantised by bitsandbytes are not supported; known: awq, compressed" in said
+    assert "Load the unquantised folder, with dtype=int8" in said
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import tiny
@@ -19,6 +20,8 @@ from t3jax.evaluation import logs, tofu
 from t3jax.evaluation.scoring import BASE, Setting
 from t3jax.evaluation.store import Store
 from t3jax.lm import families, from_params, load_config, load_lm, read_config, save_hf
+from t3jax.lm.dequantized import dequantize
+from t3jax.lm.quantization_json import read_quantization
 from t3jax.lm.weights import load_params
 from t3jax.lm.wrappers import WRAPPERS
 from t3jax.sampling import Sampler
@@ -251,6 +254,38 @@ def test_the_text_model_of_other_multimodal_folders(name, tmp_path):
         ).logits.numpy()[mask]
     assert expected.std() > 0.1  # far from all equal
     close(np.asarray(forward(lm, tokens, mask)[1])[mask], expected, atol=1e-4)
+
+
+def test_quantised_matrices_stand_for_what_transformers_makes_of_them():
+    from transformers.integrations import finegrained_fp8, mxfp4
+
+    class View(np.ndarray):
+        def get_shape(self):
+            return list(self.shape)
+
+    def read(quantization, index, **tensors):
+        stored = {name: (array.view(View), name) for name, array in tensors.items()}
+        ((view, _),) = dequantize(
+            stored, read_quantization({"quantization_config": quantization})
+        ).values()
+        return np.asarray(view[index], np.float32)
+
+    generator = np.random.default_rng(0)
+    blocks = generator.integers(0, 256, (2, 6, 3, 16)).astype(np.uint8)
+    scales = generator.integers(100, 140, (2, 6, 3)).astype(np.uint8)
+    whole = tuple(slice(0, size) for size in (2, 96, 6))
+    found = read({"quant_method": "mxfp4"}, whole, w_blocks=blocks, w_scales=scales)
+    batch = torch.tensor(blocks), torch.tensor(scales)
+    theirs = mxfp4.convert_moe_packed_tensors(*batch, dtype=torch.float32)
+    np.testing.assert_array_equal(found, theirs)
+
+    weight, scale = torch.randn(24, 48).to(torch.float8_e4m3fn), torch.rand(2, 2)
+    numbers = weight.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
+    blocks = {"quant_method": "fp8", "weight_block_size": [12, 24]}
+    stored = {"a.weight": numbers, "a.weight_scale_inv": scale.numpy()}
+    found = read(blocks, (slice(5, 20), slice(3, 40)), **stored)
+    theirs = finegrained_fp8.Fp8Dequantize(None)._dequantize_one(weight, scale, torch.float32)
+    np.testing.assert_array_equal(found, theirs[5:20, 3:40])
 
 
 def test_every_family_is_compared():

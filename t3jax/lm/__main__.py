@@ -17,6 +17,7 @@ from t3jax.lm.config import LMConfig
 from t3jax.lm.config_json import wrapper_of
 from t3jax.lm.decoder import abstract_params
 from t3jax.lm.model import check_weights, load_config, model_path
+from t3jax.lm.quantization_json import quantization_of
 
 _GIB = 1 << 30
 
@@ -58,6 +59,8 @@ def describe(path: pathlib.Path, config: LMConfig) -> list[str]:
         kind = f"a LoRA adapter of {read_base(path)}, {kind}"
     elif wrapper := wrapper_of(path):
         kind = f"the text model of a {wrapper}, {kind}"
+    if path.is_dir() and (stored := quantization_of(path)):
+        kind += f" stored as {stored.method}"
     heads = f"{config.num_heads} query heads"
     if config.num_kv_heads != config.num_heads:
         heads += f" over {config.num_kv_heads} key heads"

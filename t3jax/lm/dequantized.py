@@ -1,8 +1,8 @@
-"""Quantised matrices of a checkpoint as the numbers that they stand for, worked out as they are read.
+"""Quantised matrices of a checkpoint as the numbers that they stand for, when they are read.
 
-    scaled    W[o, i] = s[o / b, i / c] q[o, i]          one scale, one for each row, or for each block
-    mxfp4     W[o, i] = 2^(s[o, i / 32] - 127) q[o, i]   q of {0, 0.5, 1, 1.5, 2, 3, 4, 6} and a sign
-    packed    W[o, i] = s[o, g(i)] (q[o, i] - z[o, g(i)])   g the group of a column
+    scaled    W[o, i] = s[o / b, i / c] q[o, i]            blocks of b rows and c columns, or all
+    mxfp4     W[o, i] = 2^(s[o, i / 32] - 127) q[o, i]     q = ±0, 0.5, 1, 1.5, 2, 3, 4, 6
+    packed    W[o, i] = s[o, g(i)] (q[o, i] - z[o, g(i)])  g(i) the group of a column
 
 Products are taken in float32. Nothing computes with quantised weights.
 
@@ -163,6 +163,8 @@ class _Scaled(Computed):
 
     def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
         numbers = np.asarray(self._view[index])
+        if numbers.itemsize != 1:
+            raise ValueError(f"weights of dtype {numbers.dtype} have scales; expected 8 bits")
         places = [
             np.arange(axis.start, axis.stop) // size
             for axis, size in zip(index, self._block, strict=True)
@@ -274,7 +276,7 @@ class _Packed(Computed):
         return np.asarray(view[index[::-1]]).T if self._turned else np.asarray(view[index])
 
     def _unpack(self, view: Any, index: tuple[slice, slice], packed: int) -> np.ndarray:
-        """Rows and columns of numbers, int32, several of which are packed on one of the two axes."""
+        """Rows and columns of numbers, int32, several of which are packed on one of both axes."""
         per = self._per_word
         wanted = index[packed]
         first = wanted.start // per

@@ -283,9 +283,7 @@ def _put(x: Array, chosen: Array, places: Array, size: int) -> Array:
     return jnp.take(x, source, axis=0, mode="fill", fill_value=0)
 
 
-def _in_tiles(
-    x: Array, chosen: Array, matrices: dict[str, Matrices], opened: Gate
-) -> Array:
+def _in_tiles(x: Array, chosen: Array, matrices: dict[str, Matrices], opened: Gate) -> Array:
     """Outputs `[N, K, D]`, tile by tile: as many tokens as an expert has on average, or fewer."""
     experts, pairs = len(matrices["gate"]["weight"]), chosen.size
     tile = min(_TILE, 1 << (-(-pairs // experts) - 1).bit_length())
@@ -326,9 +324,7 @@ def _multiply(x: Array, matrix: Matrices) -> Array:
     return y + jnp.broadcast_to(matrix["bias"], y.shape) if "bias" in matrix else y
 
 
-def _on_accelerator(
-    x: Array, chosen: Array, matrices: dict[str, Matrices], opened: Gate
-) -> Array:
+def _on_accelerator(x: Array, chosen: Array, matrices: dict[str, Matrices], opened: Gate) -> Array:
     """Outputs `[N, K, D]`: of gathered matrices where that moves less than reading all of them."""
     experts, pairs = len(matrices["gate"]["weight"]), chosen.size
     if 3 * pairs <= experts:  # what is gathered is read, written and read again

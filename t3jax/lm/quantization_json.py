@@ -80,15 +80,17 @@ class _CompressedTensors(msgspec.Struct):
 
 def _refuse(reason: str) -> NoReturn:
     raise ValueError(
-        f"quantization_config: {reason}; known: {', '.join(_METHODS)}. Load the unquantised folder, "
-        "with dtype=int8 where memory is short, or a GGUF file, or write this one anew after "
-        "dequantize() of transformers"
+        f"quantization_config: {reason}; known: {', '.join(_METHODS)}. Load the unquantised "
+        "folder, with dtype=int8 where memory is short, or a GGUF file, or write this one anew "
+        "after dequantize() of transformers"
     )
 
 
 def _expect(name: str, value: object, known: tuple) -> None:
     if value not in known:
-        raise ValueError(f"{name} {show_json(value)} is not supported, expected {show_json(known[0])}")
+        raise ValueError(
+            f"{name} {show_json(value)} is not supported, expected {show_json(known[0])}"
+        )
 
 
 def _read_mxfp4(content: Json) -> Quantization:
@@ -125,9 +127,10 @@ def _read_awq(content: Json) -> Quantization:
 
 def _read_compressed(content: Json) -> Quantization:
     known = check_json(content, "quantization_config", _CompressedTensors)
-    found = [group for group in known.config_groups.values() if group.weights is not None]
     kinds = {
-        (group.format or known.format, *msgspec.structs.astuple(group.weights)) for group in found
+        (group.format or known.format, *msgspec.structs.astuple(group.weights))
+        for group in known.config_groups.values()
+        if group.weights is not None
     }
     if len(kinds) != 1:
         raise ValueError(f"config_groups has {len(kinds)} kinds of weights, expected one")
@@ -181,7 +184,7 @@ def read_quantization(config: Json) -> Quantization | None:
     if not content:
         return None
     method = content.get("quant_method") if isinstance(content, Mapping) else None
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         _refuse(f"weights quantised by {method or 'an unnamed method'} are not supported")
     try:
         return _METHODS[method](content)

@@ -55,6 +55,12 @@ def open_tensors(
         tensors = dequantize(opened, quantization_of(folder))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
+    for view, stored_name in tensors.values():
+        if isinstance(view, _Mapped):
+            raise ValueError(
+                f"{folder}: {stored_name} is float8 without a scale; expected weight_scale or "
+                "weight_scale_inv beside it, and a quantization_config in config.json"
+            )
     if adapter is not None:
         tensors = merge_adapter(adapter, tensors)
     try:
