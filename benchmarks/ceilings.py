@@ -65,18 +65,33 @@ def _measure(size: int, side: int, dtypes: Sequence[str], device: str) -> Ceilin
 
 
 def weight_bytes(config: LMConfig, params: Any) -> int:
-    """What a step of decoding has to read: all weights but an embedding table of its own."""
-    total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    """What a step of decoding for one row has to read.
+
+    All weights but an embedding table of its own, and of a layer's experts the chosen ones.
+    """
+    total = sum(_met(config, path, leaf.nbytes) for path, leaf in jax.tree.leaves_with_path(params))
     return total if config.tied else total - params["embed"]["weight"].nbytes
+
+
+def _met(config: LMConfig, path: tuple, count: int) -> int:
+    """How much of a leaf of the parameters a token meets: of experts its share."""
+    names = [None, *(part.key for part in path)]  # of the embedding there are two
+    if config.experts is None or names[-3] != "experts" or names[-2] not in ("gate", "up", "down"):
+        return count
+    return count * config.experts.chosen // config.experts.count
 
 
 def forward_operations(config: LMConfig, params: Any, length: int) -> float:
     """Floating-point operations that the hidden states of a text need.
 
-    Two for each weight of a matrix and token, and attention's two products over the pairs of
-    positions in causal order. No logits.
+    Two for each weight of a matrix and token, of experts the chosen ones, and attention's two
+    products over the pairs of positions in causal order. No logits.
     """
-    matrices = sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim > 1)
+    matrices = sum(
+        _met(config, path, leaf.size)
+        for path, leaf in jax.tree.leaves_with_path(params)
+        if path[-1].key == "weight" and leaf.ndim > 1
+    )
     weights = matrices - params["embed"]["weight"].size * (1 if config.tied else 2)
     pairs = length * (length + 1) / 2
     return 2 * weights * length + 4 * pairs * config.num_heads * config.head_dim * config.num_layers

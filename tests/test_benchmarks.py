@@ -45,6 +45,13 @@ def test_counted_operations_and_bytes():
     untied = dataclasses.replace(tiny.CONFIG, tied=False)
     table = tiny.CONFIG.vocab_size * tiny.CONFIG.hidden_size * 4
     assert weight_bytes(untied, params) == total - table  # the head's takes its place
+    mixture, params = tiny.MIXTURE, tiny.make_params(tiny.MIXTURE)
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    spared = 6 * 3 * 32 * 16  # weights of the experts that a token is not sent to, 6 of 8
+    assert weight_bytes(mixture, params) == total - table - 4 * spared
+    matrices = sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim > 1)
+    met = matrices - 2 * tiny.CONFIG.vocab_size * tiny.CONFIG.hidden_size - spared
+    assert forward_operations(mixture, params, 3) == 2 * met * 3 + 2 * attention
 
 
 def test_write_gives_plain_numbers_and_their_bounds(tmp_path, monkeypatch, capsys):

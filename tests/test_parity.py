@@ -437,7 +437,7 @@ def both_heads(lm, scale):
     return ours, head
 
 
-@pytest.mark.parametrize("name", ["gqa_tied", "qwen2_moe"])
+@pytest.mark.parametrize("name", ["gqa_tied", "qwen2_moe", "gpt_oss"])
 def test_guided_greedy_text(load, name):
     model, lm = load(name)
     prompts = [[5, 9, 200, 31], [77], list(range(40, 75))]

@@ -15,6 +15,7 @@ from benchmarks.aot import collectives, dimensions
 from t3jax import abstract, features, plan, sharding
 from t3jax.data import PromptFormat, encode_records
 from t3jax.head import head_scores
+from t3jax.lm import ExpertsConfig, from_params
 from t3jax.pooling import causal_mean
 from t3jax.refinements import PLAIN, Refinements
 from t3jax.sampling import Controls, Sampler, truncation
@@ -109,6 +110,28 @@ def test_a_mixture_of_experts_works_too():
     assert experts["down/weight"] == P("model", "fsdp")
     assert experts["router/weight"] == P()
     assert experts["shared/gate/weight"] == P("model", "fsdp")
+
+
+def test_sinks_and_biases_of_experts_work_too():
+    experts = ExpertsConfig(8, 2, 16, normed=True, bias=True, clamp=1.0)
+    config = dataclasses.replace(CONFIG, attention_bias=True, sinks=True, experts=experts)
+    params = tiny.make_params(config)
+    params = jax.tree.map(
+        lambda leaf: leaf + jax.random.normal(jax.random.key(leaf.size), leaf.shape) / 4, params
+    )
+    tokens, mask = batch(config.vocab_size)
+    found = {}
+    for shape in (None, (2, 2, 2)):
+        mesh = None if shape is None else make_mesh(shape)
+        placed = params if mesh is None else jax.device_put(params, param_shardings(mesh, params))
+        lm = from_params(config, placed, None, (0,), "sinks", mesh)
+        cache = lm.init_cache(len(tokens), tokens.shape[1] + 1)
+        hidden, _, cache = tiny.read(lm.apply, lm.unembed, placed, tokens, mask, cache)
+        _, logits, _ = tiny.read(lm.apply, lm.unembed, placed, tokens[:, :1], mask[:, -1:], cache)
+        found[shape] = np.asarray(hidden)[mask], np.asarray(logits)
+    for ours, alone in zip(found[2, 2, 2], found[None], strict=True):
+        np.testing.assert_allclose(ours, alone, atol=2e-5 * np.abs(alone).max())
+    assert specs(placed["layers"][0]["experts"])["down/bias"] == P("model")
 
 
 def test_refined_text_is_that_of_one_device():
