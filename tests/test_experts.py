@@ -235,6 +235,21 @@ def test_layers_that_predict_further_tokens_are_not_read(tmp_path):
     chex.assert_trees_all_equal(load_params(tmp_path, config, jnp.float32), params)
 
 
+def test_what_corrects_the_choice_is_never_rounded(tmp_path):
+    """Nor when the folder is written in bfloat16: transformers keeps it in float32 too."""
+    experts = dataclasses.replace(CONFIG.experts, router="sigmoid", shared=32, shared_gate=False)
+    config = dataclasses.replace(CONFIG, model_type="glm4_moe", experts=experts)
+    params = tiny.make_params(config)
+    correction = jnp.linspace(0, 1, 8)
+    params["layers"][1]["experts"]["router"]["correction"] = correction
+    for dtype in (jnp.float32, jnp.bfloat16):
+        save_hf(tmp_path, config, params, [263], dtype)
+        params = load_params(tmp_path, config, jnp.bfloat16)
+        router = params["layers"][1]["experts"]["router"]
+        assert router["weight"].dtype == jnp.bfloat16
+        np.testing.assert_array_equal(router["correction"], correction, strict=True)
+
+
 def test_low_rank_updates_of_experts_are_refused():
     params, key = tiny.make_params(CONFIG), jax.random.key(0)
     assert len(init_lora(params, 2, ("q", "o"), key)) == 4

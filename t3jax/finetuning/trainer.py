@@ -89,7 +89,7 @@ def compile_programs(
         return working, None
 
     def cast(trained: Any) -> Any:
-        return jax.tree.map(lambda leaf: leaf.astype(dtype), trained)
+        return decoder.cast_params(trained, dtype)
 
     def loss_sum(trained: Any, frozen: Params, part: Batch) -> jax.Array:
         """Of one microbatch; the arrays of `part` lack their first axis."""
@@ -186,7 +186,7 @@ class Trainer:
         self._params = params
         self._frozen = {}
         if config.freezes_weights:
-            cast = jax.tree.map(lambda leaf: leaf.astype(config.dtype), params)
+            cast = decoder.cast_params(params, config.dtype)
             self._frozen = hosts.place(cast, sharding.param_shardings(mesh, cast))
         self.abstract_state = self._programs.abstract_state
 

@@ -106,18 +106,24 @@ def unembed(
 
 
 def abstract_params(config: LMConfig, dtype: Any) -> Params:
-    """The parameter tree as `jax.ShapeDtypeStruct` leaves of `dtype`.
-
-    Quantised matrices are of int8, and what corrects a router's choice of float32: rounded, it
-    would choose others.
-    """
+    """The parameter tree as `jax.ShapeDtypeStruct` leaves of `dtype`; see `cast_params`."""
     _, shapes = _split_abstract(config)
 
     def describe(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
-        kept = jnp.float32 if path[-1].key == "correction" else dtype
-        return jax.ShapeDtypeStruct(leaf.shape, jnp.int8 if leaf.dtype == jnp.int8 else kept)
+        kept = jnp.int8 if leaf.dtype == jnp.int8 else _dtype(path, dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, kept)
 
     return jax.tree.map_with_path(describe, shapes)
+
+
+def cast_params(params: Any, dtype: Any) -> Any:
+    """Weights, or a tree with weights in it, in a dtype; what corrects a router's choice stays."""
+    return jax.tree.map_with_path(lambda path, leaf: leaf.astype(_dtype(path, dtype)), params)
+
+
+def _dtype(path: tuple, dtype: Any) -> Any:
+    """What a leaf is kept in: float32 where, rounded, it would choose other experts."""
+    return jnp.float32 if getattr(path[-1], "key", None) == "correction" else dtype
 
 
 def compute_dtype(params: Params) -> Any:
