@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from t3jax.lm.config import LMConfig
+
 Json = Mapping[str, Any]
 
 FIELDS = {  # of LMConfig, and of config.json
@@ -91,6 +93,10 @@ class Family:
         interleaved: Rotary pairs are neighbours in a head.
         reciprocal: Fields of `config.json` whose reciprocal is the field of `LMConfig`.
         ropes: Kinds of rotary positions that transformers knows in the family.
+        qk_norm: What norms queries and keys have where `use_qk_norm` is true.
+        prepare: `config.json -> config.json`: fields that only this family has, as those of the
+            table; None where there are none.
+        restore: `LMConfig -> config.json`: fields beside those of the table; None likewise.
         mscales: "longrope" has its factors of cosine and sine stated, `short_mscale` and
             `long_mscale`, and its own original context counts before that at the top.
         weights: The decoder's parameters, and their modules in a checkpoint; {i} is the layer.
@@ -100,7 +106,7 @@ class Family:
             each; None where they have those of a layer in one tensor, or no experts.
         more_layers: Folders may hold layers after the last one, which predict further tokens and
             are not read.
-        by_head: What is stacked is stacked head by head.
+        by_head: What is stacked is stacked key head by key head, each after its query heads.
         transposed: Modules, by the end of their name, that are stored [in, out].
         renamed: Patterns of other names that checkpoints use for the same, and what to put for
             them; None: a weight of that name is no part of the decoder.
@@ -121,6 +127,9 @@ class Family:
     interleaved: bool = False
     reciprocal: tuple[str, ...] = ()
     ropes: tuple[str, ...] = ROPES
+    qk_norm: str = "head"
+    prepare: Callable[[Json], Json] | None = None
+    restore: Callable[[LMConfig], Json] | None = None
     mscales: bool = False
     weights: Mapping[str, str] = dataclasses.field(default_factory=lambda: WEIGHTS)
     expert_names: tuple[str, str, str] | None = None

@@ -396,7 +396,7 @@ def _places(config: LMConfig, family: Family, params: Params) -> list[_Place]:
         experts = shapes[key][0] if len(shapes[key]) == 3 else 0
         if experts:
             shapes = {k: shape[1:] for k, shape in shapes.items()}
-        groups = config.num_heads if family.by_head and len(shapes) > 1 else 1
+        groups = config.num_kv_heads if family.by_head and len(shapes) > 1 else 1
         rows = {k: shape[0] // groups for k, shape in shapes.items()}
         before = list(rows)[: list(rows).index(key)]
         module, kind = name.rsplit(".", 1)
