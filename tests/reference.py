@@ -245,6 +245,7 @@ FAMILIES = {
         "residual_multiplier": 0.5,
         "attention_multiplier": 0.25,
         "logits_scaling": 0.5,
+        "tie_word_embeddings": False,
     },
     "olmo": {"clip_qkv": 1.0},
     "jais2": {},
@@ -258,9 +259,12 @@ FAMILIES = {
     "phi": {"hidden_act": "gelu_new", "tie_word_embeddings": False},
 }
 _SEEDS = {  # where the greedy text of the second is dull, or its numbers large
-    "gemma3_text": 8, "glm4": 4, "ministral3": 4, "phi3": 4,
+    "bloom": 15, "gemma3_text": 8,
+    **dict.fromkeys(("falcon", "glm4", "gpt_bigcode", "ministral3", "phi3"), 4),
     **dict.fromkeys(
-        ("cohere", "cohere2", "gemma2", "gpt_neo", "granitemoe", "nemotron", "opt", "starcoder2"), 3
+        ("cohere", "cohere2", "gemma2", "gpt_neo", "granitemoe", "hyperclovax", "jais2", "nemotron")
+        + ("opt", "starcoder2"),
+        3,
     ),
 }  # fmt: skip
 
@@ -285,7 +289,7 @@ def make_family(name: str, **overrides) -> transformers.PreTrainedModel:
     settings = {**_LLAMA, **FAMILIES[name], **overrides}
     config = transformers.AutoConfig.for_model(name, **settings)
     model = transformers.AutoModelForCausalLM.from_config(config)
-    gemma = name.startswith("gemma")
+    gemma = "gemma" in name
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             if path.endswith("weight") and ("norm" in path or "ln_" in path):

@@ -155,6 +155,11 @@ ODD_CONFIGS = {  # what is changed in a family's config.json; None takes a field
         "gemma3_text",
         {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     ),
+    "one key head, as in Falcon 7B": (
+        "falcon",
+        {"new_decoder_architecture": False, "multi_query": True, "num_ln_in_parallel_attn": None}
+        | {"num_kv_heads": 4},
+    ),
     "another name": ("gpt2", {"n_embd": None, "hidden_size": 32}),
     "an old name of the activation": ("gemma", {"hidden_act": "gelu"}),
 }
@@ -176,7 +181,8 @@ def as_transformers_opens(folder, model_type):
 @pytest.mark.parametrize("case", ODD_CONFIGS)
 def test_a_config_means_what_transformers_makes_of_it(case, tmp_path):
     name, changed = ODD_CONFIGS[case]
-    model = llama("gqa_tied") if name == "llama" else reference.make_family(name)
+    made = {"num_kv_heads": 1} if name == "falcon" else {}
+    model = llama("gqa_tied") if name == "llama" else reference.make_family(name, **made)
     model.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     content = json.loads(path.read_text()) | changed

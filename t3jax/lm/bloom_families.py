@@ -156,6 +156,7 @@ BLOOM_FAMILIES: dict[str, Family] = {
             "tie_word_embeddings": True,
             "attn_config": None,
             "clip_qkv": None,
+            "logit_scale": None,
             "softmax_scale": None,
         },
         expected={

@@ -102,6 +102,8 @@ class Family:
         weights: The decoder's parameters, and their modules in a checkpoint; {i} is the layer.
             Parameters of one module are stacked in it, in this order. A parameter that is there by
             its whole name stands in a tensor of just that name.
+        constants: Numbers that folders hold beside the weights, the same in every model; they are
+            written and not read.
         expert_names: The gate, up and down matrix of an expert, where folders have a tensor of
             each; None where they have those of a layer in one tensor, or no experts.
         more_layers: Folders may hold layers after the last one, which predict further tokens and
@@ -132,6 +134,7 @@ class Family:
     restore: Callable[[LMConfig], Json] | None = None
     mscales: bool = False
     weights: Mapping[str, str] = dataclasses.field(default_factory=lambda: WEIGHTS)
+    constants: Mapping[str, float] = dataclasses.field(default_factory=dict)
     expert_names: tuple[str, str, str] | None = None
     more_layers: bool = False
     by_head: bool = False

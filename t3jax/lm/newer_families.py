@@ -53,8 +53,11 @@ NEWER_FAMILIES: dict[str, Family] = {
             "layers.{i}.mlp.alpha_p": "model.layers.{i}.mlp.act_fn.alpha_p",
             "layers.{i}.mlp.alpha_n": "model.layers.{i}.mlp.act_fn.alpha_n",
         },
-        # Numbers that are the same in all models.
         renamed=((r".*\.act_fn\.(beta|eps)$", None),),
+        constants={
+            "model.layers.{i}.mlp.act_fn.beta": 0.5,
+            "model.layers.{i}.mlp.act_fn.eps": -1e-6,
+        },
     ),
     "hunyuan_v1_dense": Family(
         "HunYuanDenseV1ForCausalLM",

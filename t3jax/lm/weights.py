@@ -302,12 +302,16 @@ def save_hf(
         ValueError: If a tensor holds NaN or Inf in that dtype.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    family = FAMILIES[config.model_type]
     stacks: dict[str, list[tuple[_Place, np.ndarray]]] = {}
-    places = _places(config, FAMILIES[config.model_type], params)
+    places = _places(config, family, params)
     for place, leaf in zip(places, jax.tree.leaves(params), strict=True):
         stacks.setdefault(place.name, []).append((place, _cast(np.asarray(leaf), dtype)))
     tensors = {name: np.ascontiguousarray(_stacked(parts)) for name, parts in stacks.items()}
-    tensors = split_experts(tensors, FAMILIES[config.model_type])
+    tensors = split_experts(tensors, family)
+    for name, value in family.constants.items():
+        for layer in range(config.num_layers):
+            tensors[name.replace("{i}", str(layer))] = np.array(value, dtype)
     if wrong := [name for name, tensor in tensors.items() if _holds_no_number(tensor)]:
         raise ValueError(f"{folder}: not written: {_not_finite(wrong, dtype)}")
     with files.replacing(folder / "model.safetensors") as temporary:
