@@ -261,11 +261,8 @@ FAMILIES = {
 _SEEDS = {  # where the greedy text of the second is dull, or its numbers large
     "bloom": 15, "gemma3_text": 8,
     **dict.fromkeys(("falcon", "glm4", "gpt_bigcode", "ministral3", "phi3"), 4),
-    **dict.fromkeys(
-        ("cohere", "cohere2", "gemma2", "gpt_neo", "granitemoe", "hyperclovax", "jais2", "nemotron")
-        + ("opt", "starcoder2"),
-        3,
-    ),
+    **dict.fromkeys(("cohere", "cohere2", "gemma2", "gpt_neo", "granitemoe", "hyperclovax"), 3),
+    **dict.fromkeys(("jais2", "nemotron", "opt", "starcoder2"), 3),
 }  # fmt: skip
 
 

@@ -3,11 +3,10 @@
 A file is read as if it was a Hugging Face folder: its metadata as a `config.json`, and its tensors
 as the weights of a `Family` whose modules have llama.cpp's names. Quantised tensors are dequantised
 as they are read, a few rows at a time and no others than those wanted; nothing computes with
-quantised weights. Not read: models in several files, and mixtures of experts.
+quantised weights. Models in several files are not read.
 """
 
 import dataclasses
-import pathlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,13 +19,15 @@ from t3jax.lm.config_json import lm_config
 from t3jax.lm.decoder import Params
 from t3jax.lm.families import FAMILIES
 from t3jax.lm.family import Family
-from t3jax.lm.gguf_config import ARCHITECTURES, Architecture, architecture_of, describe_config
-from t3jax.lm.gguf_file import GGUFFile, load_library, not_installed, open_gguf, tensor_shape
+from t3jax.lm.gguf_config import describe_config, find_architecture
+from t3jax.lm.gguf_file import GGUFFile, load_library, not_installed, tensor_shape
 from t3jax.lm.weights import place_params
 
 _ROPE_TENSORS = r"^rope_(freqs|factors_(long|short))\.weight$"
 
 _PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_ROW = ".ffn_gate_inp_shexp.weight"  # stored as a vector
+_MATRICES = r"layers\.\{i\}\.experts\.(gate|up|down)(\.weight)?$"
 _DEQUANTIZED_AT_ONCE = 1 << 22  # numbers, in float32
 
 # Tokens of these types are never cut.
@@ -95,11 +96,14 @@ def load_params(
                 f"{file.path}: {tensor.name} is stored as {tensor.tensor_type.name}, which the "
                 "installed gguf cannot dequantise; use a file quantised otherwise, such as Q8_0"
             )
-    tensors = {
-        name: (_Tensor(tensor, _head_width(file, config, name), _shift(config, name), dtype), name)
-        for name, tensor in file.tensors.items()
-        if not re.match(_ROPE_TENSORS, name)
-    }
+    permuted = find_architecture(file).permuted
+    tensors: dict[str, tuple[Any, str]] = {}
+    for name, tensor in file.tensors.items():
+        if re.match(_ROPE_TENSORS, name):
+            continue
+        heads = config.head_dim if permuted and re.search(r"\.attn_[qk]\.", name) else 0
+        view = _Tensor(tensor, heads, _shift(config, name), dtype)
+        tensors[name] = (_Row(view) if name.endswith(_ROW) else view, name)
     family = _family(file.architecture, FAMILIES[config.model_type])
     return place_params(file.path, config, family, tensors, dtype, shardings)
 
@@ -223,7 +227,7 @@ def _readable(tensor: Any) -> bool:
         library.dequantize(np.zeros((1, library.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
     except NotImplementedError:
         return False
-    return len(tensor.shape) == 2
+    return len(tensor.shape) in (2, 3)
 
 
 def _family(architecture: str, family: Family) -> Family:
@@ -233,22 +237,26 @@ def _family(architecture: str, family: Family) -> Family:
     names = library.get_tensor_name_map(kinds[architecture], 1)
 
     def stored(module: str) -> str:
-        name = names.get_name(module.replace("{i}", "0"))
+        module_0 = module.replace("{i}", "0")
+        name = names.get_name(module_0) or names.get_name(module_0.removeprefix("transformer."))
         return module if name is None else name.replace("blk.0.", "blk.{i}.")
 
     weights = {key: stored(module) for key, module in family.weights.items()}
+    if "layers.{i}.experts.router" in weights:  # a tensor for all matrices of a kind
+        weights = {key: name for key, name in weights.items() if not re.match(_MATRICES, key)}
+        weights |= {
+            "layers.{i}.experts.router": "blk.{i}.ffn_gate_inp",
+            **{
+                f"layers.{{i}}.experts.{name}": f"blk.{{i}}.ffn_{name}_exps"
+                for name in ("gate", "up", "down")
+            },
+        }
     return dataclasses.replace(family, weights=weights, by_head=False, transposed=())
 
 
-def _head_width(file: GGUFFile, config: LMConfig, name: str) -> int:
-    """Width of the heads whose rows llama.cpp has permuted; 0 where it has not."""
-    permuted = file.architecture == "llama" and re.search(r"\.attn_[qk]\.", name)
-    return config.head_dim if permuted else 0
-
-
 def _shift(config: LMConfig, name: str) -> float:
-    """What is added to a stored weight: there the offset of Gemma's norms is part of it."""
-    return -1.0 if config.norm == "rms_offset" and name.endswith("norm.weight") else 0.0
+    """What is added to a stored weight: there the offset of norms is part of it."""
+    return -1.0 if config.norm.endswith("_offset") and name.endswith("norm.weight") else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,14 +276,21 @@ class _Tensor:
     shift: float
     dtype: Any
 
-    def gettensor_shape(self) -> tuple[int, ...]:
+    def get_shape(self) -> tuple[int, ...]:
         """Shape of the whole tensor."""
         return tensor_shape(self.stored)
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
-        """Rows, or rows and columns."""
+        """Rows, or rows and columns, or those of some experts."""
+        if len(index) == 3:
+            *own, columns = index
+            data = self.stored.data[tuple(own)]
+            part = self._read(data.reshape(-1, data.shape[-1]), (columns,))
+            return part.reshape(*data.shape[:2], -1)
         rows, *columns = index
-        data = self.stored.data[self._stored_rows(rows)]
+        return self._read(self.stored.data[self._stored_rows(rows)], tuple(columns))
+
+    def _read(self, data: np.ndarray, columns: tuple[slice, ...]) -> np.ndarray:
         kind = self.stored.tensor_type
         if (plain := _PLAIN.get(kind.name)) is not None:
             # A copy, since an array may alias it, and what is mapped changes with the file.
@@ -303,3 +318,19 @@ class _Tensor:
             some = library.dequantize(blocks[start : start + rows], kind)
             out[start : start + rows] = some[:, within]
         return out
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """A stored vector as a matrix of one row."""
+
+    vector: _Tensor
+
+    def get_shape(self) -> tuple[int, ...]:
+        """Shape of the matrix."""
+        return (1, *self.vector.get_shape())
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        """Rows and columns."""
+        rows, columns = index
+        return self.vector[(columns,)][None][rows]

@@ -63,10 +63,12 @@ def open_gguf(path: pathlib.Path) -> GGUFFile:
 
 
 def not_installed(what: str) -> ImportError:
+    """The error that names the extra."""
     return ImportError(f"reading GGUF files needs {what}: pip install 't3jax[gguf]'")
 
 
-def loadload_library() -> ModuleType:
+def load_library() -> ModuleType:
+    """The package `gguf`."""
     try:
         import gguf  # an optional extra
     except ImportError as error:
@@ -81,4 +83,5 @@ def _value(field: Any) -> Any:
 
 
 def tensor_shape(tensor: Any) -> tuple[int, ...]:
+    """Shape of a tensor as the library describes it, rows first."""
     return tuple(int(size) for size in reversed(tensor.shape))  # ggml counts from the inside

@@ -21,6 +21,7 @@ from t3jax.lm.adapter import is_adapter, read_base
 from t3jax.lm.config import LMConfig
 from t3jax.lm.config_json import read_config, wrapper_of
 from t3jax.lm.folder import check_links
+from t3jax.lm.gguf_file import open_gguf
 from t3jax.lm.weights import check_params, is_tied, load_params
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -114,7 +115,7 @@ def load_lm(
     path = model_path(name)
     shardings = functools.partial(sharding.param_shardings, mesh)
     if path.is_file():
-        file = gguf.open_gguf(path)
+        file = open_gguf(path)
         config = dataclasses.replace(gguf.read_config(file), quantized=quantized)
         tokenizer = gguf.read_tokenizer(file)
         _check_vocabulary(path, tokenizer, config)
@@ -143,7 +144,7 @@ def load_config(name: str | pathlib.Path) -> LMConfig:
     """The shape of a model that `load_lm` loads; see there."""
     path = model_path(name)
     if path.is_file():
-        return gguf.read_config(gguf.open_gguf(path))
+        return gguf.read_config(open_gguf(path))
     path, _ = _base_and_adapter(path)
     config = read_config(path)
     return dataclasses.replace(config, tied=is_tied(path, config)) if config.tied else config
