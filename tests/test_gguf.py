@@ -415,8 +415,9 @@ def byte_level(**more):
 
 def test_the_cut_and_the_bos_follow_the_name_of_the_tokenizer():
     text = "x12345"
-    plain, llama, tekken = (
-        gguf.read_tokenizer(byte_level(pre=pre)) for pre in ("smollm", "llama-bpe", "tekken")
+    plain, llama, tekken, glm = (
+        gguf.read_tokenizer(byte_level(pre=pre))
+        for pre in ("smollm", "llama-bpe", "tekken", "glm4")
     )
     bos = plain.bos_token_id
     digits = plain.convert_tokens_to_ids(list("x12345"))
@@ -425,9 +426,10 @@ def test_the_cut_and_the_bos_follow_the_name_of_the_tokenizer():
     assert llama(text, add_special_tokens=False)["input_ids"] == digits
     cuts = [
         [piece for piece, _ in each.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]
-        for each in (plain, llama, tekken)
+        for each in (plain, llama, tekken, glm)
     ]
-    assert cuts == [["x", "12345"], ["x", "123", "45"], ["x", *"12345"]]
+    assert cuts == [["x", "12345"], ["x", "123", "45"], ["x", *"12345"], ["x", "123", "45"]]
+    assert glm(text)["input_ids"] == digits
     without = gguf.read_tokenizer(byte_level(pre="llama-bpe", add_bos_token=False))
     assert without(text)["input_ids"] == digits
 

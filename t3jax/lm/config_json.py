@@ -55,6 +55,7 @@ _TYPES: dict[str, Any] = {
     **dict.fromkeys(("use_parallel_residual", "use_sliding_window"), bool),
     **dict.fromkeys(("use_bias", "use_qkv_bias", "attention_out_bias"), bool),
     **dict.fromkeys(("hidden_act", "hidden_activation", "activation_function"), str),
+    "activation": str,
     "query_pre_attn_scalar": Width,
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), Positive),
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier"), Positive),

@@ -36,7 +36,10 @@ _CONTROL, _USER_DEFINED = 3, 4
 # manner look whole words up before they merge, and start with a bos.
 _TIKTOKEN = ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "midm-2.0", "tekken")
 # Cut as GPT-2's; some cut single digits too, which makes no difference as no merge has a digit.
-_LIKE_GPT2 = ("gpt-2", "mpt", "olmo", "phi-2", "refact", "smollm", "starcoder")
+_LIKE_GPT2 = (
+    *("command-r", "exaone4", "gpt-2", "mpt", "olmo", "phi-2", "refact", "smollm", "starcoder"),
+)
+_CUT_LIKE = {"chatglm-bpe": "llama-bpe", "glm4": "llama-bpe", "stablelm2": "qwen2"}
 _SENTENCEPIECE = ("tokens", "token_type", "scores", "merges")  # what such a tokenizer is made of
 # Files name one token that ends a text; chat models end turns with others too.
 _TURN_ENDS = (
@@ -130,7 +133,8 @@ def read_tokenizer(file: GGUFFile) -> Any:
     prefix = "tokenizer.ggml."
     stored = {k.removeprefix(prefix): v for k, v in file.metadata.items() if k.startswith(prefix)}
     tokens, kind, cut = (stored.get(key) for key in ("tokens", "model", "pre"))
-    splits = conversion.GGUF_PRE_TOKENIZER_SPLITS
+    splits = dict(conversion.GGUF_PRE_TOKENIZER_SPLITS)
+    splits |= {name: splits[other] for name, other in _CUT_LIKE.items()}
     known = {*splits, *_LIKE_GPT2}
     if not tokens:
         raise ValueError(f"{file.path}: no tokenizer in it (tokenizer.ggml.tokens is missing)")

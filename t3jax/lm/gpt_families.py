@@ -19,8 +19,12 @@ def _slides_in_gpt_neo(config: Json, layer: int) -> bool:
 
 
 def _prepare_gptj(config: Json) -> dict[str, Any]:
-    head_dim = config["n_embd"] // config["n_head"]
-    return {**config, "partial_rotary_factor": config["rotary_dim"] / max(head_dim, 1)}
+    head_dim, rotated = config["n_embd"] // config["n_head"], config["rotary_dim"]
+    if rotated > head_dim:
+        raise ValueError(
+            f"rotary_dim {rotated} is not supported, since a head has {head_dim} numbers"
+        )
+    return {**config, "partial_rotary_factor": rotated / head_dim}
 
 
 def _restore_gptj(config: LMConfig) -> dict[str, Any]:

@@ -26,6 +26,13 @@ def _prepare_hunyuan(config: Json) -> dict[str, Any]:
     return config
 
 
+def _prepare_hyperclovax(config: Json) -> Json:
+    if config["attention_multiplier"] is not None:
+        return config
+    head_dim = config["head_dim"] or config["hidden_size"] // config["num_attention_heads"]
+    return {**config, "attention_multiplier": max(head_dim, 1) ** -0.5}
+
+
 NEWER_FAMILIES: dict[str, Family] = {
     "apertus": Family(
         "ApertusForCausalLM",
@@ -89,6 +96,7 @@ NEWER_FAMILIES: dict[str, Family] = {
             "logits_scaling": 1.0,
         },
         expected={"use_post_norm": (True,)},
+        prepare=_prepare_hyperclovax,
         weights={
             **WEIGHTS,
             "layers.{i}.attention_post_norm": "model.layers.{i}.post_norm1",
