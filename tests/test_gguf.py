@@ -21,6 +21,7 @@ import safetensors.numpy
 import tiny
 
 from t3jax import load_lm, make_mesh, sharding
+from t3jax.lm import __main__ as describe
 from t3jax.lm import from_params, gguf, lm_config, load_config, rotation, save_hf, weights
 from t3jax.lm.config_json import hf_config
 from t3jax.lm.gguf_config import ARCHITECTURES
@@ -322,6 +323,17 @@ def test_load_lm(folder, tmp_path, kind):
     assert ours.apply_chat_template(turns, tokenize=False) == theirs.apply_chat_template(
         turns, tokenize=False
     )
+
+
+def test_a_file_is_described_without_its_weights(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gguf._Tensor, "__getitem__", None)  # a weight that is read ends the test
+    path = write_like(folder, tmp_path / "model.gguf")
+    monkeypatch.setattr(sys, "argv", ["t3jax.lm", str(path)])
+    assert describe.main() == 0
+    assert capsys.readouterr().out.startswith(f"{path}: a llama model in a GGUF file; it loads\n")
+    write_like(folder, path, more={"blk.0.ffn_up.weight": np.zeros((8, 32), np.float32)})
+    assert describe.main() == 1
+    assert "blk.0.ffn_up.weight: shape (8, 32), expected (64, 32)" in capsys.readouterr().err
 
 
 def test_weights_are_cast_and_sharded(folder, tmp_path):

@@ -149,7 +149,7 @@ def lm_config(config: Json) -> LMConfig:
     """The decoder's shape from the content of a `config.json`; see `read_config`."""
     model_type = config.get("model_type")
     if model_type not in [*FAMILIES, *WRAPPERS]:
-        raise ValueError(explain_unknown(config))
+        raise ValueError(explain_unknown(config, WRAPPERS))
     if quantized := config.get("quantization_config"):
         raise ValueError(explain_quantized(quantized))
     try:

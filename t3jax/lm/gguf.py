@@ -21,7 +21,7 @@ from t3jax.lm.families import FAMILIES
 from t3jax.lm.family import Family
 from t3jax.lm.gguf_config import describe_config, find_architecture
 from t3jax.lm.gguf_file import GGUFFile, load_library, not_installed, tensor_shape
-from t3jax.lm.weights import place_params
+from t3jax.lm.weights import check_tensors, place_params
 
 _ROPE_TENSORS = r"^rope_(freqs|factors_(long|short))\.weight$"
 
@@ -93,6 +93,27 @@ def load_params(
         ValueError: If names or shapes do not fit the config, or a tensor is quantised in a way that
             the package `gguf` does not know.
     """
+    family, tensors = _open_tensors(file, config, dtype)
+    return place_params(file.path, config, family, tensors, dtype, shardings)
+
+
+def check_params(file: GGUFFile, config: LMConfig) -> None:
+    """Checks that names and shapes of the weights fit a config; reads no weight.
+
+    Args:
+        file: The open file.
+        config: The model's shape.
+
+    Raises:
+        ValueError: As `load_params`, but for NaN and Inf.
+    """
+    check_tensors(file.path, config, *_open_tensors(file, config, np.float32))
+
+
+def _open_tensors(
+    file: GGUFFile, config: LMConfig, dtype: Any
+) -> tuple[Family, dict[str, tuple[Any, str]]]:
+    """The family as the file stores it, and a view of each tensor with its name there."""
     for tensor in file.tensors.values():
         if not _readable(tensor):
             raise ValueError(
@@ -107,8 +128,7 @@ def load_params(
         heads = config.head_dim if permuted and re.search(r"\.attn_[qk]\.", name) else 0
         view = _Tensor(tensor, heads, _shift(config, name), dtype)
         tensors[name] = (_Row(view) if name.endswith(_ROW) else view, name)
-    family = _family(file.architecture, FAMILIES[config.model_type])
-    return place_params(file.path, config, family, tensors, dtype, shardings)
+    return _family(file.architecture, FAMILIES[config.model_type]), tensors
 
 
 def read_tokenizer(file: GGUFFile) -> Any:

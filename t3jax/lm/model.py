@@ -151,17 +151,19 @@ def load_config(name: str | pathlib.Path) -> LMConfig:
 
 
 def check_weights(path: pathlib.Path) -> None:
-    """Checks that a folder's weights are there and fit its config, without reading them.
+    """Checks that a model's weights are there and fit its config, without reading them.
 
     Args:
-        path: From `model_path`. Of a GGUF file nothing is checked: its shape is that of its
-            tensors.
+        path: From `model_path`. Of a GGUF file the tokenizer is read too.
 
     Raises:
         FileNotFoundError: If a file is missing.
         ValueError: If names or shapes do not fit, or a file is broken.
     """
     if path.is_file():
+        file = open_gguf(path)
+        gguf.check_params(file, gguf.read_config(file))
+        gguf.read_tokenizer(file)
         return
     base, adapter = _base_and_adapter(path)
     check_params(base, read_config(base), adapter)
@@ -172,7 +174,12 @@ def _base_and_adapter(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path | 
     check_links(path)
     if not is_adapter(path):
         return path, None
-    base = model_path(read_base(path))
+    try:
+        base = model_path(read_base(path))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path / ADAPTER_CONFIG}: the base model is missing: {error}"
+        ) from error
     if base.is_file() or is_adapter(base):
         kind = "a file" if base.is_file() else "an adapter"
         raise ValueError(

@@ -94,10 +94,29 @@ def check_params(
         ValueError: As `load_params`, but for NaN and Inf.
     """
     family = FAMILIES[config.model_type]
-    tensors = _open_merged(folder, family, adapter)
-    config, tensors = _as_stored(folder, config, family, tensors)
+    check_tensors(folder, config, family, _open_merged(folder, family, adapter))
+
+
+def check_tensors(
+    path: pathlib.Path,
+    config: LMConfig,
+    family: Family,
+    tensors: Mapping[str, tuple[Any, str]],
+) -> None:
+    """Checks that the names and shapes of a checkpoint's tensors fit a config.
+
+    Args:
+        path: The checkpoint, for messages.
+        config: The model's shape.
+        family: As in `place_params`.
+        tensors: As in `place_params`.
+
+    Raises:
+        ValueError: If they do not fit.
+    """
+    config, tensors = _as_stored(path, config, family, tensors)
     places = _places(config, family, abstract_params(config, jnp.float32))
-    _check(folder, config, family, places, tensors)
+    _check(path, config, family, places, tensors)
 
 
 def _open_merged(
@@ -474,7 +493,8 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     else:
         raise FileNotFoundError(
             f"{folder}: no model.safetensors and no model.safetensors.index.json; expected a "
-            "Hugging Face folder with safetensors weights"
+            "Hugging Face folder with safetensors weights. Pickled ones (.bin, .pt) are not read: "
+            "open the folder with transformers and write it with save_pretrained"
         )
     if missing := [str(path) for path in paths if not path.exists()]:
         raise FileNotFoundError(f"{index} names files that are not there: {', '.join(missing)}")
