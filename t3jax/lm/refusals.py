@@ -11,7 +11,7 @@ from t3jax.lm.family import Json
 _OTHER = {
     **dict.fromkeys(
         (
-            *("deepseek_v2", "deepseek_v3", "gpt_oss", "llama4", "minimax_m2"),
+            *("deepseek_v2", "deepseek_v3", "gpt_oss", "llama4"),
             *("ernie4_5_moe", "granitemoeshared", "hunyuan_v1_moe"),
         ),
         "its mixture of experts is of another kind",
@@ -36,14 +36,12 @@ _NEAREST = {
     "codegen": "gptj",
     "deepseek_v2": "qwen2_moe",
     "deepseek_v3": "glm4_moe",
-    "dots1": "glm4_moe",
     "ernie4_5_moe": "qwen2_moe",
     "exaone": "exaone4",
     "falcon_h1": "llama",
     "hunyuan_v1_moe": "mixtral",
     "lfm2": "smollm3",
     "llama4": "mixtral",
-    "minimax_m2": "glm4_moe",
 }
 
 
