@@ -159,7 +159,7 @@ FAMILIES = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": None},
     "stablelm": {"use_qkv_bias": True, "partial_rotary_factor": 0.5, "tie_word_embeddings": False},
     "starcoder2": {"sliding_window": 6},
-    "cohere": {"logit_scale": 0.5},
+    "cohere": {"logit_scale": 0.5, "use_qk_norm": True},
     "cohere2": {
         "sliding_window": 6,
         "logit_scale": 0.5,
@@ -248,15 +248,50 @@ FAMILIES = {
         "routed_scaling_factor": 1.5,
         "num_nextn_predict_layers": 0,
     },
+    "dots1": {
+        **_EXPERTS,
+        "attention_bias": True,
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 6,
+        "n_shared_experts": 1,
+        "n_group": 3,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.5,
+        "sliding_window": 6,
+        "max_window_layers": 1,
+    },
+    "minimax_m2": {**_EXPERTS, "head_dim": 16, "rotary_dim": 8, "num_local_experts": 6},
+    "vaultgemma": {**_GEMMA2, "attn_logit_softcapping": 2.0},
+    "apertus": {"attention_bias": True, "rope_parameters": LLAMA3_ROPE, "hidden_act": "xielu"},
+    "hunyuan_v1_dense": {
+        "head_dim": 8,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 5.0, "factor": 1.0},
+    },
+    "hyperclovax": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.25,
+        "logits_scaling": 0.5,
+        "tie_word_embeddings": False,
+    },
+    "olmo": {"clip_qkv": 1.0},
+    "jais2": {},
+    "gptj": {"rotary_dim": 4, "tie_word_embeddings": False, "n_inner": 48},
+    "gpt_bigcode": {"n_inner": 48},
+    "falcon": {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1, "num_kv_heads": 2},
+    "bloom": {},
+    "mpt": {"attn_config": {"clip_qkv": 1.0}},
     "gpt_neox": {"hidden_act": "gelu", "tie_word_embeddings": False},
     "gpt2": {"n_inner": 48},
     "phi": {"hidden_act": "gelu_new", "tie_word_embeddings": False},
 }
 _SEEDS = {  # where the greedy text of the second is dull, or its numbers large
-    "gemma3_text": 8, "glm4": 4, "ministral3": 4, "phi3": 4,
-    **dict.fromkeys(
-        ("cohere", "cohere2", "gemma2", "gpt_neo", "granitemoe", "nemotron", "opt", "starcoder2"), 3
-    ),
+    "bloom": 15, "gemma3_text": 8,
+    **dict.fromkeys(("falcon", "glm4", "gpt_bigcode", "ministral3", "phi3"), 4),
+    **dict.fromkeys(("cohere", "cohere2", "gemma2", "gpt_neo", "granitemoe", "hyperclovax"), 3),
+    **dict.fromkeys(("jais2", "nemotron", "opt", "starcoder2"), 3),
 }  # fmt: skip
 
 
@@ -280,7 +315,7 @@ def make_family(name: str, **overrides) -> transformers.PreTrainedModel:
     settings = {**_LLAMA, **FAMILIES[name], **overrides}
     config = transformers.AutoConfig.for_model(name, **settings)
     model = transformers.AutoModelForCausalLM.from_config(config)
-    gemma = name.startswith("gemma")
+    gemma = "gemma" in name
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             if path.endswith("weight") and ("norm" in path or "ln_" in path):

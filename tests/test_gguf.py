@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 import sys
 
 import chex
@@ -20,13 +21,19 @@ import safetensors.numpy
 import tiny
 
 from t3jax import load_lm, make_mesh, sharding
+from t3jax.lm import __main__ as describe
 from t3jax.lm import from_params, gguf, lm_config, load_config, rotation, save_hf, weights
 from t3jax.lm.config_json import hf_config
+from t3jax.lm.gguf_config import ARCHITECTURES
+from t3jax.lm.gguf_file import GGUFFile, open_gguf
 from t3jax.lm.quantized import quantize
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 LLAMAS = ("llama3_untied", "gqa_tied", "biases")
-FAMILIES = sorted(set(gguf._ARCHITECTURES.values()) - {"llama"})
+# llama.cpp's names of the families; of two it knows by what else a file says.
+NAMES = {each.model_type: name for name, each in ARCHITECTURES.items()}
+NAMES |= {"mixtral": "llama", "olmo3": "olmo2"}
+FAMILIES = sorted(set(NAMES) - {"llama"})
 Q, KIND = library.quants, library.GGMLQuantizationType
 
 
@@ -42,7 +49,7 @@ def write(path, config, tensors, kind="F32", tokenizer=None, more=(), leave_out=
         more: Further tensors, or others, by their names in the file.
         leave_out: Keys of the metadata.
     """
-    architecture = {v: k for k, v in gguf._ARCHITECTURES.items()}[config.model_type]
+    architecture = NAMES[config.model_type]
     writer = library.GGUFWriter(path, architecture)
     for key, value in metadata(config, architecture).items() | tokenizer_metadata(tokenizer):
         if value is not None and key not in leave_out:
@@ -54,7 +61,8 @@ def write(path, config, tensors, kind="F32", tokenizer=None, more=(), leave_out=
     stored = {}
     for name, tensor in tensors.items():
         module, what = name.rsplit(".", 1)
-        stored[f"{names.get_name(module)}.{what}"] = converted(config, name, tensor)
+        place = names.get_name(module) or names.get_name(module.removeprefix("transformer."))
+        stored[f"{place}.{what}"] = converted(config, name, tensor)
     for name, tensor in (stored | rope_tensors(config) | dict(more)).items():
         if tensor.ndim == 1 or tensor.dtype != np.float32:
             writer.add_tensor(name, tensor)
@@ -68,7 +76,9 @@ def write(path, config, tensors, kind="F32", tokenizer=None, more=(), leave_out=
 
 
 def metadata(config, architecture):
-    norm = "layer_norm" if config.norm == "layer" else "layer_norm_rms"
+    norm = "layer_norm" if config.norm.startswith("layer") else "layer_norm_rms"
+    scale = hf_config(config).get("logits_scaling", hf_config(config).get("logit_scale"))
+    experts = config.experts
     values = {
         "context_length": config.max_position,
         "embedding_length": config.hidden_size,
@@ -81,6 +91,15 @@ def metadata(config, architecture):
         "attn_logit_softcapping": config.attention_softcap,
         "final_logit_softcapping": config.logit_softcap,
         "use_parallel_residual": config.parallel,
+        "attention.scale": config.attention_multiplier,
+        "embedding_scale": config.embedding_multiplier,
+        "residual_scale": config.residual_multiplier,
+        "logit_scale": scale,
+        "attention.clamp_kqv": config.qkv_clip,
+        "expert_count": experts and experts.count,
+        "expert_used_count": experts and experts.chosen,
+        "expert_feed_forward_length": experts and experts.size,
+        "expert_shared_feed_forward_length": experts and experts.shared,
         "attention.sliding_window": config.window or None,
         "attention.sliding_window_pattern": config.local or None,
     }
@@ -94,6 +113,7 @@ def metadata(config, architecture):
             "rope.scaling.type": rope.kind if scaled else None,
             "rope.scaling.factor": rope.factor if scaled else None,
             "rope.scaling.yarn_attn_factor": rope.attention_factor if yarn else None,
+            "attention.temperature_scale": rope.query_growth or None,
             "rope.scaling.yarn_beta_fast": rope.beta_fast if yarn else None,
             "rope.scaling.yarn_beta_slow": rope.beta_slow if yarn else None,
         }
@@ -121,16 +141,19 @@ def converted(config, name, tensor):
     """A tensor of a folder as it stands in a file."""
     heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
     module = name.split(".")[-2]
-    if config.model_type == "llama" and module in heads:  # a rotary pair's rows side by side
+    # A rotary pair's rows side by side.
+    if ARCHITECTURES[NAMES[config.model_type]].permuted and module in heads:
         halves = tensor.reshape(heads[module], 2, config.head_dim // 2, *tensor.shape[1:])
         return halves.swapaxes(1, 2).reshape(tensor.shape)
-    if config.norm == "rms_offset" and name.endswith("norm.weight"):
+    if config.norm.endswith("_offset") and name.endswith("norm.weight"):
         return tensor + np.float32(1)
-    if module in ("c_attn", "c_proj", "c_fc"):
+    if config.model_type == "gpt2" and module in ("c_attn", "c_proj", "c_fc"):
         return np.ascontiguousarray(tensor.T)
     if module == "query_key_value":
-        heads = tensor.reshape(config.num_heads, 3, config.head_dim, *tensor.shape[1:])
-        return heads.swapaxes(0, 1).reshape(tensor.shape)
+        group = config.num_heads // config.num_kv_heads
+        shape = (config.num_kv_heads, group + 2, config.head_dim, *tensor.shape[1:])
+        q, k, v = np.split(tensor.reshape(shape), [group, group + 1], axis=1)
+        return np.concatenate([part.reshape(-1, *tensor.shape[1:]) for part in (q, k, v)])
     return tensor
 
 
@@ -158,13 +181,41 @@ def golden_folder(name, folder):
     hf = json.loads(str(golden["config"]))
     if "query_pre_attn_scalar" in hf:
         hf["query_pre_attn_scalar"] = hf["head_dim"]
+    if hf.get("use_sliding_window"):
+        hf |= {"use_sliding_window": False, "layer_types": None, "sliding_window": None}
+        hf.pop("no_rope_layers", None)
     tensors = {
         key.removeprefix("weights/"): value.astype(np.float32)
         for key, value in golden.items()
         if key.startswith("weights/")
     }
+    if "mlp_only_layers" in hf:  # files have no layers without experts
+        config = lm_config(hf | {"mlp_only_layers": [], "decoder_sparse_step": 1})
+        save_hf(folder, config, tiny.make_params(config), [95])
+        return golden, config, safetensors.numpy.load_file(folder / "model.safetensors")
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
     return golden, lm_config(hf), tensors
+
+
+def is_of_experts(config, name):
+    """Whether a tensor of a folder is of a layer's experts; `expert_tensors` has those."""
+    layer = re.match(r".*layers\.(\d+)\.(mlp|block_sparse_moe)\.", name)
+    return layer is not None and config.has_experts(int(layer[1]))
+
+
+def expert_tensors(params):
+    """Those of layers with experts, from parameters."""
+    found = {}
+    for i, layer in params["layers"].items():
+        for name, part in layer.get("experts", {}).items():
+            key = {"router": "gate_inp", "shared_gate": "gate_inp_shexp"}.get(name, f"{name}_exps")
+            if name == "shared":
+                for each, module in part.items():
+                    found[f"blk.{i}.ffn_{each}_shexp.weight"] = module["weight"]
+            else:
+                weight = part["weight"]
+                found[f"blk.{i}.ffn_{key}.weight"] = weight[0] if name == "shared_gate" else weight
+    return {name: np.asarray(weight) for name, weight in found.items()}
 
 
 def close(found, expected, atol):
@@ -186,16 +237,18 @@ def same_config(found, expected):
 def test_a_file_is_the_folder(name, tmp_path):
     """Shape and weights in every family, each device's part read by itself."""
     _, config, tensors = golden_folder(name, tmp_path)
-    file = gguf.open_gguf(write(tmp_path / "model.gguf", config, tensors))
+    shardings = functools.partial(sharding.param_shardings, make_mesh((1, 2, 4)))
+    expected = weights.load_params(tmp_path, config, jnp.float32, shardings)
+    more = expert_tensors(expected)
+    dense = {name: tensor for name, tensor in tensors.items() if not is_of_experts(config, name)}
+    file = open_gguf(write(tmp_path / "model.gguf", config, dense, more=more))
     found = gguf.read_config(file)
     same_config(found, config)
     assert lm_config(hf_config(found)) == found  # it can be written as a folder
-    shardings = functools.partial(sharding.param_shardings, make_mesh((1, 2, 4)))
     params = gguf.load_params(file, found, jnp.float32, shardings)
-    expected = weights.load_params(tmp_path, config, jnp.float32, shardings)
     assert jax.tree.structure(params) == jax.tree.structure(expected)
-    # Gemma's norms are stored with 1 added.
-    tolerance = 1e-6 if config.norm == "rms_offset" else 0
+    # Such norms are stored with 1 added.
+    tolerance = 1e-6 if config.norm.endswith("_offset") else 0
     jax.tree.map(lambda ours, theirs: close(ours, theirs, tolerance), params, expected)
     q = params["layers"][0]["attention"]["q"]["weight"]
     assert q.addressable_shards[0].data.shape[0] == q.shape[0] // 4
@@ -204,7 +257,7 @@ def test_a_file_is_the_folder(name, tmp_path):
 def test_logits_of_a_llama_3_are_those_of_pytorch(tmp_path):
     """A file has no parameters of the stretched rotary positions, but each pair's factor."""
     golden, config, tensors = golden_folder("llama3_untied", tmp_path)
-    file = gguf.open_gguf(write(tmp_path / "model.gguf", config, tensors))
+    file = open_gguf(write(tmp_path / "model.gguf", config, tensors))
     found = gguf.read_config(file)
     lm = from_params(found, gguf.load_params(file, found, jnp.float32), None, (95,), "llama 3")
     mask = golden["left/mask"]
@@ -270,6 +323,17 @@ def test_load_lm(folder, tmp_path, kind):
     assert ours.apply_chat_template(turns, tokenize=False) == theirs.apply_chat_template(
         turns, tokenize=False
     )
+
+
+def test_a_file_is_described_without_its_weights(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gguf._Tensor, "__getitem__", None)  # a weight that is read ends the test
+    path = write_like(folder, tmp_path / "model.gguf")
+    monkeypatch.setattr(sys, "argv", ["t3jax.lm", str(path)])
+    assert describe.main() == 0
+    assert capsys.readouterr().out.startswith(f"{path}: a llama model in a GGUF file; it loads\n")
+    write_like(folder, path, more={"blk.0.ffn_up.weight": np.zeros((8, 32), np.float32)})
+    assert describe.main() == 1
+    assert "blk.0.ffn_up.weight: shape (8, 32), expected (64, 32)" in capsys.readouterr().err
 
 
 def test_weights_are_cast_and_sharded(folder, tmp_path):
@@ -352,7 +416,7 @@ def tensor(kind, shape):
 def only_tokenizer(**values):
     """A file that is all tokenizer."""
     values = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
-    return gguf.GGUFFile(pathlib.Path("x.gguf"), {"general.architecture": "llama", **values}, {})
+    return GGUFFile(pathlib.Path("x.gguf"), {"general.architecture": "llama", **values}, {})
 
 
 def byte_level(**more):
@@ -363,8 +427,9 @@ def byte_level(**more):
 
 def test_the_cut_and_the_bos_follow_the_name_of_the_tokenizer():
     text = "x12345"
-    plain, llama, tekken = (
-        gguf.read_tokenizer(byte_level(pre=pre)) for pre in ("smollm", "llama-bpe", "tekken")
+    plain, llama, tekken, glm = (
+        gguf.read_tokenizer(byte_level(pre=pre))
+        for pre in ("smollm", "llama-bpe", "tekken", "glm4")
     )
     bos = plain.bos_token_id
     digits = plain.convert_tokens_to_ids(list("x12345"))
@@ -373,9 +438,10 @@ def test_the_cut_and_the_bos_follow_the_name_of_the_tokenizer():
     assert llama(text, add_special_tokens=False)["input_ids"] == digits
     cuts = [
         [piece for piece, _ in each.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]
-        for each in (plain, llama, tekken)
+        for each in (plain, llama, tekken, glm)
     ]
-    assert cuts == [["x", "12345"], ["x", "123", "45"], ["x", *"12345"]]
+    assert cuts == [["x", "12345"], ["x", "123", "45"], ["x", *"12345"], ["x", "123", "45"]]
+    assert glm(text)["input_ids"] == digits
     without = gguf.read_tokenizer(byte_level(pre="llama-bpe", add_bos_token=False))
     assert without(text)["input_ids"] == digits
 
@@ -445,14 +511,14 @@ def test_a_tokenizer_that_does_not_fit_itself_is_refused(values):
 )
 @pytest.mark.parametrize("value", [0, -2, "x", 1.5])
 def test_a_size_that_is_none_is_refused(folder, tmp_path, key, value):
-    file = gguf.open_gguf(write_like(folder, tmp_path / "model.gguf"))
+    file = open_gguf(write_like(folder, tmp_path / "model.gguf"))
     file.metadata[f"llama.{key}"] = value
     with pytest.raises(ValueError, match=rf"llama\.{key} is .*, expected an integer >= 1"):
         gguf.read_config(file)
 
 
 def test_absurd_numbers_and_weights_are_refused(folder, tmp_path):
-    file = gguf.open_gguf(write_like(folder, tmp_path / "model.gguf"))
+    file = open_gguf(write_like(folder, tmp_path / "model.gguf"))
     for key, value in (
         ("attention.layer_norm_rms_epsilon", 0.0),
         ("attention.layer_norm_rms_epsilon", float("nan")),
@@ -486,7 +552,7 @@ def test_a_tokenizer_that_cannot_be_made(values, message):
 
 def metadata_of(folder, tmp_path, **changes):
     """An open file with other metadata."""
-    file = gguf.open_gguf(write_like(folder, tmp_path / "model.gguf"))
+    file = open_gguf(write_like(folder, tmp_path / "model.gguf"))
     changes = {key.replace("__", "."): value for key, value in changes.items()}
     return dataclasses.replace(file, metadata=file.metadata | changes)
 
@@ -494,8 +560,10 @@ def metadata_of(folder, tmp_path, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"general__architecture": "mamba"}, "architecture 'mamba' is not supported; known: gemma"),
-        ({"llama__expert_count": 8}, "mixtures of experts are not supported"),
+        ({"general__architecture": "mamba"}, "architecture 'mamba' is not supported; known: arcee"),
+        ({"general__architecture": "qwen4"}, "nearest supported one is 'qwen3'"),
+        ({"llama__expert_count": 8}, r"llama\.expert_used_count is missing"),
+        ({"llama__embedding_scale": 2.0}, r"llama\.embedding_scale 2\.0 is not supported"),
         ({"llama__block_count": None}, r"llama\.block_count is missing"),
         ({"llama__attention.head_count_kv": [4, 2]}, r"different sizes .*head_count_kv"),
         ({"llama__attention.sliding_window": 8}, "sliding_window is not supported"),
@@ -513,7 +581,7 @@ def test_metadata_that_is_not_supported(folder, tmp_path, changes, message):
 def test_a_missing_and_a_foreign_tensor_are_named(folder, tmp_path):
     foreign = {"blk.0.attn_q.scale": np.zeros(4, np.float32)}
     path = write_like(folder, tmp_path / "model.gguf", more=foreign)
-    file = gguf.open_gguf(path)
+    file = open_gguf(path)
     del file.tensors["blk.1.ffn_up.weight"]
     with pytest.raises(ValueError, match="do not fit") as raised:
         gguf.load_params(file, tiny.CONFIG, jnp.float32)

@@ -105,17 +105,17 @@ def test_family(name, tmp_path):
         tokens, mask = padded(side, lm.vocab_size)
         batch = torch.tensor(tokens), torch.tensor(mask)
         expected = reference.read(model, *batch)
-        found = forward(lm, tokens, mask)
+        # With a cache, whose program goes on below; `test_golden.py` reads without one too.
+        cache = lm.init_cache(len(tokens), LENGTH + 32)
+        *found, cache = tiny.read(lm.apply, lm.unembed, lm.params, tokens, mask, cache)
         again = reference.read(opened, *batch)
         for ours, theirs, reopened in zip(found, expected, again, strict=True):
             assert np.abs(theirs.numpy()[mask]).std() > 0.1  # far from all equal
             close(np.asarray(ours)[mask], theirs.numpy()[mask], atol=1e-4)
             # What may differ is how a GELU is rounded.
             close(reopened[batch[1]], theirs[batch[1]], atol=1e-5)
-    cache = lm.init_cache(len(tokens), LENGTH + 32)
-    _, logits, cache = tiny.read(lm.apply, lm.unembed, lm.params, tokens, mask, cache)
     theirs = reference.continue_batch(model, *batch, 32)
-    np.testing.assert_array_equal(tiny.continue_batch(lm, logits, cache, 32), theirs)
+    np.testing.assert_array_equal(tiny.continue_batch(lm, found[1], cache, 32), theirs)
 
 
 LINEAR = {"type": "linear", "factor": 4.0}
@@ -158,6 +158,11 @@ ODD_CONFIGS = {  # what is changed in a family's config.json; None takes a field
         "gemma3_text",
         {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     ),
+    "one key head, as in Falcon 7B": (
+        "falcon",
+        {"new_decoder_architecture": False, "multi_query": True, "num_ln_in_parallel_attn": None}
+        | {"num_kv_heads": 4},
+    ),
     "another name": ("gpt2", {"n_embd": None, "hidden_size": 32}),
     "an old name of the activation": ("gemma", {"hidden_act": "gelu"}),
 }
@@ -179,7 +184,8 @@ def as_transformers_opens(folder, model_type):
 @pytest.mark.parametrize("case", ODD_CONFIGS)
 def test_a_config_means_what_transformers_makes_of_it(case, tmp_path):
     name, changed = ODD_CONFIGS[case]
-    model = llama("gqa_tied") if name == "llama" else reference.make_family(name)
+    made = {"num_kv_heads": 1} if name == "falcon" else {}
+    model = llama("gqa_tied") if name == "llama" else reference.make_family(name, **made)
     model.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     content = json.loads(path.read_text()) | changed

@@ -93,9 +93,9 @@ class Attention(nnx.Module):
         self.k = Linear(width, k_width, bias or config.qkv_bias, config.quantized)
         self.v = Linear(width, k_width, bias or config.qkv_bias, config.quantized)
         self.o = Linear(q_width, width, bias or config.o_bias, config.quantized)
-        by_head, wanted = config.qk_norm == "head", config.qk_norm is not None
-        self.q_norm = make_norm(config, config.head_dim if by_head else q_width, wanted)
-        self.k_norm = make_norm(config, config.head_dim if by_head else k_width, wanted)
+        wanted = config.qk_norm is not None
+        self.q_norm = make_norm(config, _norm_shape(config, config.num_heads), wanted)
+        self.k_norm = make_norm(config, _norm_shape(config, config.num_kv_heads), wanted)
         if config.sinks:
             self.sinks = nnx.Param(jnp.zeros((config.num_heads,)))
         self.config = config
@@ -131,6 +131,8 @@ class Attention(nnx.Module):
             interleaved = c.rope is not None and c.rope.interleaved
             q = self._whole(rotate_queries(q, rotation, interleaved), mesh)  # [B, K, G, T, h]
             k = self._whole(rotate_keys(k, rotation, interleaved), mesh)  # [B, K, T, h]
+        if c.qk_norm_after:
+            q, k = self.q_norm(q), self.k_norm(k)
         k = k.swapaxes(2, 3)
         if past is not None:
             keys, values, cursor = past
@@ -181,6 +183,8 @@ class Attention(nnx.Module):
         else:
             scores = scores * c.attention_multiplier
         scores = cap(scores, c.attention_softcap)
+        if c.alibi:
+            scores = scores - _distance_penalties(c, seen)
         # Where nothing is seen (padding) the weights become uniform, never NaN.
         scores = jnp.where(seen[:, None, None], scores, _MASKED)
         weights = self._softmax(scores).astype(v.dtype)
@@ -217,8 +221,44 @@ class Attention(nnx.Module):
 
     def _heads(self, x: Array, norm: Any, *heads: int) -> Array:
         """Splits `[B, T, heads h]` into `[B, T, *heads, h]`, normed before or after."""
-        if self.config.qk_norm == "width":
+        c = self.config
+        if c.qk_norm == "width":
             x = norm(x)
         x = self._clipped(x)
-        x = x.reshape(*x.shape[:2], *heads, self.config.head_dim)
-        return norm(x) if self.config.qk_norm == "head" else x
+        if c.qk_norm == "each":
+            x = norm(x.reshape(*x.shape[:2], -1, c.head_dim))
+        x = x.reshape(*x.shape[:2], *heads, c.head_dim)
+        return norm(x) if c.qk_norm == "head" and not c.qk_norm_after else x
+
+
+def _norm_shape(config: LMConfig, heads: int) -> tuple[int, ...]:
+    """Shape of the weight of a norm of queries or keys."""
+    width = config.head_dim
+    return {"width": (heads * width,), "each": (heads, width)}.get(config.qk_norm or "", (width,))
+
+
+def _distance_penalties(config: LMConfig, seen: Array) -> Array:
+    """What ALiBi subtracts from the scores, float32 `[B, K, G, T, S]`.
+
+    The distance of a key is the number of keys after it that the query sees.
+
+    References:
+        Train Short, Test Long, arXiv 2108.12409, section 3.
+    """
+    counted = seen.astype(jnp.int32)
+    distance = jnp.sum(counted, axis=-1, keepdims=True) - jnp.cumsum(counted, axis=-1)
+    slopes = jnp.asarray(alibi_slopes(config.num_heads))
+    slopes = slopes.reshape(1, config.num_kv_heads, -1, 1, 1)
+    return slopes * distance.astype(jnp.float32)[:, None, None]
+
+
+def alibi_slopes(heads: int) -> np.ndarray:
+    """Slopes of the heads, float32 `[H]`: a geometric series down to 2^-8.
+
+    Where their number is no power of two, the further heads have every second slope of a series
+    twice as long.
+    """
+    power = 1 << (heads.bit_length() - 1)
+    slopes = 2.0 ** (-8.0 / power * np.arange(1, power + 1))
+    between = 2.0 ** (-4.0 / power * np.arange(1, 2 * power, 2))
+    return np.concatenate([slopes, between])[:heads].astype(np.float32)

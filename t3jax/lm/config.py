@@ -112,7 +112,7 @@ class LMConfig:
         max_position: Longest text the model was made for, tokens.
         norm_eps: Added to the mean square, or the variance, in norms.
         rope: Rotary positions; None: a learned vector for each of the `max_position` positions is
-            added to the embeddings.
+            added to the embeddings, unless there is `alibi`.
         first_position: Row of the first position in the table of these vectors.
         tied: The LM head is the embedding table.
         attention_bias: Query, key, value and output projections have biases.
@@ -121,18 +121,22 @@ class LMConfig:
         mlp_bias: The MLP's projections have biases.
         head_bias: The LM head has a bias.
         activation: The MLP's: "silu", "gelu", "gelu_pytorch_tanh" (GELU by its approximation),
-            "quick_gelu" (x sigmoid(1.702 x)), "relu" or "relu2" (its square).
+            "quick_gelu" (x sigmoid(1.702 x)), "relu", "relu2" (its square) or "xielu" (with two
+            numbers that each MLP has learned).
         gated: The MLP has a gate: down(activation(gate(x)) * up(x)), else down(activation(up(x))).
         norm: "rms"; "layer" (mean subtracted, with bias unless `norm_bias` is false); or either
             with "_offset" (the weight is what is added to 1).
         norm_bias: See `norm`.
+        norm_weight: Norms have a weight; else they do nothing but norm.
+        embedding_norm: Embeddings are normed.
         norms: Where a block norms: "pre" (the input of attention and of the MLP); "post" (their
             outputs); "both"; or "shared" (one norm, whose output both read; with `parallel`).
         parallel: Attention and MLP of a block both read the block's input.
         experts: In the place of the MLPs; None: every layer has an MLP.
         qkv_clip: c: queries, keys and values are cut to -c and c, before rotation; None not.
-        qk_norm: Queries and keys are normed before rotation: "head" each head by itself, "width"
-            all heads together; None not.
+        qk_norm: Queries and keys are normed before rotation: "head" each head by itself, "each" the
+            same with a weight for each head, "width" all heads together; None not.
+        qk_norm_after: They are normed after rotation, each head by itself.
         scaled_embedding: Embeddings are multiplied by sqrt(D), rounded to the weights' dtype.
         embedding_multiplier: Embeddings are multiplied by it.
         residual_multiplier: So is what attention and MLP add to the residual stream.
@@ -144,6 +148,7 @@ class LMConfig:
         attention_softcap: c: attention scores become c tanh(score / c); None not.
         logit_softcap: The same for the logits.
         window: Tokens that a local layer attends to, the query's own included; 0 without any.
+        alibi: Attention scores fall with the distance of a key, by a slope of each query head.
         local: For each layer whether it is local; () where none is.
         unrotated: For each layer whether its queries and keys are not rotated; () where all are.
         local_rope: Rotary positions of the local layers; None: `rope`.
@@ -172,11 +177,14 @@ class LMConfig:
     gated: bool = True
     norm: str = "rms"
     norm_bias: bool = True
+    norm_weight: bool = True
+    embedding_norm: bool = False
     norms: str = "pre"
     parallel: bool = False
     experts: ExpertsConfig | None = None
     qkv_clip: float | None = None
     qk_norm: str | None = None
+    qk_norm_after: bool = False
     scaled_embedding: bool = False
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
@@ -187,6 +195,7 @@ class LMConfig:
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     window: int = 0
+    alibi: bool = False
     local: tuple[bool, ...] = ()
     unrotated: tuple[bool, ...] = ()
     local_rope: RopeConfig | None = None

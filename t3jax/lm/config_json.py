@@ -56,6 +56,7 @@ _TYPES: dict[str, Any] = {
     **dict.fromkeys(("use_parallel_residual", "use_sliding_window"), bool),
     **dict.fromkeys(("use_bias", "use_qkv_bias", "attention_out_bias"), bool),
     **dict.fromkeys(("hidden_act", "hidden_activation", "activation_function"), str),
+    "activation": str,
     "query_pre_attn_scalar": Width,
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), Positive),
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier"), Positive),
@@ -80,6 +81,13 @@ _TYPES: dict[str, Any] = {
     "first_k_dense_replace": Annotated[int, Meta(ge=0, le=1024)],
     **dict.fromkeys(("qkv_bias", "lm_head_bias", "use_qk_norm"), bool),
     "norm_eps": Epsilon,
+    **dict.fromkeys(("d_model", "ffn_hidden_size"), Width),
+    "n_layers": Annotated[int, Meta(ge=1, le=1024)],
+    **dict.fromkeys(("n_heads", "num_kv_heads", "rotary_dim"), Count),
+    **dict.fromkeys(("max_seq_len", "seq_length"), Tokens),
+    "softmax_scale": Positive,
+    **dict.fromkeys(("bias", "multi_query", "new_decoder_architecture"), bool),
+    "attn_config": dict[str, Any],
 }
 _NULLABLE = (
     "attn_logit_softcapping",
@@ -142,7 +150,7 @@ def lm_config(config: Json) -> LMConfig:
     """The decoder's shape from the content of a `config.json`; see `read_config`."""
     model_type = config.get("model_type")
     if model_type not in [*FAMILIES, *WRAPPERS]:
-        raise ValueError(explain_unknown(config))
+        raise ValueError(explain_unknown(config, WRAPPERS))
     read_quantization(config)  # refuses by name what is not read
     try:
         if model_type in WRAPPERS:
@@ -185,6 +193,8 @@ def hf_config(config: LMConfig) -> dict[str, Any]:
     content |= write_experts(config, family)
     if "use_qk_norm" in family.defaults:
         content["use_qk_norm"] = config.qk_norm is not None
+    if family.restore is not None:
+        content |= family.restore(config)
     if config.rope is not None:
         content["rope_parameters"] = write_rope(config.rope)
         if share_field(family) is not None:  # transformers knows a share here
@@ -230,6 +240,8 @@ def _read(model_type: str, config: Json) -> LMConfig:
     if "use_sliding_window" in family.defaults and config.get("sliding_window") == 0:
         config["sliding_window"] = None  # transformers writes so where no layer has a window
     config = {**family.all_defaults, **_checked(model_type, config)}
+    if family.prepare is not None:
+        config |= _checked(model_type, family.prepare(config))
     for name, known in {**_EXPECTED, **family.expected}.items():
         if name in config and config[name] not in known:
             raise ValueError(
@@ -241,14 +253,14 @@ def _read(model_type: str, config: Json) -> LMConfig:
         for field, name in family.all_fields.items()
     }
     if "use_qk_norm" in family.defaults:
-        values["qk_norm"] = "head" if values["qk_norm"] else None
+        values["qk_norm"] = family.qk_norm if values["qk_norm"] else None
     num_heads, hidden_size = values["num_heads"], values["hidden_size"]
     num_kv_heads = values.get("num_kv_heads") or num_heads
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads do not divide among {num_kv_heads} key heads")
     values["num_kv_heads"] = num_kv_heads
     values["head_dim"] = _head_dim(family, config, hidden_size, num_heads)
-    values["intermediate_size"] = values["intermediate_size"] or 4 * hidden_size
+    values["intermediate_size"] = values.get("intermediate_size") or 4 * hidden_size
     if (activation := values.get("activation")) is not None:
         if activation not in _ACTIVATIONS:
             raise ValueError(

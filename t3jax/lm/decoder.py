@@ -145,7 +145,7 @@ def init_params(config: LMConfig, key: PRNGKeyArray, dtype: Any = jnp.float32) -
 
     def draw(path: tuple, leaf: jax.ShapeDtypeStruct, key: Array) -> Array:
         names = [str(getattr(part, "key", part)) for part in path]
-        if names[-1] in ("bias", "correction", "sinks"):
+        if names[-1] in ("bias", "correction", "sinks", "alpha_p", "alpha_n"):
             return jnp.zeros(leaf.shape, leaf.dtype)
         if "norm" in names[-2]:
             return jnp.full(leaf.shape, 0.0 if config.norm.endswith("_offset") else 1.0, dtype)
@@ -209,7 +209,8 @@ class _Decoder(nnx.Module):
     def __init__(self, config: LMConfig):
         width, quantized = config.hidden_size, config.quantized
         self.embed = Linear(width, config.vocab_size, quantized=quantized)  # [V, D]
-        if config.rope is None:
+        self.embedding_norm = make_norm(config, width, config.embedding_norm)
+        if config.rope is None and not config.alibi:
             positions = config.first_position + config.max_position
             self.positions = Linear(width, positions, quantized=quantized)
         self.layers = nnx.List(
@@ -235,7 +236,8 @@ class _Decoder(nnx.Module):
             x = x * jnp.sqrt(jnp.float32(c.hidden_size)).astype(x.dtype)
         if c.embedding_multiplier != 1:
             x = x * jnp.asarray(c.embedding_multiplier, x.dtype)
-        if c.rope is None:
+        x = self.embedding_norm(x)
+        if c.rope is None and not c.alibi:
             within = jnp.clip(positions, 0, c.max_position - 1)
             x = x + self.positions.rows(within + c.first_position, mesh)
         rotation = make_rotation(c.rope, c.head_dim, positions)

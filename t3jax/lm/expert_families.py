@@ -39,6 +39,29 @@ def _is_dense_in_qwen(config: Json, layer: int) -> bool:
     return layer in (config["mlp_only_layers"] or ()) or (layer + 1) % step != 0
 
 
+def _prepare_minimax(config: Json) -> Json:
+    if config["rotary_dim"] is None:
+        return config
+    return {**config, "partial_rotary_factor": config["rotary_dim"] / (config["head_dim"] or 128)}
+
+
+_OF_DEEPSEEK = {
+    "experts.count": "n_routed_experts",
+    "experts.chosen": "num_experts_per_tok",
+    "experts.normed": "norm_topk_prob",
+    "experts.size": "moe_intermediate_size",
+    "experts.scale": "routed_scaling_factor",
+    "experts.groups": "n_group",
+    "experts.chosen_groups": "topk_group",
+}
+_DEEPSEEK_WEIGHTS = {
+    **WEIGHTS,
+    **QK_NORMS,
+    **EXPERTS,
+    **_shared("shared_experts"),
+    "layers.{i}.experts.router.correction": "model.layers.{i}.mlp.gate.e_score_correction_bias",
+}
+
 EXPERT_FAMILIES: dict[str, Family] = {
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
@@ -242,13 +265,7 @@ EXPERT_FAMILIES: dict[str, Family] = {
         fields={
             "qkv_bias": "attention_bias",
             "qk_norm": "use_qk_norm",
-            "experts.count": "n_routed_experts",
-            "experts.chosen": "num_experts_per_tok",
-            "experts.normed": "norm_topk_prob",
-            "experts.size": "moe_intermediate_size",
-            "experts.scale": "routed_scaling_factor",
-            "experts.groups": "n_group",
-            "experts.chosen_groups": "topk_group",
+            **_OF_DEEPSEEK,
         },
         defaults={
             "num_key_value_heads": 8,
@@ -266,16 +283,61 @@ EXPERT_FAMILIES: dict[str, Family] = {
         },
         aliases={"num_local_experts": "n_routed_experts"},
         dense=lambda config, layer: layer < config["first_k_dense_replace"],
+        weights=_DEEPSEEK_WEIGHTS,
+        expert_names=_NAMES,
+        more_layers=True,
+    ),
+    "dots1": Family(
+        "Dots1ForCausalLM",
+        fixed={"experts.router": "sigmoid", "qk_norm": "head"},
+        fields={"attention_bias": "attention_bias", **_OF_DEEPSEEK},
+        defaults={
+            "num_key_value_heads": 32,
+            "sliding_window": 4096,
+            "max_window_layers": 62,
+            "norm_topk_prob": False,
+            "routed_scaling_factor": 1.0,
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_intermediate_size": 1408,
+            "first_k_dense_replace": 0,
+            "n_shared_experts": None,
+        },
+        aliases={"num_local_experts": "n_routed_experts"},
+        slides=lambda config, layer: (
+            config["sliding_window"] is not None and layer >= config["max_window_layers"]
+        ),
+        layer_types=True,
+        dense=lambda config, layer: layer < config["first_k_dense_replace"],
+        weights=_DEEPSEEK_WEIGHTS,
+        expert_names=_NAMES,
+    ),
+    "minimax_m2": Family(
+        "MiniMaxM2ForCausalLM",
+        fixed={"qk_norm": "width", "experts.router": "sigmoid", "experts.normed": True},
+        fields=_OF_MLPS,
+        defaults={
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "rope_theta": 5e6,
+            "rotary_dim": None,
+            "partial_rotary_factor": 1.0,
+            "num_experts_per_tok": 8,
+            "num_local_experts": 256,
+        },
+        expected={"use_qk_norm": (True,), "shared_intermediate_size": (0,)},
+        aliases={"num_experts": "num_local_experts"},
+        prepare=_prepare_minimax,
         weights={
             **WEIGHTS,
             **QK_NORMS,
-            **EXPERTS,
-            **_shared("shared_experts"),
+            **_MIXTRAL,
             "layers.{i}.experts.router.correction": (
-                "model.layers.{i}.mlp.gate.e_score_correction_bias"
+                "model.layers.{i}.block_sparse_moe.e_score_correction_bias"
             ),
         },
-        expert_names=_NAMES,
+        expert_names=_MIXTRAL_NAMES,
         more_layers=True,
+        renamed=((r"\.mlp\.(?=gate\.|experts\.|e_score)", ".block_sparse_moe."),),
     ),
 }

@@ -30,7 +30,7 @@ def read_experts(
         return {}
     found: dict[str, Any] = {name.removeprefix(_PREFIX): values.pop(name) for name in names}
     if "n_shared_experts" in family.defaults:
-        found["shared"] = config["n_shared_experts"] * found["size"]
+        found["shared"] = (config["n_shared_experts"] or 0) * found["size"]
     if family.dense is not None:
         dense = tuple(family.dense(config, layer) for layer in range(num_layers))
         found["dense"] = dense if any(dense) else ()

@@ -1,12 +1,13 @@
 """The model families, a row each: how their folders differ from Llama's.
 
-Those with layer norms are in `layer_norm_families.py`, those with experts in `expert_families.py`.
-What a row says is read and written by
-`config_json.py`, and by `weights.py` for the names of the weights.
+Further rows are in `newer_families.py`, those with layer norms in `layer_norm_families.py`,
+`gpt_families.py` and `bloom_families.py`, those with experts in `expert_families.py`. What a row
+says is read and written by `config_json.py`, and by `weights.py` for the names of the weights.
 """
 
 from typing import Any
 
+from t3jax.lm.bloom_families import BLOOM_FAMILIES
 from t3jax.lm.expert_families import EXPERT_FAMILIES
 from t3jax.lm.family import (
     FUSED_MLP,
@@ -17,7 +18,9 @@ from t3jax.lm.family import (
     Json,
     slides_but_every_last,
 )
+from t3jax.lm.gpt_families import GPT_FAMILIES
 from t3jax.lm.layer_norm_families import LAYER_NORM_FAMILIES
+from t3jax.lm.newer_families import NEWER_FAMILIES
 
 
 def _slides_in_qwen(config: Json, layer: int) -> bool:
@@ -52,6 +55,14 @@ _GEMMA2_FIELDS = {
     "attention_bias": "attention_bias",
     "query_pre_attn_scalar": "query_pre_attn_scalar",
     "logit_softcap": "final_logit_softcapping",
+}
+_GEMMA2_DEFAULTS = {
+    **_GEMMA_DEFAULTS,
+    "num_key_value_heads": 4,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
 }
 _GEMMA2_WEIGHTS = {
     **WEIGHTS,
@@ -129,18 +140,24 @@ FAMILIES: dict[str, Family] = {
         "Gemma2ForCausalLM",
         fixed={**_GEMMA, "norms": "both"},
         fields={**_GEMMA2_FIELDS, "attention_softcap": "attn_logit_softcapping"},
-        defaults={
-            **_GEMMA_DEFAULTS,
-            "num_key_value_heads": 4,
-            "query_pre_attn_scalar": 256,
-            "sliding_window": 4096,
-            "attn_logit_softcapping": 50.0,
-            "final_logit_softcapping": 30.0,
-        },
+        defaults=_GEMMA2_DEFAULTS,
         expected={"use_bidirectional_attention": (False, None)},
         slides=lambda config, layer: layer % 2 == 0,
         layer_types=True,
         weights=_GEMMA2_WEIGHTS,
+    ),
+    "vaultgemma": Family(
+        "VaultGemmaForCausalLM",
+        fixed=_GEMMA,
+        fields={**_GEMMA2_FIELDS, "attention_softcap": "attn_logit_softcapping"},
+        defaults=_GEMMA2_DEFAULTS,
+        expected={"use_bidirectional_attention": (False, None)},
+        slides=lambda config, layer: layer % 2 == 0,
+        layer_types=True,
+        weights={
+            **WEIGHTS,
+            "layers.{i}.mlp_norm": "model.layers.{i}.pre_feedforward_layernorm",
+        },
     ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
@@ -344,6 +361,9 @@ FAMILIES: dict[str, Family] = {
         fields={"attention_bias": "attention_bias", "mlp_bias": "mlp_bias"},
         defaults={"num_key_value_heads": 8, "head_dim": 128},
     ),
+    **NEWER_FAMILIES,
+    **GPT_FAMILIES,
+    **BLOOM_FAMILIES,
     **LAYER_NORM_FAMILIES,
     **EXPERT_FAMILIES,
 }

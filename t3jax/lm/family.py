@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from t3jax.lm.config import LMConfig
+
 Json = Mapping[str, Any]
 
 FIELDS = {  # of LMConfig, and of config.json
@@ -91,16 +93,22 @@ class Family:
         interleaved: Rotary pairs are neighbours in a head.
         reciprocal: Fields of `config.json` whose reciprocal is the field of `LMConfig`.
         ropes: Kinds of rotary positions that transformers knows in the family.
+        qk_norm: What norms queries and keys have where `use_qk_norm` is true.
+        prepare: `config.json -> config.json`: fields that only this family has, as those of the
+            table; None where there are none.
+        restore: `LMConfig -> config.json`: fields beside those of the table; None likewise.
         mscales: "longrope" has its factors of cosine and sine stated, `short_mscale` and
             `long_mscale`, and its own original context counts before that at the top.
         weights: The decoder's parameters, and their modules in a checkpoint; {i} is the layer.
             Parameters of one module are stacked in it, in this order. A parameter that is there by
             its whole name stands in a tensor of just that name.
+        constants: Numbers that folders hold beside the weights, the same in every model; they are
+            written and not read.
         expert_names: The gate, up and down matrix of an expert, where folders have a tensor of
             each; None where they have those of a layer in one tensor, or no experts.
         more_layers: Folders may hold layers after the last one, which predict further tokens and
             are not read.
-        by_head: What is stacked is stacked head by head.
+        by_head: What is stacked is stacked key head by key head, each after its query heads.
         by_row: The gate and up matrices of experts are stacked row by row, in turn.
         transposed: Modules, or tensors of that whole name, by its end, that are stored [in, out].
         renamed: Patterns of other names that checkpoints use for the same, and what to put for
@@ -122,8 +130,12 @@ class Family:
     interleaved: bool = False
     reciprocal: tuple[str, ...] = ()
     ropes: tuple[str, ...] = ROPES
+    qk_norm: str = "head"
+    prepare: Callable[[Json], Json] | None = None
+    restore: Callable[[LMConfig], Json] | None = None
     mscales: bool = False
     weights: Mapping[str, str] = dataclasses.field(default_factory=lambda: WEIGHTS)
+    constants: Mapping[str, float] = dataclasses.field(default_factory=dict)
     expert_names: tuple[str, str, str] | None = None
     more_layers: bool = False
     by_head: bool = False

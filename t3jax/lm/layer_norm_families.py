@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from t3jax.lm.family import WEIGHTS, Family, Json, slides_but_every_last
+from t3jax.lm.family import QK_NORMS, WEIGHTS, Family, slides_but_every_last
 
 _COHERE: dict[str, Any] = {
     "fixed": {"norm": "layer", "norm_bias": False, "norms": "shared", "parallel": True},
@@ -21,110 +21,7 @@ _COHERE: dict[str, Any] = {
 }
 
 
-def _slides_in_gpt_neo(config: Json, layer: int) -> bool:
-    """Each entry of `attention_types` is kinds of layers in turn, and how often."""
-    stated = config["attention_types"] or [(["global", "local"], 12)]
-    kinds = [kind for each, times in stated for _ in range(times) for kind in each]
-    if len(kinds) != config["num_layers"] or set(kinds) - {"global", "local"}:
-        raise ValueError(
-            f"attention_types {stated}: expected {config['num_layers']} layers, each of them "
-            "global or local"
-        )
-    return kinds[layer] == "local"
-
-
 LAYER_NORM_FAMILIES: dict[str, Family] = {
-    "gpt_neox": Family(
-        "GPTNeoXForCausalLM",
-        fixed={"norm": "layer", "gated": False, "mlp_bias": True},
-        fields={
-            "num_kv_heads": None,
-            "head_dim": None,
-            "norm_eps": "layer_norm_eps",
-            "attention_bias": "attention_bias",
-            "parallel": "use_parallel_residual",
-        },
-        defaults={
-            "hidden_act": "gelu",
-            "layer_norm_eps": 1e-5,
-            "attention_bias": True,
-            "use_parallel_residual": True,
-            "rotary_pct": 0.25,
-            "rotary_emb_base": 10000.0,
-        },
-        weights={
-            "embed": "gpt_neox.embed_in",
-            "final_norm": "gpt_neox.final_layer_norm",
-            "lm_head": "embed_out",
-            "layers.{i}.attention_norm": "gpt_neox.layers.{i}.input_layernorm",
-            "layers.{i}.attention.q": "gpt_neox.layers.{i}.attention.query_key_value",
-            "layers.{i}.attention.k": "gpt_neox.layers.{i}.attention.query_key_value",
-            "layers.{i}.attention.v": "gpt_neox.layers.{i}.attention.query_key_value",
-            "layers.{i}.attention.o": "gpt_neox.layers.{i}.attention.dense",
-            "layers.{i}.mlp_norm": "gpt_neox.layers.{i}.post_attention_layernorm",
-            "layers.{i}.mlp.up": "gpt_neox.layers.{i}.mlp.dense_h_to_4h",
-            "layers.{i}.mlp.down": "gpt_neox.layers.{i}.mlp.dense_4h_to_h",
-        },
-        by_head=True,
-        renamed=((r"^lm_head\.", "embed_out."), (r".*\.attention\.(masked_)?bias$", None)),
-    ),
-    "gpt2": Family(
-        "GPT2LMHeadModel",
-        fixed={
-            "rope": None,
-            "norm": "layer",
-            "gated": False,
-            "attention_bias": True,
-            "mlp_bias": True,
-        },
-        fields={
-            "hidden_size": "n_embd",
-            "intermediate_size": "n_inner",
-            "num_layers": "n_layer",
-            "num_heads": "n_head",
-            "num_kv_heads": None,
-            "head_dim": None,
-            "max_position": "n_positions",
-            "norm_eps": "layer_norm_epsilon",
-            "activation": "activation_function",
-        },
-        defaults={
-            "n_inner": None,
-            "layer_norm_epsilon": 1e-5,
-            "activation_function": "gelu_new",
-            "tie_word_embeddings": True,
-        },
-        expected={
-            "scale_attn_weights": (True,),
-            "scale_attn_by_inverse_layer_idx": (False,),
-            "add_cross_attention": (False,),
-        },
-        aliases={
-            "hidden_size": "n_embd",
-            "max_position_embeddings": "n_positions",
-            "num_attention_heads": "n_head",
-            "num_hidden_layers": "n_layer",
-        },
-        weights={
-            "embed": "transformer.wte",
-            "positions": "transformer.wpe",
-            "final_norm": "transformer.ln_f",
-            "lm_head": "lm_head",
-            "layers.{i}.attention_norm": "transformer.h.{i}.ln_1",
-            "layers.{i}.attention.q": "transformer.h.{i}.attn.c_attn",
-            "layers.{i}.attention.k": "transformer.h.{i}.attn.c_attn",
-            "layers.{i}.attention.v": "transformer.h.{i}.attn.c_attn",
-            "layers.{i}.attention.o": "transformer.h.{i}.attn.c_proj",
-            "layers.{i}.mlp_norm": "transformer.h.{i}.ln_2",
-            "layers.{i}.mlp.up": "transformer.h.{i}.mlp.c_fc",
-            "layers.{i}.mlp.down": "transformer.h.{i}.mlp.c_proj",
-        },
-        transposed=(".c_attn", ".c_proj", ".c_fc"),
-        renamed=(
-            (r"^(?=(wte|wpe|ln_f|h)\.)", "transformer."),
-            (r".*\.attn\.(masked_)?bias$", None),
-        ),
-    ),
     "phi": Family(
         "PhiForCausalLM",
         fixed={
@@ -192,96 +89,36 @@ LAYER_NORM_FAMILIES: dict[str, Family] = {
         fields={"attention_bias": "attention_bias", "mlp_bias": "mlp_bias", "norm_eps": "norm_eps"},
         defaults={"hidden_act": "relu2", "norm_eps": 1e-5, "partial_rotary_factor": 0.5},
     ),
-    "gpt_neo": Family(
-        "GPTNeoForCausalLM",
-        fixed={
-            "rope": None,
-            "norm": "layer",
-            "gated": False,
-            "o_bias": True,
-            "mlp_bias": True,
-            "attention_multiplier": 1.0,
-        },
+    "olmo": Family(
+        "OlmoForCausalLM",
+        fixed={"norm": "layer", "norm_weight": False, "norm_bias": False, "norm_eps": 1e-5},
+        fields={"norm_eps": None, "attention_bias": "attention_bias", "qkv_clip": "clip_qkv"},
+        defaults={"clip_qkv": None},
+    ),
+    "jais2": Family(
+        "Jais2ForCausalLM",
+        fixed={"norm": "layer", "gated": False},
         fields={
-            "num_layers": "num_layers",
-            "num_heads": "num_heads",
-            "num_kv_heads": None,
-            "head_dim": None,
-            "norm_eps": "layer_norm_epsilon",
-            "activation": "activation_function",
+            "norm_eps": "layer_norm_eps",
+            "attention_bias": "attention_bias",
+            "mlp_bias": "mlp_bias",
         },
         defaults={
-            "intermediate_size": None,
-            "layer_norm_epsilon": 1e-5,
-            "activation_function": "gelu_new",
-            "tie_word_embeddings": True,
-            "window_size": 256,
-            "attention_types": None,
-        },
-        aliases={"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"},
-        slides=_slides_in_gpt_neo,
-        window="window_size",
-        weights={
-            "embed": "transformer.wte",
-            "positions": "transformer.wpe",
-            "final_norm": "transformer.ln_f",
-            "lm_head": "lm_head",
-            "layers.{i}.attention_norm": "transformer.h.{i}.ln_1",
-            "layers.{i}.attention.q": "transformer.h.{i}.attn.attention.q_proj",
-            "layers.{i}.attention.k": "transformer.h.{i}.attn.attention.k_proj",
-            "layers.{i}.attention.v": "transformer.h.{i}.attn.attention.v_proj",
-            "layers.{i}.attention.o": "transformer.h.{i}.attn.attention.out_proj",
-            "layers.{i}.mlp_norm": "transformer.h.{i}.ln_2",
-            "layers.{i}.mlp.up": "transformer.h.{i}.mlp.c_fc",
-            "layers.{i}.mlp.down": "transformer.h.{i}.mlp.c_proj",
-        },
-        renamed=((r".*\.attn\.attention\.(masked_)?bias$", None),),
-    ),
-    "opt": Family(
-        "OPTForCausalLM",
-        fixed={
-            "rope": None,
-            "first_position": 2,
-            "norm": "layer",
-            "norm_eps": 1e-5,
-            "gated": False,
+            "hidden_act": "relu2",
+            "layer_norm_eps": 1e-5,
             "attention_bias": True,
             "mlp_bias": True,
         },
-        fields={
-            "intermediate_size": "ffn_dim",
-            "num_kv_heads": None,
-            "head_dim": None,
-            "norm_eps": None,
-            "activation": "activation_function",
-        },
-        defaults={"activation_function": "relu", "tie_word_embeddings": True},
-        expected={
-            "do_layer_norm_before": (True,),  # OPT 350M norms after, and projects its embeddings
-            "_remove_final_layer_norm": (False,),
-            "enable_bias": (True,),
-            "layer_norm_elementwise_affine": (True,),
-        },
-        weights={
-            "embed": "model.decoder.embed_tokens",
-            "positions": "model.decoder.embed_positions",
-            "final_norm": "model.decoder.final_layer_norm",
-            "lm_head": "lm_head",
-            "layers.{i}.attention_norm": "model.decoder.layers.{i}.self_attn_layer_norm",
-            "layers.{i}.attention.q": "model.decoder.layers.{i}.self_attn.q_proj",
-            "layers.{i}.attention.k": "model.decoder.layers.{i}.self_attn.k_proj",
-            "layers.{i}.attention.v": "model.decoder.layers.{i}.self_attn.v_proj",
-            "layers.{i}.attention.o": "model.decoder.layers.{i}.self_attn.out_proj",
-            "layers.{i}.mlp_norm": "model.decoder.layers.{i}.final_layer_norm",
-            "layers.{i}.mlp.up": "model.decoder.layers.{i}.fc1",
-            "layers.{i}.mlp.down": "model.decoder.layers.{i}.fc2",
-        },
-        renamed=((r"^decoder\.", "model.decoder."),),
     ),
     "cohere": Family(
         "CohereForCausalLM",
-        **{**_COHERE, "defaults": {**_COHERE["defaults"], "rope_theta": 5e5}},
-        expected={"use_qk_norm": (False,)},
+        **{
+            **_COHERE,
+            "fields": {**_COHERE["fields"], "qk_norm": "use_qk_norm"},
+            "defaults": {**_COHERE["defaults"], "rope_theta": 5e5, "use_qk_norm": False},
+        },
+        qk_norm="each",
+        weights={**WEIGHTS, **QK_NORMS},
     ),
     "cohere2": Family(
         "Cohere2ForCausalLM",

@@ -69,8 +69,8 @@ class Linear(nnx.Module):
 
 
 class _RMSNorm(nnx.Module):
-    def __init__(self, width: int, eps: float, offset: bool):
-        self.weight = nnx.Param(jnp.ones((width,)))
+    def __init__(self, shape: tuple[int, ...], eps: float, offset: bool):
+        self.weight = nnx.Param(jnp.ones(shape))
         self.eps = eps
         self.offset = offset
 
@@ -86,10 +86,12 @@ class _RMSNorm(nnx.Module):
 
 
 class _LayerNorm(nnx.Module):
-    def __init__(self, width: int, eps: float, bias: bool, offset: bool):
-        self.weight = nnx.Param(jnp.ones((width,)))
+    def __init__(self, shape: tuple[int, ...], eps: float, weight: bool, bias: bool, offset: bool):
+        if weight:
+            self.weight = nnx.Param(jnp.ones(shape))
         if bias:
-            self.bias = nnx.Param(jnp.zeros((width,)))
+            self.bias = nnx.Param(jnp.zeros(shape))
+        self.has_weight = weight
         self.has_bias = bias
         self.offset = offset
         self.eps = eps
@@ -98,10 +100,10 @@ class _LayerNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        weight = self.weight[...].astype(jnp.float32)
-        if self.offset:
-            weight = 1 + weight
-        y = x32 * scale * jnp.broadcast_to(weight, x.shape)
+        y = x32 * scale
+        if self.has_weight:
+            weight = self.weight[...].astype(jnp.float32)
+            y = y * jnp.broadcast_to(1 + weight if self.offset else weight, x.shape)
         if self.has_bias:
             y = y + jnp.broadcast_to(self.bias[...].astype(jnp.float32), x.shape)
         return y.astype(x.dtype)
@@ -111,14 +113,15 @@ def _identity(x: Array) -> Array:
     return x
 
 
-def make_norm(config: LMConfig, width: int, wanted: bool = True) -> Any:
-    """The family's norm over vectors of a width; where it is not wanted, nothing."""
+def make_norm(config: LMConfig, shape: int | tuple[int, ...], wanted: bool = True) -> Any:
+    """The family's norm over the last axis, with a weight of a shape; if not wanted, nothing."""
     if not wanted:
         return _identity
+    shape = shape if isinstance(shape, tuple) else (shape,)
     offset = config.norm.endswith("_offset")
     if config.norm.startswith("layer"):
-        return _LayerNorm(width, config.norm_eps, config.norm_bias, offset)
-    return _RMSNorm(width, config.norm_eps, offset)
+        return _LayerNorm(shape, config.norm_eps, config.norm_weight, config.norm_bias, offset)
+    return _RMSNorm(shape, config.norm_eps, offset)
 
 
 class MLP(nnx.Module):
@@ -130,14 +133,35 @@ class MLP(nnx.Module):
             self.gate = Linear(width, inner, config.mlp_bias, config.quantized)
         self.up = Linear(width, inner, config.mlp_bias, config.quantized)
         self.down = Linear(inner, width, config.mlp_bias, config.quantized)
-        self.activation = ACTIVATIONS[config.activation]
+        self.learned = config.activation == "xielu"
+        if self.learned:
+            self.alpha_p, self.alpha_n = (nnx.Param(jnp.zeros((1,))) for _ in range(2))
+        else:
+            self.activation = ACTIVATIONS[config.activation]
         self.gated = config.gated
 
     def __call__(self, x: Array) -> Array:
         """The MLP's output, `[..., D]`."""
         if self.gated:
-            return self.down(self.activation(self.gate(x)) * self.up(x))
-        return self.down(self.activation(self.up(x)))
+            return self.down(self._activate(self.gate(x)) * self.up(x))
+        return self.down(self._activate(self.up(x)))
+
+    def _activate(self, x: Array) -> Array:
+        if self.learned:
+            return xielu(x, self.alpha_p[...], self.alpha_n[...])
+        return self.activation(x)
+
+
+def xielu(x: Array, alpha_p: Array, alpha_n: Array) -> Array:
+    """A parabola above 0, and below it what nears a line from an exponential, both learned.
+
+    References:
+        Deriving Activation Functions Using Integration, arXiv 2411.13010, section 3.
+    """
+    positive = jnp.broadcast_to(jax.nn.softplus(alpha_p), x.shape)
+    negative = jnp.broadcast_to(0.5 + jax.nn.softplus(alpha_n), x.shape)
+    below = jnp.minimum(x, -1e-6)
+    return 0.5 * x + jnp.where(x > 0, positive * x * x, (jnp.expm1(below) - x) * negative)
 
 
 def cap(x: Array, cap: float | None) -> Array:

@@ -21,6 +21,7 @@ from t3jax.lm.adapter import is_adapter, read_base
 from t3jax.lm.config import LMConfig
 from t3jax.lm.config_json import read_config, wrapper_of
 from t3jax.lm.folder import check_links
+from t3jax.lm.gguf_file import open_gguf
 from t3jax.lm.weights import check_params, is_tied, load_params
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -114,7 +115,7 @@ def load_lm(
     path = model_path(name)
     shardings = functools.partial(sharding.param_shardings, mesh)
     if path.is_file():
-        file = gguf.open_gguf(path)
+        file = open_gguf(path)
         config = dataclasses.replace(gguf.read_config(file), quantized=quantized)
         tokenizer = gguf.read_tokenizer(file)
         _check_vocabulary(path, tokenizer, config)
@@ -143,24 +144,26 @@ def load_config(name: str | pathlib.Path) -> LMConfig:
     """The shape of a model that `load_lm` loads; see there."""
     path = model_path(name)
     if path.is_file():
-        return gguf.read_config(gguf.open_gguf(path))
+        return gguf.read_config(open_gguf(path))
     path, _ = _base_and_adapter(path)
     config = read_config(path)
     return dataclasses.replace(config, tied=is_tied(path, config)) if config.tied else config
 
 
 def check_weights(path: pathlib.Path) -> None:
-    """Checks that a folder's weights are there and fit its config, without reading them.
+    """Checks that a model's weights are there and fit its config, without reading them.
 
     Args:
-        path: From `model_path`. Of a GGUF file nothing is checked: its shape is that of its
-            tensors.
+        path: From `model_path`. Of a GGUF file the tokenizer is read too.
 
     Raises:
         FileNotFoundError: If a file is missing.
         ValueError: If names or shapes do not fit, or a file is broken.
     """
     if path.is_file():
+        file = open_gguf(path)
+        gguf.check_params(file, gguf.read_config(file))
+        gguf.read_tokenizer(file)
         return
     base, adapter = _base_and_adapter(path)
     check_params(base, read_config(base), adapter)
@@ -171,7 +174,12 @@ def _base_and_adapter(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path | 
     check_links(path)
     if not is_adapter(path):
         return path, None
-    base = model_path(read_base(path))
+    try:
+        base = model_path(read_base(path))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path / ADAPTER_CONFIG}: the base model is missing: {error}"
+        ) from error
     if base.is_file() or is_adapter(base):
         kind = "a file" if base.is_file() else "an adapter"
         raise ValueError(

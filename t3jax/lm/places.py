@@ -97,7 +97,7 @@ def find_places(config: LMConfig, family: Family, params: Params) -> list[Place]
     for key, name, of_experts in names:
         shapes = {k: stacks[name][k] for k in sorted(stacks[name], key=order.index)}
         experts = shapes[key][0] if of_experts else 0
-        groups = config.num_heads if family.by_head and len(shapes) > 1 else 1
+        groups = config.num_kv_heads if family.by_head and len(shapes) > 1 else 1
         if experts:
             shapes = {k: shape[1:] for k, shape in shapes.items()}
             groups = shapes[key][0] if family.by_row and len(shapes) > 1 else 1

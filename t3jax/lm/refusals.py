@@ -1,17 +1,17 @@
 """Error messages for model folders that do not load, with the way out."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+from t3jax.json_files import show_json
 from t3jax.lm.families import FAMILIES
 from t3jax.lm.family import Json
-from t3jax.lm.wrappers import WRAPPERS
 
 # Types that people have and that are of another kind, by what they need.
 _OTHER = {
     **dict.fromkeys(
         (
-            *("deepseek_v2", "deepseek_v3", "llama4", "minimax_m2"),
+            *("deepseek_v2", "deepseek_v3", "llama4"),
             *("ernie4_5_moe", "granitemoeshared", "hunyuan_v1_moe"),
         ),
         "its mixture of experts is of another kind",
@@ -26,19 +26,38 @@ _OTHER = {
     **dict.fromkeys(
         ("gemma3n", "gemma4", "gemma4_text", "gemma4_unified"), "its layers are of unequal shape"
     ),
-    **dict.fromkeys(("bloom", "falcon", "mpt"), "its attention has a bias by distance"),
     **dict.fromkeys(("bart", "t5", "mt5"), "it is no decoder-only model"),
     **dict.fromkeys(("bert", "roberta", "modernbert"), "it does not generate text"),
 }
 
 
-def explain_unknown(config: Json) -> str:
-    """Why the type of a `config.json` does not load, the nearest that does, and what to do."""
+# What loads and is closest in kind, where the name does not say it.
+_NEAREST = {
+    "codegen": "gptj",
+    "deepseek_v2": "qwen2_moe",
+    "deepseek_v3": "glm4_moe",
+    "ernie4_5_moe": "qwen2_moe",
+    "exaone": "exaone4",
+    "falcon_h1": "llama",
+    "hunyuan_v1_moe": "mixtral",
+    "lfm2": "smollm3",
+    "llama4": "mixtral",
+}
+
+
+def explain_unknown(config: Json, others: Iterable[str]) -> str:
+    """Why the type of a `config.json` does not load, the nearest that does, and what to do.
+
+    Args:
+        config: The `config.json`.
+        others: Known types beside the families.
+    """
     model_type = config.get("model_type")
-    known = sorted([*FAMILIES, *WRAPPERS])
-    said = f"model_type {model_type!r:.60} is not supported"
+    known = sorted([*FAMILIES, *others])
+    listed = f"Known types: {', '.join(known)}"
     if not isinstance(model_type, str):
-        return f"{said}; known: {known}"
+        return f"model_type is {show_json(model_type)}, expected the name of a family. {listed}"
+    said = f"model_type {show_json(model_type)} is not supported"
     if model_type in _OTHER:
         said += f": {_OTHER[model_type]}"
     text = config.get("text_config")
@@ -48,9 +67,10 @@ def explain_unknown(config: Json) -> str:
             "with save_pretrained of its language model"
         )
     nearest = difflib.get_close_matches(model_type, known, 1, 0.7)
-    near = f"the nearest supported type is {nearest[0]!r}; " if nearest else ""
+    if near := [_NEAREST[model_type]] if model_type in _NEAREST else nearest:
+        said += f"; the nearest supported type is {near[0]}"
     return (
-        f"{said}; {near}known: {known}. Another architecture can be given as functions "
-        "(t3jax.make_lm, docs/your_model.md); another name in config.json would be read as "
-        "another model, with other logits"
+        f"{said}. Take a model of a known type, or give this one as functions (t3jax.make_lm, "
+        "docs/your_model.md); another name in config.json would be read as another model, with "
+        f"other logits. {listed}"
     )

@@ -46,6 +46,9 @@ def save_hf(
         stacks.setdefault(place.name, []).append((place, cast(np.asarray(leaf), kept)))
     tensors = {name: np.ascontiguousarray(join_parts(parts)) for name, parts in stacks.items()}
     tensors = split_experts(tensors, family)
+    for name, value in family.constants.items():
+        for layer in range(config.num_layers):
+            tensors[name.replace("{i}", str(layer))] = np.array(value, dtype)
     if wrong := [name for name, tensor in tensors.items() if holds_no_number(tensor)]:
         raise ValueError(f"{folder}: not written: {describe_not_finite(wrong, dtype)}")
     with files.replacing(folder / "model.safetensors") as temporary:

@@ -118,7 +118,8 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     else:
         raise FileNotFoundError(
             f"{folder}: no model.safetensors and no model.safetensors.index.json; expected a "
-            "Hugging Face folder with safetensors weights"
+            "Hugging Face folder with safetensors weights. Pickled ones (.bin, .pt) are not read: "
+            "open the folder with transformers and write it with save_pretrained"
         )
     if missing := [str(path) for path in paths if not path.exists()]:
         raise FileNotFoundError(f"{index} names files that are not there: {', '.join(missing)}")

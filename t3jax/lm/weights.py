@@ -83,10 +83,29 @@ def check_params(
         ValueError: As `load_params`, but for NaN and Inf.
     """
     family = FAMILIES[config.model_type]
-    tensors = open_tensors(folder, family, adapter)
-    config, tensors = _as_stored(folder, config, family, tensors)
+    check_tensors(folder, config, family, open_tensors(folder, family, adapter))
+
+
+def check_tensors(
+    path: pathlib.Path,
+    config: LMConfig,
+    family: Family,
+    tensors: Tensors,
+) -> None:
+    """Checks that the names and shapes of a checkpoint's tensors fit a config.
+
+    Args:
+        path: The checkpoint, for messages.
+        config: The model's shape.
+        family: As in `place_params`.
+        tensors: As in `place_params`.
+
+    Raises:
+        ValueError: If they do not fit.
+    """
+    config, tensors = _as_stored(path, config, family, tensors)
     places = find_places(config, family, abstract_params(config, jnp.float32))
-    _check(folder, config, family, places, tensors)
+    _check(path, config, family, places, tensors)
 
 
 def place_params(

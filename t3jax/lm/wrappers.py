@@ -11,6 +11,7 @@ from typing import Any
 from t3jax.json_files import show_json
 from t3jax.lm.families import FAMILIES
 from t3jax.lm.family import Json
+from t3jax.lm.refusals import explain_unknown
 
 # Fields that published configs of these leave out where they are as in transformers' classes.
 _LLAMA = {
@@ -84,10 +85,7 @@ def text_config(config: Json) -> dict[str, Any]:
     if model_type is None or (family != wrapper.text and not wrapper.others):
         raise ValueError(f"text_config is {show_json(text)}, expected an object for {wrapper.text}")
     if family not in FAMILIES:
-        raise ValueError(
-            f"text_config.model_type {show_json(model_type)} is not supported; known: "
-            f"{sorted([*FAMILIES, *_TEXT_TYPES])}"
-        )
+        raise ValueError(f"text_config: {explain_unknown(text, _TEXT_TYPES)}")
     if config["model_type"] == "gemma3" and text.get("final_logit_softcapping") is not None:
         raise ValueError(
             "text_config.final_logit_softcapping is "

@@ -1,0 +1,242 @@
+"""The metadata of GGUF files as the `config.json` of a Hugging Face folder."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from t3jax.lm.families import FAMILIES
+from t3jax.lm.family import Family
+from t3jax.lm.gguf_file import GGUFFile, tensor_shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """A family in llama.cpp's files.
+
+    Attributes:
+        model_type: The family.
+        permuted: Rows of queries and keys stand so that the two of a rotary pair are neighbours.
+        meant: Fields of `config.json` that hold for all its files, which do not say them.
+    """
+
+    model_type: str
+    permuted: bool = False
+    meant: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+ARCHITECTURES = {  # by llama.cpp's names
+    "arcee": Architecture("arcee", permuted=True),
+    "bloom": Architecture("bloom"),
+    "cohere2": Architecture("cohere2"),
+    "command-r": Architecture("cohere"),
+    "ernie4_5": Architecture("ernie4_5"),
+    "exaone4": Architecture("exaone4"),
+    "falcon": Architecture(
+        "falcon", meant={"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1}
+    ),
+    "gemma": Architecture("gemma"),
+    "gemma2": Architecture("gemma2"),
+    "gemma3": Architecture("gemma3_text"),
+    "glm4": Architecture("glm4"),
+    "gpt2": Architecture("gpt2"),
+    "gptneox": Architecture("gpt_neox"),
+    "granite": Architecture("granite", permuted=True),
+    "granitemoe": Architecture("granitemoe", permuted=True),
+    "hunyuan-dense": Architecture("hunyuan_v1_dense"),
+    "llama": Architecture("llama", permuted=True),  # Mistral too
+    "mistral3": Architecture("ministral3", permuted=True),
+    "mpt": Architecture("mpt"),
+    "nemotron": Architecture("nemotron"),
+    "olmo": Architecture("olmo", permuted=True),
+    "olmo2": Architecture("olmo2"),
+    "olmoe": Architecture("olmoe", meant={"norm_topk_prob": False}),
+    "phi2": Architecture("phi"),
+    "phi3": Architecture("phi3"),
+    "qwen2": Architecture("qwen2"),
+    "qwen2moe": Architecture("qwen2_moe", meant={"norm_topk_prob": False}),
+    "qwen3": Architecture("qwen3"),
+    "qwen3moe": Architecture("qwen3_moe", meant={"norm_topk_prob": True}),
+    "seed_oss": Architecture("seed_oss"),
+    "smollm3": Architecture("smollm3", permuted=True),
+    "stablelm": Architecture("stablelm"),
+    "starcoder": Architecture("gpt_bigcode"),
+    "starcoder2": Architecture("starcoder2"),
+}
+_KEYS = {  # fields of LMConfig, and where the metadata of an architecture has them
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_layers": "block_count",
+    "num_heads": "attention.head_count",
+    "num_kv_heads": "attention.head_count_kv",
+    "max_position": "context_length",
+    "parallel": "use_parallel_residual",
+    "attention_softcap": "attn_logit_softcapping",
+    "logit_softcap": "final_logit_softcapping",
+    "attention_multiplier": "attention.scale",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "logit_scale": "logit_scale",
+    "qkv_clip": "attention.clamp_kqv",
+    "experts.count": "expert_count",
+    "experts.chosen": "expert_used_count",
+    "experts.size": "expert_feed_forward_length",
+    "experts.shared": "expert_shared_feed_forward_length",
+}
+# What would change the numbers if it was left out.
+_OBEYED = ("embedding_multiplier", "residual_multiplier", "logit_scale", "qkv_clip")
+_KEYS_OF_SIZES = ("embedding_length", "attention.head_count", "block_count")
+_TELLING = {  # fields that a tensor's being there says
+    "attention_bias": "blk.0.attn_output.bias",
+    "qkv_bias": "blk.0.attn_q.bias",
+    "o_bias": "blk.0.attn_output.bias",
+    "mlp_bias": "blk.0.ffn_down.bias",
+    "qk_norm": "blk.0.attn_q_norm.weight",
+}
+# Of these Gemmas the largest alone divides attention scores by another width than the head's;
+# files do not say it, and llama.cpp knows them by their layers.
+_SCALED_BY_HIDDEN_SIZE = {("gemma2", 46), ("gemma3", 62)}
+
+
+def find_architecture(file: GGUFFile) -> Architecture:
+    """The architecture of a file.
+
+    Raises:
+        ValueError: If it is unknown, or has experts where none are known.
+    """
+    name = file.architecture
+    if name not in ARCHITECTURES:
+        nearest = difflib.get_close_matches(name, ARCHITECTURES, 1, 0.7)
+        near = f"the nearest supported one is {nearest[0]!r}; " if nearest else ""
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise ValueError(
+            f"architecture {name!r} is not supported; {near}known: {known}. The model's Hugging "
+            "Face folder may load where its GGUF file does not"
+        )
+    found = ARCHITECTURES[name]
+    if name == "llama" and file.get("expert_count"):
+        found = dataclasses.replace(found, model_type="mixtral")
+    if name == "olmo2" and file.get("attention.sliding_window"):
+        found = dataclasses.replace(found, model_type="olmo3")
+    if file.get("expert_count"):
+        if "experts.count" not in FAMILIES[found.model_type].all_fields:
+            raise ValueError(f"mixtures of experts are not supported in architecture {name!r}")
+        if not file.get("expert_used_count"):
+            raise ValueError(f"{name}.expert_used_count is missing, beside expert_count")
+    return found
+
+
+def describe_config(file: GGUFFile) -> dict[str, Any]:
+    """The `config.json` that the metadata amounts to.
+
+    Raises:
+        ValueError: If the architecture is unknown, a value is missing, or one is not implemented.
+    """
+    architecture = find_architecture(file)
+    if "token_embd.weight" not in file.tensors:
+        raise ValueError("token_embd.weight is missing; expected the weights of a language model")
+    family = FAMILIES[architecture.model_type]
+    names = family.all_fields
+    values = {field: file.get(key) for field, key in _KEYS.items()}
+    values = {field: value for field, value in values.items() if value is not None}
+    if lists := [_KEYS[field] for field, value in values.items() if isinstance(value, list)]:
+        raise ValueError(f"layers of different sizes are not supported: {', '.join(lists)}")
+    for field in ("hidden_size", "num_heads", "num_layers"):
+        if field not in values:
+            raise ValueError(f"{file.architecture}.{_KEYS[field]} is missing")
+    for key in (*_KEYS_OF_SIZES, "attention.key_length", "rope.dimension_count"):
+        if (size := file.get(key)) is not None and (type(size) is not int or size < 1):
+            raise ValueError(f"{file.architecture}.{key} is {size!r}, expected an integer >= 1")
+    by_hidden_size = values["hidden_size"] // values["num_heads"]
+    head_dim = file.get("attention.key_length", by_hidden_size)
+    scaled_otherwise = (file.architecture, values["num_layers"]) in _SCALED_BY_HIDDEN_SIZE
+    for field in _OBEYED:
+        if field not in names and values.get(field) not in (None, 0, 1):
+            raise ValueError(
+                f"{file.architecture}.{_KEYS[field]} {values[field]} is not supported in this "
+                "architecture"
+            )
+    norm = "layer_norm" if family.fixed.get("norm", "").startswith("layer") else "layer_norm_rms"
+    values |= {
+        "vocab_size": tensor_shape(file.tensors["token_embd.weight"])[0],
+        "norm_eps": file.get(f"attention.{norm}_epsilon"),
+        "head_dim": head_dim,
+        "query_pre_attn_scalar": by_hidden_size if scaled_otherwise else head_dim,
+        "tied": "output.weight" not in file.tensors,
+        **{field: tensor in file.tensors for field, tensor in _TELLING.items()},
+    }
+    config = {names[field]: value for field, value in values.items() if field in names}
+    config |= {"model_type": architecture.model_type, **architecture.meant}
+    if "use_parallel_residual" in family.expected and "parallel" in values:
+        config["use_parallel_residual"] = values["parallel"]
+    return config | _windows(file, family) | _ropes(file, family, head_dim)
+
+
+def _windows(file: GGUFFile, family: Family) -> dict[str, Any]:
+    window = file.get("attention.sliding_window")
+    pattern = file.get("attention.sliding_window_pattern")
+    if not window:
+        return {} if window is None else {"sliding_window": None}
+    if family.slides is None or "use_sliding_window" in family.defaults:
+        raise ValueError("attention.sliding_window is not supported in this architecture")
+    config: dict[str, Any] = {"sliding_window": window}
+    if isinstance(pattern, list):
+        config["layer_types"] = [f"{'sliding' if each else 'full'}_attention" for each in pattern]
+    elif pattern is not None:
+        config["sliding_window_pattern"] = pattern
+    return config
+
+
+def _ropes(file: GGUFFile, family: Family, head_dim: int) -> dict[str, Any]:
+    if "rope" in family.fixed:
+        return {}
+    rope = {
+        "rope_theta": file.get("rope.freq_base", 1e4),
+        "partial_rotary_factor": file.get("rope.dimension_count", head_dim) / head_dim,
+    }
+    full = rope | _rope_scaling(file)
+    own_base = "rope_local_base_freq" in family.defaults
+    if own_base or family.local_theta is not None:
+        base = 1e4 if own_base else rope["rope_theta"]
+        local = rope | {"rope_theta": file.get("rope.freq_base_swa", base)}
+        return {"rope_parameters": {"full_attention": full, "sliding_attention": local}}
+    config: dict[str, Any] = {"rope_parameters": full}
+    if "original_max_position_embeddings" in family.defaults:
+        config["original_max_position_embeddings"] = full.get("original_max_position_embeddings")
+    return config
+
+
+def _rope_scaling(file: GGUFFile) -> dict[str, Any]:
+    original = file.get("rope.scaling.original_context_length")
+    if (short := file.tensors.get("rope_factors_short.weight")) is not None:
+        return {
+            "rope_type": "longrope",
+            "short_factor": short.data.tolist(),
+            "long_factor": file.tensors["rope_factors_long.weight"].data.tolist(),
+            "attention_factor": file.get("rope.scaling.attn_factor"),
+            "original_max_position_embeddings": original,
+        }
+    if (stretch := file.tensors.get("rope_freqs.weight")) is not None:
+        # Llama 3's, worked out for each pair: the same stretch whatever the length of the text.
+        return {
+            "rope_type": "longrope",
+            "short_factor": stretch.data.tolist(),
+            "long_factor": stretch.data.tolist(),
+            "factor": 1.0,
+            "attention_factor": 1.0,
+            "original_max_position_embeddings": file.get("context_length"),
+        }
+    factor = file.get("rope.scaling.factor", file.get("rope.scale_linear")) or 1.0
+    kind = file.get("rope.scaling.type", "linear")
+    if kind == "none" or factor == 1.0:
+        return {}
+    optional = {
+        "attention_factor": file.get("rope.scaling.yarn_attn_factor"),
+        "beta_fast": file.get("rope.scaling.yarn_beta_fast"),
+        "beta_slow": file.get("rope.scaling.yarn_beta_slow"),
+        "original_max_position_embeddings": original,
+        "mscale": file.get("rope.scaling.yarn_log_multiplier"),
+        "mscale_all_dim": file.get("rope.scaling.yarn_log_multiplier"),
+        "llama_4_scaling_beta": file.get("attention.temperature_scale"),
+    }
+    return {"rope_type": kind, "factor": factor, **optional}
