@@ -23,9 +23,9 @@ from t3jax.finetuning import FinetuneConfig
 from t3jax.finetuning import trainer as finetuning_trainer
 from t3jax.finetuning.batches import Batch
 from t3jax.head import HeadConfig, head_shapes
-from t3jax.liveness import peak_bytes
 from t3jax.lm import LM, LMConfig, from_params
 from t3jax.lm.decoder import abstract_params
+from t3jax.plan.liveness import peak_bytes
 from t3jax.sampling import loop
 from t3jax.sampling.cache import cache_slots
 from t3jax.sampling.next_token import Controls
@@ -108,6 +108,12 @@ class Job:
         """Slots of the cache: those that prefill makes, and in each chunk."""
         chunks = -(-(self.new_tokens - 1) // self.chunk)
         return cache_slots(self.prompt, chunks, self.chunk)
+
+
+def simulate(devices: int) -> None:
+    """Gives this process simulated devices; before any is used."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", devices)
 
 
 @functools.cache
