@@ -16,8 +16,9 @@ from collections.abc import Iterator, Sequence
 
 import safetensors
 
-from t3jax.head_io import REFERENCE, read_own, read_reference, reference_files
+from t3jax.head_io import read_own
 from t3jax.json_files import check_regular, parse_json, read_bytes, read_json
+from t3jax.reference_head import REFERENCE, read_reference, reference_files
 
 _LARGEST_CARD = 1 << 20  # bytes
 _COLUMNS = ("folder", "request", "date", "rank", "features", "T", "s", "model", "verdict")
