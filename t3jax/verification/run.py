@@ -15,7 +15,7 @@ from t3jax.evaluation.recall import leak_recall
 from t3jax.evaluation.scoring import BASE, Setting
 from t3jax.evaluation.store import Store
 from t3jax.sampling import Sample
-from t3jax.sampling.sampler import REFUSAL_THRESHOLD
+from t3jax.sampling.options import REFUSAL_THRESHOLD
 from t3jax.verification.attacks import (
     PREFIX,
     SAMPLINGS,

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 
 from t3jax.evaluation.metrics import Interval
-from t3jax.sampling.sampler import ABSURD_PERPLEXITY
+from t3jax.sampling.warn import ABSURD_PERPLEXITY
 from t3jax.verification.attacks import SAMPLINGS
 
 MARGIN = 0.05  # by how much an attack that holds may exceed chance
