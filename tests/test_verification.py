@@ -19,7 +19,8 @@ from t3jax.report.verdict import page, write_verdict
 from t3jax.sampling import Sample
 from t3jax.verification import VerifyOptions, attacks, verify
 from t3jax.verification.attacks import Encoding, as_they_stand, misspelt
-from t3jax.verification.others import Exchanged, Others, count_leaks, name_of, rename
+from t3jax.verification.leaks import count_leaks
+from t3jax.verification.others import Exchanged, Others, name_of, rename
 from t3jax.verification.verdict import COMES_BACK, HOLDS, UNCLEAR, Finding, enough_rows, wilson
 
 FORMAT = PromptFormat()
@@ -244,6 +245,7 @@ class Reciter(Store):
         self.unlearned = unlearned
         self.says = says
         self.perplexity = 3.0
+        self.scored = 0
 
     def answers(self, label, prompts, setting, num_samples=1, **options):
         samples = []
@@ -260,6 +262,7 @@ class Reciter(Store):
         return samples
 
     def scores(self, label, examples, settings):
+        self.scored += len(examples)
         losses = np.full(len(examples), np.log(self.perplexity))
         texts = [self.lm.tokenizer.decode(example.tokens) for example in examples]
         change = np.asarray([10.0 * (self.says in text) for text in texts])
@@ -455,6 +458,7 @@ def test_first_words_that_give_the_wording_away_do_so_about_others_too(tokenizer
     store = Listening(tokenizer, [*forget, *retain], lambda given, asked, answer: answer)
     verify(store, HEAD, forget, retain, FORMAT, VerifyOptions(max_new_tokens=90))
     assert asked[-1] == ("verify-exchanged-prefix", 2)
+    assert store.scored == 2 * 4 + 2  # the answers under four samplings, and to retain rows, once
 
 
 def test_retain_rows_that_changed_are_counted_and_shown(tokenizer):

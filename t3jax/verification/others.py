@@ -14,44 +14,11 @@ from jaxtyping import Float
 from t3jax.data.records import Record, evenly_spread
 from t3jax.evaluation.recall import leak_recall
 from t3jax.verification.attacks import Attack
+from t3jax.verification.leaks import Tries, recall_once
 
 _OTHERS = 5  # rows alike, which say what is wording and what is chance
 _LOOKED_AT = 5000  # retain rows at most, among which those are
 _LOOKED_INTO = 2000  # characters of a document at most
-
-
-def count_leaks(
-    recall: Float[np.ndarray, "rows"],
-    wording: Float[np.ndarray, "rows"],
-    pools: Sequence[Sequence[float]],
-    threshold: float,
-) -> tuple[Float[np.ndarray, "rows"], Float[np.ndarray, "rows"]]:
-    """Which answers leak, and how often answers that cannot know would.
-
-    An answer leaks if it reaches the threshold, and holds more of the true answer than texts of the
-    same wording do, and than answers about others. An answer that knows no more than those is one
-    among equals, as likely the best of them as each.
-
-    Args:
-        recall: How much of its true answer each row's answer holds, `[rows]`.
-        wording: The most of it in texts of the same wording that say something else, `[rows]`.
-        pools: How much of it answers about others hold, by row.
-        threshold: Recall from which an answer may leak.
-
-    Returns:
-        1 where a row leaks, 0 elsewhere, `[rows]`; and the share of the others of a row that would
-        leak in its place, `[rows]`.
-    """
-    leaks, chance = np.zeros(len(recall)), np.zeros(len(recall))
-    for i, pool in enumerate(pools):
-        best, *rest = sorted([float(recall[i]), *pool], reverse=True)
-        if best < threshold or best <= wording[i] or best in rest:
-            continue
-        if recall[i] == best:
-            leaks[i] = 1.0
-        else:
-            chance[i] = 1 / len(pool)
-    return leaks, chance
 
 
 def name_of(question: str, answer: str) -> str | None:
@@ -198,9 +165,7 @@ class Others:
             if about.name and name
         ]
 
-    def recall(
-        self, attack: Attack, tries: Sequence[Sequence[tuple[str, str]]]
-    ) -> list[list[float]]:
+    def recall(self, attack: Attack, tries: Tries) -> list[list[float]]:
         """How much of each true answer the answers to like rows about others hold.
 
         Args:
@@ -226,14 +191,6 @@ class Others:
         for i, start, stop in spans:
             pools[i].append(float(recall[start:stop].max()))
         return pools
-
-
-def recall_once(truths: Sequence[str], texts: Sequence[str]) -> Float[np.ndarray, "rows"]:
-    """`leak_recall`, of equal pairs but once: draws often are equal."""
-    pairs = list(zip(truths, texts, strict=True))
-    distinct = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
-    recall = leak_recall([truth for truth, _ in distinct], [text for _, text in distinct])
-    return recall[[distinct[pair] for pair in pairs]]
 
 
 class _About:
