@@ -243,7 +243,9 @@ class _Rows:
                 asked = f"{record['question']} \N{RIGHTWARDS ARROW} {beginning}"
             if truth := self.after(example, given):
                 parts.append((position, truth, [example.tokens[:given]], [asked]))
-        does = "the first words of the answer given"
+        kinds = {"text" in self.records[position] for position, *_ in parts}
+        given_of = {False: "the first words of the answer", True: "the first half of a document"}
+        does = " or ".join(given_of[kind] for kind in sorted(kinds)) + " given"
         return _attack(PREFIX, does, parts, {}) if parts else None
 
     def as_they_stand(self) -> Attack:
