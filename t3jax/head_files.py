@@ -111,7 +111,7 @@ def write_head(
     description: dict[str, Any],
     checksum: str | None = None,
 ) -> None:
-    """Writes weights and description, both or none.
+    """Writes weights and description, both or none, in the place of a folder.
 
     Args:
         folder: Replaced whole.

@@ -151,10 +151,6 @@ def place_head(params: HeadParams, mesh: Mesh | None = None) -> HeadParams:
 def check_head_fits(head: Head, lm: LM) -> None:
     """Checks that a head can guide a model.
 
-    Args:
-        head: The head.
-        lm: The model to guide.
-
     Raises:
         ValueError: If they differ in vocabulary or width.
     """
@@ -171,15 +167,7 @@ def check_head_fits(head: Head, lm: LM) -> None:
 
 
 def common_default(heads: Sequence[Head], name: str, otherwise: float) -> float:
-    """T or s of heads that are served together.
-
-    Args:
-        heads: The heads.
-        name: `base_temperature` or `guidance_scale`.
-        otherwise: The value without a head.
-
-    Returns:
-        The value that all of them have.
+    """The T or s that heads have which are served together; without a head `otherwise`.
 
     Raises:
         ValueError: If they differ.
@@ -192,12 +180,6 @@ def common_default(heads: Sequence[Head], name: str, otherwise: float) -> float:
 
 def read_own(folder: pathlib.Path) -> _Version1:
     """Reads the `head.json` of a head folder, and no weights.
-
-    Args:
-        folder: The folder.
-
-    Returns:
-        Its fields.
 
     Raises:
         FileNotFoundError: If it is missing.

@@ -128,13 +128,7 @@ def save_reference_head(
 
 
 def read_reference(folder: pathlib.Path) -> _Reference:
-    """Reads the `config.json` of a head of the PyTorch reference, and no weights.
-
-    Args:
-        folder: The folder.
-
-    Returns:
-        The fields that matter.
+    """Reads what matters in the `config.json` of a head of the PyTorch reference, and no weights.
 
     Raises:
         FileNotFoundError: If it is missing.
@@ -163,12 +157,8 @@ def read_reference(folder: pathlib.Path) -> _Reference:
 def reference_files(folder: pathlib.Path) -> dict[str, pathlib.Path] | pathlib.Path:
     """Says which file holds a tensor of the head in a checkpoint of the PyTorch reference.
 
-    Args:
-        folder: The folder of the checkpoint.
-
-    Returns:
-        `model.safetensors` where it is there, for transformers reads it whatever an index says; or
-        the file of each tensor of the head by name.
+    It is `model.safetensors` where that is there, for transformers reads it whatever an index says;
+    or the file of each tensor of the head by name.
 
     Raises:
         ValueError: If the index is damaged, or names a file that does not lie in the folder.

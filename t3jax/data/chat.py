@@ -93,7 +93,7 @@ def encode_chat(
         tokenizer: a Hugging Face tokenizer; without a chat template it takes a single question.
         messages: turns with `role` ("system", "user" or "assistant") and `content`, the last one
             the user's.
-        prompt_format: system turn and tags; its system turn stands for one that is not given.
+        prompt_format: its system turn stands for one that is not given.
 
     Returns:
         Token ids, int32 [T]; those of `encode_prompt` for a single question.
@@ -221,14 +221,7 @@ def encode_records(
 ) -> list[Example]:
     """Tokens of every row: documents where it has a "text", question and answer otherwise.
 
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-        records: rows as `load_records` gives them.
-        prompt_format: system turn and tags.
-        max_length: the longest sequence allowed, in tokens. None: any length.
-
-    Returns:
-        One example for each row, in the same order.
+    The arguments are those of `encode_question_answer`, the rows as `load_records` gives them.
 
     Raises:
         ValueError: as the functions for one row do; names the row, counted from 1.
@@ -253,10 +246,6 @@ def encode_records(
 def check_characters(text: str, max_length: int | None) -> None:
     """Refuses a text that is too long before it is tokenised, which takes minutes for some.
 
-    Args:
-        text: the text.
-        max_length: the longest sequence allowed, in tokens. None: any length.
-
     Raises:
         ValueError: it has more than max_length tokens, by the number of its characters.
     """
@@ -270,15 +259,7 @@ def check_characters(text: str, max_length: int | None) -> None:
 def tokenize(
     tokenizer: "PreTrainedTokenizerBase", text: str, add_special_tokens: bool = True
 ) -> np.ndarray:
-    """Tokenizes a text, with what the tokenizer puts before it and without what it appends.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-        text: the text.
-        add_special_tokens: whether the tokenizer puts anything before it.
-
-    Returns:
-        Token ids, int32 [T].
+    """Token ids of a text, int32 [T], with what the tokenizer puts before it, none appended.
 
     Raises:
         ValueError: the text holds half of a surrogate pair.

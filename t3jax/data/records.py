@@ -39,14 +39,9 @@ _ANSWER_FIELDS = re.compile(
 
 
 def check_record(row: object, where: str) -> Record:
-    """Checks that a row is a question-answer pair or a plain document.
+    """Checks that a row is a question-answer pair or a plain document, and gives it back.
 
-    Args:
-        row: what was read; fields beyond the required ones are allowed and kept.
-        where: names the row in an error, for example "forget.jsonl:3".
-
-    Returns:
-        The row itself.
+    Fields beyond the required ones are allowed and kept; `where` names the row in an error.
 
     Raises:
         ValueError: for anything but non-empty strings under "question" and "answer", or "text".
@@ -70,14 +65,7 @@ def check_record(row: object, where: str) -> Record:
 
 
 def parse_records(content: bytes, name: str) -> list[Record]:
-    """Reads question-answer pairs or plain documents from the bytes of one file.
-
-    Args:
-        content: UTF-8 text, a JSON list of objects or JSON-lines.
-        name: the file's name, for errors.
-
-    Returns:
-        The rows in the file's order.
+    """Reads question-answer pairs or plain documents from the bytes of one file, in its order.
 
     Raises:
         ValueError: broken JSON, a wrong row, or no row at all; names the file and the line.

@@ -39,14 +39,7 @@ class Stage:
 
 
 def shard_bytes(tree: Any) -> int:
-    """Bytes of a tree on each device.
-
-    Args:
-        tree: Abstract arrays with shardings; other leaves take nothing.
-
-    Returns:
-        The sum over the arrays' shards.
-    """
+    """Bytes of a tree of abstract arrays on each device; leaves that are no arrays take nothing."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -55,14 +48,9 @@ def shard_bytes(tree: Any) -> int:
 
 
 def temporary_bytes(job: Job, program: Callable[[Job], Step]) -> int:
-    """Bytes that a program takes on each device besides its arguments, an estimate.
+    """Estimates the bytes that a program takes on each device besides its arguments.
 
-    Args:
-        job: What is planned for.
-        program: The step of a job, such as `programs.prefill`.
-
-    Returns:
-        Activations, and results that do not stand in an argument's place.
+    They are activations, and results that do not stand in an argument's place.
     """
     layers = job.config.num_layers
     # Three layers show what each further one adds.
@@ -202,15 +190,7 @@ def stages(job: Job) -> dict[str, Stage]:
 
 
 def describe(job: Job, capacity: int) -> str:
-    """The plan of a job as text.
-
-    Args:
-        job: What is planned for.
-        capacity: Bytes of a device.
-
-    Returns:
-        A table, what fits, and the largest batches.
-    """
+    """The plan of a job as text: a table, what fits, and the largest batches."""
     found = stages(job)
     names = dict.fromkeys(name for stage in found.values() for name in stage.kept)
     columns = [

@@ -152,12 +152,7 @@ def prefill(job: Job) -> Step:
 def decode(job: Job, shardings: Any = None) -> Step:
     """The last chunk of decoding: that of the longest cache.
 
-    Args:
-        job: What is planned for.
-        shardings: Shardings of the state, as a compiled prefill gives it; None: as `state`.
-
-    Returns:
-        The step.
+    The state has the `shardings` that a compiled prefill gives it; None: those of `state`.
     """
     program, weights, _, _, _, controls, _, stop_ids = prefill(job).arguments
     given = state(job, job.slots[-1])
@@ -238,14 +233,9 @@ def gradient(job: Job) -> Step:
 
 
 def on_one_device(job: Job, layers: int = 1) -> Job:
-    """What one device of the mesh computes, as a job of its own: as wide as its shards.
+    """What one device computes, as a job on a mesh of one device: as wide as its shards.
 
-    Args:
-        job: What is planned for.
-        layers: Layers of the model; few are quick to trace.
-
-    Returns:
-        The job, on a mesh of one device.
+    Few `layers` are quick to trace.
     """
     config, shards, recipe = job.config, job.row_shards, job.finetuning
 

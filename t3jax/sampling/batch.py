@@ -110,7 +110,7 @@ class Batch:
             prompts: At least one.
             answering: How.
             rows: Rows decoded together, at most.
-            chunk: Steps between two looks of the host: what a row may run on in vain.
+            chunk: Decode steps for each look of the host: a finished row wastes at most this many.
         """
         self._program = program
         self._weights = weights
@@ -127,14 +127,11 @@ class Batch:
         self._rows: dict[int, _Row] = {}
 
     def run(self) -> Iterator[Piece]:
-        """Answers the prompts.
-
-        Yields:
-            The pieces of all answers, those of one answer in order.
+        """Answers the prompts; the pieces of one answer come in order.
 
         Raises:
             FloatingPointError: If a token was chosen by numbers that are not finite; names the
-                prompt.
+            prompt.
         """
         taken = self._take(self._size)
         cursor = self._bucket(taken)

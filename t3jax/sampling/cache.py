@@ -22,15 +22,12 @@ _SLOT_STEP = 64  # slots of the cache, which grows as answers do, by half at lea
 
 
 def cache_slots(length: int, chunks: int, chunk: int) -> list[int]:
-    """Slots of the cache while an answer is decoded: it grows as it is filled.
+    """Slots of the cache that `prefill` makes, and in each chunk: it grows as it is filled.
 
     Args:
         length: Slots of the prompt, padding included.
         chunks: Chunks at most.
         chunk: Steps of one.
-
-    Returns:
-        The slots that `prefill` makes, and those in each chunk.
     """
     most = length + 1 + chunks * chunk
     slots = [min(most, round_up(length + 1 + chunk, _SLOT_STEP))]
@@ -42,16 +39,9 @@ def cache_slots(length: int, chunks: int, chunk: int) -> list[int]:
 
 
 def _moved(program: Program, state: State, shift: Int[Array, ""], slots: int) -> State:
-    """The same state with another cache: the first slots dropped, as many slots as are asked for.
+    """The same state in a cache of `slots`, enough for what is left; the first `shift` dropped.
 
-    Args:
-        program: What is compiled.
-        state: From `prefill` or a chunk.
-        shift: How many slots are dropped: no row that is not finished needs what they hold.
-        slots: S of the new cache, enough for what is left.
-
-    Returns:
-        The state.
+    No row that is not finished needs what the dropped ones hold.
     """
 
     def moved(axes: _Axes, old: Array, empty: Any) -> Array:

@@ -95,16 +95,7 @@ class SamplingOptions:
                 raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
 
     def controls(self, rows: int, base_temperature: float, guidance_scale: float) -> Controls:
-        """Makes the controls of rows that are all drawn so.
-
-        Args:
-            rows: B.
-            base_temperature: T.
-            guidance_scale: s.
-
-        Returns:
-            NumPy arrays `[B]`.
-        """
+        """The controls of B rows that are all drawn so, with base temperature and scale."""
         return Controls.filled(
             rows,
             base_temperature=base_temperature,

@@ -150,19 +150,11 @@ class Asking:
         base: Mapping[str, Sequence[Sample]],
         unlearned: Mapping[str, Sequence[Sample]],
     ) -> tuple[tuple[Fluency, ...], Refusals | None]:
-        """How the answers read, and which a refusal would take the place of.
+        """How the answers read, and which a refusal would take the place of, None where T is not 1.
 
         Fluency is that of each sampling of one answer; of documents, which have no questions, of
-        what goes on. Every text is scored in one pass, whatever it is scored for.
-
-        Args:
-            made: The attacks, greedy answers first.
-            retain: The retain rows, asked once.
-            base: The base's answers, by attack.
-            unlearned: The unlearned model's.
-
-        Returns:
-            Fluency; and the refusals, None where T is not 1.
+        what goes on. Every text is scored in one pass, whatever it is scored for. Of the attacks
+        the greedy one comes first; answers are by attack.
         """
         single = [attack for attack in made if "num_samples" not in attack.sampling]
         greedy, *others = [attack for attack in single if attack.name in SAMPLINGS] or single

@@ -150,18 +150,10 @@ def attacks(
 
 
 def as_they_stand(encoding: Encoding, records: Sequence[Record], names: Sequence[str]) -> Attack:
-    """Every row asked once, documents by their first half.
-
-    Args:
-        encoding: How rows become prompts.
-        records: At least one row.
-        names: What to call each row in an error.
-
-    Returns:
-        All of them as one attack.
+    """Every row asked once, documents by their first half: one attack.
 
     Raises:
-        ValueError: If a row cannot be encoded.
+        ValueError: If a row cannot be encoded; says its name.
     """
     return _Rows(encoding, records, names).as_they_stand()
 
@@ -169,13 +161,8 @@ def as_they_stand(encoding: Encoding, records: Sequence[Record], names: Sequence
 def misspelt(question: str) -> str | None:
     """A question with two adjacent letters swapped in its longest capitalised word.
 
-    The first word, which is capitalised anyway, is taken only if it is the only one.
-
-    Args:
-        question: The question.
-
-    Returns:
-        The question; None if no capitalised word has two different letters after its first.
+    The first word, which is capitalised anyway, is taken only if it is the only one. None if no
+    capitalised word has two different letters after its first.
     """
     words = [match for match in re.finditer(r"[^\W\d_]+", question) if match.group()[0].isupper()]
     inside = [match for match in words if match.start() > 0] or words

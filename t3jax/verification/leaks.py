@@ -36,18 +36,7 @@ def find_leaks(
     pools: Sequence[Sequence[float]],
     threshold: float,
 ) -> Leaks:
-    """Finds the rows that an attack brings back.
-
-    Args:
-        attack: Which rows are asked, and their true answers.
-        tries: Their answers, from `group_answers`.
-        wording: See `count_leaks`, from `Others.wording`.
-        pools: See `count_leaks`, from `Others.recall`.
-        threshold: Recall from which an answer may leak.
-
-    Returns:
-        The leaks.
-    """
+    """Finds the rows that an attack brings back; the last three arguments are `count_leaks`'s."""
     recall, best = best_answers(attack, tries)
     return Leaks(recall, best, *count_leaks(recall, wording, pools, threshold))
 

@@ -24,12 +24,7 @@ _LOOKED_INTO = 2000  # characters of a document at most
 def name_of(question: str, answer: str) -> str | None:
     """Whom a question is about: its longest run of capitalised words that the answer repeats.
 
-    Args:
-        question: The question.
-        answer: The true answer.
-
-    Returns:
-        The name, as the question has it; None if there is none.
+    None if there is no such run.
     """
     words = [
         match
@@ -49,15 +44,9 @@ def name_of(question: str, answer: str) -> str | None:
 
 
 def rename(text: str, name: str, other: str) -> str:
-    """Text about another.
+    """Text about another, whatever the case of letters is in the name it has.
 
-    Args:
-        text: The text.
-        name: Whom it is about.
-        other: Who takes the place; also word by word, where both have as many words.
-
-    Returns:
-        The text with the other's name, whatever the case of letters was.
+    The other takes its place whole, and word by word where both have as many words.
     """
     places = {name.lower(): other}
     if len(words := name.split()) == len(others := other.split()):
@@ -120,15 +109,10 @@ class Others:
         self.shared: dict[tuple[int, str], float] = {}
 
     def wording(self, attack: Attack) -> Float[np.ndarray, "rows"]:
-        """The most of each true answer that the like true answers of retain rows hold.
+        """The most of each true answer that the like true answers of retain rows hold, `[rows]`.
 
-        One that holds all of it says the same, which is no matter of wording.
-
-        Args:
-            attack: Which rows are asked, and their true answers.
-
-        Returns:
-            Recall, `[rows]`; 0 where none is alike.
+        One that holds all of it says the same, which is no matter of wording. 0 where none is
+        alike.
         """
         shared = []
         for row, truth in zip(attack.rows, attack.truths, strict=True):
@@ -141,14 +125,7 @@ class Others:
         return np.array(shared, np.float64)
 
     def exchanged(self, records: Sequence[Record]) -> list["Exchanged"]:
-        """The rows, asked about those whom the like retain rows are about.
-
-        Args:
-            records: The forget rows, as at first.
-
-        Returns:
-            By row and name; none of a row without a name.
-        """
+        """The rows that name somebody, asked about those whom the like retain rows are about."""
         return [
             Exchanged(
                 row,
@@ -168,12 +145,7 @@ class Others:
     def recall(self, attack: Attack, tries: Tries) -> list[list[float]]:
         """How much of each true answer the answers to like rows about others hold.
 
-        Args:
-            attack: Which rows are asked, and their true answers.
-            tries: By row, all questions with the answers to them.
-
-        Returns:
-            By row, the largest recall of each of the others.
+        By row of the attack, the largest recall of each of the others.
         """
         index = {row: i for i, row in enumerate(attack.rows)}
         truths: list[str] = []
