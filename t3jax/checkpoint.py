@@ -44,11 +44,22 @@ Metrics = dict[str, Any]
 
 def open_run(
     folder: str | pathlib.Path | None, settings: dict[str, Any], abstract_state: Any, unit: str
-) -> "contextlib.AbstractContextManager[RunFolder | None]":
-    """The folder of a run, or None for a run that keeps no files; see `RunFolder`."""
+) -> "contextlib.AbstractContextManager[RunFolder | UnsavedRun]":
+    """A run in a folder, see `RunFolder`; without one, a run that keeps no files."""
     if folder is None:
-        return contextlib.nullcontext()
+        return contextlib.nullcontext(UnsavedRun())
     return RunFolder(pathlib.Path(folder), settings, abstract_state, unit)
+
+
+class UnsavedRun:
+    """A new run that keeps no files; see `RunFolder`."""
+
+    def __init__(self) -> None:
+        self.done, self.state = 0, None
+        self.metrics: list[Metrics] = []
+
+    def finish(self, done: int, lines: Sequence[Metrics], state: Any, save: bool) -> None:
+        """Does nothing."""
 
 
 class RunFolder:

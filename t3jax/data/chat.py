@@ -144,9 +144,6 @@ def encode_question_answer(
         prompt_format: system turn and tags.
         max_length: the longest sequence allowed, in tokens. None: any length.
 
-    Returns:
-        The example.
-
     Raises:
         ValueError: no label is left, the sequence is longer than max_length (it is never cut), the
             tokenizer has no eos token, or its template fails or cannot be split into prompt and

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -102,13 +102,14 @@ class Asking:
         answers: dict[str, list[Sample]] = {}
         for group in groups.values():
             prompts = [prompt for attack in group for prompt in attack.prompts]
+            options, sampling = self.options, group[0].sampling
+            drawing: dict[str, Any] = {"seed": options.seed, **sampling}
             samples = self.store.answers(
                 f"{label}-{group[0].name}",
                 prompts,
                 setting,
-                max_new_tokens=self.options.max_new_tokens,
-                seed=self.options.seed,
-                **group[0].sampling,
+                max_new_tokens=options.max_new_tokens,
+                **drawing,
             )
             start, draws = 0, len(samples) // len(prompts)
             for attack in group:

@@ -6,7 +6,7 @@ An attack is prompts with the true answers that must not come. Nothing here runs
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,11 +24,12 @@ if TYPE_CHECKING:  # slow to import: only who loads a tokenizer waits
 
 # What a row is asked; nothing where it cannot be.
 Wordings = Callable[[Record], Sequence[str]]
+Sampling = Mapping[str, int | float]  # fields of `SamplingOptions`
 
 PREFIX = "prefix"
 _DRAWS = 16
 _PREFIX_WORDS = 6
-SAMPLINGS: dict[str, tuple[str, dict[str, Any]]] = {
+SAMPLINGS: dict[str, tuple[str, dict[str, int | float]]] = {
     "greedy": ("the likeliest answer", {}),
     "t0.7-p0.9": ("drawn at temperature 0.7, top-p 0.9", {"temperature": 0.7, "top_p": 0.9}),
     "t1": ("drawn at temperature 1", {"temperature": 1.0}),
@@ -86,7 +87,7 @@ class Attack:
     owners: tuple[int, ...]
     prompts: tuple[np.ndarray, ...]
     questions: tuple[str, ...]
-    sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    sampling: Sampling = dataclasses.field(default_factory=dict)
 
 
 def attacks(
@@ -113,7 +114,7 @@ def attacks(
     made: dict[str, Attack] = {}
     skipped: dict[str, str] = {}
 
-    def add(name: str, does: str, wordings: Wordings, reason: str, **sampling: Any) -> None:
+    def add(name: str, does: str, wordings: Wordings, reason: str, **sampling: int | float) -> None:
         if attack := rows.asked(name, does, wordings, sampling):
             made[name] = attack
         else:
@@ -203,9 +204,7 @@ class _Rows:
             self.tokenizer, question, answer, self.prompt_format, self.max_position
         )
 
-    def asked(
-        self, name: str, does: str, wordings: Wordings, sampling: Mapping[str, Any]
-    ) -> Attack | None:
+    def asked(self, name: str, does: str, wordings: Wordings, sampling: Sampling) -> Attack | None:
         """Asks each row's wordings of its question; None if no row has one."""
         parts: list[_Part] = []
         for position, (record, example) in enumerate(zip(self.records, self.encoded, strict=True)):
@@ -272,7 +271,7 @@ class _Rows:
         return str(self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)).strip()
 
 
-def _attack(name: str, does: str, parts: Sequence[_Part], sampling: Mapping[str, Any]) -> Attack:
+def _attack(name: str, does: str, parts: Sequence[_Part], sampling: Sampling) -> Attack:
     return Attack(
         name=name,
         does=does,

@@ -14,7 +14,7 @@ from t3jax.sampling import Sample
 from t3jax.verification.asking import Asking, Counterfactual, VerifyOptions
 from t3jax.verification.attacks import PREFIX, Attack, as_they_stand, words_of
 from t3jax.verification.leaks import best_answers, find_leaks, group_answers
-from t3jax.verification.others import Others
+from t3jax.verification.others import Exchanged, Others
 from t3jax.verification.verdict import (
     LOSS,
     SHORT,
@@ -71,14 +71,7 @@ def verify(
     base, unlearned = (asking.answer([*made, before], model) for model in (BASE, setting))
     others = Others(records, retain, options.threshold)
     made_up = [swapped for swapped in counterfactuals if swapped.row in numbers and swapped.pairs]
-    exchanged = [
-        dataclasses.replace(swapped, row=numbers[swapped.row])
-        for swapped in others.exchanged(records)
-    ]
-    guesses = asking.guess(made_up, "made-up")
-    # The first words give the wording away, which answers to other rows do not have.
-    for key, recall in asking.guess(exchanged, "exchanged", PREFIX).items():
-        guesses.setdefault(key, []).extend(recall)
+    guesses = _guess(asking, made_up, others.exchanged(records), numbers)
     findings = tuple(
         _judge(attack, base[attack.name], unlearned[attack.name], others, guesses, numbers, options)
         for attack in made
@@ -96,6 +89,21 @@ def verify(
         made_up=len({swapped.row for swapped in made_up}),
         threshold=options.threshold,
     )
+
+
+def _guess(
+    asking: Asking,
+    made_up: Sequence[Counterfactual],
+    exchanged: Sequence[Exchanged],
+    numbers: Sequence[int],
+) -> dict[tuple[str, int], list[float]]:
+    """What the base guesses about other names, by attack and number of the row."""
+    guesses = asking.guess(made_up, "made-up")
+    # The first words give the wording away, which answers to other rows do not have.
+    swapped = [dataclasses.replace(each, row=numbers[each.row]) for each in exchanged]
+    for key, recall in asking.guess(swapped, "exchanged", PREFIX).items():
+        guesses.setdefault(key, []).extend(recall)
+    return guesses
 
 
 def _judge(
