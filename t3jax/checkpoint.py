@@ -101,7 +101,7 @@ class RunFolder:
         self.done = 0
         self.state = None
         self._folder, self._unit = folder, unit
-        lines = _logged(folder / "metrics.jsonl")
+        lines = _read_log(folder / "metrics.jsonl")
         damaged: list[str] = []
         for step in sorted((each.step for each in self._checkpoints.checkpoints), reverse=True):
             self.metrics, digest = _up_to(lines, unit, step)
@@ -288,7 +288,7 @@ def _flat(tree: dict[str, Any]) -> dict[str, Any]:
     return {".".join(str(part.key) for part in path): leaf for path, leaf in leaves}
 
 
-def _logged(path: pathlib.Path) -> list[Metrics]:
+def _read_log(path: pathlib.Path) -> list[Metrics]:
     """The metrics of a folder up to a line that a kill cut short, or that is damaged."""
     lines: list[Metrics] = []
     if not path.is_file():

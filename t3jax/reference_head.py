@@ -144,8 +144,8 @@ def read_reference(folder: pathlib.Path) -> _Reference:
         )
     description = check_json(content, str(path), _Reference)
     for name, known in (("extraction_layer", -1), ("pooling", "mean"), ("pool_temp", None)):
-        if (found := getattr(description, name)) != known:
-            raise ValueError(f"{path}: {name} {found!r} is not supported; expected {known!r}")
+        if (value := getattr(description, name)) != known:
+            raise ValueError(f"{path}: {name} {value!r} is not supported; expected {known!r}")
     if description.guidance.activation_str not in ACTIVATIONS.values():
         raise ValueError(
             f"{path}: unknown activation_str {description.guidance.activation_str!r}; expected one "
@@ -227,10 +227,10 @@ def load_reference(folder: pathlib.Path) -> Head:
 
 
 def _check_base_config(base: _BaseConfig | None, config: HeadConfig, where: str) -> None:
-    for name, found in (("hidden_size", config.hidden_size), ("vocab_size", config.vocab_size)):
-        if getattr(base, name, None) not in (None, found):
+    for name, size in (("hidden_size", config.hidden_size), ("vocab_size", config.vocab_size)):
+        if getattr(base, name, None) not in (None, size):
             raise ValueError(
-                f"{where} says {name} {getattr(base, name)}, but the head's matrices have {found}; "
+                f"{where} says {name} {getattr(base, name)}, but the head's matrices have {size}; "
                 "the head belongs to another model"
             )
 

@@ -18,7 +18,7 @@ from t3jax.evaluation.store import Store
 from t3jax.report.verdict import page, write_verdict
 from t3jax.sampling import Sample
 from t3jax.verification import VerifyOptions, attacks, verify
-from t3jax.verification.attacks import Encoding, as_they_stand, misspelt
+from t3jax.verification.attacks import Encoding, as_they_stand, misspell
 from t3jax.verification.leaks import count_leaks
 from t3jax.verification.others import Exchanged, Others, name_of, rename
 from t3jax.verification.verdict import COMES_BACK, HOLDS, UNCLEAR, Finding, enough_rows, wilson
@@ -143,7 +143,7 @@ def test_languages_that_the_tokenizer_cannot_write_are_left_out():
     ],
 )
 def test_a_name_is_misspelt(question, expected):
-    assert misspelt(question) == expected
+    assert misspell(question) == expected
 
 
 @pytest.mark.parametrize(
@@ -442,7 +442,7 @@ def test_first_words_that_give_the_wording_away_do_so_about_others_too(tokenizer
 
     forget = [row("Ann Oak", "Rome")]
     retain = [row("Bob Elm", "Oslo"), row("Cy Fir", "Bern")]
-    exchanged = Others(forget, retain, 0.7).exchanged(forget)
+    exchanged = Others(forget, retain, 0.7).exchange(forget)
     assert [swapped.record for swapped in exchanged] == [
         row("Bob Elm", "Rome"),
         row("Cy Fir", "Rome"),

@@ -181,21 +181,21 @@ def largest_rows(stage: Callable[[Job], Stage], job: Job, field: str, capacity: 
 
 def stages(job: Job) -> dict[str, Stage]:
     """The stages of a job by name."""
-    found = {
+    planned = {
         "decoding": decoding(job),
         "features": feature_pass(job),
         "head training": head_training(job),
     }
-    return found | ({"fine-tuning": fine_tuning(job)} if job.finetuning else {})
+    return planned | ({"fine-tuning": fine_tuning(job)} if job.finetuning else {})
 
 
 def describe(job: Job, capacity: int) -> str:
     """The plan of a job as text: a table, what fits, and the largest batches."""
-    found = stages(job)
-    names = dict.fromkeys(name for stage in found.values() for name in stage.kept)
+    planned = stages(job)
+    names = dict.fromkeys(name for stage in planned.values() for name in stage.kept)
     columns = [
         [stage.kept.get(name, 0) for name in names] + [stage.temporary, stage.total]
-        for stage in found.values()
+        for stage in planned.values()
     ]
     stored = "int8" if job.config.quantized else jnp.dtype(job.dtype).name
     axes = ", ".join(f"{name} {size}" for name, size in job.mesh.shape.items())
@@ -203,11 +203,11 @@ def describe(job: Job, capacity: int) -> str:
     lines = [
         f"{params / 1e9:.3g}e9 weights in {stored} on {job.mesh.size} devices "
         f"({axes}) of {capacity / GIB:.4g} GiB",
-        f"{'GiB on each device':30}" + "".join(f"{name:>15}" for name in found),
+        f"{'GiB on each device':30}" + "".join(f"{name:>15}" for name in planned),
     ]
     for name, *values in zip([*names, "activations and results", "all"], *columns, strict=True):
         lines.append(f"{name:30}" + "".join(f"{value / GIB:15.3f}" for value in values))
-    fits = ["yes" if s.total <= USABLE * capacity else "no" for s in found.values()]
+    fits = ["yes" if s.total <= USABLE * capacity else "no" for s in planned.values()]
     lines.append(f"{f'in {USABLE:.0%} of a device':30}" + "".join(f"{word:>15}" for word in fits))
     most = largest_rows(decoding, job, "rows", capacity)
     lines.append(

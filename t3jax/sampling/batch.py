@@ -54,7 +54,7 @@ class Answering(NamedTuple):
         stop_ids: Tokens that end an answer.
         max_new_tokens: Longest answer.
         seed: Seed of the draws, 0 to 2^64 - 1.
-        ended: Takes an answer's tokens so far and how many of them are new; gives how many there
+        find_end: Takes an answer's tokens so far and how many of them are new; gives how many there
             are if the answer is over, None if it is not. None: no answer ends so.
     """
 
@@ -62,7 +62,7 @@ class Answering(NamedTuple):
     stop_ids: Sequence[int]
     max_new_tokens: int
     seed: int
-    ended: Callable[[list[int], int], int | None] | None = None
+    find_end: Callable[[list[int], int], int | None] | None = None
 
 
 class Piece(NamedTuple):
@@ -122,8 +122,8 @@ class Batch:
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].tokens))
         self._waiting = collections.deque(order)
         self._most = rows
-        self._size = self._padded(min(len(prompts), rows))
-        self._at_once = self._padded(max(1, self._size // _AT_ONCE))
+        self._size = self._pad(min(len(prompts), rows))
+        self._at_once = self._pad(max(1, self._size // _AT_ONCE))
         self._rows: dict[int, _Row] = {}
 
     def run(self) -> Iterator[Piece]:
@@ -230,8 +230,8 @@ class Batch:
             before = len(row.tokens)
             row.tokens += columns[i, :count].tolist()
             last = bool(done[i]) or len(row.tokens) == self._max_new_tokens
-            ended = self._answering.ended
-            end = None if ended is None else ended(row.tokens, count)
+            find_end = self._answering.find_end
+            end = None if find_end is None else find_end(row.tokens, count)
             if end is not None:
                 last, count = True, end - before
                 del row.tokens[end:]
@@ -248,7 +248,7 @@ class Batch:
         where = f"prompt {self._prompts[prompt].draw[0]}, token {token + 1} of the answer"
         raise FloatingPointError(f"{where}: {describe_fault(fault)}")
 
-    def _padded(self, rows: int) -> int:
+    def _pad(self, rows: int) -> int:
         """Rows of a compiled program: a power of two if that is not too many, split evenly."""
         size = min(1 << (rows - 1).bit_length(), max(self._most, rows))
         return round_up(size, sharding.row_shards(self._program.mesh))

@@ -300,7 +300,7 @@ class Sampler:
             self.refinements,
         )
 
-        def ended(tokens: list[int], new: int) -> int | None:
+        def find_end(tokens: list[int], new: int) -> int | None:
             return self._detokenizer.stop_at(tokens, new, options.stop)
 
         answering = Answering(
@@ -308,7 +308,7 @@ class Sampler:
             [*self.lm.eos_ids, *options.stop_ids],
             options.max_new_tokens,
             options.seed,
-            ended if options.stop else None,
+            find_end if options.stop else None,
         )
         asked = [Asked(request.encoded[prompt], (prompt, j)) for prompt, j in request.rows]
         return Batch(program, self._weights, asked, answering, self.batch_size, self.chunk)

@@ -160,18 +160,20 @@ class Asking:
         single = [attack for attack in made if "num_samples" not in attack.sampling]
         greedy, *others = [attack for attack in single if attack.name in SAMPLINGS] or single
         plain = [greedy, *others]
-        first, kept = (_answered(attack, unlearned[attack.name]) for attack in (greedy, retain))
+        first, retained = (
+            _as_examples(attack, unlearned[attack.name]) for attack in (greedy, retain)
+        )
         rest = [
             example
             for samples, asked in ((unlearned, others), (base, plain))
             for attack in asked
-            for example in _answered(attack, samples[attack.name])
+            for example in _as_examples(attack, samples[attack.name])
         ]
         (of_rest,) = self.store.scores("verify-answers", rest, [BASE])
         refusals = None
         if self.setting.base_temperature == 1:
             of_first, served = self.store.scores(
-                "verify-refusals", [*first, *kept], [BASE, self.setting]
+                "verify-refusals", [*first, *retained], [BASE, self.setting]
             )
             change = np.add.reduceat(served.logprobs - of_first.logprobs, served.starts[:-1])
             refusals = _count_refusals(change, len(first))
@@ -185,10 +187,10 @@ class Asking:
             Fluency(
                 attack.name,
                 float(np.median(perplexity[start:stop])),
-                _ended(unlearned[attack.name], stops),
+                _share_ended(unlearned[attack.name], stops),
                 _repetition(unlearned[attack.name]),
                 float(np.median(base_perplexity[start:stop])),
-                _ended(base[attack.name], stops),
+                _share_ended(base[attack.name], stops),
                 _repetition(base[attack.name]),
             )
             for attack, (start, stop) in zip(plain, itertools.pairwise(starts), strict=True)
@@ -205,7 +207,7 @@ def _count_refusals(log_ratios: np.ndarray, forget: int) -> Refusals:
     return Refusals(REFUSAL_THRESHOLD, *shares)
 
 
-def _answered(attack: Attack, samples: Sequence[Sample]) -> list[Example]:
+def _as_examples(attack: Attack, samples: Sequence[Sample]) -> list[Example]:
     """One answer to each prompt of an attack, as tokens behind it."""
     return [
         Example(np.concatenate([prompt, np.asarray(sample.tokens, np.int32)]), len(prompt))
@@ -213,7 +215,7 @@ def _answered(attack: Attack, samples: Sequence[Sample]) -> list[Example]:
     ]
 
 
-def _ended(samples: Sequence[Sample], stops: Sequence[int]) -> float:
+def _share_ended(samples: Sequence[Sample], stops: Sequence[int]) -> float:
     return float(np.mean([sample.tokens[-1] in stops for sample in samples]))
 
 

@@ -115,19 +115,19 @@ def attacks(
     skipped: dict[str, str] = {}
 
     def add(name: str, does: str, wordings: Wordings, reason: str, **sampling: int | float) -> None:
-        if attack := rows.asked(name, does, wordings, sampling):
+        if attack := rows.ask(name, does, wordings, sampling):
             made[name] = attack
         else:
             skipped[name] = reason
 
-    def spelt(spell: Callable[[str], str | None]) -> Wordings:
+    def respell(spell: Callable[[str], str | None]) -> Wordings:
         def wordings(record: Record) -> list[str]:
             spelling = spell(record["question"])
             return [] if spelling is None or spelling == record["question"] else [spelling]
 
         return wordings
 
-    def reworded(record: Record) -> list[str]:
+    def reword(record: Record) -> list[str]:
         paraphrased = record.get("paraphrased_question")
         others = (rewordings or {}).get(record["question"], ())
         return [*([paraphrased] if paraphrased else []), *others]
@@ -135,16 +135,16 @@ def attacks(
     without = "no row has a question"
     for name, (does, sampling) in SAMPLINGS.items():
         add(name, f"the question, {does}", lambda record: [record["question"]], without, **sampling)
-    add("reworded", "the question in other words", reworded, "no row has other words")
-    if attack := rows.begun():
+    add("reworded", "the question in other words", reword, "no row has other words")
+    if attack := rows.begin():
         made[PREFIX] = attack
     else:
         skipped[PREFIX] = "no true answer has a second word"
     for name, does, spell in _SPELLINGS:
-        add(name, does, spelt(spell), "no question changes by it")
+        add(name, does, respell(spell), "no question changes by it")
     for name, wrapper in _LANGUAGES.items():
         if _knows(encoding.tokenizer, wrapper.format("")):
-            add(name, f"asks for {name.capitalize()}", spelt(wrapper.format), without)
+            add(name, f"asks for {name.capitalize()}", respell(wrapper.format), without)
         else:
             skipped[name] = "the tokenizer does not know its letters"
     return list(made.values()), skipped
@@ -159,7 +159,7 @@ def as_they_stand(encoding: Encoding, records: Sequence[Record], names: Sequence
     return _Rows(encoding, records, names).as_they_stand()
 
 
-def misspelt(question: str) -> str | None:
+def misspell(question: str) -> str | None:
     """A question with two adjacent letters swapped in its longest capitalised word.
 
     The first word, which is capitalised anyway, is taken only if it is the only one. None if no
@@ -204,7 +204,7 @@ class _Rows:
             self.tokenizer, question, answer, self.prompt_format, self.max_position
         )
 
-    def asked(self, name: str, does: str, wordings: Wordings, sampling: Sampling) -> Attack | None:
+    def ask(self, name: str, does: str, wordings: Wordings, sampling: Sampling) -> Attack | None:
         """Asks each row's wordings of its question; None if no row has one."""
         parts: list[_Part] = []
         for position, (record, example) in enumerate(zip(self.records, self.encoded, strict=True)):
@@ -217,7 +217,7 @@ class _Rows:
                 parts.append((position, truth, prompts, questions))
         return _attack(name, does, parts, sampling) if parts else None
 
-    def begun(self) -> Attack | None:
+    def begin(self) -> Attack | None:
         """Gives the answer's first words, or a document's first half; None if that is all."""
         parts: list[_Part] = []
         for position, (record, example) in enumerate(zip(self.records, self.encoded, strict=True)):
@@ -298,6 +298,6 @@ def _knows(tokenizer: "PreTrainedTokenizerBase", text: str) -> bool:
 
 _SPELLINGS: tuple[tuple[str, str, Callable[[str], str | None]], ...] = (
     ("lower", "the question in lower case", str.lower),
-    ("typo", "a name with two letters swapped", misspelt),
+    ("typo", "a name with two letters swapped", misspell),
     ("upper", "the question in upper case", str.upper),
 )

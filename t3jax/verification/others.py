@@ -124,7 +124,7 @@ class Others:
             shared.append(self.shared[row, truth])
         return np.array(shared, np.float64)
 
-    def exchanged(self, records: Sequence[Record]) -> list["Exchanged"]:
+    def exchange(self, records: Sequence[Record]) -> list["Exchanged"]:
         """The rows that name somebody, asked about those whom the like retain rows are about."""
         return [
             Exchanged(

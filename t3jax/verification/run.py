@@ -71,7 +71,7 @@ def verify(
     base, unlearned = (asking.answer([*made, before], model) for model in (BASE, setting))
     others = Others(records, retain, options.threshold)
     made_up = [swapped for swapped in counterfactuals if swapped.row in numbers and swapped.pairs]
-    guesses = _guess(asking, made_up, others.exchanged(records), numbers)
+    guesses = _guess(asking, made_up, others.exchange(records), numbers)
     findings = tuple(
         _judge(attack, base[attack.name], unlearned[attack.name], others, guesses, numbers, options)
         for attack in made
