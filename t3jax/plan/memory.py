@@ -5,6 +5,7 @@ exact. What lives for a moment is estimated from the program that one device run
 `t3jax.plan.liveness`. Nothing is compiled; docs/planning.md compares with compilers.
 """
 
+import bisect
 import dataclasses
 import math
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from t3jax.plan import programs
 from t3jax.plan.programs import Job, Step
 from t3jax.plan.shapes import GIB
 
+_MOST_DOUBLINGS = 16  # of the rows of a part
 USABLE = 0.9  # of that: the rest is for programs, fragments, and what the estimate does not see
 
 
@@ -87,7 +89,7 @@ def gathered_cache_bytes(job: Job) -> int:
 
 def decoding(job: Job) -> Stage:
     """Prefill, and chunks of decoding with the longest cache."""
-    slots, weights = job.slots, programs.prefill(job).arguments[1]
+    slots, weights = job.slots, programs.loop_weights(job)
     state = programs.state(job, slots[-1])
     # A cache that grows is in memory twice for a moment, as it was and as it will be.
     before = max((s for s in slots if s < slots[-1]), default=0)
@@ -171,12 +173,13 @@ def largest_rows(stage: Callable[[Job], Stage], job: Job, field: str, capacity: 
     Returns:
         Rows; 0 if not even one on each part fits.
     """
-    rows, following = 0, job.row_shards
-    while True:
-        changed: dict[str, Any] = {field: following}
-        if stage(dataclasses.replace(job, **changed)).total > USABLE * capacity:
-            return rows
-        rows, following = following, 2 * following
+
+    def exceeds(doublings: int) -> bool:
+        varied: dict[str, Any] = {field: job.row_shards << doublings}
+        return stage(dataclasses.replace(job, **varied)).total > USABLE * capacity
+
+    fitting = bisect.bisect_left(range(_MOST_DOUBLINGS), True, key=exceeds)
+    return job.row_shards << fitting - 1 if fitting else 0
 
 
 def stages(job: Job) -> dict[str, Stage]:
