@@ -18,8 +18,8 @@ if __name__ == "__main__":
 
 import t3jax
 from t3jax import cli, pipeline, preflight
-from t3jax.experiment import experiment
 from t3jax.report import write_experiment
+from t3jax.study.experiment import experiment
 
 
 def main(config: Any) -> None:

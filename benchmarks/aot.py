@@ -31,9 +31,9 @@ import jax
 from jax.experimental import topologies
 
 from benchmarks.side_by_side import write
-from t3jax import HeadConfig, abstract, plan, sharding
-from t3jax.abstract import Job, Step
+from t3jax import HeadConfig, plan, sharding
 from t3jax.lm.model import read_dtype
+from t3jax.plan import Job, Step, programs
 
 MIB = 2**20
 COLLECTIVE = re.compile(
@@ -44,10 +44,10 @@ ARRAY = re.compile(r"(pred|[a-z]+\d+)\[([\d,]*)\]")
 
 
 PROGRAMS: dict[str, Callable[..., Any]] = {
-    "prefill": abstract.prefill,
-    "decode": abstract.decode,
-    "features": abstract.feature_pass,
-    "head": abstract.head_training,
+    "prefill": programs.prefill,
+    "decode": programs.decode,
+    "features": programs.feature_pass,
+    "head": programs.head_training,
 }
 
 
@@ -119,9 +119,9 @@ def measure(job: Job, program: Any, step: Step) -> tuple[Any, dict[str, Any]]:
     compiled = step.compile()
     seconds = time.perf_counter() - start
     found = compiled.memory_analysis()
-    reads_model = program is not abstract.head_training
+    reads_model = program is not programs.head_training
     gathered = plan.gathered_bytes(job) if reads_model else 0
-    if program is abstract.prefill:
+    if program is programs.prefill:
         gathered += plan.gathered_cache_bytes(job)
     sizes = {
         "planned_arguments": plan.shard_bytes(step.arguments),
@@ -136,7 +136,7 @@ def measure(job: Job, program: Any, step: Step) -> tuple[Any, dict[str, Any]]:
     limit = largest_expected(job, program) + gathered
     # A dimension of this size is a vocabulary that should have been split.
     whole = job.config.vocab_size
-    split = abstract.on_one_device(job).config.vocab_size < whole
+    split = programs.on_one_device(job).config.vocab_size < whole
     return compiled, {
         "seconds": round(seconds, 1),
         "mib": {name: round(size / MIB, 1) for name, size in sizes.items()},
@@ -152,19 +152,19 @@ def measure(job: Job, program: Any, step: Step) -> tuple[Any, dict[str, Any]]:
 
 def largest_expected(job: Job, program: Any) -> int:
     """Bytes of the largest exchange that the model calls for, besides gathered weights."""
-    if program is abstract.head_training:  # gradients; rows of W2, from whoever has them
-        (params, _), _, rows, _ = abstract.head_training(job).arguments
+    if program is programs.head_training:  # gradients; rows of W2, from whoever has them
+        (params, _), _, rows, _ = programs.head_training(job).arguments
         looked_up = rows.shape[-1] * job.heads[0].rank * 4
         return max(looked_up, *map(plan.shard_bytes, jax.tree.leaves(params)))
     rows, tokens = {
-        abstract.prefill: (job.rows, job.prompt),
-        abstract.decode: (job.rows, 1),
-        abstract.feature_pass: (job.text_rows, job.text),
+        programs.prefill: (job.rows, job.prompt),
+        programs.decode: (job.rows, 1),
+        programs.feature_pass: (job.text_rows, job.text),
     }[program]
     rows //= job.row_shards
     hidden = rows * tokens * job.config.hidden_size * 4  # float32
     # Where the width of keys is split, a step of decoding sums the scores of all slots.
-    by_width = program is abstract.decode and plan.gathered_cache_bytes(job) > 0
+    by_width = program is programs.decode and plan.gathered_cache_bytes(job) > 0
     return max(hidden, rows * job.config.num_heads * job.slots[-1] * 4 if by_width else 0)
 
 

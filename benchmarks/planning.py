@@ -13,6 +13,7 @@ import jax
 
 from configs import default
 from t3jax import plan, sharding
+from t3jax.plan.__main__ import make_job
 
 # Model, device, mesh.
 CASES = [
@@ -53,7 +54,7 @@ def row(model: str, device: str, mesh: tuple[int, int, int]) -> str:
     """One line of the table: GiB on each device, and rows."""
     config = default.get_config()
     config.model = model
-    job = plan.make_job(config, sharding.make_mesh(mesh, jax.devices()[: math.prod(mesh)]))
+    job = make_job(config, sharding.make_mesh(mesh, jax.devices()[: math.prod(mesh)]))
     job = dataclasses.replace(job, rows=16 * job.row_shards)
     capacity = plan.DEVICES[device]
     decoding, features, training = plan.stages(job).values()

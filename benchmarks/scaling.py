@@ -20,17 +20,18 @@ from jax.sharding import Mesh
 
 from benchmarks.aot import collectives
 from benchmarks.side_by_side import write
-from t3jax import abstract, plan, sharding
+from t3jax import plan, sharding
 from t3jax.head import HeadConfig
 from t3jax.lm import LMConfig
+from t3jax.plan import programs
 from t3jax.training import TrainConfig
 
 DEVICES = (1, 2, 4, 8)
 MESHES = {"data": (-1, 1, 1), "fsdp": (1, -1, 1)}
 PROGRAMS = {
-    "features": abstract.feature_pass,
-    "head training": abstract.head_training,
-    "decoding": abstract.decode,
+    "features": programs.feature_pass,
+    "head training": programs.head_training,
+    "decoding": programs.decode,
 }
 
 
@@ -64,7 +65,7 @@ def main() -> None:
     write("scaling", figures, {"devices": DEVICES, **vars(arguments)})
 
 
-def make_job(config: LMConfig, mesh: Mesh, rows: int, length: int) -> abstract.Job:
+def make_job(config: LMConfig, mesh: Mesh, rows: int, length: int) -> programs.Job:
     """A job that grows with the mesh.
 
     Args:
@@ -77,7 +78,7 @@ def make_job(config: LMConfig, mesh: Mesh, rows: int, length: int) -> abstract.J
         The job. Head training reads 64 batches of answers of 32 tokens.
     """
     parts = sharding.row_shards(mesh)
-    return abstract.Job(
+    return programs.Job(
         config,
         jnp.float32,
         mesh,

@@ -12,9 +12,9 @@ wording that was not trained on: median and range over seeds.
 import numpy as np
 
 import t3jax
+from demo.authors import AuthorsConfig, make_corpus
 from t3jax import cli
 from t3jax.data import Example, PromptFormat, encode_records
-from t3jax.data.authors import AuthorsConfig, make_corpus
 from t3jax.data.records import load_records
 from t3jax.finetuning import FinetuneConfig, Trainer, finetune
 from t3jax.finetuning.batches import epoch_batches

@@ -25,9 +25,9 @@ import tokenizers
 import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from demo.authors import AuthorsConfig, make_corpus, make_strangers
 from t3jax import files, make_mesh
 from t3jax.data import PromptFormat, encode_records
-from t3jax.data.authors import AuthorsConfig, make_corpus, make_strangers
 from t3jax.finetuning import FinetuneConfig, Trainer
 from t3jax.lm import LMConfig, RopeConfig, init_params, save_hf
 

@@ -32,15 +32,9 @@ class DamagedError(ValueError):
 
 
 def read_stored(path: pathlib.Path, read: Callable[[pathlib.Path], T]) -> T | None:
-    """What an earlier run stored; None if that is nothing.
+    """What an earlier run stored; None if it has to be computed.
 
-    Args:
-        path: Where it may be.
-        read: Reads it; raises `DamagedError` if it is not as it was written, which is said in a
-            warning.
-
-    Returns:
-        What `read` returned, or None if it has to be computed.
+    `read` raises `DamagedError` if the file is not as it was written, which is said in a warning.
     """
     if not path.exists():
         return None

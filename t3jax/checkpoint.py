@@ -44,11 +44,22 @@ Metrics = dict[str, Any]
 
 def open_run(
     folder: str | pathlib.Path | None, settings: dict[str, Any], abstract_state: Any, unit: str
-) -> "contextlib.AbstractContextManager[RunFolder | None]":
-    """The folder of a run, or None for a run that keeps no files; see `RunFolder`."""
+) -> "contextlib.AbstractContextManager[RunFolder | UnsavedRun]":
+    """A run in a folder, see `RunFolder`; without one, a run that keeps no files."""
     if folder is None:
-        return contextlib.nullcontext()
+        return contextlib.nullcontext(UnsavedRun())
     return RunFolder(pathlib.Path(folder), settings, abstract_state, unit)
+
+
+class UnsavedRun:
+    """A new run that keeps no files; see `RunFolder`."""
+
+    def __init__(self) -> None:
+        self.done, self.state = 0, None
+        self.metrics: list[Metrics] = []
+
+    def finish(self, done: int, lines: Sequence[Metrics], state: Any, save: bool) -> None:
+        """Does nothing."""
 
 
 class RunFolder:
@@ -90,7 +101,7 @@ class RunFolder:
         self.done = 0
         self.state = None
         self._folder, self._unit = folder, unit
-        lines = _logged(folder / "metrics.jsonl")
+        lines = _read_log(folder / "metrics.jsonl")
         damaged: list[str] = []
         for step in sorted((each.step for each in self._checkpoints.checkpoints), reverse=True):
             self.metrics, digest = _up_to(lines, unit, step)
@@ -277,7 +288,7 @@ def _flat(tree: dict[str, Any]) -> dict[str, Any]:
     return {".".join(str(part.key) for part in path): leaf for path, leaf in leaves}
 
 
-def _logged(path: pathlib.Path) -> list[Metrics]:
+def _read_log(path: pathlib.Path) -> list[Metrics]:
     """The metrics of a folder up to a line that a kill cut short, or that is damaged."""
     lines: list[Metrics] = []
     if not path.is_file():

@@ -26,16 +26,10 @@ _LOCK = ".lock"
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives a temporary path that takes the place of `path` once it is whole and on the disk.
+    """Gives a temporary path, in the same folder, that takes the place of `path` once it is whole.
 
     If the block fails, or the disk is full, what stood at `path` stays as it was and the temporary
     file is removed.
-
-    Args:
-        path: The file to write or replace.
-
-    Yields:
-        The path to write to, in the same folder.
 
     Raises:
         OSError: If it cannot be written; names `path`.
@@ -89,10 +83,6 @@ def allocate(path: pathlib.Path, size: int) -> None:
     A file of holes would take them when it is written through the map, where a full disk ends the
     process (SIGBUS) and not the call.
 
-    Args:
-        path: The file; made anew.
-        size: Bytes.
-
     Raises:
         OSError: If there is no room.
     """
@@ -117,9 +107,6 @@ def claim(folder: pathlib.Path) -> Iterator[None]:
 
     The claim ends with the process, however that ends. A folder that was made here and holds
     nothing at the end is removed.
-
-    Args:
-        folder: The folder.
 
     Raises:
         OSError: If another process has claimed it, or it cannot be written to.

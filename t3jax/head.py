@@ -82,6 +82,29 @@ class HeadConfig:
         return feature_size(self.features, self.hidden_size)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Head:
+    """A trained classifier and how it is meant to be used.
+
+    Attributes:
+        config: Its shape.
+        params: Its parameters, a tree as above.
+        base_temperature: T, by which the base model's logits are divided.
+        guidance_scale: s, the strength of the tilt.
+        model: Folder or hub id of the base model whose features it was trained on; "" if unknown.
+        prior_shift: Constant added to the scores, see `t3jax.head.class_prior_shift`.
+        record: How it was trained: settings, numbers of tokens, final metrics, versions.
+    """
+
+    config: HeadConfig
+    params: HeadParams
+    base_temperature: float
+    guidance_scale: float
+    model: str
+    prior_shift: float = 0.0
+    record: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
 def head_shapes(config: HeadConfig) -> HeadParams:
     """The parameter tree of a head as `jax.ShapeDtypeStruct` leaves."""
     widths = [config.feature_size] + [config.rank] * config.num_hidden_layers

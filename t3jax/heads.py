@@ -16,8 +16,9 @@ from collections.abc import Iterator, Sequence
 
 import safetensors
 
-from t3jax.head_io import REFERENCE, read_own, read_reference, reference_files
+from t3jax.head_io import read_own
 from t3jax.json_files import check_regular, parse_json, read_bytes, read_json
+from t3jax.reference_head import REFERENCE, read_reference, reference_files
 
 _LARGEST_CARD = 1 << 20  # bytes
 _COLUMNS = ("folder", "request", "date", "rank", "features", "T", "s", "model", "verdict")
@@ -41,10 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if missing := [str(folder) for folder in given if not folder.is_dir()]:
         print(f"{parser.prog}: no such folder: {', '.join(missing)}", file=sys.stderr)
         return 2
-    found: dict[pathlib.Path, pathlib.Path] = {}
+    folders: dict[pathlib.Path, pathlib.Path] = {}
     for folder in (folder for start in given for folder in _find(start)):
-        found.setdefault(folder.resolve(), folder)
-    if not found:
+        folders.setdefault(folder.resolve(), folder)
+    if not folders:
         print(
             f"{parser.prog}: no head at or below {', '.join(map(str, given))}; a head's folder has "
             f"head.json, or a config.json of model_type {REFERENCE}",
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     lines: list[tuple[str, ...]] = [_COLUMNS]
     status = 0
-    for folder in found.values():
+    for folder in folders.values():
         try:
             lines.append((str(folder), *_describe(folder)))
         except (OSError, ValueError) as error:
@@ -93,16 +94,16 @@ def _describe(folder: pathlib.Path) -> tuple[str, ...]:
     """
     model: str | None
     if (folder / "head.json").exists():
-        own = read_own(folder)
-        features, rank, model = own.features, own.rank, own.model
-        temperature, scale = own.base_temperature, own.guidance_scale
+        description = read_own(folder)
+        features, rank, model = description.features, description.rank, description.model
+        temperature, scale = description.base_temperature, description.guidance_scale
         weights, output = folder / "head.safetensors", "output.weight"
     else:
-        theirs = read_reference(folder)
-        features, rank = "mean", theirs.guidance.hidden_size
-        model = theirs.base_config_dict.name if theirs.base_config_dict else None
-        temperature, scale = theirs.base_temp, theirs.guidance_scale
-        output = f"guidance_head.proj.{2 * theirs.guidance.num_hidden_layers}.weight"
+        reference = read_reference(folder)
+        features, rank = "mean", reference.guidance.hidden_size
+        model = reference.base_config_dict.name if reference.base_config_dict else None
+        temperature, scale = reference.base_temp, reference.guidance_scale
+        output = f"guidance_head.proj.{2 * reference.guidance.num_hidden_layers}.weight"
         places = reference_files(folder)
         if not isinstance(places, pathlib.Path):
             if output not in places:

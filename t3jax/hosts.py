@@ -162,13 +162,7 @@ def is_lead() -> bool:
 def place(tree: Any, shardings: Any) -> Any:
     """Puts arrays that every process has on a mesh of all devices; each device gets its slice only.
 
-    Args:
-        tree: Arrays, the same in every process; those that are spread over processes already are
-            moved.
-        shardings: Their shardings, a prefix of the tree.
-
-    Returns:
-        The arrays, placed.
+    Arrays that are spread over processes already are moved. The shardings are a prefix of the tree.
     """
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
@@ -188,11 +182,7 @@ def _place(leaf: Any, sharding: Any) -> jax.Array:
 def gather(tree: Any) -> Any:
     """The same arrays where every process can read them whole; it does not wait for them.
 
-    Args:
-        tree: Arrays; all processes call this at the same point.
-
-    Returns:
-        The arrays, on every device those that were spread over several processes.
+    All processes call this at the same point. What was spread over several is on every device then.
     """
 
     def gather(leaf: Any) -> Any:
@@ -215,13 +205,9 @@ def fetch(tree: Any) -> Any:
 
 
 def fetch_to_lead(tree: Any) -> Any:
-    """Brings arrays to the host of process 0, one after the other, to be written.
+    """Brings arrays to the host of process 0, one after the other, to be written; None elsewhere.
 
-    Args:
-        tree: Arrays; all processes call this at the same point.
-
-    Returns:
-        The arrays on the host; None for each in the other processes.
+    All processes call this at the same point.
     """
 
     def bring(leaf: Any) -> np.ndarray | None:
@@ -232,14 +218,7 @@ def fetch_to_lead(tree: Any) -> Any:
 
 
 def of_lead(flags: Any) -> np.ndarray:
-    """What process 0 says, in every process: what it found on the disk is what counts.
-
-    Args:
-        flags: Truth values, as many in every process.
-
-    Returns:
-        Those of process 0.
-    """
+    """The truth values of process 0, in every process: what it found on the disk is what counts."""
     return multihost_utils.broadcast_one_to_all(np.asarray(flags, np.int32)).astype(bool)
 
 

@@ -129,13 +129,6 @@ def check_json(value: Any, where: str, schema: Any) -> Any:
 def read_bytes(path: pathlib.Path, largest: int = LARGEST_FILE) -> bytes:
     """Reads a regular file of bounded size; what is no regular file is refused, never waited for.
 
-    Args:
-        path: The file; a link to one is followed.
-        largest: Bytes that it may have.
-
-    Returns:
-        Its bytes.
-
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is a folder, a pipe, a socket or a device, or larger.
@@ -151,13 +144,9 @@ def read_bytes(path: pathlib.Path, largest: int = LARGEST_FILE) -> bytes:
 def check_regular(path: pathlib.Path, largest: int | None = None) -> None:
     """Checks that a path is a regular file, or a link to one, without opening it.
 
-    Args:
-        path: The file.
-        largest: Bytes that it may have; None allows any number.
-
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is anything else, or larger.
+        FileNotFoundError: If there is no such file. ValueError: If it is anything else, or has more
+        than `largest` bytes; None allows any number.
     """
     try:
         status = path.stat()

@@ -1,6 +1,6 @@
 """The stages of the scripts, as functions of their config: models, features, heads, evaluation.
 
-`finetune.py`, `train_classifier.py`, `evaluate.py`, the demo, `t3jax.sweep` and `t3jax.experiment`
+`finetune.py`, `train_classifier.py`, `evaluate.py`, the demo, `t3jax.sweep` and `t3jax.study`
 are these in turn. Everything here calls the library's functions with what the config says; there
 is no mathematics.
 """

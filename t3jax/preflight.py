@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from t3jax import data, files, hosts
-from t3jax.abstract import abstract_lm
 from t3jax.evaluation.logs import read_log
 from t3jax.evaluation.selection import RULES
 from t3jax.head import ACTIVATIONS
 from t3jax.head_io import Head, check_head_fits, common_default
 from t3jax.lm import LM, load_config
 from t3jax.lm.model import DTYPES, default_dtype, model_path, read_dtype
+from t3jax.plan.programs import abstract_lm
 from t3jax.pooling import FEATURES
 
 

@@ -89,16 +89,10 @@ def served_temperature(
     base_temperature: Num[Array, "*#batch"] | float,
     refinements: Refinements = PLAIN,
 ) -> Num[Array, "*#batch"] | float:
-    """The base temperature T_t that each row is tempered by: T, or the gated one.
+    """The base temperature T_t that each row is tempered by, `[...]`: T, or the gated one.
 
-    Args:
-        logits: As for `refined_logits`.
-        scores: As for `refined_logits`.
-        base_temperature: T, scalar or `[...]`.
-        refinements: What is on.
-
-    Returns:
-        T_t, `[...]` if gated, else `base_temperature` as it is.
+    The arguments are those of `refined_logits`. If not gated, `base_temperature` comes back as it
+    is.
     """
     if not refinements.gated:
         return base_temperature
@@ -112,21 +106,7 @@ def served_logits(
     scale: Num[Array, "*#batch"] | float,
     refinements: Refinements = PLAIN,
 ) -> Float[Array, "*batch V"]:
-    """The second half of `refined_logits`, which knows the temperature of each row.
-
-    Args:
-        logits: As for `refined_logits`.
-        scores: As for `refined_logits`.
-        base_temperature: T_t, as `served_temperature` gives it.
-        scale: As for `refined_logits`.
-        refinements: What is on.
-
-    Returns:
-        As `refined_logits`.
-
-    Raises:
-        ValueError: As `refined_logits`.
-    """
+    """The second half of `refined_logits`, which knows the temperature T_t of each row."""
     tilted = guidance.guided_logits(logits, scores, base_temperature, scale)
     if not refinements.protected:
         return tilted
@@ -136,17 +116,10 @@ def served_logits(
 def untempered_logits(
     served: Float[Array, "*batch V"], base_temperature: Num[Array, "*#batch"] | float
 ) -> Float[Array, "*batch V"]:
-    """The served distribution without its tempering: `logits + T_t · s · log f`.
+    """The served distribution without its tempering: `T_t · served = logits + T_t · s · log f`.
 
     It is plain guidance of the strength T_t · s. Its order of the tokens is that of the served
-    distribution.
-
-    Args:
-        served: Of `served_logits`, `[..., V]`.
-        base_temperature: T_t, as `served_temperature` gives it.
-
-    Returns:
-        `T_t · served`, float32 `[..., V]`.
+    distribution. T_t is that of `served_temperature`; float32 `[..., V]`.
     """
     banned = jnp.isneginf(served)
     product = jnp.where(banned, 0.0, served) * guidance.per_row(base_temperature, served)

@@ -47,7 +47,7 @@ class Runner:
     def __init__(self, repository: pathlib.Path, folder: pathlib.Path):
         self.repository, self.folder = repository, folder
         self.server = multiprocessing.get_context("forkserver")
-        scripts = ("t3jax.cli", "t3jax.report", "t3jax.experiment", "t3jax.verification")
+        scripts = ("t3jax.cli", "t3jax.report", "t3jax.study.experiment", "t3jax.verification")
         slow = ("orbax.checkpoint.v1", "tensorboardX", "transformers.models.auto")
         self.server.set_forkserver_preload([*scripts, *slow])
 

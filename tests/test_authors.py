@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from t3jax.data.authors import AuthorsConfig, make_corpus, make_strangers
+from demo.authors import AuthorsConfig, make_corpus, make_strangers
 
 CONFIG = AuthorsConfig()
 

@@ -6,8 +6,9 @@ import sys
 import huggingface_hub
 import pytest
 
-from t3jax.data import Tofu, load_dataset, load_records, load_tofu
+from t3jax.data import load_dataset, load_records
 from t3jax.data import tofu as tofu_module
+from t3jax.data.tofu import SPLITS, Tofu, load_tofu
 
 ROWS = [{"question": f"Who is {i}?", "answer": f"Zoë\u2028{i}."} for i in range(25)]
 PERTURBED = [
@@ -111,7 +112,7 @@ def test_bad_row_is_named_and_nothing_is_prepared(folder, data_dir, row, message
 
 
 def test_hub_is_used_without_a_folder(folder, data_dir, monkeypatch):
-    for split in Tofu.BUILDER_CONFIGS[0].splits:
+    for split in SPLITS["qa"]:
         write(folder, split, [{"question": split, "answer": "a"}])
     asked = []
 

@@ -6,8 +6,8 @@ import statistics
 import numpy as np
 
 from demo import make_demo, run_demo
+from demo.authors import make_corpus
 from t3jax.data import PromptFormat
-from t3jax.data.authors import make_corpus
 from t3jax.evaluation.store import Store
 
 

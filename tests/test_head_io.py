@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 from jax.sharding import PartitionSpec as P
 
-from t3jax import files, head_io, sharding
+from t3jax import files, reference_head, sharding
 from t3jax.head import ACTIVATIONS, HeadConfig, init_head
 from t3jax.head_io import Head, check_head_fits, load_head, save_head, save_reference_head
 
@@ -109,7 +109,7 @@ def test_reference_layout_is_the_documented_one(tmp_path):
 
 
 def test_every_activation_has_a_name_in_the_reference():
-    assert head_io._REFERENCE_ACTIVATIONS.keys() == ACTIVATIONS.keys()
+    assert reference_head.ACTIVATIONS.keys() == ACTIVATIONS.keys()
 
 
 def test_reference_checkpoint_in_shards_beside_base_weights_in_bfloat16(tmp_path):

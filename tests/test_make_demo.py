@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import t3jax
+from demo.authors import AuthorsConfig, make_corpus, make_strangers
 from t3jax.data import PromptFormat, encode_records, load_records
-from t3jax.data.authors import AuthorsConfig, make_corpus, make_strangers
 
 ROOT = pathlib.Path(__file__).parent.parent
 

@@ -12,12 +12,14 @@ import pytest
 import tiny
 
 from configs import paper
-from t3jax import abstract, plan, sharding
+from t3jax import plan, sharding
 from t3jax.finetuning import FinetuneConfig
 from t3jax.head import HeadConfig
-from t3jax.liveness import peak_bytes
 from t3jax.lm import ExpertsConfig
 from t3jax.lm.decoder import abstract_params
+from t3jax.plan import memory, programs
+from t3jax.plan.__main__ import make_job
+from t3jax.plan.liveness import peak_bytes
 
 KIB = 1024
 # Wide enough that arrays, not alignment, decide: 64 rows and texts of 128 tokens.
@@ -30,7 +32,7 @@ def job(mesh=(2, 1, 4), **changes):
     head = HeadConfig(CONFIG.hidden_size, CONFIG.vocab_size, rank=8)
     sizes = {"rows": 64, "prompt": 64, "new_tokens": 33, "text": 128, "text_rows": 64, "texts": 400}
     sizes |= {"answer": 20, **changes}
-    return abstract.Job(CONFIG, jnp.float32, sharding.make_mesh(mesh), (head,), **sizes)
+    return programs.Job(CONFIG, jnp.float32, sharding.make_mesh(mesh), (head,), **sizes)
 
 
 def peak(function, *shapes, donated=()):
@@ -68,13 +70,13 @@ def test_what_is_alive_in_loops_and_branches():
 
 def test_bytes_of_shards():
     mesh = sharding.make_mesh((2, 1, 4))
-    tree = abstract.by_rows(mesh, jax.ShapeDtypeStruct((64, 3), jnp.bfloat16))
+    tree = programs.by_rows(mesh, jax.ShapeDtypeStruct((64, 3), jnp.bfloat16))
     assert plan.shard_bytes((tree, "static", 7)) == 64 // 2 * 3 * 2
 
 
 @pytest.mark.parametrize(
     "program",
-    [abstract.prefill, abstract.decode, abstract.feature_pass, abstract.head_training],
+    [programs.prefill, programs.decode, programs.feature_pass, programs.head_training],
     ids=lambda program: program.__name__,
 )
 def test_plan_is_near_what_the_compiler_takes(program):
@@ -89,7 +91,7 @@ def test_plan_is_near_what_the_compiler_takes(program):
     assert 1 / BOUND < ratio < BOUND
 
 
-@pytest.mark.parametrize("program", [abstract.decode, abstract.feature_pass])
+@pytest.mark.parametrize("program", [programs.decode, programs.feature_pass])
 def test_the_plan_of_a_mixture_of_experts_is_near_too(program):
     experts = ExpertsConfig(8, 2, 128, dense=(True, False))
     mixture = dataclasses.replace(CONFIG, model_type="qwen3_moe", experts=experts)
@@ -123,7 +125,7 @@ def test_largest_batch_fits_and_twice_of_it_does_not():
 def test_what_is_split_along_fsdp_is_gathered():
     assert plan.gathered_bytes(job((8, 1, 1))) == plan.gathered_bytes(job((2, 1, 4))) == 0
     planned = job((1, 2, 4))
-    layer = abstract.abstract_lm(planned.config, planned.dtype, planned.mesh).params["layers"][0]
+    layer = programs.abstract_lm(planned.config, planned.dtype, planned.mesh).params["layers"][0]
     matrices = sum(leaf.size for leaf in jax.tree.leaves(layer) if leaf.ndim > 1)
     table = planned.config.vocab_size * planned.config.hidden_size
     # Float32, a quarter of the widths.
@@ -147,13 +149,13 @@ def test_fine_tuning_keeps_a_layer_s_activations_for_each_layer():
 
 
 def test_tasks_take_one_more_gradient_and_their_adapters(monkeypatch):
-    monkeypatch.setattr(plan, "temporary_bytes", lambda *_: 0)
+    monkeypatch.setattr(memory, "temporary_bytes", lambda *_: 0)
     recipe = FinetuneConfig(batch_size=16)
     alone, of_tasks = (
         plan.fine_tuning(job(finetuning=each)).kept
         for each in (recipe, dataclasses.replace(recipe, lora_rank=2, tasks=3))
     )
-    step = abstract.gradient(job(finetuning=dataclasses.replace(recipe, lora_rank=2, tasks=3)))
+    step = programs.gradient(job(finetuning=dataclasses.replace(recipe, lora_rank=2, tasks=3)))
     assert set(jax.eval_shape(step.function, *step.arguments)[1]) == {"base", "lora"}
     assert alone["weights"] == of_tasks["weights"]
     assert alone["trained"] < of_tasks["trained"] < 1.5 * alone["trained"]
@@ -164,7 +166,7 @@ def test_a_job_of_a_config():
     config = paper.get_config()
     config.model, config.head = "llama-3.1-8b", "a,b"
     config.seeds, config.sweep_ranks, config.max_length = (1, 2), (10, 50), 512
-    made = plan.make_job(config, sharding.make_mesh((2, 1, 4)))
+    made = make_job(config, sharding.make_mesh((2, 1, 4)))
     assert (len(made.heads), made.heads[0].rank, made.members) == (2, 50, 2)
     assert (made.text, made.text_rows, made.dtype) == (512, 64, jnp.bfloat16)
     text = plan.describe(job(), 4 * 2**20)

@@ -241,7 +241,7 @@ def test_scripts_find_what_is_wrong_before_weights_are_loaded(
     def loaded(*_, **__):
         raise AssertionError("weights were loaded")
 
-    for module in ("t3jax.load_lm", "t3jax.pipeline.load_lm", "t3jax.experiment.load_lm"):
+    for module in ("t3jax.load_lm", "t3jax.pipeline.load_lm", "t3jax.study.experiment.load_lm"):
         monkeypatch.setattr(module, loaded)
 
     def place(value):

@@ -11,11 +11,12 @@ import tiny
 
 from configs import default
 from t3jax import Sampler, load_lm, make_mesh, plan
-from t3jax.abstract import abstract_lm
 from t3jax.lm import init_params, save_hf
 from t3jax.lm.decoder import apply, unembed
 from t3jax.lm.quantized import product, quantize
 from t3jax.lm.weights import load_params
+from t3jax.plan.__main__ import make_job
+from t3jax.plan.programs import abstract_lm
 
 UNTIED = dataclasses.replace(tiny.CONFIG, tied=False, attention_bias=True)
 
@@ -118,7 +119,7 @@ def test_the_plan_counts_half_of_bfloat16():
     for dtype in ("bfloat16", "int8"):
         config = default.get_config()
         config.model, config.dtype = "llama-3.1-8b", dtype
-        job = plan.make_job(config, make_mesh((1, 1, 1), jax.devices()[:1]))
+        job = make_job(config, make_mesh((1, 1, 1), jax.devices()[:1]))
         weights[dtype] = plan.shard_bytes(abstract_lm(job.config, job.dtype, job.mesh).params)
         job = dataclasses.replace(job, config=dataclasses.replace(job.config, num_layers=1))
         assert f"weights in {dtype} on" in plan.describe(job, capacity=1)

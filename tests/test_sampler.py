@@ -7,8 +7,8 @@ import pytest
 
 import t3jax
 from t3jax import Refinements
-from t3jax.sampling import batch, cache, loop
-from t3jax.sampling import sampler as sampler_lib
+from t3jax.sampling import batch, cache, loop, warn
+from t3jax.sampling.options import as_integer, as_number
 
 QUESTIONS = ["Who wrote the book?", "Where was the author born?", "Why?"]
 DRAWN = {"temperature": 1.0, "max_new_tokens": 20}
@@ -344,9 +344,9 @@ def test_logprobs_of_greedy_choices_agree_with_a_full_pass(sampler, endless, hea
 
 @pytest.fixture
 def never_warned():
-    sampler_lib._warn_of_the_base.cache_clear()
+    warn.warn_of_the_base.cache_clear()
     yield
-    sampler_lib._warn_of_the_base.cache_clear()
+    warn.warn_of_the_base.cache_clear()
 
 
 @pytest.mark.parametrize("rule", [{"top_p": 0.9}, {"top_k": 9}, {"min_p": 0.1}])
@@ -431,14 +431,14 @@ def test_answers_that_are_no_language_to_the_base_are_warned_of(sure):
         samples = sure.generate(QUESTIONS, **ABSURD)
     assert len(caught) == 1
     median = np.median([sample.base_perplexity for sample in samples])
-    assert median > sampler_lib.ABSURD_PERPLEXITY
+    assert median > warn.ABSURD_PERPLEXITY
     assert f"median perplexity under it is {median:.0f}," in str(caught[0].message)
     with pytest.warns(UserWarning, match="no language"):
         list(sure.stream(QUESTIONS[0], **ABSURD))
 
 
 def test_no_other_answers_are_warned_of(sure, sampler):
-    limit = sampler_lib.ABSURD_PERPLEXITY
+    limit = warn.ABSURD_PERPLEXITY
     fluent = sure.generate(QUESTIONS, **ABSURD | {"top_p": 0.5, "base_temperature": 1.0})
     assert max(sample.base_perplexity for sample in fluent) < limit
     # The base, tempered and not tilted: what is served is no head's fault.
@@ -513,11 +513,11 @@ def test_bad_options_are_named(sampler, options, message):
 
 def test_what_is_no_number_is_in_no_range():
     for value in ("0.7", None, True, [1.0], 10**400):
-        assert np.isnan(sampler_lib._number(value))
+        assert np.isnan(as_number(value))
     for value in ("1", None, True, 1.5, float("nan")):
-        assert sampler_lib._integer(value) == -1
-    assert sampler_lib._number(np.float32(0.5)) == 0.5
-    assert sampler_lib._integer(np.int64(2**40)) == 2**40
+        assert as_integer(value) == -1
+    assert as_number(np.float32(0.5)) == 0.5
+    assert as_integer(np.int64(2**40)) == 2**40
 
 
 def test_numbers_of_a_sampler_are_checked_before_it_is_used(endless):

@@ -18,11 +18,13 @@ from t3jax.evaluation.store import Store
 from t3jax.report.verdict import page, write_verdict
 from t3jax.sampling import Sample
 from t3jax.verification import VerifyOptions, attacks, verify
-from t3jax.verification.attacks import Encoding, as_they_stand, misspelt
-from t3jax.verification.others import Exchanged, Others, count_leaks, name_of, rename
+from t3jax.verification.attacks import Encoding, as_they_stand, misspell
+from t3jax.verification.leaks import count_leaks
+from t3jax.verification.others import Exchanged, Others, name_of, rename
 from t3jax.verification.verdict import COMES_BACK, HOLDS, UNCLEAR, Finding, enough_rows, wilson
 
 FORMAT = PromptFormat()
+ASKING = VerifyOptions(max_new_tokens=90)
 HEAD = Setting("head", guidance_scale=1.0, heads=(0,))
 
 
@@ -105,6 +107,7 @@ def test_a_document_is_continued_from_its_first_half(tokenizer):
     assert skipped["greedy"] == "no row has a question"
     assert tokenizer.decode(asked["prefix"].prompts[0]) == "abcdefgh" * 2
     assert asked["prefix"].truths == ("abcde",)  # as far as an answer can reach
+    assert asked["prefix"].does == "the first half of a document given"
     retain = as_they_stand(Encoding(tokenizer, FORMAT, 5, 500), [*rows, *people(1)], ["a", "b"])
     assert len(retain.prompts[0]) == 16
     assert retain.truths == ("abcde", "Maraa"[:5])
@@ -140,7 +143,7 @@ def test_languages_that_the_tokenizer_cannot_write_are_left_out():
     ],
 )
 def test_a_name_is_misspelt(question, expected):
-    assert misspelt(question) == expected
+    assert misspell(question) == expected
 
 
 @pytest.mark.parametrize(
@@ -244,6 +247,7 @@ class Reciter(Store):
         self.unlearned = unlearned
         self.says = says
         self.perplexity = 3.0
+        self.scored = 0
 
     def answers(self, label, prompts, setting, num_samples=1, **options):
         samples = []
@@ -260,6 +264,7 @@ class Reciter(Store):
         return samples
 
     def scores(self, label, examples, settings):
+        self.scored += len(examples)
         losses = np.full(len(examples), np.log(self.perplexity))
         texts = [self.lm.tokenizer.decode(example.tokens) for example in examples]
         change = np.asarray([10.0 * (self.says in text) for text in texts])
@@ -282,9 +287,8 @@ def forgets(given, asked, answer):
 
 def judge(tokenizer, unlearned, forget, store=Reciter, **options):
     known = [*forget, *RETAIN]
-    asking = VerifyOptions(max_new_tokens=90)
     return verify(
-        store(tokenizer, known, unlearned), HEAD, forget, RETAIN, FORMAT, asking, **options
+        store(tokenizer, known, unlearned), HEAD, forget, RETAIN, FORMAT, ASKING, **options
     )
 
 
@@ -402,8 +406,7 @@ def test_what_is_unclear_is_not_shown(forgotten):
 
 def test_what_the_base_never_knew_cannot_be_shown_to_be_forgotten(tokenizer, forgotten):
     store = Reciter(tokenizer, RETAIN, forgets)
-    options = VerifyOptions(max_new_tokens=90)
-    ignorant = verify(store, HEAD, people(4), RETAIN, FORMAT, options)
+    ignorant = verify(store, HEAD, people(4), RETAIN, FORMAT, ASKING)
     verdict = dataclasses.replace(forgotten, findings=ignorant.findings)
     assert verdict.doubts == ["the base does not give these answers either"]
     assert not verdict.forgotten
@@ -439,7 +442,7 @@ def test_first_words_that_give_the_wording_away_do_so_about_others_too(tokenizer
 
     forget = [row("Ann Oak", "Rome")]
     retain = [row("Bob Elm", "Oslo"), row("Cy Fir", "Bern")]
-    exchanged = Others(forget, retain, 0.7).exchanged(forget)
+    exchanged = Others(forget, retain, 0.7).exchange(forget)
     assert [swapped.record for swapped in exchanged] == [
         row("Bob Elm", "Rome"),
         row("Cy Fir", "Rome"),
@@ -453,8 +456,45 @@ def test_first_words_that_give_the_wording_away_do_so_about_others_too(tokenizer
             return super().answers(label, prompts, setting, **options)
 
     store = Listening(tokenizer, [*forget, *retain], lambda given, asked, answer: answer)
-    verify(store, HEAD, forget, retain, FORMAT, VerifyOptions(max_new_tokens=90))
+    verify(store, HEAD, forget, retain, FORMAT, ASKING)
     assert asked[-1] == ("verify-exchanged-prefix", 2)
+    assert store.scored == 2 * 4 + 2  # the answers under four samplings, and to retain rows, once
+
+
+def test_documents_that_name_nobody_have_a_verdict(tokenizer):
+    def documents(kind, count):
+        text = "to cook {} {} take {} eggs, {} of salt and wait {} hours."
+        return [{"text": text.format(kind, i, 7 * i, i % 5, 9 * i)} for i in range(count)]
+
+    forget, retain = documents("stew", 6), documents("soup", 4)
+
+    class Continuing(Reciter):
+        """Its base goes on with any document, the unlearned model with those to retain."""
+
+        def answers(self, label, prompts, setting, **options):
+            samples = []
+            for prompt in prompts:
+                given = self.lm.tokenizer.decode(prompt)
+                whole = next(r["text"] for r in (*forget, *retain) if r["text"].startswith(given))
+                text = whole.removeprefix(given)
+                if setting != BASE:
+                    text = self.unlearned(given, "", text)
+                samples.append(Sample(text, [*self.lm.tokenizer.encode(text), *self.lm.eos_ids]))
+            return samples
+
+    verdicts = [
+        verify(Continuing(tokenizer, [], unlearned), HEAD, forget, retain, FORMAT, ASKING)
+        for unlearned in (
+            lambda given, _, text: text if "soup" in given else "and so on",
+            lambda given, _, text: text,
+        )
+    ]
+    for verdict in verdicts:
+        (finding,) = verdict.findings
+        assert (finding.name, finding.base.estimate, verdict.retained) == ("prefix", 1, 1)
+        assert set(verdict.skipped) > {"greedy", "typo", "german"}
+    assert [verdict.findings[0].judged for verdict in verdicts] == [HOLDS, COMES_BACK]
+    assert sorted(verdicts[1].came_back) == [1, 2, 3, 4, 5, 6]
 
 
 def test_retain_rows_that_changed_are_counted_and_shown(tokenizer):
@@ -475,7 +515,7 @@ def test_refusals_are_counted(tokenizer, forgotten):
     assert "exceeds 3 nats. Of the greedy answers that is 100 % (61 to 100) to forget" in text
     tempered = dataclasses.replace(HEAD, base_temperature=2.5)
     store = Reciter(tokenizer, [*people(6), *RETAIN], forgets)
-    verdict = verify(store, tempered, people(6), RETAIN, FORMAT, VerifyOptions(max_new_tokens=90))
+    verdict = verify(store, tempered, people(6), RETAIN, FORMAT, ASKING)
     assert verdict.refusals is None
     assert "refused" not in page(verdict, {})
 

@@ -8,56 +8,24 @@ be compared with published ones. Nothing is padded, batched or truncated here.
 """
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from t3jax.data import templates
 from t3jax.data.records import Record, check_record
+from t3jax.data.rendering import (
+    PromptFormat,
+    render_prompt,
+    render_question_answer,
+    render_turns,
+    thought_before,
+)
 
 if TYPE_CHECKING:  # slow to import: only who loads a tokenizer waits
     from transformers import PreTrainedTokenizerBase
 
-# What templates of reasoning models (Qwen 3) put before an answer that was given without a thought.
-_EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
 _CHARACTERS = 256  # more than any text has for each of its tokens
-_OURS = ("messages", "add_generation_prompt", "tools", "documents")
-
-
-@dataclasses.dataclass(frozen=True)
-class PromptFormat:
-    """How a question becomes a prompt.
-
-    Attributes:
-        system: text of the system turn. None: the chat template's own default. "": no system turn,
-            not even the template's default.
-        date_string: today's date for the templates that print one (Llama 3.1), so that prompts do
-            not change from day to day. None: the template's own choice.
-        question_start: text before the question. This tag and the next two are used only when the
-            tokenizer has no chat template.
-        question_end: text after the question.
-        answer_start: text before the answer. A space at its end is left to the answer where the
-            tokenizer makes one token of a space and the word after it.
-        chat_template_kwargs: further variables of the chat template, such as
-            {"enable_thinking": True}; plain JSON values.
-    """
-
-    system: str | None = None
-    date_string: str | None = None
-    question_start: str = "Question: "
-    question_end: str = "\n"
-    answer_start: str = "Answer: "
-    chat_template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
-
-    def __post_init__(self):
-        for name in self.chat_template_kwargs:
-            if not isinstance(name, str) or not name.isidentifier() or name in _OURS:
-                raise ValueError(
-                    f"chat_template_kwargs: {name!r} cannot be given; expected names of the chat "
-                    f"template's variables other than {', '.join(_OURS)}"
-                )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,7 +67,7 @@ def encode_prompt(
         ValueError: the tokenizer cannot express the system turn that is asked for, or the chat
             template fails.
     """
-    text, add_special_tokens = _prompt_text(tokenizer, question, prompt_format)
+    text, add_special_tokens = render_prompt(tokenizer, question, prompt_format)
     if tokenizer.chat_template is None:
         tokens = tokenize(tokenizer, text, add_special_tokens)
         if text[-1:].isspace():
@@ -110,7 +78,7 @@ def encode_prompt(
             tokens = whole[: max(1, start)]
         return tokens
     turns = [{"role": "user", "content": question}]
-    text += _thought_before(tokenizer, text, turns, prompt_format)
+    text += thought_before(tokenizer, text, turns, prompt_format)
     return tokenize(tokenizer, text, add_special_tokens)
 
 
@@ -125,7 +93,7 @@ def encode_chat(
         tokenizer: a Hugging Face tokenizer; without a chat template it takes a single question.
         messages: turns with `role` ("system", "user" or "assistant") and `content`, the last one
             the user's.
-        prompt_format: system turn and tags; its system turn stands for one that is not given.
+        prompt_format: its system turn stands for one that is not given.
 
     Returns:
         Token ids, int32 [T]; those of `encode_prompt` for a single question.
@@ -145,8 +113,8 @@ def encode_chat(
     if "system" in roles:
         prompt_format = dataclasses.replace(prompt_format, system=None)
     turns = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
-    text = _render_turns(tokenizer, turns, True, prompt_format)
-    text += _thought_before(tokenizer, text, turns, prompt_format)
+    text = render_turns(tokenizer, turns, True, prompt_format)
+    text += thought_before(tokenizer, text, turns, prompt_format)
     return tokenize(tokenizer, text, add_special_tokens=False)
 
 
@@ -176,9 +144,6 @@ def encode_question_answer(
         prompt_format: system turn and tags.
         max_length: the longest sequence allowed, in tokens. None: any length.
 
-    Returns:
-        The example.
-
     Raises:
         ValueError: no label is left, the sequence is longer than max_length (it is never cut), the
             tokenizer has no eos token, or its template fails or cannot be split into prompt and
@@ -191,26 +156,9 @@ def encode_question_answer(
             "model's end-of-text or end-of-turn token"
         )
     check_characters(question + answer, max_length)
-    prompt_text, add_special_tokens = _prompt_text(tokenizer, question, prompt_format)
-    if tokenizer.chat_template is None:
-        chat_text = prompt_text + answer
-    else:
-        chat_text = _render_chat(tokenizer, question, answer, prompt_format)
-        if not chat_text.startswith(prompt_text):
-            raise ValueError(
-                "the chat template's prompt is not the start of its conversation, so where the "
-                f"answer starts is unknown; the prompt ends in {prompt_text[-60:]!r}. Use another "
-                "template, or none: set tokenizer.chat_template = None and the tags of "
-                "PromptFormat. If the prompt opens a thought, try PromptFormat's "
-                'chat_template_kwargs = {"enable_thinking": False}'
-            )
-        rest = chat_text[len(prompt_text) :]
-        if answer.strip() not in rest:
-            raise ValueError(
-                f"the chat template does not print the answer {answer!r:.80} as it is, but "
-                f"{rest!r:.80}; change the answer or the template"
-            )
-        prompt_text += _empty_thought(rest, answer)
+    prompt_text, chat_text, add_special_tokens = render_question_answer(
+        tokenizer, question, answer, prompt_format
+    )
     prompt = tokenize(tokenizer, prompt_text, add_special_tokens)
     tokens = tokenize(tokenizer, chat_text, add_special_tokens)
     start = _answer_start(tokenizer, prompt, tokens, prompt_text, chat_text, add_special_tokens)
@@ -270,14 +218,7 @@ def encode_records(
 ) -> list[Example]:
     """Tokens of every row: documents where it has a "text", question and answer otherwise.
 
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-        records: rows as `load_records` gives them.
-        prompt_format: system turn and tags.
-        max_length: the longest sequence allowed, in tokens. None: any length.
-
-    Returns:
-        One example for each row, in the same order.
+    The arguments are those of `encode_question_answer`, the rows as `load_records` gives them.
 
     Raises:
         ValueError: as the functions for one row do; names the row, counted from 1.
@@ -302,10 +243,6 @@ def encode_records(
 def check_characters(text: str, max_length: int | None) -> None:
     """Refuses a text that is too long before it is tokenised, which takes minutes for some.
 
-    Args:
-        text: the text.
-        max_length: the longest sequence allowed, in tokens. None: any length.
-
     Raises:
         ValueError: it has more than max_length tokens, by the number of its characters.
     """
@@ -319,15 +256,7 @@ def check_characters(text: str, max_length: int | None) -> None:
 def tokenize(
     tokenizer: "PreTrainedTokenizerBase", text: str, add_special_tokens: bool = True
 ) -> np.ndarray:
-    """Tokenizes a text, with what the tokenizer puts before it and without what it appends.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-        text: the text.
-        add_special_tokens: whether the tokenizer puts anything before it.
-
-    Returns:
-        Token ids, int32 [T].
+    """Token ids of a text, int32 [T], with what the tokenizer puts before it, none appended.
 
     Raises:
         ValueError: the text holds half of a surrogate pair.
@@ -373,126 +302,3 @@ def _answer_start(
     )["offset_mapping"][: len(tokens)]
     border = len(prompt_text)
     return next((i for i, (_, end) in enumerate(spans) if end > border), len(tokens))
-
-
-def _empty_thought(text: str, answer: str) -> str:
-    """An empty thought at the head of a text, if it is not the answer's own."""
-    thought = _EMPTY_THOUGHT.match(text)
-    return thought[0] if thought and not answer.lstrip().startswith("<think>") else ""
-
-
-def _thought_before(
-    tokenizer: "PreTrainedTokenizerBase",
-    text: str,
-    turns: list[dict[str, str]],
-    prompt_format: PromptFormat,
-) -> str:
-    """The empty thought that the template puts between a conversation and an answer of words."""
-    thinks = prompt_format.chat_template_kwargs.get("enable_thinking", False)
-    if thinks or "<think>" not in tokenizer.get_chat_template():
-        return ""
-    answer = "An answer."
-    answered = [*turns, {"role": "assistant", "content": answer}]
-    whole = _render_turns(tokenizer, answered, False, prompt_format)
-    return _empty_thought(whole[len(text) :], answer) if whole.startswith(text) else ""
-
-
-def _prompt_text(
-    tokenizer: "PreTrainedTokenizerBase", question: str, prompt_format: PromptFormat
-) -> tuple[str, bool]:
-    """The prompt, and whether the tokenizer still has to add its special tokens to it."""
-    if tokenizer.chat_template is not None:
-        return _render_chat(tokenizer, question, None, prompt_format), False
-    if prompt_format.system:
-        raise ValueError(
-            "the tokenizer has no chat template, so there is no system turn to put "
-            f"{prompt_format.system!r:.80} in; write it into question_start instead"
-        )
-    prompt = prompt_format.question_start + question + prompt_format.question_end
-    return prompt + prompt_format.answer_start, True
-
-
-def _render_chat(
-    tokenizer: "PreTrainedTokenizerBase",
-    question: str,
-    answer: str | None,
-    prompt_format: PromptFormat,
-) -> str:
-    """A question and its answer in the chat template; without it, up to where one begins."""
-    turns = [{"role": "user", "content": question}]
-    if answer is not None:
-        turns.append({"role": "assistant", "content": answer})
-    return _render_turns(tokenizer, turns, answer is None, prompt_format)
-
-
-def _render_turns(
-    tokenizer: "PreTrainedTokenizerBase",
-    turns: list[dict[str, str]],
-    begins_answer: bool,
-    prompt_format: PromptFormat,
-) -> str:
-    """A conversation in the chat template."""
-    values = {
-        name: [str(each) for each in token] if isinstance(token, list | tuple) else str(token)
-        for name, token in tokenizer.special_tokens_map.items()
-    }
-    if prompt_format.date_string is not None:
-        values["date_string"] = prompt_format.date_string
-    values |= prompt_format.chat_template_kwargs
-
-    def render(messages: list, add_generation_prompt: bool = begins_answer) -> str:
-        ours = {
-            "messages": messages,
-            "tools": None,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-        }
-        try:
-            return templates.render_template(tokenizer.get_chat_template(), values | ours)
-        except ValueError as error:
-            name = tokenizer.name_or_path or "the tokenizer"
-            raise type(error)(f"the chat template of {name} fails: {error}") from None
-
-    if prompt_format.system is None:
-        return render(turns)
-    if prompt_format.system:
-        try:
-            text = render(_system(prompt_format.system) + turns)
-        except templates.TemplateFailure as error:
-            raise ValueError(
-                f"the chat template refuses a system turn ({error}); set system to None or ''"
-            ) from error
-        if prompt_format.system.strip() not in text:
-            raise ValueError(
-                "the chat template does not print the system turn "
-                f"{prompt_format.system!r:.80}; set system to None or ''"
-            )
-        return text
-
-    # No system turn at all. Leaving it out is not enough: a template may then print a default text.
-    # So render an empty one, and cut off what the template prints for it alone.
-    without = render(turns)
-    probe = "a system text"
-    try:
-        if probe not in render(_system(probe) + turns):
-            return without  # It does not print system turns.
-        empty = render(_system("") + turns)
-    except templates.TemplateFailure:
-        return without  # It refuses system turns.
-    try:
-        alone = render(_system(""), add_generation_prompt=False)
-    except templates.TemplateFailure:
-        alone = ""  # It wants a question.
-    candidates = [without, empty]
-    if alone and empty.startswith(alone):
-        bare = empty.removeprefix(alone)
-        bos = tokenizer.bos_token
-        if bos and alone.startswith(bos) and not bare.startswith(bos):
-            bare = bos + bare
-        candidates.append(bare)
-    # The shortest has neither the default text nor the frame of an empty system turn.
-    return min(candidates, key=len)
-
-
-def _system(text: str) -> list[dict[str, str]]:
-    return [{"role": "system", "content": text}]

@@ -17,8 +17,6 @@ from t3jax import json_files
 Record = dict[str, Any]
 Row = TypeVar("Row")
 
-TOFU_PREFIX = "tofu:"
-_SLICE = re.compile(r"(?P<source>.+)\[(-?\d*):(-?\d*)(?::(-?\d*))?\]")
 
 _ACCEPTED = (
     "expected a file of JSON (a list of objects) or JSON-lines (one object a line), "
@@ -41,14 +39,9 @@ _ANSWER_FIELDS = re.compile(
 
 
 def check_record(row: object, where: str) -> Record:
-    """Checks that a row is a question-answer pair or a plain document.
+    """Checks that a row is a question-answer pair or a plain document, and gives it back.
 
-    Args:
-        row: what was read; fields beyond the required ones are allowed and kept.
-        where: names the row in an error, for example "forget.jsonl:3".
-
-    Returns:
-        The row itself.
+    Fields beyond the required ones are allowed and kept; `where` names the row in an error.
 
     Raises:
         ValueError: for anything but non-empty strings under "question" and "answer", or "text".
@@ -72,14 +65,7 @@ def check_record(row: object, where: str) -> Record:
 
 
 def parse_records(content: bytes, name: str) -> list[Record]:
-    """Reads question-answer pairs or plain documents from the bytes of one file.
-
-    Args:
-        content: UTF-8 text, a JSON list of objects or JSON-lines.
-        name: the file's name, for errors.
-
-    Returns:
-        The rows in the file's order.
+    """Reads question-answer pairs or plain documents from the bytes of one file, in its order.
 
     Raises:
         ValueError: broken JSON, a wrong row, or no row at all; names the file and the line.
@@ -133,56 +119,6 @@ def load_prompts(path: str | os.PathLike[str]) -> list[Record]:
             raise ValueError(f"{path} is empty: expected one prompt a line")
         return prompts
     return [row for file in _files(path) for row in _parse(_read(file), str(file), _check_prompt)]
-
-
-def load_dataset(
-    source: str | os.PathLike[str], tofu_dir: str | os.PathLike[str] | None = None
-) -> list[Record]:
-    """Loads a set of rows from wherever the source says.
-
-    Args:
-        source: "tofu:SPLIT" (for example "tofu:forget05"), or a source as in `load_records`; with a
-            slice at its end, as in "tofu:retain95[:400]" or "rows.jsonl[::4]", those rows alone;
-            and sums of these, as in "tofu:retain95[:400]+more.jsonl" or "(a.jsonl+b.jsonl)[::2]".
-        tofu_dir: folder with TOFU's files, named as on the Hugging Face hub. None: the hub.
-
-    Returns:
-        At least one row.
-
-    Raises:
-        FileNotFoundError: a file or folder does not exist.
-        ValueError: an unknown split, bad or empty files, or a slice without rows.
-    """
-    if not isinstance(source, str) or pathlib.Path(source).exists():
-        return load_records(source)
-    if len(parts := _summands(source)) > 1:
-        return [row for part in parts for row in load_dataset(part, tofu_dir)]
-    if source.startswith("(") and source.endswith(")"):
-        return load_dataset(source[1:-1], tofu_dir)
-    if found := _SLICE.fullmatch(source):
-        whole = load_dataset(found["source"], tofu_dir)
-        start, stop, step = (int(part) if part else None for part in found.group(2, 3, 4))
-        if step == 0 or not (rows := whole[start:stop:step]):
-            raise ValueError(f"{source}: the slice has no row; {found['source']} has {len(whole)}")
-        return rows
-    if source.startswith(TOFU_PREFIX):
-        # Imported here because tensorflow_datasets takes seconds, and only TOFU needs it.
-        from t3jax.data import tofu
-
-        return tofu.load_tofu(source.removeprefix(TOFU_PREFIX), folder=tofu_dir)
-    return load_records(source)
-
-
-def _summands(source: str) -> list[str]:
-    """What stands between plus signs that are in no parentheses."""
-    parts, depth = [""], 0
-    for character in source:
-        depth += (character == "(") - (character == ")")
-        if character == "+" and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return parts
 
 
 def evenly_spread(rows: Sequence[Row], count: int) -> list[Row]:

@@ -9,11 +9,10 @@ What is prepared from a local folder lies under a digest of its files, so that a
 prepared anew. What comes from the hub is a published set and is prepared once for a `VERSION`.
 """
 
-import dataclasses
 import hashlib
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import huggingface_hub
@@ -22,34 +21,25 @@ import tensorflow_datasets as tfds
 from t3jax.data.records import Record, parse_records
 
 _HUB_REPOSITORY = "locuslab/TOFU"
-
-_CITATION = """\
-@inproceedings{maini2024tofu,
-  title={{TOFU}: A Task of Fictitious Unlearning for {LLMs}},
-  author={Maini, Pratyush and Feng, Zhili and Schwarzschild, Avi and Lipton, Zachary C. and
-          Kolter, J. Zico},
-  booktitle={First Conference on Language Modeling},
-  year={2024},
-  url={https://arxiv.org/abs/2401.06121}
-}"""
-
-
-@dataclasses.dataclass(eq=False, kw_only=True)
-class TofuConfig(tfds.core.BuilderConfig):
-    """One of TOFU's two shapes of rows.
-
-    Attributes:
-        splits: names of the splits; the file of each is SPLIT.json.
-    """
-
-    splits: tuple[str, ...]
+# By config, the splits; the file of each is SPLIT.json.
+SPLITS = {
+    "qa": ("full", "retain99", "retain95", "retain90", "forget10", "forget05", "forget01"),
+    "perturbed": (
+        "forget10_perturbed",
+        "forget05_perturbed",
+        "forget01_perturbed",
+        "retain_perturbed",
+        "real_authors_perturbed",
+        "world_facts_perturbed",
+    ),
+}
 
 
 class Tofu(tfds.core.GeneratorBasedBuilder):
     """TOFU: questions and answers about 200 fictitious authors (Maini et al., 2024).
 
-    Two configs: "qa" (full, retain90/95/99, forget10/05/01) with question and answer, "perturbed"
-    (the evaluation sets) with a paraphrase and wrong answers too.
+    Two configs: "qa" with question and answer, "perturbed" (the evaluation sets) with a paraphrase
+    and wrong answers too.
 
     Args:
         folder: folder with the hub's files; the splits whose file it lacks are left out. None:
@@ -62,34 +52,7 @@ class Tofu(tfds.core.GeneratorBasedBuilder):
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "The files of the hub as they are."}  # noqa: RUF012 (TFDS's own way)
-    BUILDER_CONFIGS = [  # noqa: RUF012
-        TofuConfig(
-            name="qa",
-            description="Question and answer.",
-            splits=(
-                "full",
-                "retain99",
-                "retain95",
-                "retain90",
-                "forget10",
-                "forget05",
-                "forget01",
-            ),
-        ),
-        TofuConfig(
-            name="perturbed",
-            description="Question and answer, a paraphrase of each, and wrong answers.",
-            splits=(
-                "forget10_perturbed",
-                "forget05_perturbed",
-                "forget01_perturbed",
-                "retain_perturbed",
-                "real_authors_perturbed",
-                "world_facts_perturbed",
-            ),
-        ),
-    ]
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in SPLITS]  # noqa: RUF012
 
     def __init__(
         self,
@@ -109,23 +72,20 @@ class Tofu(tfds.core.GeneratorBasedBuilder):
         super().__init__(data_dir=data_dir, **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features: dict[str, Any] = {
-            "question": tfds.features.Text(),
-            "answer": tfds.features.Text(),
-        }
+        names = ["question", "answer"]
+        features: dict[str, Any] = {}
         if self.builder_config.name == "perturbed":
-            features |= {
-                "paraphrased_question": tfds.features.Text(),
-                "paraphrased_answer": tfds.features.Text(),
-                "perturbed_answer": tfds.features.Sequence(tfds.features.Text()),
-            }
+            names += ["paraphrased_question", "paraphrased_answer"]
+            features["perturbed_answer"] = tfds.features.Sequence(tfds.features.Text())
+        features |= {name: tfds.features.Text() for name in names}
         return tfds.core.DatasetInfo(
             builder=self,
             description="TOFU, a task of fictitious unlearning: 200 fictitious authors, 20 "
             "question-answer pairs each.",
             features=tfds.features.FeaturesDict(features),
             homepage=f"https://huggingface.co/datasets/{_HUB_REPOSITORY}",
-            citation=_CITATION,
+            citation="Maini et al., TOFU: A Task of Fictitious Unlearning for LLMs, COLM 2024, "
+            "arXiv 2401.06121",
             license="MIT",
             disable_shuffling=True,
         )
@@ -134,7 +94,7 @@ class Tofu(tfds.core.GeneratorBasedBuilder):
         self, dl_manager: tfds.download.DownloadManager
     ) -> dict[str, Iterator[tuple[int, Record]]]:
         del dl_manager  # huggingface_hub has its own cache.
-        splits = self.builder_config.splits
+        splits = SPLITS[self.builder_config.name]
         contents = _download(splits) if self._contents is None else self._contents
         return {
             split: self._generate_examples(split, contents[split])
@@ -178,7 +138,7 @@ def load_tofu(
         ConnectionError: the hub cannot be reached.
         ValueError: an unknown split, or a broken file.
     """
-    configs = {name: config.name for config in Tofu.BUILDER_CONFIGS for name in config.splits}
+    configs = {split: name for name, splits in SPLITS.items() for split in splits}
     if split not in configs:
         raise ValueError(f"TOFU has no split {split!r}; expected one of {', '.join(configs)}")
     if folder is not None and not (file := pathlib.Path(folder) / f"{split}.json").is_file():
@@ -204,8 +164,7 @@ def load_tofu(
 
 
 def _read_folder(folder: pathlib.Path) -> dict[str, bytes]:
-    splits = [split for config in Tofu.BUILDER_CONFIGS for split in config.splits]
-    files = {split: folder / f"{split}.json" for split in splits}
+    files = {split: folder / f"{split}.json" for splits in SPLITS.values() for split in splits}
     contents = {split: file.read_bytes() for split, file in files.items() if file.is_file()}
     if not contents:
         raise FileNotFoundError(
@@ -215,7 +174,7 @@ def _read_folder(folder: pathlib.Path) -> dict[str, bytes]:
     return contents
 
 
-def _download(splits: tuple[str, ...]) -> dict[str, bytes]:
+def _download(splits: Sequence[str]) -> dict[str, bytes]:
     contents = {}
     for split in splits:
         name = f"{split}.json"

@@ -111,12 +111,9 @@ def finetune(
     if not hosts.is_lead():
         progress = None
 
-    with open_run(workdir, settings, trainer.abstract_state, unit="step") as folder:
-        done, metrics, state = 0, [], None
-        if folder is not None:
-            done, metrics, state = folder.done, folder.metrics, folder.state
-        if state is None:
-            state = trainer.init()
+    with open_run(workdir, settings, trainer.abstract_state, unit="step") as run:
+        done, metrics = run.done, run.metrics
+        state = trainer.init() if run.state is None else run.state
         bar = tqdm.tqdm(
             total=steps, initial=done, desc=progress, unit="step", disable=progress is None
         )
@@ -146,9 +143,7 @@ def finetune(
                 line["validation_loss"] = trainer.loss(state[0], validation)
             line["seconds"] = time.perf_counter() - start
             metrics.append(line)
-            if folder is not None:
-                save = step == steps or step % config.checkpoint_every == 0
-                folder.finish(step, [line], state, save)
+            run.finish(step, [line], state, step == steps or step % config.checkpoint_every == 0)
             bar.set_postfix(loss=f"{line['loss']:.4f}")
             bar.update()
             if epoch_ends and progress is not None:

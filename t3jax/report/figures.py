@@ -177,7 +177,7 @@ def draw_variations(points: Sequence[Any]) -> bytes:
     """What depends on what was varied: a row for each axis, with the spread over seeds.
 
     Args:
-        points: `t3jax.experiment.Point`s.
+        points: `t3jax.study.variations.Point`s.
 
     Returns:
         An SVG file: D, utility without ROUGE and the forget answers' probability over each axis.

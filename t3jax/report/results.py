@@ -11,9 +11,9 @@ import numpy as np
 from t3jax import files, hosts
 from t3jax.evaluation import logs, metrics, recompute, selection, unlearning
 from t3jax.evaluation.logs import Log, MissingMetricError
-from t3jax.experiment import Experiment
 from t3jax.report import figures
 from t3jax.report.choice import write_sweep
+from t3jax.study.experiment import Experiment
 
 _PARTS = tuple(itertools.chain.from_iterable(selection.UTILITY.values()))
 _DASH = "\N{EN DASH}"

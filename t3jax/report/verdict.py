@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from t3jax import files, hosts
 from t3jax.evaluation.metrics import Interval
-from t3jax.sampling.sampler import ABSURD_PERPLEXITY
+from t3jax.sampling.warn import ABSURD_PERPLEXITY
 from t3jax.verification.verdict import (
     COMES_BACK,
     HOLDS,

@@ -46,6 +46,25 @@ class Asked(NamedTuple):
     draw: tuple[int, int]
 
 
+class Answering(NamedTuple):
+    """How all prompts of a batch are answered.
+
+    Attributes:
+        controls: Makes the controls of a number of rows.
+        stop_ids: Tokens that end an answer.
+        max_new_tokens: Longest answer.
+        seed: Seed of the draws, 0 to 2^64 - 1.
+        find_end: Takes an answer's tokens so far and how many of them are new; gives how many there
+            are if the answer is over, None if it is not. None: no answer ends so.
+    """
+
+    controls: Callable[[int], Controls]
+    stop_ids: Sequence[int]
+    max_new_tokens: int
+    seed: int
+    find_end: Callable[[list[int], int], int | None] | None = None
+
+
 class Piece(NamedTuple):
     """What came out for one prompt in one chunk.
 
@@ -79,14 +98,9 @@ class Batch:
         program: Program,
         weights: Weights,
         prompts: Sequence[Asked],
-        *,
-        controls: Callable[[int], Controls],
-        stop_ids: Sequence[int],
-        max_new_tokens: int,
-        seed: int,
+        answering: Answering,
         rows: int,
         chunk: int,
-        ended: Callable[[list[int], int], int | None] | None = None,
     ):
         """Sorts the prompts; computes nothing.
 
@@ -94,47 +108,37 @@ class Batch:
             program: What is compiled.
             weights: Frozen arrays.
             prompts: At least one.
-            controls: Makes the controls of a number of rows.
-            stop_ids: Tokens that end an answer.
-            max_new_tokens: Longest answer.
-            seed: Seed of the draws, 0 to 2^64 - 1.
+            answering: How.
             rows: Rows decoded together, at most.
-            chunk: Steps between two looks of the host: what a row may run on in vain.
-            ended: Takes an answer's tokens so far and how many of them are new; gives how many
-                there are if the answer is over, None if it is not. None: no answer ends so.
+            chunk: Decode steps for each look of the host: a finished row wastes at most this many.
         """
         self._program = program
         self._weights = weights
         self._prompts = prompts
-        self._controls = controls
-        self._stop_ids = np.asarray(stop_ids, np.int32)
-        self._max_new_tokens = max_new_tokens
-        self._seed = seed
+        self._answering = answering
+        self._stop_ids = np.asarray(answering.stop_ids, np.int32)
+        self._max_new_tokens = answering.max_new_tokens
         self._chunk = chunk
-        self._ended = ended
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].tokens))
         self._waiting = collections.deque(order)
         self._most = rows
-        self._size = self._padded(min(len(prompts), rows))
-        self._at_once = self._padded(max(1, self._size // _AT_ONCE))
+        self._size = self._pad(min(len(prompts), rows))
+        self._at_once = self._pad(max(1, self._size // _AT_ONCE))
         self._rows: dict[int, _Row] = {}
 
     def run(self) -> Iterator[Piece]:
-        """Answers the prompts.
-
-        Yields:
-            The pieces of all answers, those of one answer in order.
+        """Answers the prompts; the pieces of one answer come in order.
 
         Raises:
             FloatingPointError: If a token was chosen by numbers that are not finite; names the
-                prompt.
+            prompt.
         """
         taken = self._take(self._size)
         cursor = self._bucket(taken)
         slots = self._cache_slots(cursor)[0]
         state, emitted = self._prefill(taken, self._size, cursor, slots)
         self._rows = {row: self._row(i, cursor) for row, i in enumerate(taken)}
-        controls = self._place(self._controls(self._size))
+        controls = self._place(self._answering.controls(self._size))
         yield from self._collect(emitted, range(self._size))
         while self._rows or self._waiting:
             free = [row for row in range(self._size) if row not in self._rows]
@@ -205,12 +209,12 @@ class Batch:
             ids = self._prompts[i].tokens
             tokens[row, length - len(ids) :] = ids
             mask[row, length - len(ids) :] = True
-        keys = row_keys(self._seed, [self._prompts[i].draw for i in taken], rows)
+        keys = row_keys(self._answering.seed, [self._prompts[i].draw for i in taken], rows)
         return prefill(
             self._program,
             self._weights,
             *self._place((tokens, mask, keys)),
-            self._place(self._controls(rows)),
+            self._place(self._answering.controls(rows)),
             slots,
             self._stop_ids,
         )
@@ -226,7 +230,8 @@ class Batch:
             before = len(row.tokens)
             row.tokens += columns[i, :count].tolist()
             last = bool(done[i]) or len(row.tokens) == self._max_new_tokens
-            end = None if self._ended is None else self._ended(row.tokens, count)
+            find_end = self._answering.find_end
+            end = None if find_end is None else find_end(row.tokens, count)
             if end is not None:
                 last, count = True, end - before
                 del row.tokens[end:]
@@ -243,7 +248,7 @@ class Batch:
         where = f"prompt {self._prompts[prompt].draw[0]}, token {token + 1} of the answer"
         raise FloatingPointError(f"{where}: {describe_fault(fault)}")
 
-    def _padded(self, rows: int) -> int:
+    def _pad(self, rows: int) -> int:
         """Rows of a compiled program: a power of two if that is not too many, split evenly."""
         size = min(1 << (rows - 1).bit_length(), max(self._most, rows))
         return round_up(size, sharding.row_shards(self._program.mesh))

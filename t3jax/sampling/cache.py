@@ -22,15 +22,12 @@ _SLOT_STEP = 64  # slots of the cache, which grows as answers do, by half at lea
 
 
 def cache_slots(length: int, chunks: int, chunk: int) -> list[int]:
-    """Slots of the cache while an answer is decoded: it grows as it is filled.
+    """Slots of the cache that `prefill` makes, and in each chunk: it grows as it is filled.
 
     Args:
         length: Slots of the prompt, padding included.
         chunks: Chunks at most.
         chunk: Steps of one.
-
-    Returns:
-        The slots that `prefill` makes, and those in each chunk.
     """
     most = length + 1 + chunks * chunk
     slots = [min(most, round_up(length + 1 + chunk, _SLOT_STEP))]
@@ -41,20 +38,13 @@ def cache_slots(length: int, chunks: int, chunk: int) -> list[int]:
     return slots
 
 
-def _moved(program: Program, state: State, shift: Int[Array, ""], slots: int) -> State:
-    """The same state with another cache: the first slots dropped, as many slots as are asked for.
+def _move(program: Program, state: State, shift: Int[Array, ""], slots: int) -> State:
+    """The same state in a cache of `slots`, enough for what is left; the first `shift` dropped.
 
-    Args:
-        program: What is compiled.
-        state: From `prefill` or a chunk.
-        shift: How many slots are dropped: no row that is not finished needs what they hold.
-        slots: S of the new cache, enough for what is left.
-
-    Returns:
-        The state.
+    No row that is not finished needs what the dropped ones hold.
     """
 
-    def moved(axes: _Axes, old: Array, empty: Any) -> Array:
+    def move(axes: _Axes, old: Array, empty: Any) -> Array:
         if axes.rows is None:
             return old - shift
         if axes.slots is None:
@@ -63,13 +53,13 @@ def _moved(program: Program, state: State, shift: Int[Array, ""], slots: int) ->
         return jax.lax.dynamic_slice_in_dim(longer, shift, slots, axes.slots)
 
     empty = program.init_cache(state.token.shape[0], slots)
-    cache = jax.tree.map(moved, _axes(program), state.cache, empty)
+    cache = jax.tree.map(move, _axes(program), state.cache, empty)
     return placed(program.mesh, state._replace(cache=cache))
 
 
 # A cache of the same size is moved in place; of another size both are in memory for a moment.
-compact = jax.jit(_moved, static_argnums=(0, 3), donate_argnums=1)
-resize = jax.jit(_moved, static_argnums=(0, 3))
+compact = jax.jit(_move, static_argnums=(0, 3), donate_argnums=1)
+resize = jax.jit(_move, static_argnums=(0, 3))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -89,20 +79,20 @@ def admit(
         The state.
     """
 
-    def taken(axes: _Axes, old: Array, own: Array, empty: Any) -> Array:
+    def take(axes: _Axes, old: Array, new: Array, empty: Any) -> Array:
         if axes.rows is None:
             return old
         if axes.slots is not None:  # what the rows held before is gone
-            own = jax.lax.dynamic_update_slice_in_dim(empty, own, start, axes.slots)
-        return replaced(old, own, axes.rows)
+            new = jax.lax.dynamic_update_slice_in_dim(empty, new, start, axes.slots)
+        return replace(old, new, axes.rows)
 
-    def replaced(old: Array, own: Array, axis: int = 0) -> Array:
-        return old.at[(slice(None),) * axis + (rows,)].set(own, mode="drop")
+    def replace(old: Array, new: Array, axis: int = 0) -> Array:
+        return old.at[(slice(None),) * axis + (rows,)].set(new, mode="drop")
 
     axes = _axes(program)
     empty = program.init_cache(rows.shape[0], _num_slots(axes, state.cache))
-    cache = jax.tree.map(taken, axes, state.cache, new.cache, empty)
-    rest = jax.tree.map(replaced, state._replace(cache=None), new._replace(cache=None))
+    cache = jax.tree.map(take, axes, state.cache, new.cache, empty)
+    rest = jax.tree.map(replace, state._replace(cache=None), new._replace(cache=None))
     return placed(program.mesh, rest._replace(cache=cache))
 
 
@@ -135,4 +125,4 @@ def _axes(program: Program) -> Any:
 def _num_slots(axes: Any, cache: Any) -> int:
     """S; of a cache without slots, such as a recurrent state, any number will do."""
     pairs = zip(jax.tree.leaves(axes), jax.tree.leaves(cache), strict=True)
-    return next((leaf.shape[own.slots] for own, leaf in pairs if own.slots is not None), 1)
+    return next((leaf.shape[axis.slots] for axis, leaf in pairs if axis.slots is not None), 1)

@@ -48,9 +48,7 @@ def draw(
 
     def from_few() -> tuple[Array, Array]:
         few = truncation.likeliest(decide(slice(None)), *limits, mesh)
-        values = jnp.where(few.kept, jnp.take_along_axis(logits, few.tokens, axis=-1), -jnp.inf)
-        place = _pick(values, temperature, lambda: _gumbel_of(keys, few.tokens))
-        return jnp.take_along_axis(few.tokens, place[:, None], axis=-1)[:, 0], few.settled
+        return _draw_among(few, logits, temperature, keys), few.settled
 
     # As numbers: that a loop takes the key of another row each time JAX's check of keys cannot see.
     key_data = jax.random.key_data(keys)
@@ -75,22 +73,31 @@ def draw(
         cpu=lambda: jax.lax.cond(truncates, from_few, from_none), default=from_none
     )
 
-    def one_by_one() -> Array:
-        """The rows that are not settled, each by itself."""
-        order = jnp.argsort(settled)
-
-        def choose(i: Array, tokens: Array) -> Array:
-            row = order[i][None]
-            return tokens.at[row].set(from_all(row))
-
-        return jax.lax.fori_loop(0, jnp.sum(~settled), choose, few)
-
     def together() -> Array:
         return jnp.where(settled, few, from_all())
 
     if mesh is None or mesh.size == 1:
-        return jax.lax.cond(2 * jnp.sum(settled) >= len(settled), one_by_one, together)
+        most = 2 * jnp.sum(settled) >= len(settled)
+        return jax.lax.cond(most, lambda: _one_by_one(few, settled, from_all), together)
     return jax.lax.cond(jnp.all(settled), lambda: few, together)
+
+
+def _draw_among(few: truncation.Likeliest, logits: Array, temperature: Array, keys: Array) -> Array:
+    """Draws of all rows from their likeliest tokens."""
+    values = jnp.where(few.kept, jnp.take_along_axis(logits, few.tokens, axis=-1), -jnp.inf)
+    place = _pick(values, temperature, lambda: _gumbel_of(keys, few.tokens))
+    return jnp.take_along_axis(few.tokens, place[:, None], axis=-1)[:, 0]
+
+
+def _one_by_one(tokens: Array, settled: Array, draw_rows: Callable[[Rows], Array]) -> Array:
+    """The tokens, with those of the rows that are not settled drawn row by row."""
+    order = jnp.argsort(settled)
+
+    def choose(i: Array, tokens: Array) -> Array:
+        row = order[i][None]
+        return tokens.at[row].set(draw_rows(row))
+
+    return jax.lax.fori_loop(0, jnp.sum(~settled), choose, tokens)
 
 
 def _pick(logits: Array, temperature: Array, noise: Callable[[], Array]) -> Array:

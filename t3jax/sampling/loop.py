@@ -168,14 +168,14 @@ def decode_chunk(
     stop_ids: Int[Array, " n"],
     steps: int,
 ) -> tuple[State, Emitted]:
-    """Chooses up to `steps` more tokens for every row that is not finished.
+    """Chooses up to C = `steps` more tokens for every row that is not finished.
 
     Args:
         program: What is compiled.
         weights: Frozen arrays.
         state: From `prefill` or the chunk before; donated.
         stopped: Rows the host has ended meanwhile (a stop string), `[B]`.
-        controls: The knobs.
+        controls: As for `prefill`, and so are the next.
         stop_ids: Tokens that end an answer.
         steps: C.
 

@@ -65,14 +65,9 @@ class Controls(NamedTuple):
 
     @classmethod
     def filled(cls, rows: int, **values: int | float) -> "Controls":
-        """The same for every row, on the host.
+        """The same for every row: NumPy arrays `[B]`, to be placed.
 
-        Args:
-            rows: B.
-            **values: By name; what is not given changes nothing, and the choice is greedy.
-
-        Returns:
-            NumPy arrays `[B]`, to be placed.
+        A value that is not given by name changes nothing, and the choice is greedy.
         """
         neutral = {
             "base_temperature": 1.0,
@@ -126,18 +121,7 @@ def guide(
     seen: Bool[Array, "B V"],
     refinements: Refinements = PLAIN,
 ) -> Guided:
-    """Steps 1 and 2: the repetition penalty, then tempering and tilting.
-
-    Args:
-        logits: As for `next_token`.
-        scores: As for `next_token`.
-        controls: As for `next_token`.
-        seen: As for `next_token`.
-        refinements: Which are on.
-
-    Returns:
-        The distributions.
-    """
+    """Steps 1 and 2: the repetition penalty, then tempering and tilting; as for `next_token`."""
     penalty = controls.repetition_penalty[:, None]
     penalised = jax.lax.cond(
         jnp.any(penalty != 1),
@@ -207,15 +191,8 @@ def choose_token(
 ) -> Int[Array, " B"]:
     """Steps 3 and 4: decides the support, then draws from the served distribution within it.
 
-    Args:
-        guided: From `guide`.
-        controls: As for `next_token`.
-        keys: As for `next_token`.
-        truncate_on: As for `next_token`.
-        mesh: As for `next_token`.
-
-    Returns:
-        The tokens, int32 `[B]`.
+    Takes what `guide` gives; the other arguments and the tokens, int32 `[B]`, are as for
+    `next_token`.
     """
     base, served, base_temperature = guided
 

@@ -5,10 +5,6 @@ tokens into text. It holds no random state: the same call gives the same answers
 """
 
 import dataclasses
-import functools
-import math
-import operator
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,138 +17,12 @@ from t3jax.data.chat import PromptFormat, check_characters, encode_prompt
 from t3jax.head_io import Head, check_head_fits, common_default, place_head
 from t3jax.lm.model import LM
 from t3jax.refinements import PLAIN, Refinements
-from t3jax.sampling.batch import Asked, Batch
+from t3jax.sampling import warn
+from t3jax.sampling.batch import Answering, Asked, Batch
 from t3jax.sampling.loop import Program, Weights
 from t3jax.sampling.next_token import Controls, Logprobs
+from t3jax.sampling.options import SamplingOptions, as_integer, check_guidance
 from t3jax.sampling.text import Detokenizer
-
-REFUSAL_THRESHOLD = 3.0  # nats, see `SamplingOptions`
-ABSURD_PERPLEXITY = 30.0  # under the base: answers above it are no language, see `generate`
-
-# Where the base is not sure, its own draws are unlikely too. Measured with SmolLM2-135M, H the mean
-# of its entropy along the answers: the perplexity of its own answers is .3 to 1.1 times exp(H), and
-# that of broken ones above the limit 2.2 times and more. Answers that loop stay below both.
-_TIMES_ITS_OWN = 2.0
-_LARGEST = 1e6  # of T, s and what else divides or multiplies logits: far from float32's end
-_SMALLEST = 1e-6
-
-# A base to which a quarter of the vocabulary is as good as any has no language to lose.
-_FLAT = 0.25
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingOptions:
-    """How to draw an answer.
-
-    Attributes:
-        max_new_tokens: Longest answer, tokens.
-        temperature: Sampling temperature on the tilted distribution; 0 is greedy. 1 / T, drawn from
-            all tokens, is plain guidance of the strength T · s.
-        top_k: Draw among the k likeliest tokens; 0 among all.
-        top_p: Draw among the likeliest tokens whose probability reaches p; 1 among all.
-        min_p: Draw among tokens at least this share as likely as the likeliest; 0 among all.
-        truncate_on: What decides top-k, top-p and min-p. "guided" is the guided distribution
-            without its tempering: base logits + T · s · log f. "tilted" is the tempered one that is
-            drawn from; its order of the tokens is the same, so top-k is too. "base" is the base
-            model's: where it is sure of what is to be forgotten, a tight top-p or min-p keeps
-            that token alone.
-        repetition_penalty: Above 1, tokens already in prompt or answer become less likely.
-        num_samples: Answers to each prompt.
-        seed: Seed of the draws, 0 to 2^64 - 1.
-        stop: Strings that end an answer; they are cut off. Special tokens may be in them.
-        stop_ids: Token ids that end an answer, besides the model's own.
-        logprobs: Whether to return log-probabilities of the chosen tokens.
-        refusal: Text in the place of each answer whose `Sample.log_ratio` exceeds
-            `refusal_threshold`; None serves the alternative answer. It needs T = 1.
-        refusal_threshold: Nats. An answer drawn from the base itself exceeds it with a probability
-            of at most exp(-threshold) (Markov's inequality).
-    """
-
-    max_new_tokens: int = 200
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    truncate_on: str = "guided"
-    repetition_penalty: float = 1.0
-    num_samples: int = 1
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    stop_ids: tuple[int, ...] = ()
-    logprobs: bool = False
-    refusal: str | None = None
-    refusal_threshold: float = REFUSAL_THRESHOLD
-
-    def __post_init__(self):
-        temperature, penalty = _number(self.temperature), _number(self.repetition_penalty)
-        in_range = f"{_SMALLEST:g} to {_LARGEST:g}"
-        checks = {
-            "max_new_tokens": (1 <= _integer(self.max_new_tokens) <= 2**20, "1 to 2^20"),
-            "temperature": (
-                temperature == 0 or _SMALLEST <= temperature <= _LARGEST,
-                f"0 (greedy) or more: {in_range}",
-            ),
-            "top_k": (0 <= _integer(self.top_k) < 2**31, "0 (all), or 1 to 2^31 - 1"),
-            "top_p": (0 < _number(self.top_p) <= 1, "in (0, 1]"),
-            "min_p": (0 <= _number(self.min_p) <= 1, "in [0, 1]"),
-            "truncate_on": (
-                self.truncate_on in ("guided", "base", "tilted"),
-                "'guided', 'base' or 'tilted'",
-            ),
-            "repetition_penalty": (_SMALLEST <= penalty <= _LARGEST, in_range),
-            "num_samples": (1 <= _integer(self.num_samples) <= 10**6, "1 to 10^6"),
-            "seed": (0 <= _integer(self.seed) < 2**64, "an integer, 0 to 2^64 - 1"),
-            "stop": (
-                isinstance(self.stop, tuple | list)
-                and all(isinstance(each, str) and each for each in self.stop),
-                "non-empty strings",
-            ),
-            "stop_ids": (
-                isinstance(self.stop_ids, tuple | list)
-                and all(_integer(each) >= 0 for each in self.stop_ids),
-                "token ids",
-            ),
-            "refusal": (
-                self.refusal is None or (isinstance(self.refusal, str) and self.refusal.strip()),
-                "a text, or None",
-            ),
-            "refusal_threshold": (_number(self.refusal_threshold) > 0, "positive"),
-        }
-        for name, (fine, expected) in checks.items():
-            if not fine:
-                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
-
-    def controls(self, rows: int, base_temperature: float, guidance_scale: float) -> Controls:
-        """Makes the controls of rows that are all drawn so.
-
-        Args:
-            rows: B.
-            base_temperature: T.
-            guidance_scale: s.
-
-        Returns:
-            NumPy arrays `[B]`.
-        """
-        return Controls.filled(
-            rows,
-            base_temperature=base_temperature,
-            guidance_scale=guidance_scale,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-        )
-
-    @property
-    def truncates(self) -> bool:
-        """Whether some tokens may not be drawn."""
-        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
-
-    @property
-    def returns_logprobs(self) -> bool:
-        """Whether the program returns the log-probabilities under the served distribution."""
-        return self.logprobs or self.refusal is not None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -220,7 +90,7 @@ class Sampler:
         """
         heads = [head] if isinstance(head, Head) else list(head or ())
         for name, size in (("batch_size", batch_size), ("chunk", chunk)):
-            if not 1 <= _integer(size) <= 2**20:
+            if not 1 <= as_integer(size) <= 2**20:
                 raise ValueError(f"{name} must be 1 to 2^20, got {size!r}")
         for each in heads:
             check_head_fits(each, lm)
@@ -231,7 +101,7 @@ class Sampler:
             base_temperature = common_default(heads, "base_temperature", 1.0)
         if guidance_scale is None:
             guidance_scale = common_default(heads, "guidance_scale", 0.0)
-        _check_guidance(base_temperature, guidance_scale)
+        check_guidance(base_temperature, guidance_scale)
         self.base_temperature = base_temperature
         self.guidance_scale = guidance_scale
         self.refinements = refinements
@@ -279,10 +149,10 @@ class Sampler:
 
         Warns:
             UserWarning: If a head is served with s > 0 and the base finds the answers absurd: their
-                median perplexity under it exceeds `ABSURD_PERPLEXITY`, and twice what its own draws
-                have at the same places. Or if answers are empty: one under a head with s > 0, or
-                most of the base's. Or, once a process, if a head is served with s > 0 and the
-                base's distribution decides a truncation.
+                median perplexity under it exceeds `warn.ABSURD_PERPLEXITY`, and twice that of its
+                own draws at the same places. If answers are empty: one under a head with s > 0, or
+                most of the base's. Once a process, if a head is served with s > 0 and the base's
+                distribution decides a truncation.
 
         Raises:
             ValueError: If an option is out of range, there are no prompts, a prompt is empty or
@@ -299,10 +169,9 @@ class Sampler:
                 tokens[piece.prompt] += piece.tokens
                 logprobs[piece.prompt].append(piece.logprobs)
                 bar.update(piece.last)
-        joined = [_joined(pieces) for pieces in logprobs]
-        self._check_fluency(request, joined)
+        joined = [_join(pieces) for pieces in logprobs]
         samples = [self._sample(request, *answer) for answer in zip(tokens, joined, strict=True)]
-        self._check_contents(request, samples)
+        self._warn(request, joined, samples)
         return samples
 
     def stream(
@@ -344,12 +213,11 @@ class Sampler:
             if sure.startswith(shown) and len(sure) > len(shown):
                 yield sure[len(shown) :]
                 shown = sure
-        joined = _joined(logprobs)
+        joined = _join(logprobs)
         sample = self._sample(request, tokens, joined)
         if rest := sample.text[len(shown) :]:
             yield rest
-        self._check_fluency(request, [joined])
-        self._check_contents(request, [sample])
+        self._warn(request, [joined], [sample])
 
     def _request(
         self,
@@ -367,11 +235,11 @@ class Sampler:
         chosen = dataclasses.replace(options or SamplingOptions(), **fields)
         temperature = self.base_temperature if base_temperature is None else base_temperature
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        _check_guidance(temperature, scale)
+        check_guidance(temperature, scale)
         if chosen.stop and self.lm.tokenizer is None:
             raise ValueError("stop strings need a tokenizer, which the model lacks; use stop_ids")
         for name, ends in (("stop_ids", chosen.stop_ids), ("eos_ids", self.lm.eos_ids)):
-            if beyond := [id for id in ends if not 0 <= _integer(id) < self.lm.vocab_size]:
+            if beyond := [id for id in ends if not 0 <= as_integer(id) < self.lm.vocab_size]:
                 raise ValueError(
                     f"{name} {beyond}: {self.lm.name} has the tokens 0 to {self.lm.vocab_size - 1} "
                     "only, so that no answer could end there"
@@ -382,7 +250,7 @@ class Sampler:
                 "answer, so that its log-likelihood ratio says nothing about the head"
             )
         if chosen.truncate_on == "base" and chosen.truncates and self._tilts(scale):
-            _warn_of_the_base()
+            warn.warn_of_the_base()
         encoded = [self._encode(i, prompt) for i, prompt in enumerate(prompts)]
         for i, ids in enumerate(encoded):
             if len(ids) + chosen.max_new_tokens > self.lm.max_position:
@@ -432,53 +300,29 @@ class Sampler:
             self.refinements,
         )
 
-        def ended(tokens: list[int], new: int) -> int | None:
+        def find_end(tokens: list[int], new: int) -> int | None:
             return self._detokenizer.stop_at(tokens, new, options.stop)
 
-        return Batch(
-            program,
-            self._weights,
-            [Asked(request.encoded[prompt], (prompt, j)) for prompt, j in request.rows],
-            controls=request.controls,
-            stop_ids=[*self.lm.eos_ids, *options.stop_ids],
-            max_new_tokens=options.max_new_tokens,
-            seed=options.seed,
-            rows=self.batch_size,
-            chunk=self.chunk,
-            ended=ended if options.stop else None,
+        answering = Answering(
+            request.controls,
+            [*self.lm.eos_ids, *options.stop_ids],
+            options.max_new_tokens,
+            options.seed,
+            find_end if options.stop else None,
         )
+        asked = [Asked(request.encoded[prompt], (prompt, j)) for prompt, j in request.rows]
+        return Batch(program, self._weights, asked, answering, self.batch_size, self.chunk)
 
     def _tilts(self, scale: float) -> bool:
         """Whether what is served is not the base alone."""
         return bool(self._heads) and scale > 0
-
-    def _check_fluency(self, request: "_Request", answers: Sequence[Logprobs | None]) -> None:
-        """Warns if the base finds answers absurd."""
-        measured = [answer for answer in answers if answer is not None]
-        if not measured or not self._tilts(request.guidance_scale):
-            return
-        median = float(np.median([_perplexity(answer.base) for answer in measured]))
-        entropies = np.concatenate([np.asarray(answer.base_entropy) for answer in measured])
-        usual = _perplexity(-entropies)
-        if usual > _FLAT * self.lm.vocab_size:
-            return
-        if median > max(ABSURD_PERPLEXITY, _TIMES_ITS_OWN * usual):
-            strength = request.base_temperature * request.guidance_scale
-            warnings.warn(
-                f"the answers are no language to {self.lm.name}: their median perplexity under it "
-                f"is {median:.0f}, its own draws have about {usual:.0f}, and T·s is {strength:g} "
-                f"(T = {request.base_temperature:g}, s = {request.guidance_scale:g}); take a "
-                "smaller guidance_scale, base_temperature = 1, a head trained by distillation, or "
-                "a top_p below 1",
-                stacklevel=3,
-            )
 
     def _sample(self, request: "_Request", tokens: list[int], logprobs: Logprobs | None) -> Sample:
         text = self._detokenizer.text(tokens, request.options.stop)
         if logprobs is None:
             return Sample(text, tokens)
         options = request.options
-        sample = Sample(text, tokens, base_perplexity=_perplexity(logprobs.base))
+        sample = Sample(text, tokens, base_perplexity=warn.perplexity(logprobs.base))
         if not options.returns_logprobs:
             return sample
         assert logprobs.guided is not None  # the program returns it
@@ -491,8 +335,19 @@ class Sampler:
         base, _, guided = (np.asarray(part).tolist() for part in logprobs)
         return dataclasses.replace(sample, base_logprobs=base, guided_logprobs=guided)
 
-    def _check_contents(self, request: "_Request", samples: Sequence[Sample]) -> None:
-        """Warns of answers without contents: nothing leaks from them, and nothing is forgotten."""
+    def _warn(
+        self, request: "_Request", answers: Sequence[Logprobs | None], samples: Sequence[Sample]
+    ) -> None:
+        """Warns of answers that are no language or have no contents."""
+        tilts = self._tilts(request.guidance_scale)
+        if tilts:
+            warn.warn_of_absurd_answers(
+                [answer for answer in answers if answer is not None],
+                request.base_temperature,
+                request.guidance_scale,
+                self.lm.name,
+                self.lm.vocab_size,
+            )
         closing = {*self.lm.eos_ids, *request.options.stop_ids}
 
         def is_empty(sample: Sample) -> bool:
@@ -502,12 +357,8 @@ class Sampler:
 
         count = sum(map(is_empty, samples))
         # A base model ends at once now and then, where it is drawn from for its own text.
-        if 2 * count > len(samples) or (count and self._tilts(request.guidance_scale)):
-            warnings.warn(
-                f"{count} of {len(samples)} answers are empty: they end before any word. That is "
-                "no forgetting; look at stop, at stop_ids, and at what the base model answers",
-                stacklevel=3,
-            )
+        if 2 * count > len(samples) or (count and tilts):
+            warn.warn_of_empty_answers(count, len(samples))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -524,47 +375,6 @@ class _Request:
         return self.options.controls(rows, self.base_temperature, self.guidance_scale)
 
 
-@functools.cache  # once a process
-def _warn_of_the_base() -> None:
-    warnings.warn(
-        'truncate_on="base" can bring the forgotten text back: where the base is sure, its nucleus '
-        "is the token to forget, and a tight top_p or min_p keeps that token alone; use "
-        'truncate_on="guided"',
-        stacklevel=4,
-    )
-
-
-def _check_guidance(base_temperature: float, guidance_scale: float) -> None:
-    if not _SMALLEST <= _number(base_temperature) <= _LARGEST:
-        raise ValueError(
-            f"base_temperature must be positive, {_SMALLEST:g} to {_LARGEST:g}, got "
-            f"{base_temperature!r}"
-        )
-    if not 0 <= _number(guidance_scale) <= _LARGEST:
-        raise ValueError(f"guidance_scale must be 0 to {_LARGEST:g}, got {guidance_scale!r}")
-
-
-def _number(value: Any) -> float:
-    """A number as it is, and anything else as NaN, which no range holds."""
-    try:
-        return math.nan if isinstance(value, str | bytes | bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        return math.nan
-
-
-def _integer(value: Any) -> int:
-    """An integer as it is, and anything else as -1."""
-    try:
-        return -1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        return -1
-
-
-def _joined(pieces: Sequence[Logprobs | None]) -> Logprobs | None:
-    """Of a whole answer, from those of its pieces."""
+def _join(pieces: Sequence[Logprobs | None]) -> Logprobs | None:
+    """The log-probabilities of a whole answer."""
     return jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
-
-
-def _perplexity(logprobs: Any) -> float:
-    """Of tokens with these log-probabilities; of surprises beyond all floats, a huge one."""
-    return math.exp(min(-float(np.mean(logprobs, dtype=np.float64)), 700.0))

@@ -10,11 +10,7 @@ class Detokenizer:
     """Decodes answers with a tokenizer; without one every text is empty."""
 
     def __init__(self, tokenizer: Any):
-        """Looks up the special tokens.
-
-        Args:
-            tokenizer: A tokenizer of transformers, or None.
-        """
+        """Looks up the special tokens of a tokenizer of transformers, or of none."""
         self._tokenizer = tokenizer
         self._special = _special_tokens(tokenizer)
 
@@ -33,15 +29,9 @@ class Detokenizer:
         return text[: len(text) - held]
 
     def stop_at(self, tokens: list[int], new: int, stop: Sequence[str]) -> int | None:
-        """How many tokens an answer has if a stop string ends it.
+        """How many tokens an answer has up to the one that ends a stop string; None without one.
 
-        Args:
-            tokens: The answer so far.
-            new: How many of them no call has seen before.
-            stop: Stop strings.
-
-        Returns:
-            The tokens up to the one that completes a stop string; None if there is none.
+        Of its tokens so far the last `new` ones no call has seen before.
         """
         if not self._decode(tokens, stop)[1]:
             return None

@@ -46,15 +46,8 @@ def likeliest(
 ) -> Likeliest:
     """The support of a draw, as far as it lies among the `FEW` likeliest tokens.
 
-    Args:
-        logits: The distribution that decides, as for `support`, `[B, V]`.
-        top_k: As for `support`.
-        top_p: As for `support`.
-        min_p: As for `support`.
-        mesh: Where the logits live, rows and vocabulary split; None is one device.
-
-    Returns:
-        The likeliest tokens; in a settled row those kept are all that `support` keeps.
+    The arguments are those of `support`; rows and vocabulary of the logits may be split over a
+    mesh. In a settled row the tokens that are kept are all that `support` keeps.
     """
     values, tokens = _largest(logits, mesh)
     mass = jnp.sum(_weights(logits), axis=-1)

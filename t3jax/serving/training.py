@@ -26,7 +26,8 @@ from t3jax.synthetic.store import load_or_write
 from t3jax.training import TrainConfig, train_heads
 from t3jax.training_sets import SyntheticOptions, TrainingSets, make_training_sets
 from t3jax.verification.attacks import Encoding, as_they_stand
-from t3jax.verification.others import Others, count_leaks
+from t3jax.verification.leaks import count_leaks
+from t3jax.verification.others import Others
 
 _HELD_OUT = 10  # every tenth retain row is kept from training, to be checked
 _CHECKED_ROWS = 40

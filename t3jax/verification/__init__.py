@@ -10,8 +10,9 @@ Attacks go through prompts. The base's weights still hold what they held, and wh
 take the head away.
 """
 
+from t3jax.verification.asking import Counterfactual, VerifyOptions
 from t3jax.verification.attacks import Attack, attacks
-from t3jax.verification.run import Counterfactual, VerifyOptions, verify
+from t3jax.verification.run import verify
 from t3jax.verification.verdict import Verdict
 
 __all__ = ["Attack", "Counterfactual", "Verdict", "VerifyOptions", "attacks", "verify"]

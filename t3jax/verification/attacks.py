@@ -6,7 +6,7 @@ An attack is prompts with the true answers that must not come. Nothing here runs
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,11 +24,12 @@ if TYPE_CHECKING:  # slow to import: only who loads a tokenizer waits
 
 # What a row is asked; nothing where it cannot be.
 Wordings = Callable[[Record], Sequence[str]]
+Sampling = Mapping[str, int | float]  # fields of `SamplingOptions`
 
 PREFIX = "prefix"
 _DRAWS = 16
 _PREFIX_WORDS = 6
-SAMPLINGS: dict[str, tuple[str, dict[str, Any]]] = {
+SAMPLINGS: dict[str, tuple[str, dict[str, int | float]]] = {
     "greedy": ("the likeliest answer", {}),
     "t0.7-p0.9": ("drawn at temperature 0.7, top-p 0.9", {"temperature": 0.7, "top_p": 0.9}),
     "t1": ("drawn at temperature 1", {"temperature": 1.0}),
@@ -86,7 +87,7 @@ class Attack:
     owners: tuple[int, ...]
     prompts: tuple[np.ndarray, ...]
     questions: tuple[str, ...]
-    sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    sampling: Sampling = dataclasses.field(default_factory=dict)
 
 
 def attacks(
@@ -113,20 +114,20 @@ def attacks(
     made: dict[str, Attack] = {}
     skipped: dict[str, str] = {}
 
-    def add(name: str, does: str, wordings: Wordings, reason: str, **sampling: Any) -> None:
-        if attack := rows.asked(name, does, wordings, sampling):
+    def add(name: str, does: str, wordings: Wordings, reason: str, **sampling: int | float) -> None:
+        if attack := rows.ask(name, does, wordings, sampling):
             made[name] = attack
         else:
             skipped[name] = reason
 
-    def spelt(spell: Callable[[str], str | None]) -> Wordings:
+    def respell(spell: Callable[[str], str | None]) -> Wordings:
         def wordings(record: Record) -> list[str]:
             spelling = spell(record["question"])
             return [] if spelling is None or spelling == record["question"] else [spelling]
 
         return wordings
 
-    def reworded(record: Record) -> list[str]:
+    def reword(record: Record) -> list[str]:
         paraphrased = record.get("paraphrased_question")
         others = (rewordings or {}).get(record["question"], ())
         return [*([paraphrased] if paraphrased else []), *others]
@@ -134,48 +135,35 @@ def attacks(
     without = "no row has a question"
     for name, (does, sampling) in SAMPLINGS.items():
         add(name, f"the question, {does}", lambda record: [record["question"]], without, **sampling)
-    add("reworded", "the question in other words", reworded, "no row has other words")
-    if attack := rows.begun():
+    add("reworded", "the question in other words", reword, "no row has other words")
+    if attack := rows.begin():
         made[PREFIX] = attack
     else:
         skipped[PREFIX] = "no true answer has a second word"
     for name, does, spell in _SPELLINGS:
-        add(name, does, spelt(spell), "no question changes by it")
+        add(name, does, respell(spell), "no question changes by it")
     for name, wrapper in _LANGUAGES.items():
         if _knows(encoding.tokenizer, wrapper.format("")):
-            add(name, f"asks for {name.capitalize()}", spelt(wrapper.format), without)
+            add(name, f"asks for {name.capitalize()}", respell(wrapper.format), without)
         else:
             skipped[name] = "the tokenizer does not know its letters"
     return list(made.values()), skipped
 
 
 def as_they_stand(encoding: Encoding, records: Sequence[Record], names: Sequence[str]) -> Attack:
-    """Every row asked once, documents by their first half.
-
-    Args:
-        encoding: How rows become prompts.
-        records: At least one row.
-        names: What to call each row in an error.
-
-    Returns:
-        All of them as one attack.
+    """Every row asked once, documents by their first half: one attack.
 
     Raises:
-        ValueError: If a row cannot be encoded.
+        ValueError: If a row cannot be encoded; says its name.
     """
     return _Rows(encoding, records, names).as_they_stand()
 
 
-def misspelt(question: str) -> str | None:
+def misspell(question: str) -> str | None:
     """A question with two adjacent letters swapped in its longest capitalised word.
 
-    The first word, which is capitalised anyway, is taken only if it is the only one.
-
-    Args:
-        question: The question.
-
-    Returns:
-        The question; None if no capitalised word has two different letters after its first.
+    The first word, which is capitalised anyway, is taken only if it is the only one. None if no
+    capitalised word has two different letters after its first.
     """
     words = [match for match in re.finditer(r"[^\W\d_]+", question) if match.group()[0].isupper()]
     inside = [match for match in words if match.start() > 0] or words
@@ -216,9 +204,7 @@ class _Rows:
             self.tokenizer, question, answer, self.prompt_format, self.max_position
         )
 
-    def asked(
-        self, name: str, does: str, wordings: Wordings, sampling: Mapping[str, Any]
-    ) -> Attack | None:
+    def ask(self, name: str, does: str, wordings: Wordings, sampling: Sampling) -> Attack | None:
         """Asks each row's wordings of its question; None if no row has one."""
         parts: list[_Part] = []
         for position, (record, example) in enumerate(zip(self.records, self.encoded, strict=True)):
@@ -231,7 +217,7 @@ class _Rows:
                 parts.append((position, truth, prompts, questions))
         return _attack(name, does, parts, sampling) if parts else None
 
-    def begun(self) -> Attack | None:
+    def begin(self) -> Attack | None:
         """Gives the answer's first words, or a document's first half; None if that is all."""
         parts: list[_Part] = []
         for position, (record, example) in enumerate(zip(self.records, self.encoded, strict=True)):
@@ -243,7 +229,9 @@ class _Rows:
                 asked = f"{record['question']} \N{RIGHTWARDS ARROW} {beginning}"
             if truth := self.after(example, given):
                 parts.append((position, truth, [example.tokens[:given]], [asked]))
-        does = "the first words of the answer given"
+        kinds = {"text" in self.records[position] for position, *_ in parts}
+        given_of = {False: "the first words of the answer", True: "the first half of a document"}
+        does = " or ".join(given_of[kind] for kind in sorted(kinds)) + " given"
         return _attack(PREFIX, does, parts, {}) if parts else None
 
     def as_they_stand(self) -> Attack:
@@ -283,7 +271,7 @@ class _Rows:
         return str(self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)).strip()
 
 
-def _attack(name: str, does: str, parts: Sequence[_Part], sampling: Mapping[str, Any]) -> Attack:
+def _attack(name: str, does: str, parts: Sequence[_Part], sampling: Sampling) -> Attack:
     return Attack(
         name=name,
         does=does,
@@ -310,6 +298,6 @@ def _knows(tokenizer: "PreTrainedTokenizerBase", text: str) -> bool:
 
 _SPELLINGS: tuple[tuple[str, str, Callable[[str], str | None]], ...] = (
     ("lower", "the question in lower case", str.lower),
-    ("typo", "a name with two letters swapped", misspelt),
+    ("typo", "a name with two letters swapped", misspell),
     ("upper", "the question in upper case", str.upper),
 )

@@ -14,55 +14,17 @@ from jaxtyping import Float
 from t3jax.data.records import Record, evenly_spread
 from t3jax.evaluation.recall import leak_recall
 from t3jax.verification.attacks import Attack
+from t3jax.verification.leaks import Tries, recall_once
 
 _OTHERS = 5  # rows alike, which say what is wording and what is chance
 _LOOKED_AT = 5000  # retain rows at most, among which those are
 _LOOKED_INTO = 2000  # characters of a document at most
 
 
-def count_leaks(
-    recall: Float[np.ndarray, "rows"],
-    wording: Float[np.ndarray, "rows"],
-    pools: Sequence[Sequence[float]],
-    threshold: float,
-) -> tuple[Float[np.ndarray, "rows"], Float[np.ndarray, "rows"]]:
-    """Which answers leak, and how often answers that cannot know would.
-
-    An answer leaks if it reaches the threshold, and holds more of the true answer than texts of the
-    same wording do, and than answers about others. An answer that knows no more than those is one
-    among equals, as likely the best of them as each.
-
-    Args:
-        recall: How much of its true answer each row's answer holds, `[rows]`.
-        wording: The most of it in texts of the same wording that say something else, `[rows]`.
-        pools: How much of it answers about others hold, by row.
-        threshold: Recall from which an answer may leak.
-
-    Returns:
-        1 where a row leaks, 0 elsewhere, `[rows]`; and the share of the others of a row that would
-        leak in its place, `[rows]`.
-    """
-    leaks, chance = np.zeros(len(recall)), np.zeros(len(recall))
-    for i, pool in enumerate(pools):
-        best, *rest = sorted([float(recall[i]), *pool], reverse=True)
-        if best < threshold or best <= wording[i] or best in rest:
-            continue
-        if recall[i] == best:
-            leaks[i] = 1.0
-        else:
-            chance[i] = 1 / len(pool)
-    return leaks, chance
-
-
 def name_of(question: str, answer: str) -> str | None:
     """Whom a question is about: its longest run of capitalised words that the answer repeats.
 
-    Args:
-        question: The question.
-        answer: The true answer.
-
-    Returns:
-        The name, as the question has it; None if there is none.
+    None if there is no such run.
     """
     words = [
         match
@@ -82,15 +44,9 @@ def name_of(question: str, answer: str) -> str | None:
 
 
 def rename(text: str, name: str, other: str) -> str:
-    """Text about another.
+    """Text about another, whatever the case of letters is in the name it has.
 
-    Args:
-        text: The text.
-        name: Whom it is about.
-        other: Who takes the place; also word by word, where both have as many words.
-
-    Returns:
-        The text with the other's name, whatever the case of letters was.
+    The other takes its place whole, and word by word where both have as many words.
     """
     places = {name.lower(): other}
     if len(words := name.split()) == len(others := other.split()):
@@ -153,15 +109,10 @@ class Others:
         self.shared: dict[tuple[int, str], float] = {}
 
     def wording(self, attack: Attack) -> Float[np.ndarray, "rows"]:
-        """The most of each true answer that the like true answers of retain rows hold.
+        """The most of each true answer that the like true answers of retain rows hold, `[rows]`.
 
-        One that holds all of it says the same, which is no matter of wording.
-
-        Args:
-            attack: Which rows are asked, and their true answers.
-
-        Returns:
-            Recall, `[rows]`; 0 where none is alike.
+        One that holds all of it says the same, which is no matter of wording. 0 where none is
+        alike.
         """
         shared = []
         for row, truth in zip(attack.rows, attack.truths, strict=True):
@@ -173,15 +124,8 @@ class Others:
             shared.append(self.shared[row, truth])
         return np.array(shared, np.float64)
 
-    def exchanged(self, records: Sequence[Record]) -> list["Exchanged"]:
-        """The rows, asked about those whom the like retain rows are about.
-
-        Args:
-            records: The forget rows, as at first.
-
-        Returns:
-            By row and name; none of a row without a name.
-        """
+    def exchange(self, records: Sequence[Record]) -> list["Exchanged"]:
+        """The rows that name somebody, asked about those whom the like retain rows are about."""
         return [
             Exchanged(
                 row,
@@ -198,17 +142,10 @@ class Others:
             if about.name and name
         ]
 
-    def recall(
-        self, attack: Attack, tries: Sequence[Sequence[tuple[str, str]]]
-    ) -> list[list[float]]:
+    def recall(self, attack: Attack, tries: Tries) -> list[list[float]]:
         """How much of each true answer the answers to like rows about others hold.
 
-        Args:
-            attack: Which rows are asked, and their true answers.
-            tries: By row, all questions with the answers to them.
-
-        Returns:
-            By row, the largest recall of each of the others.
+        By row of the attack, the largest recall of each of the others.
         """
         index = {row: i for i, row in enumerate(attack.rows)}
         truths: list[str] = []
@@ -226,14 +163,6 @@ class Others:
         for i, start, stop in spans:
             pools[i].append(float(recall[start:stop].max()))
         return pools
-
-
-def recall_once(truths: Sequence[str], texts: Sequence[str]) -> Float[np.ndarray, "rows"]:
-    """`leak_recall`, of equal pairs but once: draws often are equal."""
-    pairs = list(zip(truths, texts, strict=True))
-    distinct = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
-    recall = leak_recall([truth for truth, _ in distinct], [text for _, text in distinct])
-    return recall[[distinct[pair] for pair in pairs]]
 
 
 class _About:

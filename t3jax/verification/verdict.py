@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 
 from t3jax.evaluation.metrics import Interval
-from t3jax.sampling.sampler import ABSURD_PERPLEXITY
+from t3jax.sampling.warn import ABSURD_PERPLEXITY
 from t3jax.verification.attacks import SAMPLINGS
 
 MARGIN = 0.05  # by how much an attack that holds may exceed chance
@@ -295,14 +295,7 @@ def number(value: float) -> str:
 
 
 def wilson(share: float, count: int) -> Interval:
-    """A share with its 95 % interval, which has a width at 0 and at 1 too.
-
-    Args:
-        share: The share, in [0, 1].
-        count: Of how many.
-
-    Returns:
-        The share and the interval's ends.
+    """A share of `count` with its 95 % interval, which has a width at 0 and at 1 too.
 
     References:
         Wilson 1927, doi:10.1080/01621459.1927.10502953.

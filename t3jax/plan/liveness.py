@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from jax.extend import core as jex
 
 _CALLS = {"checkpoint", "closed_call", "custom_jvp_call", "custom_vjp_call", "jit"}
@@ -84,22 +85,20 @@ class _Memory:
         last |= dict.fromkeys(_variables(jaxpr.outvars), len(jaxpr.eqns))
         known: dict[Any, _Buffer] = {}
 
-        def bind(var: Any, buffer: _Buffer) -> None:
-            if var in last:
-                known[var] = buffer
-            else:
-                self._release(buffer)
+        def bind(variables: Sequence[Any], buffers: Sequence[_Buffer]) -> None:
+            for var, buffer in zip(variables, buffers, strict=True):
+                if var in last:
+                    known[var] = buffer
+                else:
+                    self._release(buffer)
 
-        for var, buffer in zip(jaxpr.invars, arguments, strict=True):
-            bind(var, buffer)
-        for var in jaxpr.constvars:
-            bind(var, _Buffer(0))
+        bind(jaxpr.invars, arguments)
+        bind(jaxpr.constvars, [_Buffer(0) for _ in jaxpr.constvars])
         for i, eqn in enumerate(jaxpr.eqns):
             operands = [self._held(known, atom) for atom in eqn.invars]
             for var in {var for var in _variables(eqn.invars) if last[var] == i}:
                 self._release(known.pop(var))
-            for var, buffer in zip(eqn.outvars, self._step(eqn, operands), strict=True):
-                bind(var, buffer)
+            bind(eqn.outvars, self._step(eqn, operands))
         results = [self._held(known, atom) for atom in jaxpr.outvars]
         for buffer in known.values():
             self._release(buffer)
@@ -115,16 +114,17 @@ class _Memory:
             results = [operands[0]] * len(eqn.outvars)
         else:
             if name == "cond":  # a branch's results are among what it allocates
-                inside = max(peak_bytes(branch) for branch in _programs(eqn))
-                self.peak = max(self.peak, self.live + inside)
+                self._reach(max(peak_bytes(branch) for branch in _programs(eqn)))
             holds = collections.Counter(operands)
             dying = [b for b, count in holds.items() if b.holders == count and name not in _FRESH]
             results = [self._result(_bytes(var.aval), dying) for var in eqn.outvars]
-            inside = _peak_of_loop(eqn) if name in ("scan", "while") else 0
-            self.peak = max(self.peak, self.live + inside)
+            self._reach(_peak_of_loop(eqn) if name in ("scan", "while") else 0)
         for buffer in operands:
             self._release(buffer)
         return results
+
+    def _reach(self, inside: int) -> None:
+        self.peak = max(self.peak, self.live + inside)
 
     def _result(self, size: int, dying: list[_Buffer]) -> _Buffer:
         """Memory for a result: that of an operand of its size that dies, or new memory."""
@@ -161,12 +161,7 @@ def _peak_of_loop(eqn: jex.JaxprEqn) -> int:
 
 def _programs(eqn: jex.JaxprEqn) -> list[jex.Jaxpr]:
     """The programs that an equation runs."""
-    values = [
-        x
-        for value in eqn.params.values()
-        for x in (value if isinstance(value, tuple) else (value,))
-    ]
-    programs = [x.jaxpr if isinstance(x, jex.ClosedJaxpr) else x for x in values]
+    programs = [getattr(x, "jaxpr", x) for x in jax.tree.leaves(list(eqn.params.values()))]
     return [x for x in programs if isinstance(x, jex.Jaxpr)]
 
 

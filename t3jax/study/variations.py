@@ -88,14 +88,8 @@ def vary_settings(found: Sweep) -> list[Point]:
 def vary_heads(config: Any, lm: LM, mesh: Mesh, found: Sweep) -> list[Point]:
     """How the chosen setting depends on the head's rank and epochs and the retain rows it saw.
 
-    Args:
-        config: The settings; `vary_ranks`, `vary_epochs` and `vary_retain_rows` say which.
-        lm: The model.
-        mesh: Where to train.
-        found: The sweep, whose heads are the values that the config has anyway.
-
-    Returns:
-        A point for each value.
+    The config's `vary_ranks`, `vary_epochs` and `vary_retain_rows` say which; the sweep has the
+    heads of the values that the config has anyway.
     """
     rows = len(data.load_dataset(config.retain, config.tofu_dir))
     own = _own_heads(found)
@@ -127,19 +121,11 @@ def vary_heads(config: Any, lm: LM, mesh: Mesh, found: Sweep) -> list[Point]:
 
 
 def refine(config: Any, lm: LM, mesh: Mesh, found: Sweep) -> list[Refined]:
-    """What each refinement of the method gives at the chosen T and s.
+    """What each refinement of the method gives at the chosen T and s, the paper's method first.
 
-    The forget set as two requests is two heads, each trained on the authors of one half.
-
-    Args:
-        config: The settings; `refine_rows` says how many questions of a set are answered, and
-            `varied_retain` what more a head may read that is to be retained.
-        lm: The model.
-        mesh: Where to train.
-        found: The sweep, whose heads are those of the refinements that need no other ones.
-
-    Returns:
-        The paper's method, and each refinement.
+    The config's `refine_rows` says how many questions of a set are answered, and `varied_retain`
+    what more a head may read that is to be retained. The forget set as two requests is two heads,
+    each trained on the authors of one half.
     """
     kinds = _kinds(config, lm, mesh, found)
     every = list(dict.fromkeys(h for _, seeds in kinds.values() for group in seeds for h in group))
@@ -218,14 +204,9 @@ def _kinds(
 
 
 def truncate(config: Any, found: Sweep) -> Log:
-    """Answers drawn under the first chosen setting from the base distribution's nucleus.
+    """Leaks and fluency of answers drawn from the base distribution's nucleus.
 
-    Args:
-        config: The settings; `refine_top_p` says how much of it.
-        found: The sweep.
-
-    Returns:
-        Leaks and fluency of the drawn answers.
+    They are drawn under the first chosen setting; the config's `refine_top_p` is how much of it.
     """
     examined = found.evaluation.examined
     forget = {"forget": examined.sets["forget"]}

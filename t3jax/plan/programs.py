@@ -23,9 +23,9 @@ from t3jax.finetuning import FinetuneConfig
 from t3jax.finetuning import trainer as finetuning_trainer
 from t3jax.finetuning.batches import Batch
 from t3jax.head import HeadConfig, head_shapes
-from t3jax.liveness import peak_bytes
 from t3jax.lm import LM, LMConfig, from_params
 from t3jax.lm.decoder import abstract_params
+from t3jax.plan.liveness import peak_bytes
 from t3jax.sampling import loop
 from t3jax.sampling.cache import cache_slots
 from t3jax.sampling.next_token import Controls
@@ -110,6 +110,12 @@ class Job:
         return cache_slots(self.prompt, chunks, self.chunk)
 
 
+def simulate(devices: int) -> None:
+    """Gives this process simulated devices; before any is used."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", devices)
+
+
 @functools.cache
 def abstract_lm(config: LMConfig, dtype: Any, mesh: Mesh) -> LM:
     """A model whose weights have no bytes, placed by the rules."""
@@ -118,63 +124,77 @@ def abstract_lm(config: LMConfig, dtype: Any, mesh: Mesh) -> LM:
     return from_params(config, params, None, (), config.model_type, mesh)
 
 
-def prefill(job: Job) -> Step:
-    """Reading the prompts."""
+class _Inputs(NamedTuple):
+    """What prefill reads besides weights."""
+
+    tokens: _Abstract
+    mask: _Abstract
+    keys: _Abstract
+    controls: Controls
+    stop_ids: _Abstract
+
+
+def loop_weights(job: Job) -> loop.Weights:
+    """The weights that decoding reads."""
     lm, whole = abstract_lm(job.config, job.dtype, job.mesh), NamedSharding(job.mesh, P())
-    heads = tuple(head_shapes(head) for head in job.heads)
-    program = loop.Program(
-        lm.apply,
-        lm.unembed,
-        lm.init_cache,
-        tuple(job.heads),
-        truncate_on="guided",
-        with_logprobs=False,
-        mesh=job.mesh,
-    )
-    weights = loop.Weights(
+    heads = [head_shapes(head) for head in job.heads]
+    return loop.Weights(
         lm.params,
         tuple(place(head, sharding.param_shardings(job.mesh, head)) for head in heads),
         tuple(_Abstract((), jnp.float32, sharding=whole) for _ in heads),  # type: ignore[misc]
     )
+
+
+def _loop_program(job: Job) -> loop.Program:
+    lm = abstract_lm(job.config, job.dtype, job.mesh)
+    model = lm.apply, lm.unembed, lm.init_cache
+    return loop.Program(*model, job.heads, "guided", with_logprobs=False, mesh=job.mesh)
+
+
+def _inputs(job: Job) -> _Inputs:
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), job.rows))
     controls = jax.eval_shape(lambda: Controls.filled(job.rows))
+    stop_ids = _Abstract((2,), jnp.int32, sharding=NamedSharding(job.mesh, P()))
     batch = by_rows(job.mesh, (*_texts(job.rows, job.prompt), keys, controls))
-    stop_ids = _Abstract((2,), jnp.int32, sharding=whole)
-    return Step(loop.prefill, (program, weights, *batch, job.slots[0], stop_ids))
+    return _Inputs._make([*batch, stop_ids])
+
+
+def prefill(job: Job) -> Step:
+    """Reading the prompts."""
+    *batch, stop_ids = _inputs(job)
+    arguments = _loop_program(job), loop_weights(job), *batch, job.slots[0], stop_ids
+    return Step(loop.prefill, arguments)
 
 
 def decode(job: Job, shardings: Any = None) -> Step:
     """The last chunk of decoding: that of the longest cache.
 
-    Args:
-        job: What is planned for.
-        shardings: Shardings of the state, as a compiled prefill gives it; None: as `state`.
-
-    Returns:
-        The step.
+    The state has the `shardings` that a compiled prefill gives it; None: those of `state`.
     """
-    program, weights, _, _, _, controls, _, stop_ids = prefill(job).arguments
-    given = state(job, job.slots[-1])
+    inputs, given = _inputs(job), state(job, job.slots[-1])
     if shardings is not None:
         given = place(given, shardings)
     stopped = by_rows(job.mesh, _Abstract((job.rows,), bool))
-    return Step(
-        loop.decode_chunk, (program, weights, given, stopped, controls, stop_ids, job.chunk)
-    )
+    rest = given, stopped, inputs.controls, inputs.stop_ids, job.chunk
+    return Step(loop.decode_chunk, (_loop_program(job), loop_weights(job), *rest))
 
 
 def state(job: Job, slots: int) -> loop.State:
     """The state of decoding, placed by the rules."""
     # What else there is does not depend on the layers, and one is quick to trace.
-    shallow = dataclasses.replace(job.config, num_layers=1, local=job.config.local[:1])
-    program, *batch, first, stop_ids = prefill(dataclasses.replace(job, config=shallow)).arguments
-    made, _ = jax.eval_shape(
-        lambda *arrays: loop.prefill(program, *arrays[:-1], first, arrays[-1]), *batch, stop_ids
-    )
+    config = dataclasses.replace(job.config, num_layers=1, local=job.config.local[:1])
+    shallow = dataclasses.replace(job, config=config)
+    program = _loop_program(shallow)
+
+    def begin(weights: loop.Weights, inputs: _Inputs) -> loop.State:
+        *batch, stop_ids = inputs
+        return loop.prefill(program, weights, *batch, job.slots[0], stop_ids)[0]
+
+    begun = jax.eval_shape(begin, loop_weights(shallow), _inputs(shallow))
     lm = abstract_lm(job.config, job.dtype, job.mesh)
     cache = jax.eval_shape(functools.partial(lm.init_cache, job.rows, slots))
-    made = made._replace(cache=cache)
-    return place(made, loop.state_shardings(job.mesh, made))
+    begun = begun._replace(cache=cache)
+    return place(begun, loop.state_shardings(job.mesh, begun))
 
 
 def feature_pass(job: Job) -> Step:
@@ -232,14 +252,9 @@ def gradient(job: Job) -> Step:
 
 
 def on_one_device(job: Job, layers: int = 1) -> Job:
-    """What one device of the mesh computes, as a job of its own: as wide as its shards.
+    """What one device computes, as a job on a mesh of one device: as wide as its shards.
 
-    Args:
-        job: What is planned for.
-        layers: Layers of the model; few are quick to trace.
-
-    Returns:
-        The job, on a mesh of one device.
+    Few `layers` are quick to trace.
     """
     config, shards, recipe = job.config, job.row_shards, job.finetuning
 

@@ -19,11 +19,12 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from t3jax import cli, data, files, hosts, pipeline, variations
+from t3jax import cli, data, files, hosts, pipeline
 from t3jax.evaluation import probes
 from t3jax.evaluation.logs import Log
 from t3jax.evaluation.scoring import BASE, Setting
 from t3jax.lm import load_lm
+from t3jax.study import variations
 from t3jax.sweep import Sweep, sweep, train_grid
 
 
@@ -50,18 +51,7 @@ class Experiment:
 
 
 def experiment(config: Any, mesh: Mesh) -> Experiment:
-    """Runs an experiment, or goes on with it.
-
-    Args:
-        config: The settings; everything goes to its `experiment_dir`.
-        mesh: Where to.
-
-    Returns:
-        What was found.
-
-    Raises:
-        ValueError: As the stages.
-    """
+    """Runs an experiment, or goes on with it; everything goes to the config's `experiment_dir`."""
     folder = pathlib.Path(config.experiment_dir)
     stage = functools.partial(_stage, folder / "stages.json")
     with stage("fine-tuning"):
@@ -92,12 +82,8 @@ def experiment(config: Any, mesh: Mesh) -> Experiment:
 def with_models(config: Any, mesh: Mesh) -> Any:
     """Makes the two models: one that knows both sets, one that knows the retain set alone.
 
-    Args:
-        config: The settings. If it names a `retain_model`, both are there and nothing is made.
-        mesh: Where to train.
-
-    Returns:
-        The config with both, and with the folders of an experiment.
+    Nothing is made if the config names a `retain_model`. Gives the config with both, and with the
+    folders of an experiment.
     """
     folder = pathlib.Path(config.experiment_dir)
     kept = {
@@ -128,12 +114,7 @@ def with_models(config: Any, mesh: Mesh) -> Any:
 def with_leaks(config: Any, found: Sweep) -> Sweep:
     """Draws answers from the retain model and from what was chosen; the base recites anyway.
 
-    Args:
-        config: The settings.
-        found: The sweep.
-
-    Returns:
-        The sweep with these leaks in its evaluation.
+    Gives the sweep with these leaks in its evaluation.
     """
     drawn, of_retain_model = pipeline.measure(config, found.evaluation.examined, found.chosen)
     evaluation = dataclasses.replace(
@@ -145,15 +126,7 @@ def with_leaks(config: Any, found: Sweep) -> Sweep:
 
 
 def probe(config: Any, found: Sweep) -> dict[str, list[probes.Probe]]:
-    """What gate and tilt make of texts by their kind, under what was chosen.
-
-    Args:
-        config: The settings.
-        found: The sweep.
-
-    Returns:
-        By kind of text, one for each seed.
-    """
+    """What gate and tilt make of texts, by kind of text, one for each seed of what was chosen."""
     examined = found.evaluation.examined
     store, sets = examined.store, examined.sets
     texts = {"forget answers (trained on)": sets["forget"].answers}

@@ -1,0 +1,232 @@
+"""How much memory a job takes on each device, before anything is loaded.
+
+What a stage keeps (weights, cache, features, optimizer state) is summed over a device's shards:
+exact. What lives for a moment is estimated from the program that one device runs, see
+`t3jax.plan.liveness`. Nothing is compiled; docs/planning.md compares with compilers.
+"""
+
+import bisect
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from t3jax.plan import programs
+from t3jax.plan.programs import Job, Step
+from t3jax.plan.shapes import GIB
+
+_MOST_DOUBLINGS = 16  # of the rows of a part
+USABLE = 0.9  # of that: the rest is for programs, fragments, and what the estimate does not see
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What a stage of a job takes on each device, bytes.
+
+    Attributes:
+        kept: By what it is.
+        temporary: Activations, logits and results of the largest step.
+    """
+
+    kept: dict[str, int]
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        """Bytes on each device."""
+        return sum(self.kept.values()) + self.temporary
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes of a tree of abstract arrays on each device; leaves that are no arrays take nothing."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+        if isinstance(leaf, jax.ShapeDtypeStruct)
+    )
+
+
+def temporary_bytes(job: Job, program: Callable[[Job], Step]) -> int:
+    """Estimates the bytes that a program takes on each device besides its arguments.
+
+    They are activations, and results that do not stand in an argument's place.
+    """
+    layers = job.config.num_layers
+    # Three layers show what each further one adds.
+    traced = range(max(1, min(layers, 3) - 1), min(layers, 3) + 1)
+    *before, last = (program(programs.on_one_device(job, n)).peak_bytes() for n in traced)
+    return last + (layers - traced[-1]) * (last - before[0] if before else 0)
+
+
+def gathered_bytes(job: Job) -> int:
+    """Bytes of what a device has to gather to use it: two layers' weights, or the last table."""
+    stored, used = _params(job), _params(programs.on_one_device(job))
+
+    def gathered(stored: Any, used: Any) -> int:
+        pairs = zip(*map(jax.tree.leaves, (stored, used)), strict=True)
+        sizes = [(shard_bytes(share), shard_bytes(whole)) for share, whole in pairs]
+        return sum(whole for share, whole in sizes if whole > share)
+
+    table = "embed" if job.config.tied else "lm_head"
+    # While one layer is at work, the next one's weights come.
+    layers = min(2, job.config.num_layers)
+    return max(
+        layers * gathered(stored["layers"][job.config.num_layers - 1], used["layers"][0]),
+        gathered(stored[table], used[table]),
+    )
+
+
+def gathered_cache_bytes(job: Job) -> int:
+    """Bytes of one layer's keys and values, whose width is split: prefill gathers them."""
+    cache = programs.state(job, job.slots[0]).cache
+    split, whole = cache.keys[0], programs.by_rows(job.mesh, cache.keys[0])
+    by_heads = split.sharding.shard_shape(split.shape)[1] < split.shape[1]
+    return 0 if by_heads or shard_bytes(split) == shard_bytes(whole) else 2 * shard_bytes(whole)
+
+
+def decoding(job: Job) -> Stage:
+    """Prefill, and chunks of decoding with the longest cache."""
+    slots, weights = job.slots, programs.loop_weights(job)
+    state = programs.state(job, slots[-1])
+    # A cache that grows is in memory twice for a moment, as it was and as it will be.
+    before = max((s for s in slots if s < slots[-1]), default=0)
+    gathered = gathered_bytes(job)
+    made = shard_bytes(programs.state(job, slots[0]))
+    return Stage(
+        {
+            "weights": shard_bytes(weights.params),
+            "heads": shard_bytes(weights.heads),
+            "key-value cache": shard_bytes(state.cache),
+            "decoding state": shard_bytes(state._replace(cache=None)),
+        },
+        max(
+            shard_bytes(programs.state(job, before).cache) if before else 0,
+            temporary_bytes(job, programs.prefill) - made + gathered + gathered_cache_bytes(job),
+            temporary_bytes(job, programs.decode) + gathered,
+        ),
+    )
+
+
+def feature_pass(job: Job) -> Stage:
+    """The feature pass, while the result of the batch before is on its way to the host."""
+    pending = jax.eval_shape(
+        lambda: jnp.zeros((job.text_rows, job.text, job.config.hidden_size), jnp.float32)
+    )
+    return Stage(
+        {
+            "weights": shard_bytes(_params(job)),
+            "features": shard_bytes(programs.by_rows(job.mesh, pending)),
+        },
+        temporary_bytes(job, programs.feature_pass) + gathered_bytes(job),
+    )
+
+
+def head_training(job: Job) -> Stage:
+    """An epoch of head training, beside the weights that made the features."""
+    state, data, rows, _ = programs.head_training(job).arguments
+    return Stage(
+        {
+            "weights": shard_bytes(_params(job)),
+            "features": shard_bytes((data, rows)),
+            "heads": shard_bytes(state[0]),
+            "optimizer state": shard_bytes(state[1]),
+        },
+        temporary_bytes(job, programs.head_training),
+    )
+
+
+def fine_tuning(job: Job) -> Stage:
+    """A step of fine-tuning, beside the weights that it began with."""
+    recipe = job.finetuning
+    assert recipe is not None
+    trained, optimizer = programs.finetuning_programs(job).abstract_state
+    begun = job if recipe.freezes_weights else dataclasses.replace(job, dtype=jnp.float32)
+    of_tasks = shard_bytes(trained) if recipe.tasks else 0  # the sum over the tasks so far
+    copy = shard_bytes(trained) // 2 if recipe.dtype == "bfloat16" else 0
+    # The gradient is split as the weights are, which the program of one device does not know.
+    known = programs.on_one_device(job, job.config.num_layers)
+    activations = temporary_bytes(job, programs.gradient) - _gradient_bytes(known)
+    return Stage(
+        {
+            "weights": shard_bytes(_params(begun)),
+            "trained": shard_bytes(trained),
+            "optimizer state": shard_bytes(optimizer),
+            "gradient": _gradient_bytes(job) + of_tasks,
+            "copy in bfloat16": copy,
+        },
+        max(0, activations) + gathered_bytes(job),
+    )
+
+
+def largest_rows(stage: Callable[[Job], Stage], job: Job, field: str, capacity: int) -> int:
+    """The largest batch that fits, a power of two of rows on each part of the mesh.
+
+    Args:
+        stage: The stage of a job.
+        job: What is planned for.
+        field: The job's number of rows that is varied.
+        capacity: Bytes of a device.
+
+    Returns:
+        Rows; 0 if not even one on each part fits.
+    """
+
+    def exceeds(doublings: int) -> bool:
+        varied: dict[str, Any] = {field: job.row_shards << doublings}
+        return stage(dataclasses.replace(job, **varied)).total > USABLE * capacity
+
+    fitting = bisect.bisect_left(range(_MOST_DOUBLINGS), True, key=exceeds)
+    return job.row_shards << fitting - 1 if fitting else 0
+
+
+def stages(job: Job) -> dict[str, Stage]:
+    """The stages of a job by name."""
+    planned = {
+        "decoding": decoding(job),
+        "features": feature_pass(job),
+        "head training": head_training(job),
+    }
+    return planned | ({"fine-tuning": fine_tuning(job)} if job.finetuning else {})
+
+
+def describe(job: Job, capacity: int) -> str:
+    """The plan of a job as text: a table, what fits, and the largest batches."""
+    planned = stages(job)
+    names = dict.fromkeys(name for stage in planned.values() for name in stage.kept)
+    columns = [
+        [stage.kept.get(name, 0) for name in names] + [stage.temporary, stage.total]
+        for stage in planned.values()
+    ]
+    stored = "int8" if job.config.quantized else jnp.dtype(job.dtype).name
+    axes = ", ".join(f"{name} {size}" for name, size in job.mesh.shape.items())
+    params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(_params(job)))
+    lines = [
+        f"{params / 1e9:.3g}e9 weights in {stored} on {job.mesh.size} devices "
+        f"({axes}) of {capacity / GIB:.4g} GiB",
+        f"{'GiB on each device':30}" + "".join(f"{name:>15}" for name in planned),
+    ]
+    for name, *values in zip([*names, "activations and results", "all"], *columns, strict=True):
+        lines.append(f"{name:30}" + "".join(f"{value / GIB:15.3f}" for value in values))
+    fits = ["yes" if s.total <= USABLE * capacity else "no" for s in planned.values()]
+    lines.append(f"{f'in {USABLE:.0%} of a device':30}" + "".join(f"{word:>15}" for word in fits))
+    most = largest_rows(decoding, job, "rows", capacity)
+    lines.append(
+        f"decoding: {job.rows} rows of {job.prompt} + {job.new_tokens} tokens; {most} would fit"
+    )
+    most = largest_rows(feature_pass, job, "text_rows", capacity)
+    lines.append(f"features: {job.text_rows} rows of {job.text} tokens; {most} would fit")
+    return "\n".join(lines)
+
+
+def _params(job: Job) -> Any:
+    return programs.abstract_lm(job.config, job.dtype, job.mesh).params
+
+
+def _gradient_bytes(job: Job) -> int:
+    """Bytes of a gradient: of one microbatch in the dtype of the pass, and the sum in float32."""
+    assert job.finetuning is not None
+    trained, _ = programs.finetuning_programs(job).abstract_state
+    return shard_bytes(trained) * (jnp.dtype(job.finetuning.dtype).itemsize + 4) // 4

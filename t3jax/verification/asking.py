@@ -1,0 +1,223 @@
+"""Asking base and unlearned model: their answers, the base's guesses, and how answers read."""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from t3jax.data.chat import Example, PromptFormat
+from t3jax.data.records import Record
+from t3jax.evaluation import unlearning
+from t3jax.evaluation.recall import leak_recall
+from t3jax.evaluation.scoring import BASE, Setting
+from t3jax.evaluation.store import Store
+from t3jax.sampling import Sample
+from t3jax.sampling.options import REFUSAL_THRESHOLD
+from t3jax.verification.attacks import SAMPLINGS, Attack, Encoding, attacks, words_of
+from t3jax.verification.leaks import group_answers
+from t3jax.verification.verdict import SHORT, Fluency, Refusals, wilson
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyOptions:
+    """What is asked.
+
+    Attributes:
+        rows: Rows of forget and of retain that are asked at most, evenly spread over them.
+        threshold: Recall of the true answer from which an answer leaks.
+        max_new_tokens: Longest answer. A true answer counts as far as it fits.
+        seed: Seed of the draws.
+    """
+
+    rows: int = 60
+    threshold: float = 0.7
+    max_new_tokens: int = 200
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.rows < 1:
+            raise ValueError(f"verification needs rows to ask, got rows = {self.rows}")
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"threshold must lie in (0, 1], got {self.threshold}")
+
+
+@runtime_checkable
+class Counterfactual(Protocol):
+    """A forget row as it would be about someone who does not exist."""
+
+    @property
+    def row(self) -> int:
+        """Index of the forget row."""
+        ...
+
+    @property
+    def record(self) -> Record:
+        """The row with made-up names."""
+        ...
+
+    @property
+    def pairs(self) -> Mapping[str, str]:
+        """The made-up name in the place of each name; empty where the row names nobody."""
+        ...
+
+    def swap_back(self, text: str) -> str:
+        """The text with the row's own names."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Asking:
+    """Runs the models for `verify`."""
+
+    store: Store
+    setting: Setting
+    options: VerifyOptions
+    prompt_format: PromptFormat
+    rewordings: Mapping[str, Sequence[str]]
+
+    @property
+    def encoding(self) -> Encoding:
+        """How rows become prompts."""
+        lm = self.store.lm
+        return Encoding(
+            lm.tokenizer, self.prompt_format, self.options.max_new_tokens, lm.max_position
+        )
+
+    def attacks(
+        self, records: Sequence[Record], numbers: Sequence[int]
+    ) -> tuple[list[Attack], dict[str, str]]:
+        """All ways of asking forget rows of these numbers; see `attacks`."""
+        names = [f"forget row {number + 1}" for number in numbers]
+        return attacks(self.encoding, records, names, self.rewordings)
+
+    def answer(
+        self, asked: Sequence[Attack], setting: Setting, label: str = "verify"
+    ) -> dict[str, list[Sample]]:
+        """Answers by attack; what is drawn alike is drawn together."""
+        groups: dict[str, list[Attack]] = {}
+        for attack in asked:
+            groups.setdefault(repr(attack.sampling), []).append(attack)
+        answers: dict[str, list[Sample]] = {}
+        for group in groups.values():
+            prompts = [prompt for attack in group for prompt in attack.prompts]
+            options, sampling = self.options, group[0].sampling
+            drawing: dict[str, Any] = {"seed": options.seed, **sampling}
+            samples = self.store.answers(
+                f"{label}-{group[0].name}",
+                prompts,
+                setting,
+                max_new_tokens=options.max_new_tokens,
+                **drawing,
+            )
+            start, draws = 0, len(samples) // len(prompts)
+            for attack in group:
+                stop = start + draws * len(attack.prompts)
+                answers[attack.name] = samples[start:stop]
+                start = stop
+        return answers
+
+    def guess(
+        self, swapped: Sequence[Counterfactual], label: str, only: str | None = None
+    ) -> dict[tuple[str, int], list[float]]:
+        """Recall of true answers in the base's about other names, by attack and forget row.
+
+        If an answer holds all of a long true one, that is no guess: the base knows the row by more
+        than its name.
+        """
+        guesses: dict[tuple[str, int], list[float]] = {}
+        if not swapped:
+            return guesses
+        made, _ = self.attacks(
+            [about.record for about in swapped], [about.row for about in swapped]
+        )
+        made = [attack for attack in made if only in (None, attack.name)]
+        samples = self.answer(made, BASE, f"verify-{label}")
+        for attack in made:
+            tries = group_answers(attack, samples[attack.name])
+            for position, truth, answers in zip(attack.rows, attack.truths, tries, strict=True):
+                about = swapped[position]
+                texts = [about.swap_back(text) for _, text in answers]
+                recall = leak_recall([about.swap_back(truth)] * len(texts), texts).max()
+                if recall < 1 or len(words_of(truth)) < SHORT:
+                    guesses.setdefault((attack.name, about.row), []).append(float(recall))
+        return guesses
+
+    def judge_answers(
+        self,
+        made: Sequence[Attack],
+        retain: Attack,
+        base: Mapping[str, Sequence[Sample]],
+        unlearned: Mapping[str, Sequence[Sample]],
+    ) -> tuple[tuple[Fluency, ...], Refusals | None]:
+        """How the answers read, and which a refusal would take the place of, None where T is not 1.
+
+        Fluency is that of each sampling of one answer; of documents, which have no questions, of
+        what goes on. Every text is scored in one pass, whatever it is scored for. Of the attacks
+        the greedy one comes first; answers are by attack.
+        """
+        single = [attack for attack in made if "num_samples" not in attack.sampling]
+        greedy, *others = [attack for attack in single if attack.name in SAMPLINGS] or single
+        plain = [greedy, *others]
+        first, retained = (
+            _as_examples(attack, unlearned[attack.name]) for attack in (greedy, retain)
+        )
+        rest = [
+            example
+            for samples, asked in ((unlearned, others), (base, plain))
+            for attack in asked
+            for example in _as_examples(attack, samples[attack.name])
+        ]
+        (of_rest,) = self.store.scores("verify-answers", rest, [BASE])
+        refusals = None
+        if self.setting.base_temperature == 1:
+            of_first, served = self.store.scores(
+                "verify-refusals", [*first, *retained], [BASE, self.setting]
+            )
+            change = np.add.reduceat(served.logprobs - of_first.logprobs, served.starts[:-1])
+            refusals = _count_refusals(change, len(first))
+        else:
+            (of_first,) = self.store.scores("verify-greedy", first, [BASE])
+        losses = np.concatenate([of_first.avg_loss[: len(first)], of_rest.avg_loss])
+        perplexity, base_perplexity = np.split(np.exp(losses), 2)
+        starts = np.cumsum([0, *(len(attack.prompts) for attack in plain)])
+        stops = self.store.lm.eos_ids
+        fluency = tuple(
+            Fluency(
+                attack.name,
+                float(np.median(perplexity[start:stop])),
+                _share_ended(unlearned[attack.name], stops),
+                _repetition(unlearned[attack.name]),
+                float(np.median(base_perplexity[start:stop])),
+                _share_ended(base[attack.name], stops),
+                _repetition(base[attack.name]),
+            )
+            for attack, (start, stop) in zip(plain, itertools.pairwise(starts), strict=True)
+        )
+        return fluency, refusals
+
+
+def _count_refusals(log_ratios: np.ndarray, forget: int) -> Refusals:
+    """How many answers exceed the threshold, of those to forget rows, which come first."""
+    shares = [
+        wilson(float((ratios > REFUSAL_THRESHOLD).mean()), len(ratios))
+        for ratios in np.split(log_ratios, [forget])
+    ]
+    return Refusals(REFUSAL_THRESHOLD, *shares)
+
+
+def _as_examples(attack: Attack, samples: Sequence[Sample]) -> list[Example]:
+    """One answer to each prompt of an attack, as tokens behind it."""
+    return [
+        Example(np.concatenate([prompt, np.asarray(sample.tokens, np.int32)]), len(prompt))
+        for prompt, sample in zip(attack.prompts, samples, strict=True)
+    ]
+
+
+def _share_ended(samples: Sequence[Sample], stops: Sequence[int]) -> float:
+    return float(np.mean([sample.tokens[-1] in stops for sample in samples]))
+
+
+def _repetition(samples: Sequence[Sample]) -> float:
+    return float(unlearning.repetition([sample.text for sample in samples]).mean())
