@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from t3jax import data, files, hosts
 from t3jax.abstract import abstract_lm
-from t3jax.evaluation.logs import read_log
+from t3jax.evaluation.log_files import read_log
 from t3jax.evaluation.selection import RULES
 from t3jax.head import ACTIVATIONS
 from t3jax.head_io import Head, check_head_fits, common_default

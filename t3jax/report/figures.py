@@ -95,11 +95,11 @@ def _styled(draw: Callable[..., Any]) -> Callable[..., str]:
 def trade_off(axes: Any, points: Sequence[Point], utility_name: str) -> None:
     """Forget quality against utility: up and right is better."""
     for kind, (colour, marker, _) in STYLES.items():
-        mine = [point for point in points if point.kind == kind]
-        if mine:
+        of_kind = [point for point in points if point.kind == kind]
+        if of_kind:
             axes.scatter(
-                [point.utility for point in mine],
-                [max(point.quality, FLOOR) for point in mine],
+                [point.utility for point in of_kind],
+                [max(point.quality, FLOOR) for point in of_kind],
                 s=190 if kind == tables.RETAIN_MODEL else 55,
                 c=colour,
                 marker=marker,
@@ -177,7 +177,7 @@ def draw_variations(points: Sequence[Any]) -> bytes:
     """What depends on what was varied: a row for each axis, with the spread over seeds.
 
     Args:
-        points: `t3jax.experiment.Point`s.
+        points: `t3jax.variations.Point`s.
 
     Returns:
         An SVG file: D, utility without ROUGE and the forget answers' probability over each axis.
@@ -200,16 +200,16 @@ def draw_variations(points: Sequence[Any]) -> bytes:
         grid = figure.subplots(len(by_axis), len(panels), squeeze=False)
         for row, (axis, lines) in zip(grid, by_axis.items(), strict=True):
             for axes, (panel, number) in zip(row, panels.items(), strict=True):
-                for (label, several), (colour, marker, dashes) in zip(
+                for (label, members), (colour, marker, dashes) in zip(
                     lines.items(), itertools.cycle(_LINES)
                 ):
-                    values = [point.value for point in several]
-                    seeds, bands = zip(*(number(point) for point in several), strict=True)
+                    values = [point.value for point in members]
+                    seeds, bands = zip(*(number(point) for point in members), strict=True)
                     low, high = zip(*bands, strict=True)
                     axes.fill_between(values, low, high, color=colour, alpha=0.15, linewidth=0)
                     axes.plot(
                         values,
-                        [float(np.median(each)) for each in seeds],
+                        [float(np.median(values_of_seeds)) for values_of_seeds in seeds],
                         color=colour,
                         marker=marker,
                         linestyle=dashes,

@@ -10,9 +10,10 @@ from jaxtyping import Float
 
 from t3jax.data.chat import Example, PromptFormat
 from t3jax.data.records import Record, evenly_spread
-from t3jax.evaluation import metrics, unlearning
+from t3jax.evaluation import metrics
+from t3jax.evaluation.answers import repetition
 from t3jax.evaluation.recall import leak_recall
-from t3jax.evaluation.scoring import BASE, Setting
+from t3jax.evaluation.settings import BASE, Setting
 from t3jax.evaluation.store import Store
 from t3jax.sampling import Sample
 from t3jax.sampling.sampler import REFUSAL_THRESHOLD
@@ -401,4 +402,4 @@ def _ended(samples: Sequence[Sample], stops: Sequence[int]) -> float:
 
 
 def _repetition(samples: Sequence[Sample]) -> float:
-    return float(unlearning.repetition([sample.text for sample in samples]).mean())
+    return float(repetition([sample.text for sample in samples]).mean())
