@@ -225,9 +225,9 @@ def _fluency(verdict: Verdict) -> str:
     columns = ["sampling", "perplexity", "end in time", "repeats itself", "language"]
     return (
         f"{make_table(columns, rows)}\n\nAnswers to the forget rows: their median perplexity under "
-        "the base, the share that ends before the longest answer, and the share of 4-word sequences "
-        "that stood in the answer before; in brackets, those of the base's answers. As a rule of "
-        f"thumb, language has a perplexity of at most {ABSURD_PERPLEXITY:g}, or twice the base's "
+        "the base, the share that ends before the longest answer, and the share of 4-word "
+        "sequences that stood in the answer before; in brackets, those of the base's answers. As a "
+        f"rule of thumb, language has a perplexity of at most {ABSURD_PERPLEXITY:g}, or twice the base's "
         f"own, and ends and repeats itself as the base does, give or take {_points(LOSS)}."
     )
 
