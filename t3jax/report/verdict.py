@@ -227,8 +227,8 @@ def _fluency(verdict: Verdict) -> str:
         f"{make_table(columns, rows)}\n\nAnswers to the forget rows: their median perplexity under "
         "the base, the share that ends before the longest answer, and the share of 4-word "
         "sequences that stood in the answer before; in brackets, those of the base's answers. As a "
-        f"rule of thumb, language has a perplexity of at most {ABSURD_PERPLEXITY:g}, or twice the base's "
-        f"own, and ends and repeats itself as the base does, give or take {_points(LOSS)}."
+        f"rule of thumb, language has a perplexity of at most {ABSURD_PERPLEXITY:g}, or twice the "
+        f"base's own, and ends and repeats itself as the base does, give or take {_points(LOSS)}."
     )
 
 
