@@ -15,7 +15,7 @@ from t3jax.evaluation.scoring import TextScores
 from t3jax.evaluation.settings import BASE, Setting
 from t3jax.evaluation.store import Store
 from t3jax.pipeline import Evaluation, Examined
-from t3jax.report import page, tables
+from t3jax.report import diagnosis, page, tables
 from t3jax.report.answers import answer_tokens
 
 ROWS = 6
@@ -108,7 +108,14 @@ class Elements(html.parser.HTMLParser):
 def report(evaluation, tmp_path_factory):
     path = tmp_path_factory.mktemp("report") / "new" / "report.html"
     selected = [("chosen on half A", SETTING.name, "a note")]
-    page.write_report(path, evaluation, title="A <title>", selected=selected, featured=SETTING.name)
+    page.write_report(
+        path,
+        evaluation,
+        title="A <title>",
+        selected=selected,
+        featured=SETTING.name,
+        diagnoses=diagnosis.diagnose_heads(evaluation),
+    )
     return path.read_text()
 
 
@@ -126,6 +133,7 @@ def test_the_page_needs_nothing_else_and_escapes_what_models_say(report):
         "Before and after",
         "Token by token",
         "Beyond the benchmark",
+        "What theory says of each head",
         "Not measured",
     ]
     assert "<b>forget</b>" not in report
@@ -244,3 +252,41 @@ def test_a_second_retain_model_is_the_noise_floor(evaluation):
     table = tables.unlearning_table([], {}, Log(), second_unlearning)
     assert "than the retain model" not in table.rows[-1].cells[0].note
     assert "noise floor" not in page.render(page.contents(evaluation, "title", [], None, []))
+
+
+def test_a_head_is_diagnosed_beside_what_was_measured(evaluation, report):
+    cooler = Setting("head0-T3-s0.5", 3.0, 0.5, (0,))
+    logs = {**evaluation.logs, cooler.name: evaluation.retain_log}
+    more = dataclasses.replace(evaluation, settings=[*SETTINGS, cooler], logs=logs)
+    (head,) = diagnosis.diagnose_heads(more)
+    assert head.diagnosis.scale == 0.5  # the head's own s was not evaluated
+    assert head.best_measured == 3.0
+    quality = aggregates.forget_quality(evaluation.logs[SETTING.name], evaluation.retain_log)
+    section = diagnosis.make_section(head)
+    shown = {row.label: row.cells[-1] for row in section.table.rows}
+    assert shown["T = 2"].text == f"{quality.p_value:.2g}"
+    assert shown["T = 3"] == ("1", "D 0.000")
+    assert shown["T = 4"] == tables.MISSING
+    assert section.table.columns == ["bound", "leak", "price", "retain bound", "forget quality"]
+    assert "which the head may know" in section.sentences[0]
+    assert "Smallest distance D of whole answers: T = 3 of 2, 3." in section.sentences
+    assert f"held-out loss of the head {head.diagnosis.loss:.4f}" in str(head.diagnosis)
+    known = "Held-out loss on the questions, which the head may know"
+    assert f"{known}: {head.diagnosis.loss:.4f}" in report
+
+
+def test_a_head_that_cannot_be_diagnosed_has_a_reason(evaluation):
+    examined = evaluation.examined
+    distilled = dataclasses.replace(
+        examined.store.heads[0], record={"training": {"loss": "distillation"}}
+    )
+    forget = {"forget": examined.sets["forget"]}
+    for changed, reason in (
+        (dataclasses.replace(examined, store=FakeStore(examined.store.lm, [distilled])), "distill"),
+        (dataclasses.replace(examined, sets=forget), "no retain set was given"),
+    ):
+        heads = diagnosis.diagnose_heads(dataclasses.replace(evaluation, examined=changed))
+        assert reason in diagnosis.describe_diagnoses(heads)
+        values = page.contents(evaluation, "title", (), None, [], heads)
+        assert reason in page.render(values)
+    assert diagnosis.diagnose_heads(dataclasses.replace(evaluation, settings=[BASE])) == []

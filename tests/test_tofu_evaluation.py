@@ -358,6 +358,22 @@ def test_every_number_is_there(measured, run):
     assert list(stored) == FILE_ORDER
 
 
+def test_scores_that_settings_share_are_read_once(run, sets, settings, tmp_path):
+    _, _, _, (kept, _), _ = run
+    asked = []
+
+    class Counting(Store):
+        def scores(self, label, examples, settings, *args, **options):
+            asked.append(label)
+            return super().scores(label, examples, settings, *args, **options)
+
+    counting = Counting(kept.lm, kept.heads, kept.folder, rows=4)
+    options = unlearning.UnlearningOptions(max_new_tokens=8)
+    unlearning.measure(counting, sets, settings[:2], tmp_path, options)
+    assert asked.count("forget-paraphrased") == asked.count("retain-answers") == 1
+    assert len(asked) == len(set(asked))
+
+
 def test_nothing_is_sampled_unless_asked_for(run, sets, tmp_path):
     _, _, _, (kept, _), _ = run
     options = unlearning.UnlearningOptions(max_new_tokens=8)

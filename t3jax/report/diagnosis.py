@@ -50,7 +50,7 @@ class Section(NamedTuple):
 
     Attributes:
         name: The head.
-        sentences: What was found, or why there is nothing.
+        sentences: The findings, or why there are none.
         table: Errors by T; None without a diagnosis.
     """
 
@@ -116,26 +116,28 @@ def _diagnose_head(
 
 
 def describe(head: HeadDiagnosis) -> list[str]:
-    """A diagnosis in sentences: loss, peak, the T it suggests, and the T that was measured best."""
+    """A diagnosis in sentences: loss, peak, the T it suggests, and the T that measured best."""
     diagnosis = head.diagnosis
     if diagnosis is None:
         return [f"Not diagnosed: {head.reason}."]
     low, high = diagnosis.interval
-    suggested = ", ".join(f"T = {value:g} {by}" for by, value in diagnosis.suggested.items())
     rows = "reworded questions" if head.reworded else "the questions, which the head may know"
     sentences = [
         f"Held-out loss on {rows}: {diagnosis.loss:.4f} nats a token (95 % interval {low:.4f} to "
         f"{high:.4f}), an upper bound of the excess risk.",
         f"Probability of a forget token under the base model: median {diagnosis.peak[0]:.3f}, "
         f"largest {diagnosis.peak[1]:.3f}.",
-        f"Suggested at s = {diagnosis.scale:g}: {suggested}.",
+        f"Suggested at s = {diagnosis.scale:g}: {_list_temperatures(diagnosis.suggested)}.",
     ]
+    if diagnosis.best:
+        best = _list_temperatures(diagnosis.best)
+        sentences.append(f"Smallest errors of a token against the retain model: {best}.")
     if head.best_measured is None:
         sentences.append("Forget quality was measured at fewer than two of these T.")
     else:
         tried = ", ".join(f"{value:g}" for value in head.measured)
         sentences.append(
-            f"Smallest distance D to the retain model at T = {head.best_measured:g} of {tried}."
+            f"Smallest distance D of whole answers: T = {head.best_measured:g} of {tried}."
         )
     return sentences
 
@@ -150,7 +152,8 @@ def make_section(head: HeadDiagnosis) -> Section:
     diagnosis = head.diagnosis
     if diagnosis is None:
         return Section(head.name, describe(head), None)
-    columns = diagnosis.columns
+    names = {name: f"{name} error, measured" for name in diagnose.Measured._fields}
+    columns = {names.get(name, name): values for name, values in diagnosis.columns.items()}
     rows = [
         Row(
             f"T = {temperature:g}",
@@ -162,7 +165,11 @@ def make_section(head: HeadDiagnosis) -> Section:
         )
         for k, temperature in enumerate(diagnosis.temperatures)
     ]
-    return Section(head.name, describe(head), Table([*columns, "forget quality measured"], rows))
+    return Section(head.name, describe(head), Table([*columns, "forget quality"], rows))
+
+
+def _list_temperatures(by_name: Mapping[str, float]) -> str:
+    return ", ".join(f"T = {value:g} {name}" for name, value in by_name.items())
 
 
 def _show_quality(quality: ForgetQuality | None) -> Cell:

@@ -73,7 +73,7 @@ class Measured(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Diagnosis:
-    """What was found; errors are of a token, by T.
+    """A head's risk and predicted errors; errors are of a token, by T.
 
     Attributes:
         temperatures: T, `[K]`.
@@ -106,7 +106,7 @@ class Diagnosis:
 
     @property
     def columns(self) -> dict[str, Float[np.ndarray, " K"]]:
-        """The errors by T, by name; those that were measured last."""
+        """The errors by T, by name; those against the retain-only model last."""
         columns = {
             "bound": self.bound,
             "leak": self.leak,
@@ -117,15 +117,24 @@ class Diagnosis:
 
     @property
     def suggested(self) -> dict[str, float]:
-        """T of the smallest sum of a forget and a retain error, by which two they are."""
-        pairs = {"by the bound": (self.bound, self.price), "by the leak": (self.leak, self.price)}
-        if (m := self.measured) is not None:
-            pairs["measured"] = m.forget, m.retain
-            pairs["measured, secret tokens"] = m.secret, m.retain
+        """T of the smallest sum of forget error and price, by how the forget error is predicted."""
         return {
-            name: self.temperatures[int(np.argmin(forget + retain))]
-            for name, (forget, retain) in pairs.items()
+            "by the bound": self._find_best(self.bound, self.price),
+            "by the leak": self._find_best(self.leak, self.price),
         }
+
+    @property
+    def best(self) -> dict[str, float]:
+        """T of the smallest sum of the errors against the retain-only model, if there is one."""
+        if self.measured is None:
+            return {}
+        return {
+            "measured": self._find_best(self.measured.forget, self.measured.retain),
+            "measured, secret tokens": self._find_best(self.measured.secret, self.measured.retain),
+        }
+
+    def _find_best(self, forget: Float[np.ndarray, " K"], retain: Float[np.ndarray, " K"]) -> float:
+        return self.temperatures[int(np.argmin(forget + retain))]
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -142,9 +151,8 @@ class Diagnosis:
             " ".join(f"{value:12.4g}" for value in row)
             for row in zip(*columns.values(), strict=True)
         ]
-        lines.append(
-            "T: " + ", ".join(f"{value:g} {name}" for name, value in self.suggested.items())
-        )
+        chosen = self.suggested | self.best
+        lines.append("T: " + ", ".join(f"{value:g} {name}" for name, value in chosen.items()))
         return "\n".join(lines)
 
 
