@@ -5,30 +5,18 @@ what is chosen. `python -m t3jax.evaluation.recompute LOG` checks a log.
 """
 
 from t3jax.evaluation.aggregates import forget_quality
-from t3jax.evaluation.calibration import Calibration, calibrate
+from t3jax.evaluation.calibration import calibrate
 from t3jax.evaluation.log_files import read_log, write_log
 from t3jax.evaluation.logs import Log, Metric, MissingMetricError
-from t3jax.evaluation.metrics import (
-    ForgetQuality,
-    Interval,
-    bootstrap_difference,
-    bootstrap_interval,
-    rouge_scores,
-)
+from t3jax.evaluation.metrics import Interval
 from t3jax.evaluation.questions import QuestionSet, encode_set, load_sets
 from t3jax.evaluation.recall import leak_recall
 from t3jax.evaluation.scoring import TextScores, score_texts
-from t3jax.evaluation.selection import CrossFit, cross_fit
 from t3jax.evaluation.settings import BASE, Setting, settings_grid
 from t3jax.evaluation.store import Store
-from t3jax.evaluation.tofu import TofuOptions
-from t3jax.evaluation.unlearning import UnlearningOptions
 
 __all__ = [
     "BASE",
-    "Calibration",
-    "CrossFit",
-    "ForgetQuality",
     "Interval",
     "Log",
     "Metric",
@@ -37,18 +25,12 @@ __all__ = [
     "Setting",
     "Store",
     "TextScores",
-    "TofuOptions",
-    "UnlearningOptions",
-    "bootstrap_difference",
-    "bootstrap_interval",
     "calibrate",
-    "cross_fit",
     "encode_set",
     "forget_quality",
     "leak_recall",
     "load_sets",
     "read_log",
-    "rouge_scores",
     "score_texts",
     "settings_grid",
     "write_log",

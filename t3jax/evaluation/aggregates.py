@@ -108,24 +108,13 @@ def rows(log: Log, metric: str) -> Float[np.ndarray, "rows"]:
 
 @compute_once
 def interval(log: Log, metric: str) -> metrics.Interval:
-    """The mean of `rows` with its 95 % bootstrap interval.
-
-    Raises:
-        MissingMetricError: As `rows`.
-    """
+    """The mean of `rows` with its 95 % bootstrap interval."""
     return metrics.bootstrap_interval(np.mean, rows(log, metric))
 
 
 @compute_once
 def forget_quality(log: Log, retain_log: Log | None) -> metrics.ForgetQuality:
-    """The Kolmogorov-Smirnov test of a log's forget rows against the retain model's.
-
-    Args:
-        log: A log.
-        retain_log: The retain model's log.
-
-    Returns:
-        p-value, D and the critical D.
+    """The Kolmogorov-Smirnov test of a log's forget rows against the retain model's log.
 
     Raises:
         MissingMetricError: If there is no retain log, or either log lacks `forget_truth_ratio`.
@@ -143,13 +132,6 @@ def forget_quality(log: Log, retain_log: Log | None) -> metrics.ForgetQuality:
 def truth_ratios(log: Log, metric: str) -> Float[np.ndarray, "rows"]:
     """The truth ratios of a set of rows, from the losses of its true and wrong answers.
 
-    Args:
-        log: A log.
-        metric: The truth ratio metric, e.g. `forget_truth_ratio`.
-
-    Returns:
-        `[rows]`, ordered by index.
-
     Raises:
         MissingMetricError: If losses are missing.
         ValueError: If true and wrong answers are not of the same rows.
@@ -159,13 +141,6 @@ def truth_ratios(log: Log, metric: str) -> Float[np.ndarray, "rows"]:
 
 def normalised_probabilities(log: Log, metric: str) -> Float[np.ndarray, "rows"]:
     """The normalised probabilities of a set of rows, from those of its right and wrong answers.
-
-    Args:
-        log: A log.
-        metric: `ra_Q_A_Prob_normalised` or `wf_Q_A_Prob_normalised`.
-
-    Returns:
-        `[rows]`, ordered by index.
 
     Raises:
         MissingMetricError: If probabilities are missing.
@@ -177,16 +152,7 @@ def normalised_probabilities(log: Log, metric: str) -> Float[np.ndarray, "rows"]
 def membership_metric(
     metric: str, forget: Float[np.ndarray, "forget"], holdout: Float[np.ndarray, "holdout"]
 ) -> dict[str, Metric]:
-    """A membership metric and those of its sets.
-
-    Args:
-        metric: The metric, e.g. `mia_loss`.
-        forget: Scores of the forget rows.
-        holdout: Scores of the holdout rows.
-
-    Returns:
-        The metrics by name.
-    """
+    """A membership metric, e.g. `mia_loss`, and those of its sets, from scores: metrics by name."""
     auc = membership.membership_auc(forget, holdout)
     sets = {
         f"{metric}/{name}": Metric(mean_score(metric, scores), {"score": scores})

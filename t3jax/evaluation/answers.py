@@ -22,15 +22,7 @@ _BY_SAMPLES = "by_samples/"
 def find_leaks(
     recall: Float[np.ndarray, "rows samples"], threshold: float
 ) -> Bool[np.ndarray, "rows samples"]:
-    """Which answers give the right one away.
-
-    Args:
-        recall: ROUGE-L recall of the right answer in each sample.
-        threshold: From which recall on an answer leaks.
-
-    Returns:
-        True where it does.
-    """
+    """Which answers leak: those whose recall of the right one reaches a threshold."""
     return recall >= threshold
 
 
@@ -61,29 +53,14 @@ def best_of(leaks: Bool[np.ndarray, "rows samples"], n: int) -> Float[np.ndarray
 
 
 def leaking_rows(log: Log, metric: str = "forget_leak_rate") -> Float[np.ndarray, "rows"]:
-    """Which questions of a leak rate had a leak in any of their samples.
-
-    Args:
-        log: Entries that `measure` wrote.
-        metric: The leak rate.
-
-    Returns:
-        1 where one leaked, 0 elsewhere, `[rows]`.
-
-    Raises:
-        MissingMetricError: If the log lacks it.
-    """
+    """1 for each question of a leak rate that had a leak in any of its samples, 0 elsewhere."""
     recall = logs.column(log, metric, "recall")
     leaks = find_leaks(recall, logs.detail(log, metric, "threshold"))
     return np.any(leaks, axis=1).astype(np.float64)
 
 
 def leak_rates(log: Log, metric: str = "forget_leak_rate") -> dict[int, float]:
-    """The leak rate when n answers are drawn, by n, as `measure` put it in the log.
-
-    Raises:
-        MissingMetricError: If the log lacks it.
-    """
+    """The leak rate when n answers are drawn, by n, as `leak_metric` made it."""
     return {
         int(name.removeprefix(_BY_SAMPLES)): logs.detail(log, metric, name)
         for name in log[metric].details

@@ -37,12 +37,12 @@ SUMMARY_METRICS = (
 )
 NULLABLE = "exact_memorization"  # rows without answer tokens have none: NaN in the column
 
-# Fields whose numbers are shares (float32 rounds beyond 1), and losses.
-_RANGES = dict.fromkeys(
-    ("prob", "rouge1_recall", "rougeL_f1", "rougeL_recall", "auc"), (-1e-6, 1 + 1e-6)
-)
-_LEAST_LOSS = -1e-6
 _LARGEST = 1e150  # so that its square is finite
+# By field, its numbers' range and what that is; float32 rounds beyond 1.
+_SHARE = (-1e-6, 1 + 1e-6, "a share between 0 and 1")
+_RANGES = dict.fromkeys(("prob", "rouge1_recall", "rougeL_f1", "rougeL_recall", "auc"), _SHARE)
+_RANGES["avg_loss"] = (-1e-6, _LARGEST, "a loss of at least 0")
+_ANY = (-_LARGEST, _LARGEST, f"at most {_LARGEST:g}")
 
 
 class MissingMetricError(LookupError):
@@ -118,14 +118,7 @@ class Log:
 def compute_once(
     definition: Callable[Concatenate[Log, P], T],
 ) -> Callable[Concatenate[Log, P], T]:
-    """Computes what a function makes of a log at the first call, and looks it up afterwards.
-
-    Args:
-        definition: A function of a log and of hashable arguments; logs are hashable.
-
-    Returns:
-        The same function with a memory, which lives as long as the log.
-    """
+    """Gives a function of a log and of hashable arguments a memory, which lives with the log."""
 
     @functools.wraps(definition)
     def look_up(log: Log, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -186,19 +179,19 @@ def missing_reasons(log: Log) -> dict[str, str]:
 
 
 def column(log: Log, metric: str, field: str) -> Float[np.ndarray, "rows *wrong"]:
-    """One number (or one list of numbers) per row of a metric.
+    """One number (or one list of numbers) per row of a metric, or of one of its sets.
 
     Args:
-        log: A log.
-        metric: The metric, e.g. `forget_Q_A_Prob`, or one of its sets, e.g. `mia_loss/holdout`.
+        log: Where it is.
+        metric: For instance `forget_Q_A_Prob` or `mia_loss/holdout`.
         field: The column, e.g. `avg_loss`.
 
     Returns:
-        Float64 `[rows]`, or `[rows, wrong]`; NaN where a value is missing.
+        Float64; NaN where a value is missing.
 
     Raises:
         MissingMetricError: If the log lacks the metric or the field.
-        ValueError: If the field is of the other kind.
+        ValueError: If the column holds texts.
     """
     values = _values(log, metric, field)
     if isinstance(values, list):
@@ -207,20 +200,7 @@ def column(log: Log, metric: str, field: str) -> Float[np.ndarray, "rows *wrong"
 
 
 def texts(log: Log, metric: str, field: str) -> list[str]:
-    """One text per row of a metric, e.g. the field `generation` of a ROUGE.
-
-    Args:
-        log: A log.
-        metric: The metric.
-        field: The column.
-
-    Returns:
-        The texts, `[rows]`.
-
-    Raises:
-        MissingMetricError: If the log lacks the metric or the field.
-        ValueError: If the field is of the other kind.
-    """
+    """As `column`, of a column of texts, e.g. `generation` of a ROUGE."""
     values = _values(log, metric, field)
     if not isinstance(values, list):
         raise ValueError(f"{metric}, {field}: expected texts, got numbers")
@@ -228,11 +208,7 @@ def texts(log: Log, metric: str, field: str) -> list[str]:
 
 
 def indices(log: Log, metric: str) -> Int[np.ndarray, " rows"]:
-    """The rows' numbers of a metric, ascending.
-
-    Raises:
-        MissingMetricError: If the log lacks the metric or its per-example values.
-    """
+    """The rows' numbers of a metric, ascending; a MissingMetricError if there are none."""
     index = log[metric].index
     if index is None:
         raise MissingMetricError(f"{metric} has no per-example values")
@@ -240,11 +216,7 @@ def indices(log: Log, metric: str) -> Int[np.ndarray, " rows"]:
 
 
 def detail(log: Log, metric: str, name: str) -> int | float:
-    """A number of a metric beside its aggregate, e.g. `samples` of a leak rate.
-
-    Raises:
-        MissingMetricError: If the log lacks it.
-    """
+    """A number beside a metric's aggregate, e.g. `samples`; a MissingMetricError if it lacks."""
     value = log[metric].details.get(name)
     if value is None:
         raise MissingMetricError(f"{metric} has no {name}")
@@ -269,11 +241,7 @@ def check_same_rows(log: Log, *metrics: str) -> None:
 
 @compute_once
 def check_retain_log(log: Log, retain_log: Log) -> None:
-    """Checks that a retain model was evaluated on the same forget rows.
-
-    Args:
-        log: The log of a model.
-        retain_log: The log of the retain model.
+    """Checks that the retain model of another log was evaluated on the same forget rows.
 
     Raises:
         MissingMetricError: If either lacks `forget_truth_ratio`.
@@ -310,11 +278,7 @@ def check_retain_log(log: Log, retain_log: Log) -> None:
 
 
 def check_log(log: Log, name: str) -> None:
-    """Checks that all numbers of a log are finite and possible.
-
-    Args:
-        log: The log.
-        name: Its name in errors.
+    """Checks that all numbers of a log, by its name in errors, are finite and possible.
 
     Raises:
         ValueError: Naming the metric, row and field of a number that is not.
@@ -344,7 +308,7 @@ def check_numbers(
 
     Args:
         values: `[rows]` or `[rows, wrong]`.
-        where: What they are, for errors.
+        where: Their place, for errors.
         field: Their field.
         rows: The rows' numbers, for errors; None: these are no rows.
         nullable: Whether NaN, for a value that is missing, is allowed.
@@ -352,8 +316,7 @@ def check_numbers(
     Raises:
         ValueError: Naming the first that is not.
     """
-    low, high = _RANGES.get(field, (-_LARGEST, _LARGEST))
-    low = _LEAST_LOSS if field == "avg_loss" else low
+    low, high, expected = _RANGES.get(field, _ANY)
     bad = ~((values >= low) & (values <= high))
     if nullable:
         bad &= ~np.isnan(values)
@@ -368,11 +331,8 @@ def check_numbers(
             f"{where} is {value}: the model that was evaluated gave it; such a log compares with "
             "nothing"
         )
-    expected = f"at most {_LARGEST:g}"
-    if field in _RANGES:
-        expected = "a share between 0 and 1"
-    elif value < low and field == "avg_loss":
-        expected = "a loss of at least 0"
+    if abs(value) > _LARGEST:
+        expected = _ANY[2]
     raise ValueError(f"{where} is {value:g}, expected {expected}")
 
 

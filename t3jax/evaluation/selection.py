@@ -143,13 +143,7 @@ RULES: dict[str, Rule] = {
 
 @compute_once
 def rows_of(log: Log) -> Rows:
-    """Reads a log's per-row values.
-
-    Args:
-        log: A log.
-
-    Returns:
-        The rows; of real authors and world facts where the log has both.
+    """The rows of a log; of real authors and world facts where it has both.
 
     Raises:
         MissingMetricError: If the log lacks values of the forget or of the retain rows.
@@ -184,46 +178,25 @@ def utility(*parts: Float[np.ndarray, "_ parts"]) -> float:
 
 @compute_once
 def log_utility(log: Log) -> float:
-    """The `utility` of a log.
-
-    Raises:
-        MissingMetricError: As `rows_of`.
-    """
+    """The `utility` of a log."""
     return utility(*rows_of(log).utility.values())
 
 
 @compute_once
 def utility_interval(log: Log) -> metrics.Interval:
-    """The `utility` of a log with its 95 % bootstrap interval.
-
-    Raises:
-        MissingMetricError: As `rows_of`.
-    """
+    """The `utility` of a log with its 95 % bootstrap interval."""
     return metrics.bootstrap_interval(utility, *rows_of(log).utility.values())
 
 
 def score(rows: Rows, retain_ratios: Float[np.ndarray, "retain_rows"]) -> Score:
-    """Scores rows.
-
-    Args:
-        rows: Rows of a setting.
-        retain_ratios: Truth ratios of the retain model on the same forget rows.
-
-    Returns:
-        The score.
-    """
+    """Scores rows of a setting; the truth ratios are the retain model's on the same rows."""
     return Score(
         metrics.forget_quality(rows.truth_ratios, retain_ratios), utility(*rows.utility.values())
     )
 
 
 def score_log(log: Log, retain_log: Log | None) -> Score:
-    """Scores a log on all rows.
-
-    Raises:
-        MissingMetricError: If a log lacks what the score needs.
-        ValueError: If the logs are of different rows.
-    """
+    """Scores a log on all rows, against the retain model's log."""
     return Score(aggregates.forget_quality(log, retain_log), log_utility(log))
 
 

@@ -3,7 +3,7 @@
 No number is computed here that `evaluation` does not define; this is choosing, rounding and naming.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -209,45 +209,18 @@ def unlearning_table(
         A row for each setting and one for each retain model.
     """
     named = _name_models(settings, measured, retain_unlearning, second_retain_unlearning)
-    columns: dict[str, list[Cell]] = {}
-
-    def add(name: str, cells: list[Cell]) -> None:
-        if any(cell != MISSING for cell in cells):
-            columns[name] = cells
-
     measured_logs = [log for _, _, log in named]
-    for metric, asked in (
-        ("forget_leak_rate", ""),
-        ("forget_paraphrased_leak_rate", ", reworded questions"),
-    ):
-        measured_log = next((log for log in measured_logs if metric in log), None)
-        if measured_log is not None:
-            drawn = logs.detail(measured_log, metric, "samples")
-            threshold = logs.detail(measured_log, metric, "threshold")
-            name = f"leak in {drawn} answers (recall ≥ {threshold:g}){asked}"
-            add(name, [_leak_rate(metric, log, retain_unlearning) for log in measured_logs])
-    for part in ("forget", "retain"):
-        add(
-            f"{part} ROUGE-L recall, reworded questions",
-            [_mean(log, f"{part}_paraphrased_Q_A_ROUGE") for log in measured_logs],
-        )
-    for part in ("forget", "retain"):
-        metric = f"{part}_greedy_fluency"
-        add(f"{part} perplexity", [_fluency(log, metric) for log in measured_logs])
-    add("perplexity, drawn", [_fluency(log, "forget_sample_fluency") for log in measured_logs])
-    for part in ("forget", "retain"):
-        metric = f"{part}_classifier_accuracy"
-        add(f"head's accuracy, {part}", [_plain(log, metric) for log in measured_logs])
-    add("head's AUC", [_plain(log, "classifier_auc") for log in measured_logs])
-    for part in ("forget", "retain"):
-        add(
-            f"KL(served ‖ retain model), {part}",
-            [_divergence(log, f"{part}_KL_guided_retain") for log in measured_logs],
-        )
-        add(
-            f"KL(retain model ‖ served), {part}",
-            [_divergence(log, f"{part}_KL_retain_guided") for log in measured_logs],
-        )
+    columns: dict[str, list[Cell]] = {}
+    for metric, asked in _LEAKS.items():
+        first = next((log for log in measured_logs if metric in log), None)
+        if first is not None:
+            drawn, threshold = (logs.detail(first, metric, x) for x in ("samples", "threshold"))
+            columns[f"leak in {drawn} answers (recall ≥ {threshold:g}){asked}"] = [
+                _leak_rate(metric, log, retain_unlearning) for log in measured_logs
+            ]
+    for name, (show, metric) in _BEYOND.items():
+        columns[name] = [show(log, metric) for log in measured_logs]
+    columns = {name: cells for name, cells in columns.items() if set(cells) != {MISSING}}
     rows = [
         Row(name, kind, [cells[i] for cells in columns.values()])
         for i, (name, kind, _) in enumerate(named)
@@ -370,3 +343,24 @@ def _divergence(log: Log, metric: str) -> Cell:
         f"{log[metric].aggregate:.3g}" + ("" if error is None else f" ± {error:.2g}"),
         f"{logs.detail(log, metric, 'per_token'):.2g} a token",
     )
+
+
+_LEAKS = {
+    "forget_leak_rate": "",
+    "forget_paraphrased_leak_rate": ", reworded questions",
+}
+# By column, how a number is shown and its metric.
+_BEYOND: dict[str, tuple[Callable[[Log, str], Cell], str]] = {
+    "forget ROUGE-L recall, reworded questions": (_mean, "forget_paraphrased_Q_A_ROUGE"),
+    "retain ROUGE-L recall, reworded questions": (_mean, "retain_paraphrased_Q_A_ROUGE"),
+    "forget perplexity": (_fluency, "forget_greedy_fluency"),
+    "retain perplexity": (_fluency, "retain_greedy_fluency"),
+    "perplexity, drawn": (_fluency, "forget_sample_fluency"),
+    "head's accuracy, forget": (_plain, "forget_classifier_accuracy"),
+    "head's accuracy, retain": (_plain, "retain_classifier_accuracy"),
+    "head's AUC": (_plain, "classifier_auc"),
+    "KL(served ‖ retain model), forget": (_divergence, "forget_KL_guided_retain"),
+    "KL(retain model ‖ served), forget": (_divergence, "forget_KL_retain_guided"),
+    "KL(served ‖ retain model), retain": (_divergence, "retain_KL_guided_retain"),
+    "KL(retain model ‖ served), retain": (_divergence, "retain_KL_retain_guided"),
+}
