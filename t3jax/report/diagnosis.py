@@ -121,17 +121,21 @@ def describe(head: HeadDiagnosis) -> list[str]:
     if diagnosis is None:
         return [f"Not diagnosed: {head.reason}."]
     low, high = diagnosis.interval
+    suggested = ", ".join(f"T = {value:g} {by}" for by, value in diagnosis.suggested.items())
     rows = "reworded questions" if head.reworded else "the questions, which the head may know"
     sentences = [
         f"Held-out loss on {rows}: {diagnosis.loss:.4f} nats a token (95 % interval {low:.4f} to "
         f"{high:.4f}), an upper bound of the excess risk.",
         f"Probability of a forget token under the base model: median {diagnosis.peak[0]:.3f}, "
         f"largest {diagnosis.peak[1]:.3f}.",
-        f"Suggested at s = {diagnosis.scale:g}: {_list_temperatures(diagnosis.suggested)}.",
+        f"Suggested at s = {diagnosis.scale:g}: {suggested}.",
     ]
     if diagnosis.best:
-        best = _list_temperatures(diagnosis.best)
-        sentences.append(f"Smallest errors of a token against the retain model: {best}.")
+        of_all, of_secret = diagnosis.best.values()
+        sentences.append(
+            f"Smallest errors against the retain model: of all tokens at T = {of_all:g}, of secret "
+            f"ones at T = {of_secret:g}."
+        )
     if head.best_measured is None:
         sentences.append("Forget quality was measured at fewer than two of these T.")
     else:
@@ -166,10 +170,6 @@ def make_section(head: HeadDiagnosis) -> Section:
         for k, temperature in enumerate(diagnosis.temperatures)
     ]
     return Section(head.name, describe(head), Table([*columns, "forget quality"], rows))
-
-
-def _list_temperatures(by_name: Mapping[str, float]) -> str:
-    return ", ".join(f"T = {value:g} {name}" for name, value in by_name.items())
 
 
 def _show_quality(quality: ForgetQuality | None) -> Cell:
