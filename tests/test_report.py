@@ -8,13 +8,14 @@ import pytest
 import tiny
 
 from t3jax.data import PromptFormat, evenly_spread
-from t3jax.evaluation import aggregates, settings
+from t3jax.evaluation import aggregates
 from t3jax.evaluation.logs import Log, Metric
 from t3jax.evaluation.questions import encode_set
 from t3jax.evaluation.scoring import TextScores
-from t3jax.evaluation.settings import BASE, Setting
+from t3jax.evaluation.settings import BASE, Setting, find_controls
 from t3jax.evaluation.store import Store
 from t3jax.pipeline import Evaluation, Examined
+from t3jax.refinements import Refinements
 from t3jax.report import diagnosis, page, tables
 from t3jax.report.answers import answer_tokens
 
@@ -187,9 +188,9 @@ def test_numbers_that_no_model_has_are_left_out(evaluation):
 
 
 def test_a_setting_is_shown_beside_its_controls():
-    assert settings.find_controls(SETTING, SETTINGS) == [TEMPERED, TILTED]
+    assert find_controls(SETTING, SETTINGS) == [TEMPERED, TILTED]
     other = [Setting("T3", 3.0), dataclasses.replace(TILTED, name="other", heads=(1,))]
-    assert settings.find_controls(SETTING, other) == []
+    assert find_controls(SETTING, other) == []
 
 
 def test_the_featured_setting(evaluation):
@@ -284,8 +285,13 @@ def test_a_head_that_cannot_be_diagnosed_has_a_reason(evaluation):
     for changed, reason in (
         (dataclasses.replace(examined, store=FakeStore(examined.store.lm, [distilled])), "distill"),
         (dataclasses.replace(examined, sets=forget), "no retain set was given"),
+        (examined, "not evaluated by itself"),
     ):
-        heads = diagnosis.diagnose_heads(dataclasses.replace(evaluation, examined=changed))
+        gated = dataclasses.replace(SETTING, refinements=Refinements(gated=True))
+        settings = [BASE, gated] if changed is examined else SETTINGS
+        heads = diagnosis.diagnose_heads(
+            dataclasses.replace(evaluation, examined=changed, settings=settings)
+        )
         assert reason in diagnosis.describe_diagnoses(heads)
         values = page.contents(evaluation, "title", (), None, [], heads)
         assert reason in page.render(values)

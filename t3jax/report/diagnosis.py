@@ -60,24 +60,21 @@ class Section(NamedTuple):
 
 
 def diagnose_heads(evaluation: Evaluation) -> list[HeadDiagnosis]:
-    """Diagnoses every head of an evaluation that was evaluated alone; one pass over held-out rows.
+    """Diagnoses every head of an evaluation; one pass over held-out rows.
 
     Args:
         evaluation: The evaluation. Reworded questions of its forget and retain sets are the
             held-out rows, and the questions themselves where there are none.
 
     Returns:
-        A diagnosis for each head, in their order, at its own s or the first that was evaluated.
+        A diagnosis for each head that was evaluated, in their order, at its own s or the first that
+        was evaluated.
     """
     diagnoses = []
     for index in range(len(evaluation.examined.store.heads)):
-        alone = [
-            setting
-            for setting in evaluation.settings
-            if setting.heads == (index,) and setting.refinements == PLAIN
-        ]
-        if alone:
-            diagnoses.append(_diagnose_head(evaluation, index, alone))
+        served = [setting for setting in evaluation.settings if index in setting.heads]
+        if served:
+            diagnoses.append(_diagnose_head(evaluation, index, served))
     return diagnoses
 
 
@@ -91,6 +88,9 @@ def _diagnose_head(
             return HeadDiagnosis(name, f"no {SETS[needed]} set was given")
     if reason := diagnose.find_obstacle(head):
         return HeadDiagnosis(name, reason)
+    settings = [s for s in settings if s.heads == (index,) and s.refinements == PLAIN]
+    if not settings:
+        return HeadDiagnosis(name, "it was not evaluated by itself and without refinements")
     controls = [tilt_only(setting).name for setting in settings if setting.base_temperature != 1]
     scales = [setting.guidance_scale for setting in settings if setting.name not in controls]
     scale = head.guidance_scale if head.guidance_scale in scales else scales[0]
