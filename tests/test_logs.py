@@ -298,6 +298,9 @@ PERT = ("forget_Q_A_PERT_Prob", "value_by_index", "2")
     (_set(("missing", ), {"agg_value": None, "reasons": {"a": 1}}), "missing: expected reasons"),
     (_set(("forget_Q_A_ROUGE", "value_by_index", "3", "generation"), 3.0), "but a text"),
     (_set(("forget_quality",), 0.3), 'not a TOFU_SUMMARY.json'),
+    (_set(("exact_memorization", "value_by_index", "1", "score"), [0.5]), "row 1, score: a list"),
+    (_set(("exact_memorization", "value_by_index", "0", "score"), [0.5]), "a list in the first"),
+    (_set(("a/b",), {"agg_value": 0.5}), "expected a name without a slash"),
 ])  # fmt: skip
 def test_bad_logs_are_refused_and_not_written(log, change, message, tmp_path):
     content = to_json(log)
@@ -394,7 +397,7 @@ def test_comparison_is_relative_to_the_larger():
     assert not recompute.Comparison("m", None, 0.5).differs
 
 
-def test_compare_files(log, retain_log, tmp_path):
+def test_compare_files(log, retain_log, tmp_path, capsys):
     log_files.write_log(tmp_path, log)
     log_files.write_log(tmp_path / "retain", retain_log)
     text, differs = recompute.compare_files(tmp_path / log_files.EVAL_NAME, tmp_path / "retain")
@@ -405,6 +408,10 @@ def test_compare_files(log, retain_log, tmp_path):
     text, differs = recompute.compare_files(tmp_path)
     assert not differs
     assert " 0 differ, 2 not recomputed" in text
+    assert recompute.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out == text + "\n"
+    assert recompute.main([str(tmp_path), f"--retain-log={tmp_path}/none"]) == 2
+    assert "none is not there: name a TOFU_EVAL.json" in capsys.readouterr().err
 
 
 def test_command_line(log, retain_log, tmp_path, repository):

@@ -57,7 +57,7 @@ def read_log(path: pathlib.Path) -> Log:
     return parse_log(_read_json(path), str(path))
 
 
-def read_summary(path: pathlib.Path) -> dict[str, float]:
+def read_summary(path: pathlib.Path) -> dict[str, int | float]:
     """Reads a `TOFU_SUMMARY.json`.
 
     Args:
@@ -231,7 +231,7 @@ def _parse_column(values: Mapping[str, object], where: str, metric: str, field: 
     numbers: list = []
     for index, value in values.items():
         here = f"{where}, row {index}, {field}"
-        if value is None and metric == NULLABLE:
+        if value is None and metric == NULLABLE and not isinstance(first, str | list):
             numbers.append(np.nan)
             continue
         if (isinstance(value, str), isinstance(value, list)) != (
