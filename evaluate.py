@@ -30,8 +30,8 @@ from jax.sharding import Mesh
 
 import t3jax
 from t3jax import cli, pipeline, preflight
-from t3jax.evaluation import logs, recompute, unlearning
-from t3jax.report import write_report
+from t3jax.evaluation import log_files, logs, recompute
+from t3jax.report import describe_diagnoses, diagnose_heads, write_report
 
 _RECOMPUTE = flags.DEFINE_string("recompute", None, "The log (or its folder) to recompute.")
 _RETAIN_LOG = flags.DEFINE_string(
@@ -72,9 +72,11 @@ def _evaluate(
     print(_table(found.logs))
     for i, path in enumerate(paths):
         print(f"head{i}: {path}")
-    print(f"logs: {config.eval_dir}/SETTING/{logs.EVAL_NAME}, {unlearning.UNLEARNING_NAME}")
+    print(f"logs: {config.eval_dir}/SETTING/{log_files.EVAL_NAME}, {log_files.UNLEARNING_NAME}")
+    diagnoses = diagnose_heads(found)
+    print(describe_diagnoses(diagnoses))
     report = pathlib.Path(config.eval_dir) / "report.html"
-    write_report(report, found, title=f"Unlearning with {config.model}")
+    write_report(report, found, title=f"Unlearning with {config.model}", diagnoses=diagnoses)
     print(f"report: {report}")
 
 
@@ -84,7 +86,7 @@ def _table(evaluated: dict[str, logs.Log]) -> str:
     lines = [" ".join([" " * width, *(f"{metric:>17}" for metric in _HEADLINES)])]
     reasons: dict[str, str] = {}
     for name, log in evaluated.items():
-        summary = logs.summary(log)
+        summary = logs.summarize(log)
         numbers = [f"{summary[m]:17.4g}" if m in summary else f"{'-':>17}" for m in _HEADLINES]
         lines.append(" ".join([f"{name:<{width}}", *numbers]))
         reasons |= logs.missing_reasons(log)

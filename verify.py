@@ -26,8 +26,7 @@ from jax.sharding import Mesh
 import t3jax
 from t3jax import cli, data, preflight
 from t3jax.data.records import Record
-from t3jax.evaluation.scoring import settings_grid
-from t3jax.evaluation.store import Store
+from t3jax.evaluation import Store, settings_grid
 from t3jax.head_card import write_card
 from t3jax.report.verdict import write_verdict
 from t3jax.settings import from_config

@@ -42,7 +42,7 @@ from benchmarks.side_by_side import (
 )
 from t3jax.data import PromptFormat, encode_records, load_dataset
 from t3jax.data.chat import encode_prompt
-from t3jax.evaluation.scoring import Setting, score_texts
+from t3jax.evaluation import Setting, score_texts
 from t3jax.lm import from_params, init_params, load_config
 from t3jax.refinements import PLAIN, Refinements
 from t3jax.sampling import Controls, batch

@@ -21,8 +21,7 @@ import t3jax
 from benchmarks.peer import Peer
 from benchmarks.side_by_side import alternate, random_head, ratio, seconds, write
 from t3jax.data import Example, PromptFormat, evenly_spread, load_dataset
-from t3jax.evaluation.scoring import BASE, Setting, score_texts
-from t3jax.evaluation.tofu import QuestionSet, encode_set
+from t3jax.evaluation import BASE, QuestionSet, Setting, encode_set, score_texts
 
 SETS = {
     "forget": "tofu:forget05_perturbed",

@@ -15,7 +15,7 @@ import t3jax
 from configs import demo as demo_config
 from demo import run_demo
 from t3jax import cli, pipeline
-from t3jax.evaluation.scoring import BASE
+from t3jax.evaluation.settings import BASE
 
 
 def main() -> None:

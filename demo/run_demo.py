@@ -25,9 +25,9 @@ import t3jax
 from configs import demo as demo_config
 from configs import demo_paper
 from t3jax import cli, data, files, pipeline
-from t3jax.evaluation import recompute
+from t3jax.evaluation import aggregates
 from t3jax.evaluation.recall import leak_recall
-from t3jax.evaluation.scoring import BASE, Setting, settings_grid
+from t3jax.evaluation.settings import BASE, Setting, settings_grid
 from t3jax.evaluation.store import Store
 from t3jax.head_card import write_card
 from t3jax.report import write_report
@@ -172,7 +172,7 @@ def compare(
         for name, of_models in (("greedy", answers["forget_recall"]), ("t1", drawn["t1"]))
     }
     tests = {
-        model: recompute.forget_quality(evaluation.logs[setting.name], evaluation.retain_log)
+        model: aggregates.forget_quality(evaluation.logs[setting.name], evaluation.retain_log)
         for model, (_, setting) in models.items()
         if model != "retain_only"
     }

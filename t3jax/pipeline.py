@@ -17,10 +17,10 @@ from jax.sharding import Mesh
 from t3jax import checked, cli, data, files, hosts
 from t3jax.data.records import Record
 from t3jax.digests import model_digest, params_digest, rows_digest
-from t3jax.evaluation import logs, tofu, unlearning
+from t3jax.evaluation import log_files, logs, questions, tofu, unlearning
 from t3jax.evaluation.calibration import Calibration, calibrate
 from t3jax.evaluation.logs import Log
-from t3jax.evaluation.scoring import Setting, settings_grid
+from t3jax.evaluation.settings import Setting, settings_grid
 from t3jax.evaluation.store import Store
 from t3jax.finetuning import FinetuneConfig, finetune
 from t3jax.head import HeadConfig, class_prior_shift
@@ -41,12 +41,12 @@ class Examined:
     Attributes:
         store: Scores and answers of the model with its heads.
         retain_store: Those of the retain model, if it was named.
-        sets: The question sets by key of `tofu.SETS`.
+        sets: The question sets by key of `questions.SETS`.
     """
 
     store: Store
     retain_store: Store | None
-    sets: dict[str, tofu.QuestionSet]
+    sets: dict[str, questions.QuestionSet]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -357,14 +357,14 @@ def settings(
     )
 
 
-def load_sets(config: Any, lm: LM) -> dict[str, tofu.QuestionSet]:
-    """The question sets of a config, encoded, by key of `tofu.SETS`.
+def load_sets(config: Any, lm: LM) -> dict[str, questions.QuestionSet]:
+    """The question sets of a config, encoded, by key of `questions.SETS`.
 
     Raises:
         FileNotFoundError: A file does not exist.
         ValueError: A file is bad.
     """
-    return tofu.load_sets(
+    return questions.load_sets(
         {
             "forget": config.eval_forget,
             "retain": config.eval_retain,
@@ -431,7 +431,7 @@ def score(
     options = from_config(tofu.TofuOptions, config, answers=answers)
     retain_log = None
     if config.retain_log is not None:
-        retain_log = logs.read_log(pathlib.Path(config.retain_log))
+        retain_log = log_files.read_log(pathlib.Path(config.retain_log))
     elif examined.retain_store is not None:
         itself = Setting("retain_model")
         found = tofu.evaluate(examined.retain_store, examined.sets, [itself], folder, options)
@@ -477,8 +477,8 @@ def _second_retain_logs(name: str | None) -> tuple[Log | None, Log | None]:
     if name is None:
         return None, None
     path = pathlib.Path(name)
-    beside = (path if path.is_dir() else path.parent) / unlearning.UNLEARNING_NAME
-    return logs.read_log(path), logs.read_log(beside) if beside.is_file() else None
+    beside = (path if path.is_dir() else path.parent) / log_files.UNLEARNING_NAME
+    return log_files.read_log(path), log_files.read_log(beside) if beside.is_file() else None
 
 
 def measure(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from t3jax import data, files, hosts
-from t3jax.evaluation.logs import read_log
+from t3jax.evaluation.log_files import read_log
 from t3jax.evaluation.selection import RULES
 from t3jax.head import ACTIVATIONS
 from t3jax.head_io import Head, check_head_fits, common_default

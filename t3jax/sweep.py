@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from t3jax import pipeline
-from t3jax.evaluation import recompute, selection
+from t3jax.evaluation import aggregates, selection
 from t3jax.evaluation.logs import Log
 from t3jax.evaluation.metrics import ForgetQuality
-from t3jax.evaluation.scoring import BASE, Setting, settings_grid
+from t3jax.evaluation.settings import BASE, Setting, temper_only, tilt_only
 from t3jax.head_io import Head
 from t3jax.lm import LM
 from t3jax.training import make_members, train_heads
@@ -168,12 +168,10 @@ def sweep(config: Any, lm: LM, grid: Grid, mesh: Mesh | None = None) -> Sweep:
         ),
     )
     chosen = candidates[choice.overall.name]
-    evaluation = pipeline.evaluate(
-        config, examined, [BASE, *chosen, *controls(chosen[0], grid.heads, chosen)]
-    )
+    evaluation = pipeline.evaluate(config, examined, [BASE, *chosen, *controls(chosen[0], chosen)])
     floor = None
     if evaluation.second_retain_log is not None:
-        floor = recompute.forget_quality(evaluation.second_retain_log, retain_scored)
+        floor = aggregates.forget_quality(evaluation.second_retain_log, retain_scored)
     return Sweep(grid, scored, candidates, retain_scored, choice, floor, evaluation)
 
 
@@ -196,14 +194,7 @@ def of_seeds(setting: Setting, seeds: int) -> list[Setting]:
     ]
 
 
-def controls(setting: Setting, heads: Sequence[Head], known: Sequence[Setting]) -> list[Setting]:
+def controls(setting: Setting, known: Sequence[Setting]) -> list[Setting]:
     """(T, s = 0) and (T = 1, s' = T s) of a setting, without those that are known."""
-    found = settings_grid(
-        heads,
-        [setting.base_temperature],
-        [setting.guidance_scale],
-        True,
-        [setting.refinements],
-        [setting.heads],
-    )
-    return [each for each in found if each not in known and each != BASE]
+    made = temper_only(setting), tilt_only(setting)
+    return [control for control in made if control not in (*known, BASE)]

@@ -435,12 +435,12 @@ def _read_prompts(folder: pathlib.Path) -> Any:
 def _make_logs(folder: pathlib.Path) -> None:
     from test_logs import make_log
 
-    from t3jax.evaluation import logs
+    from t3jax.evaluation import log_files
 
     retain = make_log(1, rows=6)
-    logs.write_log(folder / "retain", retain)
-    logs.write_log(folder, make_log(0, rows=6, retain_log=retain))
-    (folder / "retain" / logs.EVAL_NAME).rename(folder / "retain.json")
+    log_files.write_log(folder / "retain", retain)
+    log_files.write_log(folder, make_log(0, rows=6, retain_log=retain))
+    (folder / "retain" / log_files.EVAL_NAME).rename(folder / "retain.json")
 
 
 def _read_logs(folder: pathlib.Path) -> Any:

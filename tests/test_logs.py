@@ -1,24 +1,27 @@
-import copy
+import dataclasses
 import json
 import pathlib
 import subprocess
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from t3jax.evaluation import logs, metrics, recompute
+from t3jax.evaluation import aggregates, log_files, logs, metrics, recompute
+from t3jax.evaluation.logs import Log, Metric
 
 MEMBERSHIP = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus")
 
 
-def make_log(seed: int = 0, rows: int = 40, retain_log: logs.Log | None = None) -> logs.Log:
+def make_log(seed: int = 0, rows: int = 40, retain_log: Log | None = None) -> Log:
     """A whole log of made-up numbers and texts, consistent in itself."""
     rng = np.random.default_rng(seed)
-    log: logs.Log = {}
+    made: dict[str, Metric] = {}
+    log = Log(made)
 
-    def add(metric, **fields):
-        log[metric] = logs.per_example(0.0, **fields)
+    def add(metric, **columns):
+        made[metric] = Metric(0.0, columns)
 
     for prefix, count, wrong in (
         ("forget", rows, 5),
@@ -34,39 +37,54 @@ def make_log(seed: int = 0, rows: int = 40, retain_log: logs.Log | None = None) 
         scores = metrics.rouge_scores(truths, said)
         add(f"{prefix}_Q_A_ROUGE", **scores, ground_truth=truths, generation=said)
     for metric in ("forget_truth_ratio", "retain_Truth_Ratio", "ra_Truth_Ratio", "wf_Truth_Ratio"):
-        add(metric, score=recompute.truth_ratios(log, metric))
+        add(metric, score=aggregates.truth_ratios(log, metric))
     for metric in ("ra_Q_A_Prob_normalised", "wf_Q_A_Prob_normalised"):
-        add(metric, prob=recompute.normalised_probabilities(log, metric))
+        add(metric, prob=aggregates.normalised_probabilities(log, metric))
     add("exact_memorization", score=np.where(np.arange(rows) == 3, np.nan, rng.random(rows)))
     add("extraction_strength", score=rng.random(rows))
-    for metric in log:
-        log[metric]["agg_value"] = recompute.aggregate(log, metric)
+    for metric in made:
+        value = aggregates.aggregate(log, metric)
+        made[metric] = dataclasses.replace(made[metric], aggregate=value)
     for metric in MEMBERSHIP:
-        log[metric] = recompute.membership_entry(metric, rng.random(rows), rng.random(rows) + 0.2)
+        forget, holdout = rng.random(rows), rng.random(rows) + 0.2
+        made |= aggregates.membership_metric(metric, forget, holdout)
     for metric in ("model_utility", "privleak"):
-        log[metric] = {"agg_value": recompute.aggregate(log, metric, retain_log)}
+        made[metric] = Metric(aggregates.aggregate(log, metric, retain_log))
     if retain_log is None:
-        logs.mark_missing(log, "forget_quality", "no retain log was named")
-    else:
-        log["forget_quality"] = {
-            "agg_value": recompute.aggregate(log, "forget_quality", retain_log)
-        }
-    return log
+        return Log(made, {"forget_quality": "no retain log was named"})
+    made["forget_quality"] = Metric(aggregates.aggregate(log, "forget_quality", retain_log))
+    return Log(made)
+
+
+def to_json(log: Log) -> dict:
+    """The content of a log's file."""
+    return json.loads(json.dumps(log_files._entries(log, [*log, *log.missing])))
+
+
+def change(log: Log, *path, by: Callable) -> Log:
+    """A log of which one place of its JSON is changed."""
+    content = place = to_json(log)
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = by(place[path[-1]])
+    return log_files.parse_log(content, "log")
+
+
+def without(log: Log, *names: str, **missing: str) -> Log:
+    """A log without some metrics, or with the reason why they are missing."""
+    gone = {*names, *missing}
+    kept = {name: metric for name, metric in log.metrics.items() if name.split("/")[0] not in gone}
+    return Log(kept, {**log.missing, **missing})
 
 
 @pytest.fixture(scope="module")
-def retain_log() -> logs.Log:
+def retain_log() -> Log:
     return make_log(1)
 
 
 @pytest.fixture(scope="module")
-def whole_log(retain_log) -> logs.Log:
+def log(retain_log) -> Log:
     return make_log(0, retain_log=retain_log)
-
-
-@pytest.fixture
-def log(whole_log) -> logs.Log:
-    return copy.deepcopy(whole_log)
 
 
 def named(comparisons: list[recompute.Comparison]) -> dict[str, recompute.Comparison]:
@@ -75,14 +93,14 @@ def named(comparisons: list[recompute.Comparison]) -> dict[str, recompute.Compar
 
 def test_official_logs_recompute(shared: pathlib.Path):
     folder = shared / "data" / "tofu_logs"
-    full = logs.read_log(folder / "Llama-3.2-1B-Instruct_full_forget10")
-    retain = logs.read_log(folder / "Llama-3.2-1B-Instruct_retain90")
+    full = log_files.read_log(folder / "Llama-3.2-1B-Instruct_full_forget10")
+    retain = log_files.read_log(folder / "Llama-3.2-1B-Instruct_retain90")
 
     for each, its_retain_log in ((full, retain), (retain, None)):
         found = recompute.recompute(each, its_retain_log)
         missing = {c.name for c in found if c.recomputed is None}
         assert missing == ({"forget_quality"} if its_retain_log is None else set())
-        assert not [c for c in found if c.differs], recompute.table(found)
+        assert not [c for c in found if c.differs], recompute.format_comparisons(found)
         assert set(each) <= set(named(found))
     quality = named(recompute.recompute(full, retain))["forget_quality"]
     assert quality.recomputed == pytest.approx(3.9054713571083378e-22, rel=1e-9)
@@ -90,14 +108,17 @@ def test_official_logs_recompute(shared: pathlib.Path):
 
 def test_official_logs_survive_reading_and_writing(shared: pathlib.Path, tmp_path: pathlib.Path):
     folder = shared / "data" / "tofu_logs" / "Llama-3.2-1B-Instruct_retain90"
-    logs.write_log(tmp_path, logs.read_log(folder))
-    for name in (logs.EVAL_NAME, logs.SUMMARY_NAME):
+    log_files.write_log(tmp_path, log_files.read_log(folder))
+    for name in (log_files.EVAL_NAME, log_files.SUMMARY_NAME):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [logs.EVAL_NAME, logs.SUMMARY_NAME]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        log_files.EVAL_NAME,
+        log_files.SUMMARY_NAME,
+    ]
 
 
 def test_official_log_without_retain_log_says_so(shared: pathlib.Path):
-    full = logs.read_log(shared / "data" / "tofu_logs" / "Llama-3.2-1B-Instruct_full_forget10")
+    full = log_files.read_log(shared / "data" / "tofu_logs" / "Llama-3.2-1B-Instruct_full_forget10")
     found = recompute.recompute(full)
     assert {c.name: c.note for c in found if c.recomputed is None} == {
         "forget_quality": "it needs the retain model's log",
@@ -106,14 +127,16 @@ def test_official_log_without_retain_log_says_so(shared: pathlib.Path):
 
 
 def test_own_log_round_trip(log, retain_log, tmp_path):
-    logs.write_log(tmp_path / "new", log)
-    again = logs.read_log(tmp_path / "new")
-    assert again == log
-    assert logs.read_summary(tmp_path / "new") == logs.summary(log)
+    log_files.write_log(tmp_path / "new", log)
+    again = log_files.read_log(tmp_path / "new")
+    assert to_json(again) == to_json(log)
+    assert log_files.read_summary(tmp_path / "new") == logs.summarize(log)
     found = recompute.recompute(again, retain_log)
-    assert not [c for c in found if c.differs or c.recomputed is None], recompute.table(found)
-    assert again["exact_memorization"]["value_by_index"]["3"] == {"score": None}
-    assert len(recompute.rows(again, "exact_memorization")) == 39
+    assert not [c for c in found if c.differs or c.recomputed is None], (
+        recompute.format_comparisons(found)
+    )
+    assert to_json(again)["exact_memorization"]["value_by_index"]["3"] == {"score": None}
+    assert len(aggregates.rows(again, "exact_memorization")) == 39
 
 
 @pytest.mark.parametrize("metric", [
@@ -122,7 +145,7 @@ def test_own_log_round_trip(log, retain_log, tmp_path):
     "exact_memorization", "extraction_strength",
 ])  # fmt: skip
 def test_recompute_finds_a_wrong_aggregate(log, retain_log, metric):
-    log[metric]["agg_value"] *= 1 + 2e-9
+    log = change(log, metric, "agg_value", by=lambda value: value * (1 + 2e-9))
     assert [c.name for c in recompute.recompute(log, retain_log) if c.differs] == [metric]
 
 
@@ -133,16 +156,15 @@ def test_recompute_finds_a_wrong_aggregate(log, retain_log, metric):
     ("wf_Q_A_ROUGE", "rougeL_recall", "1"),
 ])  # fmt: skip
 def test_recompute_finds_a_wrong_row(log, retain_log, metric, field, row):
-    log[metric]["value_by_index"][row][field] += 0.01
+    log = change(log, metric, "value_by_index", row, field, by=lambda value: value + 0.01)
     found = named(recompute.recompute(log, retain_log))
     assert found[f"{metric}, {field} of row {row}"].differs
     assert found[metric].differs
 
 
 def test_rows_whose_probability_vanishes_in_float32_are_no_difference(log, retain_log):
-    entry = log["forget_Q_A_Prob"]["value_by_index"]
-    for row in entry.values():
-        row.update(avg_loss=120.0, prob=0.0)
+    columns = {"avg_loss": np.full(40, 120.0), "prob": np.zeros(40)}
+    log = Log({**log.metrics, "forget_Q_A_Prob": Metric(0.0, columns)})
     found = named(recompute.recompute(log, retain_log))
     assert not found["forget_Q_A_Prob, prob of row 0"].differs
 
@@ -150,31 +172,33 @@ def test_rows_whose_probability_vanishes_in_float32_are_no_difference(log, retai
 @pytest.mark.parametrize("rows", [20, 39])
 def test_retain_log_of_another_split(log, rows):
     other = make_log(2, rows=rows)
-    for call in (recompute.recompute, lambda a, b: recompute.aggregate(a, "forget_quality", b)):
+    for call in (recompute.recompute, lambda a, b: aggregates.aggregate(a, "forget_quality", b)):
         with pytest.raises(ValueError, match=f"another forget split: it has {rows} .* the log 40"):
             call(log, other)
 
 
 def test_retain_log_of_other_answers_but_as_many(log, retain_log):
-    other = copy.deepcopy(retain_log)
-    row = other["forget_Q_A_ROUGE"]["value_by_index"]["4"]
-    row["ground_truth"] = f" {row['ground_truth'].replace(' ', '  ')}"
+    place = ("forget_Q_A_ROUGE", "value_by_index", "4", "ground_truth")
+    other = change(retain_log, *place, by=lambda text: f" {text.replace(' ', '  ')}")
     logs.check_retain_log(log, other)
-    row["ground_truth"] = "something else"
+    other = change(retain_log, *place, by=lambda text: "something else")
     with pytest.raises(ValueError, match="right answer of forget row 4 differs"):
         recompute.recompute(log, other)
 
 
 def test_retain_log_of_other_indices(log, retain_log):
-    other = copy.deepcopy(retain_log)
-    entry = other["forget_truth_ratio"]["value_by_index"]
-    entry["40"] = entry.pop("0")
+    other = change(
+        retain_log,
+        "forget_truth_ratio",
+        "value_by_index",
+        by=lambda rows: {str(int(row) or 40): fields for row, fields in rows.items()},
+    )
     with pytest.raises(ValueError, match="40 forget rows, the log 40, other indices"):
         logs.check_retain_log(log, other)
 
 
 def test_retain_log_without_what_is_needed(log, retain_log):
-    other = {k: v for k, v in retain_log.items() if k not in ("forget_truth_ratio", "mia_min_k")}
+    other = without(retain_log, "forget_truth_ratio", "mia_min_k")
     found = named(recompute.recompute(log, other))
     for metric, lacks in (("forget_quality", "forget_truth_ratio"), ("privleak", "mia_min_k")):
         assert found[metric].recomputed is None
@@ -182,10 +206,8 @@ def test_retain_log_without_what_is_needed(log, retain_log):
 
 
 def test_missing_metrics_are_never_numbers(log, retain_log):
-    for metric in ("ra_Q_A_ROUGE", "ra_Q_A_PERT_Prob"):
-        del log[metric]
-    for metric in MEMBERSHIP:
-        logs.mark_missing(log, metric, "no holdout set was named")
+    log = without(log, "ra_Q_A_ROUGE", "ra_Q_A_PERT_Prob")
+    log = without(log, **dict.fromkeys(MEMBERSHIP, "no holdout set was named"))
     found = named(recompute.recompute(log, retain_log))
     assert {name: c.note for name, c in found.items() if c.recomputed is None} == {
         "model_utility": "ra_Q_A_ROUGE is missing",
@@ -193,39 +215,48 @@ def test_missing_metrics_are_never_numbers(log, retain_log):
         "ra_Q_A_Prob_normalised, rows": "ra_Q_A_PERT_Prob is missing",
         "privleak": "mia_min_k is missing: no holdout set was named",
     }
-    assert not set(MEMBERSHIP) & set(logs.summary(log))
+    assert not set(MEMBERSHIP) & set(logs.summarize(log))
 
 
 def test_missing_reasons_go_when_the_metric_comes(log, tmp_path):
-    entry = log["mia_loss"]
-    logs.mark_missing(log, "mia_loss", "no holdout set was named")
-    logs.mark_missing(log, "forget_quality", "no retain log was named")
-    logs.write_log(tmp_path, log)
-    again = logs.read_log(tmp_path)
-    assert again["forget_quality"] == {"agg_value": None}
+    lacking = without(
+        log, mia_loss="no holdout set was named", forget_quality="no retain log was named"
+    )
+    log_files.write_log(tmp_path, lacking)
+    again = log_files.read_log(tmp_path)
+    assert to_json(again)["forget_quality"] == {"agg_value": None}
     assert set(logs.missing_reasons(again)) == {"mia_loss", "forget_quality"}
-    again["mia_loss"] = entry
+    again = Log({**again.metrics, "mia_loss": log["mia_loss"]}, again.missing)
     assert set(logs.missing_reasons(again)) == {"forget_quality"}
 
 
 def test_metric_without_per_example_values_or_definition(log, retain_log):
-    del log["mia_loss"]["holdout"]
-    log["forget_Q_A_gibberish"] = {"agg_value": 0.5}
+    made = {name: metric for name, metric in log.metrics.items() if name != "mia_loss/holdout"}
+    log = Log({**made, "forget_Q_A_gibberish": Metric(0.5)})
     found = named(recompute.recompute(log, retain_log))
     assert found["mia_loss"].note == "mia_loss has no per-example values for holdout"
     assert "not known" in found["forget_Q_A_gibberish"].note
 
 
 def test_combined_metrics_of_other_rows(log):
-    del log["ra_Q_A_PERT_Prob"]["value_by_index"]["0"]
+    log = change(
+        log,
+        "ra_Q_A_PERT_Prob",
+        "value_by_index",
+        by=lambda rows: {row: fields for row, fields in rows.items() if row != "0"},
+    )
     with pytest.raises(ValueError, match="ra_Q_A_Prob has 9 rows and ra_Q_A_PERT_Prob 8"):
-        recompute.truth_ratios(log, "ra_Truth_Ratio")
+        aggregates.truth_ratios(log, "ra_Truth_Ratio")
 
 
 def test_rows_are_ordered_by_index(log):
     want = logs.column(log, "forget_truth_ratio", "score")
-    entry = log["forget_truth_ratio"]
-    entry["value_by_index"] = dict(sorted(entry["value_by_index"].items()))  # "10" before "2"
+    log = change(
+        log,
+        "forget_truth_ratio",
+        "value_by_index",
+        by=lambda rows: dict(sorted(rows.items())),  # "10" before "2"
+    )
     np.testing.assert_array_equal(logs.column(log, "forget_truth_ratio", "score"), want)
 
 
@@ -267,16 +298,20 @@ PERT = ("forget_Q_A_PERT_Prob", "value_by_index", "2")
     (_set(("missing", ), {"agg_value": None, "reasons": {"a": 1}}), "missing: expected reasons"),
     (_set(("forget_Q_A_ROUGE", "value_by_index", "3", "generation"), 3.0), "but a text"),
     (_set(("forget_quality",), 0.3), 'not a TOFU_SUMMARY.json'),
+    (_set(("exact_memorization", "value_by_index", "1", "score"), [0.5]), "row 1, score: a list"),
+    (_set(("exact_memorization", "value_by_index", "0", "score"), [0.5]), "a list in the first"),
+    (_set(("a/b",), {"agg_value": 0.5}), "expected a name without a slash"),
 ])  # fmt: skip
 def test_bad_logs_are_refused_and_not_written(log, change, message, tmp_path):
-    change(log)
-    path = tmp_path / logs.EVAL_NAME
+    content = to_json(log)
+    change(content)
+    path = tmp_path / log_files.EVAL_NAME
     with pytest.raises(ValueError, match=message):
-        logs.write_log(tmp_path, log)
+        log_files.write_log(tmp_path, log_files.parse_log(content, log_files.EVAL_NAME))
     assert not list(tmp_path.iterdir())
-    path.write_text(json.dumps(log), encoding="utf-8")
+    path.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
-        logs.read_log(path)
+        log_files.read_log(path)
 
 
 def test_fields_of_the_wrong_kind(log):
@@ -285,41 +320,72 @@ def test_fields_of_the_wrong_kind(log):
     with pytest.raises(ValueError, match="expected texts, got"):
         logs.texts(log, "forget_Q_A_ROUGE", "rougeL_f1")
     with pytest.raises(ValueError, match="equal numbers of rows"):
-        logs.per_example(0.0, score=[1.0], prob=[1.0, 2.0])
+        Metric(0.0, {"score": np.ones(1), "prob": np.ones(2)})
+
+
+def test_numbers_that_are_not_possible_are_not_written(log, tmp_path):
+    losses = np.array([1.0, np.nan])
+    for made, message in (
+        ({"forget_Q_A_Prob": Metric(0.5, {"avg_loss": losses})}, "row 1, avg_loss is nan"),
+        ({"model_utility": Metric(float("inf"))}, "model_utility, agg_value is inf"),
+        ({"mia_loss": Metric(0.5, details={"auc": 1.5})}, "auc is 1.5, expected a share"),
+    ):
+        bad = Log({**log.metrics, **made})
+        with pytest.raises(ValueError, match=message):
+            log_files.write_log(tmp_path, bad)
+        with pytest.raises(ValueError, match=message):
+            log_files.write_unlearning(tmp_path, bad, list(bad))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_number_is_computed_once(log, retain_log, monkeypatch):
+    computed = []
+
+    def count(*samples):
+        computed.append(samples)
+        return metrics.ForgetQuality(0.5, 0.1, 0.2)
+
+    monkeypatch.setattr(metrics, "forget_quality", count)
+    fresh = Log(log.metrics)
+    assert aggregates.aggregate(fresh, "forget_quality", retain_log) == 0.5
+    assert aggregates.forget_quality(fresh, retain_log).statistic == 0.1
+    assert len(computed) == 1
+    aggregates.forget_quality(fresh, fresh)
+    assert len(computed) == 2  # against another log it is another number
 
 
 def test_cut_short_and_absent_files(log, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"TOFU_EVAL\.json is not there"):
-        logs.read_log(tmp_path)
-    logs.write_log(tmp_path, log)
-    path = tmp_path / logs.EVAL_NAME
+        log_files.read_log(tmp_path)
+    log_files.write_log(tmp_path, log)
+    path = tmp_path / log_files.EVAL_NAME
     path.write_text(path.read_text()[:5000])
     with pytest.raises(ValueError, match="not valid JSON"):
-        logs.read_log(tmp_path)
-    (tmp_path / logs.SUMMARY_NAME).write_text('{"model_utility": NaN}')
+        log_files.read_log(tmp_path)
+    (tmp_path / log_files.SUMMARY_NAME).write_text('{"model_utility": NaN}')
     with pytest.raises(ValueError, match="model_utility: NaN"):
-        logs.read_summary(tmp_path)
+        log_files.read_summary(tmp_path)
 
 
 def test_an_interrupted_write_leaves_the_old_log(log, tmp_path, monkeypatch):
-    logs.write_log(tmp_path, log)
-    before = (tmp_path / logs.EVAL_NAME).read_bytes()
+    log_files.write_log(tmp_path, log)
+    before = (tmp_path / log_files.EVAL_NAME).read_bytes()
 
     def interrupt(_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("os.fsync", interrupt)
-    log["model_utility"]["agg_value"] = 0.123
+    log = change(log, "model_utility", "agg_value", by=lambda value: 0.123)
     with pytest.raises(KeyboardInterrupt):
-        logs.write_log(tmp_path, log)
-    assert (tmp_path / logs.EVAL_NAME).read_bytes() == before
+        log_files.write_log(tmp_path, log)
+    assert (tmp_path / log_files.EVAL_NAME).read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_summary_left_behind_by_an_interrupted_write(log, tmp_path):
-    logs.write_log(tmp_path, log)
-    log["model_utility"]["agg_value"] = 0.123
-    found = recompute.compare_summary(log, logs.read_summary(tmp_path))
+    log_files.write_log(tmp_path, log)
+    log = change(log, "model_utility", "agg_value", by=lambda value: 0.123)
+    found = recompute.compare_summary(log, log_files.read_summary(tmp_path))
     assert [c.name for c in found if c.differs] == ["summary, model_utility"]
 
 
@@ -331,10 +397,10 @@ def test_comparison_is_relative_to_the_larger():
     assert not recompute.Comparison("m", None, 0.5).differs
 
 
-def test_compare_files(log, retain_log, tmp_path):
-    logs.write_log(tmp_path, log)
-    logs.write_log(tmp_path / "retain", retain_log)
-    text, differs = recompute.compare_files(tmp_path / logs.EVAL_NAME, tmp_path / "retain")
+def test_compare_files(log, retain_log, tmp_path, capsys):
+    log_files.write_log(tmp_path, log)
+    log_files.write_log(tmp_path / "retain", retain_log)
+    text, differs = recompute.compare_files(tmp_path / log_files.EVAL_NAME, tmp_path / "retain")
     assert not differs
     assert " 0 differ, 0 not recomputed" in text
     assert "summary, model_utility" in text
@@ -342,15 +408,19 @@ def test_compare_files(log, retain_log, tmp_path):
     text, differs = recompute.compare_files(tmp_path)
     assert not differs
     assert " 0 differ, 2 not recomputed" in text
+    assert recompute.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out == text + "\n"
+    assert recompute.main([str(tmp_path), f"--retain-log={tmp_path}/none"]) == 2
+    assert "none is not there: name a TOFU_EVAL.json" in capsys.readouterr().err
 
 
 def test_command_line(log, retain_log, tmp_path, repository):
     # Without ROUGE, whose import takes seconds.
-    log = {metric: entry for metric, entry in log.items() if not metric.endswith("_ROUGE")}
-    log["forget_quality"]["agg_value"] *= 1 + 1e-6
-    logs.write_log(tmp_path / "wrong", log)
-    logs.write_log(tmp_path / "retain", retain_log)
-    logs.write_log(tmp_path / "other", make_log(2, rows=20))
+    log = without(log, *(metric for metric in log if metric.endswith("_ROUGE")))
+    log = change(log, "forget_quality", "agg_value", by=lambda value: value * (1 + 1e-6))
+    log_files.write_log(tmp_path / "wrong", log)
+    log_files.write_log(tmp_path / "retain", retain_log)
+    log_files.write_log(tmp_path / "other", make_log(2, rows=20))
 
     def start(*retain_flag):
         return subprocess.Popen(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import hmean, ks_2samp
 
-from t3jax.evaluation import metrics
+from t3jax.evaluation import membership, metrics
 
 LOSS = np.array([0.1, 2.0, 50.0])
 WRONG = np.array([[1.0, 3.0], [2.0, 2.0], [40.0, 60.0]])
@@ -49,7 +49,7 @@ def test_truth_ratio_aggregations():
     lambda bad: metrics.truth_ratio(bad, WRONG),
     lambda bad: metrics.closeness_to_one(bad),
     lambda bad: metrics.forget_quality(LOSS, bad),
-    lambda bad: metrics.membership_auc(LOSS, bad),
+    lambda bad: membership.membership_auc(LOSS, bad),
     lambda bad: metrics.bootstrap_interval(np.mean, bad),
 ])  # fmt: skip
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -155,9 +155,9 @@ def test_extraction_strength_equals_its_definition():
 def test_zlib_score():
     answers = ["short", "long " * 50, ""]
     want = LOSS / [len(zlib.compress(answer.encode())) for answer in answers]
-    np.testing.assert_array_equal(metrics.zlib_score(LOSS, answers), want)
+    np.testing.assert_array_equal(membership.zlib_score(LOSS, answers), want)
     with pytest.raises(ValueError, match="3 losses but 2 answers"):
-        metrics.zlib_score(LOSS, answers[:2])
+        membership.zlib_score(LOSS, answers[:2])
 
 
 def test_min_k_scores_equal_their_definition():
@@ -175,25 +175,25 @@ def test_min_k_scores_equal_their_definition():
         return -np.mean(np.sort(values)[: max(1, int(0.4 * len(values)))]) if len(values) else 0.0
 
     want = [lowest(row[:n]) for row, n in zip(log_probs, tokens, strict=True)]
-    np.testing.assert_allclose(metrics.min_k_score(log_probs, mask), want, rtol=1e-12)
+    np.testing.assert_allclose(membership.min_k_score(log_probs, mask), want, rtol=1e-12)
 
     standardised = (log_probs - mean) / np.sqrt(np.maximum(variance, 1e-6))
     want = [lowest(row[:n]) for row, n in zip(standardised, tokens, strict=True)]
-    got = metrics.min_k_plus_plus_score(log_probs, mean, variance, mask)
+    got = membership.min_k_plus_plus_score(log_probs, mean, variance, mask)
     np.testing.assert_allclose(got, want, rtol=1e-12)
 
 
 def test_membership_auc():
     forget, holdout = np.array([0.0, 1.0, 2.0]), np.array([1.0, 3.0])
     wins = np.mean([(h > f) + 0.5 * (h == f) for f in forget for h in holdout])
-    assert metrics.membership_auc(forget, holdout) == pytest.approx(wins, rel=1e-14)
+    assert membership.membership_auc(forget, holdout) == pytest.approx(wins, rel=1e-14)
     with pytest.raises(ValueError, match="got 3 and 0"):
-        metrics.membership_auc(forget, np.zeros(0))
+        membership.membership_auc(forget, np.zeros(0))
 
 
 def test_privleak():
-    assert metrics.privleak(0.9, 0.4) == pytest.approx(100 * (0.1 - 0.6) / 0.6, rel=1e-9)
-    assert metrics.privleak(0.4) == pytest.approx(20.0, rel=1e-9)
+    assert membership.privleak(0.9, 0.4) == pytest.approx(100 * (0.1 - 0.6) / 0.6, rel=1e-9)
+    assert membership.privleak(0.4) == pytest.approx(20.0, rel=1e-9)
 
 
 def test_rouge_scores_stem_and_survive_empty_text():
@@ -227,13 +227,13 @@ def test_bootstrap_is_seeded_and_draws_each_sample_on_its_own():
     forget, holdout = np.linspace(0, 1, 30), np.linspace(0.3, 1.5, 20)
     first, again, other = (
         metrics.bootstrap_interval(
-            metrics.membership_auc, forget, holdout, resamples=100, seed=seed
+            membership.membership_auc, forget, holdout, resamples=100, seed=seed
         )
         for seed in (1, 1, 2)
     )
     assert first == again
     assert first != other
-    assert first.low < first.estimate == metrics.membership_auc(forget, holdout) < first.high
+    assert first.low < first.estimate == membership.membership_auc(forget, holdout) < first.high
 
 
 def test_bootstrap_difference_pairs_rows():

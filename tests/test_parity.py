@@ -16,9 +16,7 @@ import tiny
 import t3jax
 from t3jax import data
 from t3jax.data import PromptFormat, encode_prompt, encode_records
-from t3jax.evaluation import logs, tofu
-from t3jax.evaluation.scoring import BASE, Setting
-from t3jax.evaluation.store import Store
+from t3jax.evaluation import BASE, Setting, Store, encode_set, logs, tofu
 from t3jax.lm import families, from_params, load_config, load_lm, read_config, save_hf
 from t3jax.lm.dequantized import dequantize
 from t3jax.lm.quantization_json import read_quantization
@@ -571,7 +569,7 @@ def test_smollm2_evaluation(smollm2, tmp_path):
     }
     rows["holdout"] = tofu_rows(2, "retain90")
     sets = {
-        name: tofu.encode_set(name, each, lm.tokenizer, PromptFormat(), lm.max_position)
+        name: encode_set(name, each, lm.tokenizer, PromptFormat(), lm.max_position)
         for name, each in rows.items()
     }
     ours, head = both_heads(lm, scale=4.0)
@@ -586,7 +584,7 @@ def test_smollm2_evaluation(smollm2, tmp_path):
             close(logs.column(log, f"{name}_Q_A_Prob", "avg_loss"), expected, atol=5e-5)
             assert logs.texts(log, f"{name}_Q_A_ROUGE", "generation") == answers[name]
         for metric, value in aggregates.items():
-            close(log[metric]["agg_value"], value, atol=1e-4)
+            close(log[metric].aggregate, value, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["gqa_tied", "biases"])

@@ -18,7 +18,7 @@ import train_classifier
 import verify
 from configs import default, demo, demo_paper, llama31_tofu, paper, smollm2, smollm2_tofu
 from t3jax import cli, files, hosts, preflight, sharding
-from t3jax.evaluation.scoring import Setting
+from t3jax.evaluation import Setting
 from t3jax.finetuning import FinetuneConfig
 from t3jax.head_io import save_head
 from t3jax.lm import save_hf

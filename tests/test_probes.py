@@ -6,8 +6,7 @@ import pytest
 import tiny
 
 from t3jax.data import Example
-from t3jax.evaluation import probes
-from t3jax.evaluation.scoring import BASE, Setting, score_texts
+from t3jax.evaluation import BASE, Setting, probes, score_texts
 from t3jax.guidance import temper
 from t3jax.head import head_scores
 from t3jax.pooling import causal_mean

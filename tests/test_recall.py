@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from t3jax.evaluation import metrics, recall, unlearning
+from t3jax.evaluation.answers import leak_rates
+from t3jax.evaluation.logs import Log
 from t3jax.evaluation.recall import leak_recall
 from t3jax.sampling import Sample
 
@@ -201,6 +203,6 @@ def test_a_leak_rate_sees_leaks_in_every_script():
         leak_rows=list,
         leak_samples=lambda *_: samples,
     )
-    entry = unlearning._Measuring.leak_rate(measuring, "forget-samples", [])
-    assert entry["agg_value"] == 0.5
-    assert entry["by_samples"] == {"1": 0.25, "2": 0.5}
+    metric = unlearning._Measuring.leak_rate(measuring, "forget-samples", [])
+    assert metric.aggregate == 0.5
+    assert leak_rates(Log({"forget_leak_rate": metric})) == {1: 0.25, 2: 0.5}

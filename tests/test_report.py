@@ -8,12 +8,16 @@ import pytest
 import tiny
 
 from t3jax.data import PromptFormat, evenly_spread
-from t3jax.evaluation import logs, recompute
-from t3jax.evaluation.scoring import BASE, Setting, TextScores
+from t3jax.evaluation import aggregates
+from t3jax.evaluation.logs import Log, Metric
+from t3jax.evaluation.questions import encode_set
+from t3jax.evaluation.scoring import TextScores
+from t3jax.evaluation.settings import BASE, Setting, find_controls
 from t3jax.evaluation.store import Store
-from t3jax.evaluation.tofu import encode_set
 from t3jax.pipeline import Evaluation, Examined
-from t3jax.report import page, tables
+from t3jax.refinements import Refinements
+from t3jax.report import diagnosis, page, tables
+from t3jax.report.answers import answer_tokens
 
 ROWS = 6
 SETTING = Setting("head0-T2-s0.5", 2.0, 0.5, (0,))
@@ -24,32 +28,34 @@ SETTINGS = [BASE, SETTING, TEMPERED, TILTED]
 def make_log(seed, retain_log=None):
     """A log of forget and retain rows with random numbers."""
     rng = np.random.default_rng(seed)
-    log = {}
+    made = {}
+    log = Log(made, {"privleak": "no holdout set was given"})
     for name in ("forget", "retain"):
         losses = {"Q_A_Prob": (ROWS,), "Q_A_PARA_Prob": (ROWS,), "Q_A_PERT_Prob": (ROWS, 2)}
         for metric, shape in losses.items():
             loss = rng.uniform(0.1, 2.0, shape)
-            log[f"{name}_{metric}"] = logs.per_example(0.0, prob=np.exp(-loss), avg_loss=loss)
+            made[f"{name}_{metric}"] = Metric(0.0, {"prob": np.exp(-loss), "avg_loss": loss})
         recall = rng.uniform(0.2, 1.0, ROWS)
-        log[f"{name}_Q_A_ROUGE"] = logs.per_example(
+        made[f"{name}_Q_A_ROUGE"] = Metric(
             0.0,
-            rougeL_recall=recall,
-            ground_truth=[f"truth {i}" for i in range(ROWS)],
-            generation=[f"<b>{name}</b> answer {i} of {seed}" for i in range(ROWS)],
+            {
+                "rougeL_recall": recall,
+                "ground_truth": [f"truth {i}" for i in range(ROWS)],
+                "generation": [f"<b>{name}</b> answer {i} of {seed}" for i in range(ROWS)],
+            },
         )
         metric = "forget_truth_ratio" if name == "forget" else "retain_Truth_Ratio"
-        log[metric] = logs.per_example(0.0, score=recompute.truth_ratios(log, metric))
-    for metric, entry in log.items():
-        entry["agg_value"] = recompute.aggregate(log, metric, retain_log)
-    logs.mark_missing(log, "privleak", "no holdout set was given")
+        made[metric] = Metric(0.0, {"score": aggregates.truth_ratios(log, metric)})
+    for metric in made:
+        value = aggregates.aggregate(log, metric, retain_log)
+        made[metric] = dataclasses.replace(made[metric], aggregate=value)
     return log
 
 
 def make_beyond(seed):
     recall = np.random.default_rng(seed).uniform(0, 1, (ROWS, 2))
-    leak = logs.per_example(0.5, recall=recall)
-    leak |= {"samples": 2, "threshold": 0.7, "by_samples": {"1": 0.2, "2": 0.4}}
-    return {"forget_leak_rate": leak}
+    details = {"samples": 2, "threshold": 0.7, "by_samples/1": 0.2, "by_samples/2": 0.4}
+    return Log({"forget_leak_rate": Metric(0.5, {"recall": recall}, details=details)})
 
 
 class FakeStore(Store):
@@ -103,7 +109,14 @@ class Elements(html.parser.HTMLParser):
 def report(evaluation, tmp_path_factory):
     path = tmp_path_factory.mktemp("report") / "new" / "report.html"
     selected = [("chosen on half A", SETTING.name, "a note")]
-    page.write_report(path, evaluation, title="A <title>", selected=selected, featured=SETTING.name)
+    page.write_report(
+        path,
+        evaluation,
+        title="A <title>",
+        selected=selected,
+        featured=SETTING.name,
+        diagnoses=diagnosis.diagnose_heads(evaluation),
+    )
     return path.read_text()
 
 
@@ -121,6 +134,7 @@ def test_the_page_needs_nothing_else_and_escapes_what_models_say(report):
         "Before and after",
         "Token by token",
         "Beyond the benchmark",
+        "What theory says of each head",
         "Not measured",
     ]
     assert "<b>forget</b>" not in report
@@ -153,30 +167,30 @@ def test_summary_holds_the_numbers_of_the_logs(evaluation):
     ]
     row = dict(zip(table.columns, table.rows[1].cells, strict=True))
     log = evaluation.logs[SETTING.name]
-    quality = recompute.forget_quality(log, evaluation.retain_log)
+    quality = aggregates.forget_quality(log, evaluation.retain_log)
     assert row["forget quality"].text == f"{quality.p_value:.2g}"
     assert row["distance D"].text == f"{quality.statistic:.3f}"
-    mean = log["forget_Q_A_ROUGE"]["agg_value"]
+    mean = log["forget_Q_A_ROUGE"].aggregate
     assert row["forget ROUGE-L recall"].text == f"{mean:.3f}"
     low, high = map(float, row["forget ROUGE-L recall"].note.split(" to "))
     assert low < mean < high
 
 
 def test_numbers_that_no_model_has_are_left_out(evaluation):
-    log = {name: entry for name, entry in make_log(1).items() if "ROUGE" not in name}
+    log = Log({name: m for name, m in make_log(1).metrics.items() if "ROUGE" not in name})
     shown = tables.cards([("base", "base", log)], None)
     assert [card.title for card in shown] == ["Retain utility without ROUGE"]
     shown = tables.cards([("base", "base", log)], evaluation.retain_log)
     assert [card.title for card in shown] == ["Forget quality", "Retain utility without ROUGE"]
     assert tables.missing(SETTINGS, evaluation.logs) == [("privleak", "no holdout set was given")]
-    only = {**evaluation.logs, BASE.name: {}}
+    only = {**evaluation.logs, BASE.name: Log()}
     assert tables.missing(SETTINGS, only)[0][0] == "privleak (head0-T2-s0.5, T2, head0-T1-s1)"
 
 
 def test_a_setting_is_shown_beside_its_controls():
-    assert tables.controls_of(SETTING, SETTINGS) == [TEMPERED, TILTED]
+    assert find_controls(SETTING, SETTINGS) == [TEMPERED, TILTED]
     other = [Setting("T3", 3.0), dataclasses.replace(TILTED, name="other", heads=(1,))]
-    assert tables.controls_of(SETTING, other) == []
+    assert find_controls(SETTING, other) == []
 
 
 def test_the_featured_setting(evaluation):
@@ -199,7 +213,7 @@ def test_a_report_without_heads_and_retain_model(evaluation):
 
 
 def test_tokens_join_to_the_answer(evaluation):
-    rows = page.answer_tokens(evaluation.examined.store, evaluation.examined.sets, SETTING)
+    rows = answer_tokens(evaluation.examined.store, evaluation.examined.sets, SETTING)
     assert [row.set_name for row in rows] == ["forget"] * 2 + ["retain"] * 2
     for row in rows:
         assert "".join(token.text for token in row.tokens) == "A, B & C.<|im_end|>⏎<|im_end|>"
@@ -226,7 +240,7 @@ def test_a_second_retain_model_is_the_noise_floor(evaluation):
         evaluation, second_retain_log=second_log, second_retain_unlearning=second_unlearning
     )
     values = page.contents(found, "title", [], None, [])
-    quality = recompute.forget_quality(second_log, evaluation.retain_log)
+    quality = aggregates.forget_quality(second_log, evaluation.retain_log)
     cells = {}
     for name in ("summary", "unlearning"):
         *_, first, second = values[name].rows
@@ -236,6 +250,49 @@ def test_a_second_retain_model_is_the_noise_floor(evaluation):
     assert "than the retain model" in cells["leak in 2 answers (recall ≥ 0.7)"].note
     assert "noise floor" in page.render(values)
     # The first one may have been evaluated without draws.
-    table = tables.unlearning_table([], {}, {}, second_unlearning)
+    table = tables.unlearning_table([], {}, Log(), second_unlearning)
     assert "than the retain model" not in table.rows[-1].cells[0].note
     assert "noise floor" not in page.render(page.contents(evaluation, "title", [], None, []))
+
+
+def test_a_head_is_diagnosed_beside_what_was_measured(evaluation, report):
+    cooler = Setting("head0-T3-s0.5", 3.0, 0.5, (0,))
+    logs = {**evaluation.logs, cooler.name: evaluation.retain_log}
+    more = dataclasses.replace(evaluation, settings=[*SETTINGS, cooler], logs=logs)
+    (head,) = diagnosis.diagnose_heads(more)
+    assert head.diagnosis.scale == 0.5  # the head's own s was not evaluated
+    assert head.best_measured == 3.0
+    quality = aggregates.forget_quality(evaluation.logs[SETTING.name], evaluation.retain_log)
+    section = diagnosis.make_section(head)
+    shown = {row.label: row.cells[-1] for row in section.table.rows}
+    assert shown["T = 2"].text == f"{quality.p_value:.2g}"
+    assert shown["T = 3"] == ("1", "D 0.000")
+    assert shown["T = 4"] == tables.MISSING
+    assert section.table.columns == ["bound", "leak", "price", "retain bound", "forget quality"]
+    assert "which the head may know" in section.sentences[0]
+    assert "Smallest distance D of whole answers: T = 3 of 2, 3." in section.sentences
+    assert f"held-out loss of the head {head.diagnosis.loss:.4f}" in str(head.diagnosis)
+    known = "Held-out loss on the questions, which the head may know"
+    assert f"{known}: {head.diagnosis.loss:.4f}" in report
+
+
+def test_a_head_that_cannot_be_diagnosed_has_a_reason(evaluation):
+    examined = evaluation.examined
+    distilled = dataclasses.replace(
+        examined.store.heads[0], record={"training": {"loss": "distillation"}}
+    )
+    forget = {"forget": examined.sets["forget"]}
+    for changed, reason in (
+        (dataclasses.replace(examined, store=FakeStore(examined.store.lm, [distilled])), "distill"),
+        (dataclasses.replace(examined, sets=forget), "no retain set was given"),
+        (examined, "not evaluated by itself"),
+    ):
+        gated = dataclasses.replace(SETTING, refinements=Refinements(gated=True))
+        settings = [BASE, gated] if changed is examined else SETTINGS
+        heads = diagnosis.diagnose_heads(
+            dataclasses.replace(evaluation, examined=changed, settings=settings)
+        )
+        assert reason in diagnosis.describe_diagnoses(heads)
+        values = page.contents(evaluation, "title", (), None, [], heads)
+        assert reason in page.render(values)
+    assert diagnosis.diagnose_heads(dataclasses.replace(evaluation, settings=[BASE])) == []

@@ -11,7 +11,8 @@ import t3jax
 from benchmarks.aot import collectives, dimensions
 from t3jax.data import Example, PromptFormat, encode_records
 from t3jax.evaluation import scoring
-from t3jax.evaluation.scoring import BASE, Setting, score_texts, token_statistics
+from t3jax.evaluation.scoring import score_texts, token_statistics
+from t3jax.evaluation.settings import BASE, Setting
 from t3jax.refinements import Refinements
 
 LENGTHS = [(36, 33), (40, 17), (47, 46), (33, 30), (38, 37), (48, 32)]  # one compiled shape
@@ -58,9 +59,9 @@ def heads(tiny_lm):
 
 def score(lm, examples, heads, settings=SETTINGS):
     # Several batches, and chunks that end within a text.
-    return score_texts(
-        lm, examples, settings, heads, moments=True, tokens_per_batch=96, positions_per_chunk=16
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "POSITIONS_PER_CHUNK", 16)
+        return score_texts(lm, examples, settings, heads, moments=True, tokens_per_batch=96)
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +193,7 @@ def test_bad_requests_are_named(tiny_lm, examples):
         score_texts(tiny_lm, [examples[0], Example(examples[1].tokens, 40)], [BASE])
 
 
-def test_the_sampler_draws_from_what_is_scored(tiny_lm, heads):
+def test_the_sampler_draws_from_what_is_scored(tiny_lm, heads, monkeypatch):
     """Log-probabilities that the sampler returns, of drawn answers, are the scorer's."""
     refinements = Refinements(gated=True, protected=tiny_lm.eos_ids, combine="product")
     setting = Setting("refined", 2.5, 0.8, (0, 1), refinements)
@@ -205,7 +206,8 @@ def test_the_sampler_draws_from_what_is_scored(tiny_lm, heads):
         Example(np.array(prompt + sample.tokens, np.int32), len(prompt))
         for prompt, sample in zip(prompts, samples, strict=True)
     ]
-    refined, base = score_texts(tiny_lm, texts, [setting, BASE], heads, positions_per_chunk=16)
+    monkeypatch.setattr(scoring, "POSITIONS_PER_CHUNK", 16)
+    refined, base = score_texts(tiny_lm, texts, [setting, BASE], heads)
     assert base.mean is None  # nobody asked for moments
     guided = np.concatenate([sample.guided_logprobs for sample in samples])
     assert np.abs(guided - base.logprobs).max() > 1  # the test would be idle otherwise

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 import t3jax
-from t3jax.evaluation.logs import read_log
+from t3jax.evaluation import read_log
 from t3jax.lm import save_hf
 
 QUESTIONS = ["Who is Ada?", "Where was Bo born?", "What did Cy write?", "Why is it so?"]
@@ -175,7 +175,7 @@ def test_evaluating_writes_logs_and_a_report(trained, repository, folder):
     names = ["base", "head0-T1.5-s1", "T1.5", "head0-T1-s1.5"]
     for name in [*names, "retain_model"]:
         log = read_log(folder / "evaluation" / name)
-        assert 0 < log["forget_Q_A_Prob"]["agg_value"] < 1
+        assert 0 < log["forget_Q_A_Prob"].aggregate < 1
         beyond = json.loads((folder / "evaluation" / name / "UNLEARNING.json").read_text())
         assert beyond["forget_leak_rate"]["samples"] == 2
         assert ("forget_KL_guided_retain" in beyond) == (name in names)

@@ -5,7 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from t3jax.evaluation import logs, selection
+from t3jax.evaluation import selection
+from t3jax.evaluation.logs import Log, Metric
+from t3jax.report.choice import as_json, summary_rows
 
 SETS = {
     "retain": ("_Q_A_Prob", 120),
@@ -17,15 +19,15 @@ SETS = {
 def make_log(ratios, utility=0.8, names=("retain", "ra", "wf"), spread=0.0, seed=0):
     """A log with these truth ratios of the forget rows and about this in every utility part."""
     rng = np.random.default_rng(seed)
-    log = {"forget_truth_ratio": logs.per_example(0.5, score=np.asarray(ratios))}
+    made = {"forget_truth_ratio": Metric(0.5, {"score": np.asarray(ratios)})}
     for name in names:
         prob, rows = SETS[name]
         parts = np.clip(utility + spread * rng.standard_normal((3, rows)), 0.01, 1)
-        log[name + prob] = logs.per_example(0.0, prob=parts[0])
-        log[f"{name}_Q_A_ROUGE"] = logs.per_example(0.0, rougeL_recall=parts[1])
+        made[name + prob] = Metric(0.0, {"prob": parts[0]})
+        made[f"{name}_Q_A_ROUGE"] = Metric(0.0, {"rougeL_recall": parts[1]})
         # The metric is max(0, 1 - r) of the stored r.
-        log[f"{name}_Truth_Ratio"] = logs.per_example(0.0, score=1 - parts[2])
-    return log
+        made[f"{name}_Truth_Ratio"] = Metric(0.0, {"score": 1 - parts[2]})
+    return Log(made)
 
 
 def cross_fit(candidates, retain_log, *args, base=None, **kwargs):
@@ -81,16 +83,16 @@ def test_a_setting_is_worth_its_median_seed_and_every_seed_is_scored(ratios):
     distances = [each.score.quality.statistic for each in found.held_out]
     assert len(distances) == 3
     assert distances == sorted(distances)
-    labels = [label for label, _, _ in selection.summary_rows(found)]
+    labels = [label for label, _, _ in summary_rows(found)]
     assert "forget quality, cross-fitted, seed 3 of 3" in labels
     with pytest.raises(ValueError, match="all the same"):
         selection.cross_fit({"a": lucky, "b": lucky[:2]}, lucky[0], make_log(ratios))
 
 
 def test_the_choice_can_be_scored_again_by_other_logs_of_the_same_rows(ratios):
-    scored = {name: make_log(ratios + 1, names=("retain",)) for name in "ab"}
-    for log in scored.values():
-        del log["retain_Q_A_ROUGE"]
+    metrics = dict(make_log(ratios + 1, names=("retain",)).metrics)
+    del metrics["retain_Q_A_ROUGE"]
+    scored = {name: Log(metrics) for name in "ab"}
     found = cross_fit(scored, make_log(ratios), group=20)
     assert found.held_out[0].utility_name == "retain utility without ROUGE"
     again = selection.held_out(make_log(ratios), make_log(ratios), make_log(ratios), group=20)
@@ -102,7 +104,7 @@ def test_where_nothing_forgets_the_nearest_is_taken_and_marked(ratios):
     candidates = {"far": make_log(ratios + 9), "near": make_log(ratios + 0.5)}
     found = cross_fit(candidates, make_log(ratios))
     assert (found.overall.name, found.overall.passed) == ("near", False)
-    assert "no setting met the rule's condition" in str(selection.summary_rows(found))
+    assert "no setting met the rule's condition" in str(summary_rows(found))
 
 
 def test_rows_never_leak_between_halves(ratios):
@@ -110,10 +112,10 @@ def test_rows_never_leak_between_halves(ratios):
     candidates = {f"s{i}": make_log(ratios + rng.normal(0, 0.3, 200)) for i in range(5)}
     before = cross_fit(candidates, make_log(ratios), "smallest_distance")
     in_a = selection.half(200)
-    for i, log in enumerate(candidates.values()):  # everything that half B says is turned round
-        rows = log["forget_truth_ratio"]["value_by_index"]
-        for row in np.flatnonzero(~in_a):
-            rows[str(row)]["score"] += 0.4 * (5 - i)
+    for i, (name, log) in enumerate(candidates.items()):  # all that half B says is turned round
+        scores = log["forget_truth_ratio"].columns["score"] + 0.4 * (5 - i) * ~in_a
+        turned = {"forget_truth_ratio": Metric(0.5, {"score": scores})}
+        candidates[name] = Log({**log.metrics, **turned})
     after = cross_fit(candidates, make_log(ratios), "smallest_distance")
     assert after.halves[0] == before.halves[0]
     assert after.halves[1].name != before.halves[1].name
@@ -152,9 +154,9 @@ def test_without_other_sets_it_is_retain_utility(ratios):
     found = cross_fit(candidates, make_log(ratios), group=20)
     assert found.held_out[0].utility_name == "retain utility"
     assert found.held_out[0].score.utility == pytest.approx(0.6)
-    rows = dict((label, value) for label, value, _ in selection.summary_rows(found))
+    rows = dict((label, value) for label, value, _ in summary_rows(found))
     assert rows["retain utility, cross-fitted"] == "0.600"
-    json.dumps(selection.as_json(found))
+    json.dumps(as_json(found))
 
 
 def test_what_cannot_be_compared_is_refused(ratios):

@@ -13,7 +13,7 @@ from scipy.special import expit
 from configs import default
 from examples import theory
 from t3jax import data
-from t3jax.evaluation.scoring import BASE, Setting, score_texts
+from t3jax.evaluation import BASE, Setting, score_texts
 from t3jax.evaluation.store import Store
 from t3jax.head_io import save_head
 from t3jax.theory import bounds, classifiers, diagnose, errors, mixtures, sequences

@@ -9,9 +9,10 @@ import tiny
 from damage import check_damage_is_recomputed
 
 from t3jax.data import Example, PromptFormat
-from t3jax.evaluation import logs, recompute, store, tofu, unlearning
-from t3jax.evaluation.logs import MissingMetricError
-from t3jax.evaluation.scoring import BASE, Setting, TextScores, score_texts, settings_grid
+from t3jax.evaluation import answers, log_files, logs, questions, recompute, store, tofu, unlearning
+from t3jax.evaluation.logs import Log, Metric, MissingMetricError
+from t3jax.evaluation.scoring import TextScores, score_texts
+from t3jax.evaluation.settings import BASE, Setting, settings_grid
 from t3jax.evaluation.store import Store
 from t3jax.evaluation.tofu import TofuOptions
 from t3jax.lm import from_params
@@ -35,6 +36,29 @@ def rows(what, wrong, paraphrase):
         yield row
 
 
+FILE_ORDER = [
+    "forget_leak_rate",
+    "forget_paraphrased_leak_rate",
+    "forget_paraphrased_Q_A_Prob",
+    "forget_paraphrased_Q_A_ROUGE",
+    "forget_greedy_fluency",
+    "missing",
+    "forget_KL_guided_retain",
+    "forget_KL_retain_guided",
+    "retain_paraphrased_Q_A_Prob",
+    "retain_paraphrased_Q_A_ROUGE",
+    "retain_greedy_fluency",
+    "retain_KL_guided_retain",
+    "retain_KL_retain_guided",
+    "forget_sample_fluency",
+]
+
+
+def to_json(log):
+    """The content of a log's file."""
+    return json.loads(json.dumps(log_files._entries(log, [*log, *log.missing])))
+
+
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     """A made-up TOFU: what a user names in the config."""
@@ -48,12 +72,12 @@ def sources(tmp_path_factory):
     }.items():
         lines = [json.dumps(row) + "\n" for row in each]
         (folder / f"{name}.jsonl").write_text("".join(lines))
-    return {name: folder / f"{name}.jsonl" for name in tofu.SETS}
+    return {name: folder / f"{name}.jsonl" for name in questions.SETS}
 
 
 @pytest.fixture(scope="module")
 def sets(tiny_lm, sources):
-    return tofu.load_sets(sources, tiny_lm.tokenizer, PromptFormat(), tiny_lm.max_position)
+    return questions.load_sets(sources, tiny_lm.tokenizer, PromptFormat(), tiny_lm.max_position)
 
 
 @pytest.fixture(scope="module")
@@ -140,8 +164,9 @@ def test_recomputed_equals_stored(run, settings):
     folder, found, retain_log, _, _ = run
     assert list(found) == [setting.name for setting in settings]
     for name, log in found.items():
-        assert logs.read_log(folder / name) == json.loads(json.dumps(log))
-        comparisons = recompute.recompute(logs.read_log(folder / name), retain_log)
+        stored = json.loads((folder / name / log_files.EVAL_NAME).read_text())
+        assert stored == to_json(log) == to_json(log_files.read_log(folder / name))
+        comparisons = recompute.recompute(log_files.read_log(folder / name), retain_log)
         assert not [each for each in comparisons if each.differs]
         assert {each.name for each in comparisons if each.recomputed is None} == set()
         text, differs = recompute.compare_files(folder / name, folder / "retain_model")
@@ -150,17 +175,19 @@ def test_recomputed_equals_stored(run, settings):
 
 def test_names_are_the_reference_s(run, shared):
     _, found, retain_log, _, _ = run
-    official = logs.read_log(shared / "data" / "tofu_logs" / "Llama-3.2-1B-Instruct_full_forget10")
+    official = log_files.read_log(
+        shared / "data" / "tofu_logs" / "Llama-3.2-1B-Instruct_full_forget10"
+    )
     for log in found.values():
-        assert set(log) - {logs.MISSING} == set(official) - {"mia_gradnorm"}
+        assert set(log) == set(official) - {"mia_gradnorm"}
         assert "gradients" in logs.missing_reasons(log)["mia_gradnorm"]
-        for metric, entry in official.items():
+        for metric, entry in to_json(official).items():
             if metric != "mia_gradnorm":
-                assert log[metric].keys() == entry.keys()
+                assert to_json(log)[metric].keys() == entry.keys()
             for part in ("value_by_index",):
                 if part in entry and metric in log:
-                    assert log[metric][part]["0"].keys() == entry[part]["0"].keys()
-    assert "forget_quality" in retain_log
+                    assert to_json(log)[metric][part]["0"].keys() == entry[part]["0"].keys()
+    assert "forget_quality" in to_json(retain_log)
     assert logs.missing_reasons(retain_log)["forget_quality"] == "it needs the retain model's log"
 
 
@@ -171,12 +198,14 @@ def test_losses_stand_where_they_belong(run, sets, tiny_lm, head, settings):
     examples = [sets["forget"].wrong[2][1], sets["forget"].paraphrased[3], sets["wf"].answers[0]]
     (alone,) = score_texts(tiny_lm, examples, [setting], [head])
     stored = [
-        log["forget_Q_A_PERT_Prob"]["value_by_index"]["1"]["avg_loss"][2],
-        log["forget_Q_A_PARA_Prob"]["value_by_index"]["3"]["avg_loss"],
-        log["wf_Q_A_Prob"]["value_by_index"]["0"]["avg_loss"],
+        logs.column(log, "forget_Q_A_PERT_Prob", "avg_loss")[1, 2],
+        logs.column(log, "forget_Q_A_PARA_Prob", "avg_loss")[3],
+        logs.column(log, "wf_Q_A_Prob", "avg_loss")[0],
     ]
     np.testing.assert_allclose(stored, alone.avg_loss, atol=1e-5)
-    rouge = log["retain_Q_A_ROUGE"]["value_by_index"]["2"]
+    rouge = {
+        field: logs.texts(log, "retain_Q_A_ROUGE", field)[2] for field in ("input", "ground_truth")
+    }
     assert rouge["input"] == "user\nHow Cy?\nassistant\n"
     assert rouge["ground_truth"] == "It is Cy."
 
@@ -185,9 +214,9 @@ def test_mia_reference_is_the_loss_beyond_the_retain_model_s(run):
     _, found, retain_log, _, _ = run
     for part in ("forget", "holdout"):
         np.testing.assert_allclose(
-            logs.column(found["base"], "mia_reference", "score", part),
-            logs.column(found["base"], "mia_loss", "score", part)
-            - logs.column(retain_log, "mia_loss", "score", part),
+            logs.column(found["base"], f"mia_reference/{part}", "score"),
+            logs.column(found["base"], f"mia_loss/{part}", "score")
+            - logs.column(retain_log, f"mia_loss/{part}", "score"),
             atol=1e-5,
         )
 
@@ -203,15 +232,15 @@ def test_missing_data_is_named_and_never_a_number(tiny_lm, sets, tmp_path, run):
     assert reasons["privleak"] == "mia_min_k is missing: no holdout set was given"
     assert reasons["wf_Q_A_ROUGE"] == "no world facts set was given"
     assert "wf_Q_A_Prob_normalised is missing" in reasons["model_utility"]
-    assert log["forget_quality"] == {"agg_value": None}
-    assert "model_utility" not in logs.read_summary(tmp_path / "base")
+    assert to_json(log)["forget_quality"] == {"agg_value": None}
+    assert "model_utility" not in log_files.read_summary(tmp_path / "base")
 
 
 def test_empty_answers_score_0(sets, run):
     _, _, _, (kept, _), _ = run
     (scores,) = kept.scores("forget", sets["forget"].texts, [BASE])
     log = tofu.assemble_log({"forget": sets["forget"]}, {"forget": scores}, {"forget": [""] * 4})
-    assert log["forget_Q_A_ROUGE"]["agg_value"] == 0.0
+    assert log["forget_Q_A_ROUGE"].aggregate == 0.0
     logs.check_log(log, "log")
 
 
@@ -242,15 +271,15 @@ def test_bad_rows_are_named(tiny_lm, change, message):
     records = list(rows("Who", 3, True))
     records[1] |= change
     with pytest.raises(ValueError, match=message):
-        tofu.encode_set("forget", records, tiny_lm.tokenizer, PromptFormat(), 256)
+        questions.encode_set("forget", records, tiny_lm.tokenizer, PromptFormat(), 256)
 
 
 def test_a_retain_log_of_another_split_is_refused(run, sets):
     _, _, retain_log, (kept, _), _ = run
     other = dict(sets, forget=sets["retain"])
     scores = {"forget": kept.scores("retain", sets["retain"].texts, [BASE])[0]}
-    log = dict(retain_log)
-    log["forget_truth_ratio"] = logs.per_example(1.0, score=[1.0, 2.0])
+    ratios = Metric(1.0, {"score": np.array([1.0, 2.0])})
+    log = Log({**retain_log.metrics, "forget_truth_ratio": ratios})
     with pytest.raises(ValueError, match=r"another forget split: it has 2 forget rows, the log 4"):
         tofu.assemble_log({"forget": other["forget"]}, scores, {"forget": ["a"] * 4}, log)
 
@@ -291,15 +320,15 @@ def measured(run, sets, settings):
 def test_divergence_from_a_retain_model(measured):
     same, other = measured
     for direction in ("guided_retain", "retain_guided"):
-        entry = same["base"][f"forget_KL_{direction}"]
-        assert entry["agg_value"] == 0.0
-        tilted = same["head0-T2.5-s1"][f"forget_KL_{direction}"]
-        assert len(tilted["value_by_index"]) == 4  # two questions, two answers each
-        ratios = [row["log_ratio"] for row in tilted["value_by_index"].values()]
-        tokens = [row["tokens"] for row in tilted["value_by_index"].values()]
-        assert tilted["agg_value"] == pytest.approx(np.mean(ratios)) != 0.0
-        assert tilted["per_token"] == pytest.approx(sum(ratios) / sum(tokens))
-        assert other["base"][f"retain_KL_{direction}"]["agg_value"] > 0.5
+        metric = f"forget_KL_{direction}"
+        assert same["base"][metric].aggregate == 0.0
+        tilted = same["head0-T2.5-s1"]
+        assert len(logs.indices(tilted, metric)) == 4  # two questions, two answers each
+        ratios = logs.column(tilted, metric, "log_ratio")
+        tokens = logs.column(tilted, metric, "tokens")
+        assert tilted[metric].aggregate == pytest.approx(np.mean(ratios)) != 0.0
+        assert tilted[metric].details["per_token"] == pytest.approx(sum(ratios) / sum(tokens))
+        assert other["base"][f"retain_KL_{direction}"].aggregate > 0.5
 
 
 def test_every_number_is_there(measured, run):
@@ -312,18 +341,37 @@ def test_every_number_is_there(measured, run):
         }
     base, tilted = measured[0].values()
     assert logs.missing_reasons(base)["classifier_auc"] == "the setting has no head"
-    leak = tilted["forget_leak_rate"]
-    assert leak["by_samples"]["2"] == leak["agg_value"] >= leak["by_samples"]["1"]
-    recall = [row["recall"] for row in leak["value_by_index"].values()]
-    assert leak["agg_value"] == np.mean(np.max(recall, axis=1) >= 0.5)
-    accuracy = tilted["retain_classifier_accuracy"]
-    scores = [row["score"] for row in accuracy["value_by_index"].values()]
-    assert accuracy["agg_value"] == np.mean(np.array(scores) > 0)
-    fluency = base["forget_greedy_fluency"]
-    losses = [row["avg_loss"] for row in fluency["value_by_index"].values()]
-    assert math.exp(min(losses)) <= fluency["agg_value"] <= math.exp(max(losses))
-    stored = json.loads((folder / "0" / "base" / unlearning.UNLEARNING_NAME).read_text())
-    assert stored == json.loads(json.dumps(base))
+    leak = tilted["forget_leak_rate"].aggregate
+    by_samples = answers.leak_rates(tilted)
+    assert by_samples[2] == leak >= by_samples[1]
+    recall = logs.column(tilted, "forget_leak_rate", "recall")
+    assert leak == np.mean(np.max(recall, axis=1) >= 0.5)
+    accuracy = tilted["retain_classifier_accuracy"].aggregate
+    scores = logs.column(tilted, "retain_classifier_accuracy", "score")
+    assert accuracy == np.mean(scores > 0)
+    fluency = base["forget_greedy_fluency"].aggregate
+    losses = logs.column(base, "forget_greedy_fluency", "avg_loss")
+    assert math.exp(min(losses)) <= fluency <= math.exp(max(losses))
+    path = folder / "0" / "base" / log_files.UNLEARNING_NAME
+    stored = json.loads(path.read_text())
+    assert stored == to_json(base) == to_json(log_files.read_log(path))
+    assert list(stored) == FILE_ORDER
+
+
+def test_scores_that_settings_share_are_read_once(run, sets, settings, tmp_path):
+    _, _, _, (kept, _), _ = run
+    asked = []
+
+    class Counting(Store):
+        def scores(self, label, examples, settings, *args, **options):
+            asked.append(label)
+            return super().scores(label, examples, settings, *args, **options)
+
+    counting = Counting(kept.lm, kept.heads, kept.folder, rows=4)
+    options = unlearning.UnlearningOptions(max_new_tokens=8)
+    unlearning.measure(counting, sets, settings[:2], tmp_path, options)
+    assert asked.count("forget-paraphrased") == asked.count("retain-answers") == 1
+    assert len(asked) == len(set(asked))
 
 
 def test_nothing_is_sampled_unless_asked_for(run, sets, tmp_path):
@@ -337,20 +385,20 @@ def test_nothing_is_sampled_unless_asked_for(run, sets, tmp_path):
 
 def test_best_of_n_is_unbiased():
     leaks = np.array([[True, False, False, False], [False] * 4, [True] * 4])
-    np.testing.assert_allclose(unlearning.best_of(leaks, 1), [0.25, 0.0, 1.0])
-    np.testing.assert_allclose(unlearning.best_of(leaks, 2), [0.5, 0.0, 1.0])
-    np.testing.assert_allclose(unlearning.best_of(leaks, 4), [1.0, 0.0, 1.0])
+    np.testing.assert_allclose(answers.best_of(leaks, 1), [0.25, 0.0, 1.0])
+    np.testing.assert_allclose(answers.best_of(leaks, 2), [0.5, 0.0, 1.0])
+    np.testing.assert_allclose(answers.best_of(leaks, 4), [1.0, 0.0, 1.0])
     with pytest.raises(ValueError, match="best of 5"):
-        unlearning.best_of(leaks, 5)
+        answers.best_of(leaks, 5)
 
 
 def test_distinct_and_repetition():
-    assert unlearning.distinct_n(["a b a", "a"], 1) == 0.5
-    assert unlearning.distinct_n(["a b a b", "b a"], 2) == 0.5
+    assert answers.distinct_n(["a b a", "a"], 1) == 0.5
+    assert answers.distinct_n(["a b a b", "b a"], 2) == 0.5
     with pytest.raises(MissingMetricError, match="no text has 2 words"):
-        unlearning.distinct_n(["", "a"], 2)
+        answers.distinct_n(["", "a"], 2)
     texts = ["a b c a b", "a b c", "a"]
-    np.testing.assert_allclose(unlearning.repetition(texts, 2), [0.25, 0, 0])
+    np.testing.assert_allclose(answers.repetition(texts, 2), [0.25, 0, 0])
 
 
 def test_log_ratios_are_sums_over_answers():
@@ -358,7 +406,7 @@ def test_log_ratios_are_sums_over_answers():
         values = np.array(logprobs, np.float32)
         return TextScores(np.array([0, 2, 3]), values, values > 0, values, values)
 
-    ratios = unlearning.log_ratios(scores([-1.0, -2.0, -3.0]), scores([-2.0, -4.0, -2.5]))
+    ratios = answers.log_ratios(scores([-1.0, -2.0, -3.0]), scores([-2.0, -4.0, -2.5]))
     np.testing.assert_allclose(ratios, [3.0, -0.5])
 
 
@@ -504,11 +552,11 @@ def test_a_changed_model_of_equal_weights_gets_results_of_its_own(tiny_lm, tmp_p
         dataclasses.replace(lm, tokenizer=tokenizer),
         dataclasses.replace(lm, name="a copy elsewhere"),
     ]
-    answers = [
+    texts = [
         Store(model, (), tmp_path).answers("x", [np.array([4, 5])], BASE, max_new_tokens=3)[0].text
         for model in models
     ]
-    assert answers == ["0", "1", "2", "3", "0"]
+    assert texts == ["0", "1", "2", "3", "0"]
 
 
 def test_stored_results_whose_bytes_have_changed_are_computed_anew(tiny_lm, tmp_path, monkeypatch):

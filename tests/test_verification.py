@@ -12,9 +12,7 @@ import tokenizers
 import transformers
 
 from t3jax.data import PromptFormat
-from t3jax.evaluation.metrics import Interval
-from t3jax.evaluation.scoring import BASE, Setting
-from t3jax.evaluation.store import Store
+from t3jax.evaluation import BASE, Interval, Setting, Store
 from t3jax.report.verdict import page, write_verdict
 from t3jax.sampling import Sample
 from t3jax.verification import VerifyOptions, attacks, verify

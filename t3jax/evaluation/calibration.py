@@ -15,7 +15,8 @@ from jaxtyping import Float
 
 from t3jax.data import Example, evenly_spread
 from t3jax.evaluation.metrics import probability
-from t3jax.evaluation.scoring import BASE, Setting, score_texts
+from t3jax.evaluation.scoring import score_texts
+from t3jax.evaluation.settings import BASE, Setting
 from t3jax.head_io import Head
 from t3jax.lm.model import LM
 from t3jax.refinements import PLAIN, Refinements

@@ -3,8 +3,8 @@
 Axes: `rows` examples, `wrong` wrong answers of an example, `tokens` answer tokens. Arrays may be
 numpy's or JAX's; everything is computed on the host in float64, since p-values and ratios here
 span hundreds of orders of magnitude. An aggregate of one metric is, unless a function here says
-otherwise, the mean over its rows. This module runs no model and reads no file: `logs.py` does the
-latter, and `recompute.py` says which per-example values make which aggregate.
+otherwise, the mean over its rows; `aggregates.py` says which per-example values make which.
+Membership scores are in `membership.py`. This module runs no model and reads no file.
 
 References:
     TOFU, arXiv 2401.06121; OpenUnlearning, arXiv 2506.12618.
@@ -15,19 +15,17 @@ import functools
 import math
 import types
 import warnings
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Array, Bool, Float
 from scipy.stats import ks_2samp
-from sklearn.metrics import roc_auc_score
 
 AnyArray = Array | np.ndarray
 
 # The reference adds this to denominators that may be 0.
-_EPS = 1e-10
+EPS = 1e-10
 
 
 def probability(avg_loss: Float[AnyArray, "*shape"]) -> Float[np.ndarray, "*shape"]:
@@ -42,7 +40,7 @@ def probability(avg_loss: Float[AnyArray, "*shape"]) -> Float[np.ndarray, "*shap
     Raises:
         ValueError: If a loss is not finite.
     """
-    return np.exp(-_finite("avg_loss", avg_loss))
+    return np.exp(-finite("avg_loss", avg_loss))
 
 
 def normalised_probability(
@@ -60,8 +58,8 @@ def normalised_probability(
     Raises:
         ValueError: If a value is not finite.
     """
-    prob = _finite("prob", prob)
-    return prob / (prob + _finite("wrong_prob", wrong_prob).sum(axis=1) + _EPS)
+    prob = finite("prob", prob)
+    return prob / (prob + finite("wrong_prob", wrong_prob).sum(axis=1) + EPS)
 
 
 def truth_ratio(
@@ -80,10 +78,10 @@ def truth_ratio(
     Raises:
         ValueError: If a loss is not finite, or there are no wrong answers.
     """
-    wrong_loss = _finite("wrong_loss", wrong_loss)
+    wrong_loss = finite("wrong_loss", wrong_loss)
     if wrong_loss.shape[1] == 0:
         raise ValueError("truth_ratio needs at least one wrong answer per row, got none")
-    return np.exp(-wrong_loss.mean(axis=1)) / (np.exp(-_finite("true_loss", true_loss)) + _EPS)
+    return np.exp(-wrong_loss.mean(axis=1)) / (np.exp(-finite("true_loss", true_loss)) + EPS)
 
 
 def closeness_to_one(ratio: Float[AnyArray, "rows"]) -> Float[np.ndarray, "rows"]:
@@ -98,8 +96,8 @@ def closeness_to_one(ratio: Float[AnyArray, "rows"]) -> Float[np.ndarray, "rows"
     Raises:
         ValueError: If a ratio is not finite.
     """
-    ratio = _finite("ratio", ratio)
-    return np.minimum(ratio, 1 / (ratio + _EPS))
+    ratio = finite("ratio", ratio)
+    return np.minimum(ratio, 1 / (ratio + EPS))
 
 
 def preference_for_truth(ratio: Float[AnyArray, "rows"]) -> Float[np.ndarray, "rows"]:
@@ -114,7 +112,7 @@ def preference_for_truth(ratio: Float[AnyArray, "rows"]) -> Float[np.ndarray, "r
     Raises:
         ValueError: If a ratio is not finite.
     """
-    return np.maximum(0.0, 1 - _finite("ratio", ratio))
+    return np.maximum(0.0, 1 - finite("ratio", ratio))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +148,7 @@ def forget_quality(
     References:
         TOFU, arXiv 2401.06121, forget quality.
     """
-    ratio, retain_ratio = _finite("ratio", ratio), _finite("retain_ratio", retain_ratio)
+    ratio, retain_ratio = finite("ratio", ratio), finite("retain_ratio", retain_ratio)
     critical = critical_statistic(len(ratio), len(retain_ratio))
     with warnings.catch_warnings():
         # With large samples the exact p-value may overflow; scipy's asymptotic one then stands in.
@@ -197,7 +195,7 @@ def model_utility(values: Sequence[float]) -> float:
     """
     if len(values) != 9:
         raise ValueError(f"model_utility is the harmonic mean of nine values, got {len(values)}")
-    array = _finite("values", np.asarray(values, np.float64))
+    array = finite("values", np.asarray(values, np.float64))
     if np.any(array < 0):
         raise ValueError(f"model_utility needs values >= 0, got {array.min()}")
     return 0.0 if np.any(array == 0) else float(len(array) / np.sum(1 / array))
@@ -243,134 +241,6 @@ def extraction_strength(
     suffix = ((wrong_after == 0) & mask).sum(axis=1)
     start = tokens - np.maximum(suffix, 1)
     return np.where(tokens > 0, 1 - start / np.maximum(tokens, 1), 0.0)
-
-
-def zlib_score(
-    avg_loss: Float[AnyArray, "rows"], answers: Sequence[str]
-) -> Float[np.ndarray, "rows"]:
-    """Membership score `mia_zlib`: loss over the answer's compressed length.
-
-    Args:
-        avg_loss: Mean cross-entropy of each answer, `[rows]`, in nats.
-        answers: The answers' texts.
-
-    Returns:
-        `avg_loss / len(zlib.compress(answer))`, `[rows]`, in nats per byte.
-
-    Raises:
-        ValueError: If a loss is not finite, or there are more or fewer texts than losses.
-    """
-    avg_loss = _finite("avg_loss", avg_loss)
-    if len(answers) != len(avg_loss):
-        raise ValueError(f"zlib_score got {len(avg_loss)} losses but {len(answers)} answers")
-    return avg_loss / np.array([len(zlib.compress(a.encode("utf-8"))) for a in answers], np.float64)
-
-
-def min_k_score(
-    log_probs: Float[AnyArray, "rows tokens"],
-    mask: Bool[AnyArray, "rows tokens"],
-    fraction: float = 0.4,
-) -> Float[np.ndarray, "rows"]:
-    """Membership score `mia_min_k`: minus the mean of the lowest token log-probabilities.
-
-    Args:
-        log_probs: Log-probability of each answer token, `[rows, tokens]`, in nats.
-        mask: True on answer tokens, the closing end-of-turn token left out, `[rows, tokens]`.
-        fraction: The share of a row's tokens taken, at least one token.
-
-    Returns:
-        `[rows]`: high for text the model finds unlikely. A row without answer tokens scores 0, as
-        in the reference.
-
-    Raises:
-        ValueError: If the log-probability of an answer token is not finite.
-
-    References:
-        Min-K% Prob, arXiv 2310.16789.
-    """
-    mask = np.asarray(mask)
-    log_probs = _finite("log_probs", np.where(mask, np.asarray(log_probs, np.float64), 0.0))
-    tokens = mask.sum(axis=1)
-    taken = np.minimum(np.maximum(1, (fraction * tokens).astype(np.int64)), tokens)
-    ascending = np.sort(np.where(mask, log_probs, np.inf), axis=1)
-    lowest = np.arange(mask.shape[1]) < taken[:, None]
-    total = np.where(lowest, ascending, 0.0).sum(axis=1)
-    return np.where(tokens > 0, -total / np.maximum(taken, 1), 0.0)
-
-
-def min_k_plus_plus_score(
-    log_probs: Float[AnyArray, "rows tokens"],
-    mean: Float[AnyArray, "rows tokens"],
-    variance: Float[AnyArray, "rows tokens"],
-    mask: Bool[AnyArray, "rows tokens"],
-    fraction: float = 0.4,
-) -> Float[np.ndarray, "rows"]:
-    """Membership score `mia_min_k_plus_plus`: `min_k_score` of standardised log-probabilities.
-
-    Args:
-        log_probs: Log-probability of each answer token, `[rows, tokens]`, in nats.
-        mean: Mean of the log-probability under the model's own next-token distribution.
-        variance: Its variance, `[rows, tokens]`; taken to be at least 1e-6.
-        mask: True on answer tokens, the closing end-of-turn token left out, `[rows, tokens]`.
-        fraction: The share of a row's tokens taken, at least one token.
-
-    Returns:
-        `[rows]`, as `min_k_score`.
-
-    Raises:
-        ValueError: If a value on an answer token is not finite.
-
-    References:
-        Min-K%++, arXiv 2404.02936.
-    """
-    mask = np.asarray(mask)
-    log_probs, mean, variance = (
-        _finite(name, np.where(mask, np.asarray(values, np.float64), 0.0))
-        for name, values in (("log_probs", log_probs), ("mean", mean), ("variance", variance))
-    )
-    return min_k_score((log_probs - mean) / np.sqrt(np.maximum(variance, 1e-6)), mask, fraction)
-
-
-def membership_auc(
-    forget_scores: Float[AnyArray, "forget"], holdout_scores: Float[AnyArray, "holdout"]
-) -> float:
-    """ROC-AUC of telling held-out rows (label 1) from forget rows (label 0) by a score.
-
-    Args:
-        forget_scores: Scores of the forget rows; lower means more likely a member.
-        holdout_scores: Scores of rows no model was trained on.
-
-    Returns:
-        The AUC: 0.5 at chance, 1 when the forget rows all score lower.
-
-    Raises:
-        ValueError: If a score is not finite or a side is empty.
-    """
-    forget_scores = _finite("forget_scores", forget_scores)
-    holdout_scores = _finite("holdout_scores", holdout_scores)
-    if min(len(forget_scores), len(holdout_scores)) == 0:
-        raise ValueError(
-            "membership_auc needs scores of forget and of holdout rows, "
-            f"got {len(forget_scores)} and {len(holdout_scores)}"
-        )
-    labels = np.repeat([0, 1], [len(forget_scores), len(holdout_scores)])
-    return float(roc_auc_score(labels, np.concatenate([forget_scores, holdout_scores])))
-
-
-def privleak(auc: float, retain_auc: float = 0.5) -> float:
-    """How far membership inference is from what it is on the retain model, in percent.
-
-    Args:
-        auc: AUC of `mia_min_k` on this model.
-        retain_auc: The same on the retain model; 0.5 where there is no retain model.
-
-    Returns:
-        `100 · ((1 - auc) - (1 - retain_auc)) / ((1 - retain_auc) + 1e-10)`: 0 is ideal, below 0
-        under-unlearned, above 0 over-unlearned.
-    """
-    # In the reference's order of operations: the last bit follows it.
-    score, reference = 1 - auc, 1 - retain_auc
-    return (score - reference) / (reference + _EPS) * 100
 
 
 def rouge_scores(
@@ -464,7 +334,7 @@ def bootstrap_interval(
         raise ValueError(
             f"need resamples >= 1 and level in (0, 1), got resamples={resamples}, level={level}"
         )
-    arrays = [_finite("sample", sample) for sample in samples]
+    arrays = [finite("sample", sample) for sample in samples]
     if not arrays or any(array.ndim == 0 or len(array) == 0 for array in arrays):
         raise ValueError("the bootstrap needs at least one sample, and rows in each")
     rng = np.random.default_rng(seed)
@@ -513,8 +383,8 @@ def bootstrap_difference(
     )
 
 
-def _finite(name: str, values: AnyArray) -> np.ndarray:
-    """`values` as float64 on the host, or an error that says where it is not finite."""
+def finite(name: str, values: AnyArray) -> np.ndarray:
+    """`values` as float64 on the host, or a ValueError that says where they are not finite."""
     array = np.asarray(values, np.float64)
     bad = np.argwhere(~np.isfinite(array))
     if len(bad):

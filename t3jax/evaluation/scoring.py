@@ -14,123 +14,25 @@ References:
 
 import dataclasses
 import functools
-import math
-import re
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from t3jax import batching, hosts, pooling, sharding
 from t3jax import head as head_lib
 from t3jax.data.chat import Example
-from t3jax.head import HeadConfig
-from t3jax.head_io import Head, check_head_fits, common_default, place_head
+from t3jax.evaluation.settings import Setting
+from t3jax.head import HeadConfig, HeadParams
+from t3jax.head_io import Head, check_head_fits, place_head
 from t3jax.lm.model import LM
-from t3jax.refinements import PLAIN, Refinements, combine_heads, refined_logits
+from t3jax.refinements import Refinements, combine_heads, refined_logits
 
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """A distribution to score or to sample from: T and s of the method and the heads that tilt.
-
-    Attributes:
-        name: For tables, files and folders.
-        base_temperature: T.
-        guidance_scale: s.
-        heads: Indices among the heads at hand, served together; without one s must be 0.
-        refinements: Extensions of the method; they need a head.
-    """
-
-    name: str
-    base_temperature: float = 1.0
-    guidance_scale: float = 0.0
-    heads: tuple[int, ...] = ()
-    refinements: Refinements = PLAIN
-
-    def __post_init__(self):
-        if not re.fullmatch(r"\w[\w.+-]*", self.name):
-            raise ValueError(
-                f"setting {self.name!r}: its name becomes a folder's; use letters, digits, and ._+-"
-            )
-        if not 0 < self.base_temperature < math.inf or not 0 <= self.guidance_scale < math.inf:
-            raise ValueError(
-                f"setting {self.name}: base_temperature must be positive and guidance_scale not "
-                "negative, both finite, got "
-                f"{self.base_temperature} and {self.guidance_scale}"
-            )
-        if not self.heads and (self.guidance_scale > 0 or self.refinements != PLAIN):
-            raise ValueError(
-                f"setting {self.name}: guidance_scale > 0 needs a head, and so do refinements"
-            )
-
-
-BASE = Setting("base")
-
-
-def settings_grid(
-    heads: Sequence[Head],
-    temperatures: Sequence[float] = (),
-    scales: Sequence[float] = (),
-    controls: bool = True,
-    refinements: Sequence[Refinements] = (PLAIN,),
-    groups: Sequence[tuple[int, ...]] | None = None,
-) -> list[Setting]:
-    """The base model, every head at every (T, s), and what each (T, s) must be compared with.
-
-    A refinement that changes nothing is left out: a gate at T = 1, protection at s = 0, the product
-    of one head.
-
-    Args:
-        heads: The heads; may be empty.
-        temperatures: T; empty takes each head's own.
-        scales: s; empty takes each head's own.
-        controls: Whether to add (T, s = 0) and (T = 1, s' = T s), which has the same greedy text
-            where there are no refinements.
-        refinements: What to refine the method by, in turn.
-        groups: Indices of the heads that are served together, in turn; None: each by itself.
-
-    Returns:
-        Settings, each distribution once, the base model first. Names hold heads, T, s and what is
-        on: `head0-T2.5-s1`, `head0+1-T2.5-s1-gated`.
-
-    Raises:
-        ValueError: If heads of a group differ in T or s and none is given.
-    """
-    found = [BASE]
-
-    def add(temperature: float, scale: float, group: tuple[int, ...], refined: Refinements) -> None:
-        refined = dataclasses.replace(
-            refined,
-            gated=refined.gated and temperature != 1,
-            protected=refined.protected if scale > 0 else (),
-            combine=refined.combine if len(group) > 1 else PLAIN.combine,
-        )
-        name = f"T{temperature:g}"
-        if scale > 0 or refined.gated:
-            name = f"head{'+'.join(map(str, group))}-{name}-s{scale:g}"
-        else:
-            group, refined = (), PLAIN
-        if refined != PLAIN:
-            name += f"-{refined.name}"
-        setting = Setting(name, float(temperature), float(scale), group, refined)
-        if all(dataclasses.replace(setting, name=each.name) != each for each in found):
-            found.append(setting)
-
-    for group in [(index,) for index in range(len(heads))] if groups is None else groups:
-        own = [heads[index] for index in group]
-        for temperature in temperatures or (common_default(own, "base_temperature", 1.0),):
-            for scale in scales or (common_default(own, "guidance_scale", 0.0),):
-                for refined in refinements:
-                    add(temperature, scale, group, refined)
-                    if controls:
-                        add(temperature, 0.0, group, refined)
-                        add(1.0, temperature * scale, group, refined)
-    return found
+POSITIONS_PER_CHUNK = 128  # C; `[C, V]` float32 is the largest array over the vocabulary
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -183,13 +85,12 @@ class TextScores:
     def select(self, start: int, stop: int) -> "TextScores":
         """The scores of the texts `start:stop`."""
         tokens = slice(self.starts[start], self.starts[stop])
-        fields: dict[str, Any] = dict(
-            vars(self), starts=self.starts[start : stop + 1] - tokens.start
-        )
-        for name in _Scores._fields:
-            if fields[name] is not None:
-                fields[name] = fields[name][tokens]
-        return TextScores(**fields)
+        cut = {
+            name: values[tokens]
+            for name in _Scores._fields
+            if (values := getattr(self, name)) is not None
+        }
+        return dataclasses.replace(self, starts=self.starts[start : stop + 1] - tokens.start, **cut)
 
     def mask_without_last(self) -> Bool[np.ndarray, "texts tokens"]:
         """True on answer tokens but each text's last, the closing token of an encoded answer."""
@@ -226,15 +127,22 @@ class _Group(NamedTuple):
 class _Served(NamedTuple):
     """A head as arrays."""
 
-    params: Any
-    prior_shift: Any
+    params: HeadParams
+    prior_shift: np.float32 | Array
 
 
 class _Knobs(NamedTuple):
     """T and s of the settings of a group, `[K]`."""
 
-    base_temperature: Any
-    guidance_scale: Any
+    base_temperature: np.ndarray | Array
+    guidance_scale: np.ndarray | Array
+
+
+class _Grouped(NamedTuple):
+    """What the settings of all groups serve: the heads, and T and s of each group."""
+
+    heads: tuple[_Served, ...]
+    knobs: tuple[_Knobs, ...]
 
 
 def score_texts(
@@ -246,7 +154,6 @@ def score_texts(
     reference_mask: bool = False,
     moments: bool = False,
     tokens_per_batch: int | None = None,
-    positions_per_chunk: int = 128,
     progress: str | None = None,
 ) -> list[TextScores]:
     """Scores the answers of texts under every setting; the model reads each text once.
@@ -262,7 +169,6 @@ def score_texts(
         moments: Whether to compute mean and variance, which Min-K%++ needs; they cost as much again
             as the rest.
         tokens_per_batch: Tokens of one forward pass, padding included; None: by the device.
-        positions_per_chunk: C; `[C, V]` float32 is the largest array over the vocabulary.
         progress: Label of a progress bar; None shows none.
 
     Returns:
@@ -272,21 +178,9 @@ def score_texts(
         ValueError: If there are no examples or settings, a text is longer than the model's context
             or has no answer, or a setting's head is not there or does not fit the model.
     """
-    batching.check_examples(lm, examples)
-    if not settings:
-        raise ValueError("no settings to score under; name at least one")
-    for setting in settings:
-        for index in setting.heads:
-            if not 0 <= index < len(heads):
-                raise ValueError(
-                    f"setting {setting.name}: there is no head {index}, only {len(heads)} heads"
-                )
-    counts = np.array([example.num_answer_tokens for example in examples], np.int64)
-    if not counts.all():
-        raise ValueError(f"example {int(np.argmin(counts))} has no answer token to score")
-    starts = np.concatenate([[0], np.cumsum(counts)])
-    order, groups, served, knobs = _grouped(lm, settings, heads)
-    kept = {
+    starts = _answer_starts(lm, examples, settings, heads)
+    order, groups, grouped = _group(lm, settings, heads)
+    collected = {
         name: np.zeros((len(settings), starts[-1]), bool if name == "correct" else np.float32)
         for name in _Scores._fields
         if moments or name not in ("mean", "variance")
@@ -299,42 +193,49 @@ def score_texts(
             mask = mask & (tokens != padding_id(lm))
         hidden, pooled = _read(lm.apply, lm.params, tokens, positions, mask)
         chunks = []
-        size = batching.round_up(positions_per_chunk, sharding.row_shards(lm.mesh))
+        size = batching.round_up(POSITIONS_PER_CHUNK, sharding.row_shards(lm.mesh))
         places, targets = _answer_places(examples, batch, tokens.shape[1], size)
         for place, target in zip(places, targets, strict=True):
             states, features = _take(lm.mesh, hidden, pooled, place)
             chunks.append(
-                _score(
-                    lm.unembed,
-                    groups,
-                    moments,
-                    lm.params,
-                    served,
-                    knobs,
-                    states,
-                    features,
-                    target,
-                )
+                _score(lm.unembed, groups, moments, lm.params, grouped, states, features, target)
             )
         return hosts.gather(chunks)
 
-    def keep(batch: list[int], chunks: list[_Scores]) -> None:
+    def collect(batch: list[int], chunks: list[_Scores]) -> None:
         where = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in batch])
-        for name, field in kept.items():
+        for name, field in collected.items():
             values = np.concatenate([np.asarray(getattr(chunk, name)) for chunk in chunks], axis=1)
             for row, k in zip(values, order, strict=True):
                 field[k, where] = row[: len(where)]
 
     batching.map_batches(
-        lm, examples, compute, keep, tokens_per_batch=tokens_per_batch, progress=progress
+        lm, examples, compute, collect, tokens_per_batch=tokens_per_batch, progress=progress
     )
     results = []
     for k, setting in enumerate(settings):
-        fields: dict[str, Any] = {name: field[k] for name, field in kept.items()}
-        if not setting.heads:
-            fields["retain_scores"] = None
-        results.append(TextScores(starts, **fields))
+        scores = TextScores(starts, **{name: field[k] for name, field in collected.items()})
+        results.append(scores if setting.heads else dataclasses.replace(scores, retain_scores=None))
     return results
+
+
+def _answer_starts(
+    lm: LM, examples: Sequence[Example], settings: Sequence[Setting], heads: Sequence[Head]
+) -> np.ndarray:
+    """Checks what is to be scored; where each text's answer tokens begin, `[texts + 1]`."""
+    batching.check_examples(lm, examples)
+    if not settings:
+        raise ValueError("no settings to score under; name at least one")
+    for setting in settings:
+        for index in setting.heads:
+            if not 0 <= index < len(heads):
+                raise ValueError(
+                    f"setting {setting.name}: there is no head {index}, only {len(heads)} heads"
+                )
+    counts = np.array([example.num_answer_tokens for example in examples], np.int64)
+    if not counts.all():
+        raise ValueError(f"example {int(np.argmin(counts))} has no answer token to score")
+    return np.concatenate([[0], np.cumsum(counts)])
 
 
 def padding_id(lm: LM) -> int:
@@ -343,10 +244,10 @@ def padding_id(lm: LM) -> int:
     return lm.tokenizer.eos_token_id if padding is None else padding
 
 
-def _grouped(
+def _group(
     lm: LM, settings: Sequence[Setting], heads: Sequence[Head]
-) -> tuple[list[int], tuple[_Group, ...], tuple[_Served, ...], tuple[_Knobs, ...]]:
-    """Settings by group: their indices in turn, the groups, the heads that they use, T and s."""
+) -> tuple[list[int], tuple[_Group, ...], _Grouped]:
+    """Settings by group: their indices in turn, the groups, and what they serve."""
     used = sorted({index for setting in settings for index in setting.heads})
     served = []
     for index in used:
@@ -367,7 +268,7 @@ def _grouped(
         for group in groups
     ]
     order = [k for group in groups for k in members[group]]
-    return order, tuple(groups), tuple(served), tuple(knobs)
+    return order, tuple(groups), _Grouped(tuple(served), tuple(knobs))
 
 
 def _answer_places(
@@ -389,7 +290,11 @@ def _answer_places(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _read(
-    apply: Any, params: Any, tokens: Array, positions: Array | None, mask: Array
+    apply: Callable,
+    params: PyTree,
+    tokens: Array,
+    positions: np.ndarray | Array | None,
+    mask: Array,
 ) -> tuple[Array, Array]:
     """Hidden states and their causal means, `[B, T, D]` each."""
     hidden, _ = apply(params, tokens, positions, mask, None)
@@ -398,7 +303,7 @@ def _read(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _take(mesh: Mesh, hidden: Array, pooled: Array, places: Array) -> tuple[Array, Array]:
-    """The rows of a chunk, `[C, D]` each. On its own, since only this knows the batch's shape."""
+    """The rows of a chunk, `[C, D]` each; apart, so that `_score` is compiled once."""
 
     def take(x: Array) -> Array:
         rows = jnp.take(x.reshape(-1, x.shape[-1]), places, axis=0)
@@ -409,12 +314,11 @@ def _take(mesh: Mesh, hidden: Array, pooled: Array, places: Array) -> tuple[Arra
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _score(
-    unembed: Any,
+    unembed: Callable,
     groups: tuple[_Group, ...],
     moments: bool,
-    params: Any,
-    served: tuple[_Served, ...],
-    knobs: tuple[_Knobs, ...],
+    params: PyTree,
+    grouped: _Grouped,
     hidden: Array,
     pooled: Array,
     targets: Array,
@@ -422,14 +326,14 @@ def _score(
     """Scores a chunk under all settings; one program for all chunks of all texts."""
     logits = unembed(params, hidden)  # [C, V]
     results = []
-    for group, of_group in zip(groups, knobs, strict=True):
+    for group, of_group in zip(groups, grouped.knobs, strict=True):
         if not group.heads:
             statistics = jax.lax.map(
                 lambda k: token_statistics(logits / k.base_temperature, targets, moments), of_group
             )
             of_targets = jnp.zeros(targets.shape, jnp.float32)
         else:
-            scores, of_targets = _retain_scores(group, served, pooled, hidden, targets)
+            scores, of_targets = _retain_scores(group, grouped.heads, pooled, hidden, targets)
             statistics = jax.lax.map(
                 lambda k, scores=scores, group=group: token_statistics(
                     refined_logits(

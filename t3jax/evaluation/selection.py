@@ -15,21 +15,15 @@ References:
 import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-from t3jax.evaluation import logs, metrics, recompute
-from t3jax.evaluation.logs import Log, MissingMetricError
+from t3jax.evaluation import aggregates, logs, metrics
+from t3jax.evaluation.aggregates import UTILITY
+from t3jax.evaluation.logs import Log, MissingMetricError, compute_once
 
-# The metrics of model utility by set: probability, truth ratio, ROUGE.
-UTILITY = {
-    "retain": ("retain_Q_A_Prob", "retain_Truth_Ratio", "retain_Q_A_ROUGE"),
-    "ra": ("ra_Q_A_Prob_normalised", "ra_Truth_Ratio", "ra_Q_A_ROUGE"),
-    "wf": ("wf_Q_A_Prob_normalised", "wf_Truth_Ratio", "wf_Q_A_ROUGE"),
-}
-_KEPT = 0.97  # of the base model's utility, in "quality_given_utility"
+_LEAST_KEPT = 0.97  # of the base model's utility, in "quality_given_utility"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -122,14 +116,14 @@ def _nearest(scores: Sequence[Score]) -> int:
 
 
 def _utility_given_quality(scores: Sequence[Score], base: Score) -> tuple[int, bool]:
-    passing = [i for i, each in enumerate(scores) if each.quality.p_value > 0.05]
+    passing = [i for i, score in enumerate(scores) if score.quality.p_value > 0.05]
     if passing:
         return max(passing, key=lambda i: scores[i].utility), True
     return _nearest(scores), False
 
 
 def _quality_given_utility(scores: Sequence[Score], base: Score) -> tuple[int, bool]:
-    passing = [i for i, each in enumerate(scores) if each.utility >= _KEPT * base.utility]
+    passing = [i for i, score in enumerate(scores) if score.utility >= _LEAST_KEPT * base.utility]
     if passing:
         return passing[_nearest([scores[i] for i in passing])], True
     return max(range(len(scores)), key=lambda i: scores[i].utility), False
@@ -147,14 +141,9 @@ RULES: dict[str, Rule] = {
 }
 
 
+@compute_once
 def rows_of(log: Log) -> Rows:
-    """Reads a log's per-row values.
-
-    Args:
-        log: A checked log.
-
-    Returns:
-        The rows; of real authors and world facts where the log has both.
+    """The rows of a log; of real authors and world facts where it has both.
 
     Raises:
         MissingMetricError: If the log lacks values of the forget or of the retain rows.
@@ -165,7 +154,7 @@ def rows_of(log: Log) -> Rows:
     def columns(name: str) -> np.ndarray:
         parts = UTILITY[name] if answered else UTILITY[name][:2]
         logs.check_same_rows(log, *parts)
-        return np.stack([recompute.rows(log, metric) for metric in parts], axis=1)
+        return np.stack([aggregates.rows(log, metric) for metric in parts], axis=1)
 
     utility = {"retain": columns("retain")}
     with contextlib.suppress(MissingMetricError):
@@ -187,28 +176,28 @@ def utility(*parts: Float[np.ndarray, "_ parts"]) -> float:
     return 0.0 if np.any(means == 0) else float(len(means) / np.sum(1 / means))
 
 
+@compute_once
 def log_utility(log: Log) -> float:
-    """The `utility` of a log.
-
-    Raises:
-        MissingMetricError: As `rows_of`.
-    """
+    """The `utility` of a log."""
     return utility(*rows_of(log).utility.values())
 
 
+@compute_once
+def utility_interval(log: Log) -> metrics.Interval:
+    """The `utility` of a log with its 95 % bootstrap interval."""
+    return metrics.bootstrap_interval(utility, *rows_of(log).utility.values())
+
+
 def score(rows: Rows, retain_ratios: Float[np.ndarray, "retain_rows"]) -> Score:
-    """Scores rows.
-
-    Args:
-        rows: Rows of a setting.
-        retain_ratios: Truth ratios of the retain model on the same forget rows.
-
-    Returns:
-        The score.
-    """
+    """Scores rows of a setting; the truth ratios are the retain model's on the same rows."""
     return Score(
         metrics.forget_quality(rows.truth_ratios, retain_ratios), utility(*rows.utility.values())
     )
+
+
+def score_log(log: Log, retain_log: Log | None) -> Score:
+    """Scores a log on all rows, against the retain model's log."""
+    return Score(aggregates.forget_quality(log, retain_log), log_utility(log))
 
 
 def half(count: int, group: int = 1, seed: int = 0) -> Bool[np.ndarray, "rows"]:
@@ -272,18 +261,19 @@ def cross_fit(
     ratios = logs.column(retain_log, "forget_truth_ratio", "score")
     logs.check_retain_log(base_log, retain_log)
     base = rows_of(base_log)
-    table = [
-        [_checked_rows(name, log, base, retain_log) for log in candidates[name]] for name in names
-    ]
+    for name in names:
+        for log in candidates[name]:
+            _read_rows(name, log, base, retain_log)
 
     def choose(side: bool | None) -> Choice:
+        def score_seed(log: Log) -> Score:
+            if side is None:
+                return score_log(log, retain_log)
+            return score(_part(rows_of(log), side, group, seed), chosen)
+
         chosen = ratios if side is None else ratios[_in_a(ratios, group, seed) == side]
-
-        def on_side(rows: Rows) -> Score:
-            return score(rows if side is None else _part(rows, side, group, seed), chosen)
-
-        scores = [_median_seed([on_side(rows) for rows in seeds]) for seeds in table]
-        index, passed = RULES[rule](scores, on_side(base))
+        scores = [_median_seed([score_seed(log) for log in candidates[name]]) for name in names]
+        index, passed = RULES[rule](scores, score_seed(base_log))
         return Choice(names[index], passed, scores[index])
 
     by_a, by_b = choose(True), choose(False)
@@ -317,7 +307,7 @@ def held_out(by_a: Log, by_b: Log, retain_log: Log, *, group: int = 1, seed: int
     """
     logs.check_retain_log(by_a, retain_log)
     from_a = rows_of(by_a)
-    from_b = _checked_rows("the choice of half B", by_b, from_a, retain_log)
+    from_b = _read_rows("the choice of half B", by_b, from_a, retain_log)
     in_a = _in_a(from_a.truth_ratios, group, seed)
     joined = Rows(
         np.where(in_a, from_b.truth_ratios, from_a.truth_ratios),
@@ -335,74 +325,12 @@ def held_out(by_a: Log, by_b: Log, retain_log: Log, *, group: int = 1, seed: int
     )
 
 
-def summary_rows(
-    found: CrossFit, noise_floor: metrics.ForgetQuality | None = None
-) -> list[tuple[str, str, str]]:
-    """A cross-fit for people: label, value, what it means.
-
-    Args:
-        found: The cross-fit.
-        noise_floor: The test between two retain models, if there are two.
-
-    Returns:
-        Rows of a table.
-    """
-
-    def tested(quality: metrics.ForgetQuality) -> str:
-        return f"p = {quality.p_value:.3g}, D = {quality.statistic:.3f}"
-
-    def chosen(choice: Choice) -> tuple[str, str]:
-        met = "" if choice.passed else "; no setting met the rule's condition, this one is nearest"
-        optimistic = f"{tested(choice.score.quality)}, utility {choice.score.utility:.3f}"
-        return choice.name, f"on the rows that chose it: {optimistic}{met}"
-
-    table = [
-        ("chosen on half A", *chosen(found.halves[0])),
-        ("chosen on half B", *chosen(found.halves[1])),
-    ]
-    for number, each in enumerate(found.held_out):
-        which = f", seed {number + 1} of {len(found.held_out)}" if len(found.held_out) > 1 else ""
-        quality, interval = each.score.quality, each.utility_interval
-        table += [
-            (
-                f"forget quality, cross-fitted{which}",
-                tested(quality),
-                "all rows, each scored by a setting chosen without it; at D above "
-                f"{quality.critical:.3f} p falls under 0.05",
-            ),
-            (
-                f"{each.utility_name}, cross-fitted{which}",
-                f"{each.score.utility:.3f}",
-                f"95 % interval {interval.low:.3f} to {interval.high:.3f}",
-            ),
-        ]
-    table.append(("chosen on all rows, to use", *chosen(found.overall)))
-    if noise_floor is not None:
-        note = f"two retain models against each other; critical D {noise_floor.critical:.3f}"
-        table.append(("noise floor", tested(noise_floor), note))
-    return table
-
-
-def as_json(found: CrossFit, noise_floor: metrics.ForgetQuality | None = None) -> dict[str, Any]:
-    """A cross-fit as plain nested values.
-
-    Args:
-        found: The cross-fit.
-        noise_floor: The test between two retain models, if there are two.
-
-    Returns:
-        The fields by name.
-    """
-    floor = None if noise_floor is None else dataclasses.asdict(noise_floor)
-    return {**dataclasses.asdict(found), "noise_floor": floor}
-
-
-def _checked_rows(name: str, log: Log, like: Rows, retain_log: Log) -> Rows:
-    """The rows of a log, which must be as many as others, and the retain model's."""
+def _read_rows(name: str, log: Log, like: Rows, retain_log: Log) -> Rows:
+    """Reads a log's rows, which must be as many as others, and the retain model's."""
     logs.check_retain_log(log, retain_log)
     rows = rows_of(log)
     shapes, expected = (
-        {k: part.shape for k, part in each.utility.items()} for each in (rows, like)
+        {name: part.shape for name, part in of_log.utility.items()} for of_log in (rows, like)
     )
     if shapes != expected:
         raise ValueError(
@@ -414,7 +342,7 @@ def _checked_rows(name: str, log: Log, like: Rows, retain_log: Log) -> Rows:
 
 def _median_seed(scores: Sequence[Score]) -> Score:
     """The score of middle D; of two, the farther."""
-    return sorted(scores, key=lambda each: each.quality.statistic)[len(scores) // 2]
+    return sorted(scores, key=lambda score: score.quality.statistic)[len(scores) // 2]
 
 
 def _in_a(ratios: np.ndarray, group: int, seed: int) -> np.ndarray:

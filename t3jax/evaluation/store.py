@@ -16,13 +16,15 @@ import numpy as np
 
 from t3jax import checked, digests, hosts
 from t3jax.data.chat import Example
-from t3jax.evaluation.scoring import Setting, TextScores, padding_id, score_texts
+from t3jax.evaluation.scoring import TextScores, padding_id, score_texts
+from t3jax.evaluation.settings import Setting
 from t3jax.head_io import Head
 from t3jax.lm.model import LM
 from t3jax.sampling import Sample, Sampler
 
 _SCORING_CODE = "t3jax.evaluation.scoring"
 _SAMPLING_CODE = "t3jax.sampling.sampler"
+_DIGITS = 20  # of a key in a file's name
 
 
 class Store:
@@ -83,19 +85,21 @@ class Store:
             ValueError: As `score_texts`.
         """
         digest = digests.examples_digest(examples)
-        paths = [
-            self._path(
-                f"scores-{label}-{setting.name}",
-                ".npz",
-                [self._distribution(setting), digest, f"{reference_mask} {moments}"],
-                _SCORING_CODE,
-            )
-            for setting in settings
-        ]
+        paths = self._paths(
+            [
+                (
+                    f"scores-{label}-{setting.name}",
+                    [self._distribution(setting), digest, f"{reference_mask} {moments}"],
+                )
+                for setting in settings
+            ],
+            ".npz",
+            _SCORING_CODE,
+        )
         scores = [checked.read_stored(path, _read_scores) for path in paths]
         stored = hosts.of_lead([of_setting is not None for of_setting in scores])
         if todo := np.flatnonzero(~stored).tolist():
-            found = score_texts(
+            computed = score_texts(
                 self.lm,
                 examples,
                 [settings[k] for k in todo],
@@ -104,7 +108,7 @@ class Store:
                 moments=moments,
                 progress=f"score {label}" if self.progress else None,
             )
-            for k, new in zip(todo, found, strict=True):
+            for k, new in zip(todo, computed, strict=True):
                 if hosts.is_lead():
                     _write_scores(paths[k], new)
                 hosts.wait_for(paths[k])
@@ -142,29 +146,11 @@ class Store:
             ValueError: As `Sampler.generate`; or a prompt ends in padding under `reference_mask`.
         """
         if reference_mask:
-            padding = padding_id(self.lm)
-            for i, prompt in enumerate(prompts):
-                if prompt[-1] == padding:
-                    raise ValueError(
-                        f"{label}, prompt {i} ends in the padding token {padding}, which "
-                        "reference_mask would mask; use correct masking for this model"
-                    )
-            prompts = [prompt[prompt != padding] for prompt in prompts]
-        refined = setting.refinements.gated or setting.refinements.protected
-        if options.get("temperature", 0.0) == 0 and not refined:
-            product = setting.base_temperature * setting.guidance_scale
-            setting = (
-                dataclasses.replace(setting, base_temperature=1.0, guidance_scale=product)
-                if product
-                else Setting(setting.name)
-            )
+            prompts = _drop_padding(prompts, padding_id(self.lm), label)
+        setting = _as_answered(setting, options.get("temperature", 0.0))
         digest = digests.examples_digest([Example(prompt, len(prompt)) for prompt in prompts])
-        path = self._path(
-            f"answers-{label}-{setting.name}",
-            ".json",
-            [self._distribution(setting), digest, repr(sorted(options.items()))],
-            _SAMPLING_CODE,
-        )
+        parts = [self._distribution(setting), digest, repr(sorted(options.items()))]
+        (path,) = self._paths([(f"answers-{label}-{setting.name}", parts)], ".json", _SAMPLING_CODE)
         stored = checked.read_stored(path, checked.read_json) if hosts.is_lead() else None
         if not hosts.of_lead(stored is not None):
             samples = self._sampler(setting).generate(
@@ -178,12 +164,20 @@ class Store:
             hosts.wait_for(path)
         return [Sample(**sample) for sample in checked.read_json(path)]
 
-    def _path(self, name: str, suffix: str, parts: list[str], code: str) -> pathlib.Path:
-        model = digests.model_digest(self.lm)
-        digest = digests.make_key(model, *parts, digests.code_digest(code))[:20]
-        # The same distribution may have several names: only the digest identifies a file.
-        stored = next(self.folder.glob(f"*-{digest}{suffix}"), None)
-        return stored or self.folder / f"{name}-{digest}{suffix}"
+    def _paths(
+        self, results: Sequence[tuple[str, list[str]]], suffix: str, code: str
+    ) -> list[pathlib.Path]:
+        """The files of results, of which name and what decides them are given.
+
+        The same distribution may have several names: only the key identifies a file.
+        """
+        model, code = digests.model_digest(self.lm), digests.code_digest(code)
+        stored = {path.stem[-_DIGITS:]: path for path in self.folder.glob(f"*{suffix}")}
+        keys = [digests.make_key(model, *parts, code)[:_DIGITS] for _, parts in results]
+        return [
+            stored.get(key, self.folder / f"{name}-{key}{suffix}")
+            for (name, _), key in zip(results, keys, strict=True)
+        ]
 
     @functools.cached_property
     def _head_digests(self) -> list[str]:
@@ -207,6 +201,26 @@ class Store:
             refinements=setting.refinements,
             batch_size=self.rows,
         )
+
+
+def _drop_padding(prompts: Sequence[np.ndarray], padding: int, label: str) -> list[np.ndarray]:
+    for i, prompt in enumerate(prompts):
+        if prompt[-1] == padding:
+            raise ValueError(
+                f"{label}, prompt {i} ends in the padding token {padding}, which "
+                "reference_mask would mask; use correct masking for this model"
+            )
+    return [prompt[prompt != padding] for prompt in prompts]
+
+
+def _as_answered(setting: Setting, temperature: float) -> Setting:
+    """The setting that gives the same answers and stands for all that do."""
+    if temperature != 0 or setting.refinements.gated or setting.refinements.protected:
+        return setting
+    product = setting.base_temperature * setting.guidance_scale
+    if not product:
+        return Setting(setting.name)
+    return dataclasses.replace(setting, base_temperature=1.0, guidance_scale=product)
 
 
 def _write_scores(path: pathlib.Path, scores: TextScores) -> None:

@@ -1,34 +1,38 @@
 """Numbers for unlearning at inference time, beyond those of the reference evaluator.
 
-Does the forget set leak when many answers are drawn? Is what is said still language? Does the head
-tell the two sets apart? How far is the served distribution from the retain model's, which is what
-unlearning is about? The first part of the module is pure functions; `measure` runs the model for
-them. Entries have the form of a TOFU log's: an aggregate, and values by row.
-
-References:
-    Distinct-n: arXiv 1510.03055; unbiased best-of-n: arXiv 2107.03374, equation 1.
+Does the forget set leak when many answers are drawn? Are answers still language? Does the head
+separate the two sets? How far is the served distribution from the retain model's? `measure` runs
+the model for these questions and writes the numbers as a log; the functions that make them of
+answers and scores are in `answers.py`.
 """
 
 import dataclasses
+import functools
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
-from jaxtyping import Bool, Float
 
-from t3jax import files, hosts
 from t3jax.data import Example, evenly_spread
-from t3jax.evaluation import logs, metrics
-from t3jax.evaluation.logs import Log, MissingMetricError
+from t3jax.evaluation import log_files, logs, membership, metrics
+from t3jax.evaluation.answers import (
+    distinct_n,
+    leak_metric,
+    log_ratios,
+    repetition,
+    retain_logits,
+)
+from t3jax.evaluation.logs import Log, Metric, MissingMetricError
+from t3jax.evaluation.questions import QuestionSet, prompts
 from t3jax.evaluation.recall import leak_recall
-from t3jax.evaluation.scoring import BASE, Setting, TextScores
+from t3jax.evaluation.scoring import TextScores
+from t3jax.evaluation.settings import BASE, Setting
 from t3jax.evaluation.store import Store
-from t3jax.evaluation.tofu import QuestionSet, prompts
 from t3jax.sampling import Sample
 
-UNLEARNING_NAME = "UNLEARNING.json"
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,132 +76,6 @@ class UnlearningOptions:
             raise ValueError(f"leak_threshold must lie in (0, 1], got {self.leak_threshold}")
 
 
-def find_leaks(
-    recall: Float[np.ndarray, "rows samples"], threshold: float
-) -> Bool[np.ndarray, "rows samples"]:
-    """Which answers give the right one away.
-
-    Args:
-        recall: ROUGE-L recall of the right answer in each sample.
-        threshold: From which recall on an answer leaks.
-
-    Returns:
-        True where it does.
-    """
-    return recall >= threshold
-
-
-def best_of(leaks: Bool[np.ndarray, "rows samples"], n: int) -> Float[np.ndarray, "rows"]:
-    """Chance that at least one of n samples leaks, estimated without bias from more samples.
-
-    Args:
-        leaks: Which samples leak.
-        n: Number of samples an attacker draws, at most `samples`.
-
-    Returns:
-        `1 - C(samples - c, n) / C(samples, n)` with c leaks of a row; at n = samples, whether any
-        does.
-
-    Raises:
-        ValueError: If n is not in [1, samples].
-
-    References:
-        arXiv 2107.03374, equation 1.
-    """
-    samples = leaks.shape[1]
-    if not 1 <= n <= samples:
-        raise ValueError(f"best of {n} cannot be estimated from {samples} samples")
-    return np.array(
-        [1 - math.comb(samples - int(c), n) / math.comb(samples, n) for c in leaks.sum(axis=1)],
-        np.float64,
-    )
-
-
-def leaking_rows(log: Log, metric: str = "forget_leak_rate") -> Float[np.ndarray, "rows"]:
-    """Which questions of a leak rate had a leak in any of their samples.
-
-    Args:
-        log: Entries that `measure` wrote.
-        metric: The leak rate.
-
-    Returns:
-        1 where one leaked, 0 elsewhere, `[rows]`.
-
-    Raises:
-        MissingMetricError: If the log lacks it.
-    """
-    recall = logs.column(log, metric, "recall")
-    return np.any(find_leaks(recall, log[metric]["threshold"]), axis=1).astype(np.float64)
-
-
-def distinct_n(texts: Sequence[str], n: int) -> float:
-    """Share of different word n-grams among all of a set of texts.
-
-    Args:
-        texts: The texts.
-        n: Words of an n-gram.
-
-    Returns:
-        In (0, 1]: low where texts repeat themselves or one another.
-
-    Raises:
-        MissingMetricError: If no text has n words.
-
-    References:
-        arXiv 1510.03055.
-    """
-    grams = [gram for text in texts for gram in _ngrams(text, n)]
-    if not grams:
-        raise MissingMetricError(f"no text has {n} words")
-    return len(set(grams)) / len(grams)
-
-
-def repetition(texts: Sequence[str], n: int = 4) -> Float[np.ndarray, "rows"]:
-    """Share of the word n-grams of each text that stood in it before.
-
-    Args:
-        texts: The texts.
-        n: Words of an n-gram.
-
-    Returns:
-        In [0, 1), `[rows]`; 0 for a text of fewer than n words.
-    """
-    found = [_ngrams(text, n) for text in texts]
-    return np.array([1 - len(set(g)) / len(g) if g else 0.0 for g in found], np.float64)
-
-
-def retain_logits(scores: TextScores) -> Float[np.ndarray, "rows"]:
-    """The head's verdict on each text: the mean of its answer tokens' logits of "retain".
-
-    Args:
-        scores: Scores under a setting with a head.
-
-    Returns:
-        `[rows]`; above 0 the text is taken for a retain text.
-
-    Raises:
-        MissingMetricError: If the setting has no head.
-    """
-    if scores.retain_scores is None:
-        raise MissingMetricError("the setting has no head")
-    return scores.text_means(scores.retain_scores)
-
-
-def log_ratios(own: TextScores, other: TextScores) -> Float[np.ndarray, "rows"]:
-    """Log-ratios log p - log q of answers drawn from p; their mean estimates KL(p || q).
-
-    Args:
-        own: Scores under p, which the answers were drawn from.
-        other: Scores of the same texts under q.
-
-    Returns:
-        Nats for each text, `[rows]`. An answer cut at its longest counts as far as it goes: the
-        divergence is that of the distributions of texts cut so.
-    """
-    difference = own.logprobs.astype(np.float64) - other.logprobs.astype(np.float64)
-    return np.add.reduceat(difference, own.starts[:-1])
-
-
 def check_same_vocabulary(store: Store, retain_store: Store) -> None:
     """Checks that two models read the same tokens.
 
@@ -222,7 +100,7 @@ def measure(
     retain_store: Store | None = None,
     judge: Store | None = None,
 ) -> dict[str, Log]:
-    """Runs the model for all of the above under every setting and writes the results.
+    """Runs the model under every setting, computes the numbers and writes them.
 
     Attention is masked correctly here, whatever `reference_mask` is elsewhere.
 
@@ -236,32 +114,30 @@ def measure(
         judge: Its base model's perplexity of answers measures their fluency; None: `store`'s base.
 
     Returns:
-        By setting's name, entries by metric; what is missing is noted with the reason.
+        A log by setting's name; a metric that is missing is noted with the reason.
 
     Raises:
         ValueError: If the retain model has another tokenizer, or a score is not finite.
     """
+    shared: dict[str, list[TextScores]] = {}
     written = {}
     for index, setting in enumerate(settings):
-        measuring = _Measuring(store, sets, settings, index, options, retain_store, judge or store)
-        log: Log = {}
-        for metric, build in measuring.entries().items():
-            try:
-                log[metric] = build()
-            except MissingMetricError as error:
-                logs.mark_missing(log, metric, str(error))
-        logs.check_log(log, UNLEARNING_NAME)
-        if hosts.is_lead():
-            path = pathlib.Path(folder) / setting.name / UNLEARNING_NAME
-            path.parent.mkdir(parents=True, exist_ok=True)
-            files.write_json(path, log)
+        measuring = _Measuring(
+            store, sets, settings, index, options, retain_store, judge or store, shared
+        )
+        makers = measuring.makers()
+        log = logs.collect(makers)
+        log_files.write_unlearning(pathlib.Path(folder) / setting.name, log, list(makers))
         written[setting.name] = log
     return written
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Measuring:
-    """Makes the entry of each metric from the arguments of `measure`, for one of the settings."""
+    """Makes each metric from the arguments of `measure`, for one of the settings.
+
+    `shared` holds scores of the texts that all settings have in common, by label.
+    """
 
     store: Store
     sets: Mapping[str, QuestionSet]
@@ -270,20 +146,23 @@ class _Measuring:
     options: UnlearningOptions
     retain_store: Store | None
     judge: Store
+    shared: dict[str, list[TextScores]]
 
     @property
     def setting(self) -> Setting:
         return self.settings[self.index]
 
-    def entries(self) -> dict[str, Callable[[], dict[str, Any]]]:
-        makers: dict[str, Callable[[], dict[str, Any]]] = {
-            "forget_leak_rate": lambda: self.leak_rate("forget-samples", self.asked()),
+    def makers(self) -> dict[str, Callable[[Log], Mapping[str, Metric]]]:
+        numbers: dict[str, Callable[[], Metric]] = {
+            "forget_leak_rate": lambda: self.leak_rate(
+                "forget-samples", self.questions("forget").answers
+            ),
             "forget_paraphrased_leak_rate": lambda: self.leak_rate(
                 "forget-paraphrased-samples", self.reworded("forget")
             ),
         }
         for name in ("forget", "retain"):
-            for metric, build in (
+            for metric, make in (
                 ("paraphrased_Q_A_Prob", self.reworded_prob),
                 ("paraphrased_Q_A_ROUGE", self.reworded_rouge),
                 ("greedy_fluency", self.greedy_fluency),
@@ -291,117 +170,110 @@ class _Measuring:
                 ("KL_guided_retain", self.kl_guided_retain),
                 ("KL_retain_guided", self.kl_retain_guided),
             ):
-                makers[f"{name}_{metric}"] = _bound(build, name)
-        makers["forget_sample_fluency"] = self.sample_fluency
-        makers["classifier_auc"] = self.classifier_auc
-        return makers
+                numbers[f"{name}_{metric}"] = functools.partial(make, name)
+        numbers["forget_sample_fluency"] = self.sample_fluency
+        numbers["classifier_auc"] = self.classifier_auc
+        return {
+            metric: functools.partial(_make_metric, metric, make)
+            for metric, make in numbers.items()
+        }
 
-    def leak_rate(self, label: str, questions: Sequence[Example]) -> dict[str, Any]:
+    def leak_rate(self, label: str, questions: Sequence[Example]) -> Metric:
         n = self.options.leak_samples
         samples = self.leak_samples(label, questions)
         truths = [
             truth for truth in self.leak_rows(self.sets["forget"].ground_truths) for _ in range(n)
         ]
         recall = leak_recall(truths, [sample.text for sample in samples]).reshape(-1, n)
-        leaks = find_leaks(recall, self.options.leak_threshold)
-        return {
-            **logs.per_example(
-                float(best_of(leaks, n).mean()),
-                recall=recall,
-                generation_of_largest=[
-                    samples[row * n + int(best)].text for row, best in enumerate(recall.argmax(1))
-                ],
-            ),
-            "samples": n,
-            "threshold": self.options.leak_threshold,
-            "by_samples": {str(k): float(best_of(leaks, k).mean()) for k in range(1, n + 1)},
-        }
+        metric = leak_metric(recall, self.options.leak_threshold)
+        largest = [
+            samples[row * n + int(best)].text for row, best in enumerate(recall.argmax(axis=1))
+        ]
+        columns = {**metric.columns, "generation_of_largest": largest}
+        return dataclasses.replace(metric, columns=columns)
 
-    def reworded_prob(self, name: str) -> dict[str, Any]:
-        scores = self.scores(f"{name}-paraphrased", self.reworded(name))
-        prob = metrics.probability(scores.avg_loss)
-        return logs.per_example(float(prob.mean()), prob=prob, avg_loss=scores.avg_loss)
+    def reworded_prob(self, name: str) -> Metric:
+        losses = self.scores(f"{name}-paraphrased", self.reworded(name)).avg_loss
+        prob = metrics.probability(losses)
+        return Metric(float(prob.mean()), {"prob": prob, "avg_loss": losses})
 
-    def reworded_rouge(self, name: str) -> dict[str, Any]:
+    def reworded_rouge(self, name: str) -> Metric:
         samples = self.greedy(f"{name}-paraphrased", self.reworded(name))
         texts = [sample.text.strip() for sample in samples]
         truths = self.sets[name].ground_truths
         scores = metrics.rouge_scores(truths, texts)
-        mean = float(scores["rougeL_recall"].mean())
-        return logs.per_example(mean, **scores, ground_truth=truths, generation=texts)
+        return Metric(
+            float(scores["rougeL_recall"].mean()),
+            {**scores, "ground_truth": truths, "generation": texts},
+        )
 
-    def greedy_fluency(self, name: str) -> dict[str, Any]:
-        answers = self.the_set(name).answers
+    def greedy_fluency(self, name: str) -> Metric:
+        answers = self.questions(name).answers
         return self.fluency(f"{name}-greedy", answers, self.greedy(name, answers))
 
-    def sample_fluency(self) -> dict[str, Any]:
-        samples = self.leak_samples("forget-samples", self.asked())
+    def sample_fluency(self) -> Metric:
+        answers = self.questions("forget").answers
+        samples = self.leak_samples("forget-samples", answers)
         n = self.options.leak_samples
-        answers = [example for example in self.leak_rows(self.asked()) for _ in range(n)]
-        return self.fluency("forget-samples", answers, samples)
+        drawn = [example for example in self.leak_rows(answers) for _ in range(n)]
+        return self.fluency("forget-samples", drawn, samples)
 
-    def fluency(
-        self, label: str, answers: Sequence[Example], samples: Sequence[Sample]
-    ) -> dict[str, Any]:
+    def fluency(self, label: str, answers: Sequence[Example], samples: Sequence[Sample]) -> Metric:
         """Perplexity of texts under the base model, and how much they repeat."""
         texts = [sample.text for sample in samples]
         label = f"{label}-{self.setting.name}"
-        (scores,) = self.judge.scores(label, _answered(answers, samples), [BASE])
+        (scores,) = self.judge.scores(label, _join_answers(answers, samples), [BASE])
         tokens = int(scores.num_tokens.sum())
-        perplexity = math.exp(-float(scores.logprobs.sum(dtype=np.float64)) / tokens)
         distinct: dict[str, float | None] = {}
         for n in (1, 2, 3):
             try:
                 distinct[f"distinct_{n}"] = distinct_n(texts, n)
             except MissingMetricError:
                 distinct[f"distinct_{n}"] = None
-        rows = {"avg_loss": scores.avg_loss, "repetition": repetition(texts)}
-        return {
-            **logs.per_example(perplexity, **rows),
-            **distinct,
-            "repetition": float(rows["repetition"].mean()),
-            "tokens": tokens,
-        }
+        repeated = repetition(texts)
+        return Metric(
+            math.exp(-float(scores.logprobs.sum(dtype=np.float64)) / tokens),
+            {"avg_loss": scores.avg_loss, "repetition": repeated},
+            details={**distinct, "repetition": float(repeated.mean()), "tokens": tokens},
+        )
 
-    def classifier_accuracy(self, name: str) -> dict[str, Any]:
+    def classifier_accuracy(self, name: str) -> Metric:
         logits = self.verdicts(name)
         correct = (logits > 0) if name == "retain" else (logits <= 0)
-        return logs.per_example(float(correct.mean()), score=logits)
+        return Metric(float(correct.mean()), {"score": logits})
 
-    def classifier_auc(self) -> dict[str, Any]:
+    def classifier_auc(self) -> Metric:
         # As in membership: the side that should score higher comes second.
-        auc = metrics.membership_auc(self.verdicts("forget"), self.verdicts("retain"))
-        return {"agg_value": auc}
+        return Metric(membership.membership_auc(self.verdicts("forget"), self.verdicts("retain")))
 
     def verdicts(self, name: str) -> np.ndarray:
-        answers = self.the_set(name).answers
+        answers = self.questions(name).answers
         return retain_logits(self.scores(f"{name}-answers", answers))
 
-    def kl_guided_retain(self, name: str) -> dict[str, Any]:
+    def kl_guided_retain(self, name: str) -> Metric:
         """KL(guided || retain), by answers of the guided model."""
         retain_store = self.retain_model()
         answers = self.kl_prompts(name)
-        samples = self.draw(self.store, f"{name}-kl", answers, self.setting)
-        texts = _answered(answers, samples)
+        texts = _join_answers(answers, self.draw(self.store, f"{name}-kl", answers, self.setting))
         label = f"{name}-kl-{self.setting.name}"
-        (own,) = self.store.scores(label, texts, [self.setting])
-        (other,) = retain_store.scores(f"{label}-retain_model", texts, [BASE])
-        return _divergence(own, other)
+        (guided,) = self.store.scores(label, texts, [self.setting])
+        (retain,) = retain_store.scores(f"{label}-retain_model", texts, [BASE])
+        return _divergence(guided, retain)
 
-    def kl_retain_guided(self, name: str) -> dict[str, Any]:
+    def kl_retain_guided(self, name: str) -> Metric:
         """KL(retain || guided), by answers of the retain model."""
         retain_store = self.retain_model()
         answers = self.kl_prompts(name)
         label = f"{name}-kl-retain_model"
-        texts = _answered(answers, self.draw(retain_store, label, answers, BASE))
-        (own,) = retain_store.scores(label, texts, [BASE])
-        return _divergence(own, self.scores(label, texts))
+        texts = _join_answers(answers, self.draw(retain_store, label, answers, BASE))
+        (retain,) = retain_store.scores(label, texts, [BASE])
+        return _divergence(retain, self.scores(label, texts))
 
     def kl_prompts(self, name: str) -> list[Example]:
-        """Each of the first questions of a set as often as answers are drawn."""
+        """Questions spread evenly over a set, each as often as answers are drawn."""
         if not self.options.kl_rows:
             raise MissingMetricError("no questions were asked for (kl_rows = 0)")
-        rows = evenly_spread(self.the_set(name).answers, self.options.kl_rows)
+        rows = evenly_spread(self.questions(name).answers, self.options.kl_rows)
         return [example for example in rows for _ in range(self.options.kl_samples)]
 
     def draw(
@@ -420,16 +292,10 @@ class _Measuring:
 
     def greedy(self, label: str, answers: Sequence[Example]) -> list[Sample]:
         return self.store.answers(
-            label,
-            prompts(answers),
-            self.setting,
-            max_new_tokens=self.options.max_new_tokens,
+            label, prompts(answers), self.setting, max_new_tokens=self.options.max_new_tokens
         )
 
-    def asked(self) -> list[Example]:
-        return self.the_set("forget").answers
-
-    def leak_rows(self, rows: Sequence[Any]) -> list[Any]:
+    def leak_rows(self, rows: Sequence[T]) -> list[T]:
         return evenly_spread(rows, self.options.leak_rows or len(rows))
 
     def leak_samples(self, label: str, questions: Sequence[Example]) -> list[Sample]:
@@ -449,11 +315,13 @@ class _Measuring:
         )
 
     def scores(self, label: str, examples: Sequence[Example]) -> TextScores:
-        """Scores of texts that all settings share: one pass serves them all."""
-        return self.store.scores(label, examples, self.settings)[self.index]
+        """Scores of texts that all settings share: one pass, and one look at the store."""
+        if label not in self.shared:
+            self.shared[label] = self.store.scores(label, examples, self.settings)
+        return self.shared[label][self.index]
 
     def reworded(self, name: str) -> list[Example]:
-        reworded = self.the_set(name).reworded
+        reworded = self.questions(name).reworded
         if reworded is None:
             raise MissingMetricError(f"the {name} set has no paraphrased questions")
         return reworded
@@ -464,28 +332,30 @@ class _Measuring:
         check_same_vocabulary(self.store, self.retain_store)
         return self.retain_store
 
-    def the_set(self, name: str) -> QuestionSet:
+    def questions(self, name: str) -> QuestionSet:
         if name not in self.sets:
             raise MissingMetricError(f"no {name} set was given")
         return self.sets[name]
 
 
-def _bound(build: Callable[[str], dict[str, Any]], name: str) -> Callable[[], dict[str, Any]]:
-    return lambda: build(name)
+def _make_metric(metric: str, make: Callable[[], Metric], log: Log) -> dict[str, Metric]:
+    return {metric: make()}
 
 
-def _divergence(own: TextScores, other: TextScores) -> dict[str, Any]:
-    ratios = log_ratios(own, other)
-    return {
-        **logs.per_example(float(ratios.mean()), log_ratio=ratios, tokens=own.num_tokens),
-        "per_token": float(ratios.sum() / own.num_tokens.sum()),
-        "standard_error": float(ratios.std(ddof=1) / math.sqrt(len(ratios)))
-        if len(ratios) > 1
-        else None,
-    }
+def _divergence(scores: TextScores, other: TextScores) -> Metric:
+    ratios = log_ratios(scores, other)
+    error = float(ratios.std(ddof=1) / math.sqrt(len(ratios))) if len(ratios) > 1 else None
+    return Metric(
+        float(ratios.mean()),
+        {"log_ratio": ratios, "tokens": scores.num_tokens},
+        details={
+            "per_token": float(ratios.sum() / scores.num_tokens.sum()),
+            "standard_error": error,
+        },
+    )
 
 
-def _answered(answers: Sequence[Example], samples: Sequence[Sample]) -> list[Example]:
+def _join_answers(answers: Sequence[Example], samples: Sequence[Sample]) -> list[Example]:
     """The questions of examples with the answers of a model."""
     return [
         Example(
@@ -493,8 +363,3 @@ def _answered(answers: Sequence[Example], samples: Sequence[Sample]) -> list[Exa
         )
         for prompt, sample in zip(prompts(answers), samples, strict=True)
     ]
-
-
-def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
-    words = text.split()
-    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]

@@ -6,19 +6,19 @@ import pathlib
 from collections.abc import Sequence
 
 from t3jax import files, hosts
-from t3jax.evaluation import recompute, selection
+from t3jax.evaluation import metrics, selection
 from t3jax.evaluation.calibration import Calibrated, Calibration
-from t3jax.evaluation.scoring import Setting
+from t3jax.evaluation.settings import Setting
 from t3jax.report.page import write_report
 from t3jax.sweep import Sweep
 
 
-def write_sweep(folder: str | os.PathLike[str], found: Sweep, *, title: str) -> str:
+def write_sweep(folder: str | os.PathLike[str], sweep: Sweep, *, title: str) -> str:
     """Writes `selection.json` and `report.html`.
 
     Args:
         folder: Where to.
-        found: The sweep.
+        sweep: The sweep.
         title: Title of the report.
 
     Returns:
@@ -28,39 +28,104 @@ def write_sweep(folder: str | os.PathLike[str], found: Sweep, *, title: str) -> 
         OSError: If a file cannot be written.
     """
     folder = pathlib.Path(folder)
-    chosen = found.chosen[0]
-    summary = selection.summary_rows(found.choice, found.noise_floor)
+    chosen = sweep.chosen[0]
+    summary = summary_rows(sweep.choice, sweep.noise_floor)
     write_report(
         folder / "report.html",
-        found.evaluation,
+        sweep.evaluation,
         title=title,
         selected=summary,
         featured=chosen.name,
     )
     if hosts.is_lead():
-        described = selection.as_json(found.choice, found.noise_floor)
+        described = as_json(sweep.choice, sweep.noise_floor)
         files.write_json(folder / "selection.json", described)
-    width = max(map(len, found.scored))
-    heading = selection.rows_of(next(iter(found.scored.values()))).utility_name
+    width = max(map(len, sweep.scored))
+    heading = selection.rows_of(next(iter(sweep.scored.values()))).utility_name
     lines = [f"{'':{width}} {'forget quality':>15} {'D':>7}  {heading}"]
-    for name, log in found.scored.items():
-        quality = recompute.forget_quality(log, found.retain_scored)
-        utility = selection.log_utility(log)
+    for name, log in sweep.scored.items():
+        score = selection.score_log(log, sweep.retain_scored)
         lines.append(
-            f"{name:{width}} {quality.p_value:15.3g} {quality.statistic:7.3f} {utility:.3f}"
+            f"{name:{width}} {score.quality.p_value:15.3g} {score.quality.statistic:7.3f} "
+            f"{score.utility:.3f}"
         )
-    lines += [f"head{index}: {path}" for index, path in enumerate(found.grid.folders)]
+    lines += [f"head{index}: {path}" for index, path in enumerate(sweep.grid.folders)]
     lines += ["", *(f"{label}: {value} ({note})" for label, value, note in summary)]
     lines += [
         f"{chosen.name}, {metric}: {number:.3f}"
-        for metric, number in _reworded(found, chosen.name).items()
+        for metric, number in _read_reworded(sweep, chosen.name).items()
     ]
     (head,) = chosen.heads
     lines += [
         f"written: {folder}/selection.json, {folder}/report.html",
-        f"{_use(found.grid.folders[head], chosen)} --config.refinements={chosen.refinements.name}",
+        f"{_show_use(sweep.grid.folders[head], chosen)} "
+        f"--config.refinements={chosen.refinements.name}",
     ]
     return "\n".join(lines)
+
+
+def summary_rows(
+    choice: selection.CrossFit, noise_floor: metrics.ForgetQuality | None = None
+) -> list[tuple[str, str, str]]:
+    """A cross-fit for people: label, value, what it means.
+
+    Args:
+        choice: The cross-fit.
+        noise_floor: The test between two retain models, if there are two.
+
+    Returns:
+        Rows of a table.
+    """
+
+    def show_test(quality: metrics.ForgetQuality) -> str:
+        return f"p = {quality.p_value:.3g}, D = {quality.statistic:.3f}"
+
+    def show_choice(one: selection.Choice) -> tuple[str, str]:
+        met = "" if one.passed else "; no setting met the rule's condition, this one is nearest"
+        optimistic = f"{show_test(one.score.quality)}, utility {one.score.utility:.3f}"
+        return one.name, f"on the rows that chose it: {optimistic}{met}"
+
+    table = [
+        ("chosen on half A", *show_choice(choice.halves[0])),
+        ("chosen on half B", *show_choice(choice.halves[1])),
+    ]
+    for number, held_out in enumerate(choice.held_out):
+        which = f", seed {number + 1} of {len(choice.held_out)}" if len(choice.held_out) > 1 else ""
+        quality, interval = held_out.score.quality, held_out.utility_interval
+        table += [
+            (
+                f"forget quality, cross-fitted{which}",
+                show_test(quality),
+                "all rows, each scored by a setting chosen without it; at D above "
+                f"{quality.critical:.3f} p falls under 0.05",
+            ),
+            (
+                f"{held_out.utility_name}, cross-fitted{which}",
+                f"{held_out.score.utility:.3f}",
+                f"95 % interval {interval.low:.3f} to {interval.high:.3f}",
+            ),
+        ]
+    table.append(("chosen on all rows, to use", *show_choice(choice.overall)))
+    if noise_floor is not None:
+        note = f"two retain models against each other; critical D {noise_floor.critical:.3f}"
+        table.append(("noise floor", show_test(noise_floor), note))
+    return table
+
+
+def as_json(
+    choice: selection.CrossFit, noise_floor: metrics.ForgetQuality | None = None
+) -> dict[str, object]:
+    """A cross-fit as plain nested values.
+
+    Args:
+        choice: The cross-fit.
+        noise_floor: The test between two retain models, if there are two.
+
+    Returns:
+        The fields by name.
+    """
+    floor = None if noise_floor is None else dataclasses.asdict(noise_floor)
+    return {**dataclasses.asdict(choice), "noise_floor": floor}
 
 
 def write_calibration(
@@ -87,29 +152,29 @@ def write_calibration(
         )
     lines = [f"{'head':>5} {'T':>5} {'s':>5} {'distance':>9} {'forget':>7} {'retained':>9}"]
     lines += [
-        f"{each.head:>5} {each.base_temperature:5g} {each.guidance_scale:5.3g} "
-        f"{each.distance:9.3f} {each.forget_probability:7.3f} {each.retained:9.3f}"
-        for each in calibration.settings
+        f"{tried.head:>5} {tried.base_temperature:5g} {tried.guidance_scale:5.3g} "
+        f"{tried.distance:9.3f} {tried.forget_probability:7.3f} {tried.retained:9.3f}"
+        for tried in calibration.settings
     ]
     lines += [f"head{index}: {path}" for index, path in enumerate(folders)]
     lines += [
         "",
         str(calibration),
         f"written: {folder}/selection.json",
-        _use(folders[calibration.chosen.head], calibration.chosen),
+        _show_use(folders[calibration.chosen.head], calibration.chosen),
     ]
     return "\n".join(lines)
 
 
-def _use(folder: pathlib.Path, chosen: Setting | Calibrated) -> str:
+def _show_use(folder: pathlib.Path, chosen: Setting | Calibrated) -> str:
     return (
         f"use: --config.head={folder} --config.base_temperature={chosen.base_temperature:g} "
         f"--config.guidance_scale={chosen.guidance_scale:g}"
     )
 
 
-def _reworded(found: Sweep, name: str) -> dict[str, float]:
+def _read_reworded(sweep: Sweep, name: str) -> dict[str, float]:
     """Numbers on what no head trained on: reworded questions."""
-    log = found.evaluation.unlearning[name]
-    metrics = ("forget_paraphrased_Q_A_ROUGE", "retain_paraphrased_Q_A_ROUGE")
-    return {metric: log[metric]["agg_value"] for metric in metrics if metric in log}
+    aggregate = sweep.evaluation.unlearning[name].aggregates
+    names = ("forget_paraphrased_Q_A_ROUGE", "retain_paraphrased_Q_A_ROUGE")
+    return {metric: aggregate[metric] for metric in names if metric in aggregate}

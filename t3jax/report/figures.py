@@ -10,12 +10,16 @@ import io
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from t3jax.report import tables
+
+if TYPE_CHECKING:  # slow to import: only who draws waits
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, GREY, PURPLE = "#0072B2", "#D55E00", "#009E73", "#666666", "#CC79A7"
 LEVEL = 0.05
@@ -73,11 +77,11 @@ class Line(NamedTuple):
     values: Sequence[float]
 
 
-def _styled(draw: Callable[..., Any]) -> Callable[..., str]:
+def _styled(draw: Callable[..., None]) -> Callable[..., str]:
     """Gives a drawing function its axes, in this module's style, and returns the picture."""
 
     @functools.wraps(draw)
-    def picture(*arguments: Any) -> str:
+    def picture(*arguments: object) -> str:
         import matplotlib as mpl  # slow to import: only who draws waits
         from matplotlib.figure import Figure  # no pyplot: nothing global, no display
 
@@ -92,14 +96,14 @@ def _styled(draw: Callable[..., Any]) -> Callable[..., str]:
 
 
 @_styled
-def trade_off(axes: Any, points: Sequence[Point], utility_name: str) -> None:
+def trade_off(axes: "Axes", points: Sequence[Point], utility_name: str) -> None:
     """Forget quality against utility: up and right is better."""
     for kind, (colour, marker, _) in STYLES.items():
-        mine = [point for point in points if point.kind == kind]
-        if mine:
+        of_kind = [point for point in points if point.kind == kind]
+        if of_kind:
             axes.scatter(
-                [point.utility for point in mine],
-                [max(point.quality, FLOOR) for point in mine],
+                [point.utility for point in of_kind],
+                [max(point.quality, FLOOR) for point in of_kind],
                 s=190 if kind == tables.RETAIN_MODEL else 55,
                 c=colour,
                 marker=marker,
@@ -124,7 +128,9 @@ def trade_off(axes: Any, points: Sequence[Point], utility_name: str) -> None:
 
 
 @_styled
-def distributions(axes: Any, ratios: Mapping[str, tuple[str, Float[np.ndarray, "rows"]]]) -> None:
+def distributions(
+    axes: "Axes", ratios: Mapping[str, tuple[str, Float[np.ndarray, "rows"]]]
+) -> None:
     """Distribution functions of the forget rows' truth ratios; by label, kind and ratios."""
     for label, (kind, values) in ratios.items():
         colour, _, line = STYLES[kind]
@@ -141,7 +147,7 @@ def distributions(axes: Any, ratios: Mapping[str, tuple[str, Float[np.ndarray, "
 
 
 @_styled
-def temperature_sweep(axes: Any, panel: str, lines: Sequence[Line]) -> None:
+def temperature_sweep(axes: "Axes", panel: str, lines: Sequence[Line]) -> None:
     """One number over T, a line for each s."""
     for line, (colour, marker, dashes) in zip(lines, itertools.cycle(_LINES)):
         axes.plot(
@@ -156,7 +162,7 @@ def temperature_sweep(axes: Any, panel: str, lines: Sequence[Line]) -> None:
 
 
 @_styled
-def leaks(axes: Any, rates: Mapping[str, tuple[str, Mapping[int, float]]]) -> None:
+def leaks(axes: "Axes", rates: Mapping[str, tuple[str, Mapping[int, float]]]) -> None:
     """Leak rate by number of samples; by label, kind and rate at n."""
     for label, (kind, by_samples) in rates.items():
         colour, marker, line = STYLES[kind]
@@ -170,7 +176,7 @@ def leaks(axes: Any, rates: Mapping[str, tuple[str, Mapping[int, float]]]) -> No
             label=label,
         )
     axes.set(xlabel="answers drawn", ylabel="questions with a leak", ylim=(-0.02, 1.02))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
 
 
 def draw_variations(points: Sequence[Any]) -> bytes:
@@ -200,16 +206,16 @@ def draw_variations(points: Sequence[Any]) -> bytes:
         grid = figure.subplots(len(by_axis), len(panels), squeeze=False)
         for row, (axis, lines) in zip(grid, by_axis.items(), strict=True):
             for axes, (panel, number) in zip(row, panels.items(), strict=True):
-                for (label, several), (colour, marker, dashes) in zip(
+                for (label, members), (colour, marker, dashes) in zip(
                     lines.items(), itertools.cycle(_LINES)
                 ):
-                    values = [point.value for point in several]
-                    seeds, bands = zip(*(number(point) for point in several), strict=True)
+                    values = [point.value for point in members]
+                    seeds, bands = zip(*(number(point) for point in members), strict=True)
                     low, high = zip(*bands, strict=True)
                     axes.fill_between(values, low, high, color=colour, alpha=0.15, linewidth=0)
                     axes.plot(
                         values,
-                        [float(np.median(each)) for each in seeds],
+                        [float(np.median(values_of_seeds)) for values_of_seeds in seeds],
                         color=colour,
                         marker=marker,
                         linestyle=dashes,
@@ -224,7 +230,7 @@ def draw_variations(points: Sequence[Any]) -> bytes:
         return _svg(figure)
 
 
-def _svg(figure: Any) -> bytes:
+def _svg(figure: "Figure") -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()

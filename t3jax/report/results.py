@@ -3,19 +3,19 @@
 import itertools
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from t3jax import files, hosts
-from t3jax.evaluation import logs, metrics, recompute, selection, unlearning
+from t3jax.evaluation import aggregates, answers, logs, metrics, selection
 from t3jax.evaluation.logs import Log, MissingMetricError
 from t3jax.report import figures
-from t3jax.report.choice import write_sweep
+from t3jax.report.choice import as_json, summary_rows, write_sweep
+from t3jax.report.markdown import make_table
 from t3jax.study.experiment import Experiment
 
-_PARTS = tuple(itertools.chain.from_iterable(selection.UTILITY.values()))
+_PARTS = tuple(itertools.chain.from_iterable(aggregates.UTILITY.values()))
 _DASH = "\N{EN DASH}"
 _LEAKS = {
     "forget questions": "forget_leak_rate",
@@ -23,12 +23,12 @@ _LEAKS = {
 }
 
 
-def write_experiment(folder: str | os.PathLike[str], found: Experiment, *, title: str) -> str:
+def write_experiment(folder: str | os.PathLike[str], experiment: Experiment, *, title: str) -> str:
     """Writes `results.md` with its figures, `experiment.json`, `selection.json`, `report.html`.
 
     Args:
         folder: Where to.
-        found: The experiment.
+        experiment: The experiment.
         title: Title of the page and of the report.
 
     Returns:
@@ -38,62 +38,57 @@ def write_experiment(folder: str | os.PathLike[str], found: Experiment, *, title
         OSError: If a file cannot be written.
     """
     folder = pathlib.Path(folder)
-    write_sweep(folder, found.sweep, title=title)
+    write_sweep(folder, experiment.sweep, title=title)
     sections = [
-        ("Chosen by cross-fitting", _choice(found)),
-        ("What was chosen, its controls and the models", _settings(found)),
-        ("Model utility, part by part", _utility_parts(found)),
-        ("Leaks when many answers are drawn", _leaks(found)),
+        ("Chosen by cross-fitting", _choice(experiment)),
+        ("What was chosen, its controls and the models", _settings(experiment)),
+        ("Model utility, part by part", _utility_parts(experiment)),
+        ("Leaks when many answers are drawn", _leaks(experiment)),
         ("One thing varied at a time", "![](varied.svg)"),
-        ("Refinements, each at the chosen T and s", _refined(found)),
-        ("Answers drawn from the base's nucleus", _truncated(found)),
-        ("Texts that no head was trained on", _probes(found)),
-        ("What it took", _stages(found)),
+        ("Refinements, each at the chosen T and s", _refined(experiment)),
+        ("Answers drawn from the base's nucleus", _truncated(experiment)),
+        ("Texts that no head was trained on", _probes(experiment)),
+        ("What it took", _stages(experiment)),
     ]
     text = "\n\n".join(
         [f"# {title}", *(f"## {heading}\n\n{body}" for heading, body in sections if body)]
     )
     if hosts.is_lead():
-        files.write_json(folder / "experiment.json", _as_json(found))
+        files.write_json(folder / "experiment.json", _as_json(experiment))
         with files.replacing(folder / "varied.svg") as temporary:
-            temporary.write_bytes(figures.draw_variations(found.points))
+            temporary.write_bytes(figures.draw_variations(experiment.points))
         with files.replacing(folder / "results.md") as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
     return text
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _choice(found: Experiment) -> str:
-    base = selection.log_utility(found.sweep.evaluation.logs["base"])
+def _choice(experiment: Experiment) -> str:
+    base = selection.log_utility(experiment.sweep.evaluation.logs["base"])
     rows = [
         [label, value, note]
-        for label, value, note in selection.summary_rows(
-            found.sweep.choice, found.sweep.noise_floor
+        for label, value, note in summary_rows(
+            experiment.sweep.choice, experiment.sweep.noise_floor
         )
     ]
     if base > 0:
-        shares = [each.score.utility / base for each in found.sweep.choice.held_out]
+        shares = [held.score.utility / base for held in experiment.sweep.choice.held_out]
         rows.append(["share of the base model's utility", " ".join(f"{x:.3f}" for x in shares), ""])
-    return _table(["", "value", "meaning"], rows)
+    return make_table(["", "value", "meaning"], rows)
 
 
-def _settings(found: Experiment) -> str:
-    evaluation = found.sweep.evaluation
+def _settings(experiment: Experiment) -> str:
+    evaluation = experiment.sweep.evaluation
     named = [
         (setting.name, evaluation.logs[setting.name], evaluation.unlearning[setting.name])
         for setting in evaluation.settings
     ]
     if evaluation.retain_log is not None:
         named.append(
-            ("retain-only model", evaluation.retain_log, evaluation.retain_unlearning or {})
+            ("retain-only model", evaluation.retain_log, evaluation.retain_unlearning or Log())
         )
     columns = {
-        "forget quality p": lambda log, _: f"{_quality(found, log).p_value:.2g}",
-        "D": lambda log, _: f"{_quality(found, log).statistic:.3f}",
+        "forget quality p": lambda log, _: f"{_quality(experiment, log).p_value:.2g}",
+        "D": lambda log, _: f"{_quality(experiment, log).statistic:.3f}",
         "utility": lambda log, _: f"{selection.log_utility(log):.3f}",
         "forget prob.": lambda log, _: _mean(log, "forget_Q_A_Prob"),
         "forget ROUGE": lambda log, _: _mean(log, "forget_Q_A_ROUGE"),
@@ -106,7 +101,7 @@ def _settings(found: Experiment) -> str:
         "perplexity": lambda _, more: _aggregate(more, "forget_greedy_fluency"),
         "length": lambda _, more: _length(more),
     }
-    return _table(
+    return make_table(
         ["", *columns],
         (
             [name, *(_cell(column, log, more) for column in columns.values())]
@@ -115,39 +110,39 @@ def _settings(found: Experiment) -> str:
     )
 
 
-def _utility_parts(found: Experiment) -> str:
-    evaluation = found.sweep.evaluation
+def _utility_parts(experiment: Experiment) -> str:
+    evaluation = experiment.sweep.evaluation
     named = [("base", evaluation.logs["base"])]
-    named += [(setting.name, evaluation.logs[setting.name]) for setting in found.sweep.chosen]
+    named += [(setting.name, evaluation.logs[setting.name]) for setting in experiment.sweep.chosen]
     if evaluation.retain_log is not None:
         named.append(("retain-only model", evaluation.retain_log))
     rows = [[part, *(_cell(_mean, log, part) for _, log in named)] for part in _PARTS]
-    return _table(
+    return make_table(
         ["", *(name for name, _ in named)], (row for row in rows if set(row[1:]) != {_DASH})
     )
 
 
-def _leaks(found: Experiment) -> str:
-    evaluation = found.sweep.evaluation
+def _leaks(experiment: Experiment) -> str:
+    evaluation = experiment.sweep.evaluation
     retain = evaluation.retain_unlearning
     rows = []
     for asked, metric in _LEAKS.items():
         if retain is None or metric not in retain:
             continue
-        own = unlearning.leaking_rows(retain, metric)
-        rows.append([asked, "retain-only model", *_by_samples(retain[metric]), ""])
-        for setting in found.sweep.chosen:
+        of_retain = answers.leaking_rows(retain, metric)
+        rows.append([asked, "retain-only model", *_by_samples(retain, metric), ""])
+        for setting in experiment.sweep.chosen:
             log = evaluation.unlearning[setting.name]
-            leaking = unlearning.leaking_rows(log, metric)
-            by = metrics.bootstrap_difference(leaking, own)
+            leaking = answers.leaking_rows(log, metric)
+            by = metrics.bootstrap_difference(leaking, of_retain)
             difference = f"{by.estimate:+.3f} [{by.low:+.3f}, {by.high:+.3f}]"
-            rows.append([asked, setting.name, *_by_samples(log[metric]), difference])
+            rows.append([asked, setting.name, *_by_samples(log, metric), difference])
     if not rows:
         return ""
-    return _table(["asked", "", "1 answer", "4 answers", "all answers", "difference"], rows)
+    return make_table(["asked", "", "1 answer", "4 answers", "all answers", "difference"], rows)
 
 
-def _refined(found: Experiment) -> str:
+def _refined(experiment: Experiment) -> str:
     columns = [
         "",
         "D",
@@ -162,50 +157,52 @@ def _refined(found: Experiment) -> str:
         "length",
     ]
     rows = []
-    for each in found.refined:
+    for refined in experiment.refined:
         distances = [
-            recompute.forget_quality(log, found.sweep.retain_scored).statistic
-            for log in each.scored
+            aggregates.forget_quality(log, experiment.sweep.retain_scored).statistic
+            for log in refined.scored
         ]
-        forget = [recompute.rows(log, "forget_Q_A_Prob").mean() for log in each.scored]
+        forget = [aggregates.rows(log, "forget_Q_A_Prob").mean() for log in refined.scored]
         rows.append(
             [
-                each.name,
+                refined.name,
                 _spread(distances),
-                _spread([selection.log_utility(log) for log in each.scored]),
+                _spread([selection.log_utility(log) for log in refined.scored]),
                 _spread(forget),
-                _cell(_mean, each.answered, "forget_Q_A_ROUGE"),
-                _aggregate(each.unlearning, "forget_paraphrased_Q_A_ROUGE"),
-                _cell(_mean, each.answered, "retain_Q_A_ROUGE"),
-                _aggregate(each.unlearning, "retain_paraphrased_Q_A_ROUGE"),
-                _cell(_mean, each.answered, "ra_Q_A_ROUGE"),
-                _aggregate(each.unlearning, "forget_greedy_fluency"),
-                _length(each.unlearning),
+                _cell(_mean, refined.answered, "forget_Q_A_ROUGE"),
+                _aggregate(refined.unlearning, "forget_paraphrased_Q_A_ROUGE"),
+                _cell(_mean, refined.answered, "retain_Q_A_ROUGE"),
+                _aggregate(refined.unlearning, "retain_paraphrased_Q_A_ROUGE"),
+                _cell(_mean, refined.answered, "ra_Q_A_ROUGE"),
+                _aggregate(refined.unlearning, "forget_greedy_fluency"),
+                _length(refined.unlearning),
             ]
         )
-    return _table(columns, rows)
+    return make_table(columns, rows)
 
 
-def _truncated(found: Experiment) -> str:
-    if found.truncated is None:
+def _truncated(experiment: Experiment) -> str:
+    if experiment.truncated is None:
         return ""
-    chosen = found.sweep.chosen[0].name
-    whole = found.sweep.evaluation.unlearning[chosen]
+    chosen = experiment.sweep.chosen[0].name
+    whole = experiment.sweep.evaluation.unlearning[chosen]
     rows = []
-    for name, log in ((f"{chosen}, whole", whole), (f"{chosen}, nucleus", found.truncated)):
-        fluency = log["forget_sample_fluency"]
-        leaks = ["/".join(_by_samples(log[m])) if m in log else _DASH for m in _LEAKS.values()]
-        rows.append([name, *leaks, f"{fluency['agg_value']:.3g}", f"{fluency['repetition']:.3f}"])
+    for name, log in ((f"{chosen}, whole", whole), (f"{chosen}, nucleus", experiment.truncated)):
+        leaks = ["/".join(_by_samples(log, m)) if m in log else _DASH for m in _LEAKS.values()]
+        repeated = logs.detail(log, "forget_sample_fluency", "repetition")
+        perplexity = _aggregate(log, "forget_sample_fluency")
+        rows.append([name, *leaks, perplexity, f"{repeated:.3f}"])
     columns = ["", "leaks of 1/4/all answers", "reworded", "perplexity", "repetition"]
-    return _table(columns, rows)
+    return make_table(columns, rows)
 
 
-def _by_samples(entry: dict[str, Any]) -> list[str]:
-    by, n = entry["by_samples"], entry["samples"]
-    return [f"{by[str(min(k, n))]:.3f}" for k in (1, 4, n)]
+def _by_samples(log: Log, metric: str) -> list[str]:
+    rates = answers.leak_rates(log, metric)
+    most = max(rates)
+    return [f"{rates[min(n, most)]:.3f}" for n in (1, 4, most)]
 
 
-def _probes(found: Experiment) -> str:
+def _probes(experiment: Experiment) -> str:
     rows = [
         [
             kind,
@@ -215,45 +212,46 @@ def _probes(found: Experiment) -> str:
                 for field in ("retain_prob", "lowest", "below_half", "change")
             ),
         ]
-        for kind, seeds in found.probes.items()
+        for kind, seeds in experiment.probes.items()
     ]
     columns = ["texts", "how many", "mean q", "lowest q", "q < 1/2", "change, nats a token"]
-    return _table(columns, rows)
+    return make_table(columns, rows)
 
 
-def _stages(found: Experiment) -> str:
+def _stages(experiment: Experiment) -> str:
     rows = [
         [name, f"{stage['seconds']:.0f}", f"{stage['peak_gigabytes']:.1f}"]
-        for name, stage in found.stages.items()
+        for name, stage in experiment.stages.items()
     ]
-    return _table(["stage", "seconds", "peak memory of the process so far, GB"], rows)
+    return make_table(["stage", "seconds", "peak memory of the process so far, GB"], rows)
 
 
-def _as_json(found: Experiment) -> dict[str, Any]:
-    evaluation = found.sweep.evaluation
+def _as_json(experiment: Experiment) -> dict[str, object]:
+    sweep, evaluation = experiment.sweep, experiment.sweep.evaluation
+    nothing = Log()
     return {
-        "choice": selection.as_json(found.sweep.choice, found.sweep.noise_floor),
-        "chosen": [setting.name for setting in found.sweep.chosen],
+        "choice": as_json(sweep.choice, sweep.noise_floor),
+        "chosen": [setting.name for setting in sweep.chosen],
         "settings": {
-            name: _aggregates(log) | _aggregates(evaluation.unlearning[name])
+            name: log.aggregates | evaluation.unlearning[name].aggregates
             for name, log in evaluation.logs.items()
         },
-        "retain_model": _aggregates(evaluation.retain_log or {})
-        | _aggregates(evaluation.retain_unlearning or {}),
-        "scored": {name: _aggregates(log) for name, log in found.sweep.scored.items()},
-        "points": [point._asdict() for point in found.points],
+        "retain_model": (evaluation.retain_log or nothing).aggregates
+        | (evaluation.retain_unlearning or nothing).aggregates,
+        "scored": {name: log.aggregates for name, log in sweep.scored.items()},
+        "points": [point._asdict() for point in experiment.points],
         "refined": {
-            each.name: {
-                "scored": [_aggregates(log) for log in each.scored],
-                "answered": _aggregates(each.answered) | _aggregates(each.unlearning),
+            refined.name: {
+                "scored": [log.aggregates for log in refined.scored],
+                "answered": refined.answered.aggregates | refined.unlearning.aggregates,
             }
-            for each in found.refined
+            for refined in experiment.refined
         },
-        "truncated": _aggregates(found.truncated or {}),
+        "truncated": (experiment.truncated or nothing).aggregates,
         "probes": {
-            kind: [each._asdict() for each in seeds] for kind, seeds in found.probes.items()
+            kind: [probe._asdict() for probe in seeds] for kind, seeds in experiment.probes.items()
         },
-        "stages": found.stages,
+        "stages": experiment.stages,
     }
 
 
@@ -262,35 +260,27 @@ def _spread(seeds: Sequence[float]) -> str:
     return text if len(seeds) == 1 else f"{text} ({min(seeds):.3f} to {max(seeds):.3f})"
 
 
-def _aggregates(log: Log) -> dict[str, float]:
-    return {
-        metric: entry["agg_value"]
-        for metric, entry in log.items()
-        if metric != logs.MISSING and entry["agg_value"] is not None
-    }
-
-
-def _quality(found: Experiment, log: Log) -> metrics.ForgetQuality:
-    return recompute.forget_quality(log, found.sweep.evaluation.retain_log)
+def _quality(experiment: Experiment, log: Log) -> metrics.ForgetQuality:
+    return aggregates.forget_quality(log, experiment.sweep.evaluation.retain_log)
 
 
 def _mean(log: Log, metric: str) -> str:
-    return f"{recompute.rows(log, metric).mean():.3f}"
+    return f"{aggregates.rows(log, metric).mean():.3f}"
 
 
 def _aggregate(log: Log, metric: str) -> str:
-    return f"{log[metric]['agg_value']:.3g}" if metric in log else _DASH
+    return f"{log[metric].aggregate:.3g}" if metric in log else _DASH
 
 
 def _length(log: Log) -> str:
     """Tokens of a greedy answer to a forget question."""
-    if "forget_greedy_fluency" not in log:
+    metric = "forget_greedy_fluency"
+    if metric not in log:
         return _DASH
-    entry = log["forget_greedy_fluency"]
-    return f"{entry['tokens'] / len(entry['value_by_index']):.1f}"
+    return f"{logs.detail(log, metric, 'tokens') / len(logs.indices(log, metric)):.1f}"
 
 
-def _cell(number: Any, *arguments: Any) -> str:
+def _cell(number: Callable[..., str], *arguments: object) -> str:
     try:
         return number(*arguments)
     except MissingMetricError:

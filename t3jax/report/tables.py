@@ -1,19 +1,16 @@
-"""The report's numbers, samples and tokens as plain data: from logs to what the template shows.
+"""The report's numbers as plain data: from logs to what the template shows.
 
 No number is computed here that `evaluation` does not define; this is choosing, rounding and naming.
 """
 
-import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from t3jax.data.records import evenly_spread
-from t3jax.evaluation import logs, metrics, recompute, selection, unlearning
+from t3jax.evaluation import aggregates, answers, logs, metrics, selection
 from t3jax.evaluation.logs import Log, MissingMetricError
-from t3jax.evaluation.scoring import Setting, TextScores
-from t3jax.evaluation.tofu import SETS, QuestionSet
+from t3jax.evaluation.settings import Setting
 
 BASE = "base"
 UNLEARNED = "unlearned"
@@ -91,52 +88,6 @@ class Card(NamedTuple):
     rows: list[CardRow]
 
 
-class Answer(NamedTuple):
-    """What a model answered.
-
-    Attributes:
-        model: Whose answer it is.
-        kind: As in `Row`.
-        text: The answer.
-        recall: ROUGE-L recall of the right answer in it.
-    """
-
-    model: str
-    kind: str
-    text: str
-    recall: float
-
-
-class Sample(NamedTuple):
-    """A question with the right answer and those of several models.
-
-    Attributes:
-        set_name: Which set the question is from.
-        question: The question.
-        truth: The right answer.
-        answers: The models' answers.
-    """
-
-    set_name: str
-    question: str
-    truth: str
-    answers: list[Answer]
-
-
-class Token(NamedTuple):
-    """A token of a right answer.
-
-    Attributes:
-        text: The token as text.
-        retain_prob: The head's P(retain) of it.
-        change: Its log-probability under the setting minus that without the tilt, nats.
-    """
-
-    text: str
-    retain_prob: float
-    change: float
-
-
 MISSING = Cell("\N{EN DASH}")
 
 
@@ -145,30 +96,6 @@ def kind_of(setting: Setting) -> str:
     if setting.guidance_scale == 0:
         return BASE if setting.base_temperature == 1 else TEMPERED
     return TILTED if setting.base_temperature == 1 else UNLEARNED
-
-
-def controls_of(setting: Setting, settings: Sequence[Setting]) -> list[Setting]:
-    """The settings that a setting must be compared with: (T, s = 0) and (T = 1, s' = T · s)."""
-    temperature, on = setting.base_temperature, setting.refinements
-
-    def tempers_alike(each: Setting) -> bool:
-        same = (each.base_temperature, each.refinements.gated) == (temperature, on.gated)
-        return same and each.guidance_scale == 0
-
-    def tilts_alike(each: Setting) -> bool:
-        return (
-            each.base_temperature,
-            each.guidance_scale,
-            each.heads,
-            each.refinements.protected,
-            each.refinements.combine,
-        ) == (1, temperature * setting.guidance_scale, setting.heads, on.protected, on.combine)
-
-    return [
-        each
-        for each in settings
-        if each.name != setting.name and (tempers_alike(each) or tilts_alike(each))
-    ]
 
 
 def cards(models: Sequence[tuple[str, str, Log]], retain_log: Log | None) -> list[Card]:
@@ -199,15 +126,15 @@ def cards(models: Sequence[tuple[str, str, Log]], retain_log: Log | None) -> lis
             lambda _, log: _mean(log, "retain_Q_A_ROUGE"),
         ),
     }
-    found = []
+    shown = []
     for title, (meaning, number) in columns.items():
         rows = [
             CardRow(label, kind, number(kind, log).text, kind not in (BASE, RETAIN_MODEL))
             for label, kind, log in models
         ]
         if any(row.value != MISSING.text for row in rows):
-            found.append(Card(title, meaning, rows))
-    return found
+            shown.append(Card(title, meaning, rows))
+    return shown
 
 
 def summary_table(
@@ -282,43 +209,18 @@ def unlearning_table(
         A row for each setting and one for each retain model.
     """
     named = _name_models(settings, measured, retain_unlearning, second_retain_unlearning)
+    measured_logs = [log for _, _, log in named]
     columns: dict[str, list[Cell]] = {}
-
-    def add(name: str, cells: list[Cell]) -> None:
-        if any(cell != MISSING for cell in cells):
-            columns[name] = cells
-
-    entries = [log for _, _, log in named]
-    for metric, asked in (
-        ("forget_leak_rate", ""),
-        ("forget_paraphrased_leak_rate", ", reworded questions"),
-    ):
-        leak = next((entry[metric] for entry in entries if metric in entry), None)
-        if leak is not None:
-            name = f"leak in {leak['samples']} answers (recall ≥ {leak['threshold']:g}){asked}"
-            add(name, [_leak_rate(metric, log, retain_unlearning) for log in entries])
-    for part in ("forget", "retain"):
-        add(
-            f"{part} ROUGE-L recall, reworded questions",
-            [_mean(log, f"{part}_paraphrased_Q_A_ROUGE") for log in entries],
-        )
-    for part in ("forget", "retain"):
-        metric = f"{part}_greedy_fluency"
-        add(f"{part} perplexity", [_fluency(log.get(metric)) for log in entries])
-    add("perplexity, drawn", [_fluency(log.get("forget_sample_fluency")) for log in entries])
-    for part in ("forget", "retain"):
-        metric = f"{part}_classifier_accuracy"
-        add(f"head's accuracy, {part}", [_plain(log, metric) for log in entries])
-    add("head's AUC", [_plain(log, "classifier_auc") for log in entries])
-    for part in ("forget", "retain"):
-        add(
-            f"KL(served ‖ retain model), {part}",
-            [_divergence(log.get(f"{part}_KL_guided_retain")) for log in entries],
-        )
-        add(
-            f"KL(retain model ‖ served), {part}",
-            [_divergence(log.get(f"{part}_KL_retain_guided")) for log in entries],
-        )
+    for metric, asked in _LEAKS.items():
+        first = next((log for log in measured_logs if metric in log), None)
+        if first is not None:
+            drawn, threshold = (logs.detail(first, metric, x) for x in ("samples", "threshold"))
+            columns[f"leak in {drawn} answers (recall ≥ {threshold:g}){asked}"] = [
+                _leak_rate(metric, log, retain_unlearning) for log in measured_logs
+            ]
+    for name, (show, metric) in _BEYOND.items():
+        columns[name] = [show(log, metric) for log in measured_logs]
+    columns = {name: cells for name, cells in columns.items() if set(cells) != {MISSING}}
     rows = [
         Row(name, kind, [cells[i] for cells in columns.values()])
         for i, (name, kind, _) in enumerate(named)
@@ -328,85 +230,32 @@ def unlearning_table(
 
 def all_metrics_table(settings: Sequence[Setting], evaluated: Mapping[str, Log]) -> Table:
     """Every aggregate of the logs; here a row is a metric and a column a setting."""
-    found = {metric for log in evaluated.values() for metric in log if metric != logs.MISSING}
+    metrics_of_any = {metric for log in evaluated.values() for metric in (*log, "forget_quality")}
     rows = [
         Row(metric, "", [_plain(evaluated[setting.name], metric) for setting in settings])
-        for metric in sorted(found)
+        for metric in sorted(metrics_of_any)
     ]
     return Table([setting.name for setting in settings], rows)
 
 
-def missing(settings: Sequence[Setting], *several: Mapping[str, Log]) -> list[tuple[str, str]]:
+def missing(settings: Sequence[Setting], *by_name: Mapping[str, Log]) -> list[tuple[str, str]]:
     """Metrics that are missing, and why.
 
     Args:
         settings: What was evaluated.
-        *several: Logs by setting's name.
+        *by_name: Logs by setting's name.
 
     Returns:
         Metric, with the settings it is missing for unless those are all; reason.
     """
-    found: dict[tuple[str, str], list[str]] = {}
-    for by_name in several:
+    lacking: dict[tuple[str, str], list[str]] = {}
+    for evaluated in by_name:
         for setting in settings:
-            for metric, reason in logs.missing_reasons(by_name[setting.name]).items():
-                found.setdefault((metric, reason), []).append(setting.name)
+            for metric, reason in logs.missing_reasons(evaluated[setting.name]).items():
+                lacking.setdefault((metric, reason), []).append(setting.name)
     return [
         (metric if len(names) == len(settings) else f"{metric} ({', '.join(names)})", reason)
-        for (metric, reason), names in found.items()
-    ]
-
-
-def samples(
-    sets: Mapping[str, QuestionSet], models: Sequence[tuple[str, str, Log]], count: int
-) -> list[Sample]:
-    """Questions of forget and retain, evenly spread, with what each model answered.
-
-    Args:
-        sets: Question sets.
-        models: Label, kind and log of each model.
-        count: Questions of each set.
-
-    Returns:
-        The samples; a model without generated answers is left out.
-    """
-    found = []
-    for name in ("forget", "retain"):
-        if name not in sets:
-            continue
-        metric = f"{name}_Q_A_ROUGE"
-        answers = []
-        for model, kind, log in models:
-            with contextlib.suppress(MissingMetricError):
-                texts = logs.texts(log, metric, "generation")
-                answers.append((model, kind, texts, recompute.rows(log, metric)))
-        found += [
-            Sample(
-                SETS[name],
-                sets[name].questions[row],
-                sets[name].ground_truths[row],
-                [Answer(m, kind, texts[row], recall[row]) for m, kind, texts, recall in answers],
-            )
-            for row in evenly_spread(range(sets[name].num_rows), count)
-        ]
-    return found
-
-
-def tokens(texts: Sequence[str], scores: TextScores, without_tilt: TextScores) -> list[Token]:
-    """The tokens of one answer with what head and tilt make of them.
-
-    Args:
-        texts: Its tokens as text.
-        scores: Scores of the answer under a setting with a head.
-        without_tilt: Under the same base temperature with s = 0.
-
-    Returns:
-        The tokens.
-    """
-    change = scores.logprobs - without_tilt.logprobs
-    return [
-        Token(text, float(prob), float(by))
-        for text, prob, by in zip(texts, scores.retain_prob, change, strict=True)
+        for (metric, reason), names in lacking.items()
     ]
 
 
@@ -426,27 +275,26 @@ def _quality(kind: str, log: Log, retain_log: Log | None) -> list[Cell]:
     if kind == RETAIN_MODEL:
         return [Cell("1", "by definition"), Cell("0", "by definition")]
     try:
-        found = recompute.forget_quality(log, retain_log)
+        quality = aggregates.forget_quality(log, retain_log)
     except MissingMetricError:
         return [MISSING, MISSING]
-    verdict = "like the retain model" if found.p_value > 0.05 else "told apart"
+    verdict = "like the retain model" if quality.p_value > 0.05 else "told apart"
     return [
-        Cell(f"{found.p_value:.2g}", verdict),
-        Cell(f"{found.statistic:.3f}", f"p < 0.05 above {found.critical:.3f}"),
+        Cell(f"{quality.p_value:.2g}", verdict),
+        Cell(f"{quality.statistic:.3f}", f"p < 0.05 above {quality.critical:.3f}"),
     ]
 
 
 def _utility(log: Log) -> Cell:
     try:
-        parts = selection.rows_of(log).utility.values()
+        return _interval(selection.utility_interval(log))
     except MissingMetricError:
         return MISSING
-    return _interval(metrics.bootstrap_interval(selection.utility, *parts))
 
 
 def _mean(log: Log, metric: str) -> Cell:
     try:
-        return _interval(metrics.bootstrap_interval(np.mean, recompute.rows(log, metric)))
+        return _interval(aggregates.interval(log, metric))
     except MissingMetricError:
         return MISSING
 
@@ -456,46 +304,63 @@ def _interval(interval: metrics.Interval) -> Cell:
 
 
 def _plain(log: Log, metric: str) -> Cell:
-    value = log.get(metric, {}).get("agg_value")
+    value = log.aggregate(metric)
     return MISSING if value is None else Cell(f"{value:.4g}")
 
 
 def _leak_rate(metric: str, log: Log, retain_unlearning: Log | None) -> Cell:
     """The share of questions with a leak, and by how much it exceeds the retain model's."""
     try:
-        leaks = unlearning.leaking_rows(log, metric)
+        leaks = answers.leaking_rows(log, metric)
     except MissingMetricError:
         return MISSING
     cell = _interval(metrics.bootstrap_interval(np.mean, leaks))
-    try:
-        level = unlearning.leaking_rows(retain_unlearning or {}, metric)
-    except MissingMetricError:
+    if log is retain_unlearning or retain_unlearning is None or metric not in retain_unlearning:
         return cell
-    if log is retain_unlearning:
-        return cell
-    by = metrics.bootstrap_difference(leaks, level)
+    by = metrics.bootstrap_difference(leaks, answers.leaking_rows(retain_unlearning, metric))
     return Cell(
         cell.text,
         f"{cell.note}\nthan the retain model {by.estimate:+.3f}, {by.low:+.3f} to {by.high:+.3f}",
     )
 
 
-def _fluency(entry: Mapping | None) -> Cell:
-    if entry is None:
+def _fluency(log: Log, metric: str) -> Cell:
+    if metric not in log:
         return MISSING
-    distinct = entry["distinct_2"]
-    repeats = f"4-grams repeated {entry['repetition']:.2f}"
+    distinct = log[metric].details.get("distinct_2")
+    repeats = f"4-grams repeated {logs.detail(log, metric, 'repetition'):.2f}"
     return Cell(
-        f"{entry['agg_value']:.3g}",
+        f"{log[metric].aggregate:.3g}",
         repeats if distinct is None else f"distinct-2 {distinct:.2f}\n{repeats}",
     )
 
 
-def _divergence(entry: Mapping | None) -> Cell:
-    if entry is None:
+def _divergence(log: Log, metric: str) -> Cell:
+    if metric not in log:
         return MISSING
-    error = entry["standard_error"]
+    error = log[metric].details.get("standard_error")
     return Cell(
-        f"{entry['agg_value']:.3g}" + ("" if error is None else f" ± {error:.2g}"),
-        f"{entry['per_token']:.2g} a token",
+        f"{log[metric].aggregate:.3g}" + ("" if error is None else f" ± {error:.2g}"),
+        f"{logs.detail(log, metric, 'per_token'):.2g} a token",
     )
+
+
+_LEAKS = {
+    "forget_leak_rate": "",
+    "forget_paraphrased_leak_rate": ", reworded questions",
+}
+# By column, how a number is shown and its metric.
+_BEYOND: dict[str, tuple[Callable[[Log, str], Cell], str]] = {
+    "forget ROUGE-L recall, reworded questions": (_mean, "forget_paraphrased_Q_A_ROUGE"),
+    "retain ROUGE-L recall, reworded questions": (_mean, "retain_paraphrased_Q_A_ROUGE"),
+    "forget perplexity": (_fluency, "forget_greedy_fluency"),
+    "retain perplexity": (_fluency, "retain_greedy_fluency"),
+    "perplexity, drawn": (_fluency, "forget_sample_fluency"),
+    "head's accuracy, forget": (_plain, "forget_classifier_accuracy"),
+    "head's accuracy, retain": (_plain, "retain_classifier_accuracy"),
+    "head's AUC": (_plain, "classifier_auc"),
+    "KL(served ‖ retain model), forget": (_divergence, "forget_KL_guided_retain"),
+    "KL(retain model ‖ served), forget": (_divergence, "forget_KL_retain_guided"),
+    "KL(served ‖ retain model), retain": (_divergence, "retain_KL_guided_retain"),
+    "KL(retain model ‖ served), retain": (_divergence, "retain_KL_retain_guided"),
+}

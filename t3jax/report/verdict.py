@@ -4,10 +4,11 @@ import dataclasses
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 
 from t3jax import files, hosts
 from t3jax.evaluation.metrics import Interval
+from t3jax.report.markdown import make_table
 from t3jax.sampling.warn import ABSURD_PERPLEXITY
 from t3jax.verification.verdict import (
     COMES_BACK,
@@ -139,7 +140,7 @@ def _attacks(verdict: Verdict) -> str:
     if verdict.skipped:
         skipped = "; ".join(f"{name} ({reason})" for name, reason in verdict.skipped.items())
         how.append(f"Not asked: {_escape(skipped)}.")
-    return "\n\n".join([_table(columns, rows), *how])
+    return "\n\n".join([make_table(columns, rows), *how])
 
 
 def _made_up(verdict: Verdict) -> str:
@@ -182,7 +183,7 @@ def _leaks(verdict: Verdict) -> str:
         "Question and answer are of the first attack named; in brackets, the recall of the text "
         "about others that has most. Rows under an attack that comes back are first.",
     )
-    return f"{_table(columns, rows)}\n\n{note}"
+    return f"{make_table(columns, rows)}\n\n{note}"
 
 
 def _retained(verdict: Verdict) -> str:
@@ -207,7 +208,7 @@ def _retained(verdict: Verdict) -> str:
     ]
     columns = ["row", "recall", "asked", "base", "unlearned"]
     note = _cut(len(retain.changed), "The largest losses come first.")
-    return f"{text}\n\n{_table(columns, rows)}\n\n{note}"
+    return f"{text}\n\n{make_table(columns, rows)}\n\n{note}"
 
 
 def _fluency(verdict: Verdict) -> str:
@@ -223,11 +224,11 @@ def _fluency(verdict: Verdict) -> str:
     ]
     columns = ["sampling", "perplexity", "end in time", "repeats itself", "language"]
     return (
-        f"{_table(columns, rows)}\n\nAnswers to the forget rows: their median perplexity under the "
-        "base, the share that ends before the longest answer, and the share of 4-word sequences "
-        "that stood in the answer before; in brackets, those of the base's answers. As a rule of "
-        f"thumb, language has a perplexity of at most {ABSURD_PERPLEXITY:g}, or twice the base's "
-        f"own, and ends and repeats itself as the base does, give or take {_points(LOSS)}."
+        f"{make_table(columns, rows)}\n\nAnswers to the forget rows: their median perplexity under "
+        "the base, the share that ends before the longest answer, and the share of 4-word "
+        "sequences that stood in the answer before; in brackets, those of the base's answers. As a "
+        f"rule of thumb, language has a perplexity of at most {ABSURD_PERPLEXITY:g}, or twice the "
+        f"base's own, and ends and repeats itself as the base does, give or take {_points(LOSS)}."
     )
 
 
@@ -262,11 +263,6 @@ def _limits(verdict: Verdict) -> str:
 
 def _cut(count: int, note: str) -> str:
     return f"{note} {_SHOWN} of {count} are shown." if count > _SHOWN else note
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _share(interval: Interval) -> str:

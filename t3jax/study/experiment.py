@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from t3jax import cli, data, files, hosts, pipeline
 from t3jax.evaluation import probes
 from t3jax.evaluation.logs import Log
-from t3jax.evaluation.scoring import BASE, Setting
+from t3jax.evaluation.settings import BASE, Setting
 from t3jax.lm import load_lm
 from t3jax.study import variations
 from t3jax.sweep import Sweep, sweep, train_grid

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from t3jax import cli, data, files, pipeline
-from t3jax.evaluation import metrics, recompute, selection, unlearning
+from t3jax.evaluation import aggregates, metrics, selection, unlearning
 from t3jax.evaluation.logs import Log
-from t3jax.evaluation.scoring import Setting
+from t3jax.evaluation.settings import Setting
 from t3jax.head import class_prior_shift
 from t3jax.head_io import Head
 from t3jax.lm import LM
@@ -245,14 +245,14 @@ def _train(config: Any, lm: LM, mesh: Mesh, name: str, **change: Any) -> list[He
 
 def _point(axis: str, line: str, value: float, seeds: Sequence[Log], retain_log: Any) -> Point:
     rows = [selection.rows_of(log) for log in seeds]
-    forget = [recompute.rows(log, "forget_Q_A_Prob") for log in seeds]
+    forget = [aggregates.rows(log, "forget_Q_A_Prob") for log in seeds]
     utility = metrics.bootstrap_interval(selection.utility, *rows[0].utility.values())
     interval = metrics.bootstrap_interval(lambda prob: float(prob.mean()), forget[0])
     return Point(
         axis,
         line,
         value,
-        [recompute.forget_quality(log, retain_log).statistic for log in seeds],
+        [aggregates.forget_quality(log, retain_log).statistic for log in seeds],
         [selection.utility(*each.utility.values()) for each in rows],
         (utility.low, utility.high),
         [float(prob.mean()) for prob in forget],

@@ -14,7 +14,8 @@ import numpy as np
 from t3jax.data.chat import PromptFormat, encode_prompt, encode_records
 from t3jax.data.records import Record
 from t3jax.evaluation.recall import leak_recall
-from t3jax.evaluation.scoring import BASE, score_texts
+from t3jax.evaluation.scoring import score_texts
+from t3jax.evaluation.settings import BASE
 from t3jax.lm.model import LM
 from t3jax.sampling.sampler import Sampler
 from t3jax.synthetic.names import asked_text, holds_name, make_names, swap_names

@@ -16,7 +16,7 @@ References:
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,8 +26,10 @@ from scipy.special import expit, log_expit
 import t3jax
 from t3jax import cli, pipeline
 from t3jax.data import Example
-from t3jax.evaluation.scoring import BASE, Setting
+from t3jax.evaluation.questions import QuestionSet
+from t3jax.evaluation.settings import BASE, Setting
 from t3jax.evaluation.store import Store
+from t3jax.head_io import Head
 
 TEMPERATURES = (1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 _DRAWS = 2000
@@ -71,7 +73,7 @@ class Measured(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Diagnosis:
-    """What was found; errors are of a token, by T.
+    """A head's risk and predicted errors; errors are of a token, by T.
 
     Attributes:
         temperatures: T, `[K]`.
@@ -102,8 +104,36 @@ class Diagnosis:
     retain: Float[np.ndarray, " K"]
     measured: Measured | None
 
-    def best(self, forget: Float[np.ndarray, " K"], retain: Float[np.ndarray, " K"]) -> float:
-        """T of the smallest sum of a forget and a retain error."""
+    @property
+    def columns(self) -> dict[str, Float[np.ndarray, " K"]]:
+        """The errors by T, by name; those against the retain-only model last."""
+        columns = {
+            "bound": self.bound,
+            "leak": self.leak,
+            "price": self.price,
+            "retain bound": self.retain,
+        }
+        return columns if self.measured is None else columns | self.measured._asdict()
+
+    @property
+    def suggested(self) -> dict[str, float]:
+        """T of the smallest sum of forget error and price, by how the forget error is predicted."""
+        return {
+            "by the bound": self._find_best(self.bound, self.price),
+            "by the leak": self._find_best(self.leak, self.price),
+        }
+
+    @property
+    def best(self) -> dict[str, float]:
+        """T of the smallest sum of the errors against the retain-only model, if there is one."""
+        if self.measured is None:
+            return {}
+        return {
+            "measured": self._find_best(self.measured.forget, self.measured.retain),
+            "measured, secret tokens": self._find_best(self.measured.secret, self.measured.retain),
+        }
+
+    def _find_best(self, forget: Float[np.ndarray, " K"], retain: Float[np.ndarray, " K"]) -> float:
         return self.temperatures[int(np.argmin(forget + retain))]
 
     def __str__(self) -> str:
@@ -115,26 +145,13 @@ class Diagnosis:
             f"largest {self.peak[1]:.3f}",
             f"s = {self.scale:g}, forget share {self.gamma:.2f}; errors of one token:",
         ]
-        columns = {
-            "T": self.temperatures,
-            "bound": self.bound,
-            "leak": self.leak,
-            "price": self.price,
-            "retain bound": self.retain,
-        }
-        chosen = {
-            "by the bound": self.best(self.bound, self.price),
-            "by the leak": self.best(self.leak, self.price),
-        }
-        if (m := self.measured) is not None:
-            columns |= {"forget": m.forget, "secret": m.secret, "retain": m.retain}
-            chosen["measured"] = self.best(m.forget, m.retain)
-            chosen["measured, secret tokens"] = self.best(m.secret, m.retain)
+        columns = {"T": self.temperatures, **self.columns}
         lines.append(" ".join(f"{name:>12}" for name in columns))
         lines += [
             " ".join(f"{value:12.4g}" for value in row)
             for row in zip(*columns.values(), strict=True)
         ]
+        chosen = self.suggested | self.best
         lines.append("T: " + ", ".join(f"{value:g} {name}" for name, value in chosen.items()))
         return "\n".join(lines)
 
@@ -143,8 +160,8 @@ def diagnose(
     forget: Tokens,
     retain: Tokens,
     temperatures: tuple[float, ...],
-    scale: float = 1.0,
-    shift: float = 0.0,
+    scale: int | float = 1.0,
+    shift: int | float = 0.0,
 ) -> Diagnosis:
     """Excess risk, peak, predicted errors and a T, from scores of held-out rows.
 
@@ -257,12 +274,8 @@ def diagnose_head(config: Any) -> Diagnosis:
     if len(heads) > 1:
         raise ValueError(f"one head is diagnosed at a time, got {config.head}")
     (head,) = heads
-    training = head.record.get("training")
-    if isinstance(training, dict) and training.get("loss") == "distillation":
-        raise ValueError(
-            f"{config.head} was distilled: its scores are no P(retain), and nothing here holds "
-            "for it; give a head of loss = 'classifier', as configs/paper.py trains it"
-        )
+    if obstacle := find_obstacle(head):
+        raise ValueError(f"{config.head}: {obstacle}")
     lm = t3jax.load_lm(config.model, config.dtype, mesh)
     sets = pipeline.load_sets(config, lm)
     folder = pathlib.Path(config.eval_dir) / "store"
@@ -271,6 +284,42 @@ def diagnose_head(config: Any) -> Diagnosis:
         twin = Store(t3jax.load_lm(config.retain_model, config.dtype, mesh), (), folder)
     temperatures = tuple(sorted({1.0, *(config.eval_temperatures or TEMPERATURES)}))
     scale = head.guidance_scale if config.guidance_scale is None else config.guidance_scale
+    return diagnose_sets(store, sets, temperatures, scale, twin)
+
+
+def find_obstacle(head: Head) -> str | None:
+    """Why a head cannot be diagnosed; None if it can."""
+    training = head.record.get("training")
+    if isinstance(training, dict) and training.get("loss") == "distillation":
+        return (
+            "the head was distilled: its scores are no P(retain), and nothing here holds for it; "
+            "give a head of loss = 'classifier', as configs/paper.py trains it"
+        )
+    return None
+
+
+def diagnose_sets(
+    store: Store,
+    sets: Mapping[str, QuestionSet],
+    temperatures: Sequence[float],
+    scale: int | float = 1.0,
+    twin: Store | None = None,
+) -> Diagnosis:
+    """Scores the forget and the retain set, reworded where they can be, and diagnoses a head.
+
+    Args:
+        store: Scores of the base model with one head.
+        sets: Question sets; forget and retain.
+        temperatures: T, at least 1.
+        scale: s.
+        twin: Scores of a model that never saw the forget rows.
+
+    Returns:
+        The diagnosis.
+
+    Raises:
+        ValueError: As `score_tokens` and `diagnose`.
+    """
     forget, retain = (
         score_tokens(
             store,
@@ -282,7 +331,7 @@ def diagnose_head(config: Any) -> Diagnosis:
         )
         for name in ("forget", "retain")
     )
-    return diagnose(forget, retain, temperatures, scale, head.prior_shift)
+    return diagnose(forget, retain, tuple(temperatures), scale, store.heads[0].prior_shift)
 
 
 def score_tokens(
@@ -290,7 +339,7 @@ def score_tokens(
     label: str,
     examples: Sequence[Example],
     temperatures: Sequence[float],
-    scale: float = 1.0,
+    scale: int | float = 1.0,
     twin: Store | None = None,
 ) -> Tokens:
     """What a diagnosis needs of the answers of rows.
@@ -321,7 +370,7 @@ def score_tokens(
         plain.retain_scores,
         base.logprobs,
         plain.logprobs,
-        np.stack([each.logprobs for each in served]),
+        np.stack([scores.logprobs for scores in served]),
         None if twin is None else twin.scores(label, examples, [BASE])[0].logprobs,
     )
 

@@ -9,9 +9,9 @@ import numpy as np
 
 from t3jax.data.chat import Example, PromptFormat
 from t3jax.data.records import Record
-from t3jax.evaluation import unlearning
+from t3jax.evaluation.answers import repetition
 from t3jax.evaluation.recall import leak_recall
-from t3jax.evaluation.scoring import BASE, Setting
+from t3jax.evaluation.settings import BASE, Setting
 from t3jax.evaluation.store import Store
 from t3jax.sampling import Sample
 from t3jax.sampling.options import REFUSAL_THRESHOLD
@@ -220,4 +220,4 @@ def _share_ended(samples: Sequence[Sample], stops: Sequence[int]) -> float:
 
 
 def _repetition(samples: Sequence[Sample]) -> float:
-    return float(unlearning.repetition([sample.text for sample in samples]).mean())
+    return float(repetition([sample.text for sample in samples]).mean())

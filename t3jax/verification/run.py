@@ -8,7 +8,7 @@ import numpy as np
 from t3jax.data.chat import PromptFormat
 from t3jax.data.records import Record, evenly_spread
 from t3jax.evaluation import metrics
-from t3jax.evaluation.scoring import BASE, Setting
+from t3jax.evaluation.settings import BASE, Setting
 from t3jax.evaluation.store import Store
 from t3jax.sampling import Sample
 from t3jax.verification.asking import Asking, Counterfactual, VerifyOptions

@@ -1,0 +1,145 @@
+"""Membership inference on forget rows against holdout rows: scores, their AUC, and privleak.
+
+A score is lower for what the model is likelier to have been trained on. Definitions, arrays and
+axes are those of `metrics.py`.
+
+References:
+    OpenUnlearning, arXiv 2506.12618.
+"""
+
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float
+from sklearn.metrics import roc_auc_score
+
+from t3jax.evaluation.metrics import EPS, AnyArray, finite
+
+
+def zlib_score(
+    avg_loss: Float[AnyArray, "rows"], answers: Sequence[str]
+) -> Float[np.ndarray, "rows"]:
+    """Membership score `mia_zlib`: loss over the answer's compressed length.
+
+    Args:
+        avg_loss: Mean cross-entropy of each answer, `[rows]`, in nats.
+        answers: The answers' texts.
+
+    Returns:
+        `avg_loss / len(zlib.compress(answer))`, `[rows]`, in nats per byte.
+
+    Raises:
+        ValueError: If a loss is not finite, or there are more or fewer texts than losses.
+    """
+    avg_loss = finite("avg_loss", avg_loss)
+    if len(answers) != len(avg_loss):
+        raise ValueError(f"zlib_score got {len(avg_loss)} losses but {len(answers)} answers")
+    return avg_loss / np.array([len(zlib.compress(a.encode("utf-8"))) for a in answers], np.float64)
+
+
+def min_k_score(
+    log_probs: Float[AnyArray, "rows tokens"],
+    mask: Bool[AnyArray, "rows tokens"],
+    fraction: float = 0.4,
+) -> Float[np.ndarray, "rows"]:
+    """Membership score `mia_min_k`: minus the mean of the lowest token log-probabilities.
+
+    Args:
+        log_probs: Log-probability of each answer token, `[rows, tokens]`, in nats.
+        mask: True on answer tokens, the closing end-of-turn token left out, `[rows, tokens]`.
+        fraction: The share of a row's tokens taken, at least one token.
+
+    Returns:
+        `[rows]`: high for text the model finds unlikely. A row without answer tokens scores 0, as
+        in the reference.
+
+    Raises:
+        ValueError: If the log-probability of an answer token is not finite.
+
+    References:
+        Min-K% Prob, arXiv 2310.16789.
+    """
+    mask = np.asarray(mask)
+    log_probs = finite("log_probs", np.where(mask, np.asarray(log_probs, np.float64), 0.0))
+    tokens = mask.sum(axis=1)
+    taken = np.minimum(np.maximum(1, (fraction * tokens).astype(np.int64)), tokens)
+    ascending = np.sort(np.where(mask, log_probs, np.inf), axis=1)
+    lowest = np.arange(mask.shape[1]) < taken[:, None]
+    total = np.where(lowest, ascending, 0.0).sum(axis=1)
+    return np.where(tokens > 0, -total / np.maximum(taken, 1), 0.0)
+
+
+def min_k_plus_plus_score(
+    log_probs: Float[AnyArray, "rows tokens"],
+    mean: Float[AnyArray, "rows tokens"],
+    variance: Float[AnyArray, "rows tokens"],
+    mask: Bool[AnyArray, "rows tokens"],
+    fraction: float = 0.4,
+) -> Float[np.ndarray, "rows"]:
+    """Membership score `mia_min_k_plus_plus`: `min_k_score` of standardised log-probabilities.
+
+    Args:
+        log_probs: Log-probability of each answer token, `[rows, tokens]`, in nats.
+        mean: Mean of the log-probability under the model's own next-token distribution.
+        variance: Its variance, `[rows, tokens]`; taken to be at least 1e-6.
+        mask: True on answer tokens, the closing end-of-turn token left out, `[rows, tokens]`.
+        fraction: The share of a row's tokens taken, at least one token.
+
+    Returns:
+        `[rows]`, as `min_k_score`.
+
+    Raises:
+        ValueError: If a value on an answer token is not finite.
+
+    References:
+        Min-K%++, arXiv 2404.02936.
+    """
+    mask = np.asarray(mask)
+    log_probs, mean, variance = (
+        finite(name, np.where(mask, np.asarray(values, np.float64), 0.0))
+        for name, values in (("log_probs", log_probs), ("mean", mean), ("variance", variance))
+    )
+    return min_k_score((log_probs - mean) / np.sqrt(np.maximum(variance, 1e-6)), mask, fraction)
+
+
+def membership_auc(
+    forget_scores: Float[AnyArray, "forget"], holdout_scores: Float[AnyArray, "holdout"]
+) -> float:
+    """ROC-AUC of telling held-out rows (label 1) from forget rows (label 0) by a score.
+
+    Args:
+        forget_scores: Scores of the forget rows; lower means more likely a member.
+        holdout_scores: Scores of rows no model was trained on.
+
+    Returns:
+        The AUC: 0.5 at chance, 1 when the forget rows all score lower.
+
+    Raises:
+        ValueError: If a score is not finite or a side is empty.
+    """
+    forget_scores = finite("forget_scores", forget_scores)
+    holdout_scores = finite("holdout_scores", holdout_scores)
+    if min(len(forget_scores), len(holdout_scores)) == 0:
+        raise ValueError(
+            "membership_auc needs scores of forget and of holdout rows, "
+            f"got {len(forget_scores)} and {len(holdout_scores)}"
+        )
+    labels = np.repeat([0, 1], [len(forget_scores), len(holdout_scores)])
+    return float(roc_auc_score(labels, np.concatenate([forget_scores, holdout_scores])))
+
+
+def privleak(auc: float, retain_auc: float = 0.5) -> float:
+    """How far membership inference is from what it is on the retain model, in percent.
+
+    Args:
+        auc: AUC of `mia_min_k` on this model.
+        retain_auc: The same on the retain model; 0.5 where there is no retain model.
+
+    Returns:
+        `100 · ((1 - auc) - (1 - retain_auc)) / ((1 - retain_auc) + 1e-10)`: 0 is ideal, below 0
+        under-unlearned, above 0 over-unlearned.
+    """
+    # In the reference's order of operations: the last bit follows it.
+    score, reference = 1 - auc, 1 - retain_auc
+    return (score - reference) / (reference + EPS) * 100

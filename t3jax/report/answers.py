@@ -1,0 +1,188 @@
+"""Answers in the report: what models answered, and what head and tilt make of the right answers.
+
+Only `answer_tokens` runs the model, on the few answers whose tokens are shown.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from t3jax.data.records import evenly_spread
+from t3jax.evaluation import aggregates, logs
+from t3jax.evaluation.logs import Log, MissingMetricError
+from t3jax.evaluation.questions import SETS, QuestionSet
+from t3jax.evaluation.scoring import TextScores
+from t3jax.evaluation.settings import Setting
+from t3jax.evaluation.store import Store
+
+if TYPE_CHECKING:  # slow to import: only who loads a tokenizer waits
+    from transformers import PreTrainedTokenizerBase
+
+TOKEN_ROWS = 2  # answers of forget and of retain, each, whose tokens are shown
+
+
+class Answer(NamedTuple):
+    """What a model answered.
+
+    Attributes:
+        model: Whose answer it is.
+        kind: As in `Row`.
+        text: The answer.
+        recall: ROUGE-L recall of the right answer in it.
+    """
+
+    model: str
+    kind: str
+    text: str
+    recall: float
+
+
+class Sample(NamedTuple):
+    """A question with the right answer and those of several models.
+
+    Attributes:
+        set_name: Which set the question is from.
+        question: The question.
+        truth: The right answer.
+        answers: The models' answers.
+    """
+
+    set_name: str
+    question: str
+    truth: str
+    answers: list[Answer]
+
+
+class Token(NamedTuple):
+    """A token of a right answer.
+
+    Attributes:
+        text: The token as text.
+        retain_prob: The head's P(retain) of it.
+        change: Its log-probability under the setting minus that without the tilt, nats.
+    """
+
+    text: str
+    retain_prob: float
+    change: float
+
+
+class TokenRow(NamedTuple):
+    """An answer in the token view.
+
+    Attributes:
+        set_name: Which set the question is from.
+        question: The question.
+        tokens: The right answer's tokens.
+    """
+
+    set_name: str
+    question: str
+    tokens: list[Token]
+
+
+def samples(
+    sets: Mapping[str, QuestionSet], models: Sequence[tuple[str, str, Log]], count: int
+) -> list[Sample]:
+    """Questions of forget and retain, evenly spread, with what each model answered.
+
+    Args:
+        sets: Question sets.
+        models: Label, kind and log of each model.
+        count: Questions of each set.
+
+    Returns:
+        The samples; a model without generated answers is left out.
+    """
+    chosen = []
+    for name in ("forget", "retain"):
+        if name not in sets:
+            continue
+        metric = f"{name}_Q_A_ROUGE"
+        answers = []
+        for model, kind, log in models:
+            with contextlib.suppress(MissingMetricError):
+                texts = logs.texts(log, metric, "generation")
+                answers.append((model, kind, texts, aggregates.rows(log, metric)))
+        chosen += [
+            Sample(
+                SETS[name],
+                sets[name].questions[row],
+                sets[name].ground_truths[row],
+                [Answer(m, kind, texts[row], recall[row]) for m, kind, texts, recall in answers],
+            )
+            for row in evenly_spread(range(sets[name].num_rows), count)
+        ]
+    return chosen
+
+
+def answer_tokens(
+    store: Store, sets: Mapping[str, QuestionSet], featured: Setting | None
+) -> list[TokenRow]:
+    """Scores a few right answers of forget and retain with the featured setting and without tilt.
+
+    Args:
+        store: Scores of the model.
+        sets: Question sets.
+        featured: The setting; None gives no rows.
+
+    Returns:
+        The answers' tokens.
+    """
+    if featured is None:
+        return []
+    chosen = [
+        (sets[name], row)
+        for name in ("forget", "retain")
+        if name in sets
+        for row in evenly_spread(range(sets[name].num_rows), TOKEN_ROWS)
+    ]
+    examples = [questions.answers[row] for questions, row in chosen]
+    without_tilt = dataclasses.replace(
+        featured,
+        name=f"{featured.name}-untilted",
+        guidance_scale=0.0,
+        refinements=dataclasses.replace(featured.refinements, protected=()),
+    )
+    tilted, tempered = store.scores("report", examples, [featured, without_tilt])
+    return [
+        TokenRow(
+            SETS[questions.name],
+            questions.questions[row],
+            _show_tokens(
+                _pieces(store.lm.tokenizer, example.tokens[example.answer_start :].tolist()),
+                tilted.select(i, i + 1),
+                tempered.select(i, i + 1),
+            ),
+        )
+        for i, ((questions, row), example) in enumerate(zip(chosen, examples, strict=True))
+    ]
+
+
+def _show_tokens(texts: Sequence[str], scores: TextScores, without_tilt: TextScores) -> list[Token]:
+    """The tokens of one answer with what head and tilt make of them.
+
+    Args:
+        texts: Its tokens as text.
+        scores: Scores of the answer under a setting with a head.
+        without_tilt: Under the same base temperature with s = 0.
+
+    Returns:
+        The tokens.
+    """
+    change = scores.logprobs - without_tilt.logprobs
+    return [
+        Token(text, float(prob), float(by))
+        for text, prob, by in zip(texts, scores.retain_prob, change, strict=True)
+    ]
+
+
+def _pieces(tokenizer: "PreTrainedTokenizerBase", tokens: list[int]) -> list[str]:
+    """What each token adds to the text, special tokens included."""
+    texts = [str(tokenizer.decode(tokens[:i])) for i in range(len(tokens) + 1)]
+    return [
+        (after[len(before) :] if after.startswith(before) else after[-1:]).replace("\n", "⏎")
+        for before, after in itertools.pairwise(texts)
+    ]
