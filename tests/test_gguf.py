@@ -34,6 +34,7 @@ LLAMAS = ("llama3_untied", "gqa_tied", "biases")
 NAMES = {each.model_type: name for name, each in ARCHITECTURES.items()}
 NAMES |= {"mixtral": "llama", "olmo3": "olmo2"}
 FAMILIES = sorted(set(NAMES) - {"llama"})
+PERMUTED = ("arcee", "granite", "granitemoe", "llama", "mistral3", "olmo", "smollm3")
 Q, KIND = library.quants, library.GGMLQuantizationType
 
 
@@ -142,7 +143,7 @@ def converted(config, name, tensor):
     heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
     module = name.split(".")[-2]
     # A rotary pair's rows side by side.
-    if ARCHITECTURES[NAMES[config.model_type]].permuted and module in heads:
+    if NAMES[config.model_type] in PERMUTED and module in heads:
         halves = tensor.reshape(heads[module], 2, config.head_dim // 2, *tensor.shape[1:])
         return halves.swapaxes(1, 2).reshape(tensor.shape)
     if config.norm.endswith("_offset") and name.endswith("norm.weight"):
