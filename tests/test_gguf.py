@@ -397,6 +397,17 @@ def test_parts_of_a_tensor(monkeypatch, kind, head_width):
         assert max(done, default=0) <= max(2048, blocks * numbers) // numbers * size
 
 
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_K"])
+def test_parts_of_the_matrices_of_experts(kind):
+    stored = tensor(kind, (24, 1024))
+    whole = Q.dequantize(stored.data, stored.tensor_type).reshape(4, 6, 1024)
+    stored = stored._replace(data=stored.data.reshape(4, 6, -1), shape=np.array([1024, 6, 4]))
+    view = gguf._Tensor(stored, 0, 0.0, np.float32)
+    assert view.get_shape() == whole.shape
+    part = slice(1, 3), slice(2, 6), slice(250, 530)
+    np.testing.assert_array_equal(view[part], whole[part])
+
+
 def tensor(kind, shape):
     """A stored tensor of random blocks whose scales are finite."""
     numbers, size = library.GGML_QUANT_SIZES[KIND[kind]]
