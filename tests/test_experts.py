@@ -20,6 +20,7 @@ from t3jax import make_mesh, sharding
 from t3jax.finetuning import init_lora
 from t3jax.lm import ExpertsConfig, experts, places, save_hf
 from t3jax.lm import __main__ as describe
+from t3jax.lm.quantized import quantize
 from t3jax.lm.weights import load_params
 
 E, D, F = 6, 8, 5
@@ -74,6 +75,35 @@ def test_a_token_s_output_is_the_sum_over_its_experts(monkeypatch, way, tokens, 
     found = experts.mix_experts(x, own, weighed, matrices, opened)
     np.testing.assert_allclose(found, mixed(x, own, weighed, matrices), atol=2e-5)
     jax.clear_caches()
+
+
+@pytest.mark.parametrize("chosen", [2, 3])  # few tokens gather matrices, more are sorted
+def test_an_accelerator_s_numbers_and_gradients_are_those_of_a_cpu(chosen):
+    """Both ways on the CPU, float32 and int8."""
+    x, own, _, matrices = draw(1 if chosen == 2 else 9, chosen)
+    own[-1, 0] = -1
+    own = jnp.asarray(own)
+    rounded = {
+        name: dict(zip(("weight", "scale"), quantize(m["weight"], np.float32), strict=True))
+        for name, m in matrices.items()
+    }
+
+    def loss(x, matrices, way):
+        y = jnp.where(known, way(x, own, matrices, jnp.tanh), 0.0)
+        return jnp.mean(jnp.sin(y)), y
+
+    known = jnp.broadcast_to(own[:, :, None] >= 0, (*own.shape, D))
+    gradient = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True), static_argnums=2)
+    expected, found = (
+        gradient(x, matrices, way) for way in (experts._in_tiles, experts._on_accelerator)
+    )
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(expected))
+    chex.assert_trees_all_close(found, expected, atol=2e-5)
+    (_, expected), (_, found) = (
+        jax.jit(loss, static_argnums=2)(x, rounded, way)
+        for way in (experts._in_tiles, experts._on_accelerator)
+    )
+    np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
 
 
 def test_softmax_is_taken_over_all_experts_or_over_the_chosen():

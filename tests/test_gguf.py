@@ -34,6 +34,7 @@ LLAMAS = ("llama3_untied", "gqa_tied", "biases")
 NAMES = {each.model_type: name for name, each in ARCHITECTURES.items()}
 NAMES |= {"mixtral": "llama", "olmo3": "olmo2"}
 FAMILIES = sorted(set(NAMES) - {"llama"})
+PERMUTED = ("arcee", "granite", "granitemoe", "llama", "mistral3", "olmo", "smollm3")
 Q, KIND = library.quants, library.GGMLQuantizationType
 
 
@@ -142,7 +143,7 @@ def converted(config, name, tensor):
     heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
     module = name.split(".")[-2]
     # A rotary pair's rows side by side.
-    if ARCHITECTURES[NAMES[config.model_type]].permuted and module in heads:
+    if NAMES[config.model_type] in PERMUTED and module in heads:
         halves = tensor.reshape(heads[module], 2, config.head_dim // 2, *tensor.shape[1:])
         return halves.swapaxes(1, 2).reshape(tensor.shape)
     if config.norm.endswith("_offset") and name.endswith("norm.weight"):
@@ -394,6 +395,17 @@ def test_parts_of_a_tensor(monkeypatch, kind, head_width):
         quantised = kind not in gguf._PLAIN
         assert sum(done) == quantised * (rows.stop - rows.start) * blocks * size
         assert max(done, default=0) <= max(2048, blocks * numbers) // numbers * size
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_K"])
+def test_parts_of_the_matrices_of_experts(kind):
+    stored = tensor(kind, (24, 1024))
+    whole = Q.dequantize(stored.data, stored.tensor_type).reshape(4, 6, 1024)
+    stored = stored._replace(data=stored.data.reshape(4, 6, -1), shape=np.array([1024, 6, 4]))
+    view = gguf._Tensor(stored, 0, 0.0, np.float32)
+    assert view.get_shape() == whole.shape
+    part = slice(1, 3), slice(2, 6), slice(250, 530)
+    np.testing.assert_array_equal(view[part], whole[part])
 
 
 def tensor(kind, shape):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import optax
@@ -139,6 +140,11 @@ def make_optimizer(config: FinetuneConfig, steps: int) -> optax.GradientTransfor
             b2=config.b2,
             eps=config.eps,
             weight_decay=config.weight_decay,
-            mask=lambda trained: jax.tree.map(lambda leaf: leaf.ndim > 1, trained),
+            mask=lambda trained: jax.tree.map_with_path(_decays, trained),
         ),
     )
+
+
+def _decays(path: tuple, leaf: Any) -> bool:
+    """Matrices do; vectors and norms, which may have a vector for each head, do not."""
+    return leaf.ndim > 1 and "norm" not in jax.tree_util.keystr(path[-2:])

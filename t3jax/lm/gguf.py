@@ -307,11 +307,12 @@ class _Tensor:
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         """Rows, or rows and columns, or those of some experts."""
         if len(index) == 3:
-            data = self.stored.data[index[:2]]
-            part = self._read(data.reshape(-1, data.shape[-1]), index[2:])
+            experts, rows, columns = index
+            data = self.stored.data[experts, rows]
+            part = self._read(data.reshape(-1, data.shape[-1]), (columns,))
             return part.reshape(*data.shape[:2], -1)
-        rows, *columns = index
-        return self._read(self.stored.data[self._stored_rows(rows)], tuple(columns))
+        rows, *rest = index
+        return self._read(self.stored.data[self._stored_rows(rows)], tuple(rest))
 
     def _read(self, data: np.ndarray, columns: tuple[slice, ...]) -> np.ndarray:
         kind = self.stored.tensor_type
