@@ -26,6 +26,7 @@ from t3jax.lm import from_params, gguf, lm_config, load_config, rotation, save_h
 from t3jax.lm.config_json import hf_config
 from t3jax.lm.gguf_config import ARCHITECTURES
 from t3jax.lm.gguf_file import GGUFFile, open_gguf
+from t3jax.lm.gguf_tokenizer import read_eos_ids, read_tokenizer
 from t3jax.lm.quantized import quantize
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -440,8 +441,7 @@ def byte_level(**more):
 def test_the_cut_and_the_bos_follow_the_name_of_the_tokenizer():
     text = "x12345"
     plain, llama, tekken, glm = (
-        gguf.read_tokenizer(byte_level(pre=pre))
-        for pre in ("smollm", "llama-bpe", "tekken", "glm4")
+        read_tokenizer(byte_level(pre=pre)) for pre in ("smollm", "llama-bpe", "tekken", "glm4")
     )
     bos = plain.bos_token_id
     digits = plain.convert_tokens_to_ids(list("x12345"))
@@ -454,7 +454,7 @@ def test_the_cut_and_the_bos_follow_the_name_of_the_tokenizer():
     ]
     assert cuts == [["x", "12345"], ["x", "123", "45"], ["x", *"12345"], ["x", "123", "45"]]
     assert glm(text)["input_ids"] == digits
-    without = gguf.read_tokenizer(byte_level(pre="llama-bpe", add_bos_token=False))
+    without = read_tokenizer(byte_level(pre="llama-bpe", add_bos_token=False))
     assert without(text)["input_ids"] == digits
 
 
@@ -466,7 +466,7 @@ def test_whole_words_come_before_merges_in_a_tokenizer_of_tiktoken():
         "add_bos_token": False,
     }
     for pre, count in (("gpt-2", 3), ("llama-bpe", 1)):
-        assert len(gguf.read_tokenizer(byte_level(pre=pre, **more))("cat")["input_ids"]) == count
+        assert len(read_tokenizer(byte_level(pre=pre, **more))("cat")["input_ids"]) == count
 
 
 def test_sentencepiece():
@@ -483,31 +483,31 @@ def test_sentencepiece():
         eos_token_id=2,
         unknown_token_id=0,
     )
-    tokenizer = gguf.read_tokenizer(file)
+    tokenizer = read_tokenizer(file)
     ids = tokenizer("cats é</s>")["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids) == [
         *("<s>", "▁cat", "s", "▁", "<0xC3>", "<0xA9>", "</s>")
     ]
     assert tokenizer.decode(ids, skip_special_tokens=True) == "cats é"
     file.metadata["tokenizer.ggml.add_space_prefix"] = False
-    ids = gguf.read_tokenizer(file)("cats cat")["input_ids"]
+    ids = read_tokenizer(file)("cats cat")["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", "c", "at", "s", "▁cat"]
-    assert gguf.read_eos_ids(file) == (2,)
+    assert read_eos_ids(file) == (2,)
 
 
 def test_ends_of_turns_end_an_answer_too():
     tokens = ["a", "<|im_end|>", "<eos>", "<end_of_turn>", "b"]
     file = only_tokenizer(tokens=tokens, eos_token_id=2, eot_token_id=3)
-    assert gguf.read_eos_ids(file) == (2, 3, 1)
+    assert read_eos_ids(file) == (2, 3, 1)
     with pytest.raises(ValueError, match=r"x\.gguf: no end-of-text token"):
-        gguf.read_eos_ids(only_tokenizer(tokens=["a"]))
+        read_eos_ids(only_tokenizer(tokens=["a"]))
 
 
 @pytest.mark.parametrize("name", ["eos", "bos", "padding"])
 @pytest.mark.parametrize("value", [264, -1, "a", 1.0, True])
 def test_special_tokens_are_tokens_of_the_file(name, value):
     with pytest.raises(ValueError, match=rf"{name}_token_id is .*, expected a token id from 0"):
-        gguf.read_tokenizer(byte_level(**{f"{name}_token_id": value}))
+        read_tokenizer(byte_level(**{f"{name}_token_id": value}))
 
 
 @pytest.mark.parametrize(
@@ -515,7 +515,7 @@ def test_special_tokens_are_tokens_of_the_file(name, value):
 )
 def test_a_tokenizer_that_does_not_fit_itself_is_refused(values):
     with pytest.raises(ValueError, match=r"x\.gguf: the tokenizer could not be read"):
-        gguf.read_tokenizer(byte_level(**values))
+        read_tokenizer(byte_level(**values))
 
 
 @pytest.mark.parametrize(
@@ -556,7 +556,7 @@ def test_absurd_numbers_and_weights_are_refused(folder, tmp_path):
 )
 def test_a_tokenizer_that_cannot_be_made(values, message):
     with pytest.raises(ValueError, match=message):
-        gguf.read_tokenizer(byte_level(**values))
+        read_tokenizer(byte_level(**values))
 
 
 # ---- faults ----

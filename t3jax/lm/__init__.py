@@ -4,7 +4,8 @@ from t3jax.lm.attention import Cache
 from t3jax.lm.config import ExpertsConfig, LMConfig, RopeConfig
 from t3jax.lm.config_json import lm_config, read_config
 from t3jax.lm.decoder import init_params
-from t3jax.lm.model import LM, default_dtype, from_params, load_config, load_lm, make_lm
+from t3jax.lm.model import LM, default_dtype, from_params, load_config, load_lm
+from t3jax.lm.own_model import make_lm
 from t3jax.lm.saving import save_hf
 
 __all__ = [
