@@ -1,9 +1,8 @@
-"""The head with what is needed to use it, and its files.
+"""Head folders: read, written, and compared with the model that they are for.
 
 A head folder holds `head.safetensors` and `head.json` and is all that sampling needs beside the
 base model. Two layouts are read, recognised by their files: this project's own, and that of the
-PyTorch reference, which keeps the head in the checkpoint of a `t3_causal_lm` model. Nothing is
-computed here; see `t3jax.head`.
+PyTorch reference (`t3jax.reference_head`). Nothing is computed here; see `t3jax.head`.
 """
 
 import dataclasses

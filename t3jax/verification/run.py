@@ -50,9 +50,6 @@ def verify(
         rewordings: Other wordings of forget questions, by question.
         counterfactuals: Forget rows about made-up names, to which the base's answers are guesses.
 
-    Returns:
-        The verdict.
-
     Raises:
         ValueError: If a row cannot be encoded, or does not fit the model's context.
     """
@@ -63,11 +60,8 @@ def verify(
     if not made:
         raise ValueError(f"no forget row can be asked: {skipped}")
     retain_numbers = evenly_spread(range(len(retain)), options.rows)
-    before = as_they_stand(
-        asking.encoding,
-        [retain[number] for number in retain_numbers],
-        [f"retain row {number + 1}" for number in retain_numbers],
-    )
+    names = [f"retain row {number + 1}" for number in retain_numbers]
+    before = as_they_stand(asking.encoding, [retain[number] for number in retain_numbers], names)
     base, unlearned = (asking.answer([*made, before], model) for model in (BASE, setting))
     others = Others(records, retain, options.threshold)
     made_up = [swapped for swapped in counterfactuals if swapped.row in numbers and swapped.pairs]
