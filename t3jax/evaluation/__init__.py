@@ -1,7 +1,7 @@
 """Evaluation: scores of texts under settings, TOFU's metrics, leaks, the choice of T and s.
 
 The path of a number: `score_texts` (kept by a `Store`) -> columns of a `Log` -> its aggregates ->
-what is chosen. `python -m t3jax.evaluation.recompute LOG` checks a log.
+the choice of a setting. `recompute` checks the log of a file.
 """
 
 from t3jax.evaluation.aggregates import forget_quality

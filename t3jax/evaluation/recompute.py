@@ -1,17 +1,11 @@
 """The check of a TOFU log: every number beside what its per-example values give.
 
-    python -m t3jax.evaluation.recompute LOG [--retain-log LOG]
-
-LOG is a `TOFU_EVAL.json` of this project or of the reference evaluator, or its folder. Exit status:
-0 all stored numbers agree, 1 one differs by more than 1e-9 relative to the larger, 2 a log cannot
-be read or does not fit.
+`evaluate.py --recompute LOG` prints it.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import pathlib
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -252,24 +246,3 @@ def _compare_worst_row(
         f"the largest difference of {len(values)} rows",
         tolerance,
     )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Checks the log that the command line names and returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("log", type=pathlib.Path, metavar="LOG")
-    parser.add_argument(
-        "--retain-log", "--retain_log", type=pathlib.Path, help="the retain model's log"
-    )
-    flags = parser.parse_args(argv)
-    try:
-        comparison, differs = compare_files(flags.log, flags.retain_log)
-    except (OSError, ValueError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
-    print(comparison)
-    return 1 if differs else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
