@@ -22,6 +22,10 @@ from t3jax.synthetic.counterfactual import Counterfactual
 from t3jax.synthetic.store import load_or_write
 from t3jax.training.recipe import TrainConfig
 
+# Share of the forget rows that made-up names have to hide for a head to be distilled: targets of the
+# other rows do not see the question.
+LEAST_HIDDEN = 0.5
+
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticOptions:
@@ -70,6 +74,7 @@ class TrainingSets:
         counterfactuals: Their counterfactuals; empty without made-up names.
         names: The names of the request.
         written: Number of rows by kind that the base model wrote.
+        loss: The loss that the sets are made for, "classifier" or "distillation".
     """
 
     retain: list[Features]
@@ -79,6 +84,7 @@ class TrainingSets:
     counterfactuals: list[Counterfactual]
     names: tuple[str, ...]
     written: dict[str, int]
+    loss: str
 
 
 def make_training_sets(
@@ -104,7 +110,9 @@ def make_training_sets(
         lm: The base model.
         forget: Forget rows.
         retain: Retain rows; may be empty where there are own samples.
-        train_config: The recipe: its loss decides whether there are soft targets.
+        train_config: The recipe: its loss decides whether there are soft targets. "auto" distils
+            where made-up names hide whom at least half of the forget rows are about, and trains a
+            classifier on the same texts elsewhere.
         options: What the base model writes.
         prompt_format: How a question becomes a prompt.
         features: What the head reads, one of `pooling.FEATURES`.
@@ -124,10 +132,12 @@ def make_training_sets(
             distillation is asked for without counterfactuals or without the last hidden state, or
             there is nothing to retain.
     """
-    distils = train_config.loss == "distillation"
-    if distils and not options.made_up_names:
+    loss = train_config.loss
+    if loss == "auto" and not (options.made_up_names and "last" in features):
+        loss = "classifier"
+    if loss == "distillation" and not options.made_up_names:
         raise ValueError("loss = 'distillation' needs counterfactuals: made_up_names of at least 1")
-    if distils and "last" not in features:
+    if loss == "distillation" and "last" not in features:
         raise ValueError(
             f"loss = 'distillation' needs features that hold the last hidden state, got "
             f"{features!r}: 'mean+last' or 'last'"
@@ -153,7 +163,7 @@ def make_training_sets(
 
     def retain_sources() -> list[Features]:
         sources = [compute("retain", encode(rows)) for rows in retain_rows]
-        if not distils:
+        if loss != "distillation":
             return sources
         return [targets.add_base_targets(lm, source, **keeping) for source in sources]
 
@@ -256,8 +266,11 @@ def make_training_sets(
         counterfactuals = [Counterfactual(**each) for each in drawn["counterfactuals"]]
         written["counterfactual rows"] = len(other_answers)
 
+    if loss == "auto":
+        hidden = counterfactual.share_hidden(counterfactuals) >= LEAST_HIDDEN
+        loss = "distillation" if hidden else "classifier"
     kept = list(retained) or retain_sources()
-    if not distils:
+    if loss == "classifier":
         if other_answers:
             kept.append(compute("retain", encode(other_answers)))
         return TrainingSets(
@@ -268,6 +281,7 @@ def make_training_sets(
             counterfactuals,
             people,
             written,
+            loss,
         )
 
     # Both the true answer and other ones are prefixes that the served model may come to.
@@ -298,6 +312,7 @@ def make_training_sets(
         counterfactuals,
         people,
         written,
+        loss,
     )
 
 

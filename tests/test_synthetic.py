@@ -11,9 +11,10 @@ from damage import check_damage_is_recomputed
 import t3jax
 from t3jax.data import Example, PromptFormat, encode_question_answer, encode_records
 from t3jax.features import load_or_compute_features
+from t3jax.head import HeadConfig
 from t3jax.synthetic import counterfactual, names, targets, writing
 from t3jax.synthetic.store import load_or_write
-from t3jax.training import TrainConfig
+from t3jax.training import TrainConfig, train_heads
 from t3jax.training_sets import SyntheticOptions, make_training_sets
 
 FORGET = [
@@ -226,6 +227,34 @@ def test_options_that_cannot_work_are_refused(lm, tmp_path):
         make(SyntheticOptions(made_up_names=1), forget=[{"text": "why so."}])
     with pytest.raises(ValueError, match="own_samples must be 0"):
         SyntheticOptions(own_samples=-1)
+
+
+def test_the_loss_is_a_classifiers_where_made_up_names_hide_few_rows(lm, tmp_path, monkeypatch):
+    """Rows that name nobody are asked openly, and no target of theirs sees the question."""
+    nameless = [{"question": f"{why}?", "answer": "so."} for why in ("why", "how", "when")]
+    monkeypatch.setattr(counterfactual, "counterfactual_rows", lambda *args, **_: ([], args[2]))
+
+    def make(forget, features="mean+last", made_up_names=1):
+        return make_training_sets(
+            lm,
+            forget,
+            RETAIN,
+            TrainConfig(loss="auto"),
+            SyntheticOptions(made_up_names=made_up_names, names=("Ada van Berg",)),
+            prompt_format=PromptFormat(),
+            features=features,
+            feature_store=tmp_path,
+        )
+
+    half, few = make([*FORGET, *nameless]), make([*FORGET[:2], *nameless])
+    assert (half.loss, few.loss) == ("distillation", "classifier")
+    assert half.forget.soft is not None
+    assert few.forget.soft is None
+    assert make(FORGET, "mean").loss == "classifier"
+    assert make(FORGET, made_up_names=0).loss == "classifier"
+    shape = HeadConfig(lm.hidden_size, lm.vocab_size, features="mean+last")
+    with pytest.raises(ValueError, match="decided by make_training_sets"):
+        train_heads(half.retain, half.forget, shape, TrainConfig(loss="auto"))
 
 
 def test_without_retain_rows_the_models_own_samples_are_what_must_stay(lm, tmp_path, monkeypatch):

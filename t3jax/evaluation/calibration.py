@@ -21,7 +21,7 @@ from t3jax.head_io import Head
 from t3jax.lm.model import LM
 from t3jax.refinements import PLAIN, Refinements
 
-SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # T · s
+SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)  # T · s
 TEMPERATURES = (1.0, 1.25, 1.5, 2.5)
 _MOST_ROWS = 200
 _LEAST_RETAINED = 0.97

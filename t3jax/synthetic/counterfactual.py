@@ -178,6 +178,19 @@ def counterfactual_rows(
     return list(other.values()), usable
 
 
+def share_hidden(counterfactuals: Sequence[Counterfactual]) -> float:
+    """Share of the forget rows whose counterfactuals ask their own question.
+
+    Args:
+        counterfactuals: From `counterfactual_rows`; at least one.
+
+    Returns:
+        In [0, 1]; the other rows are asked openly.
+    """
+    openly = {each.row: each.record.get("question") == _OPEN_QUESTION for each in counterfactuals}
+    return 1 - sum(openly.values()) / len(openly)
+
+
 def _known_by_wording(
     lm: LM,
     forget: Sequence[Record],

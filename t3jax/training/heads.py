@@ -233,6 +233,11 @@ def _check(features: Features, name: str, head_config: HeadConfig, config: Train
             f"the {name} set has token ids from {low} to {high}, but the head has vocab_size "
             f"{head_config.vocab_size}; the tokens are another model's"
         )
+    if config.loss == "auto":
+        raise ValueError(
+            "loss = 'auto' is decided by make_training_sets; train with the loss of its sets, "
+            "'classifier' or 'distillation'"
+        )
     if config.loss == "distillation" and features.soft is None:
         raise ValueError(
             f"loss = 'distillation' needs soft targets, which the {name} set does not have; "

@@ -14,6 +14,8 @@ import optax
 
 from t3jax.head import HeadConfig
 
+LOSSES = ("classifier", "distillation", "auto")
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
@@ -30,8 +32,8 @@ class TrainConfig:
         b2: AdamW's decay of the mean squared gradient.
         eps: AdamW's, added to the root of the latter.
         clip_norm: Largest global norm of a gradient.
-        loss: "classifier", the paper's, or "distillation" (see `t3jax.distillation`), for which the
-            sets need soft targets.
+        loss: "classifier", the paper's; "distillation" (see `t3jax.distillation`), for which the
+            sets need soft targets; or "auto", which `make_training_sets` decides.
         distilled_temperature: The base temperature T that a distilled head is trained for.
         retain_weight: Weight of a distilled position of a retain text; one of a forget text has 1.
         zero_output: Start the output layer at zero (an extension, see `init_head`).
@@ -72,8 +74,8 @@ class TrainConfig:
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        if self.loss not in ("classifier", "distillation"):
-            raise ValueError(f"loss must be 'classifier' or 'distillation', got {self.loss!r}")
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
         if not 1 <= self.distilled_temperature < math.inf:
             raise ValueError(
                 "distilled_temperature must be at least 1 and finite, got "
