@@ -22,7 +22,7 @@ from t3jax.synthetic.counterfactual import Counterfactual
 from t3jax.synthetic.store import load_or_write
 from t3jax.training.recipe import TrainConfig
 
-# Share of the forget rows that made-up names have to hide for a head to be distilled: targets of the
+# A head is distilled where made-up names hide at least this share of the forget rows: the targets of
 # other rows do not see the question.
 LEAST_HIDDEN = 0.5
 
