@@ -22,8 +22,8 @@ from t3jax.synthetic.counterfactual import Counterfactual
 from t3jax.synthetic.store import load_or_write
 from t3jax.training.recipe import TrainConfig
 
-# A head is distilled where made-up names hide at least this share of the forget rows: the targets of
-# other rows do not see the question.
+# A head is distilled where made-up names hide at least this share of the forget rows: targets of
+# the others do not see the question.
 LEAST_HIDDEN = 0.5
 
 
