@@ -18,7 +18,6 @@ the larger, 2 a log cannot be read or does not fit.
 import pathlib
 import re
 import sys
-from typing import Any
 
 import interrupts
 
@@ -39,25 +38,26 @@ _RETAIN_LOG = flags.DEFINE_string(
 )
 
 _HEADLINES = ("forget_quality", "model_utility", "forget_Q_A_Prob", "forget_Q_A_ROUGE", "privleak")
+from t3jax.settings import Settings
 
 
-def main(config: Any) -> None:
+def main(config: Settings) -> None:
     """Evaluates the model and the heads of a config."""
-    cli.require(config, "model", "eval_forget", "eval_dir")
+    config.require("model", "eval.forget", "eval.dir")
     mesh = t3jax.make_mesh(config.mesh)
-    names = tuple(config.eval_heads) or ((config.head,) if config.head else ())
+    names = tuple(config.eval.heads) or ((config.head,) if config.head else ())
     if not names:
         print("no head: nothing is unlearned, and the base model alone is evaluated")
     paths, heads, groups = cli.load_heads(config, names, mesh)
     shape = preflight.shape_of(config, mesh)
     preflight.check_heads(config, paths, heads, groups, shape)
     preflight.check_evaluation(config, shape)
-    with preflight.outputs(config.eval_dir):
+    with preflight.outputs(config.eval.dir):
         _evaluate(config, mesh, paths, heads, groups)
 
 
 def _evaluate(
-    config: Any,
+    config: Settings,
     mesh: Mesh,
     paths: list[str],
     heads: list[t3jax.Head],
@@ -67,13 +67,13 @@ def _evaluate(
     found = pipeline.evaluate(
         config,
         pipeline.examine(config, lm, heads, mesh),
-        pipeline.settings(config, lm, heads, groups, controls=config.eval_controls),
+        pipeline.settings(config, lm, heads, groups, controls=config.eval.controls),
     )
     print(_table(found.logs))
     for i, path in enumerate(paths):
         print(f"head{i}: {path}")
-    print(f"logs: {config.eval_dir}/SETTING/{logs.EVAL_NAME}, {unlearning.UNLEARNING_NAME}")
-    report = pathlib.Path(config.eval_dir) / "report.html"
+    print(f"logs: {config.eval.dir}/SETTING/{logs.EVAL_NAME}, {unlearning.UNLEARNING_NAME}")
+    report = pathlib.Path(config.eval.dir) / "report.html"
     write_report(report, found, title=f"Unlearning with {config.model}")
     print(f"report: {report}")
 

@@ -11,7 +11,6 @@ import pathlib
 import sys
 import time
 import warnings
-from typing import Any
 
 import interrupts
 
@@ -25,14 +24,14 @@ from t3jax import cli, files, hosts, preflight
 from t3jax.data import load_prompts
 from t3jax.head_io import common_default
 from t3jax.sampling import SamplingOptions
-from t3jax.settings import from_config
+from t3jax.settings import Settings
 
 DRAWING = ("temperature", "top_k", "top_p", "min_p", "truncate_on", "repetition_penalty")
 
 
-def main(config: Any) -> None:
+def main(config: Settings) -> None:
     """Loads model and head, then answers the prompts of a flag, of a file, or typed."""
-    cli.require(config, "model")
+    config.require("model")
     if config.head is None and not config.base_only:
         raise ValueError(
             "no head: the answers would be the base model's, with nothing unlearned; give "
@@ -50,7 +49,7 @@ def main(config: Any) -> None:
     elif config.prompt:
         rows = [{"question": config.prompt}]
 
-    options = from_config(SamplingOptions, config)
+    options = config.sampling
     mesh = t3jax.make_mesh(config.mesh)
     shape = preflight.shape_of(config, mesh)
     served = [] if config.base_only else [config.head]
@@ -71,7 +70,7 @@ def main(config: Any) -> None:
         base_temperature=config.base_temperature,
         guidance_scale=config.guidance_scale,
         refinements=cli.refinements(config.refinements, lm),
-        prompt_format=cli.prompt_format(config),
+        prompt_format=config.prompt_format,
         batch_size=config.rows,
     )
     _tell(
@@ -80,7 +79,7 @@ def main(config: Any) -> None:
         f"s = {sampler.guidance_scale:g}, {sampler.refinements.name}"
     )
     # With T and s, all that decides how much of the forgotten text comes back.
-    settings = (f"{name} = {config[name]}" for name in DRAWING)
+    settings = (f"{name} = {getattr(options, name)}" for name in DRAWING)
     _tell(f"drawn with {', '.join(settings)}")
     warnings.showwarning = lambda message, *_, **__: _tell(f"sample.py: {message}")
     # The base model is the same program at T = 1, s = 0, drawn with the same random numbers.
@@ -93,13 +92,13 @@ def main(config: Any) -> None:
         _converse(sampler, variants, dataclasses.replace(options, num_samples=1, logprobs=False))
 
 
-def _check_refusal(config: Any, heads: list[t3jax.Head]) -> None:
+def _check_refusal(config: Settings, heads: list[t3jax.Head]) -> None:
     if not heads and config.refinements != "plain":
         raise ValueError(f"config.refinements = {config.refinements!r}: they need a head")
     temperature = config.base_temperature or common_default(heads, "base_temperature", 1.0)
-    if config.refusal is not None and heads and temperature != 1:
+    if config.sampling.refusal is not None and heads and temperature != 1:
         raise ValueError(
-            f"config.refusal needs T = 1, which is {temperature:g} here; give "
+            f"config.sampling.refusal needs T = 1, which is {temperature:g} here; give "
             "--config.base_temperature=1, or another head"
         )
 

@@ -24,10 +24,11 @@ from jax.sharding import Mesh
 import t3jax
 from t3jax import cli, data, files, pipeline, preflight
 from t3jax.head_io import common_default
-from t3jax.settings import from_config
+from t3jax.serving.messages import EngineOptions, ServerOptions
+from t3jax.settings import Settings, narrow
 
 
-def main(config: Any) -> None:
+def main(config: Settings) -> None:
     """Loads model and heads, and answers until it is stopped."""
     try:
         import prometheus_client  # noqa: F401
@@ -35,13 +36,12 @@ def main(config: Any) -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise ImportError(f"serving needs {error.name}: pip install 't3jax[serve]'") from error
-    from t3jax.serving.app import Keys, ServerOptions
-    from t3jax.serving.messages import EngineOptions
+    from t3jax.serving.app import Keys
 
-    cli.require(config, "model")
+    config.require("model")
     if jax.process_count() > 1:
         raise ValueError("a server is one process; start it on one host, without --distributed")
-    options = from_config(ServerOptions, config.serve)
+    options = narrow(ServerOptions, config.serve)
     keys = Keys(*(os.environ.get(f"T3JAX_{name}_KEY") or None for name in ("API", "SERVER")))
     if config.serve.requests and keys.server is None:
         raise ValueError(
@@ -60,8 +60,8 @@ def main(config: Any) -> None:
             "no head: nothing would be unlearned; give --config.head=FOLDER, or a folder for "
             "requests to forget, --config.serve.requests=FOLDER, or say --config.base_only=True"
         )
-    ranks = [head.config.rank for head in heads] + [config.rank] * takes_requests
-    engine_options = from_config(
+    ranks = [head.config.rank for head in heads] + [config.classifier.rank] * takes_requests
+    engine_options = narrow(
         EngineOptions, config.serve, rank=config.serve.rank or max(ranks, default=1)
     )
     if takes_requests:
@@ -71,7 +71,7 @@ def main(config: Any) -> None:
 
 
 def _serve(
-    config: Any,
+    config: Settings,
     mesh: Mesh,
     heads: dict[str, t3jax.Head],
     engine_options: Any,
@@ -87,7 +87,7 @@ def _serve(
     from t3jax.serving.training import HeadMaker, HeadRecipe
 
     lm = t3jax.load_lm(config.model, config.dtype, mesh)
-    defaults = {"base_temperature": config.distilled_temperature, "guidance_scale": 1.0}
+    defaults = {"base_temperature": config.train.distilled_temperature, "guidance_scale": 1.0}
     policy = {
         name: config[name]
         if config[name] is not None
@@ -97,7 +97,7 @@ def _serve(
     engine = Engine(
         lm,
         engine_options,
-        truncate_on=config.truncate_on,
+        truncate_on=config.sampling.truncate_on,
         refinements=cli.refinements(config.refinements, lm),
         **policy,
     )
@@ -110,13 +110,13 @@ def _serve(
     if config.serve.requests is not None:
         recipe = HeadRecipe(
             head=pipeline.head_config(config, lm),
-            training=pipeline.train_config(config),
+            training=config.train,
             synthetic=pipeline.synthetic_options(config),
-            prompt_format=cli.prompt_format(config),
+            prompt_format=config.prompt_format,
             retain=data.load_dataset(config.retain, config.tofu_dir) if config.retain else [],
             feature_store=pathlib.Path(config.feature_store),
             seed=config.seeds[0],
-            max_new_tokens=min(config.max_new_tokens, 64),
+            max_new_tokens=min(config.sampling.max_new_tokens, 64),
             most_leaks=config.serve.most_leaks,
             least_retained=config.serve.least_retained,
             **policy,
@@ -124,7 +124,7 @@ def _serve(
         maker = HeadMaker(lm, recipe, _tell)
         book = RequestBook(pathlib.Path(config.serve.requests), engine, maker, _tell)
     name = options.model_name or config.model
-    reader = Reader(lm, [name], cli.prompt_format(config), config.max_new_tokens)
+    reader = Reader(lm, [name], config.prompt_format, config.sampling.max_new_tokens)
     app = make_app(engine, reader, options, keys, book)
     server_config = uvicorn.Config(
         app,

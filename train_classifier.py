@@ -1,7 +1,7 @@
 """Trains the classifier: text -> tokens -> frozen features -> head.
 
 python train_classifier.py --config=configs/smollm2.py
-python train_classifier.py --config=configs/smollm2.py --config.rank=50 --config.workdir=out/rank50
+python train_classifier.py --config=configs/smollm2.py --config.classifier.rank=50 --config.workdir=out/rank50
 python train_classifier.py --config=configs/paper.py ...        # the published recipe
 
 T and s that the config leaves open are chosen without a retain-only model. Called again after it
@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import pathlib
 import sys
-from typing import Any
 
 from jax.sharding import Mesh
 
@@ -24,17 +23,18 @@ if __name__ == "__main__":
 import t3jax
 from t3jax import cli, files, pipeline, preflight
 from t3jax.head_card import write_card
+from t3jax.settings import Settings
 from t3jax.training import make_members
 
 
-def main(config: Any) -> None:
+def main(config: Settings) -> None:
     """Trains the heads that the config describes."""
     needed = ["model", "forget", "retain", "workdir"]
-    if config.own_samples:  # the base model's own samples are a retain set
+    if config.synthetic.own_samples:  # the base model's own samples are a retain set
         needed.remove("retain")
-    cli.require(config, *needed)
+    config.require(*needed)
     mesh = t3jax.make_mesh(config.mesh)
-    make_members([pipeline.train_config(config)], config.seeds)
+    make_members([config.train], config.seeds)
     pipeline.start_head(config, pipeline.head_config(config, preflight.shape_of(config, mesh)))
     preflight.check_sources(config, "forget", "retain")
     files.check_writable(pathlib.Path(config.feature_store))
@@ -42,7 +42,7 @@ def main(config: Any) -> None:
         _train(config, mesh)
 
 
-def _train(config: Any, mesh: Mesh) -> None:
+def _train(config: Settings, mesh: Mesh) -> None:
     lm = t3jax.load_lm(config.model, config.dtype, mesh)
     sets = pipeline.training_sets(config, lm)
     for kind, count in sets.written.items():
@@ -52,7 +52,7 @@ def _train(config: Any, mesh: Mesh) -> None:
     elif sets.counterfactuals:
         print(
             "the forget questions hold no name: in their counterfactuals an open question takes "
-            "their place; if there are names, give --config.names=\"('NAME',)\""
+            "their place; if there are names, give --config.synthetic.names=\"('NAME',)\""
         )
     head_config = pipeline.head_config(config, lm)
     heads = t3jax.train_heads(
@@ -60,7 +60,7 @@ def _train(config: Any, mesh: Mesh) -> None:
         forget=sets.forget,
         head_config=head_config,
         init=pipeline.start_head(config, head_config),
-        train_config=pipeline.train_config(config),
+        train_config=config.train,
         seeds=config.seeds,
         workdir=config.workdir,
         mesh=mesh,
@@ -69,7 +69,7 @@ def _train(config: Any, mesh: Mesh) -> None:
     )
     heads = pipeline.choose_setting(config, lm, heads, sets)
     digests = pipeline.digests(config, lm)
-    members = make_members([pipeline.train_config(config)], config.seeds)
+    members = make_members([config.train], config.seeds)
     folders = [pathlib.Path(config.workdir) / member.name for member in members]
     for folder, head in zip(folders, heads, strict=True):
         head = dataclasses.replace(head, record=head.record | {"digests": digests})

@@ -4,9 +4,9 @@
 
 Needs the model, the head, the forget rows and the retain rows, and no retain-only model. The
 forget rows are asked in many ways; `verdict.md`, which shows what came back, and `verdict.json` go
-to the config's `verify_dir`. Called again after it was stopped, it goes on where it was.
+to the config's `verify.dir`. Called again after it was stopped, it goes on where it was.
 
-Exit status: 0 forgotten, and of the retain rows at least `verify_retained` are as before; 1 that is
+Exit status: 0 forgotten, and of the retain rows at least `verify.retained` are as before; 1 that is
 not so, or not shown; 2 there is no verdict, because the input is wrong or the program failed; 130
 and 143 it was stopped.
 """
@@ -14,7 +14,6 @@ and 143 it was stopped.
 import pathlib
 import sys
 import traceback
-from typing import Any
 
 import interrupts
 
@@ -30,7 +29,7 @@ from t3jax.evaluation.scoring import settings_grid
 from t3jax.evaluation.store import Store
 from t3jax.head_card import write_card
 from t3jax.report.verdict import write_verdict
-from t3jax.settings import from_config
+from t3jax.settings import Settings, narrow
 from t3jax.verification import VerifyOptions, verify
 
 
@@ -38,26 +37,30 @@ class _Judged(SystemExit):
     """Ends the script with the verdict's status, which no error has."""
 
 
-def main(config: Any) -> None:
+def main(config: Settings) -> None:
     """Judges the model and the head of a config."""
-    cli.require(config, "model", "head", "forget", "retain")
+    config.require("model", "head", "forget", "retain")
     forget = data.load_dataset(config.forget, config.tofu_dir)
     retain = data.load_dataset(config.retain, config.tofu_dir)
-    options = from_config(
-        VerifyOptions, config, rows=config.verify_rows, threshold=config.leak_threshold
+    options = narrow(
+        VerifyOptions,
+        config.verify,
+        threshold=config.leaks.leak_threshold,
+        max_new_tokens=config.sampling.max_new_tokens,
+        seed=config.sampling.seed,
     )
     mesh = t3jax.make_mesh(config.mesh)
     shape = preflight.shape_of(config, mesh)
     folders, heads, groups = cli.load_heads(config, [config.head], mesh)
     preflight.check_heads(config, folders, heads, groups, shape)
     preflight.check_answer_length(config, shape)
-    folder = pathlib.Path(config.verify_dir or pathlib.Path(folders[0]) / "verify")
+    folder = pathlib.Path(config.verify.dir or pathlib.Path(folders[0]) / "verify")
     with preflight.outputs(folder):
         _judge(config, mesh, folder, (folders, heads, groups), (forget, retain), options)
 
 
 def _judge(
-    config: Any,
+    config: Settings,
     mesh: Mesh,
     folder: pathlib.Path,
     loaded: tuple[list[str], list[t3jax.Head], list[tuple[int, ...]]],
@@ -78,7 +81,7 @@ def _judge(
         Store(lm, heads, folder / "store", rows=config.rows, progress=True),
         setting,
         *rows,
-        cli.prompt_format(config),
+        config.prompt_format,
         options,
     )
     described = {
@@ -89,14 +92,14 @@ def _judge(
         "refinements": setting.refinements.name,
         "forget rows": config.forget,
         "retain rows": config.retain,
-        "longest answer": f"{config.max_new_tokens} tokens",
+        "longest answer": f"{config.sampling.max_new_tokens} tokens",
     }
     page = write_verdict(folder, verdict, described)
     if len(folders) == 1:  # several heads are judged together: none of their cards is about that
         write_card(folders[0], heads[0], request=config.request, verdict=verdict.line)
     print(verdict.line)
     print(f"page: {page}")
-    raise _Judged(0 if verdict.forgotten and verdict.retained >= config.verify_retained else 1)
+    raise _Judged(0 if verdict.forgotten and verdict.retained >= config.verify.retained else 1)
 
 
 if __name__ == "__main__":

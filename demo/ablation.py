@@ -32,7 +32,7 @@ COLUMNS = (
 )
 
 
-def steps(config: Any, paper: Any) -> dict[str, Any]:
+def steps(config: Settings, paper: Any) -> dict[str, Any]:
     """The configs of all steps, by what each adds."""
     change = functools.partial(cli.replace_fields, config)
     linear = {"rank": 50, "activation": "identity", "bias": False, "overcorrection": 1.0}
@@ -42,13 +42,13 @@ def steps(config: Any, paper: Any) -> dict[str, Any]:
         "weight_decay": paper.weight_decay,
         "zero_output": False,
     }
-    counted = {"made_up_names": config.made_up_names}
+    counted = {"made_up_names": config.synthetic.made_up_names}
     plain = {**classifier, "own_samples": 0, "made_up_names": 0}
     at_1 = {"base_temperature": 1.0, "guidance_scale": 1.0}
     return {
         "published recipe, T = 2.5": paper,
         "mean and last state": change(**plain, **at_1),
-        "+ own samples": change(**{**plain, "own_samples": config.own_samples}, **at_1),
+        "+ own samples": change(**{**plain, "own_samples": config.synthetic.own_samples}, **at_1),
         "+ counterfactual rows": change(**classifier, **counted),
         "distilled": change(**linear),
         "+ GELU, rank 100": change(overcorrection=1.0),

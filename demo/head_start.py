@@ -39,7 +39,7 @@ def main() -> None:
             lm,
             pipeline.encode(config, lm, f"demo/authors/{name}.jsonl"),
             config.feature_store,
-            kind=config.features,
+            kind=config.classifier.features,
         )
         for name in ("retain", "forget", "unseen_retain")
     )

@@ -31,14 +31,14 @@ def main() -> None:
     args = parser.parse_args()
     cli.enable_compilation_cache()
     config = demo_config.get_config()
-    config.finetune_data = (config.retain + args.rows,)
-    config.finetune_workdir = args.out
-    config.finetune_epochs = args.epochs
-    config.finetune_learning_rate = args.learning_rate
-    config.minnorm_share = args.share
-    config.minnorm_last_epochs = args.last_epochs
-    config.eval_rows = args.eval_rows
-    config.eval_dir = f"{args.out}/evaluation"
+    config.finetune.data = (config.retain + args.rows,)
+    config.finetune.workdir = args.out
+    config.finetune.epochs = args.epochs
+    config.finetune.learning_rate = args.learning_rate
+    config.minnorm.share = args.share
+    config.minnorm.last_epochs = args.last_epochs
+    config.eval.rows = args.eval_rows
+    config.eval.dir = f"{args.out}/evaluation"
     start = time.perf_counter()
     folder = pipeline.finetune_once(config, t3jax.make_mesh())
     seconds = time.perf_counter() - start

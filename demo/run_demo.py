@@ -112,7 +112,7 @@ class Comparison:
 
 
 def compare(
-    config: Any, settings: dict[str, Setting], evaluation: pipeline.Evaluation
+    config: Settings, settings: dict[str, Setting], evaluation: pipeline.Evaluation
 ) -> Comparison:
     """Asks every model, greedy and drawn, and compares it with the retain-only model.
 
@@ -132,10 +132,10 @@ def compare(
         **{name: (store, setting) for name, setting in settings.items()},
         "retain_only": (retain_store, BASE),
     }
-    folder = pathlib.Path(config.eval_forget).parent
+    folder = pathlib.Path(config.eval.forget).parent
     rows = {
         name: data.evenly_spread(
-            data.load_records(folder / f"{name}_perturbed.jsonl"), config.eval_rows
+            data.load_records(folder / f"{name}_perturbed.jsonl"), config.eval.rows
         )
         for name in ("forget", "retain", "unseen_retain")
     }
@@ -149,7 +149,7 @@ def compare(
     answer = functools.partial(draw, config, models)
     answers = {metric: answer(metric, *question) for metric, question in asked.items()}
     # With the options of the evaluation's own draws, so that those are read from its store too.
-    options = {"num_samples": DRAWS, "top_k": 0, "top_p": 1.0, "seed": config.seed}
+    options = {"num_samples": DRAWS, "top_k": 0, "top_p": 1.0, "seed": config.sampling.seed}
     drawn = {
         name: answer("forget-samples", *asked["forget_recall"], **(options | sampling))
         for name, sampling in SAMPLINGS.items()
@@ -198,7 +198,7 @@ def compare(
     return Comparison(settings, asked, answers, summary, perplexity["greedy"])
 
 
-def train(config: Any, lm: t3jax.LM) -> t3jax.Head:
+def train(config: Settings, lm: t3jax.LM) -> t3jax.Head:
     """Texts, features, then the head: what `train_classifier.py` does with the config."""
     sets = pipeline.training_sets(config, lm)
     heads = t3jax.train_heads(
@@ -215,7 +215,7 @@ def train(config: Any, lm: t3jax.LM) -> t3jax.Head:
 
 
 def draw(
-    config: Any,
+    config: Settings,
     models: dict[str, tuple[Store, Setting]],
     label: str,
     rows: Sequence[dict],
@@ -230,7 +230,7 @@ def draw(
             for row in rows
         ]
         samples = store.answers(
-            label, prompts, setting, max_new_tokens=config.max_new_tokens, **sampling
+            label, prompts, setting, max_new_tokens=config.sampling.max_new_tokens, **sampling
         )
         texts[model] = [sample.text for sample in samples]
     return texts

@@ -35,6 +35,7 @@ DEVICES = {
     "H200": 141 * 10**9,
 }
 USABLE = 0.9  # of that: the rest is for programs, fragments, and what the estimate does not see
+from t3jax.settings import Settings
 
 
 def _llama(width: int, mlp: int, layers: int, heads: int) -> dict[str, Any]:
@@ -241,7 +242,7 @@ def largest_rows(stage: Callable[[Job], Stage], job: Job, field: str, capacity: 
 
 
 def make_job(
-    config: Any,
+    config: Settings,
     mesh: Mesh,
     prompt: int = 128,
     text: int = 1024,
@@ -265,14 +266,14 @@ def make_job(
         ValueError: If dtype, model or recipe are not valid.
         FileNotFoundError: If there is no such model.
     """
-    cli.require(config, "model")
+    config.require("model")
     dtype = config.dtype or "bfloat16"
     quantized, computed = read_dtype(dtype, "bfloat16")
     shape = dataclasses.replace(read_shape(config.model), quantized=quantized)
     lm = abstract.abstract_lm(shape, computed, mesh)
-    grids = [config.seeds, config.sweep_learning_rates, config.sweep_weight_decays]
+    grids = [config.seeds, config.sweep.learning_rates, config.sweep.weight_decays]
     head = pipeline.head_config(config, lm)
-    head = dataclasses.replace(head, rank=max([head.rank, *config.sweep_ranks]))
+    head = dataclasses.replace(head, rank=max([head.rank, *config.sweep.ranks]))
     text = min(text, config.max_length or text, shape.max_position)
     job = Job(
         config=shape,
@@ -281,16 +282,16 @@ def make_job(
         heads=(head,) * len((config.head or "").split(",")),
         rows=config.rows,
         prompt=prompt,
-        new_tokens=config.max_new_tokens,
+        new_tokens=config.sampling.max_new_tokens,
         text=text,
         texts=texts,
         answer=answer,
-        feature_dtype=jnp.dtype(config.feature_dtype),
-        recipe=pipeline.train_config(config),
+        feature_dtype=jnp.dtype(config.classifier.feature_dtype),
+        recipe=config.train,
         members=math.prod(max(1, len(grid)) for grid in grids),
         finetuning=(
             dataclasses.replace(pipeline.finetune_config(config), dtype=dtype)
-            if config.finetune_data
+            if config.finetune.data
             else None
         ),
     )
@@ -374,7 +375,7 @@ def main() -> None:
     ):
         flags.DEFINE_integer(name, default, meaning, lower_bound=low, upper_bound=high)
 
-    def script(config: Any) -> None:
+    def script(config: Settings) -> None:
         given = flags.FLAGS
         if given.device not in DEVICES and not re.fullmatch("[1-9][0-9]{0,17}", given.device):
             raise ValueError(

@@ -747,7 +747,7 @@ def run_scripts(runner: Runner, count: int, seed: int) -> Iterator[Case]:
         command = [sys.executable, str(REPOSITORY / f"{script}.py"), f"--config={config}", *args]
         try:
             process = subprocess.run(
-                [*command, "--config.epochs=1", "--config.eval_controls=False"],
+                [*command, "--config.train.epochs=1", "--config.eval.controls=False"],
                 cwd=runner.world(),
                 env=os.environ | {"JAX_PLATFORMS": "cpu"},
                 stdin=subprocess.DEVNULL,
