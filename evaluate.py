@@ -31,6 +31,7 @@ import t3jax
 from t3jax import cli, pipeline, preflight
 from t3jax.evaluation import logs, recompute, unlearning
 from t3jax.report import write_report
+from t3jax.settings import Settings
 
 _RECOMPUTE = flags.DEFINE_string("recompute", None, "The log (or its folder) to recompute.")
 _RETAIN_LOG = flags.DEFINE_string(
@@ -38,7 +39,6 @@ _RETAIN_LOG = flags.DEFINE_string(
 )
 
 _HEADLINES = ("forget_quality", "model_utility", "forget_Q_A_Prob", "forget_Q_A_ROUGE", "privleak")
-from t3jax.settings import Settings
 
 
 def main(config: Settings) -> None:
@@ -63,7 +63,7 @@ def _evaluate(
     heads: list[t3jax.Head],
     groups: list[tuple[int, ...]],
 ) -> None:
-    lm = t3jax.load_lm(config.model, config.dtype, mesh)
+    lm = t3jax.load_lm(config["model"], config.dtype, mesh)
     found = pipeline.evaluate(
         config,
         pipeline.examine(config, lm, heads, mesh),
@@ -73,7 +73,7 @@ def _evaluate(
     for i, path in enumerate(paths):
         print(f"head{i}: {path}")
     print(f"logs: {config.eval.dir}/SETTING/{logs.EVAL_NAME}, {unlearning.UNLEARNING_NAME}")
-    report = pathlib.Path(config.eval.dir) / "report.html"
+    report = pathlib.Path(config["eval.dir"]) / "report.html"
     write_report(report, found, title=f"Unlearning with {config.model}")
     print(f"report: {report}")
 

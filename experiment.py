@@ -27,7 +27,6 @@ def main(config: Settings) -> None:
     mesh = t3jax.make_mesh(config.mesh)
     shape = preflight.shape_of(config, mesh)
     pipeline.head_config(config, shape)
-    config.train
     pipeline.finetune_config(config)
     preflight.check_sources(
         config, "forget", "retain", "experiment.plain_chat", "experiment.varied_retain"
@@ -35,7 +34,7 @@ def main(config: Settings) -> None:
     preflight.check_evaluation(config, shape)
     with preflight.outputs(config.experiment.dir):
         found = experiment(config, mesh)
-        print(write_experiment(config.experiment.dir, found, title=f"{config.model} on TOFU"))
+        print(write_experiment(config["experiment.dir"], found, title=f"{config.model} on TOFU"))
         print(f"written: {config.experiment.dir}/results.md, experiment.json, report.html")
 
 

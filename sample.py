@@ -45,25 +45,25 @@ def main(config: Settings) -> None:
             "only one process can be typed to; give --config.prompt=... or --config.prompts=FILE"
         )
     if config.prompts:
-        rows = load_prompts(pathlib.Path(config.prompts))
+        rows = load_prompts(pathlib.Path(config["prompts"]))
     elif config.prompt:
         rows = [{"question": config.prompt}]
 
     options = config.sampling
     mesh = t3jax.make_mesh(config.mesh)
     shape = preflight.shape_of(config, mesh)
-    served = [] if config.base_only else [config.head]
+    served = [] if config.base_only else [config["head"]]
     folders, heads, groups = cli.load_heads(config, served, mesh)
     preflight.check_heads(config, folders, heads, groups, shape)
     preflight.check_answer_length(config, shape)
     _check_refusal(config, heads)
     if config.output:
-        output = pathlib.Path(config.output)
+        output = pathlib.Path(config["output"])
         if output.is_dir():
             raise ValueError(f"config.output = {config.output!r}: expected a file, not a folder")
         files.check_writable(output.parent)
 
-    lm = t3jax.load_lm(config.model, config.dtype, mesh)
+    lm = t3jax.load_lm(config["model"], config.dtype, mesh)
     sampler = t3jax.Sampler(
         lm,
         heads,
@@ -108,7 +108,7 @@ def _answer(
     rows: list[dict],
     variants: dict,
     options: SamplingOptions,
-    output: str,
+    output: str | None,
 ) -> None:
     """Answers all rows; prints them, or writes one JSON line for each answer."""
     prompts = [row["question"] if "question" in row else row["prompt"] for row in rows]

@@ -6,10 +6,11 @@ Heads of all `sweep.learning_rates` x `sweep.weight_decays` x `seeds` train toge
 one program for each of `sweep.ranks`; an empty list is the config's own value. Called again after
 it was stopped, it goes on where it was. The heads go to `workdir`.
 
-With a retain model (`eval.retain_model` or `eval.retain_log`) all heads are scored at `eval.base_temperatures` x
-`eval.guidance_scales`; the chosen one and its controls then answer questions too. `selection.json`,
-`report.html` and the logs go to `eval.dir`. Without one, head, T and s are chosen by the
-made-up-name level, see `t3jax.evaluation.calibration`, and `selection.json` goes to `workdir`.
+With a retain model (`eval.retain_model` or `eval.retain_log`) all heads are scored at
+`eval.base_temperatures` x `eval.guidance_scales`; the chosen one and its controls then answer
+questions too. `selection.json`, `report.html` and the logs go to `eval.dir`. Without one, head,
+T and s are chosen by the made-up-name level, see `t3jax.evaluation.calibration`, and
+`selection.json` goes to `workdir`.
 """
 
 import dataclasses
@@ -36,8 +37,8 @@ def main(config: Settings) -> None:
     if config.eval.retain_model is None and config.eval.retain_log is None:
         if not config.synthetic.made_up_names:
             raise ValueError(
-                "choosing needs a retain model (--config.eval.retain_model=FOLDER) or, in its place, "
-                "made-up names (--config.synthetic.made_up_names=4)"
+                "choosing needs a retain model (--config.eval.retain_model=FOLDER) or, in its "
+                "place, made-up names (--config.synthetic.made_up_names=4)"
             )
         choose = _choose_by_made_up_names
     else:
@@ -48,7 +49,6 @@ def main(config: Settings) -> None:
     for rank in config.sweep.ranks or (config.classifier.rank,):
         head_config = dataclasses.replace(pipeline.head_config(config, shape), rank=rank)
         pipeline.start_head(config, head_config)
-    config.train
     preflight.check_sources(config, "forget", "retain")
     files.check_writable(pathlib.Path(config.feature_store))
     folders = [config.workdir]
@@ -56,20 +56,20 @@ def main(config: Settings) -> None:
         folders.append(config.eval.dir)
         preflight.check_evaluation(config, shape)
     with preflight.outputs(*folders):
-        print(choose(config, t3jax.load_lm(config.model, config.dtype, mesh), mesh))
+        print(choose(config, t3jax.load_lm(config["model"], config.dtype, mesh), mesh))
 
 
 def _choose_by_retain_model(config: Settings, lm: LM, mesh: Mesh) -> str:
     grid = train_grid(config, lm, pipeline.training_sets(config, lm), mesh)
     found = sweep(config, lm, grid, mesh)
-    return write_sweep(config.eval.dir, found, title=f"Choosing a head for {config.model}")
+    return write_sweep(config["eval.dir"], found, title=f"Choosing a head for {config.model}")
 
 
 def _choose_by_made_up_names(config: Settings, lm: LM, mesh: Mesh) -> str:
     sets = pipeline.training_sets(config, lm)
     grid = train_grid(config, lm, sets, mesh)
     calibration = pipeline.calibrate_heads(config, lm, grid.heads, sets, grid.seeds)
-    return write_calibration(config.workdir, calibration, grid.folders)
+    return write_calibration(config["workdir"], calibration, grid.folders)
 
 
 if __name__ == "__main__":

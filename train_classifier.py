@@ -1,7 +1,7 @@
 """Trains the classifier: text -> tokens -> frozen features -> head.
 
 python train_classifier.py --config=configs/smollm2.py
-python train_classifier.py --config=configs/smollm2.py --config.classifier.rank=50 --config.workdir=out/rank50
+python train_classifier.py --config=configs/smollm2.py --config.classifier.rank=50 ...
 python train_classifier.py --config=configs/paper.py ...        # the published recipe
 
 T and s that the config leaves open are chosen without a retain-only model. Called again after it
@@ -43,7 +43,7 @@ def main(config: Settings) -> None:
 
 
 def _train(config: Settings, mesh: Mesh) -> None:
-    lm = t3jax.load_lm(config.model, config.dtype, mesh)
+    lm = t3jax.load_lm(config["model"], config.dtype, mesh)
     sets = pipeline.training_sets(config, lm)
     for kind, count in sets.written.items():
         print(f"written by the base model: {count} {kind}")
@@ -70,7 +70,7 @@ def _train(config: Settings, mesh: Mesh) -> None:
     heads = pipeline.choose_setting(config, lm, heads, sets)
     digests = pipeline.digests(config, lm)
     members = make_members([config.train], config.seeds)
-    folders = [pathlib.Path(config.workdir) / member.name for member in members]
+    folders = [pathlib.Path(config["workdir"]) / member.name for member in members]
     for folder, head in zip(folders, heads, strict=True):
         head = dataclasses.replace(head, record=head.record | {"digests": digests})
         t3jax.save_head(folder, head)

@@ -40,8 +40,8 @@ class _Judged(SystemExit):
 def main(config: Settings) -> None:
     """Judges the model and the head of a config."""
     config.require("model", "head", "forget", "retain")
-    forget = data.load_dataset(config.forget, config.tofu_dir)
-    retain = data.load_dataset(config.retain, config.tofu_dir)
+    forget = data.load_dataset(config["forget"], config.tofu_dir)
+    retain = data.load_dataset(config["retain"], config.tofu_dir)
     options = narrow(
         VerifyOptions,
         config.verify,
@@ -51,10 +51,10 @@ def main(config: Settings) -> None:
     )
     mesh = t3jax.make_mesh(config.mesh)
     shape = preflight.shape_of(config, mesh)
-    folders, heads, groups = cli.load_heads(config, [config.head], mesh)
+    folders, heads, groups = cli.load_heads(config, [config["head"]], mesh)
     preflight.check_heads(config, folders, heads, groups, shape)
     preflight.check_answer_length(config, shape)
-    folder = pathlib.Path(config.verify.dir or pathlib.Path(folders[0]) / "verify")
+    folder = pathlib.Path(config["verify.dir"] or pathlib.Path(folders[0]) / "verify")
     with preflight.outputs(folder):
         _judge(config, mesh, folder, (folders, heads, groups), (forget, retain), options)
 
@@ -68,7 +68,7 @@ def _judge(
     options: VerifyOptions,
 ) -> None:
     folders, heads, groups = loaded
-    lm = t3jax.load_lm(config.model, config.dtype, mesh)
+    lm = t3jax.load_lm(config["model"], config.dtype, mesh)
     setting = settings_grid(
         heads,
         [] if config.base_temperature is None else [config.base_temperature],
@@ -84,7 +84,7 @@ def _judge(
         config.prompt_format,
         options,
     )
-    described = {
+    described: dict[str, Any] = {
         "model": config.model,
         "head": config.head,
         "T": f"{setting.base_temperature:g}",

@@ -16,6 +16,7 @@ from configs import demo as demo_config
 from demo import run_demo
 from t3jax import cli, pipeline
 from t3jax.evaluation.scoring import BASE
+from t3jax.settings import Settings, from_config
 
 
 def main() -> None:
@@ -39,14 +40,15 @@ def main() -> None:
     config.minnorm.last_epochs = args.last_epochs
     config.eval.rows = args.eval_rows
     config.eval.dir = f"{args.out}/evaluation"
+    settings = from_config(Settings, config)
     start = time.perf_counter()
-    folder = pipeline.finetune_once(config, t3jax.make_mesh())
+    folder = pipeline.finetune_once(settings, t3jax.make_mesh())
     seconds = time.perf_counter() - start
     print(f"unlearned in {seconds:.0f} s: {folder}", flush=True)
-    examined = pipeline.examine(config, t3jax.load_lm(str(folder)), [])
-    logs, retain_log = pipeline.score(config, examined, [BASE])
+    examined = pipeline.examine(settings, t3jax.load_lm(str(folder)), [])
+    logs, retain_log = pipeline.score(settings, examined, [BASE])
     evaluation = pipeline.Evaluation(examined, [BASE], logs, {}, retain_log, None)
-    summary = run_demo.compare(config, {}, evaluation).summary
+    summary = run_demo.compare(settings, {}, evaluation).summary
     # There the model that is evaluated without a head is called base.
     print(json.dumps(summary, indent=2).replace('"base"', '"minnorm"'))
 

@@ -31,6 +31,7 @@ from t3jax.evaluation.scoring import BASE, Setting, settings_grid
 from t3jax.evaluation.store import Store
 from t3jax.head_card import write_card
 from t3jax.report import write_report
+from t3jax.settings import Settings, from_config
 
 MODELS = ("base", "unlearned", "paper", "retain_only")
 RECALLS = {
@@ -55,10 +56,11 @@ def main() -> None:
     cli.enable_compilation_cache()
     # The table shows it: draws of the published recipe at T = 2.5.
     warnings.filterwarnings("ignore", "the answers are no language")
-    config = demo_config.get_config()
+    config = from_config(Settings, demo_config.get_config())
+    paper = from_config(Settings, demo_paper.get_config())
     out = pathlib.Path(config.workdir)
     lm = t3jax.load_lm(config.model)
-    heads = {"unlearned": train(config, lm), "paper": train(demo_paper.get_config(), lm)}
+    heads = {"unlearned": train(config, lm), "paper": train(paper, lm)}
     evaluation = pipeline.evaluate(
         config,
         pipeline.examine(config, lm, list(heads.values())),
@@ -164,7 +166,7 @@ def compare(
                     retain_store,
                     np.repeat(questions, len(texts) // len(questions)),
                     texts,
-                    cli.prompt_format(config),
+                    config.prompt_format,
                 )
             )
             for model, texts in of_models.items()
@@ -205,7 +207,7 @@ def train(config: Settings, lm: t3jax.LM) -> t3jax.Head:
         retain=sets.retain,
         forget=sets.forget,
         head_config=pipeline.head_config(config, lm),
-        train_config=pipeline.train_config(config),
+        train_config=config.train,
         **pipeline.head_defaults(config),
     )
     (head,) = pipeline.choose_setting(config, lm, heads, sets)
@@ -226,8 +228,7 @@ def draw(
     texts = {}
     for model, (store, setting) in models.items():
         prompts = [
-            data.encode_prompt(store.lm.tokenizer, row[field], cli.prompt_format(config))
-            for row in rows
+            data.encode_prompt(store.lm.tokenizer, row[field], config.prompt_format) for row in rows
         ]
         samples = store.answers(
             label, prompts, setting, max_new_tokens=config.sampling.max_new_tokens, **sampling

@@ -113,7 +113,7 @@ def run(command: Callable[[Settings], None]) -> None:
     app.run(main, flags_parser=parse)
 
 
-def optional_fields(config: Settings) -> set[str]:
+def optional_fields(config: Any) -> set[str]:
     """Names of the fields of a config that may be None: its placeholders."""
     names = set()
     for name, value in config.items(preserve_field_references=True):
@@ -124,7 +124,7 @@ def optional_fields(config: Settings) -> set[str]:
     return names
 
 
-def _unset(config: Settings, names: Sequence[str]) -> None:
+def _unset(config: Any, names: Sequence[str]) -> None:
     optional = optional_fields(config)
     for name in names:
         *sections, field = name.split(".")
@@ -154,7 +154,7 @@ def _odd(error: Exception) -> str:
     return f"the config cannot be read: {type(error).__name__}: {error}"
 
 
-def to_config(options: type, metadata: Any = None) -> ConfigDict:
+def to_config(options: Any, metadata: Any = None) -> ConfigDict:
     """Makes a config of the defaults of a dataclass of options.
 
     Args:

@@ -62,11 +62,11 @@ def experiment(config: Settings, mesh: Mesh) -> Experiment:
     Raises:
         ValueError: As the stages.
     """
-    folder = pathlib.Path(config.experiment.dir)
+    folder = pathlib.Path(config["experiment.dir"])
     stage = functools.partial(_stage, folder / "stages.json")
     with stage("fine-tuning"):
         config = with_models(config, mesh)
-    lm = load_lm(config.model, config.dtype, mesh)
+    lm = load_lm(config["model"], config.dtype, mesh)
     with stage("features and heads"):
         grid = train_grid(config, lm, pipeline.training_sets(config, lm), mesh)
     with stage("choosing"):
@@ -93,13 +93,14 @@ def with_models(config: Settings, mesh: Mesh) -> Settings:
     """Makes the two models: one that knows both sets, one that knows the retain set alone.
 
     Args:
-        config: The settings. If they name an `eval.retain_model`, both are there and nothing is made.
+        config: The settings. If they name an `eval.retain_model`, both are there and
+            nothing is made.
         mesh: Where to train.
 
     Returns:
         The config with both, and with the folders of an experiment.
     """
-    folder = pathlib.Path(config.experiment.dir)
+    folder = pathlib.Path(config["experiment.dir"])
     kept = {
         "workdir": str(folder / "heads"),
         "feature_store": str(folder / "features"),
@@ -159,7 +160,7 @@ def probe(config: Settings, found: Sweep) -> dict[str, list[probes.Probe]]:
     store, sets = examined.store, examined.sets
     texts = {"forget answers (trained on)": sets["forget"].answers}
     texts["forget, reworded questions"] = sets["forget"].reworded or []
-    forget = data.load_dataset(config.eval.forget, config.tofu_dir)
+    forget = data.load_dataset(config["eval.forget"], config.tofu_dir)
     cut = probes.split_answers(forget)
     texts["forget answers cut in two"] = pipeline.encode_rows(config, store.lm, cut)
     texts["retain answers (trained on)"] = sets["retain"].answers

@@ -114,7 +114,7 @@ def finetune_once(config: Settings, mesh: Mesh) -> pathlib.Path:
             not as it was written.
     """
     recipe = finetune_config(config)
-    workdir = pathlib.Path(config.finetune.workdir)
+    workdir = pathlib.Path(config["finetune.workdir"])
     made_by: dict[str, Any] = {
         "recipe": dataclasses.asdict(recipe),
         "format": dataclasses.asdict(config.prompt_format),
@@ -127,19 +127,19 @@ def finetune_once(config: Settings, mesh: Mesh) -> pathlib.Path:
         },
     }
     # What is trained is float32; weights that LoRA leaves alone need not be.
-    lm = load_lm(config.model, recipe.dtype if recipe.freezes_weights else "float32", mesh)
+    lm = load_lm(config["model"], recipe.dtype if recipe.freezes_weights else "float32", mesh)
     made_by["model"] = model_digest(lm)
     record = workdir / "model" / "finetuning.json"
     made_by = json.loads(json.dumps(made_by))  # as it is read back
     if hosts.of_lead(hosts.is_lead() and _was_made_by(record, made_by)):
         return record.parent
-    lm_config = load_config(config.model)
+    lm_config = load_config(config["model"])
 
     def write_adapter(lora: Lora) -> None:
         try:
             with files.replacing_folder(workdir / "adapter") as folder:
                 save_adapter(
-                    folder, lm_config, lora, recipe.lora_rank, recipe.lora_alpha, config.model
+                    folder, lm_config, lora, recipe.lora_rank, recipe.lora_alpha, config["model"]
                 )
         except ValueError as error:  # the merged model is written all the same
             print(f"no adapter is written: {error}")
@@ -211,8 +211,8 @@ def training_sets(config: Settings, lm: LM) -> TrainingSets:
     """The sets that a head of a config is trained on, computed or read from the feature store."""
     return make_training_sets(
         lm,
-        data.load_dataset(config.forget, config.tofu_dir),
-        data.load_dataset(config.retain, config.tofu_dir) if config.retain is not None else [],
+        data.load_dataset(config["forget"], config.tofu_dir),
+        data.load_dataset(config["retain"], config.tofu_dir) if config.retain is not None else [],
         config.train,
         synthetic_options(config),
         prompt_format=config.prompt_format,
@@ -390,14 +390,14 @@ def examine(config: Settings, lm: LM, heads: Sequence[Head], mesh: Mesh | None =
     """
     sets = load_sets(config, lm)
     kept: dict[str, Any] = {
-        "folder": pathlib.Path(config.eval.dir) / "store",
+        "folder": pathlib.Path(config["eval.dir"]) / "store",
         "rows": config.rows,
         "progress": True,
     }
     store = Store(lm, heads, **kept)
     retain_store = None
     if config.eval.retain_model is not None:
-        retain_store = Store(load_lm(config.eval.retain_model, config.dtype, mesh), **kept)
+        retain_store = Store(load_lm(config["eval.retain_model"], config.dtype, mesh), **kept)
         unlearning.check_same_vocabulary(store, retain_store)
     return Examined(store, retain_store, sets)
 
@@ -420,11 +420,11 @@ def score(
     Raises:
         ValueError: If the retain log is of other rows, or a score is not finite.
     """
-    folder = pathlib.Path(config.eval.dir) / ("" if answers else "scored")
+    folder = pathlib.Path(config["eval.dir"]) / ("" if answers else "scored")
     options = tofu.TofuOptions(config.sampling.max_new_tokens, config.eval.reference_mask, answers)
     retain_log = None
     if config.eval.retain_log is not None:
-        retain_log = logs.read_log(pathlib.Path(config.eval.retain_log))
+        retain_log = logs.read_log(pathlib.Path(config["eval.retain_log"]))
     elif examined.retain_store is not None:
         itself = Setting("retain_model")
         found = tofu.evaluate(examined.retain_store, examined.sets, [itself], folder, options)
@@ -496,7 +496,7 @@ def measure(
         max_new_tokens=config.sampling.max_new_tokens,
         seed=config.sampling.seed,
     )
-    folder = pathlib.Path(config.eval.dir)
+    folder = pathlib.Path(config["eval.dir"])
     retain_unlearning = None
     if retain_store is not None:
         itself = Setting("retain_model")

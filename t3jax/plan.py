@@ -25,6 +25,7 @@ from t3jax.abstract import Job, Step
 from t3jax.batching import TOKENS_PER_SHARD
 from t3jax.lm import LMConfig, lm_config, read_config
 from t3jax.lm.model import read_dtype
+from t3jax.settings import Settings
 
 GIB = 2**30
 # What a program may have of a device's memory.
@@ -35,7 +36,6 @@ DEVICES = {
     "H200": 141 * 10**9,
 }
 USABLE = 0.9  # of that: the rest is for programs, fragments, and what the estimate does not see
-from t3jax.settings import Settings
 
 
 def _llama(width: int, mlp: int, layers: int, heads: int) -> dict[str, Any]:
@@ -269,7 +269,7 @@ def make_job(
     config.require("model")
     dtype = config.dtype or "bfloat16"
     quantized, computed = read_dtype(dtype, "bfloat16")
-    shape = dataclasses.replace(read_shape(config.model), quantized=quantized)
+    shape = dataclasses.replace(read_shape(config["model"]), quantized=quantized)
     lm = abstract.abstract_lm(shape, computed, mesh)
     grids = [config.seeds, config.sweep.learning_rates, config.sweep.weight_decays]
     head = pipeline.head_config(config, lm)

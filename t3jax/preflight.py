@@ -101,8 +101,8 @@ def check_answer_length(config: Settings, lm: LM) -> None:
     """
     if config.sampling.max_new_tokens >= lm.max_position:
         raise ValueError(
-            f"config.sampling.max_new_tokens = {config.sampling.max_new_tokens}: expected less than the "
-            f"{lm.max_position} tokens of the context of {config.model}"
+            f"config.sampling.max_new_tokens = {config.sampling.max_new_tokens}: expected less "
+            f"than the {lm.max_position} tokens of the context of {config.model}"
         )
 
 

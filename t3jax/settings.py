@@ -370,6 +370,8 @@ class Settings:
             mesh=whole(-1, 2**20),
             dtype=Words((*DTYPES, "int8")),
         )
+        if len(self.mesh) != 3:
+            raise ValueError(f"mesh = {self.mesh!r}: expected three numbers")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds = {self.seeds!r}: expected one or more, all different")
 
@@ -494,7 +496,7 @@ def from_config(options: type[T], config: Any, path: str = "") -> T:
     return _read(options, config, path, {})
 
 
-def _read(options: type[T], config: Any, path: str, metadata: Mapping[str, Any]) -> T:
+def _read(options: Any, config: Any, path: str, metadata: Mapping[str, Any]) -> Any:
     fields = dict(config_fields(options, metadata))
     hints = typing.get_type_hints(options)
     start = f"{path}." if path else ""

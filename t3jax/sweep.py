@@ -102,7 +102,7 @@ def train_grid(config: Settings, lm: LM, sets: TrainingSets, mesh: Mesh) -> Grid
     folders: list[pathlib.Path] = []
     heads: list[Head] = []
     for rank in config.sweep.ranks or (config.classifier.rank,):
-        workdir = pathlib.Path(config.workdir) / f"sweep-rank{rank}"
+        workdir = pathlib.Path(config["workdir"]) / f"sweep-rank{rank}"
         head_config = dataclasses.replace(pipeline.head_config(config, lm), rank=rank)
         heads += train_heads(
             sets.retain,

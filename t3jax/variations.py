@@ -98,14 +98,14 @@ def vary_heads(config: Settings, lm: LM, mesh: Mesh, found: Sweep) -> list[Point
     Returns:
         A point for each value.
     """
-    rows = len(data.load_dataset(config.retain, config.tofu_dir))
+    rows = len(data.load_dataset(config["retain"], config.tofu_dir))
     own = _own_heads(found)
     trained: list[tuple[str, float, Sequence[Head]]] = [
         (RANK, own[0].config.rank, own),
         (EPOCHS, config.train.epochs, own),
         (RETAIN_ROWS, rows, own),
     ]
-    changes = [
+    changes: list[tuple[str, int, dict[str, Any]]] = [
         *((RANK, rank, {"classifier.rank": rank}) for rank in config.experiment.vary_ranks),
         *((EPOCHS, epochs, {"train.epochs": epochs}) for epochs in config.experiment.vary_epochs),
         *(
@@ -133,8 +133,9 @@ def refine(config: Settings, lm: LM, mesh: Mesh, found: Sweep) -> list[Refined]:
     The forget set as two requests is two heads, each trained on the authors of one half.
 
     Args:
-        config: The settings; `experiment.refine_rows` says how many questions of a set are answered, and
-            `experiment.varied_retain` what more a head may read that is to be retained.
+        config: The settings; `experiment.refine_rows` says how many questions of a set are
+            answered, and `experiment.varied_retain` what more a head may read that is to be
+            retained.
         lm: The model.
         mesh: Where to train.
         found: The sweep, whose heads are those of the refinements that need no other ones.
@@ -162,7 +163,7 @@ def refine(config: Settings, lm: LM, mesh: Mesh, found: Sweep) -> list[Refined]:
     scored, _ = pipeline.score(config, examined, flat, answers=False)
     # Answers cost minutes: those of the first seed, to some of the questions.
     fewer = {
-        "eval.dir": str(pathlib.Path(config.eval.dir) / "refined"),
+        "eval.dir": str(pathlib.Path(config["eval.dir"]) / "refined"),
         "eval.rows": config.experiment.refine_rows,
         "eval.world_facts": None,
         "leaks.leak_samples": 0,
@@ -232,7 +233,7 @@ def truncate(config: Settings, found: Sweep) -> Log:
     """
     examined = found.evaluation.examined
     forget = {"forget": examined.sets["forget"]}
-    folder = pathlib.Path(config.eval.dir) / "truncated"
+    folder = pathlib.Path(config["eval.dir"]) / "truncated"
     options = dataclasses.replace(
         config.leaks,
         leak_top_p=config.experiment.refine_top_p,
@@ -260,7 +261,7 @@ def _with_heads(found: Sweep, heads: Sequence[Head]) -> pipeline.Examined:
 
 def _train(config: Settings, lm: LM, mesh: Mesh, name: str, **change: Any) -> list[Head]:
     """A head for each seed of a config that is changed in something, in a folder of its own."""
-    workdir = str(pathlib.Path(config.workdir) / name)
+    workdir = str(pathlib.Path(config["workdir"]) / name)
     changed = replace(config, **change, **{"workdir": workdir, "sweep.ranks": ()})
     return train_grid(changed, lm, pipeline.training_sets(changed, lm), mesh).heads
 

@@ -50,11 +50,11 @@ from absl import flags
 from ml_collections import config_flags
 
 import t3jax
-from t3jax import cli, preflight
 from t3jax.data import PromptFormat, encode_records, load_prompts, load_records
 from t3jax.evaluation import recompute
 from t3jax.head_io import load_head, save_head, save_reference_head
 from t3jax.lm import save_hf
+from t3jax.settings import Settings, from_config, names_of
 
 SECONDS = 10.0
 MEGABYTES = 500
@@ -479,7 +479,13 @@ WEIGHTS = {
 }  # fmt: skip
 
 # Fields of a config that a script writes or only shows, and texts that may be any.
-FREE_TEXTS = ("request", "system", "date_string", "question_start", "question_end", "answer_start")
+FREE_TEXTS = (
+    "request",
+    *(
+        f"prompt_format.{name}"
+        for name in ("system", "date_string", "question_start", "question_end", "answer_start")
+    ),
+)
 SCRIPTS = ("sample", "train_classifier", "evaluate", "verify", "finetune", "sweep", "experiment")
 
 
@@ -624,17 +630,17 @@ class Runner:
             "prompts": f"{world}/prompts.jsonl",
             "forget": f"{world}/forget.jsonl",
             "retain": f"{world}/retain.jsonl",
-            **{f"eval_{name}": f"{world}/retain.jsonl" for name in ("retain", "holdout")},
-            "eval_forget": f"{world}/forget.jsonl",
-            "retain_model": f"{world}/model",
-            "finetune_data": f"('{world}/retain.jsonl',)",
+            **{f"eval.{name}": f"{world}/retain.jsonl" for name in ("retain", "holdout")},
+            "eval.forget": f"{world}/forget.jsonl",
+            "eval.retain_model": f"{world}/model",
+            "finetune.data": f"('{world}/retain.jsonl',)",
             **{
                 name: f"{world}/out/{name}"
-                for name in ("workdir", "finetune_workdir", "eval_dir", "verify_dir")
+                for name in ("workdir", "finetune.workdir", "eval.dir", "verify.dir")
             },
-            "experiment_dir": f"{world}/out/experiment",
+            "experiment.dir": f"{world}/out/experiment",
             "feature_store": f"{world}/out/features",
-            "max_new_tokens": "4",
+            "sampling.max_new_tokens": "4",
         }
 
     def _run_flag(self, rng: random.Random, number: int) -> Case:
@@ -650,9 +656,8 @@ class Runner:
 
         def start() -> Any:
             config = parse_fields({**self.fields(), **fields})
-            preflight.check_fields(config, cli.optional_fields(config))
             try:
-                module.main(config)
+                module.main(from_config(Settings, config))
             except _Loads:
                 return None
             raise AssertionError("the script ended without loading a model")
@@ -689,8 +694,15 @@ def odd_field(rng: random.Random) -> tuple[str, str, bool]:
     from configs import default
 
     config = default.get_config()
-    field = rng.choice(sorted(config))
-    value = config[field] if config[field] is not None else config.get_type(field)()
+    field = rng.choice(
+        sorted(
+            set(names_of()) - set(config.keys())
+            | {k for k in config if not isinstance(config[k], ConfigDict)}
+        )
+    )
+    section, _, name = field.rpartition(".")
+    values = config[section] if section else config
+    value = values[name] if values[name] is not None else values.get_type(name)()
     match value:
         case bool():
             return field, rng.choice(["maybe", "2", "", "None"]), True

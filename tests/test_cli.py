@@ -24,7 +24,7 @@ def test_an_unknown_refinement_is_named(tiny_lm):
 
 
 def test_heads_are_loaded_once_and_grouped_as_they_are_named(tiny_lm, tmp_path):
-    config = default.get_config()
+    config = tiny.make_settings(default)
     names = [str(tmp_path / name) for name in "ab"]
     for i, name in enumerate(names):
         head = tiny.make_head(tiny_lm, rank=2 + i)
@@ -34,7 +34,7 @@ def test_heads_are_loaded_once_and_grouped_as_they_are_named(tiny_lm, tmp_path):
     assert folders == [names[1], names[0]]
     assert [(head.config.rank, head.prior_shift) for head in heads] == [(3, 1.0), (2, 0.0)]
     assert groups == [(0,), (1, 0)]
-    config.forget_fraction = 0.2
+    config = dataclasses.replace(config, forget_fraction=0.2)
     _, heads, _ = cli.load_heads(config, asked, tiny_lm.mesh)
     assert [head.prior_shift for head in heads] == [pytest.approx(math.log(4))] * 2
     assert cli.load_heads(config, [], tiny_lm.mesh) == ([], [], [])

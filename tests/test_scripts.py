@@ -386,8 +386,8 @@ def test_fine_tuning_writes_a_model_that_opens(repository, folder):
             "/no/such/folder: no such folder",
         ),
         ("train_classifier.py", ["--config.model=x"], "not in the config: ['forget', 'retain'"),
-        ("evaluate.py", ["--config.model=x"], "not in the config: ['eval_forget', 'eval_dir']"),
-        ("finetune.py", ["--config.model=x"], "not in the config: ['finetune_workdir'"),
+        ("evaluate.py", ["--config.model=x"], "not in the config: ['eval.forget', 'eval.dir']"),
+        ("finetune.py", ["--config.model=x"], "not in the config: ['finetune.workdir'"),
     ],
 )
 def test_errors_are_one_clear_line(repository, folder, script, flags, message):

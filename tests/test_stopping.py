@@ -48,10 +48,13 @@ def training(runner, name: str, *more: str) -> list[str]:
     [
         (
             "--config.classifier.rank=1e9",
-            "config.rank = '1e9': expected a whole number in [1, 65536]",
+            "config.classifier.rank = '1e9': expected a whole number in [1, 65536]",
         ),
-        ("--config.classifier.bias=maybe", "config.bias = 'maybe': expected True or False"),
-        ("--config.sampling.top_p=nan", "config.top_p = nan: expected a number in (0, 1]"),
+        (
+            "--config.classifier.bias=maybe",
+            "config.classifier.bias = 'maybe': expected True or False",
+        ),
+        ("--config.sampling.top_p=nan", "config.sampling.top_p = nan: expected in (0, 1]"),
         ("--config.rows=None", "config.rows=None: this field cannot be unset"),
         ("--config.hed=None", "unknown config key 'hed'; did you mean --config.head?"),
         ("--row=3", "Unknown command line flag 'row'; did you mean --config.rows?"),

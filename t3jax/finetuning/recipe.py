@@ -94,6 +94,8 @@ class FinetuneConfig:
             seed=SEED,
             checkpoint_every=whole(1),
         )
+        if not self.lora_layers:
+            raise ValueError("lora_layers = (): expected at least one")
         if self.microbatches > self.batch_size:
             raise ValueError(
                 f"a batch of {self.batch_size} rows cannot be cut into {self.microbatches} "
