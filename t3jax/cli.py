@@ -14,15 +14,10 @@ from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
-from jax.sharding import Mesh
 from ml_collections import ConfigDict, FieldReference, config_flags
 from ml_collections.config_dict import placeholder
 
 from t3jax import files, hosts
-from t3jax.head import class_prior_shift
-from t3jax.head_io import Head, load_head
-from t3jax.lm import LM
-from t3jax.refinements import Refinements
 from t3jax.settings import Settings, config_fields, expected, from_config, names_of, nearest
 
 # Statuses of a script that was stopped: by Ctrl-C, by a reader that wants no more, by SIGTERM.
@@ -259,51 +254,3 @@ def enable_compilation_cache() -> None:
         home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home) / "t3jax" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-
-
-def load_heads(
-    config: Settings, names: Sequence[str], mesh: Mesh
-) -> tuple[list[str], list[Head], list[tuple[int, ...]]]:
-    """Loads the heads that a config names, with its class prior where it has one.
-
-    Args:
-        config: The settings.
-        names: Head folders; "FOLDER,FOLDER" are several that are served together.
-        mesh: Where to.
-
-    Returns:
-        The folders, each once; their heads; and for each name the indices of its heads.
-    """
-    groups = [name.split(",") for name in names]
-    folders = list(dict.fromkeys(folder for group in groups for folder in group))
-    heads = [load_head(folder, mesh) for folder in folders]
-    if config.forget_fraction is not None:
-        shift = class_prior_shift(config.forget_fraction)
-        heads = [dataclasses.replace(head, prior_shift=shift) for head in heads]
-    return folders, heads, [tuple(map(folders.index, group)) for group in groups]
-
-
-def refinements(name: str, lm: LM) -> Refinements:
-    """Refinements by name; what is protected are the model's stop tokens.
-
-    Args:
-        name: `plain`, or some of `gated`, `protected` and `product`, joined by "-".
-        lm: The model.
-
-    Returns:
-        The refinements, of this `name`.
-
-    Raises:
-        ValueError: If a part of the name is unknown.
-    """
-    parts = set(name.split("-")) - {"plain"}
-    if unknown := sorted(parts - {"gated", "protected", "product"}):
-        raise ValueError(
-            f"refinements {name!r}: unknown {unknown}; expected plain, or some of gated, protected "
-            "and product, joined by '-'"
-        )
-    return Refinements(
-        gated="gated" in parts,
-        protected=lm.eos_ids if "protected" in parts else (),
-        combine="product" if "product" in parts else "disjoint",
-    )

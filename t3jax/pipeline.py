@@ -14,7 +14,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from t3jax import checked, cli, data, files, hosts
+from t3jax import checked, data, files, hosts
 from t3jax.data.records import Record
 from t3jax.digests import model_digest, params_digest, rows_digest
 from t3jax.evaluation import logs, tofu, unlearning
@@ -324,7 +324,7 @@ def calibrate_heads(
         encode_rows(config, lm, sets.rows),
         of_row,
         encode_rows(config, lm, sets.retained),
-        refinements=cli.refinements(config.refinements, lm),
+        refinements=refinements(config.refinements, lm),
         seeds=seeds,
         **({"temperatures": (config.train.distilled_temperature,)} if distils else {}),
     )
@@ -345,7 +345,7 @@ def settings(
         config.eval.base_temperatures,
         config.eval.guidance_scales,
         controls,
-        [cli.refinements(name, lm) for name in names],
+        [refinements(name, lm) for name in names],
         groups,
     )
 
@@ -505,3 +505,51 @@ def measure(
         )[itself.name]
     measured = unlearning.measure(store, sets, settings, folder, beyond, retain_store=retain_store)
     return measured, retain_unlearning
+
+
+def load_heads(
+    config: Settings, names: Sequence[str], mesh: Mesh
+) -> tuple[list[str], list[Head], list[tuple[int, ...]]]:
+    """Loads the heads that a config names, with its class prior where it has one.
+
+    Args:
+        config: The settings.
+        names: Head folders; "FOLDER,FOLDER" are several that are served together.
+        mesh: Where to.
+
+    Returns:
+        The folders, each once; their heads; and for each name the indices of its heads.
+    """
+    groups = [name.split(",") for name in names]
+    folders = list(dict.fromkeys(folder for group in groups for folder in group))
+    heads = [load_head(folder, mesh) for folder in folders]
+    if config.forget_fraction is not None:
+        shift = class_prior_shift(config.forget_fraction)
+        heads = [dataclasses.replace(head, prior_shift=shift) for head in heads]
+    return folders, heads, [tuple(map(folders.index, group)) for group in groups]
+
+
+def refinements(name: str, lm: LM) -> Refinements:
+    """Refinements by name; what is protected are the model's stop tokens.
+
+    Args:
+        name: `plain`, or some of `gated`, `protected` and `product`, joined by "-".
+        lm: The model.
+
+    Returns:
+        The refinements, of this `name`.
+
+    Raises:
+        ValueError: If a part of the name is unknown.
+    """
+    parts = set(name.split("-")) - {"plain"}
+    if unknown := sorted(parts - {"gated", "protected", "product"}):
+        raise ValueError(
+            f"refinements {name!r}: unknown {unknown}; expected plain, or some of gated, protected "
+            "and product, joined by '-'"
+        )
+    return Refinements(
+        gated="gated" in parts,
+        protected=lm.eos_ids if "protected" in parts else (),
+        combine="product" if "product" in parts else "disjoint",
+    )

@@ -11,16 +11,14 @@ compiled; docs/planning.md has tables, and compares with compilers.
 import dataclasses
 import math
 import pathlib
-import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import flags
 from jax.sharding import Mesh
 
-from t3jax import abstract, cli, pipeline, sharding
+from t3jax import abstract, pipeline
 from t3jax.abstract import Job, Step
 from t3jax.batching import TOKENS_PER_SHARD
 from t3jax.lm import LMConfig, lm_config, read_config
@@ -363,33 +361,6 @@ def simulate(devices: int) -> None:
     jax.config.update("jax_num_cpu_devices", devices)
 
 
-def main() -> None:
-    """Reads the command line and prints the plan."""
-    flags.DEFINE_string("device", "v5e", f"{', '.join(DEVICES)}, or the bytes of a device")
-    for name, default, meaning, low, high in (
-        ("devices", 1, "how many there are", 1, 2**14),
-        ("prompt_tokens", 128, "longest prompt", 1, 2**24),
-        ("text_tokens", 1024, "longest text of features and fine-tuning", 2, 2**24),
-        ("texts", 4000, "texts to forget and to retain together", 2, 2**31 - 1),
-        ("answer_tokens", 40, "mean length of their answers", 1, 2**24),
-    ):
-        flags.DEFINE_integer(name, default, meaning, lower_bound=low, upper_bound=high)
-
-    def script(config: Settings) -> None:
-        given = flags.FLAGS
-        if given.device not in DEVICES and not re.fullmatch("[1-9][0-9]{0,17}", given.device):
-            raise ValueError(
-                f"device {given.device!r} is not known; known: {', '.join(DEVICES)}, or a number "
-                "of bytes"
-            )
-        simulate(given.devices)
-        numbers = given.prompt_tokens, given.text_tokens, given.texts, given.answer_tokens
-        job = make_job(config, sharding.make_mesh(config.mesh), *numbers)
-        print(describe(job, DEVICES.get(given.device) or int(given.device)))
-
-    cli.run(script)
-
-
 def _params(job: Job) -> Any:
     return abstract.abstract_lm(job.config, job.dtype, job.mesh).params
 
@@ -402,4 +373,6 @@ def _gradient_bytes(job: Job) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    from t3jax import commands
+
+    commands.main("plan")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from t3jax import cli, data, files, pipeline
+from t3jax import data, files, pipeline
 from t3jax.evaluation import metrics, recompute, selection, unlearning
 from t3jax.evaluation.logs import Log
 from t3jax.evaluation.scoring import Setting
@@ -207,7 +207,7 @@ def _kinds(
     as_chosen = found.chosen[0].refinements
     product = dataclasses.replace(as_chosen, combine="product")
     kinds: dict[str, tuple[Refinements, Sequence[tuple[Head, ...]]]] = {
-        name: (cli.refinements(name, lm), own)
+        name: (pipeline.refinements(name, lm), own)
         for name in ("plain", "gated", "protected", "gated-protected")
     }
     kinds["zero-started output"] = as_chosen, [(head,) for head in zero]

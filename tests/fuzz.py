@@ -652,7 +652,7 @@ class Runner:
 
     def start(self, script: str, fields: dict[str, str]) -> tuple[str, Any]:
         """Starts a script with some fields, up to the loading of weights; as `attempt`."""
-        module = importlib.import_module(script)
+        module = importlib.import_module(f"t3jax.commands.{script.removesuffix('_classifier')}")
 
         def start() -> Any:
             config = parse_fields({**self.fields(), **fields})

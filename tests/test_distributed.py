@@ -127,7 +127,7 @@ def run_pair(repository, folder, settings, *flags):
 @pytest.fixture(scope="module")
 def told_to_end(repository, folder, settings):
     """Sampling and fine-tuning whole; head training until one process gets SIGTERM."""
-    scripts = "--scripts=sample,finetune,train_classifier"
+    scripts = "--scripts=sample,finetune,train"
     when = f"--signal=SIGTERM,epoch,{TOLD_AFTER}"
     first, second, _ = run_pair(repository, folder, settings, scripts, when)
     assert first[2] == second[2] == hosts.PREEMPTED_STATUS, first[1] + second[1]
@@ -216,7 +216,7 @@ def test_what_eight_devices_saved_is_resumed_on_four(told_to_end, in_one_process
 
 def test_a_killed_process_ends_the_other(told_to_end, in_one_process, repository, folder, settings):
     """Both first resume what they were told to end, and then one is killed in fine-tuning."""
-    flags = "--scripts=train_classifier,finetune", "--signal=SIGKILL,step,2"
+    flags = "--scripts=train,finetune", "--signal=SIGKILL,step,2"
     again = settings | {"finetune.workdir": f"{folder}/killed"}
     first, second, seconds = run_pair(repository, folder, again, *flags)
     assert_close(t3jax.load_head(folder / "run" / "head").params, in_one_process[0].params)

@@ -9,15 +9,9 @@ import jax
 import pytest
 import tiny
 
-import evaluate
-import experiment
-import finetune
-import sample
-import sweep
-import train_classifier
-import verify
 from configs import default, demo, demo_paper, llama31_tofu, paper, smollm2, smollm2_tofu
 from t3jax import cli, files, hosts, ranges, sharding
+from t3jax.commands import evaluate, experiment, finetune, sample, sweep, train, verify
 from t3jax.evaluation.scoring import Setting
 from t3jax.finetuning import FinetuneConfig
 from t3jax.head_io import save_head
@@ -172,7 +166,7 @@ FIELDS = {
     sample: {"head": "head", "prompts": "rows.jsonl", "output": "new/answers.jsonl"},
     verify: {"head": "head", "forget": "rows.jsonl", "retain": "rows.jsonl"},
     evaluate: {"head": "head", "eval.forget": "rows.jsonl", "eval.dir": "evaluation"},
-    train_classifier: {
+    train: {
         "forget": "rows.jsonl",
         "retain": "rows.jsonl",
         "workdir": "run",
@@ -180,7 +174,7 @@ FIELDS = {
     },
     finetune: {"finetune.data": ("rows.jsonl",), "finetune.workdir": "tuned"},
 }
-FIELDS[sweep] = FIELDS[train_classifier] | {
+FIELDS[sweep] = FIELDS[train] | {
     "eval.forget": "rows.jsonl",
     "eval.retain": "rows.jsonl",
     "eval.dir": "evaluation",
@@ -217,17 +211,17 @@ FIELDS[experiment] = {
         (evaluate, {"eval.retain_model": "nowhere"}, "nowhere"),
         (evaluate, {"eval.retain_log": "nowhere"}, "nowhere"),
         (evaluate, {"eval.dir": "file"}, "file: nothing can be written here"),
-        (train_classifier, {"forget": "bad.jsonl"}, "bad.jsonl:1"),
-        (train_classifier, {"workdir": "file/run"}, "file/run: nothing can be written here"),
-        (train_classifier, {"feature_store": "file/f"}, "file/f: nothing can be written here"),
-        (train_classifier, {"classifier.init": "nowhere"}, "nowhere: no such folder"),
+        (train, {"forget": "bad.jsonl"}, "bad.jsonl:1"),
+        (train, {"workdir": "file/run"}, "file/run: nothing can be written here"),
+        (train, {"feature_store": "file/f"}, "file/f: nothing can be written here"),
+        (train, {"classifier.init": "nowhere"}, "nowhere: no such folder"),
         (
-            train_classifier,
+            train,
             {"classifier.init": "wide"},
             "wide': the head to start at has hidden_size",
         ),
         (sweep, {"classifier.init": "wide"}, "wide': the head to start at has hidden_size"),
-        (train_classifier, {"train.patience": 3, "train.holdout_fraction": 0.0}, "patience"),
+        (train, {"train.patience": 3, "train.holdout_fraction": 0.0}, "patience"),
         (finetune, {"finetune.data": ("rows.jsonl", "bad.jsonl")}, "bad.jsonl:1"),
         (finetune, {"finetune.microbatches": 64}, "microbatches"),
         (finetune, {"finetune.workdir": "file"}, "file: nothing can be written here"),

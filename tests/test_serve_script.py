@@ -3,8 +3,8 @@
 import pytest
 import tiny
 
-import serve
 from configs import default, demo
+from t3jax.commands import serve
 from t3jax.serving.app import ServerOptions
 from t3jax.serving.messages import EngineOptions
 from t3jax.settings import narrow

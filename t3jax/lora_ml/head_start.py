@@ -30,7 +30,7 @@ import optax
 import tqdm
 
 import t3jax
-from t3jax import cli, pipeline, preflight
+from t3jax import pipeline, preflight
 from t3jax.features import Features
 from t3jax.head import HeadConfig, HeadParams, classifier_loss, init_head, target_scores
 from t3jax.head_io import Head, save_head
@@ -169,4 +169,6 @@ def main(config: Settings) -> None:
 
 
 if __name__ == "__main__":
+    from t3jax import cli
+
     cli.run(main)

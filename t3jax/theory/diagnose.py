@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from scipy.special import expit, log_expit
 
 import t3jax
-from t3jax import cli, pipeline
+from t3jax import pipeline
 from t3jax.data import Example
 from t3jax.evaluation.scoring import BASE, Setting
 from t3jax.evaluation.store import Store
@@ -254,7 +254,7 @@ def diagnose_head(config: Settings) -> Diagnosis:
     """
     config.require("model", "head", "eval.forget", "eval.retain", "eval.dir")
     mesh = t3jax.make_mesh(config.mesh)
-    _, heads, _ = cli.load_heads(config, (config["head"],), mesh)
+    _, heads, _ = pipeline.load_heads(config, (config["head"],), mesh)
     if len(heads) > 1:
         raise ValueError(f"one head is diagnosed at a time, got {config.head}")
     (head,) = heads
@@ -328,4 +328,6 @@ def score_tokens(
 
 
 if __name__ == "__main__":
+    from t3jax import cli
+
     cli.run(lambda config: print(diagnose_head(config)))
