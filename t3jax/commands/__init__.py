@@ -3,10 +3,13 @@
 Importing JAX takes seconds: nothing here does before a command has to run.
 """
 
+import contextlib
 import difflib
 import importlib
+import os
 import pathlib
 import sys
+from typing import NoReturn
 
 from t3jax import interrupts
 from t3jax.commands import usage
@@ -48,19 +51,26 @@ def main(name: str | None = None) -> None:
     if name is None:
         name = sys.argv[1] if len(sys.argv) > 1 else ""
         if name not in FIELDS:
-            print(usage.overview(FIELDS), file=sys.stdout if name in asked else sys.stderr)
-            if name not in asked and name:
+            if name in asked:
+                _show(usage.overview(FIELDS))
+            print(usage.overview(FIELDS), file=sys.stderr)
+            if name:
                 near = difflib.get_close_matches(name, FIELDS, 1)
                 end = f"; did you mean {near[0]}?" if near else ""
                 print(f"t3jax: unknown command {name!r}{end}", file=sys.stderr)
-            sys.exit(0 if name in asked else 2)
+            sys.exit(2)
         sys.argv = [f"t3jax {name}", *sys.argv[2:]]
     if FIELDS[name] and asked & set(sys.argv[1:]):
-        print(usage.describe(name, pathlib.Path(sys.argv[0]).name, FIELDS[name].split()))
-        sys.exit(0)
+        _show(usage.describe(name, pathlib.Path(sys.argv[0]).name, FIELDS[name].split()))
     interrupts.end_at_once()
     command = importlib.import_module(f"t3jax.commands.{name}")
     if hasattr(command, "run"):
         command.run()
     else:
         importlib.import_module("t3jax.cli").run(command.main)
+
+
+def _show(text: str) -> NoReturn:
+    with contextlib.suppress(BrokenPipeError):  # of a pager that was left
+        print(text, flush=True)
+    os._exit(0)

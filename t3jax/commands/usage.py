@@ -54,20 +54,22 @@ def describe(name: str, program: str, fields: Iterable[str]) -> str:
         "",
         document(name),
         "",
-        "A field is given as --FIELD=VALUE or --config.FIELD=VALUE; None unsets it. Defaults are those",
-        "of configs/default.py, in whose place --config puts another. A relative path starts at the",
-        "working folder.",
+        "A field is given as --FIELD=VALUE or --config.FIELD=VALUE; None unsets it. --config takes",
+        "another recipe than configs/default.py, whose values follow. A relative path starts at",
+        "the working folder.",
         "",
     ]
     top = _fields(*_find("Settings", ROOT / "settings.py"))
-    changed = _changed_defaults()
+    changed, before = _changed_defaults(), ""
     for field in fields:
         section, _, one = field.partition(".")
         known = top[section]
         if known.section is None:
             lines += _entry(section, known, changed)
             continue
-        lines += ["", *textwrap.wrap(f"{section}: {known.comment}", _WIDTH)]
+        if section != before:
+            lines += ["", *textwrap.wrap(f"{section}: {known.comment}", _WIDTH)]
+        before = section
         for inner, each in _fields(known.section, known.file).items():
             shown = inner.removeprefix(known.prefix)
             if inner not in known.without and one in ("", shown):

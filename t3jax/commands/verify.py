@@ -14,6 +14,7 @@ and 143 it was stopped.
 import pathlib
 import sys
 import traceback
+from typing import Any
 
 from jax.sharding import Mesh
 
