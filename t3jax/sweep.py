@@ -6,7 +6,6 @@ Seeds are not chosen among: a setting is worth what its median seed is.
 """
 
 import dataclasses
-import functools
 import itertools
 import pathlib
 import re
@@ -113,7 +112,7 @@ def train_grid(config: Settings, lm: LM, sets: TrainingSets, mesh: Mesh) -> Grid
             seeds=config.seeds,
             workdir=workdir,
             mesh=mesh,
-            report=functools.partial(print, flush=True),
+            progress="training",
             **pipeline.head_defaults(config),
         )
         folders += [workdir / member.name for member in make_members(recipes, config.seeds)]

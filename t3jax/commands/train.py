@@ -9,7 +9,6 @@ was stopped, the script resumes; features that were computed once are read from 
 """
 
 import dataclasses
-import functools
 import pathlib
 import re
 import shlex
@@ -61,7 +60,7 @@ def _train(config: Settings, mesh: Mesh) -> None:
         seeds=config.seeds,
         workdir=config.workdir,
         mesh=mesh,
-        report=functools.partial(print, flush=True),
+        progress="training",
         **pipeline.head_defaults(config),
     )
     heads = pipeline.choose_setting(config, lm, heads, sets)
