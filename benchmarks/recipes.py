@@ -21,7 +21,8 @@ from configs import default, paper
 from t3jax.distillation import SoftTargets
 from t3jax.features import Features
 from t3jax.head import HeadConfig
-from t3jax.settings import Settings, from_config, narrow
+from t3jax.sections import narrow
+from t3jax.settings import Settings, from_config
 from t3jax.synthetic.targets import CANDIDATES, REST
 from t3jax.training import train_heads
 

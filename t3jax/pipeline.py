@@ -29,7 +29,8 @@ from t3jax.lm import LM, default_dtype, load_config, load_lm, save_hf
 from t3jax.lm.adapter import save_adapter
 from t3jax.lm.decoder import Lora
 from t3jax.refinements import Refinements
-from t3jax.settings import Settings, narrow
+from t3jax.sections import narrow
+from t3jax.settings import Settings
 from t3jax.training import check_start
 from t3jax.training_sets import SyntheticOptions, TrainingSets, make_training_sets
 

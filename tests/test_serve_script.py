@@ -5,9 +5,9 @@ import tiny
 
 from configs import default, demo
 from t3jax.commands import serve
+from t3jax.sections import narrow
 from t3jax.serving.app import ServerOptions
 from t3jax.serving.messages import EngineOptions
-from t3jax.settings import narrow
 
 
 @pytest.fixture

@@ -19,8 +19,9 @@ from jax.sharding import Mesh
 import t3jax
 from t3jax import data, files, pipeline, preflight
 from t3jax.head_io import common_default
+from t3jax.sections import narrow
 from t3jax.serving.messages import EngineOptions, ServerOptions
-from t3jax.settings import Settings, narrow
+from t3jax.settings import Settings
 
 
 def main(config: Settings) -> None:

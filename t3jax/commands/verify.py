@@ -25,7 +25,8 @@ from t3jax.evaluation.scoring import settings_grid
 from t3jax.evaluation.store import Store
 from t3jax.head_card import write_card
 from t3jax.report.verdict import write_verdict
-from t3jax.settings import Settings, narrow
+from t3jax.sections import narrow
+from t3jax.settings import Settings
 from t3jax.verification import VerifyOptions, verify
 
 
