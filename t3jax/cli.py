@@ -46,8 +46,10 @@ def run(command: Callable[[Settings], None]) -> None:
     given = {m["field"]: m["value"] for word in words if (m := _OVERRIDE.fullmatch(word))}
     unset = [field for field, value in given.items() if value == "None"]
     args = [word for word in words if not re.fullmatch(r"--?config\.[\w.]+=None", word)]
+    if not any(re.match(r"--?config(=|$)", word) for word in args):
+        args.insert(1, f"--config={_CONFIGS / 'default.py'}")
     flag = config_flags.DEFINE_config_file(
-        "config", str(_CONFIGS / "default.py"), "Path of a configs/*.py file.", sys_argv=args
+        "config", help_string="Path of a configs/*.py file.", sys_argv=args
     )
     settings: list[Settings] = []
 
@@ -65,10 +67,11 @@ def run(command: Callable[[Settings], None]) -> None:
         except flags.IllegalFlagValueError as error:
             sys.exit(f"{name}: {_expected(error)}")
         except AttributeError as error:  # from ml_collections: a field that is not there
-            field = next((each for each in given if each not in names_of()), "")
-            sys.exit(
-                f"{name}: unknown config key {field!r}{nearest(field)}" if field else _odd(error)
-            )
+            named = [field for word in words for field in re.findall(r"^--?config\.([\w.]+)", word)]
+            named += re.findall(r"^['\"]+(?:Key ['\"])?(\w+)", str(error))
+            unknown = [field for field in named if field not in names_of()]
+            said = f"unknown config key {unknown[0]!r}{nearest(unknown[0])}" if unknown else None
+            sys.exit(f"{name}: {said or _odd(error)}")
         except (flags.Error, ValueError) as error:
             sys.exit(f"{name}: {error}")
         except Exception as error:  # a config file is Python, and may raise anything

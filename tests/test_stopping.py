@@ -58,6 +58,9 @@ def training(runner, name: str, *more: str) -> list[str]:
         ("--config.rows=None", "config.rows=None: this field cannot be unset"),
         ("--config.hed=None", "unknown config key 'hed'; did you mean --config.head?"),
         ("--row=3", "Unknown command line flag 'row'; did you mean --config.rows?"),
+        ("--config.top_p=1", "unknown config key 'top_p'; did you mean --config.sampling.top_p?"),
+        ("--eval_dir=x", "Unknown command line flag 'eval_dir'; did you mean --config.eval.dir?"),
+        ("--sampling.top_p=2", "config.sampling.top_p = 2.0: expected in (0, 1]"),
         ("--config.head=None", "no head: the answers would be the base model's"),
     ],
 )
