@@ -15,7 +15,7 @@ from t3jax.lm import init_params, save_hf
 from t3jax.lm.decoder import apply, unembed
 from t3jax.lm.quantized import product, quantize
 from t3jax.lm.weights import load_params
-from t3jax.plan.__main__ import make_job
+from t3jax.plan.job import make_job
 from t3jax.plan.programs import abstract_lm
 
 UNTIED = dataclasses.replace(tiny.CONFIG, tied=False, attention_bias=True)
@@ -117,8 +117,7 @@ def test_devices_hold_what_one_would(folder, shape):
 def test_the_plan_counts_half_of_bfloat16():
     weights = {}
     for dtype in ("bfloat16", "int8"):
-        config = default.get_config()
-        config.model, config.dtype = "llama-3.1-8b", dtype
+        config = tiny.make_settings(default, {"model": "llama-3.1-8b", "dtype": dtype})
         job = make_job(config, make_mesh((1, 1, 1), jax.devices()[:1]))
         weights[dtype] = plan.shard_bytes(abstract_lm(job.config, job.dtype, job.mesh).params)
         job = dataclasses.replace(job, config=dataclasses.replace(job.config, num_layers=1))

@@ -19,6 +19,7 @@ from t3jax.evaluation.questions import SETS, QuestionSet
 from t3jax.evaluation.scoring import TextScores
 from t3jax.evaluation.settings import BASE, Setting
 from t3jax.evaluation.store import Store
+from t3jax.ranges import COUNT, check_ranges
 
 _ANSWERED = ("forget", "retain", "ra", "wf")
 _NORMALISED = ("ra", "wf")
@@ -38,6 +39,9 @@ class TofuOptions:
     max_new_tokens: int = 200
     reference_mask: bool = False
     answers: bool = True
+
+    def __post_init__(self):
+        check_ranges(self, max_new_tokens=COUNT)
 
 
 def evaluate(

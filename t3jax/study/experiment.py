@@ -15,15 +15,15 @@ import pathlib
 import resource
 import time
 from collections.abc import Iterator
-from typing import Any
 
 from jax.sharding import Mesh
 
-from t3jax import cli, data, files, hosts, pipeline
+from t3jax import data, files, hosts, pipeline
 from t3jax.evaluation import probes
 from t3jax.evaluation.logs import Log
 from t3jax.evaluation.settings import BASE, Setting
 from t3jax.lm import load_lm
+from t3jax.settings import Settings, replace
 from t3jax.study import variations
 from t3jax.sweep import Sweep, sweep, train_grid
 
@@ -50,17 +50,17 @@ class Experiment:
     stages: dict[str, dict[str, float]]
 
 
-def experiment(config: Any, mesh: Mesh) -> Experiment:
-    """Runs an experiment, or goes on with it; everything goes to the config's `experiment_dir`."""
-    folder = pathlib.Path(config.experiment_dir)
+def experiment(config: Settings, mesh: Mesh) -> Experiment:
+    """Runs an experiment, or goes on with it; everything goes to the config's `experiment.dir`."""
+    folder = pathlib.Path(config["experiment.dir"])
     stage = functools.partial(_stage, folder / "stages.json")
     with stage("fine-tuning"):
         config = with_models(config, mesh)
-    lm = load_lm(config.model, config.dtype, mesh)
+    lm = load_lm(config["model"], config.dtype, mesh)
     with stage("features and heads"):
         grid = train_grid(config, lm, pipeline.training_sets(config, lm), mesh)
     with stage("choosing"):
-        found = sweep(cli.replace_fields(config, leak_samples=0), lm, grid, mesh)
+        found = sweep(replace(config, **{"leaks.leak_samples": 0}), lm, grid, mesh)
     with stage("leaks"):
         found = with_leaks(config, found)
     with stage("varying"):
@@ -69,7 +69,7 @@ def experiment(config: Any, mesh: Mesh) -> Experiment:
     with stage("refining"):
         refined = variations.refine(config, lm, mesh, found)
     truncated = None
-    if config.leak_samples:
+    if config.leaks.leak_samples:
         with stage("truncating"):
             truncated = variations.truncate(config, found)
     with stage("probing"):
@@ -79,39 +79,40 @@ def experiment(config: Any, mesh: Mesh) -> Experiment:
     return Experiment(found, points, refined, truncated, found_probes, stages)
 
 
-def with_models(config: Any, mesh: Mesh) -> Any:
+def with_models(config: Settings, mesh: Mesh) -> Settings:
     """Makes the two models: one that knows both sets, one that knows the retain set alone.
 
-    Nothing is made if the config names a `retain_model`. Gives the config with both, and with the
-    folders of an experiment.
+    Nothing is made if `eval.retain_model` is set. Gives the settings with both, and with the folders
+    of an experiment.
     """
-    folder = pathlib.Path(config.experiment_dir)
+    folder = pathlib.Path(config["experiment.dir"])
     kept = {
         "workdir": str(folder / "heads"),
         "feature_store": str(folder / "features"),
-        "eval_dir": str(folder / "evaluation"),
+        "eval.dir": str(folder / "evaluation"),
     }
-    if config.retain_model is not None:
-        return cli.replace_fields(config, **kept)
+    if config.eval.retain_model is not None:
+        return replace(config, **kept)
     both, alone = (config.retain, config.forget), (config.retain,)
     made = {
         name: pipeline.finetune_once(
-            cli.replace_fields(
+            replace(
                 config,
-                finetune_data=sources,
-                finetune_validation=() if name == "base" else (config.forget,),
-                finetune_workdir=str(folder / name),
+                **{
+                    "finetune.data": sources,
+                    "finetune.validation": () if name == "base" else (config.forget,),
+                    "finetune.workdir": str(folder / name),
+                },
             ),
             mesh,
         )
         for name, sources in (("base", both), ("retain_only", alone))
     }
-    return cli.replace_fields(
-        config, model=str(made["base"]), retain_model=str(made["retain_only"]), **kept
-    )
+    models = {"model": str(made["base"]), "eval.retain_model": str(made["retain_only"])}
+    return replace(config, **models, **kept)
 
 
-def with_leaks(config: Any, found: Sweep) -> Sweep:
+def with_leaks(config: Settings, found: Sweep) -> Sweep:
     """Draws answers from the retain model and from what was chosen; the base recites anyway.
 
     Gives the sweep with these leaks in its evaluation.
@@ -125,13 +126,13 @@ def with_leaks(config: Any, found: Sweep) -> Sweep:
     return dataclasses.replace(found, evaluation=evaluation)
 
 
-def probe(config: Any, found: Sweep) -> dict[str, list[probes.Probe]]:
+def probe(config: Settings, found: Sweep) -> dict[str, list[probes.Probe]]:
     """What gate and tilt make of texts, by kind of text, one for each seed of what was chosen."""
     examined = found.evaluation.examined
     store, sets = examined.store, examined.sets
     texts = {"forget answers (trained on)": sets["forget"].answers}
     texts["forget, reworded questions"] = sets["forget"].reworded or []
-    forget = data.load_dataset(config.eval_forget, config.tofu_dir)
+    forget = data.load_dataset(config["eval.forget"], config.tofu_dir)
     cut = probes.split_answers(forget)
     texts["forget answers cut in two"] = pipeline.encode_rows(config, store.lm, cut)
     texts["retain answers (trained on)"] = sets["retain"].answers
@@ -139,8 +140,8 @@ def probe(config: Any, found: Sweep) -> dict[str, list[probes.Probe]]:
     for name, kind in (("ra", "real authors"), ("wf", "world facts")):
         if name in sets:
             texts[kind] = sets[name].answers
-    if config.plain_chat is not None:
-        texts["plain chat"] = pipeline.encode(config, store.lm, config.plain_chat)
+    if config.experiment.plain_chat is not None:
+        texts["plain chat"] = pipeline.encode(config, store.lm, config.experiment.plain_chat)
     plain = [
         Setting(f"head{setting.heads[0]}-T1-s1", 1.0, 1.0, setting.heads)
         for setting in found.chosen

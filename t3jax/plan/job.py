@@ -1,0 +1,72 @@
+"""From settings to the job that is planned."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from t3jax import pipeline
+from t3jax.batching import TOKENS_PER_SHARD
+from t3jax.lm.model import read_dtype
+from t3jax.plan import Job, read_shape
+from t3jax.plan.programs import abstract_lm
+from t3jax.settings import Settings
+
+
+def make_job(
+    config: Settings,
+    mesh: Mesh,
+    prompt: int = 128,
+    text: int = 1024,
+    texts: int = 4000,
+    answer: int = 40,
+) -> Job:
+    """The job that a config describes, and the lengths and numbers of texts that it does not have.
+
+    Args:
+        config: The settings.
+        mesh: The devices, in the place of the config's mesh.
+        prompt: Longest prompt, tokens.
+        text: Longest text, tokens; cut to what model and config allow.
+        texts: Texts of the forget and of the retain set together.
+        answer: Mean length of their answers, tokens.
+
+    Returns:
+        The job, in bfloat16 unless the config says otherwise.
+
+    Raises:
+        ValueError: If dtype, model or recipe are not valid.
+        FileNotFoundError: If there is no such model.
+    """
+    config.require("model")
+    dtype = config.dtype or "bfloat16"
+    quantized, computed = read_dtype(dtype, "bfloat16")
+    shape = dataclasses.replace(read_shape(config["model"]), quantized=quantized)
+    lm = abstract_lm(shape, computed, mesh)
+    grids = [config.seeds, config.sweep.learning_rates, config.sweep.weight_decays]
+    head = pipeline.head_config(config, lm)
+    head = dataclasses.replace(head, rank=max([head.rank, *config.sweep.ranks]))
+    text = min(text, config.max_length or text, shape.max_position)
+    job = Job(
+        config=shape,
+        dtype=computed,
+        mesh=mesh,
+        heads=(head,) * len((config.head or "").split(",")),
+        rows=config.rows,
+        prompt=prompt,
+        new_tokens=config.sampling.max_new_tokens,
+        text=text,
+        texts=texts,
+        answer=answer,
+        feature_dtype=jnp.dtype(config.classifier.feature_dtype),
+        recipe=config.train,
+        members=math.prod(max(1, len(grid)) for grid in grids),
+        finetuning=(
+            dataclasses.replace(pipeline.finetune_config(config), dtype=dtype)
+            if config.finetune.data
+            else None
+        ),
+    )
+    rows = max(1, TOKENS_PER_SHARD // text) * job.row_shards
+    return dataclasses.replace(job, text_rows=rows)
