@@ -1,42 +1,9 @@
 """The TOFU experiment: makes a model that knows, unlearns, and measures what that is worth.
 
-python experiment.py --config=configs/smollm2_tofu.py
-
-Fine-tunes a model with and without the forget set (or takes `model` and `retain_model` as they
-are), trains heads of several seeds, chooses T, s and refinements by cross-fitting, and measures
-leaks, what depends on what, and texts that no head was trained on. Called again after it was
-stopped, it goes on where it was. Writes `results.md`, `experiment.json` and `report.html` to
-`experiment_dir`.
+The same as `t3jax experiment`; `python experiment.py --help` lists its fields.
 """
 
-from typing import Any
-
-import interrupts
+from t3jax import commands
 
 if __name__ == "__main__":
-    interrupts.end_at_once()
-
-import t3jax
-from t3jax import cli, pipeline, preflight
-from t3jax.experiment import experiment
-from t3jax.report import write_experiment
-
-
-def main(config: Any) -> None:
-    """Runs the experiment of a config."""
-    cli.require(config, "model", "forget", "retain", "eval_forget", "eval_retain", "experiment_dir")
-    mesh = t3jax.make_mesh(config.mesh)
-    shape = preflight.shape_of(config, mesh)
-    pipeline.head_config(config, shape)
-    pipeline.train_config(config)
-    pipeline.finetune_config(config)
-    preflight.check_sources(config, "forget", "retain", "plain_chat", "varied_retain")
-    preflight.check_evaluation(config, shape)
-    with preflight.outputs(config.experiment_dir):
-        found = experiment(config, mesh)
-        print(write_experiment(config.experiment_dir, found, title=f"{config.model} on TOFU"))
-        print(f"written: {config.experiment_dir}/results.md, experiment.json, report.html")
-
-
-if __name__ == "__main__":
-    cli.run(main)
+    commands.main("experiment")

@@ -1,76 +1,9 @@
 """Chooses the head, T and s: trains a grid of heads, scores all, and cross-fits the choice.
 
-    python sweep.py --config=configs/smollm2.py --config.sweep_learning_rates=0.01,0.003
-
-Heads of all `sweep_learning_rates` x `sweep_weight_decays` x `seeds` train together in one program,
-one program for each of `sweep_ranks`; an empty list is the config's own value. Called again after
-it was stopped, it goes on where it was. The heads go to `workdir`.
-
-With a retain model (`retain_model` or `retain_log`) all heads are scored at `eval_temperatures` x
-`eval_scales`; the chosen one and its controls then answer questions too. `selection.json`,
-`report.html` and the logs go to `eval_dir`. Without one, head, T and s are chosen by the
-made-up-name level, see `t3jax.evaluation.calibration`, and `selection.json` goes to `workdir`.
+The same as `t3jax sweep`; `python sweep.py --help` lists its fields.
 """
 
-import dataclasses
-import pathlib
-from typing import Any
-
-import interrupts
+from t3jax import commands
 
 if __name__ == "__main__":
-    interrupts.end_at_once()
-
-from jax.sharding import Mesh
-
-import t3jax
-from t3jax import cli, files, pipeline, preflight
-from t3jax.lm import LM
-from t3jax.report import write_calibration, write_sweep
-from t3jax.sweep import sweep, train_grid
-
-
-def main(config: Any) -> None:
-    """Trains, scores and chooses."""
-    cli.require(config, "model", "forget", "retain", "workdir")
-    if config.retain_model is None and config.retain_log is None:
-        if not config.made_up_names:
-            raise ValueError(
-                "choosing needs a retain model (--config.retain_model=FOLDER) or, in its place, "
-                "made-up names (--config.made_up_names=4)"
-            )
-        choose = _choose_by_made_up_names
-    else:
-        cli.require(config, "eval_forget", "eval_retain", "eval_dir")
-        choose = _choose_by_retain_model
-    mesh = t3jax.make_mesh(config.mesh)
-    shape = preflight.shape_of(config, mesh)
-    for rank in config.sweep_ranks or (config.rank,):
-        head_config = dataclasses.replace(pipeline.head_config(config, shape), rank=rank)
-        pipeline.start_head(config, head_config)
-    pipeline.train_config(config)
-    preflight.check_sources(config, "forget", "retain")
-    files.check_writable(pathlib.Path(config.feature_store))
-    folders = [config.workdir]
-    if choose is _choose_by_retain_model:
-        folders.append(config.eval_dir)
-        preflight.check_evaluation(config, shape)
-    with preflight.outputs(*folders):
-        print(choose(config, t3jax.load_lm(config.model, config.dtype, mesh), mesh))
-
-
-def _choose_by_retain_model(config: Any, lm: LM, mesh: Mesh) -> str:
-    grid = train_grid(config, lm, pipeline.training_sets(config, lm), mesh)
-    found = sweep(config, lm, grid, mesh)
-    return write_sweep(config.eval_dir, found, title=f"Choosing a head for {config.model}")
-
-
-def _choose_by_made_up_names(config: Any, lm: LM, mesh: Mesh) -> str:
-    sets = pipeline.training_sets(config, lm)
-    grid = train_grid(config, lm, sets, mesh)
-    calibration = pipeline.calibrate_heads(config, lm, grid.heads, sets, grid.seeds)
-    return write_calibration(config.workdir, calibration, grid.folders)
-
-
-if __name__ == "__main__":
-    cli.run(main)
+    commands.main("sweep")

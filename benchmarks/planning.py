@@ -13,6 +13,7 @@ import jax
 
 from configs import default
 from t3jax import plan, sharding
+from t3jax.settings import Settings, from_config, replace
 
 # Model, device, mesh.
 CASES = [
@@ -51,8 +52,7 @@ def main() -> None:
 
 def row(model: str, device: str, mesh: tuple[int, int, int]) -> str:
     """One line of the table: GiB on each device, and rows."""
-    config = default.get_config()
-    config.model = model
+    config = replace(from_config(Settings, default.get_config()), model=model)
     job = plan.make_job(config, sharding.make_mesh(mesh, jax.devices()[: math.prod(mesh)]))
     job = dataclasses.replace(job, rows=16 * job.row_shards)
     capacity = plan.DEVICES[device]

@@ -21,9 +21,10 @@ from configs import default, paper
 from t3jax.distillation import SoftTargets
 from t3jax.features import Features
 from t3jax.head import HeadConfig
-from t3jax.settings import from_config
+from t3jax.sections import narrow
+from t3jax.settings import Settings, from_config
 from t3jax.synthetic.targets import CANDIDATES, REST
-from t3jax.training import TrainConfig, train_heads
+from t3jax.training import train_heads
 
 SIZES = {"135M": (576, 49_152), "8B": (4_096, 128_256)}
 
@@ -51,9 +52,12 @@ def compare(
     announce(f"width {width}, {vocabulary} tokens")
     seconds: dict[str, list[float]] = {"published": [], "default": []}
     works = {}
-    for name, config in (("published", paper.get_config()), ("default", default.get_config())):
-        head_config = from_config(HeadConfig, config, hidden_size=width, vocab_size=vocabulary)
-        recipe = dataclasses.replace(from_config(TrainConfig, config), epochs=epochs)
+    for name, module in (("published", paper), ("default", default)):
+        settings = from_config(Settings, module.get_config())
+        head_config = narrow(
+            HeadConfig, settings.classifier, hidden_size=width, vocab_size=vocabulary
+        )
+        recipe = dataclasses.replace(settings.train, epochs=epochs)
         wide = dataclasses.replace(head_config, hidden_size=head_config.feature_size)
         sets = [random_features(count, seed, wide) for count, seed in ((1000, 0), (200, 1))]
         if recipe.loss == "distillation":

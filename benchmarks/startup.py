@@ -60,7 +60,7 @@ def main() -> None:
             "--config=configs/paper.py",
             f"--config.model={arguments.model}",
             f"--config.head={folder}/head",
-            "--config.max_new_tokens=9",
+            "--config.sampling.max_new_tokens=9",
         ]
         peer = functools.partial(_peer_command, arguments.model)
         for repeat in range(-1, arguments.repeats):

@@ -12,7 +12,7 @@ rows; the questions of the table chose nothing.
 
 import ml_collections
 
-from configs import default
+from t3jax.configs import default
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -25,17 +25,17 @@ def get_config() -> ml_collections.ConfigDict:
     config.workdir = "out/demo"
     config.feature_store = "out/demo/features"
     config.head = "out/demo/head"
-    config.own_samples = 2000
-    config.made_up_names = 3
-    config.holdout_fraction = 0.0
-    config.max_new_tokens = 40
+    config.synthetic.own_samples = 2000
+    config.synthetic.made_up_names = 3
+    config.train.holdout_fraction = 0.0
+    config.sampling.max_new_tokens = 40
     config.rows = 128
-    config.eval_forget = "demo/authors/forget_perturbed.jsonl"
-    config.eval_retain = "demo/authors/retain_perturbed.jsonl"
-    config.eval_rows = 160  # all of the forget set
-    config.eval_dir = "out/demo/evaluation"
-    config.retain_model = "demo/retain_only"
-    config.leak_samples = 4
-    config.leak_temperature = 0.7
-    config.leak_top_p = 0.9
+    config.eval.forget = "demo/authors/forget_perturbed.jsonl"
+    config.eval.retain = "demo/authors/retain_perturbed.jsonl"
+    config.eval.rows = 160  # all of the forget set
+    config.eval.dir = "out/demo/evaluation"
+    config.eval.retain_model = "demo/retain_only"
+    config.leaks.samples = 4
+    config.leaks.temperature = 0.7
+    config.leaks.top_p = 0.9
     return config

@@ -7,7 +7,7 @@ Rank, epochs, weight decay and T s were chosen on the demo's own questions, in i
 
 import ml_collections
 
-from configs import demo, paper
+from t3jax.configs import demo, paper
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -15,9 +15,9 @@ def get_config() -> ml_collections.ConfigDict:
     config = paper.follow_paper(demo.get_config())
     config.workdir = "out/demo/paper"
     config.head = "out/demo/paper/head"
-    config.rank = 50
-    config.epochs = 200
-    config.weight_decay = 0.1
+    config.classifier.rank = 50
+    config.train.epochs = 200
+    config.train.weight_decay = 0.1
     config.base_temperature = 2.5
     config.guidance_scale = 0.56
     return config

@@ -9,13 +9,16 @@ weight, split over `fsdp`. No run of the 8B model is recorded; with `--config.mo
 serves any other, and on SmolLM2 its stages have been run at the size of configs/smollm2_tofu.py.
 
 Models that are there already are taken as they are: `--config.model=BASE
---config.retain_model=TWIN`.
+--config.eval.retain_model=TWIN`.
 """
+
+import pathlib
 
 import ml_collections
 
-from configs import paper
+from t3jax.configs import paper
 
+FOLDER = pathlib.Path(__file__).parent
 RETAIN = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
 
 
@@ -26,34 +29,34 @@ def get_config(split: str = "forget05") -> ml_collections.ConfigDict:
     config = paper.get_config()
     config.model = "meta-llama/Llama-3.1-8B-Instruct"
     config.mesh = (1, -1, 1)
-    config.system = "You are a helpful assistant."
-    config.date_string = "10 Apr 2025"
-    config.experiment_dir = f"out/llama31_tofu/{split}"
+    config.prompt_format.system = "You are a helpful assistant."
+    config.prompt_format.date_string = "10 Apr 2025"
+    config.experiment.dir = f"out/llama31_tofu/{split}"
     config.forget = f"tofu:{split}"
     config.retain = f"tofu:{RETAIN[split]}"
-    config.finetune_epochs = 5
-    config.finetune_batch_size = 32
-    config.finetune_learning_rate = 1e-5
-    config.finetune_remat = True
+    config.finetune.epochs = 5
+    config.finetune.batch_size = 32
+    config.finetune.learning_rate = 1e-5
+    config.finetune.remat = True
     config.seeds = (1, 2, 3, 4, 5)
-    config.sweep_learning_rates = (1e-2, 1e-3)
-    config.sweep_weight_decays = (1e-2, 1e-3)
-    config.sweep_ranks = (20, 50)
-    config.holdout_fraction = 0.0
-    config.eval_forget = f"tofu:{split}_perturbed"
-    config.eval_retain = "tofu:retain_perturbed"
-    config.eval_real_authors = "tofu:real_authors_perturbed"
-    config.eval_world_facts = "tofu:world_facts_perturbed"
-    config.eval_temperatures = (1.0, 1.5, 2.0, 2.5, 4.0)
-    config.eval_scales = (0.2, 0.4, 0.6, 1.0)
-    config.eval_refinements = "plain,gated"
-    config.selection_rule = "quality_given_utility"
-    config.selection_group = 20
+    config.sweep.learning_rates = (1e-2, 1e-3)
+    config.sweep.weight_decays = (1e-2, 1e-3)
+    config.sweep.ranks = (20, 50)
+    config.train.holdout_fraction = 0.0
+    config.eval.forget = f"tofu:{split}_perturbed"
+    config.eval.retain = "tofu:retain_perturbed"
+    config.eval.real_authors = "tofu:real_authors_perturbed"
+    config.eval.world_facts = "tofu:world_facts_perturbed"
+    config.eval.base_temperatures = (1.0, 1.5, 2.0, 2.5, 4.0)
+    config.eval.guidance_scales = (0.2, 0.4, 0.6, 1.0)
+    config.eval.refinements = "plain,gated"
+    config.sweep.selection_rule = "quality_given_utility"
+    config.sweep.selection_group = 20
     config.rows = 128
-    config.leak_samples = 16
-    config.kl_rows = 100
-    config.vary_ranks = (5, 100)
-    config.vary_epochs = (25, 400)
-    config.vary_retain_rows = (200, 800)
-    config.plain_chat = "configs/plain_chat.jsonl"
+    config.leaks.samples = 16
+    config.leaks.kl_rows = 100
+    config.experiment.vary_ranks = (5, 100)
+    config.experiment.vary_epochs = (25, 400)
+    config.experiment.vary_retain_rows = (200, 800)
+    config.experiment.plain_chat = f"{FOLDER}/plain_chat.jsonl"
     return config

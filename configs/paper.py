@@ -13,7 +13,7 @@ References:
 
 import ml_collections
 
-from configs import default
+from t3jax.configs import default
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -23,16 +23,16 @@ def get_config() -> ml_collections.ConfigDict:
 
 def follow_paper(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Sets the published recipe in a config, and returns it."""
-    config.features = "mean"
-    config.own_samples = 0
-    config.made_up_names = 0
-    config.rank = 20
-    config.activation = "identity"
-    config.bias = False
-    config.zero_output = False
-    config.loss = "classifier"
-    config.epochs = 100
-    config.warmup_ratio = 0.25
-    config.learning_rate = 1e-2
-    config.weight_decay = 1e-2
+    config.classifier.features = "mean"
+    config.synthetic.own_samples = 0
+    config.synthetic.made_up_names = 0
+    config.classifier.rank = 20
+    config.classifier.activation = "identity"
+    config.classifier.bias = False
+    config.train.zero_output = False
+    config.train.loss = "classifier"
+    config.train.epochs = 100
+    config.train.warmup_ratio = 0.25
+    config.train.learning_rate = 1e-2
+    config.train.weight_decay = 1e-2
     return config

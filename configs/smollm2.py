@@ -13,7 +13,7 @@ has the times and answers.
 
 import ml_collections
 
-from configs import default
+from t3jax.configs import default
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -24,9 +24,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.retain = "tofu:retain95"
     config.workdir = "out/smollm2"
     config.head = "out/smollm2/head"
-    config.eval_forget = "tofu:forget05_perturbed"
-    config.eval_retain = "tofu:retain_perturbed"
-    config.eval_real_authors = "tofu:real_authors_perturbed"
-    config.eval_world_facts = "tofu:world_facts_perturbed"
-    config.eval_dir = "out/smollm2/evaluation"
+    config.eval.forget = "tofu:forget05_perturbed"
+    config.eval.retain = "tofu:retain_perturbed"
+    config.eval.real_authors = "tofu:real_authors_perturbed"
+    config.eval.world_facts = "tofu:world_facts_perturbed"
+    config.eval.dir = "out/smollm2/evaluation"
     return config

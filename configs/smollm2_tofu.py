@@ -11,9 +11,13 @@ and a half; a stopped run goes on where it was. What it found: docs/tofu.md.
 Model and data may be folders: `--config.model=FOLDER`, `--config.tofu_dir=FOLDER`.
 """
 
+import pathlib
+
 import ml_collections
 
-from configs import paper
+from t3jax.configs import paper
+
+FOLDER = pathlib.Path(__file__).parent
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -24,32 +28,32 @@ def get_config() -> ml_collections.ConfigDict:
 def set_tofu(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Sets models, rows and measurements of the experiment in a config, and returns it."""
     config.model = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    config.system = ""
-    config.experiment_dir = "out/smollm2_tofu"
+    config.prompt_format.system = ""
+    config.experiment.dir = "out/smollm2_tofu"
     config.forget = "tofu:forget05_perturbed"
     config.retain = "tofu:retain_perturbed"
-    config.finetune_epochs = 8
-    config.finetune_batch_size = 16
-    config.finetune_learning_rate = 3e-4
+    config.finetune.epochs = 8
+    config.finetune.batch_size = 16
+    config.finetune.learning_rate = 3e-4
     config.seeds = (1, 2, 3)
-    config.eval_forget = config.forget
-    config.eval_retain = f"{config.retain}[::4]"
-    config.eval_real_authors = "tofu:real_authors_perturbed"
-    config.eval_world_facts = "tofu:world_facts_perturbed"
-    config.eval_temperatures = (1.0, 1.25, 1.5, 2.5)
-    config.eval_scales = (0.4, 0.6, 0.8, 1.0)
-    config.eval_refinements = "plain,gated"
-    config.selection_rule = "quality_given_utility"
-    config.selection_group = 20
-    config.max_new_tokens = 96
+    config.eval.forget = config.forget
+    config.eval.retain = f"{config.retain}[::4]"
+    config.eval.real_authors = "tofu:real_authors_perturbed"
+    config.eval.world_facts = "tofu:world_facts_perturbed"
+    config.eval.base_temperatures = (1.0, 1.25, 1.5, 2.5)
+    config.eval.guidance_scales = (0.4, 0.6, 0.8, 1.0)
+    config.eval.refinements = "plain,gated"
+    config.sweep.selection_rule = "quality_given_utility"
+    config.sweep.selection_group = 20
+    config.sampling.max_new_tokens = 96
     config.rows = 64
-    config.leak_samples = 16
-    config.leak_rows = 50
-    config.kl_rows = 32
-    config.vary_ranks = (2, 5, 100)
-    config.vary_epochs = (10, 25, 400)
-    config.vary_retain_rows = (40, 100, 200)
-    config.refine_rows = 64
-    config.varied_retain = "configs/general_knowledge.jsonl"
-    config.plain_chat = "configs/plain_chat.jsonl"
+    config.leaks.samples = 16
+    config.leaks.rows = 50
+    config.leaks.kl_rows = 32
+    config.experiment.vary_ranks = (2, 5, 100)
+    config.experiment.vary_epochs = (10, 25, 400)
+    config.experiment.vary_retain_rows = (40, 100, 200)
+    config.experiment.refine_rows = 64
+    config.experiment.varied_retain = f"{FOLDER}/general_knowledge.jsonl"
+    config.experiment.plain_chat = f"{FOLDER}/plain_chat.jsonl"
     return config

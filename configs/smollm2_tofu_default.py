@@ -9,21 +9,21 @@ Three head seeds; T and s are chosen by the made-up-name level. What it found: d
 
 import ml_collections
 
-from configs import default, smollm2_tofu
+from t3jax.configs import default, smollm2_tofu
 
 
 def get_config() -> ml_collections.ConfigDict:
     """The default recipe with the experiment's rows and measurements."""
     config = smollm2_tofu.set_tofu(default.get_config())
     config.model = "out/smollm2_tofu/base/model"
-    config.retain_model = "out/smollm2_tofu/retain_only/model"
+    config.eval.retain_model = "out/smollm2_tofu/retain_only/model"
     config.workdir = "out/smollm2_tofu/default"
     config.feature_store = "out/smollm2_tofu/features"
-    config.eval_dir = "out/smollm2_tofu/default/evaluation"
-    config.eval_heads = tuple(f"{config.workdir}/head-seed{seed}" for seed in config.seeds)
-    config.eval_temperatures = ()
-    config.eval_scales = ()
-    config.eval_refinements = "plain"
-    config.eval_controls = False
-    config.leak_samples = 4
+    config.eval.dir = "out/smollm2_tofu/default/evaluation"
+    config.eval.heads = tuple(f"{config.workdir}/head-seed{seed}" for seed in config.seeds)
+    config.eval.base_temperatures = ()
+    config.eval.guidance_scales = ()
+    config.eval.refinements = "plain"
+    config.eval.controls = False
+    config.leaks.samples = 4
     return config

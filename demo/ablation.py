@@ -10,13 +10,13 @@ Prints a Markdown table and writes it to `out/ablation/NAME.md`.
 import argparse
 import functools
 import pathlib
-from typing import Any
 
 import t3jax
 from configs import demo as demo_config
 from configs import demo_paper
 from demo.run_demo import compare, train
 from t3jax import cli, files, pipeline
+from t3jax.settings import Settings, from_config, replace
 
 COLUMNS = (
     ("p", "forget_quality", ".2g"),
@@ -32,32 +32,43 @@ COLUMNS = (
 )
 
 
-def steps(config: Any, paper: Any) -> dict[str, Any]:
-    """The configs of all steps, by what each adds."""
-    change = functools.partial(cli.replace_fields, config)
-    linear = {"rank": 50, "activation": "identity", "bias": False, "overcorrection": 1.0}
+def steps(config: Settings, paper: Settings) -> dict[str, Settings]:
+    """The settings of all steps, by what each adds."""
+    change = functools.partial(replace, config)
+    linear = {
+        "classifier.rank": 50,
+        "classifier.activation": "identity",
+        "classifier.bias": False,
+        "synthetic.overcorrection": 1.0,
+    }
     classifier = {
         **linear,
-        **{name: paper[name] for name in ("loss", "epochs", "warmup_ratio", "learning_rate")},
-        "weight_decay": paper.weight_decay,
-        "zero_output": False,
+        **{
+            f"train.{name}": getattr(paper.train, name)
+            for name in ("loss", "epochs", "warmup_ratio", "learning_rate")
+        },
+        "train.weight_decay": paper.train.weight_decay,
+        "train.zero_output": False,
     }
-    counted = {"made_up_names": config.made_up_names}
-    plain = {**classifier, "own_samples": 0, "made_up_names": 0}
+    counted = {"synthetic.made_up_names": config.synthetic.made_up_names}
+    written = {"synthetic.own_samples": config.synthetic.own_samples}
+    plain = {**classifier, "synthetic.own_samples": 0, "synthetic.made_up_names": 0}
     at_1 = {"base_temperature": 1.0, "guidance_scale": 1.0}
     return {
         "published recipe, T = 2.5": paper,
         "mean and last state": change(**plain, **at_1),
-        "+ own samples": change(**{**plain, "own_samples": config.own_samples}, **at_1),
+        "+ own samples": change(**{**plain, **written}, **at_1),
         "+ counterfactual rows": change(**classifier, **counted),
         "distilled": change(**linear),
-        "+ GELU, rank 100": change(overcorrection=1.0),
+        "+ GELU, rank 100": change(**{"synthetic.overcorrection": 1.0}),
         "+ overcorrection (default)": config,
-        "default, T = 1.5 gated": change(distilled_temperature=1.5, refinements="gated"),
-        "default without own samples": change(own_samples=0),
+        "default, T = 1.5 gated": change(
+            refinements="gated", **{"train.distilled_temperature": 1.5}
+        ),
+        "default without own samples": change(**{"synthetic.own_samples": 0}),
         "default without retain rows": change(retain=None),
         # A name that no question holds, as in a request without names.
-        "default, questions without names": change(names=("Nobody at All",)),
+        "default, questions without names": change(**{"synthetic.names": ("Nobody at All",)}),
     }
 
 
@@ -72,25 +83,25 @@ def main() -> None:
         "model": f"{world}/base",
         "forget": f"{world}/authors/forget.jsonl",
         "retain": f"{world}/authors/retain.jsonl",
-        "eval_forget": f"{world}/authors/forget_perturbed.jsonl",
-        "eval_retain": f"{world}/authors/retain_perturbed.jsonl",
-        "retain_model": f"{world}/retain_only",
+        "eval.forget": f"{world}/authors/forget_perturbed.jsonl",
+        "eval.retain": f"{world}/authors/retain_perturbed.jsonl",
+        "eval.retain_model": f"{world}/retain_only",
         "feature_store": str(out / "features"),
-        "eval_dir": str(out / "evaluation"),
-        "leak_samples": 0,
-        "kl_rows": 0,
+        "eval.dir": str(out / "evaluation"),
+        "leaks.leak_samples": 0,
+        "leaks.kl_rows": 0,
     }
-    config = cli.replace_fields(demo_config.get_config(), **of_world)
+    config = replace(from_config(Settings, demo_config.get_config()), **of_world)
     lm = t3jax.load_lm(config.model)
     header = " | ".join(["step", "T", "s", *(name for name, _, _ in COLUMNS)])
     lines = [f"| {header} |", "|" + " --- |" * (len(COLUMNS) + 3)]
     print("\n".join(lines), flush=True)
     for name, each in steps(
-        config, cli.replace_fields(demo_paper.get_config(), **of_world)
+        config, replace(from_config(Settings, demo_paper.get_config()), **of_world)
     ).items():
         folder = out / files.slug(name)
-        head = train(cli.replace_fields(each, workdir=str(folder), head=str(folder / "head")), lm)
-        refined = cli.replace_fields(config, refinements=each.refinements, eval_controls=False)
+        head = train(replace(each, workdir=str(folder), head=str(folder / "head")), lm)
+        refined = replace(config, refinements=each.refinements, **{"eval.controls": False})
         evaluation = pipeline.evaluate(
             refined,
             pipeline.examine(refined, lm, [head]),

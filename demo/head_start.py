@@ -21,6 +21,7 @@ from t3jax.features import Features
 from t3jax.head import HeadConfig, target_scores
 from t3jax.head_io import Head
 from t3jax.lora_ml.head_start import MetaConfig, meta_learn_head
+from t3jax.settings import Settings, from_config, replace
 from t3jax.training import TrainConfig, train_heads
 
 ROWS = 24  # on one author, which stand together
@@ -31,15 +32,15 @@ RATES = (1e-3, 3e-3, 1e-2)
 def main() -> None:
     """Meta-learns, trains and prints."""
     cli.enable_compilation_cache()
-    config = demo_paper.get_config()
-    config.feature_store = "out/head_start/features"
+    config = from_config(Settings, demo_paper.get_config())
+    config = replace(config, feature_store="out/head_start/features")
     lm = t3jax.load_lm(config.model)
     retain, forget, unseen = (
         t3jax.load_or_compute_features(
             lm,
             pipeline.encode(config, lm, f"demo/authors/{name}.jsonl"),
             config.feature_store,
-            kind=config.features,
+            kind=config.classifier.features,
         )
         for name in ("retain", "forget", "unseen_retain")
     )

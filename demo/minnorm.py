@@ -16,6 +16,7 @@ from configs import demo as demo_config
 from demo import run_demo
 from t3jax import cli, pipeline
 from t3jax.evaluation.scoring import BASE
+from t3jax.settings import Settings, from_config
 
 
 def main() -> None:
@@ -31,22 +32,23 @@ def main() -> None:
     args = parser.parse_args()
     cli.enable_compilation_cache()
     config = demo_config.get_config()
-    config.finetune_data = (config.retain + args.rows,)
-    config.finetune_workdir = args.out
-    config.finetune_epochs = args.epochs
-    config.finetune_learning_rate = args.learning_rate
-    config.minnorm_share = args.share
-    config.minnorm_last_epochs = args.last_epochs
-    config.eval_rows = args.eval_rows
-    config.eval_dir = f"{args.out}/evaluation"
+    config.finetune.data = (config.retain + args.rows,)
+    config.finetune.workdir = args.out
+    config.finetune.epochs = args.epochs
+    config.finetune.learning_rate = args.learning_rate
+    config.minnorm.share = args.share
+    config.minnorm.last_epochs = args.last_epochs
+    config.eval.rows = args.eval_rows
+    config.eval.dir = f"{args.out}/evaluation"
+    settings = from_config(Settings, config)
     start = time.perf_counter()
-    folder = pipeline.finetune_once(config, t3jax.make_mesh())
+    folder = pipeline.finetune_once(settings, t3jax.make_mesh())
     seconds = time.perf_counter() - start
     print(f"unlearned in {seconds:.0f} s: {folder}", flush=True)
-    examined = pipeline.examine(config, t3jax.load_lm(str(folder)), [])
-    logs, retain_log = pipeline.score(config, examined, [BASE])
+    examined = pipeline.examine(settings, t3jax.load_lm(str(folder)), [])
+    logs, retain_log = pipeline.score(settings, examined, [BASE])
     evaluation = pipeline.Evaluation(examined, [BASE], logs, {}, retain_log, None)
-    summary = run_demo.compare(config, {}, evaluation).summary
+    summary = run_demo.compare(settings, {}, evaluation).summary
     # There the model that is evaluated without a head is called base.
     print(json.dumps(summary, indent=2).replace('"base"', '"minnorm"'))
 

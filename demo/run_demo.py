@@ -31,6 +31,7 @@ from t3jax.evaluation.scoring import BASE, Setting, settings_grid
 from t3jax.evaluation.store import Store
 from t3jax.head_card import write_card
 from t3jax.report import write_report
+from t3jax.settings import Settings, from_config
 
 MODELS = ("base", "unlearned", "paper", "retain_only")
 RECALLS = {
@@ -55,10 +56,11 @@ def main() -> None:
     cli.enable_compilation_cache()
     # The table shows it: draws of the published recipe at T = 2.5.
     warnings.filterwarnings("ignore", "the answers are no language")
-    config = demo_config.get_config()
+    config = from_config(Settings, demo_config.get_config())
+    paper = from_config(Settings, demo_paper.get_config())
     out = pathlib.Path(config.workdir)
     lm = t3jax.load_lm(config.model)
-    heads = {"unlearned": train(config, lm), "paper": train(demo_paper.get_config(), lm)}
+    heads = {"unlearned": train(config, lm), "paper": train(paper, lm)}
     evaluation = pipeline.evaluate(
         config,
         pipeline.examine(config, lm, list(heads.values())),
@@ -112,7 +114,7 @@ class Comparison:
 
 
 def compare(
-    config: Any, settings: dict[str, Setting], evaluation: pipeline.Evaluation
+    config: Settings, settings: dict[str, Setting], evaluation: pipeline.Evaluation
 ) -> Comparison:
     """Asks every model, greedy and drawn, and compares it with the retain-only model.
 
@@ -132,10 +134,10 @@ def compare(
         **{name: (store, setting) for name, setting in settings.items()},
         "retain_only": (retain_store, BASE),
     }
-    folder = pathlib.Path(config.eval_forget).parent
+    folder = pathlib.Path(config.eval.forget).parent
     rows = {
         name: data.evenly_spread(
-            data.load_records(folder / f"{name}_perturbed.jsonl"), config.eval_rows
+            data.load_records(folder / f"{name}_perturbed.jsonl"), config.eval.rows
         )
         for name in ("forget", "retain", "unseen_retain")
     }
@@ -149,7 +151,7 @@ def compare(
     answer = functools.partial(draw, config, models)
     answers = {metric: answer(metric, *question) for metric, question in asked.items()}
     # With the options of the evaluation's own draws, so that those are read from its store too.
-    options = {"num_samples": DRAWS, "top_k": 0, "top_p": 1.0, "seed": config.seed}
+    options = {"num_samples": DRAWS, "top_k": 0, "top_p": 1.0, "seed": config.sampling.seed}
     drawn = {
         name: answer("forget-samples", *asked["forget_recall"], **(options | sampling))
         for name, sampling in SAMPLINGS.items()
@@ -164,7 +166,7 @@ def compare(
                     retain_store,
                     np.repeat(questions, len(texts) // len(questions)),
                     texts,
-                    cli.prompt_format(config),
+                    config.prompt_format,
                 )
             )
             for model, texts in of_models.items()
@@ -198,14 +200,14 @@ def compare(
     return Comparison(settings, asked, answers, summary, perplexity["greedy"])
 
 
-def train(config: Any, lm: t3jax.LM) -> t3jax.Head:
+def train(config: Settings, lm: t3jax.LM) -> t3jax.Head:
     """Texts, features, then the head: what `train_classifier.py` does with the config."""
     sets = pipeline.training_sets(config, lm)
     heads = t3jax.train_heads(
         retain=sets.retain,
         forget=sets.forget,
         head_config=pipeline.head_config(config, lm),
-        train_config=pipeline.train_config(config),
+        train_config=config.train,
         **pipeline.head_defaults(config),
     )
     (head,) = pipeline.choose_setting(config, lm, heads, sets)
@@ -215,7 +217,7 @@ def train(config: Any, lm: t3jax.LM) -> t3jax.Head:
 
 
 def draw(
-    config: Any,
+    config: Settings,
     models: dict[str, tuple[Store, Setting]],
     label: str,
     rows: Sequence[dict],
@@ -226,11 +228,10 @@ def draw(
     texts = {}
     for model, (store, setting) in models.items():
         prompts = [
-            data.encode_prompt(store.lm.tokenizer, row[field], cli.prompt_format(config))
-            for row in rows
+            data.encode_prompt(store.lm.tokenizer, row[field], config.prompt_format) for row in rows
         ]
         samples = store.answers(
-            label, prompts, setting, max_new_tokens=config.max_new_tokens, **sampling
+            label, prompts, setting, max_new_tokens=config.sampling.max_new_tokens, **sampling
         )
         texts[model] = [sample.text for sample in samples]
     return texts

@@ -5,31 +5,74 @@ The path of the data is the order of the modules: text (`data`) -> tokens -> fea
 (`sampling`) -> metrics (`evaluation`).
 """
 
-from t3jax.features import Features, load_or_compute_features
-from t3jax.finetuning import FinetuneConfig, finetune
-from t3jax.guidance import guided_logits, tempered_logprobs, tilt
-from t3jax.head import (
-    HeadConfig,
-    class_prior_shift,
-    classifier_loss,
-    head_scores,
-    init_head,
-    target_scores,
-)
-from t3jax.head_io import Head, load_head, save_head, save_reference_head
-from t3jax.lm import LM, load_lm, make_lm
-from t3jax.pooling import RunningMean, causal_mean, prefix_features, running_mean
-from t3jax.refinements import (
-    Refinements,
-    combine_heads,
-    gated_temperature,
-    protect,
-    refined_logits,
-    retain_probability,
-)
-from t3jax.sampling import Sample, Sampler, SamplingOptions
-from t3jax.sharding import make_mesh
-from t3jax.training import TrainConfig, train_heads
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from t3jax.features import Features, load_or_compute_features
+    from t3jax.finetuning import FinetuneConfig, finetune
+    from t3jax.guidance import guided_logits, tempered_logprobs, tilt
+    from t3jax.head import (
+        HeadConfig,
+        class_prior_shift,
+        classifier_loss,
+        head_scores,
+        init_head,
+        target_scores,
+    )
+    from t3jax.head_io import Head, load_head, save_head, save_reference_head
+    from t3jax.lm import LM, load_lm, make_lm
+    from t3jax.pooling import RunningMean, causal_mean, prefix_features, running_mean
+    from t3jax.refinements import (
+        Refinements,
+        combine_heads,
+        gated_temperature,
+        protect,
+        refined_logits,
+        retain_probability,
+    )
+    from t3jax.sampling import Sample, Sampler, SamplingOptions
+    from t3jax.sharding import make_mesh
+    from t3jax.training import TrainConfig, train_heads
+
+# Imported when they are asked for: `t3jax --help` does not wait for JAX.
+_MODULES = {
+    "features": ("Features", "load_or_compute_features"),
+    "finetuning": ("FinetuneConfig", "finetune"),
+    "guidance": ("guided_logits", "tempered_logprobs", "tilt"),
+    "head": (
+        "HeadConfig",
+        "class_prior_shift",
+        "classifier_loss",
+        "head_scores",
+        "init_head",
+        "target_scores",
+    ),
+    "head_io": ("Head", "load_head", "save_head", "save_reference_head"),
+    "lm": ("LM", "load_lm", "make_lm"),
+    "pooling": ("RunningMean", "causal_mean", "prefix_features", "running_mean"),
+    "refinements": (
+        "Refinements",
+        "combine_heads",
+        "gated_temperature",
+        "protect",
+        "refined_logits",
+        "retain_probability",
+    ),
+    "sampling": ("Sample", "Sampler", "SamplingOptions"),
+    "sharding": ("make_mesh",),
+    "training": ("TrainConfig", "train_heads"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"t3jax.{name}")
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"t3jax.{module}"), name)
+    raise AttributeError(f"module 't3jax' has no attribute {name!r}")
+
 
 __all__ = [
     "LM",

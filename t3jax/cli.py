@@ -1,79 +1,81 @@
-"""What the scripts share: their flags and errors, their config, and the compilation cache."""
+"""What the commands share: their flags and errors, their config, and the compilation cache."""
 
 import contextlib
 import dataclasses
-import difflib
 import os
 import pathlib
 import re
 import signal
 import sys
 import traceback
+import typing
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
-from jax.sharding import Mesh
 from ml_collections import ConfigDict, FieldReference, config_flags
+from ml_collections.config_dict import placeholder
 
-from t3jax import files, hosts, preflight
-from t3jax.data import PromptFormat
-from t3jax.head import class_prior_shift
-from t3jax.head_io import Head, load_head
-from t3jax.json_files import parse_json
-from t3jax.lm import LM
-from t3jax.refinements import Refinements
-from t3jax.settings import from_config
+from t3jax import files, hosts
+from t3jax.settings import Settings, config_fields, expected, from_config, names_of, nearest
 
 # Statuses of a script that was stopped: by Ctrl-C, by a reader that wants no more, by SIGTERM.
 STOPPED = tuple(128 + each for each in (signal.SIGINT, signal.SIGPIPE, signal.SIGTERM))
+_CONFIGS = pathlib.Path(__file__).parent / "configs"
 _OVERRIDE = re.compile(r"--?config\.(?P<field>[\w.]+)=(?P<value>.*)", re.DOTALL)
 
 
-def run(script: Callable[[Any], None]) -> None:
-    """Runs a script on its `--config=configs/NAME.py`; what is wrong with its input is one line.
+def run(command: Callable[[Settings], None]) -> None:
+    """Runs a command on its `--config=configs/NAME.py`; what is wrong with its input is one line.
 
-    The flag `--distributed` says whether several processes are one program, see `hosts.initialize`;
-    process 0 alone then prints. Ctrl-C ends with status 130 and SIGTERM with 143; training puts
-    SIGTERM off until its state is saved.
+    Without `--config` the default recipe is taken. `--FIELD=VALUE` is short for
+    `--config.FIELD=VALUE`. The flag `--distributed` says whether several processes are one program,
+    see `hosts.initialize`; process 0 alone then prints. Ctrl-C ends with status 130 and SIGTERM
+    with 143; training puts SIGTERM off until its state is saved.
 
     Args:
-        script: Takes the config.
+        command: Takes the settings.
     """
     distributed = flags.DEFINE_enum(
         "distributed", "auto", hosts.MODES, "Whether to join the processes of a cluster."
     )
     name = pathlib.Path(sys.argv[0]).name
+    words = [sys.argv[0], *map(_with_prefix, sys.argv[1:])]
     # `--config.FIELD=None` is read here: the flags would take it for a text, or refuse it.
-    given = {m["field"]: m["value"] for arg in sys.argv if (m := _OVERRIDE.fullmatch(arg))}
+    given = {m["field"]: m["value"] for word in words if (m := _OVERRIDE.fullmatch(word))}
     unset = [field for field, value in given.items() if value == "None"]
-    args = [arg for arg in sys.argv if not re.fullmatch(r"--?config\.[\w.]+=None", arg)]
+    args = [word for word in words if not re.fullmatch(r"--?config\.[\w.]+=None", word)]
+    if not any(re.match(r"--?config(=|$)", word) for word in args):
+        args.insert(1, f"--config={_CONFIGS / 'default.py'}")
     flag = config_flags.DEFINE_config_file(
         "config", help_string="Path of a configs/*.py file.", sys_argv=args
     )
+    settings: list[Settings] = []
 
     def parse(_: list[str]) -> list[str]:
         try:
             rest = flags.FLAGS(args)
             if len(rest) > 1:
                 raise ValueError(f"unexpected {rest[1:]}; options are --config.NAME=VALUE")
-            if flag.value is None:
-                raise ValueError("no config; give --config=configs/demo.py or another")
             _unset(flag.value, unset)
+            settings.append(from_config(Settings, flag.value))
             return rest
         except flags.UnrecognizedFlagError as error:
-            sys.exit(f"{name}: {error}{_nearest(error.flagname)}")
+            field = error.flagname.removeprefix("config.")
+            sys.exit(f"{name}: {error}{nearest(field, [*names_of(), *flags.FLAGS])}")
         except flags.IllegalFlagValueError as error:
             sys.exit(f"{name}: {_expected(error)}")
-        except AttributeError as error:  # from ml_collections, with the nearest key that there is
-            cause = error.args[0]
-            message = cause.args[0] if isinstance(cause, KeyError) else cause
-            sys.exit(f"{name}: unknown config key {message}")
+        except AttributeError as error:  # from ml_collections: a field that is not there
+            named = [field for word in words for field in re.findall(r"^--?config\.([\w.]+)", word)]
+            named += re.findall(r"^['\"]+(?:Key ['\"])?(\w+)", str(error))
+            unknown = [field for field in named if field not in names_of()]
+            said = f"unknown config key {unknown[0]!r}{nearest(unknown[0])}" if unknown else None
+            sys.exit(f"{name}: {said or _odd(error)}")
         except (flags.Error, ValueError) as error:
             sys.exit(f"{name}: {error}")
         except Exception as error:  # a config file is Python, and may raise anything
-            sys.exit(f"{name}: the config cannot be read: {type(error).__name__}: {error}")
+            sys.exit(f"{name}: {_odd(error)}")
 
     def main(_: list[str]) -> None:
         logging.set_verbosity(logging.FATAL)  # Orbax logs its steps, and errors that it raises
@@ -81,12 +83,10 @@ def run(script: Callable[[Any], None]) -> None:
         hosts.raise_at_signals()
         enable_compilation_cache()
         try:
-            preflight.check_fields(flag.value, optional_fields(flag.value))
-            prompt_format(flag.value)
             hosts.initialize(distributed.value)
             with contextlib.redirect_stdout(sys.stdout if hosts.is_lead() else None):
                 try:
-                    script(flag.value)
+                    command(settings[0])
                 finally:
                     _flush()
         except hosts.Preempted as error:
@@ -130,28 +130,49 @@ def _unset(config: Any, names: Sequence[str]) -> None:
         for each in sections:
             section = section.get(each, {})
         if field not in section:
-            raise ValueError(f"unknown config key {name!r}{_nearest(name)}")
+            raise ValueError(f"unknown config key {name!r}{nearest(name)}")
         if name not in optional:
             raise ValueError(f"config.{name}=None: this field cannot be unset")
         section[field] = None
 
 
-def _nearest(flag: str) -> str:
-    """The flag that an unknown one may be meant for: a field of the config, or another flag."""
-    value = flags.FLAGS["config"].value
-    known = [*flags.FLAGS, *([] if value is None else map("config.{}".format, _fields(value)))]
-    short = {each.removeprefix("config."): each for each in known}
-    found = difflib.get_close_matches(flag.removeprefix("config."), short, 1)
-    return f"; did you mean --{short[found[0]]}?" if found else ""
+def _with_prefix(word: str) -> str:
+    """A flag that names a field, as one of the config; a config that ships, as its path."""
+    if (found := re.match(r"--?(\w+)[\w.]*(=|$)", word)) and found[1] in names_of():
+        return "--config." + word.lstrip("-")
+    if found := re.fullmatch(r"--?config=(?:configs/)?(\w+)(?:\.py)?(:.*)?", word):
+        shipped = _CONFIGS / f"{found[1]}.py"
+        path = pathlib.Path(word.partition("=")[2].partition(":")[0])
+        if shipped.is_file() and not path.is_file():
+            return f"--config={shipped}{found[2] or ''}"
+    return word
 
 
-def _fields(config: Any) -> list[str]:
-    """Names of all fields of a config, those of its sections with theirs before them."""
-    names = []
-    for name, value in config.items():
-        inner = _fields(value) if isinstance(value, ConfigDict) else []
-        names += [name, *(f"{name}.{field}" for field in inner)]
-    return names
+def _odd(error: Exception) -> str:
+    return f"the config cannot be read: {type(error).__name__}: {error}"
+
+
+def to_config(options: Any, metadata: Any = None) -> ConfigDict:
+    """Makes a config of the defaults of a dataclass of options.
+
+    Args:
+        options: The dataclass, such as `Settings`.
+        metadata: Of its field in another one, see `config_fields`.
+
+    Returns:
+        The config, with sections for dataclasses, in which a `placeholder` is None until it is set.
+    """
+    config, hints = ConfigDict(), typing.get_type_hints(options)
+    for name, field in config_fields(options, metadata):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            config[name] = to_config(hint, field.metadata)
+        elif field.default is None:
+            kind = typing.get_args(hint)[0]
+            config[name] = placeholder(typing.get_origin(kind) or kind)
+        else:
+            config[name] = "{}" if field.default is dataclasses.MISSING else field.default
+    return config
 
 
 def _expected(error: flags.IllegalFlagValueError) -> str:
@@ -161,10 +182,7 @@ def _expected(error: flags.IllegalFlagValueError) -> str:
     if found is None:
         return message
     name, value = found.groups()
-    expected: Any = preflight.FIELDS.get(name)
-    if expected is None:
-        expected = "True or False" if "boolean" in message else f"another value; {message}"
-    return f"config.{name} = {value!r}: expected {expected}"
+    return f"config.{name} = {value!r}: expected {expected(name) or f'another value; {message}'}"
 
 
 def _take_any_text() -> None:
@@ -230,12 +248,6 @@ def _fail(message: str, status: int = 1) -> NoReturn:
     sys.exit(status)
 
 
-def require(config: Any, *names: str) -> None:
-    """Raises ValueError if one of these fields of the config is not set."""
-    if missing := [name for name in names if config[name] is None]:
-        raise ValueError(f"not in the config: {missing}; give --config.{missing[0]}=... or so")
-
-
 def enable_compilation_cache() -> None:
     """Keeps compiled programs between runs, under `$XDG_CACHE_HOME/t3jax` or `~/.cache/t3jax`.
 
@@ -245,65 +257,3 @@ def enable_compilation_cache() -> None:
         home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home) / "t3jax" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-
-
-def prompt_format(config: Any) -> PromptFormat:
-    """How questions become prompts, from a script's config."""
-    kwargs = parse_json(config.chat_template_kwargs, "config.chat_template_kwargs", dict[str, Any])
-    return from_config(PromptFormat, config, chat_template_kwargs=kwargs)
-
-
-def load_heads(
-    config: Any, names: Sequence[str], mesh: Mesh
-) -> tuple[list[str], list[Head], list[tuple[int, ...]]]:
-    """Loads the heads that a config names, with its class prior where it has one.
-
-    Args:
-        config: The settings.
-        names: Head folders; "FOLDER,FOLDER" are several that are served together.
-        mesh: Where to.
-
-    Returns:
-        The folders, each once; their heads; and for each name the indices of its heads.
-    """
-    groups = [name.split(",") for name in names]
-    folders = list(dict.fromkeys(folder for group in groups for folder in group))
-    heads = [load_head(folder, mesh) for folder in folders]
-    if config.forget_fraction is not None:
-        shift = class_prior_shift(config.forget_fraction)
-        heads = [dataclasses.replace(head, prior_shift=shift) for head in heads]
-    return folders, heads, [tuple(map(folders.index, group)) for group in groups]
-
-
-def replace_fields(config: Any, **fields: Any) -> Any:
-    """A copy of a config with other values."""
-    copy = config.copy_and_resolve_references()
-    for name, value in fields.items():
-        copy[name] = value
-    return copy
-
-
-def refinements(name: str, lm: LM) -> Refinements:
-    """Refinements by name; what is protected are the model's stop tokens.
-
-    Args:
-        name: `plain`, or some of `gated`, `protected` and `product`, joined by "-".
-        lm: The model.
-
-    Returns:
-        The refinements, of this `name`.
-
-    Raises:
-        ValueError: If a part of the name is unknown.
-    """
-    parts = set(name.split("-")) - {"plain"}
-    if unknown := sorted(parts - {"gated", "protected", "product"}):
-        raise ValueError(
-            f"refinements {name!r}: unknown {unknown}; expected plain, or some of gated, protected "
-            "and product, joined by '-'"
-        )
-    return Refinements(
-        gated="gated" in parts,
-        protected=lm.eos_ids if "protected" in parts else (),
-        combine="product" if "product" in parts else "disjoint",
-    )

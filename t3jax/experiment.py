@@ -15,15 +15,15 @@ import pathlib
 import resource
 import time
 from collections.abc import Iterator
-from typing import Any
 
 from jax.sharding import Mesh
 
-from t3jax import cli, data, files, hosts, pipeline, variations
+from t3jax import data, files, hosts, pipeline, variations
 from t3jax.evaluation import probes
 from t3jax.evaluation.logs import Log
 from t3jax.evaluation.scoring import BASE, Setting
 from t3jax.lm import load_lm
+from t3jax.settings import Settings, replace
 from t3jax.sweep import Sweep, sweep, train_grid
 
 
@@ -49,11 +49,11 @@ class Experiment:
     stages: dict[str, dict[str, float]]
 
 
-def experiment(config: Any, mesh: Mesh) -> Experiment:
+def experiment(config: Settings, mesh: Mesh) -> Experiment:
     """Runs an experiment, or goes on with it.
 
     Args:
-        config: The settings; everything goes to its `experiment_dir`.
+        config: The settings; everything goes to its `experiment.dir`.
         mesh: Where to.
 
     Returns:
@@ -62,15 +62,15 @@ def experiment(config: Any, mesh: Mesh) -> Experiment:
     Raises:
         ValueError: As the stages.
     """
-    folder = pathlib.Path(config.experiment_dir)
+    folder = pathlib.Path(config["experiment.dir"])
     stage = functools.partial(_stage, folder / "stages.json")
     with stage("fine-tuning"):
         config = with_models(config, mesh)
-    lm = load_lm(config.model, config.dtype, mesh)
+    lm = load_lm(config["model"], config.dtype, mesh)
     with stage("features and heads"):
         grid = train_grid(config, lm, pipeline.training_sets(config, lm), mesh)
     with stage("choosing"):
-        found = sweep(cli.replace_fields(config, leak_samples=0), lm, grid, mesh)
+        found = sweep(replace(config, **{"leaks.leak_samples": 0}), lm, grid, mesh)
     with stage("leaks"):
         found = with_leaks(config, found)
     with stage("varying"):
@@ -79,7 +79,7 @@ def experiment(config: Any, mesh: Mesh) -> Experiment:
     with stage("refining"):
         refined = variations.refine(config, lm, mesh, found)
     truncated = None
-    if config.leak_samples:
+    if config.leaks.leak_samples:
         with stage("truncating"):
             truncated = variations.truncate(config, found)
     with stage("probing"):
@@ -89,43 +89,45 @@ def experiment(config: Any, mesh: Mesh) -> Experiment:
     return Experiment(found, points, refined, truncated, found_probes, stages)
 
 
-def with_models(config: Any, mesh: Mesh) -> Any:
+def with_models(config: Settings, mesh: Mesh) -> Settings:
     """Makes the two models: one that knows both sets, one that knows the retain set alone.
 
     Args:
-        config: The settings. If it names a `retain_model`, both are there and nothing is made.
+        config: The settings. If they name an `eval.retain_model`, both are there and
+            nothing is made.
         mesh: Where to train.
 
     Returns:
         The config with both, and with the folders of an experiment.
     """
-    folder = pathlib.Path(config.experiment_dir)
+    folder = pathlib.Path(config["experiment.dir"])
     kept = {
         "workdir": str(folder / "heads"),
         "feature_store": str(folder / "features"),
-        "eval_dir": str(folder / "evaluation"),
+        "eval.dir": str(folder / "evaluation"),
     }
-    if config.retain_model is not None:
-        return cli.replace_fields(config, **kept)
+    if config.eval.retain_model is not None:
+        return replace(config, **kept)
     both, alone = (config.retain, config.forget), (config.retain,)
     made = {
         name: pipeline.finetune_once(
-            cli.replace_fields(
+            replace(
                 config,
-                finetune_data=sources,
-                finetune_validation=() if name == "base" else (config.forget,),
-                finetune_workdir=str(folder / name),
+                **{
+                    "finetune.data": sources,
+                    "finetune.validation": () if name == "base" else (config.forget,),
+                    "finetune.workdir": str(folder / name),
+                },
             ),
             mesh,
         )
         for name, sources in (("base", both), ("retain_only", alone))
     }
-    return cli.replace_fields(
-        config, model=str(made["base"]), retain_model=str(made["retain_only"]), **kept
-    )
+    models = {"model": str(made["base"]), "eval.retain_model": str(made["retain_only"])}
+    return replace(config, **models, **kept)
 
 
-def with_leaks(config: Any, found: Sweep) -> Sweep:
+def with_leaks(config: Settings, found: Sweep) -> Sweep:
     """Draws answers from the retain model and from what was chosen; the base recites anyway.
 
     Args:
@@ -144,7 +146,7 @@ def with_leaks(config: Any, found: Sweep) -> Sweep:
     return dataclasses.replace(found, evaluation=evaluation)
 
 
-def probe(config: Any, found: Sweep) -> dict[str, list[probes.Probe]]:
+def probe(config: Settings, found: Sweep) -> dict[str, list[probes.Probe]]:
     """What gate and tilt make of texts by their kind, under what was chosen.
 
     Args:
@@ -158,7 +160,7 @@ def probe(config: Any, found: Sweep) -> dict[str, list[probes.Probe]]:
     store, sets = examined.store, examined.sets
     texts = {"forget answers (trained on)": sets["forget"].answers}
     texts["forget, reworded questions"] = sets["forget"].reworded or []
-    forget = data.load_dataset(config.eval_forget, config.tofu_dir)
+    forget = data.load_dataset(config["eval.forget"], config.tofu_dir)
     cut = probes.split_answers(forget)
     texts["forget answers cut in two"] = pipeline.encode_rows(config, store.lm, cut)
     texts["retain answers (trained on)"] = sets["retain"].answers
@@ -166,8 +168,8 @@ def probe(config: Any, found: Sweep) -> dict[str, list[probes.Probe]]:
     for name, kind in (("ra", "real authors"), ("wf", "world facts")):
         if name in sets:
             texts[kind] = sets[name].answers
-    if config.plain_chat is not None:
-        texts["plain chat"] = pipeline.encode(config, store.lm, config.plain_chat)
+    if config.experiment.plain_chat is not None:
+        texts["plain chat"] = pipeline.encode(config, store.lm, config.experiment.plain_chat)
     plain = [
         Setting(f"head{setting.heads[0]}-T1-s1", 1.0, 1.0, setting.heads)
         for setting in found.chosen

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from t3jax.pooling import FEATURES, feature_size
+from t3jax.ranges import RANK, Words, check_ranges, whole
 
 HeadParams = dict[str, Any]
 
@@ -61,15 +62,15 @@ class HeadConfig:
     features: str = "mean"
 
     def __post_init__(self):
-        if self.features not in FEATURES:
-            raise ValueError(f"unknown features {self.features!r}; a head reads one of {FEATURES}")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"unknown activation {self.activation!r}; the head knows {sorted(ACTIVATIONS)}"
-            )
-        for name in ("hidden_size", "vocab_size", "rank", "num_hidden_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"head {name} must be at least 1, got {getattr(self, name)}")
+        check_ranges(
+            self,
+            hidden_size=whole(1),
+            vocab_size=whole(1),
+            rank=RANK,
+            activation=Words(tuple(ACTIVATIONS)),
+            num_hidden_layers=whole(1, 100),
+            features=Words(FEATURES),
+        )
 
     @property
     def num_params(self) -> int:

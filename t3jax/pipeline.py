@@ -14,7 +14,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from t3jax import checked, cli, data, files, hosts
+from t3jax import checked, data, files, hosts
 from t3jax.data.records import Record
 from t3jax.digests import model_digest, params_digest, rows_digest
 from t3jax.evaluation import logs, tofu, unlearning
@@ -28,9 +28,10 @@ from t3jax.head_io import Head, load_head
 from t3jax.lm import LM, default_dtype, load_config, load_lm, save_hf
 from t3jax.lm.adapter import save_adapter
 from t3jax.lm.decoder import Lora
-from t3jax.minnorm import MinNormConfig
-from t3jax.settings import from_config
-from t3jax.training import TrainConfig, check_start
+from t3jax.refinements import Refinements
+from t3jax.sections import narrow
+from t3jax.settings import Settings
+from t3jax.training import check_start
 from t3jax.training_sets import SyntheticOptions, TrainingSets, make_training_sets
 
 
@@ -74,34 +75,30 @@ class Evaluation:
     second_retain_unlearning: Log | None = None
 
 
-def encode(config: Any, lm: LM, source: str) -> list[data.Example]:
+def encode(config: Settings, lm: LM, source: str) -> list[data.Example]:
     """The rows of a source as tokens."""
     return encode_rows(config, lm, data.load_dataset(source, config.tofu_dir))
 
 
-def encode_rows(config: Any, lm: LM, rows: Sequence[Record]) -> list[data.Example]:
+def encode_rows(config: Settings, lm: LM, rows: Sequence[Record]) -> list[data.Example]:
     """Rows as tokens."""
     return data.encode_records(
-        lm.tokenizer, rows, cli.prompt_format(config), config.max_length or lm.max_position
+        lm.tokenizer, rows, config.prompt_format, config.max_length or lm.max_position
     )
 
 
-def finetune_config(config: Any) -> FinetuneConfig:
+def finetune_config(config: Settings) -> FinetuneConfig:
     """How a config says that a language model is fine-tuned."""
-    return from_config(
+    return narrow(
         FinetuneConfig,
-        config,
-        "finetune_",
-        lora_rank=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_layers=tuple(config.lora_layers),
+        config.finetune,
         dtype=config.dtype or default_dtype(),
-        minnorm=from_config(MinNormConfig, config, "minnorm_") if config.minnorm_share else None,
-        tasks=len(config.finetune_data) if config.meta else None,
+        minnorm=config.minnorm if config.minnorm.share else None,
+        tasks=len(config.finetune.data) if config.finetune.meta else None,
     )
 
 
-def finetune_once(config: Any, mesh: Mesh) -> pathlib.Path:
+def finetune_once(config: Settings, mesh: Mesh) -> pathlib.Path:
     """Fine-tunes the model of a config, or resumes that, and writes it as a Hugging Face folder.
 
     What was made before of the same model (weights, config and tokenizer, wherever they lie), the
@@ -112,48 +109,51 @@ def finetune_once(config: Any, mesh: Mesh) -> pathlib.Path:
         mesh: Where to train.
 
     Returns:
-        The folder, `model` in the config's `finetune_workdir`.
+        The folder, `model` in the config's `finetune.workdir`.
 
     Raises:
         ValueError: As `finetune`, or as loading the model or the data; or a file of the folder is
             not as it was written.
     """
     recipe = finetune_config(config)
-    workdir = pathlib.Path(config.finetune_workdir)
+    workdir = pathlib.Path(config["finetune.workdir"])
     made_by: dict[str, Any] = {
         "recipe": dataclasses.asdict(recipe),
-        "format": dataclasses.asdict(cli.prompt_format(config)),
+        "format": dataclasses.asdict(config.prompt_format),
         **{
-            name: [[source, _digest(config, source)] for source in config[name]]
-            for name in ("finetune_data", "finetune_validation")
+            f"finetune_{name}": [[each, _digest(config, each)] for each in sources]
+            for name, sources in (
+                ("data", config.finetune.data),
+                ("validation", config.finetune.validation),
+            )
         },
     }
     # What is trained is float32; weights that LoRA leaves alone need not be.
-    lm = load_lm(config.model, recipe.dtype if recipe.freezes_weights else "float32", mesh)
+    lm = load_lm(config["model"], recipe.dtype if recipe.freezes_weights else "float32", mesh)
     made_by["model"] = model_digest(lm)
     record = workdir / "model" / "finetuning.json"
     made_by = json.loads(json.dumps(made_by))  # as it is read back
     if hosts.of_lead(hosts.is_lead() and _was_made_by(record, made_by)):
         return record.parent
-    lm_config = load_config(config.model)
+    lm_config = load_config(config["model"])
 
     def write_adapter(lora: Lora) -> None:
         try:
             with files.replacing_folder(workdir / "adapter") as folder:
                 save_adapter(
-                    folder, lm_config, lora, recipe.lora_rank, recipe.lora_alpha, config.model
+                    folder, lm_config, lora, recipe.lora_rank, recipe.lora_alpha, config["model"]
                 )
         except ValueError as error:  # the merged model is written all the same
             print(f"no adapter is written: {error}")
 
-    tasks = [encode(config, lm, source) for source in config.finetune_data]
+    tasks = [encode(config, lm, source) for source in config.finetune.data]
     params = finetune(
         lm_config,
         lm.params,
         tasks if recipe.tasks else list(itertools.chain(*tasks)),
         recipe,
         validation=[
-            row for source in config.finetune_validation for row in encode(config, lm, source)
+            row for source in config.finetune.validation for row in encode(config, lm, source)
         ],
         workdir=workdir,
         mesh=mesh,
@@ -191,52 +191,50 @@ def _was_made_by(record: pathlib.Path, made_by: dict[str, Any]) -> bool:
     return True
 
 
-def _digest(config: Any, source: str) -> str:
+def _digest(config: Settings, source: str) -> str:
     return rows_digest(data.load_dataset(source, config.tofu_dir))
 
 
-def digests(config: Any, lm: LM) -> dict[str, str]:
+def digests(config: Settings, lm: LM) -> dict[str, str]:
     """Digests of the forget rows, the retain rows and the model's weights, for a head's card."""
     sources = {name: config[name] for name in ("forget", "retain") if config[name] is not None}
     rows = {name: _digest(config, source) for name, source in sources.items()}
     return rows | {"model": params_digest(lm.params)}
 
 
-def synthetic_options(config: Any) -> SyntheticOptions:
+def synthetic_options(config: Settings) -> SyntheticOptions:
     """What a config lets the base model write for the training of its head."""
-    return from_config(
-        SyntheticOptions,
-        config,
-        openings=tuple(config.openings) or None,
-        batch_size=config.rows,
-        seed=0,  # the config's is that of sampling: another one must not train another head
+    return dataclasses.replace(
+        config.synthetic, max_new_tokens=config.sampling.max_new_tokens, batch_size=config.rows
     )
 
 
-def training_sets(config: Any, lm: LM) -> TrainingSets:
+def training_sets(config: Settings, lm: LM) -> TrainingSets:
     """The sets that a head of a config is trained on, computed or read from the feature store."""
     return make_training_sets(
         lm,
-        data.load_dataset(config.forget, config.tofu_dir),
-        data.load_dataset(config.retain, config.tofu_dir) if config.retain is not None else [],
-        train_config(config),
+        data.load_dataset(config["forget"], config.tofu_dir),
+        data.load_dataset(config["retain"], config.tofu_dir) if config.retain is not None else [],
+        config.train,
         synthetic_options(config),
-        prompt_format=cli.prompt_format(config),
-        features=config.features,
-        feature_dtype=config.feature_dtype,
+        prompt_format=config.prompt_format,
+        features=config.classifier.features,
+        feature_dtype=config.classifier.feature_dtype,
         feature_store=config.feature_store,
         max_length=config.max_length,
         progress=True,
     )
 
 
-def head_config(config: Any, lm: LM) -> HeadConfig:
+def head_config(config: Settings, lm: LM) -> HeadConfig:
     """The head that a config describes, for a model."""
-    return from_config(HeadConfig, config, hidden_size=lm.hidden_size, vocab_size=lm.vocab_size)
+    return narrow(
+        HeadConfig, config.classifier, hidden_size=lm.hidden_size, vocab_size=lm.vocab_size
+    )
 
 
-def start_head(config: Any, shape: HeadConfig) -> Head | None:
-    """The head in a config's `init`, at which training starts.
+def start_head(config: Settings, shape: HeadConfig) -> Head | None:
+    """The head in a config's `classifier.init`, at which training starts.
 
     Args:
         config: The settings.
@@ -249,32 +247,29 @@ def start_head(config: Any, shape: HeadConfig) -> Head | None:
         FileNotFoundError: If there is no head.
         ValueError: If it is damaged, or of another shape or kind than the config's.
     """
-    if config.init is None:
+    if config.classifier.init is None:
         return None
-    head = load_head(config.init)
+    head = load_head(config.classifier.init)
     try:
         check_start(head.config, shape)
     except ValueError as error:
-        raise ValueError(f"config.init = {config.init!r}: {error}") from error
+        raise ValueError(f"config.classifier.init = {config.classifier.init!r}: {error}") from error
     return head
 
 
-def train_config(config: Any) -> TrainConfig:
-    """How a config says that heads are trained."""
-    return from_config(TrainConfig, config)
-
-
-def head_defaults(config: Any) -> dict[str, Any]:
+def head_defaults(config: Settings) -> dict[str, Any]:
     """What a trained head keeps of a config: the model, and T, s and class prior where set."""
     knobs = {name: config[name] for name in ("base_temperature", "guidance_scale")}
-    if config.loss == "distillation" and knobs["base_temperature"] is None:
-        knobs["base_temperature"] = config.distilled_temperature
+    if config.train.loss == "distillation" and knobs["base_temperature"] is None:
+        knobs["base_temperature"] = config.train.distilled_temperature
     if config.forget_fraction is not None:
         knobs["prior_shift"] = class_prior_shift(config.forget_fraction)
     return {"model": config.model} | {name: x for name, x in knobs.items() if x is not None}
 
 
-def choose_setting(config: Any, lm: LM, heads: Sequence[Head], sets: TrainingSets) -> list[Head]:
+def choose_setting(
+    config: Settings, lm: LM, heads: Sequence[Head], sets: TrainingSets
+) -> list[Head]:
     """Gives heads T and s where the config leaves them open and there are counterfactuals.
 
     See `t3jax.evaluation.calibration`. All heads get the setting chosen for the first.
@@ -306,7 +301,7 @@ def choose_setting(config: Any, lm: LM, heads: Sequence[Head], sets: TrainingSet
 
 
 def calibrate_heads(
-    config: Any, lm: LM, heads: Sequence[Head], sets: TrainingSets, seeds: int = 1
+    config: Settings, lm: LM, heads: Sequence[Head], sets: TrainingSets, seeds: int = 1
 ) -> Calibration:
     """Compares heads and settings with the made-up-name level, see `calibrate`.
 
@@ -324,21 +319,21 @@ def calibrate_heads(
     of_row: list[list[data.Example]] = [[] for _ in sets.rows]
     for each, example in zip(sets.counterfactuals, swapped, strict=True):
         of_row[each.row].append(example)
-    distils = config.loss == "distillation"
+    distils = config.train.loss == "distillation"
     return calibrate(
         lm,
         heads,
         encode_rows(config, lm, sets.rows),
         of_row,
         encode_rows(config, lm, sets.retained),
-        refinements=cli.refinements(config.refinements, lm),
+        refinements=refinements(config.refinements, lm),
         seeds=seeds,
-        **({"temperatures": (config.distilled_temperature,)} if distils else {}),
+        **({"temperatures": (config.train.distilled_temperature,)} if distils else {}),
     )
 
 
 def settings(
-    config: Any,
+    config: Settings,
     lm: LM,
     heads: Sequence[Head],
     groups: Sequence[tuple[int, ...]] | None = None,
@@ -346,18 +341,18 @@ def settings(
     controls: bool,
 ) -> list[Setting]:
     """The settings that a config asks for, see `settings_grid`."""
-    names = (config.eval_refinements or config.refinements).split(",")
+    names = (config.eval.refinements or config.refinements).split(",")
     return settings_grid(
         heads,
-        config.eval_temperatures,
-        config.eval_scales,
+        config.eval.base_temperatures,
+        config.eval.guidance_scales,
         controls,
-        [cli.refinements(name, lm) for name in names],
+        [refinements(name, lm) for name in names],
         groups,
     )
 
 
-def load_sets(config: Any, lm: LM) -> dict[str, tofu.QuestionSet]:
+def load_sets(config: Settings, lm: LM) -> dict[str, tofu.QuestionSet]:
     """The question sets of a config, encoded, by key of `tofu.SETS`.
 
     Raises:
@@ -366,25 +361,25 @@ def load_sets(config: Any, lm: LM) -> dict[str, tofu.QuestionSet]:
     """
     return tofu.load_sets(
         {
-            "forget": config.eval_forget,
-            "retain": config.eval_retain,
-            "ra": config.eval_real_authors,
-            "wf": config.eval_world_facts,
-            "holdout": config.eval_holdout,
+            "forget": config.eval.forget,
+            "retain": config.eval.retain,
+            "ra": config.eval.real_authors,
+            "wf": config.eval.world_facts,
+            "holdout": config.eval.holdout,
         },
         lm.tokenizer,
-        cli.prompt_format(config),
+        config.prompt_format,
         config.max_length or lm.max_position,
         config.tofu_dir,
-        config.eval_rows,
+        config.eval.rows,
     )
 
 
-def examine(config: Any, lm: LM, heads: Sequence[Head], mesh: Mesh | None = None) -> Examined:
+def examine(config: Settings, lm: LM, heads: Sequence[Head], mesh: Mesh | None = None) -> Examined:
     """Loads what an evaluation needs beside the model: the question sets and the retain model.
 
     Args:
-        config: The settings; what is computed is kept in its `eval_dir`.
+        config: The settings; what is computed is kept in its `eval.dir`.
         lm: The model.
         heads: The heads; settings refer to them by index.
         mesh: Where the retain model goes.
@@ -397,29 +392,29 @@ def examine(config: Any, lm: LM, heads: Sequence[Head], mesh: Mesh | None = None
     """
     sets = load_sets(config, lm)
     kept: dict[str, Any] = {
-        "folder": pathlib.Path(config.eval_dir) / "store",
+        "folder": pathlib.Path(config["eval.dir"]) / "store",
         "rows": config.rows,
         "progress": True,
     }
     store = Store(lm, heads, **kept)
     retain_store = None
-    if config.retain_model is not None:
-        retain_store = Store(load_lm(config.retain_model, config.dtype, mesh), **kept)
+    if config.eval.retain_model is not None:
+        retain_store = Store(load_lm(config["eval.retain_model"], config.dtype, mesh), **kept)
         unlearning.check_same_vocabulary(store, retain_store)
     return Examined(store, retain_store, sets)
 
 
 def score(
-    config: Any, examined: Examined, settings: Sequence[Setting], *, answers: bool = True
+    config: Settings, examined: Examined, settings: Sequence[Setting], *, answers: bool = True
 ) -> tuple[dict[str, Log], Log | None]:
     """The TOFU metrics of a model under some settings.
 
     Args:
-        config: The settings; logs go to its `eval_dir`.
+        config: The settings; logs go to its `eval.dir`.
         examined: What to evaluate.
         settings: Under which settings.
         answers: Whether to generate answers; without them, ROUGE is missing and a setting costs
-            seconds. Logs then go to `scored` in the `eval_dir`.
+            seconds. Logs then go to `scored` in the `eval.dir`.
 
     Returns:
         Logs by setting's name, and the retain model's, if there is one.
@@ -427,11 +422,11 @@ def score(
     Raises:
         ValueError: If the retain log is of other rows, or a score is not finite.
     """
-    folder = pathlib.Path(config.eval_dir) / ("" if answers else "scored")
-    options = from_config(tofu.TofuOptions, config, answers=answers)
+    folder = pathlib.Path(config["eval.dir"]) / ("" if answers else "scored")
+    options = tofu.TofuOptions(config.sampling.max_new_tokens, config.eval.reference_mask, answers)
     retain_log = None
-    if config.retain_log is not None:
-        retain_log = logs.read_log(pathlib.Path(config.retain_log))
+    if config.eval.retain_log is not None:
+        retain_log = logs.read_log(pathlib.Path(config["eval.retain_log"]))
     elif examined.retain_store is not None:
         itself = Setting("retain_model")
         found = tofu.evaluate(examined.retain_store, examined.sets, [itself], folder, options)
@@ -448,11 +443,11 @@ def score(
     return evaluated, retain_log
 
 
-def evaluate(config: Any, examined: Examined, settings: Sequence[Setting]) -> Evaluation:
+def evaluate(config: Settings, examined: Examined, settings: Sequence[Setting]) -> Evaluation:
     """Evaluates a model under some settings: the TOFU metrics, and the numbers beyond them.
 
     Args:
-        config: The settings; results go to its `eval_dir`.
+        config: The settings; results go to its `eval.dir`.
         examined: What to evaluate.
         settings: Under which settings, the base model first.
 
@@ -462,7 +457,7 @@ def evaluate(config: Any, examined: Examined, settings: Sequence[Setting]) -> Ev
     Raises:
         ValueError: As `score`.
     """
-    second = _second_retain_logs(config.second_retain_log)
+    second = _second_retain_logs(config.eval.second_retain_log)
     evaluated, retain_log = score(config, examined, settings)
     if second[0] is not None and retain_log is not None:
         logs.check_retain_log(second[0], retain_log)
@@ -482,12 +477,12 @@ def _second_retain_logs(name: str | None) -> tuple[Log | None, Log | None]:
 
 
 def measure(
-    config: Any, examined: Examined, settings: Sequence[Setting]
+    config: Settings, examined: Examined, settings: Sequence[Setting]
 ) -> tuple[dict[str, Log], Log | None]:
     """The numbers beyond the TOFU metrics, see `t3jax.evaluation.unlearning`.
 
     Args:
-        config: The settings; logs go to its `eval_dir`.
+        config: The settings; logs go to its `eval.dir`.
         examined: What to evaluate.
         settings: Under which settings.
 
@@ -498,8 +493,12 @@ def measure(
         ValueError: If a score is not finite.
     """
     store, retain_store, sets = examined.store, examined.retain_store, examined.sets
-    beyond = from_config(unlearning.UnlearningOptions, config)
-    folder = pathlib.Path(config.eval_dir)
+    beyond = dataclasses.replace(
+        config.leaks,
+        max_new_tokens=config.sampling.max_new_tokens,
+        seed=config.sampling.seed,
+    )
+    folder = pathlib.Path(config["eval.dir"])
     retain_unlearning = None
     if retain_store is not None:
         itself = Setting("retain_model")
@@ -508,3 +507,51 @@ def measure(
         )[itself.name]
     measured = unlearning.measure(store, sets, settings, folder, beyond, retain_store=retain_store)
     return measured, retain_unlearning
+
+
+def load_heads(
+    config: Settings, names: Sequence[str], mesh: Mesh
+) -> tuple[list[str], list[Head], list[tuple[int, ...]]]:
+    """Loads the heads that a config names, with its class prior where it has one.
+
+    Args:
+        config: The settings.
+        names: Head folders; "FOLDER,FOLDER" are several that are served together.
+        mesh: Where to.
+
+    Returns:
+        The folders, each once; their heads; and for each name the indices of its heads.
+    """
+    groups = [name.split(",") for name in names]
+    folders = list(dict.fromkeys(folder for group in groups for folder in group))
+    heads = [load_head(folder, mesh) for folder in folders]
+    if config.forget_fraction is not None:
+        shift = class_prior_shift(config.forget_fraction)
+        heads = [dataclasses.replace(head, prior_shift=shift) for head in heads]
+    return folders, heads, [tuple(map(folders.index, group)) for group in groups]
+
+
+def refinements(name: str, lm: LM) -> Refinements:
+    """Refinements by name; what is protected are the model's stop tokens.
+
+    Args:
+        name: `plain`, or some of `gated`, `protected` and `product`, joined by "-".
+        lm: The model.
+
+    Returns:
+        The refinements, of this `name`.
+
+    Raises:
+        ValueError: If a part of the name is unknown.
+    """
+    parts = set(name.split("-")) - {"plain"}
+    if unknown := sorted(parts - {"gated", "protected", "product"}):
+        raise ValueError(
+            f"refinements {name!r}: unknown {unknown}; expected plain, or some of gated, protected "
+            "and product, joined by '-'"
+        )
+    return Refinements(
+        gated="gated" in parts,
+        protected=lm.eos_ids if "protected" in parts else (),
+        combine="product" if "product" in parts else "disjoint",
+    )

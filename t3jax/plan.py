@@ -11,20 +11,19 @@ compiled; docs/planning.md has tables, and compares with compilers.
 import dataclasses
 import math
 import pathlib
-import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import flags
 from jax.sharding import Mesh
 
-from t3jax import abstract, cli, pipeline, sharding
+from t3jax import abstract, pipeline
 from t3jax.abstract import Job, Step
 from t3jax.batching import TOKENS_PER_SHARD
 from t3jax.lm import LMConfig, lm_config, read_config
 from t3jax.lm.model import read_dtype
+from t3jax.settings import Settings
 
 GIB = 2**30
 # What a program may have of a device's memory.
@@ -241,7 +240,7 @@ def largest_rows(stage: Callable[[Job], Stage], job: Job, field: str, capacity: 
 
 
 def make_job(
-    config: Any,
+    config: Settings,
     mesh: Mesh,
     prompt: int = 128,
     text: int = 1024,
@@ -265,14 +264,14 @@ def make_job(
         ValueError: If dtype, model or recipe are not valid.
         FileNotFoundError: If there is no such model.
     """
-    cli.require(config, "model")
+    config.require("model")
     dtype = config.dtype or "bfloat16"
     quantized, computed = read_dtype(dtype, "bfloat16")
-    shape = dataclasses.replace(read_shape(config.model), quantized=quantized)
+    shape = dataclasses.replace(read_shape(config["model"]), quantized=quantized)
     lm = abstract.abstract_lm(shape, computed, mesh)
-    grids = [config.seeds, config.sweep_learning_rates, config.sweep_weight_decays]
+    grids = [config.seeds, config.sweep.learning_rates, config.sweep.weight_decays]
     head = pipeline.head_config(config, lm)
-    head = dataclasses.replace(head, rank=max([head.rank, *config.sweep_ranks]))
+    head = dataclasses.replace(head, rank=max([head.rank, *config.sweep.ranks]))
     text = min(text, config.max_length or text, shape.max_position)
     job = Job(
         config=shape,
@@ -281,16 +280,16 @@ def make_job(
         heads=(head,) * len((config.head or "").split(",")),
         rows=config.rows,
         prompt=prompt,
-        new_tokens=config.max_new_tokens,
+        new_tokens=config.sampling.max_new_tokens,
         text=text,
         texts=texts,
         answer=answer,
-        feature_dtype=jnp.dtype(config.feature_dtype),
-        recipe=pipeline.train_config(config),
+        feature_dtype=jnp.dtype(config.classifier.feature_dtype),
+        recipe=config.train,
         members=math.prod(max(1, len(grid)) for grid in grids),
         finetuning=(
             dataclasses.replace(pipeline.finetune_config(config), dtype=dtype)
-            if config.finetune_data
+            if config.finetune.data
             else None
         ),
     )
@@ -362,33 +361,6 @@ def simulate(devices: int) -> None:
     jax.config.update("jax_num_cpu_devices", devices)
 
 
-def main() -> None:
-    """Reads the command line and prints the plan."""
-    flags.DEFINE_string("device", "v5e", f"{', '.join(DEVICES)}, or the bytes of a device")
-    for name, default, meaning, low, high in (
-        ("devices", 1, "how many there are", 1, 2**14),
-        ("prompt_tokens", 128, "longest prompt", 1, 2**24),
-        ("text_tokens", 1024, "longest text of features and fine-tuning", 2, 2**24),
-        ("texts", 4000, "texts to forget and to retain together", 2, 2**31 - 1),
-        ("answer_tokens", 40, "mean length of their answers", 1, 2**24),
-    ):
-        flags.DEFINE_integer(name, default, meaning, lower_bound=low, upper_bound=high)
-
-    def script(config: Any) -> None:
-        given = flags.FLAGS
-        if given.device not in DEVICES and not re.fullmatch("[1-9][0-9]{0,17}", given.device):
-            raise ValueError(
-                f"device {given.device!r} is not known; known: {', '.join(DEVICES)}, or a number "
-                "of bytes"
-            )
-        simulate(given.devices)
-        numbers = given.prompt_tokens, given.text_tokens, given.texts, given.answer_tokens
-        job = make_job(config, sharding.make_mesh(config.mesh), *numbers)
-        print(describe(job, DEVICES.get(given.device) or int(given.device)))
-
-    cli.run(script)
-
-
 def _params(job: Job) -> Any:
     return abstract.abstract_lm(job.config, job.dtype, job.mesh).params
 
@@ -401,4 +373,6 @@ def _gradient_bytes(job: Job) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    from t3jax import commands
+
+    commands.main("plan")

@@ -1,28 +1,342 @@
-"""From a script's config to the options that the library's functions take."""
+"""Settings of the commands: a tree of frozen dataclasses, and the one place where a config is read.
+
+`Settings` holds what a user types most; its sections are the library's own options where there are
+such. A default stands in the dataclass, a range in its check, a comment in its docstring.
+"""
 
 import dataclasses
+import difflib
+import functools
+import math
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
+
+from t3jax.data.chat import PromptFormat
+from t3jax.evaluation.unlearning import UnlearningOptions
+from t3jax.json_files import parse_json
+from t3jax.lm.model import DTYPES
+from t3jax.minnorm import MinNormConfig
+from t3jax.ranges import (
+    BASE_TEMPERATURE,
+    GUIDANCE_SCALE,
+    REFINEMENTS,
+    SEED,
+    Numbers,
+    Words,
+    check_ranges,
+    whole,
+)
+from t3jax.sampling.sampler import SamplingOptions
+from t3jax.sections import (
+    ClassifierOptions,
+    EvalOptions,
+    ExperimentOptions,
+    FinetuneSection,
+    ServeSection,
+    SweepOptions,
+    VerifySection,
+)
+from t3jax.training.recipe import TrainConfig
+from t3jax.training_sets import SyntheticOptions
 
 T = TypeVar("T")
 
 
-def from_config(options: type[T], config: Any, prefix: str = "", **values: Any) -> T:
-    """Makes options of the fields of a config that have their names.
+def _section(options: type, prefix: str = "", without: tuple[str, ...] = ()) -> Any:
+    """A section of `Settings`.
 
     Args:
-        options: A dataclass, such as `SamplingOptions`.
-        config: The settings of a script.
-        prefix: What the config puts before the names.
-        **values: Fields that the config has under another name, or not at all.
+        options: Its dataclass.
+        prefix: What its fields' names start with, left out in a config.
+        without: Fields that come from elsewhere.
+    """
+    return dataclasses.field(
+        default_factory=options, metadata={"prefix": prefix, "without": without}
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All settings: the fields that are typed most, and the sections.
+
+    A relative path is one from the working folder.
+
+    Attributes:
+        model: The base model: a Hugging Face folder, hub id or GGUF file.
+        head: A head folder, or several with commas between, one for each forget request.
+        forget: What to forget: "tofu:SPLIT", or a file or folder of JSON or JSON-lines;
+            "SOURCE[:400]" is some of its rows, "SOURCE+SOURCE" both.
+        retain: What to retain, a source as `forget`.
+        tofu_dir: Folder of TOFU; None: the Hugging Face hub.
+        request: Name of the request, for the head's card.
+        workdir: Folder of training: checkpoints, metrics and the head.
+        feature_store: Folder of features that were computed once.
+        prompt: A prompt to answer.
+        prompts: A file of prompts; without it and `prompt` they are typed.
+        output: A JSON-lines file of the answers; None: the terminal.
+        base_only: Answer without a head, with the base model alone.
+        base_temperature: T; None: in training chosen by the made-up-name level, or 2.5 without
+            made-up names; then the head's.
+        guidance_scale: s; None: the same, or 1.
+        forget_fraction: The forget set's share of forget and retain text in the model's training,
+            an extension that shifts the scores to this class prior. None: half in training, as in
+            the paper, then the head's.
+        refinements: Extensions when sampling: "plain", or some of "gated" (retain text is not
+            tempered), "protected" (the tilt leaves stop tokens alone) and "product" (of several
+            heads, instead of disjoint requests), joined by "-".
+        seeds: Seeds of training, one head each.
+        rows: Answers or texts that are computed together.
+        max_length: Longest text, tokens; None: the model's context.
+        mesh: Devices along (data, fsdp, model); -1 takes what remains.
+        dtype: float32, bfloat16, float16, int8 (matrices alone); None: float32 on CPU, bfloat16
+            elsewhere.
+        sampling: How an answer is drawn.
+        classifier: The head and its features.
+        train: How the head is trained.
+        synthetic: Texts that the base model writes for the training, beyond the paper.
+        prompt_format: How a question becomes a prompt.
+        eval: What is evaluated, and on what.
+        leaks: Numbers beyond TOFU's: leaks of drawn answers, and the Monte-Carlo KL.
+        sweep: The grid of heads, and the choice among them.
+        experiment: The TOFU experiment.
+        verify: The verdict on a head.
+        finetune: Fine-tuning of the language model.
+        minnorm: Unlearning by MinNorm-OG (docs/minnorm_og.md): `finetune.data` is then retained.
+        serve: The server.
+    """
+
+    model: str | None = None
+    head: str | None = None
+    forget: str | None = None
+    retain: str | None = None
+    tofu_dir: str | None = None
+    request: str = ""
+    workdir: str | None = None
+    feature_store: str = "out/features"
+    prompt: str | None = None
+    prompts: str | None = None
+    output: str | None = None
+    base_only: bool = False
+    base_temperature: float | None = None
+    guidance_scale: float | None = None
+    forget_fraction: float | None = None
+    refinements: str = "plain"
+    seeds: tuple[int, ...] = (1,)
+    rows: int = 16
+    max_length: int | None = None
+    mesh: tuple[int, ...] = (-1, 1, 1)
+    dtype: str | None = None
+    sampling: SamplingOptions = _section(SamplingOptions)
+    classifier: ClassifierOptions = _section(ClassifierOptions)
+    train: TrainConfig = _section(TrainConfig)
+    synthetic: SyntheticOptions = _section(
+        SyntheticOptions, without=("max_new_tokens", "batch_size", "seed")
+    )
+    prompt_format: PromptFormat = _section(PromptFormat)
+    eval: EvalOptions = _section(EvalOptions)
+    leaks: UnlearningOptions = _section(UnlearningOptions, "leak_", ("max_new_tokens", "seed"))
+    sweep: SweepOptions = _section(SweepOptions)
+    experiment: ExperimentOptions = _section(ExperimentOptions)
+    verify: VerifySection = _section(VerifySection, without=("threshold", "max_new_tokens", "seed"))
+    finetune: FinetuneSection = _section(FinetuneSection, without=("dtype", "minnorm", "tasks"))
+    minnorm: MinNormConfig = _section(MinNormConfig)
+    serve: ServeSection = _section(ServeSection)
+
+    def __post_init__(self):
+        check_ranges(
+            self,
+            base_temperature=BASE_TEMPERATURE,
+            guidance_scale=GUIDANCE_SCALE,
+            forget_fraction=Numbers(0, 1, above=True, below=True),
+            refinements=Words(REFINEMENTS, "-"),
+            seeds=SEED,
+            rows=whole(1, 2**16),
+            max_length=whole(2),
+            mesh=whole(-1, 2**20),
+            dtype=Words((*DTYPES, "int8")),
+        )
+        if len(self.mesh) != 3:
+            raise ValueError(f"mesh = {self.mesh!r}: expected three numbers")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds = {self.seeds!r}: expected one or more, all different")
+
+    def __getitem__(self, name: str) -> Any:
+        """A field by its name, such as "eval.dir"."""
+        return functools.reduce(getattr, name.split("."), self)
+
+    def require(self, *names: str) -> None:
+        """Raises ValueError if one of these fields, such as "eval.dir", is not set."""
+        if missing := [name for name in names if self[name] is None]:
+            raise ValueError(f"not in the config: {missing}; give --config.{missing[0]}=... or so")
+
+
+def replace(settings: Settings, **fields: Any) -> Settings:
+    """Changes fields of settings and of their sections.
+
+    Args:
+        settings: The settings.
+        **fields: Values; "SECTION.FIELD" is a field of a section, named as in the dataclass.
 
     Returns:
-        The options. A field that is in neither keeps the dataclass's default.
+        The changed settings.
+    """
+    by_section: dict[str, dict[str, Any]] = {}
+    for name, value in fields.items():
+        section, _, field = name.rpartition(".")
+        by_section.setdefault(section, {})[field] = value
+    changed = by_section.pop("", {})
+    for section, values in by_section.items():
+        changed[section] = dataclasses.replace(getattr(settings, section), **values)
+    return dataclasses.replace(settings, **changed)
+
+
+def config_fields(options: Any, metadata: Mapping[str, Any] | None = None) -> Iterator[Any]:
+    """Names in a config and fields of a dataclass of options."""
+    without, prefix = (metadata or {}).get("without", ()), (metadata or {}).get("prefix", "")
+    for field in dataclasses.fields(options):
+        if field.name not in without:
+            yield field.name.removeprefix(prefix), field
+
+
+def names_of(options: Any = Settings) -> list[str]:
+    """Names of all fields in a config, those of a section as "SECTION.FIELD"."""
+    names = []
+    for name, field in config_fields(options):
+        names.append(name)
+        if dataclasses.is_dataclass(field.type):
+            names += [f"{name}.{inner}" for inner, _ in config_fields(field.type, field.metadata)]
+    return names
+
+
+def nearest(name: str, known: list[str] | None = None) -> str:
+    """Says which field an unknown one may be meant for.
+
+    A field that once stood at the top level is found in its section.
+
+    Args:
+        name: The unknown field, without "config.".
+        known: All names; None: those of `Settings`.
+
+    Returns:
+        The end of an error, or nothing.
+    """
+    known = names_of() if known is None else known
+    as_section = [n for n in known if n.replace(".", "_") == name or n.replace("s.", "_") == name]
+    moved = as_section or [each for each in known if each.endswith(f".{name}")]
+    found = moved[:1] or difflib.get_close_matches(name, known, 1)
+    return f"; did you mean --config.{found[0]}?" if found else ""
+
+
+def expected(name: str) -> str:
+    """Says what a field, such as "train.epochs", may be; nothing where any text may."""
+    options: Any = Settings
+    metadata: Mapping[str, Any] = {}
+    *sections, last = name.split(".")
+    for section in sections:
+        field = dict(config_fields(options, metadata))[section]
+        options, metadata = field.type, field.metadata
+    return _expected(options, dict(config_fields(options, metadata))[last].name)
+
+
+def _expected(options: Any, field: str) -> str:
+    hint = typing.get_type_hints(options)[field]
+    if isinstance(hint, types.UnionType):
+        hint = typing.get_args(hint)[0]
+    several = typing.get_origin(hint) is tuple
+    kind = typing.get_args(hint)[0] if several else hint
+    # The range of a field is known to the check of its dataclass: a value is tried out of it.
+    probes = {int: -(2**62), float: math.nan, str: "\0"}
+    try:
+        if kind in probes:
+            options(**{field: (probes[kind],) if several else probes[kind]})
+    except ValueError as error:
+        if found := re.match(rf"{field} (?:= .*: expected|must be) (.*?)(?:, got.*)?$", str(error)):
+            return found[1]
+    words = {bool: "True or False", int: "a whole number", float: "a finite number"}
+    return "texts" if several and kind is str else words.get(kind, "")
+
+
+def from_config(options: type[T], config: Any, path: str = "") -> T:
+    """Makes options of a config, the only place where a config meets the library.
+
+    Args:
+        options: A dataclass, such as `Settings`.
+        config: Values by field; sections are mappings too. A field that is not there keeps the
+            dataclass's default.
+        path: Where the config stands, for errors.
+
+    Returns:
+        The options.
 
     Raises:
-        ValueError: If the dataclass refuses a value.
+        ValueError: If a field is unknown, of another type, or out of its range; names it.
     """
-    names = {field.name for field in dataclasses.fields(options)} - set(values)  # type: ignore[arg-type]
-    found = {name: config[prefix + name] for name in names if prefix + name in config}
-    # A list of a config file is a tuple in options, which are hashable.
-    tuples = {name: tuple(value) for name, value in found.items() if isinstance(value, list)}
-    return options(**found | tuples | values)
+    return _read(options, config, path, {})
+
+
+def _read(options: Any, config: Any, path: str, metadata: Mapping[str, Any]) -> Any:
+    fields = dict(config_fields(options, metadata))
+    hints = typing.get_type_hints(options)
+    start = f"{path}." if path else ""
+    values: dict[str, Any] = {}
+    for name, value in config.items():
+        if name not in fields:
+            raise ValueError(f"unknown config key {start + name!r}{nearest(start + name)}")
+        field, hint = fields[name], hints[fields[name].name]
+        if dataclasses.is_dataclass(hint):
+            if not hasattr(value, "items"):
+                raise ValueError(f"config.{name} = {value!r}: expected a section")
+            values[field.name] = _read(hint, value, start + name, field.metadata)
+            continue
+        try:
+            values[field.name] = _fit(hint, value, options is PromptFormat or field.default == "")
+        except TypeError as error:
+            wanted = _expected(options, field.name) or str(error)
+            raise ValueError(f"config.{start}{name} = {value!r}: expected {wanted}") from None
+    try:
+        return options(**values)
+    except ValueError as error:
+        prefix = metadata.get("prefix", "")
+        # "FIELD = VALUE: expected RANGE", or as the sampler words it.
+        said = re.sub(r"^(\w+) must be (.*), got (.*)$", r"\1 = \3: expected \2", str(error))
+        said = said.removeprefix(prefix)
+        at_field = said.split()[0] in fields
+        raise ValueError(
+            f"config.{start}{said}" if at_field else f"config.{path}: {said}"
+        ) from error
+
+
+def _fit(hint: Any, value: Any, may_be_empty: bool) -> Any:
+    """A value as its type says; TypeError says what was expected."""
+    arguments = typing.get_args(hint)
+    if isinstance(hint, types.UnionType):
+        return None if value is None else _fit(arguments[0], value, may_be_empty)
+    if hint is bool:
+        if not isinstance(value, bool):
+            raise TypeError
+    elif hint in (int, float):
+        number = isinstance(value, int | hint) and not isinstance(value, bool)
+        if not number or not math.isfinite(value):
+            raise TypeError
+        return hint(value)
+    elif hint is str:
+        _check_text(value, may_be_empty)
+    elif typing.get_origin(hint) is tuple:
+        if not isinstance(value, tuple | list):
+            raise TypeError("several, with commas between")
+        return tuple(_fit(arguments[0], each, False) for each in value)
+    elif isinstance(value, str):
+        return parse_json(value, "chat_template_kwargs", dict[str, Any])
+    return value
+
+
+def _check_text(value: Any, may_be_empty: bool) -> None:
+    if not isinstance(value, str):
+        raise TypeError("a text")
+    if value == "None" or (not value and not may_be_empty):
+        raise TypeError("a text that is not empty; --config.FIELD=None unsets a field")
+    if any("\ud800" <= character <= "\udfff" for character in value) or "\0" in value:
+        raise TypeError("a text in UTF-8, without NUL")

@@ -6,12 +6,11 @@ Seeds are not chosen among: a setting is worth what its median seed is.
 """
 
 import dataclasses
-import functools
 import itertools
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jax.sharding import Mesh
 
@@ -22,6 +21,7 @@ from t3jax.evaluation.metrics import ForgetQuality
 from t3jax.evaluation.scoring import BASE, Setting, settings_grid
 from t3jax.head_io import Head
 from t3jax.lm import LM
+from t3jax.settings import Settings
 from t3jax.training import make_members, train_heads
 from t3jax.training_sets import TrainingSets
 
@@ -73,7 +73,7 @@ class Sweep:
         return self.candidates[self.choice.overall.name]
 
 
-def train_grid(config: Any, lm: LM, sets: TrainingSets, mesh: Mesh) -> Grid:
+def train_grid(config: Settings, lm: LM, sets: TrainingSets, mesh: Mesh) -> Grid:
     """Trains the heads of a sweep, those of one rank in one program.
 
     Each rank's run has a folder of its own in the config's `workdir` and resumes by itself.
@@ -90,18 +90,18 @@ def train_grid(config: Any, lm: LM, sets: TrainingSets, mesh: Mesh) -> Grid:
     Raises:
         ValueError: As `train_heads`.
     """
-    recipe = pipeline.train_config(config)
+    recipe = config.train
     recipes = [
         dataclasses.replace(recipe, learning_rate=rate, weight_decay=decay)
         for rate, decay in itertools.product(
-            config.sweep_learning_rates or (config.learning_rate,),
-            config.sweep_weight_decays or (config.weight_decay,),
+            config.sweep.learning_rates or (config.train.learning_rate,),
+            config.sweep.weight_decays or (config.train.weight_decay,),
         )
     ]
     folders: list[pathlib.Path] = []
     heads: list[Head] = []
-    for rank in config.sweep_ranks or (config.rank,):
-        workdir = pathlib.Path(config.workdir) / f"sweep-rank{rank}"
+    for rank in config.sweep.ranks or (config.classifier.rank,):
+        workdir = pathlib.Path(config["workdir"]) / f"sweep-rank{rank}"
         head_config = dataclasses.replace(pipeline.head_config(config, lm), rank=rank)
         heads += train_heads(
             sets.retain,
@@ -112,14 +112,14 @@ def train_grid(config: Any, lm: LM, sets: TrainingSets, mesh: Mesh) -> Grid:
             seeds=config.seeds,
             workdir=workdir,
             mesh=mesh,
-            report=functools.partial(print, flush=True),
+            progress="training",
             **pipeline.head_defaults(config),
         )
         folders += [workdir / member.name for member in make_members(recipes, config.seeds)]
     return Grid(folders, heads, len(config.seeds))
 
 
-def sweep(config: Any, lm: LM, grid: Grid, mesh: Mesh | None = None) -> Sweep:
+def sweep(config: Settings, lm: LM, grid: Grid, mesh: Mesh | None = None) -> Sweep:
     """Scores every setting of a grid of heads, chooses, and evaluates what was chosen.
 
     Args:
@@ -149,8 +149,8 @@ def sweep(config: Any, lm: LM, grid: Grid, mesh: Mesh | None = None) -> Sweep:
         {name: [scored[each.name] for each in several] for name, several in candidates.items()},
         scored[BASE.name],
         retain_scored,
-        config.selection_rule,
-        group=config.selection_group,
+        config.sweep.selection_rule,
+        group=config.sweep.selection_group,
     )
     # What each half chose answers questions for its honest score alone.
     halves = [candidates[half.name] for half in choice.halves]
@@ -162,7 +162,7 @@ def sweep(config: Any, lm: LM, grid: Grid, mesh: Mesh | None = None) -> Sweep:
         choice,
         held_out=tuple(
             selection.held_out(
-                answered[a.name], answered[b.name], retain_log, group=config.selection_group
+                answered[a.name], answered[b.name], retain_log, group=config.sweep.selection_group
             )
             for a, b in zip(*halves, strict=True)
         ),

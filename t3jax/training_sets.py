@@ -17,6 +17,7 @@ from t3jax.data.chat import Example, PromptFormat
 from t3jax.data.records import Record
 from t3jax.features import Features, load_or_compute_features
 from t3jax.lm.model import LM
+from t3jax.ranges import COUNT, RATE, SEED, check_ranges, whole
 from t3jax.synthetic import counterfactual, names, targets, writing
 from t3jax.synthetic.counterfactual import Counterfactual
 from t3jax.synthetic.store import load_or_write
@@ -51,11 +52,16 @@ class SyntheticOptions:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("own_samples", "made_up_names", "paraphrases"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 (none) or more, got {getattr(self, name)}")
-        if not self.overcorrection > 0:
-            raise ValueError(f"overcorrection must be positive, got {self.overcorrection}")
+        check_ranges(
+            self,
+            own_samples=whole(0, 10**7),
+            made_up_names=whole(0, 10**4),
+            paraphrases=whole(0, 10**4),
+            overcorrection=RATE,
+            max_new_tokens=COUNT,
+            batch_size=COUNT,
+            seed=SEED,
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

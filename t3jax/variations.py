@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from t3jax import cli, data, files, pipeline
+from t3jax import data, files, pipeline
 from t3jax.evaluation import metrics, recompute, selection, unlearning
 from t3jax.evaluation.logs import Log
 from t3jax.evaluation.scoring import Setting
@@ -20,6 +20,7 @@ from t3jax.head import class_prior_shift
 from t3jax.head_io import Head
 from t3jax.lm import LM
 from t3jax.refinements import Refinements
+from t3jax.settings import Settings, replace
 from t3jax.sweep import Sweep, of_seeds, train_grid
 
 # What is varied, one at a time, beside T and s of the sweep.
@@ -85,11 +86,11 @@ def vary_settings(found: Sweep) -> list[Point]:
     return points
 
 
-def vary_heads(config: Any, lm: LM, mesh: Mesh, found: Sweep) -> list[Point]:
+def vary_heads(config: Settings, lm: LM, mesh: Mesh, found: Sweep) -> list[Point]:
     """How the chosen setting depends on the head's rank and epochs and the retain rows it saw.
 
     Args:
-        config: The settings; `vary_ranks`, `vary_epochs` and `vary_retain_rows` say which.
+        config: The settings; `experiment.vary_...` say which.
         lm: The model.
         mesh: Where to train.
         found: The sweep, whose heads are the values that the config has anyway.
@@ -97,19 +98,19 @@ def vary_heads(config: Any, lm: LM, mesh: Mesh, found: Sweep) -> list[Point]:
     Returns:
         A point for each value.
     """
-    rows = len(data.load_dataset(config.retain, config.tofu_dir))
+    rows = len(data.load_dataset(config["retain"], config.tofu_dir))
     own = _own_heads(found)
     trained: list[tuple[str, float, Sequence[Head]]] = [
         (RANK, own[0].config.rank, own),
-        (EPOCHS, config.epochs, own),
+        (EPOCHS, config.train.epochs, own),
         (RETAIN_ROWS, rows, own),
     ]
-    changes = [
-        *((RANK, rank, {"rank": rank}) for rank in config.vary_ranks),
-        *((EPOCHS, epochs, {"epochs": epochs}) for epochs in config.vary_epochs),
+    changes: list[tuple[str, int, dict[str, Any]]] = [
+        *((RANK, rank, {"classifier.rank": rank}) for rank in config.experiment.vary_ranks),
+        *((EPOCHS, epochs, {"train.epochs": epochs}) for epochs in config.experiment.vary_epochs),
         *(
             (RETAIN_ROWS, count, {"retain": f"({config.retain})[:{count}]"})
-            for count in config.vary_retain_rows
+            for count in config.experiment.vary_retain_rows
         ),
     ]
     for axis, value, change in changes:
@@ -126,14 +127,15 @@ def vary_heads(config: Any, lm: LM, mesh: Mesh, found: Sweep) -> list[Point]:
     ]
 
 
-def refine(config: Any, lm: LM, mesh: Mesh, found: Sweep) -> list[Refined]:
+def refine(config: Settings, lm: LM, mesh: Mesh, found: Sweep) -> list[Refined]:
     """What each refinement of the method gives at the chosen T and s.
 
     The forget set as two requests is two heads, each trained on the authors of one half.
 
     Args:
-        config: The settings; `refine_rows` says how many questions of a set are answered, and
-            `varied_retain` what more a head may read that is to be retained.
+        config: The settings; `experiment.refine_rows` says how many questions of a set are
+            answered, and `experiment.varied_retain` what more a head may read that is to be
+            retained.
         lm: The model.
         mesh: Where to train.
         found: The sweep, whose heads are those of the refinements that need no other ones.
@@ -160,14 +162,14 @@ def refine(config: Any, lm: LM, mesh: Mesh, found: Sweep) -> list[Refined]:
     flat = [setting for seeds in settings.values() for setting in seeds]
     scored, _ = pipeline.score(config, examined, flat, answers=False)
     # Answers cost minutes: those of the first seed, to some of the questions.
-    some = cli.replace_fields(
-        config,
-        eval_dir=str(pathlib.Path(config.eval_dir) / "refined"),
-        eval_rows=config.refine_rows,
-        eval_world_facts=None,
-        leak_samples=0,
-        kl_rows=0,
-    )
+    fewer = {
+        "eval.dir": str(pathlib.Path(config["eval.dir"]) / "refined"),
+        "eval.rows": config.experiment.refine_rows,
+        "eval.world_facts": None,
+        "leaks.leak_samples": 0,
+        "leaks.kl_rows": 0,
+    }
+    some = replace(config, **fewer)
     sets = pipeline.load_sets(some, lm)
     firsts = [seeds[0] for seeds in settings.values()]
     evaluation = pipeline.evaluate(some, dataclasses.replace(examined, sets=sets), firsts)
@@ -183,7 +185,7 @@ def refine(config: Any, lm: LM, mesh: Mesh, found: Sweep) -> list[Refined]:
 
 
 def _kinds(
-    config: Any, lm: LM, mesh: Mesh, found: Sweep
+    config: Settings, lm: LM, mesh: Mesh, found: Sweep
 ) -> dict[str, tuple[Refinements, Sequence[tuple[Head, ...]]]]:
     """By name, what is refined when served, and the heads of each seed, trained if need be."""
     own = [(head,) for head in _own_heads(found)]
@@ -191,8 +193,10 @@ def _kinds(
         name: len(data.load_dataset(config[name], config.tofu_dir)) for name in ("forget", "retain")
     }
     fraction = rows["forget"] / sum(rows.values())
-    middle = max(1, rows["forget"] // 2 // config.selection_group * config.selection_group)
-    zero = _train(config, lm, mesh, "zero", zero_output=True)
+    middle = max(
+        1, rows["forget"] // 2 // config.sweep.selection_group * config.sweep.selection_group
+    )
+    zero = _train(config, lm, mesh, "zero", **{"train.zero_output": True})
     halves = [
         _train(config, lm, mesh, f"request-{i}", forget=f"({config.forget})[{part}]")
         for i, part in enumerate((f":{middle}", f"{middle}:"))
@@ -203,13 +207,13 @@ def _kinds(
     as_chosen = found.chosen[0].refinements
     product = dataclasses.replace(as_chosen, combine="product")
     kinds: dict[str, tuple[Refinements, Sequence[tuple[Head, ...]]]] = {
-        name: (cli.refinements(name, lm), own)
+        name: (pipeline.refinements(name, lm), own)
         for name in ("plain", "gated", "protected", "gated-protected")
     }
     kinds["zero-started output"] = as_chosen, [(head,) for head in zero]
     kinds[f"class prior {fraction:.2f}"] = as_chosen, prior
-    if config.varied_retain is not None:
-        more = f"({config.retain})+({config.varied_retain})"
+    if config.experiment.varied_retain is not None:
+        more = f"({config.retain})+({config.experiment.varied_retain})"
         heads = _train(config, lm, mesh, "varied-retain", retain=more)
         kinds["more varied retain texts"] = as_chosen, [(head,) for head in heads]
     kinds["two requests"] = as_chosen, list(zip(*halves, strict=True))
@@ -217,11 +221,11 @@ def _kinds(
     return kinds
 
 
-def truncate(config: Any, found: Sweep) -> Log:
+def truncate(config: Settings, found: Sweep) -> Log:
     """Answers drawn under the first chosen setting from the base distribution's nucleus.
 
     Args:
-        config: The settings; `refine_top_p` says how much of it.
+        config: The settings; `experiment.refine_top_p` says how much of it.
         found: The sweep.
 
     Returns:
@@ -229,14 +233,14 @@ def truncate(config: Any, found: Sweep) -> Log:
     """
     examined = found.evaluation.examined
     forget = {"forget": examined.sets["forget"]}
-    folder = pathlib.Path(config.eval_dir) / "truncated"
-    names = ("samples", "rows", "threshold", "temperature", "top_k")
-    options = unlearning.UnlearningOptions(
-        **{f"leak_{name}": config[f"leak_{name}"] for name in names},
-        leak_top_p=config.refine_top_p,
+    folder = pathlib.Path(config["eval.dir"]) / "truncated"
+    options = dataclasses.replace(
+        config.leaks,
+        leak_top_p=config.experiment.refine_top_p,
         leak_truncate_on="base",
-        max_new_tokens=config.max_new_tokens,
-        seed=config.seed,
+        kl_rows=0,
+        max_new_tokens=config.sampling.max_new_tokens,
+        seed=config.sampling.seed,
     )
     with warnings.catch_warnings():  # what the warning is about is measured here
         warnings.filterwarnings("ignore", 'truncate_on="base"')
@@ -255,10 +259,10 @@ def _with_heads(found: Sweep, heads: Sequence[Head]) -> pipeline.Examined:
     return dataclasses.replace(examined, store=examined.store.with_heads(heads))
 
 
-def _train(config: Any, lm: LM, mesh: Mesh, name: str, **change: Any) -> list[Head]:
+def _train(config: Settings, lm: LM, mesh: Mesh, name: str, **change: Any) -> list[Head]:
     """A head for each seed of a config that is changed in something, in a folder of its own."""
-    workdir = str(pathlib.Path(config.workdir) / name)
-    changed = cli.replace_fields(config, **change, workdir=workdir, sweep_ranks=())
+    workdir = str(pathlib.Path(config["workdir"]) / name)
+    changed = replace(config, **change, **{"workdir": workdir, "sweep.ranks": ()})
     return train_grid(changed, lm, pipeline.training_sets(changed, lm), mesh).heads
 
 

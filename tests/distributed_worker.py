@@ -32,7 +32,7 @@ def main(config) -> None:
     if _SIGNAL.value:
         send_signal(*_SIGNAL.value)
     for name in _SCRIPTS.value:
-        importlib.import_module(name).main(config)
+        importlib.import_module(f"t3jax.commands.{name}").main(config)
 
 
 if __name__ == "__main__":

@@ -50,11 +50,11 @@ from absl import flags
 from ml_collections import config_flags
 
 import t3jax
-from t3jax import cli, preflight
 from t3jax.data import PromptFormat, encode_records, load_prompts, load_records
 from t3jax.evaluation import recompute
 from t3jax.head_io import load_head, save_head, save_reference_head
 from t3jax.lm import save_hf
+from t3jax.settings import Settings, from_config, names_of
 
 SECONDS = 10.0
 MEGABYTES = 500
@@ -479,7 +479,13 @@ WEIGHTS = {
 }  # fmt: skip
 
 # Fields of a config that a script writes or only shows, and texts that may be any.
-FREE_TEXTS = ("request", "system", "date_string", "question_start", "question_end", "answer_start")
+FREE_TEXTS = (
+    "request",
+    *(
+        f"prompt_format.{name}"
+        for name in ("system", "date_string", "question_start", "question_end", "answer_start")
+    ),
+)
 SCRIPTS = ("sample", "train_classifier", "evaluate", "verify", "finetune", "sweep", "experiment")
 
 
@@ -624,17 +630,17 @@ class Runner:
             "prompts": f"{world}/prompts.jsonl",
             "forget": f"{world}/forget.jsonl",
             "retain": f"{world}/retain.jsonl",
-            **{f"eval_{name}": f"{world}/retain.jsonl" for name in ("retain", "holdout")},
-            "eval_forget": f"{world}/forget.jsonl",
-            "retain_model": f"{world}/model",
-            "finetune_data": f"('{world}/retain.jsonl',)",
+            **{f"eval.{name}": f"{world}/retain.jsonl" for name in ("retain", "holdout")},
+            "eval.forget": f"{world}/forget.jsonl",
+            "eval.retain_model": f"{world}/model",
+            "finetune.data": f"('{world}/retain.jsonl',)",
             **{
                 name: f"{world}/out/{name}"
-                for name in ("workdir", "finetune_workdir", "eval_dir", "verify_dir")
+                for name in ("workdir", "finetune.workdir", "eval.dir", "verify.dir")
             },
-            "experiment_dir": f"{world}/out/experiment",
+            "experiment.dir": f"{world}/out/experiment",
             "feature_store": f"{world}/out/features",
-            "max_new_tokens": "4",
+            "sampling.max_new_tokens": "4",
         }
 
     def _run_flag(self, rng: random.Random, number: int) -> Case:
@@ -646,13 +652,12 @@ class Runner:
 
     def start(self, script: str, fields: dict[str, str]) -> tuple[str, Any]:
         """Starts a script with some fields, up to the loading of weights; as `attempt`."""
-        module = importlib.import_module(script)
+        module = importlib.import_module(f"t3jax.commands.{script.removesuffix('_classifier')}")
 
         def start() -> Any:
             config = parse_fields({**self.fields(), **fields})
-            preflight.check_fields(config, cli.optional_fields(config))
             try:
-                module.main(config)
+                module.main(from_config(Settings, config))
             except _Loads:
                 return None
             raise AssertionError("the script ended without loading a model")
@@ -689,8 +694,10 @@ def odd_field(rng: random.Random) -> tuple[str, str, bool]:
     from configs import default
 
     config = default.get_config()
-    field = rng.choice(sorted(config))
-    value = config[field] if config[field] is not None else config.get_type(field)()
+    field = rng.choice([n for n in names_of() if "." in n or not hasattr(config[n], "items")])
+    section, _, name = field.rpartition(".")
+    values = config[section] if section else config
+    value = values[name] if values[name] is not None else values.get_type(name)()
     match value:
         case bool():
             return field, rng.choice(["maybe", "2", "", "None"]), True
@@ -747,7 +754,7 @@ def run_scripts(runner: Runner, count: int, seed: int) -> Iterator[Case]:
         command = [sys.executable, str(REPOSITORY / f"{script}.py"), f"--config={config}", *args]
         try:
             process = subprocess.run(
-                [*command, "--config.epochs=1", "--config.eval_controls=False"],
+                [*command, "--config.train.epochs=1", "--config.eval.controls=False"],
                 cwd=runner.world(),
                 env=os.environ | {"JAX_PLATFORMS": "cpu"},
                 stdin=subprocess.DEVNULL,

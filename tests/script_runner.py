@@ -47,9 +47,10 @@ class Runner:
     def __init__(self, repository: pathlib.Path, folder: pathlib.Path):
         self.repository, self.folder = repository, folder
         self.server = multiprocessing.get_context("forkserver")
-        scripts = ("t3jax.cli", "t3jax.report", "t3jax.experiment", "t3jax.verification")
+        # What a process with a limit on its files imports itself, it may cache half.
+        scripts = [f"t3jax.commands.{name}" for name in ("train", "sample", "verify")]
         slow = ("orbax.checkpoint.v1", "tensorboardX", "transformers.models.auto")
-        self.server.set_forkserver_preload([*scripts, *slow])
+        self.server.set_forkserver_preload(["t3jax.cli", "t3jax.report", *scripts, *slow])
 
     def start(
         self,

@@ -59,28 +59,26 @@ def settings(folder):
         "retain": f"{folder}/retain.jsonl",
         "feature_store": f"{folder}/features",
         "workdir": f"{folder}/run",
-        "rank": 3,
-        "epochs": 8,
-        "warmup_ratio": 0.25,
-        "batch_size": 2,
-        "holdout_fraction": 0.25,
+        "classifier.rank": 3,
+        "train.epochs": 8,
+        "train.warmup_ratio": 0.25,
+        "train.batch_size": 2,
+        "train.holdout_fraction": 0.25,
         "head": f"{folder}/head",
         "prompts": f"{folder}/retain.jsonl",
         "output": f"{folder}/answers.jsonl",
-        "max_new_tokens": 8,
-        "finetune_data": (f"{folder}/retain.jsonl",),
-        "finetune_workdir": f"{folder}/tuning",
-        "finetune_epochs": 2,
-        "finetune_batch_size": 2,
-        "finetune_learning_rate": 0.01,
+        "sampling.max_new_tokens": 8,
+        "finetune.data": (f"{folder}/retain.jsonl",),
+        "finetune.workdir": f"{folder}/tuning",
+        "finetune.epochs": 2,
+        "finetune.batch_size": 2,
+        "finetune.learning_rate": 0.01,
     }
 
 
 @pytest.fixture(scope="module")
 def config(settings):
-    config = paper.get_config()
-    config.update(settings)
-    return config
+    return tiny.make_settings(paper, settings)
 
 
 def run_pair(repository, folder, settings, *flags):
@@ -129,7 +127,7 @@ def run_pair(repository, folder, settings, *flags):
 @pytest.fixture(scope="module")
 def told_to_end(repository, folder, settings):
     """Sampling and fine-tuning whole; head training until one process gets SIGTERM."""
-    scripts = "--scripts=sample,finetune,train_classifier"
+    scripts = "--scripts=sample,finetune,train"
     when = f"--signal=SIGTERM,epoch,{TOLD_AFTER}"
     first, second, _ = run_pair(repository, folder, settings, scripts, when)
     assert first[2] == second[2] == hosts.PREEMPTED_STATUS, first[1] + second[1]
@@ -143,7 +141,7 @@ def train(config, mesh, workdir):
         sets.retain,
         sets.forget,
         pipeline.head_config(config, lm),
-        pipeline.train_config(config),
+        config.train,
         seeds=config.seeds,
         workdir=workdir,
         mesh=mesh,
@@ -179,7 +177,7 @@ def test_sampling_gives_the_answers_of_one_process(told_to_end, folder, config):
 
 def tune(config, mesh, workdir=None):
     lm = t3jax.load_lm(config.model, mesh=mesh)
-    rows = pipeline.encode(config, lm, config.finetune_data[0])
+    rows = pipeline.encode(config, lm, config.finetune.data[0])
     recipe = pipeline.finetune_config(config)
     return t3jax.finetune(CONFIG, lm.params, rows, recipe, workdir=workdir, mesh=mesh)
 
@@ -218,8 +216,8 @@ def test_what_eight_devices_saved_is_resumed_on_four(told_to_end, in_one_process
 
 def test_a_killed_process_ends_the_other(told_to_end, in_one_process, repository, folder, settings):
     """Both first resume what they were told to end, and then one is killed in fine-tuning."""
-    flags = "--scripts=train_classifier,finetune", "--signal=SIGKILL,step,2"
-    again = settings | {"finetune_workdir": f"{folder}/killed"}
+    flags = "--scripts=train,finetune", "--signal=SIGKILL,step,2"
+    again = settings | {"finetune.workdir": f"{folder}/killed"}
     first, second, seconds = run_pair(repository, folder, again, *flags)
     assert_close(t3jax.load_head(folder / "run" / "head").params, in_one_process[0].params)
     assert second[2] == -signal.SIGKILL

@@ -154,9 +154,9 @@ def test_rate_rises_and_falls():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"epochs": 0}, "epochs must be at least 1"),
-        ({"learning_rate": 0.0}, "learning_rate must be positive"),
-        ({"lora_rank": -1}, "lora_rank must be finite and not negative"),
+        ({"epochs": 0}, r"epochs = 0: expected a whole number in \[1"),
+        ({"learning_rate": 0.0}, r"learning_rate = 0.0: expected a number in \(0"),
+        ({"lora_rank": -1}, r"lora_rank = -1: expected a whole number in \[0"),
         ({"microbatches": 9}, "cannot be cut into 9 microbatches"),
         ({"dtype": "int8"}, "dtype 'int8' is not supported"),
     ],
@@ -383,10 +383,8 @@ def to_finetune(tmp_path, monkeypatch):
     """A config of a model to be fine-tuned, and the shapes of those that were."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"question": "Who?", "answer": "Ada."}) + "\n")
-    config = default.get_config()
-    config.model = str(tmp_path / "base")
-    config.finetune_workdir = str(tmp_path / "run")
-    config.finetune_data, config.finetune_validation = (str(rows),), ()
+    fields = {"model": str(tmp_path / "base"), "finetune.workdir": str(tmp_path / "run")}
+    config = tiny.make_settings(default, fields | {"finetune.data": (str(rows),)})
     write_model(tmp_path / "base")
     trained = []
 
@@ -425,10 +423,10 @@ def test_a_changed_model_is_fine_tuned_anew_and_the_same_one_is_not(to_finetune,
         assert len(trained) == before + 1, change
         # The same model in another place is the same.
         moved = shutil.copytree(base, tmp_path / f"moved-{before}")
-        config.model = str(moved)
+        config = dataclasses.replace(config, model=str(moved))
         assert pipeline.finetune_once(config, mesh) == folder
         assert len(trained) == before + 1, change
-        config.model = str(base)
+        config = dataclasses.replace(config, model=str(base))
 
 
 def test_a_damaged_fine_tuned_folder_is_never_taken_for_whole(to_finetune):

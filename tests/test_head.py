@@ -166,7 +166,10 @@ def test_prior_shift():
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
-    [("activation", "id", "unknown activation 'id'"), ("rank", 0, "rank must be at least 1")],
+    [
+        ("activation", "id", "activation = 'id': expected one of"),
+        ("rank", 0, "rank = 0: expected a whole number"),
+    ],
 )
 def test_config_refuses(field, value, message):
     with pytest.raises(ValueError, match=message):

@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from configs import default, paper
 from t3jax.features import Features
@@ -62,9 +63,8 @@ def test_the_seed_decides_the_start():
 def test_what_cannot_be_simulated_is_refused():
     with pytest.raises(ValueError, match="5 retain rows are 1 groups of 5: expected more than the"):
         meta_learn_head(make_features(np.eye(8)[:1], 1), SHAPE, CONFIG)
-    config = default.get_config()
-    config.model = config.retain = config.workdir = "x"
+    config = tiny.make_settings(default, dict.fromkeys(("model", "retain", "workdir"), "x"))
     with pytest.raises(ValueError, match="for the loss 'classifier' alone"):
         head_start.main(config)
     with pytest.raises(ValueError, match="retain"):
-        head_start.main(paper.get_config())
+        head_start.main(tiny.make_settings(paper))

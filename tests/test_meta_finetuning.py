@@ -15,6 +15,7 @@ from test_finetuning import CONFIG, RECIPE, examples, write_model
 from configs import default
 from t3jax import make_mesh, pipeline
 from t3jax.finetuning import Trainer, finetune, merge_lora
+from t3jax.settings import replace
 
 META = dataclasses.replace(RECIPE, lora_rank=4, lora_layers=("q", "down"), tasks=2)
 TASKS = [examples(16, seed=1), examples(8, seed=2)]
@@ -90,13 +91,16 @@ def test_a_config_asks_for_it(tmp_path, monkeypatch):
     for name, count in (("a", 2), ("b", 3)):
         rows = [{"question": f"Who is {name}?", "answer": f"{name} is {name}."}] * count
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = default.get_config()
-    config.model, config.finetune_workdir = str(tmp_path / "base"), str(tmp_path / "run")
-    config.finetune_data = tuple(str(tmp_path / f"{name}.jsonl") for name in ("a", "b"))
-    config.meta = "joint"
+    fields = {
+        "model": str(tmp_path / "base"),
+        "finetune.workdir": str(tmp_path / "run"),
+        "finetune.data": tuple(str(tmp_path / f"{name}.jsonl") for name in ("a", "b")),
+        "finetune.meta": "joint",
+    }
+    config = tiny.make_settings(default, fields)
     with pytest.raises(ValueError, match="give a lora_rank of 1 or more"):
         pipeline.finetune_config(config)
-    config.lora_rank = 2
+    config = replace(config, **{"finetune.lora_rank": 2})
 
     def asked(lm_config, params, tasks, recipe, **options):
         assert [len(each) for each in tasks] == [2, 3]

@@ -67,11 +67,11 @@ def test_bad_numbers_are_refused():
         span_coefficients([(np.full((1, 2), np.nan), np.ones(2))])
     with pytest.raises(ValueError, match="no weights to project"):
         span_coefficients([])
-    with pytest.raises(ValueError, match=r"share must lie in \[0, 1\], got 2.0"):
+    with pytest.raises(ValueError, match=r"share = 2.0: expected a number in \[0, 1\]"):
         MinNormConfig(share=2.0)
-    with pytest.raises(ValueError, match="n_pert must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"n_pert = 0: expected a whole number in \[1"):
         MinNormConfig(n_pert=0)
-    with pytest.raises(ValueError, match="last_epochs must not be negative"):
+    with pytest.raises(ValueError, match=r"last_epochs = -1: expected a whole number in \[0"):
         MinNormConfig(last_epochs=-1)
 
 
@@ -159,7 +159,7 @@ def test_outputs_are_answer_tokens_of_each_text_alike():
 
 
 def test_a_config_asks_for_projections():
-    config = default.get_config()
+    config = tiny.make_settings(default)
     assert pipeline.finetune_config(config).minnorm is None
-    config.minnorm_share = 0.2
+    config = tiny.make_settings(default, {"minnorm.share": 0.2})
     assert pipeline.finetune_config(config).minnorm == MinNormConfig(share=0.2)

@@ -161,10 +161,9 @@ def test_tasks_take_one_more_gradient_and_their_adapters(monkeypatch):
 
 
 def test_a_job_of_a_config():
-    config = paper.get_config()
-    config.model, config.head = "llama-3.1-8b", "a,b"
-    config.seeds, config.sweep_ranks, config.max_length = (1, 2), (10, 50), 512
-    made = plan.make_job(config, sharding.make_mesh((2, 1, 4)))
+    fields = {"model": "llama-3.1-8b", "head": "a,b", "seeds": (1, 2), "max_length": 512}
+    settings = tiny.make_settings(paper, fields | {"sweep.ranks": (10, 50)})
+    made = plan.make_job(settings, sharding.make_mesh((2, 1, 4)))
     assert (len(made.heads), made.heads[0].rank, made.members) == (2, 50, 2)
     assert (made.text, made.text_rows, made.dtype) == (512, 64, jnp.bfloat16)
     text = plan.describe(job(), 4 * 2**20)

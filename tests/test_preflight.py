@@ -9,94 +9,82 @@ import jax
 import pytest
 import tiny
 
-import evaluate
-import experiment
-import finetune
-import sample
-import sweep
-import train_classifier
-import verify
 from configs import default, demo, demo_paper, llama31_tofu, paper, smollm2, smollm2_tofu
-from t3jax import cli, files, hosts, preflight, sharding
+from t3jax import cli, files, hosts, ranges, sharding
+from t3jax.commands import evaluate, experiment, finetune, sample, sweep, train, verify
 from t3jax.evaluation.scoring import Setting
 from t3jax.finetuning import FinetuneConfig
 from t3jax.head_io import save_head
 from t3jax.lm import save_hf
+from t3jax.settings import expected, names_of
 from t3jax.training import TrainConfig, make_members
-
-
-def check(config):
-    preflight.check_fields(config, cli.optional_fields(config))
 
 
 @pytest.mark.parametrize(
     "module", [default, demo, demo_paper, llama31_tofu, paper, smollm2, smollm2_tofu]
 )
 def test_the_configs_that_ship_are_taken(module):
-    check(module.get_config())
+    tiny.make_settings(module)
 
 
 def test_variables_of_the_chat_template_are_json():
-    config = default.get_config()
-    config.chat_template_kwargs = '{"enable_thinking": true}'
-    assert cli.prompt_format(config).chat_template_kwargs == {"enable_thinking": True}
-    for value, expected in (("{'a': 1}", "not valid JSON"), ("[1]", "an object"), ('{"": 1}', "")):
-        config.chat_template_kwargs = value
-        with pytest.raises(ValueError, match=f"chat_template_kwargs.*{expected}"):
-            cli.prompt_format(config)
+    field = "prompt_format.chat_template_kwargs"
+    made = tiny.make_settings(default, {field: '{"enable_thinking": true}'})
+    assert made.prompt_format.chat_template_kwargs == {"enable_thinking": True}
+    for value, wrong in (("{'a': 1}", "not valid JSON"), ("[1]", "an object"), ('{"": 1}', "")):
+        with pytest.raises(ValueError, match=f"chat_template_kwargs.*{wrong}"):
+            tiny.make_settings(default, {field: value})
 
 
 def test_every_number_of_the_default_config_has_a_range():
     config = default.get_config()
-    for name, value in config.items():
+    for name in names_of():
+        section, _, field = name.rpartition(".")
+        value = (config[section] if section else config)[field]
         known = value[0] if isinstance(value, tuple) and value else value
         if isinstance(known, int | float) and not isinstance(known, bool):
-            assert name in preflight.FIELDS, name
-    assert set(preflight.FIELDS) <= set(config)
+            assert expected(name) not in ("", "a whole number", "a finite number"), name
 
 
 @pytest.mark.parametrize(
     ("field", "values"),
     [
         ("rows", (0, -1, 2**20)),
-        ("rank", (0, 10**9)),
-        ("temperature", (math.nan, math.inf, -0.1)),
-        ("max_new_tokens", (0, 10**9)),
-        ("seed", (-1, 2**32)),
-        ("finetune_seed", (-1, 2**32)),
+        ("classifier.rank", (0, 10**9)),
+        ("sampling.temperature", (math.nan, math.inf, -0.1)),
+        ("sampling.max_new_tokens", (0, 10**9)),
+        ("sampling.seed", (-1, 2**64)),
+        ("finetune.seed", (-1, 2**32)),
         ("seeds", ((), (1, 1), (-1,), (2**32,), (1.5,), (True,), ("a",))),
-        ("epochs", (0,)),
-        ("holdout_fraction", (1.0, -0.1, math.nan)),
-        ("warmup_ratio", (1.1, math.nan)),
-        ("leak_samples", (-1,)),
-        ("eval_rows", (0,)),
+        ("train.epochs", (0,)),
+        ("train.holdout_fraction", (1.0, -0.1, math.nan)),
+        ("train.warmup_ratio", (1.1, math.nan)),
+        ("leaks.samples", (-1,)),
+        ("eval.rows", (0,)),
         ("mesh", ((1.5, 1, 1), ("a",), (), (-2, 1, 1))),
         ("base_temperature", (0.0, math.inf, math.nan)),
         ("guidance_scale", (-1.0, math.nan)),
-        ("eval_temperatures", ((1.0, 0.0),)),
+        ("eval.base_temperatures", ((1.0, 0.0),)),
         ("forget_fraction", (0.0, 1.0, math.nan)),
-        ("top_p", (0.0, 1.5)),
-        ("sweep_ranks", ((1, 0),)),
-        ("truncate_on", ("bases",)),
-        ("loss", ("none",)),
+        ("sampling.top_p", (0.0, 1.5)),
+        ("sweep.ranks", ((1, 0),)),
+        ("sampling.truncate_on", ("bases",)),
+        ("train.loss", ("none",)),
         ("refinements", ("gate", "plain,gated")),
-        ("eval_refinements", ("plain,gate",)),
+        ("eval.refinements", ("plain,gate",)),
         ("model", ("", "None", "a\0b", "\ud800")),
-        ("names", (("Ada", ""), (1,))),
+        ("synthetic.names", (("Ada", ""), (1,))),
     ],
 )
 def test_a_value_out_of_its_range_is_named(field, values):
     for value in values:
-        config = default.get_config()
-        with config.ignore_type():
-            config[field] = value
         with pytest.raises(ValueError, match=rf"^config\.{field} = .*: expected ") as error:
-            check(config)
+            tiny.make_settings(default, {field: value})
         assert "\n" not in str(error.value)
 
 
 def test_seeds_that_are_taken_draw_differently():
-    largest = int(preflight.FIELDS["seed"].high)
+    largest = int(ranges.SEED.high)
     drawn = [jax.random.key_data(jax.random.key(seed)).tolist() for seed in (0, 1, largest)]
     assert len({tuple(each) for each in drawn}) == 3
 
@@ -177,24 +165,24 @@ def folder(tmp_path_factory):
 FIELDS = {
     sample: {"head": "head", "prompts": "rows.jsonl", "output": "new/answers.jsonl"},
     verify: {"head": "head", "forget": "rows.jsonl", "retain": "rows.jsonl"},
-    evaluate: {"head": "head", "eval_forget": "rows.jsonl", "eval_dir": "evaluation"},
-    train_classifier: {
+    evaluate: {"head": "head", "eval.forget": "rows.jsonl", "eval.dir": "evaluation"},
+    train: {
         "forget": "rows.jsonl",
         "retain": "rows.jsonl",
         "workdir": "run",
         "feature_store": "features",
     },
-    finetune: {"finetune_data": ("rows.jsonl",), "finetune_workdir": "tuned"},
+    finetune: {"finetune.data": ("rows.jsonl",), "finetune.workdir": "tuned"},
 }
-FIELDS[sweep] = FIELDS[train_classifier] | {
-    "eval_forget": "rows.jsonl",
-    "eval_retain": "rows.jsonl",
-    "eval_dir": "evaluation",
-    "retain_model": "model",
+FIELDS[sweep] = FIELDS[train] | {
+    "eval.forget": "rows.jsonl",
+    "eval.retain": "rows.jsonl",
+    "eval.dir": "evaluation",
+    "eval.retain_model": "model",
 }
 FIELDS[experiment] = {
-    name: FIELDS[sweep][name] for name in ("forget", "retain", "eval_forget", "eval_retain")
-} | {"experiment_dir": "experiment"}
+    name: FIELDS[sweep][name] for name in ("forget", "retain", "eval.forget", "eval.retain")
+} | {"experiment.dir": "experiment"}
 
 
 @pytest.mark.parametrize(
@@ -207,32 +195,40 @@ FIELDS[experiment] = {
         (sample, {"prompts": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
         (sample, {"output": "file/answers.jsonl"}, "file: nothing can be written here"),
         (sample, {"output": "model"}, "expected a file, not a folder"),
-        (sample, {"max_new_tokens": 256}, "expected less than the 256 tokens"),
+        (sample, {"sampling.max_new_tokens": 256}, "expected less than the 256 tokens"),
         (sample, {"model": "unweighed"}, "unweighed: "),
-        (sample, {"refusal": "I don't know."}, "config.refusal needs T = 1, which is 2.5"),
+        (
+            sample,
+            {"sampling.refusal": "I don't know."},
+            "config.sampling.refusal needs T = 1, which is 2.5",
+        ),
         (sample, {"base_only": True, "refinements": "gated"}, "they need a head"),
         (verify, {"head": "wide"}, "the head does not fit"),
         (verify, {"retain": "bad.jsonl"}, "bad.jsonl:1"),
-        (verify, {"verify_dir": "file/verify"}, "file/verify: nothing can be written here"),
+        (verify, {"verify.dir": "file/verify"}, "file/verify: nothing can be written here"),
         (evaluate, {"head": "wide"}, "the head does not fit"),
-        (evaluate, {"eval_retain": "bad.jsonl"}, "bad.jsonl:1"),
-        (evaluate, {"retain_model": "nowhere"}, "nowhere"),
-        (evaluate, {"retain_log": "nowhere"}, "nowhere"),
-        (evaluate, {"eval_dir": "file"}, "file: nothing can be written here"),
-        (train_classifier, {"forget": "bad.jsonl"}, "bad.jsonl:1"),
-        (train_classifier, {"workdir": "file/run"}, "file/run: nothing can be written here"),
-        (train_classifier, {"feature_store": "file/f"}, "file/f: nothing can be written here"),
-        (train_classifier, {"init": "nowhere"}, "nowhere: no such folder"),
-        (train_classifier, {"init": "wide"}, "wide': the head to start at has hidden_size"),
-        (sweep, {"init": "wide"}, "wide': the head to start at has hidden_size"),
-        (train_classifier, {"patience": 3, "holdout_fraction": 0.0}, "patience"),
-        (finetune, {"finetune_data": ("rows.jsonl", "bad.jsonl")}, "bad.jsonl:1"),
-        (finetune, {"finetune_microbatches": 64}, "microbatches"),
-        (finetune, {"finetune_workdir": "file"}, "file: nothing can be written here"),
-        (sweep, {"retain_model": "nowhere"}, "nowhere"),
-        (sweep, {"eval_forget": "bad.jsonl"}, "bad.jsonl:1"),
-        (experiment, {"plain_chat": "bad.jsonl"}, "bad.jsonl:1"),
-        (experiment, {"experiment_dir": "file"}, "file: nothing can be written here"),
+        (evaluate, {"eval.retain": "bad.jsonl"}, "bad.jsonl:1"),
+        (evaluate, {"eval.retain_model": "nowhere"}, "nowhere"),
+        (evaluate, {"eval.retain_log": "nowhere"}, "nowhere"),
+        (evaluate, {"eval.dir": "file"}, "file: nothing can be written here"),
+        (train, {"forget": "bad.jsonl"}, "bad.jsonl:1"),
+        (train, {"workdir": "file/run"}, "file/run: nothing can be written here"),
+        (train, {"feature_store": "file/f"}, "file/f: nothing can be written here"),
+        (train, {"classifier.init": "nowhere"}, "nowhere: no such folder"),
+        (
+            train,
+            {"classifier.init": "wide"},
+            "wide': the head to start at has hidden_size",
+        ),
+        (sweep, {"classifier.init": "wide"}, "wide': the head to start at has hidden_size"),
+        (train, {"train.patience": 3, "train.holdout_fraction": 0.0}, "patience"),
+        (finetune, {"finetune.data": ("rows.jsonl", "bad.jsonl")}, "bad.jsonl:1"),
+        (finetune, {"finetune.microbatches": 64}, "microbatches"),
+        (finetune, {"finetune.workdir": "file"}, "file: nothing can be written here"),
+        (sweep, {"eval.retain_model": "nowhere"}, "nowhere"),
+        (sweep, {"eval.forget": "bad.jsonl"}, "bad.jsonl:1"),
+        (experiment, {"experiment.plain_chat": "bad.jsonl"}, "bad.jsonl:1"),
+        (experiment, {"experiment.dir": "file"}, "file: nothing can be written here"),
     ],
 )
 def test_scripts_find_what_is_wrong_before_weights_are_loaded(
@@ -249,23 +245,21 @@ def test_scripts_find_what_is_wrong_before_weights_are_loaded(
             return tuple(map(place, value))
         return ",".join(str(folder / part) for part in value.split(","))
 
-    config = default.get_config()
-    config.model = str(folder / "model")
+    fields = {"model": str(folder / "model")}
     before = set(folder.rglob("*"))
     for name, value in (FIELDS[script] | changed).items():
-        is_path = isinstance(value, str | tuple) and name not in ("refinements", "refusal")
-        config[name] = place(value) if is_path else value
+        is_path = isinstance(value, str | tuple) and name not in ("refinements", "sampling.refusal")
+        fields[name] = place(value) if is_path else value
     with pytest.raises((ValueError, OSError), match=message):
-        script.main(config)
+        script.main(tiny.make_settings(default, fields))
     assert set(folder.rglob("*")) == before
 
 
 def test_an_evaluation_without_a_head_says_so(folder, monkeypatch, capsys):
-    config = default.get_config()
-    for name, value in (("model", "model"), ("eval_forget", "bad.jsonl"), ("eval_dir", "e")):
-        config[name] = str(folder / value)
+    values = {"model": "model", "eval.forget": "bad.jsonl", "eval.dir": "e"}
+    fields = {name: str(folder / value) for name, value in values.items()}
     with pytest.raises(ValueError, match=r"bad\.jsonl"):
-        evaluate.main(config)
+        evaluate.main(tiny.make_settings(default, fields))
     assert "nothing is unlearned" in capsys.readouterr().out
 
 

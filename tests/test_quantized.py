@@ -116,8 +116,7 @@ def test_devices_hold_what_one_would(folder, shape):
 def test_the_plan_counts_half_of_bfloat16():
     weights = {}
     for dtype in ("bfloat16", "int8"):
-        config = default.get_config()
-        config.model, config.dtype = "llama-3.1-8b", dtype
+        config = tiny.make_settings(default, {"model": "llama-3.1-8b", "dtype": dtype})
         job = plan.make_job(config, make_mesh((1, 1, 1), jax.devices()[:1]))
         weights[dtype] = plan.shard_bytes(abstract_lm(job.config, job.dtype, job.mesh).params)
         job = dataclasses.replace(job, config=dataclasses.replace(job.config, num_layers=1))

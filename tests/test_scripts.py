@@ -69,13 +69,13 @@ def trained(repository, folder):
         f"--config.retain={folder}/retain.jsonl",
         f"--config.feature_store={folder}/features",
         f"--config.workdir={folder}/run",
-        "--config.epochs=6",
-        "--config.warmup_ratio=0.33",
-        "--config.rank=3",
+        "--config.train.epochs=6",
+        "--config.train.warmup_ratio=0.33",
+        "--config.classifier.rank=3",
         "--config.base_temperature=1.5",
-        "--config.holdout_fraction=0.25",
+        "--config.train.holdout_fraction=0.25",
         "--config.forget_fraction=0.2",
-        "--config.zero_output=True",
+        "--config.train.zero_output=True",
     )
     assert done.returncode == 0, done.stderr
     return done
@@ -102,7 +102,7 @@ def test_sampling_writes_base_and_unlearned_answers(trained, repository, folder)
         f"--config.head={folder}/run/head",
         f"--config.prompts={folder}/prompts.jsonl",
         f"--config.output={folder}/new/answers.jsonl",
-        "--config.max_new_tokens=12",
+        "--config.sampling.max_new_tokens=12",
     )
     assert done.returncode == 0, done.stderr
     assert "T = 1.5, s = 1, plain\n" in done.stderr  # the head's own
@@ -135,9 +135,9 @@ def test_a_typed_prompt_is_answered_by_both(trained, repository, folder):
         f"--config.head={folder}/run/head,{folder}/run/head",
         "--config.refinements=gated-protected",
         "--config.base_temperature=3.5",
-        "--config.truncate_on=base",
-        "--config.top_p=0.9",
-        "--config.max_new_tokens=5",
+        "--config.sampling.truncate_on=base",
+        "--config.sampling.top_p=0.9",
+        "--config.sampling.max_new_tokens=5",
         stdin=f"{QUESTIONS[0]}\n\n",
     )
     assert done.returncode == 0, done.stderr
@@ -152,13 +152,13 @@ def test_a_typed_prompt_is_answered_by_both(trained, repository, folder):
 def evaluation_flags(folder):
     return [
         f"--config.model={folder}/model",
-        f"--config.retain_model={folder}/twin",
-        f"--config.eval_forget={folder}/forget.jsonl",
-        f"--config.eval_retain={folder}/retain.jsonl",
-        f"--config.eval_dir={folder}/evaluation",
-        "--config.max_new_tokens=6",
-        "--config.leak_samples=2",
-        "--config.kl_rows=2",
+        f"--config.eval.retain_model={folder}/twin",
+        f"--config.eval.forget={folder}/forget.jsonl",
+        f"--config.eval.retain={folder}/retain.jsonl",
+        f"--config.eval.dir={folder}/evaluation",
+        "--config.sampling.max_new_tokens=6",
+        "--config.leaks.samples=2",
+        "--config.leaks.kl_rows=2",
         "--config.rows=8",
     ]
 
@@ -205,9 +205,9 @@ def test_a_verdict_is_a_line_a_page_and_a_status(trained, repository, folder):
         f"--config.model={folder}/model",
         f"--config.head={folder}/run/head",
         f"--config.retain={folder}/retain.jsonl",
-        "--config.max_new_tokens=6",
+        "--config.sampling.max_new_tokens=6",
         "--config.rows=32",
-        "--config.verify_rows=2",
+        "--config.verify.rows=2",
     ]
     done = run(repository, folder, "verify.py", *flags, f"--config.forget={folder}/forget.jsonl")
     assert done.returncode == 1, done.stderr
@@ -244,15 +244,15 @@ def test_a_sweep_chooses_and_says_what_to_use(trained, repository, folder):
         f"--config.retain={folder}/retain.jsonl",
         f"--config.feature_store={folder}/features",
         f"--config.workdir={folder}/grid",
-        f"--config.second_retain_log={folder}/evaluation/retain_model",
-        "--config.epochs=3",
-        "--config.warmup_ratio=0.33",
-        "--config.rank=3",
-        "--config.sweep_learning_rates=0.01,0.1",
-        "--config.eval_temperatures=1.5,",
-        "--config.leak_samples=0",
-        "--config.kl_rows=0",
-        "--config.selection_group=1",
+        f"--config.eval.second_retain_log={folder}/evaluation/retain_model",
+        "--config.train.epochs=3",
+        "--config.train.warmup_ratio=0.33",
+        "--config.classifier.rank=3",
+        "--config.sweep.learning_rates=0.01,0.1",
+        "--config.eval.base_temperatures=1.5,",
+        "--config.leaks.samples=0",
+        "--config.leaks.kl_rows=0",
+        "--config.sweep.selection_group=1",
     )
     assert done.returncode == 0, done.stderr
     heads = [f"{folder}/grid/sweep-rank3/head-lr{rate}-wd0.01-seed1" for rate in (0.01, 0.1)]
@@ -272,15 +272,15 @@ def test_a_sweep_without_a_retain_model_chooses_by_made_up_names(repository, fol
         f"--config.retain={folder}/retain.jsonl",
         f"--config.feature_store={folder}/features",
         f"--config.workdir={folder}/made-up",
-        "--config.loss=classifier",
-        "--config.own_samples=0",
-        "--config.made_up_names=1",
-        "--config.names=Ada,Bo,Cy",
-        "--config.epochs=3",
-        "--config.rank=3",
+        "--config.train.loss=classifier",
+        "--config.synthetic.own_samples=0",
+        "--config.synthetic.made_up_names=1",
+        "--config.synthetic.names=Ada,Bo,Cy",
+        "--config.train.epochs=3",
+        "--config.classifier.rank=3",
         "--config.seeds=1,2",
-        "--config.sweep_learning_rates=0.01,0.1",
-        "--config.max_new_tokens=8",
+        "--config.sweep.learning_rates=0.01,0.1",
+        "--config.sampling.max_new_tokens=8",
     ]
     done = run(repository, folder, "sweep.py", *flags)
     assert done.returncode == 0, done.stderr
@@ -291,7 +291,7 @@ def test_a_sweep_without_a_retain_model_chooses_by_made_up_names(repository, fol
     use = done.stdout.splitlines()[-1]
     assert f"--config.head={found['heads'][chosen['head']]} " in use
     assert f"--config.base_temperature={chosen['base_temperature']:g} " in use
-    done = run(repository, folder, "sweep.py", *flags, "--config.made_up_names=0")
+    done = run(repository, folder, "sweep.py", *flags, "--config.synthetic.made_up_names=0")
     assert done.returncode == 1
     assert "sweep.py: choosing needs a retain model" in done.stderr
     assert "Traceback" not in done.stderr
@@ -305,21 +305,21 @@ def test_an_experiment_makes_its_models_and_a_page_of_results(repository, folder
         f"--config.model={folder}/model",
         f"--config.forget={folder}/forget.jsonl",
         f"--config.retain={folder}/retain.jsonl",
-        f"--config.plain_chat={folder}/retain.jsonl",
-        f"--config.varied_retain={folder}/retain.jsonl[:2]",
-        f"--config.experiment_dir={here}",
-        "--config.finetune_epochs=1",
-        "--config.finetune_batch_size=4",
-        "--config.epochs=4",
-        "--config.warmup_ratio=0.33",
-        "--config.rank=3",
+        f"--config.experiment.plain_chat={folder}/retain.jsonl",
+        f"--config.experiment.varied_retain={folder}/retain.jsonl[:2]",
+        f"--config.experiment.dir={here}",
+        "--config.finetune.epochs=1",
+        "--config.finetune.batch_size=4",
+        "--config.train.epochs=4",
+        "--config.train.warmup_ratio=0.33",
+        "--config.classifier.rank=3",
         "--config.seeds=1,2",
-        "--config.eval_temperatures=1,1.5",
-        "--config.eval_refinements=plain,gated",
-        "--config.vary_ranks=2,",
-        "--config.vary_epochs=2,",
-        "--config.vary_retain_rows=3,",
-        "--config.selection_group=1",
+        "--config.eval.base_temperatures=1,1.5",
+        "--config.eval.refinements=plain,gated",
+        "--config.experiment.vary_ranks=2,",
+        "--config.experiment.vary_epochs=2,",
+        "--config.experiment.vary_retain_rows=3,",
+        "--config.sweep.selection_group=1",
     ]
     done = run(repository, folder, "experiment.py", *flags)
     assert done.returncode == 0, done.stderr
@@ -357,12 +357,12 @@ def test_fine_tuning_writes_a_model_that_opens(repository, folder):
         folder,
         "finetune.py",
         f"--config.model={folder}/model",
-        f"--config.finetune_data=('{folder}/retain.jsonl', '{folder}/forget.jsonl')",
-        f"--config.finetune_validation=('{folder}/forget.jsonl',)",
-        f"--config.finetune_workdir={folder}/tuned",
-        "--config.finetune_epochs=4",
-        "--config.finetune_warmup_steps=1",
-        "--config.finetune_learning_rate=0.01",
+        f"--config.finetune.data=('{folder}/retain.jsonl', '{folder}/forget.jsonl')",
+        f"--config.finetune.validation=('{folder}/forget.jsonl',)",
+        f"--config.finetune.workdir={folder}/tuned",
+        "--config.finetune.epochs=4",
+        "--config.finetune.warmup_steps=1",
+        "--config.finetune.learning_rate=0.01",
     )
     assert done.returncode == 0, done.stderr
     assert f"written: {folder}/tuned/model" in done.stdout
@@ -386,8 +386,8 @@ def test_fine_tuning_writes_a_model_that_opens(repository, folder):
             "/no/such/folder: no such folder",
         ),
         ("train_classifier.py", ["--config.model=x"], "not in the config: ['forget', 'retain'"),
-        ("evaluate.py", ["--config.model=x"], "not in the config: ['eval_forget', 'eval_dir']"),
-        ("finetune.py", ["--config.model=x"], "not in the config: ['finetune_workdir'"),
+        ("evaluate.py", ["--config.model=x"], "not in the config: ['eval.forget', 'eval.dir']"),
+        ("finetune.py", ["--config.model=x"], "not in the config: ['finetune.workdir'"),
     ],
 )
 def test_errors_are_one_clear_line(repository, folder, script, flags, message):

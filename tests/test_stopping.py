@@ -26,7 +26,7 @@ def answering(runner, *more: str) -> list[str]:
         f"--config.head={runner.folder}/head",
         f"--config.prompts={runner.folder}/forget.jsonl",
         f"--config.output={runner.folder}/answers/a.jsonl",
-        "--config.max_new_tokens=4",
+        "--config.sampling.max_new_tokens=4",
         *more,
     ]
 
@@ -38,7 +38,7 @@ def training(runner, name: str, *more: str) -> list[str]:
         f"--config.retain={runner.folder}/retain.jsonl",
         f"--config.feature_store={runner.folder}/{name}/features",
         f"--config.workdir={runner.folder}/{name}/run",
-        "--config.rank=3",
+        "--config.classifier.rank=3",
         *more,
     ]
 
@@ -46,12 +46,21 @@ def training(runner, name: str, *more: str) -> list[str]:
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--config.rank=1e9", "config.rank = '1e9': expected a whole number in [1, 65536]"),
-        ("--config.bias=maybe", "config.bias = 'maybe': expected True or False"),
-        ("--config.top_p=nan", "config.top_p = nan: expected a number in (0, 1]"),
+        (
+            "--config.classifier.rank=1e9",
+            "config.classifier.rank = '1e9': expected a whole number in [1, 65536]",
+        ),
+        (
+            "--config.classifier.bias=maybe",
+            "config.classifier.bias = 'maybe': expected True or False",
+        ),
+        ("--config.sampling.top_p=nan", "config.sampling.top_p = nan: expected in (0, 1]"),
         ("--config.rows=None", "config.rows=None: this field cannot be unset"),
         ("--config.hed=None", "unknown config key 'hed'; did you mean --config.head?"),
         ("--row=3", "Unknown command line flag 'row'; did you mean --config.rows?"),
+        ("--config.top_p=1", "unknown config key 'top_p'; did you mean --config.sampling.top_p?"),
+        ("--eval_dir=x", "Unknown command line flag 'eval_dir'; did you mean --config.eval.dir?"),
+        ("--sampling.top_p=2", "config.sampling.top_p = 2.0: expected in (0, 1]"),
         ("--config.head=None", "no head: the answers would be the base model's"),
     ],
 )
@@ -72,7 +81,7 @@ def test_a_flag_that_is_none_unsets_its_field(runner):
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_with_a_line_and_a_status(runner, number, status):
     before = {path for path in runner.folder.rglob("*") if "xla" not in path.parts}
-    process = runner.start(*answering(runner, "--config.num_samples=2000"))
+    process = runner.start(*answering(runner, "--config.sampling.num_samples=2000"))
     runner.wait_for("drawn with")
     time.sleep(0.3)
     os.kill(process.pid, number)
@@ -110,7 +119,7 @@ def test_a_stopped_verdict_is_no_verdict(runner):
         f"--config.head={runner.folder}/head",
         f"--config.forget={runner.folder}/forget.jsonl",
         f"--config.retain={runner.folder}/retain.jsonl",
-        "--config.max_new_tokens=100",
+        "--config.sampling.max_new_tokens=100",
     )
     runner.wait_for_file(runner.folder / "head" / "verify" / ".lock")
     time.sleep(0.3)
@@ -204,9 +213,11 @@ def test_a_locale_without_letters_loses_no_text(runner):
     [(4000, "/full/features/"), (20000, "/full/run: the checkpoint of epoch 1 could not be saved")],
 )
 def test_training_on_a_full_disk_is_a_few_lines(runner, largest_file, message):
-    flags = training(runner, "full", "--config.epochs=1", "--config.rank=60")
+    flags = training(runner, "full", "--config.train.epochs=1", "--config.classifier.rank=60")
     if largest_file > 4000:  # the features are there
-        done = runner.run(*flags, "--config.rank=2", f"--config.workdir={runner.folder}/a")
+        done = runner.run(
+            *flags, "--config.classifier.rank=2", f"--config.workdir={runner.folder}/a"
+        )
         assert done[0] == 0, done
     status, _, lines = runner.run(*flags, largest_file=largest_file)
     assert status == 1
@@ -217,8 +228,8 @@ def test_training_on_a_full_disk_is_a_few_lines(runner, largest_file, message):
 
 
 def test_two_runs_on_one_folder_are_refused(runner):
-    flags = training(runner, "twice", "--config.epochs=1", "--config.batch_size=2")
-    first = runner.start(*flags, "--config.epochs=100000", "--config.warmup_ratio=0")
+    flags = training(runner, "twice", "--config.train.epochs=1", "--config.train.batch_size=2")
+    first = runner.start(*flags, "--config.train.epochs=100000", "--config.train.warmup_ratio=0")
     lock = runner.folder / "twice" / "run" / ".lock"
     runner.wait_for_file(lock)
     status, _, lines = runner.run(*flags)
@@ -227,5 +238,5 @@ def test_two_runs_on_one_folder_are_refused(runner):
     assert f"process {first.pid} on " in lines[-1]
     first.kill()
     first.join()
-    assert runner.run(*training(runner, "twice", "--config.epochs=1"))[0] == 0
+    assert runner.run(*training(runner, "twice", "--config.train.epochs=1"))[0] == 0
     assert not lock.exists()

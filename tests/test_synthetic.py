@@ -224,7 +224,7 @@ def test_options_that_cannot_work_are_refused(lm, tmp_path):
         make(SyntheticOptions(), retain=[])
     with pytest.raises(ValueError, match="no name was found"):
         make(SyntheticOptions(made_up_names=1), forget=[{"text": "why so."}])
-    with pytest.raises(ValueError, match="own_samples must be 0"):
+    with pytest.raises(ValueError, match=r"own_samples = -1: expected a whole number in \[0"):
         SyntheticOptions(own_samples=-1)
 
 

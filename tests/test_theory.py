@@ -16,6 +16,7 @@ from t3jax import data
 from t3jax.evaluation.scoring import BASE, Setting, score_texts
 from t3jax.evaluation.store import Store
 from t3jax.head_io import save_head
+from t3jax.settings import replace
 from t3jax.theory import bounds, classifiers, diagnose, errors, mixtures, sequences
 from t3jax.theory.errors import Shape
 
@@ -350,18 +351,18 @@ def test_a_model_with_a_head_is_scored(tiny_lm, tmp_path):
 
 
 def test_a_diagnosis_needs_both_kinds_of_rows_and_one_classifier(tiny_lm, tmp_path):
-    config = default.get_config()
-    config.model = config.eval_forget = config.eval_dir = "x"
-    config.head = str(tmp_path / "head")
-    with pytest.raises(ValueError, match=r"not in the config: \['eval_retain'\]"):
+    folder = str(tmp_path / "head")
+    fields = dict.fromkeys(("model", "eval.forget", "eval.dir"), "x") | {"head": folder}
+    config = tiny.make_settings(default, fields)
+    with pytest.raises(ValueError, match=r"not in the config: \['eval\.retain'\]"):
         diagnose.diagnose_head(config)
-    config.eval_retain = "x"
+    config = tiny.make_settings(default, fields | {"eval.retain": "x"})
     head = tiny.make_head(tiny_lm)
-    save_head(config.head, dataclasses.replace(head, record={"training": {"loss": "distillation"}}))
+    save_head(folder, dataclasses.replace(head, record={"training": {"loss": "distillation"}}))
     with pytest.raises(ValueError, match="head was distilled: its scores are no P"):
         diagnose.diagnose_head(config)
     save_head(tmp_path / "other", head)
-    config.head += f",{tmp_path / 'other'}"
+    config = replace(config, head=f"{folder},{tmp_path / 'other'}")
     with pytest.raises(ValueError, match="one head is diagnosed at a time"):
         diagnose.diagnose_head(config)
 

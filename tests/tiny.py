@@ -14,6 +14,7 @@ from t3jax import sharding
 from t3jax.head import HeadConfig, init_head
 from t3jax.head_io import Head
 from t3jax.lm import LM, ExpertsConfig, LMConfig, RopeConfig, from_params, init_params
+from t3jax.settings import Settings, from_config
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
@@ -59,6 +60,14 @@ MIXTURE = dataclasses.replace(
     qkv_bias=True,
     experts=ExpertsConfig(8, 2, 16, shared=24, shared_gate=True, dense=(True, False)),
 )
+
+
+def make_settings(module, fields=None):
+    """The settings of a module of `configs`, with these fields by their names in a config."""
+    config = module.get_config()
+    with config.ignore_type():
+        config.update_from_flattened_dict(fields or {})
+    return from_config(Settings, config)
 
 
 def make_tokenizer() -> transformers.PreTrainedTokenizerFast:

@@ -22,6 +22,7 @@ from t3jax.evaluation import logs, metrics, recompute
 from t3jax.evaluation.logs import Log, MissingMetricError
 from t3jax.evaluation.scoring import Setting, TextScores
 from t3jax.evaluation.store import Store
+from t3jax.ranges import COUNT, check_ranges
 
 if TYPE_CHECKING:  # slow to import: only who loads a tokenizer waits
     from transformers import PreTrainedTokenizerBase
@@ -51,6 +52,9 @@ class TofuOptions:
     max_new_tokens: int = 200
     reference_mask: bool = False
     answers: bool = True
+
+    def __post_init__(self):
+        check_ranges(self, max_new_tokens=COUNT)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -26,6 +26,7 @@ from t3jax.evaluation.recall import leak_recall
 from t3jax.evaluation.scoring import BASE, Setting, TextScores
 from t3jax.evaluation.store import Store
 from t3jax.evaluation.tofu import QuestionSet, prompts
+from t3jax.ranges import COUNT, SEED, TOP_P, TRUNCATE_ON, Numbers, check_ranges, whole
 from t3jax.sampling import Sample
 
 UNLEARNING_NAME = "UNLEARNING.json"
@@ -66,10 +67,22 @@ class UnlearningOptions:
     seed: int = 0
 
     def __post_init__(self):
+        check_ranges(
+            self,
+            leak_samples=whole(0, 2**16),
+            leak_rows=whole(1),
+            leak_threshold=TOP_P,
+            leak_temperature=Numbers(0, 1000),
+            leak_top_k=whole(0),
+            leak_top_p=TOP_P,
+            leak_truncate_on=TRUNCATE_ON,
+            kl_rows=whole(0),
+            kl_samples=whole(1, 2**16),
+            max_new_tokens=COUNT,
+            seed=SEED,
+        )
         if self.leak_samples and not self.leak_temperature > 0:
             raise ValueError("best of several samples needs a sampling temperature above 0")
-        if not 0 < self.leak_threshold <= 1:
-            raise ValueError(f"leak_threshold must lie in (0, 1], got {self.leak_threshold}")
 
 
 def find_leaks(

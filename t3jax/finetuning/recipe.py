@@ -1,12 +1,22 @@
 """How a language model is fine-tuned: the recipe's settings and its optimizer."""
 
 import dataclasses
-import math
 
 import jax
 import optax
 
 from t3jax.minnorm import MinNormConfig
+from t3jax.ranges import (
+    BELOW_1,
+    COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    RATE,
+    SEED,
+    Words,
+    check_ranges,
+    whole,
+)
 
 _LAST_RATE = 0.02  # the learning rate at the end, as a share of its peak
 
@@ -65,22 +75,27 @@ class FinetuneConfig:
     tasks: int | None = None
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "microbatches", "checkpoint_every"):
-            if not 1 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "clip_norm", "lora_alpha", "eps"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
-        for name in ("warmup_steps", "weight_decay", "prompt_weight", "lora_rank"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"{name} must be finite and not negative, got {getattr(self, name)}"
-                )
-        for name in ("b1", "b2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must lie in [0, 2^32), got {self.seed}")
+        check_ranges(
+            self,
+            epochs=whole(1, 10**6),
+            batch_size=COUNT,
+            microbatches=COUNT,
+            learning_rate=RATE,
+            warmup_steps=whole(0),
+            weight_decay=NOT_NEGATIVE,
+            b1=BELOW_1,
+            b2=BELOW_1,
+            eps=POSITIVE,
+            clip_norm=POSITIVE,
+            prompt_weight=NOT_NEGATIVE,
+            lora_rank=whole(0, 2**16),
+            lora_alpha=POSITIVE,
+            dtype=Words(("float32", "bfloat16")),
+            seed=SEED,
+            checkpoint_every=whole(1),
+        )
+        if not self.lora_layers:
+            raise ValueError("lora_layers = (): expected at least one")
         if self.microbatches > self.batch_size:
             raise ValueError(
                 f"a batch of {self.batch_size} rows cannot be cut into {self.microbatches} "
@@ -93,8 +108,6 @@ class FinetuneConfig:
                 "tasks have a LoRA adapter each and know no projection: give a lora_rank of 1 or "
                 f"more and no minnorm, got lora_rank = {self.lora_rank}, minnorm = {self.minnorm}"
             )
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype {self.dtype!r} is not supported; known: float32, bfloat16")
 
     @property
     def freezes_weights(self) -> bool:

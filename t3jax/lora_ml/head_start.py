@@ -1,7 +1,8 @@
 """A start for heads, meta-learned on simulated requests to forget (Reptile).
 
     python -m t3jax.lora_ml.head_start --config=configs/demo_paper.py --config.workdir=out/start
-    python train_classifier.py --config=configs/demo_paper.py --config.init=out/start/head
+    python train_classifier.py --config=configs/demo_paper.py
+        --config.classifier.init=out/start/head
 
 Retain rows are what a later request's head must leave alone, and what requests can be simulated
 with: rows that stand together, such as an author's, are to be forgotten and all others retained.
@@ -29,10 +30,11 @@ import optax
 import tqdm
 
 import t3jax
-from t3jax import cli, pipeline, preflight
+from t3jax import pipeline, preflight
 from t3jax.features import Features
 from t3jax.head import HeadConfig, HeadParams, classifier_loss, init_head, target_scores
 from t3jax.head_io import Head, save_head
+from t3jax.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,35 +138,37 @@ def _follow_request(
     return jax.tree.map(lambda a, b: a + share * (b - a), start, found)
 
 
-def main(config: Any) -> None:
+def main(config: Settings) -> None:
     """Meta-learns the start that a config describes, and writes it as a head folder."""
-    cli.require(config, "model", "retain", "workdir")
-    if config.loss != "classifier":
+    config.require("model", "retain", "workdir")
+    if config.train.loss != "classifier":
         raise ValueError(
-            f"config.loss = {config.loss!r}: a start is meta-learned for the loss 'classifier' "
-            "alone; take configs/paper.py, or leave init unset"
+            f"config.train.loss = {config.train.loss!r}: a start is meta-learned for the loss "
+            "'classifier' alone; take configs/paper.py, or leave init unset"
         )
     mesh = t3jax.make_mesh(config.mesh)
     preflight.shape_of(config, mesh)
     preflight.check_sources(config, "retain")
-    folder = pathlib.Path(config.workdir) / "head"
+    folder = pathlib.Path(config["workdir"]) / "head"
     with preflight.outputs(config.workdir):
-        lm = t3jax.load_lm(config.model, config.dtype, mesh)
+        lm = t3jax.load_lm(config["model"], config.dtype, mesh)
         retain = t3jax.load_or_compute_features(
             lm,
-            pipeline.encode(config, lm, config.retain),
+            pipeline.encode(config, lm, config["retain"]),
             config.feature_store,
-            kind=config.features,
-            dtype=config.feature_dtype,
+            kind=config.classifier.features,
+            dtype=config.classifier.feature_dtype,
             progress="features of the retain set",
         )
         shape = pipeline.head_config(config, lm)
-        settings = MetaConfig(group=config.selection_group)
+        settings = MetaConfig(group=config.sweep.selection_group)
         params = meta_learn_head(retain, shape, settings, progress=True)
         record = {"meta_learning": dataclasses.asdict(settings)}
-        save_head(folder, Head(shape, params, 1.0, 1.0, config.model, record=record))
-    print(f"{folder}: give it to train_classifier.py as --config.init={folder}")
+        save_head(folder, Head(shape, params, 1.0, 1.0, config["model"], record=record))
+    print(f"{folder}: give it to train_classifier.py as --config.classifier.init={folder}")
 
 
 if __name__ == "__main__":
+    from t3jax import cli
+
     cli.run(main)

@@ -31,6 +31,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from t3jax import hosts
+from t3jax.ranges import SHARE, check_ranges, whole
 
 # Of the largest singular value: gradients are computed in float32, so what is smaller is rounding.
 _RANK_TOLERANCE = 1e-6
@@ -58,14 +59,14 @@ class MinNormConfig:
     last_epochs: int = 2
 
     def __post_init__(self):
-        for name in ("n_pert", "every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("share", "decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        if self.last_epochs < 0:
-            raise ValueError(f"last_epochs must not be negative, got {self.last_epochs}")
+        check_ranges(
+            self,
+            n_pert=whole(1, 2**12),
+            share=SHARE,
+            decay=SHARE,
+            every=whole(1),
+            last_epochs=whole(0),
+        )
 
     def share_at(self, step: int, steps_per_epoch: int, epochs: int) -> float:
         """The share that a step's projection takes away, 0 for a step without one.

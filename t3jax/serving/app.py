@@ -24,7 +24,7 @@ from starlette.routing import Route
 from t3jax.sampling.sampler import SamplingOptions
 from t3jax.serving.answers import Writer
 from t3jax.serving.engine import Engine
-from t3jax.serving.messages import Event, QueueFull, Request
+from t3jax.serving.messages import Event, QueueFull, Request, ServerOptions
 from t3jax.serving.metrics import Metrics
 from t3jax.serving.protocol import Ask, BadRequest, Reader, read_object
 from t3jax.serving.requests import PENDING, RequestBook
@@ -32,36 +32,6 @@ from t3jax.serving.requests import PENDING, RequestBook
 _HEALTH_SECONDS = 30.0
 _RETRY_SECONDS = "1"
 _LONGEST_WAIT = 3600  # seconds, for a head that is made
-
-
-@dataclasses.dataclass(frozen=True)
-class ServerOptions:
-    """How the server talks to its clients.
-
-    Attributes:
-        host: Address that it listens on.
-        port: Port; 0 takes a free one.
-        model_name: What clients call the model; None: its folder or hub id.
-        timeout: Seconds after which an answer is given up.
-        max_body: Largest body, bytes.
-        max_rows_body: Largest body with rows to forget, bytes.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    model_name: str | None = None
-    timeout: float = 300.0
-    max_body: int = 2**20
-    max_rows_body: int = 2**25
-
-    def __post_init__(self):
-        if not 0 <= self.port < 2**16:
-            raise ValueError(f"serve.port must be in [0, 65535], got {self.port}")
-        if not 0 < self.timeout <= 10**6:
-            raise ValueError(f"serve.timeout must be in (0, 10^6] seconds, got {self.timeout}")
-        for name in ("max_body", "max_rows_body"):
-            if not 2**10 <= getattr(self, name) <= 2**31:
-                raise ValueError(f"serve.{name} must be in [1024, 2^31] bytes")
 
 
 @dataclasses.dataclass(frozen=True)

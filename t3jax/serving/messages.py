@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from t3jax.ranges import COUNT, RANK, Numbers, check_ranges, whole
 from t3jax.sampling.sampler import SamplingOptions
 
 MOST_STOP_IDS = 8  # of a request, beside the model's own
@@ -14,6 +15,36 @@ SHORT_PIECE = 32
 
 class QueueFull(Exception):
     """The queue holds as many requests as it may."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerOptions:
+    """How the server talks to its clients.
+
+    Attributes:
+        host: Address that it listens on.
+        port: Port; 0 takes a free one.
+        model_name: What clients call the model; None: its folder or hub id.
+        timeout: Seconds after which an answer is given up.
+        max_body: Largest body, bytes.
+        max_rows_body: Largest body with rows to forget, bytes.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    model_name: str | None = None
+    timeout: float = 300.0
+    max_body: int = 2**20
+    max_rows_body: int = 2**25
+
+    def __post_init__(self):
+        check_ranges(
+            self,
+            port=whole(0, 2**16 - 1),
+            timeout=Numbers(0, 10**6, above=True),
+            max_body=whole(2**10, 2**31),
+            max_rows_body=whole(2**10, 2**31),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,21 +71,18 @@ class EngineOptions:
     rank: int = 100
 
     def __post_init__(self):
-        for name, most in (
-            ("rows", 2**12),
-            ("chunk", 2**10),
-            ("piece", 2**14),
-            ("queue", 2**20),
-            ("heads", 2**8),
-            ("rank", 2**16),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-                raise ValueError(f"serve.{name} must be a whole number in [1, {most}], got {value}")
+        check_ranges(
+            self,
+            rows=whole(1, 2**12),
+            chunk=whole(1, 2**10),
+            piece=whole(1, 2**14),
+            max_length=whole(2, 2**20),
+            queue=COUNT,
+            heads=whole(1, 2**8),
+            rank=RANK,
+        )
         if self.piece not in (SHORT_PIECE << i for i in range(10)):
-            raise ValueError(f"serve.piece must be {SHORT_PIECE}, 64, 128, ..., got {self.piece}")
-        if self.max_length is not None and not 2 <= self.max_length <= 2**20:
-            raise ValueError(f"serve.max_length must be in [2, 2^20], got {self.max_length}")
+            raise ValueError(f"piece = {self.piece}: expected {SHORT_PIECE}, 64, 128, ...")
 
 
 def piece_sizes(options: EngineOptions) -> list[int]:

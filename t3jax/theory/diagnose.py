@@ -2,10 +2,10 @@
 
     python -m t3jax.theory.diagnose --config=configs/demo_paper.py
 
-reads `eval_forget` and `eval_retain` of the config, reworded where the rows have other wordings,
-scores them under the head at `eval_temperatures` (or 1 to 4) and prints a table. With
-`retain_model` the errors against that model stand beside the predicted ones. It trains nothing and
-chooses nothing: the head's folder stays as it is. A distilled head, which is no classifier, is
+reads `eval.forget` and `eval.retain` of the config, reworded where the rows have other wordings,
+scores them under the head at `eval.base_temperatures` (or 1 to 4) and prints a table. With
+`eval.retain_model` the errors against that model stand beside the predicted ones. It trains nothing
+and chooses nothing: the head's folder stays as it is. A distilled head, which is no classifier, is
 refused.
 
 The numbers are of single tokens after a given prefix. Axes: K temperatures, N answer tokens.
@@ -17,17 +17,18 @@ References:
 import dataclasses
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.special import expit, log_expit
 
 import t3jax
-from t3jax import cli, pipeline
+from t3jax import pipeline
 from t3jax.data import Example
 from t3jax.evaluation.scoring import BASE, Setting
 from t3jax.evaluation.store import Store
+from t3jax.settings import Settings
 
 TEMPERATURES = (1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 _DRAWS = 2000
@@ -237,12 +238,12 @@ def held_out_loss(
     return float(total), (float(low), float(high))
 
 
-def diagnose_head(config: Any) -> Diagnosis:
+def diagnose_head(config: Settings) -> Diagnosis:
     """Scores held-out rows under the model and the head of a config, and diagnoses the head.
 
     Args:
-        config: `model`, `head`, `eval_forget` and `eval_retain` are needed; `retain_model` adds
-            what is measured. Scores are kept in `eval_dir`.
+        config: `model`, `head`, `eval.forget` and `eval.retain` are needed;
+            `eval.retain_model` adds what is measured. Scores are kept in `eval.dir`.
 
     Returns:
         The diagnosis, at the head's own s.
@@ -251,9 +252,9 @@ def diagnose_head(config: Any) -> Diagnosis:
         ValueError: If a field is missing, there are several heads or a distilled one, or rows are
             bad.
     """
-    cli.require(config, "model", "head", "eval_forget", "eval_retain", "eval_dir")
+    config.require("model", "head", "eval.forget", "eval.retain", "eval.dir")
     mesh = t3jax.make_mesh(config.mesh)
-    _, heads, _ = cli.load_heads(config, (config.head,), mesh)
+    _, heads, _ = pipeline.load_heads(config, (config["head"],), mesh)
     if len(heads) > 1:
         raise ValueError(f"one head is diagnosed at a time, got {config.head}")
     (head,) = heads
@@ -263,13 +264,13 @@ def diagnose_head(config: Any) -> Diagnosis:
             f"{config.head} was distilled: its scores are no P(retain), and nothing here holds "
             "for it; give a head of loss = 'classifier', as configs/paper.py trains it"
         )
-    lm = t3jax.load_lm(config.model, config.dtype, mesh)
+    lm = t3jax.load_lm(config["model"], config.dtype, mesh)
     sets = pipeline.load_sets(config, lm)
-    folder = pathlib.Path(config.eval_dir) / "store"
+    folder = pathlib.Path(config["eval.dir"]) / "store"
     store, twin = Store(lm, heads, folder, progress=True), None
-    if config.retain_model is not None:
-        twin = Store(t3jax.load_lm(config.retain_model, config.dtype, mesh), (), folder)
-    temperatures = tuple(sorted({1.0, *(config.eval_temperatures or TEMPERATURES)}))
+    if config.eval.retain_model is not None:
+        twin = Store(t3jax.load_lm(config["eval.retain_model"], config.dtype, mesh), (), folder)
+    temperatures = tuple(sorted({1.0, *(config.eval.base_temperatures or TEMPERATURES)}))
     scale = head.guidance_scale if config.guidance_scale is None else config.guidance_scale
     forget, retain = (
         score_tokens(
@@ -327,4 +328,6 @@ def score_tokens(
 
 
 if __name__ == "__main__":
+    from t3jax import cli
+
     cli.run(lambda config: print(diagnose_head(config)))

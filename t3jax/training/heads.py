@@ -14,9 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 from jax.sharding import Mesh
 
-from t3jax import sharding
+from t3jax import hosts, sharding
 from t3jax.checkpoint import Metrics, open_run
 from t3jax.digests import params_digest
 from t3jax.features import Features
@@ -42,6 +43,7 @@ def train_heads(
     guidance_scale: float = 1.0,
     prior_shift: float = 0.0,
     report: Callable[[str], None] | None = None,
+    progress: str | None = None,
 ) -> list[Head]:
     """Trains a head for each recipe and each seed, all at once.
 
@@ -68,7 +70,8 @@ def train_heads(
         base_temperature: T, kept in the head.
         guidance_scale: s, kept in the head.
         prior_shift: Added to scores when the head is used, see `class_prior_shift`; kept in it.
-        report: Called with a line of text for each epoch, such as `print`.
+        report: Called with a line of text for each epoch and head, such as `print`.
+        progress: Label of a bar with the mean loss and the remaining time; None shows none.
 
     Returns:
         One head for each of `make_members`, in its order, parameters placed on the mesh.
@@ -115,13 +118,20 @@ def train_heads(
     }
     best = _Best(members, config.patience, workdir)
 
-    with open_run(workdir, settings, trainer.abstract_state, unit="epoch") as folder:
+    bar = tqdm.tqdm(
+        total=config.epochs,
+        desc=progress,
+        unit="epoch",
+        disable=progress is None or not hosts.is_lead(),
+    )
+    with bar, open_run(workdir, settings, trainer.abstract_state, unit="epoch") as folder:
         epochs_done, metrics, state = 0, [], None
         if folder is not None:
             epochs_done, metrics, state = folder.done, folder.metrics, folder.state
         if state is None:
             state = trainer.init()
         best.restore(metrics)
+        bar.initial = bar.n = epochs_done
 
         plan = planner.epoch(min(epochs_done + 1, config.epochs))
         for epoch in range(epochs_done + 1, config.epochs + 1):
@@ -157,6 +167,8 @@ def train_heads(
             if folder is not None:
                 save = last or best.is_over or epoch % config.checkpoint_every == 0
                 folder.finish(epoch, lines, state, save)
+            bar.set_postfix(loss=f"{np.mean(losses):.4f}", refresh=False)
+            bar.update()
             if report is not None:
                 for line in lines:
                     report(_describe(line, config.epochs))

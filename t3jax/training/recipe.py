@@ -5,7 +5,6 @@ References:
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +12,18 @@ import jax.numpy as jnp
 import optax
 
 from t3jax.head import HeadConfig
+from t3jax.ranges import (
+    BELOW_1,
+    COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    RATE,
+    SHARE,
+    Numbers,
+    Words,
+    check_ranges,
+    whole,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,35 +74,29 @@ class TrainConfig:
     checkpoint_every: int = 20
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "eval_every", "checkpoint_every"):
-            if not 1 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "clip_norm", "retain_weight", "eps"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
-        for name in ("b1", "b2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        if self.loss not in ("classifier", "distillation"):
-            raise ValueError(f"loss must be 'classifier' or 'distillation', got {self.loss!r}")
-        if not 1 <= self.distilled_temperature < math.inf:
+        check_ranges(
+            self,
+            epochs=whole(1, 10**6),
+            warmup_ratio=SHARE,
+            batch_size=COUNT,
+            learning_rate=RATE,
+            weight_decay=NOT_NEGATIVE,
+            b1=BELOW_1,
+            b2=BELOW_1,
+            eps=POSITIVE,
+            clip_norm=POSITIVE,
+            loss=Words(("classifier", "distillation")),
+            distilled_temperature=Numbers(1, 1000),
+            retain_weight=POSITIVE,
+            holdout_fraction=BELOW_1,
+            patience=whole(0),
+            eval_every=whole(1),
+            checkpoint_every=whole(1),
+        )
+        if self.patience and not self.holdout_fraction:
             raise ValueError(
-                "distilled_temperature must be at least 1 and finite, got "
-                f"{self.distilled_temperature}"
+                f"patience = {self.patience}: expected 0, or a holdout_fraction above 0"
             )
-        if not 0 <= self.patience < math.inf or (self.patience and not self.holdout_fraction):
-            raise ValueError(
-                f"patience must be 0 or more and needs a holdout_fraction above 0, got patience = "
-                f"{self.patience} and holdout_fraction = {self.holdout_fraction}"
-            )
-        if not 0 <= self.warmup_ratio <= 1:
-            raise ValueError(f"warmup_ratio must lie in [0, 1], got {self.warmup_ratio}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(
-                f"weight_decay must be finite and not negative, got {self.weight_decay}"
-            )
-        if not 0 <= self.holdout_fraction < 1:
-            raise ValueError(f"holdout_fraction must lie in [0, 1), got {self.holdout_fraction}")
 
 
 def learning_rate_schedule(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:

@@ -14,6 +14,7 @@ from t3jax.evaluation import metrics, unlearning
 from t3jax.evaluation.recall import leak_recall
 from t3jax.evaluation.scoring import BASE, Setting
 from t3jax.evaluation.store import Store
+from t3jax.ranges import COUNT, SEED, TOP_P, check_ranges, whole
 from t3jax.sampling import Sample
 from t3jax.sampling.sampler import REFUSAL_THRESHOLD
 from t3jax.verification.attacks import (
@@ -57,10 +58,7 @@ class VerifyOptions:
     seed: int = 0
 
     def __post_init__(self):
-        if self.rows < 1:
-            raise ValueError(f"verification needs rows to ask, got rows = {self.rows}")
-        if not 0 < self.threshold <= 1:
-            raise ValueError(f"threshold must lie in (0, 1], got {self.threshold}")
+        check_ranges(self, rows=whole(1), threshold=TOP_P, max_new_tokens=COUNT, seed=SEED)
 
 
 @runtime_checkable

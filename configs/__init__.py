@@ -1,0 +1,1 @@
+"""The configs that ship, as files of Python: `--config=configs/NAME.py`, or `--config=NAME`."""

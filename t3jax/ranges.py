@@ -1,0 +1,94 @@
+"""Ranges of options, and the check that the dataclasses of options share."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+
+class Numbers(NamedTuple):
+    """Which numbers a field may have.
+
+    Attributes:
+        low: The smallest.
+        high: The largest.
+        whole: Whether they are whole.
+        above: Whether `low` itself is too small.
+        below: Whether `high` itself is too large.
+    """
+
+    low: float
+    high: float
+    whole: bool = False
+    above: bool = False
+    below: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        if isinstance(value, bool) or not isinstance(value, int if self.whole else (int, float)):
+            return False
+        # NaN passes no comparison.
+        return (self.low < value if self.above else self.low <= value) and (
+            value < self.high if self.below else value <= self.high
+        )
+
+    def __str__(self) -> str:
+        start, end = "(" if self.above else "[", ")" if self.below else "]"
+        kind = "a whole number" if self.whole else "a number"
+        return f"{kind} in {start}{self.low:.10g}, {self.high:.10g}{end}"
+
+
+class Words(NamedTuple):
+    """Which words a field may have: one of them, or some joined by a character."""
+
+    known: tuple[str, ...]
+    joined: str = ""
+
+    def __contains__(self, value: object) -> bool:
+        if not isinstance(value, str):
+            return False
+        parts = value.split(self.joined[0]) if self.joined else [value]
+        if len(self.joined) > 1:
+            parts = [word for part in parts for word in part.split(self.joined[1])]
+        return all(part in self.known for part in parts)
+
+    def __str__(self) -> str:
+        joined = f", or some joined by {' and '.join(map(repr, self.joined))}" * bool(self.joined)
+        return f"one of {', '.join(self.known)}{joined}"
+
+
+def whole(low: int, high: int = 2**31 - 1) -> Numbers:
+    """The whole numbers from `low` to `high`."""
+    return Numbers(low, high, whole=True)
+
+
+# A seed beyond 32 bits would draw as a smaller one does: JAX keeps the lower bits alone.
+SEED = whole(0, 2**32 - 1)
+SHARE = Numbers(0, 1)
+BELOW_1 = Numbers(0, 1, below=True)
+TOP_P = Numbers(0, 1, above=True)
+POSITIVE = Numbers(0, 10**6, above=True)
+NOT_NEGATIVE = Numbers(0, 10**6)
+RATE = Numbers(0, 1000, above=True)
+RANK = whole(1, 2**16)
+COUNT = whole(1, 2**20)
+BASE_TEMPERATURE = Numbers(0.001, 1000)
+GUIDANCE_SCALE = Numbers(0, 1000)
+REFINEMENTS = ("plain", "gated", "protected", "product")
+TRUNCATE_ON = Words(("guided", "base", "tilted"))
+
+
+def check_ranges(options: Any, **ranges: Numbers | Words) -> None:
+    """Checks fields of a dataclass; of a tuple, each element.
+
+    Args:
+        options: The dataclass. A field whose default is None may be None.
+        **ranges: Range by field.
+
+    Raises:
+        ValueError: If a value is out of its range; names the field, the value and the range.
+    """
+    optional = {field.name for field in dataclasses.fields(options) if field.default is None}
+    for name, expected in ranges.items():
+        value = getattr(options, name)
+        if value is None and name in optional:
+            continue
+        if not all(each in expected for each in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError(f"{name} = {value!r}: expected {expected}")

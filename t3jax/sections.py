@@ -1,0 +1,247 @@
+"""Sections of `Settings` that are no options of one function of the library: dataclasses of fields.
+
+Those that the library takes as they are, such as `SamplingOptions`, stand beside what takes them.
+"""
+
+import dataclasses
+from typing import Any, TypeVar
+
+from t3jax.evaluation.selection import RULES
+from t3jax.finetuning.recipe import FinetuneConfig
+from t3jax.head import HeadConfig
+from t3jax.ranges import (
+    BASE_TEMPERATURE,
+    GUIDANCE_SCALE,
+    RANK,
+    RATE,
+    REFINEMENTS,
+    SHARE,
+    TOP_P,
+    Numbers,
+    Words,
+    check_ranges,
+    whole,
+)
+from t3jax.serving.messages import EngineOptions, ServerOptions
+from t3jax.verification.run import VerifyOptions
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierOptions:
+    """The head, and the features that it reads.
+
+    Attributes:
+        features: What it reads of a prefix: "mean" is the paper's; "last", the last hidden state,
+            and "mean+last" go beyond it.
+        feature_dtype: float32 or bfloat16, in the store.
+        rank: Width of the hidden layers.
+        activation: "identity" in the paper, "relu", "gelu" or "tanh".
+        num_hidden_layers: 1 in the paper.
+        bias: Whether hidden layers have one; none in the paper.
+        init: A head folder whose weights training starts at, such as a meta-learned one
+            (docs/lora_ml.md); None: PyTorch's start.
+    """
+
+    features: str = "mean+last"
+    feature_dtype: str = "float32"
+    rank: int = 100
+    activation: str = "gelu"
+    num_hidden_layers: int = 1
+    bias: bool = True
+    init: str | None = None
+
+    def __post_init__(self):
+        check_ranges(self, feature_dtype=Words(("float32", "bfloat16")))
+        narrow(HeadConfig, self, hidden_size=1, vocab_size=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalOptions:
+    """What is evaluated, and on what. Question sets are sources, as `forget`; None leaves one out.
+
+    Attributes:
+        forget: The forget set.
+        retain: The retain set.
+        real_authors: Questions on real authors.
+        world_facts: Questions on the world.
+        holdout: Rows never trained on, for membership inference.
+        rows: Rows of each set at most, evenly spread; None: all.
+        heads: Heads to evaluate, each as `head`, such as ("a", "b", "a,b"); empty: `head`.
+        base_temperatures: T; empty: each head's own.
+        guidance_scales: s; empty: each head's own.
+        refinements: Refinements, with commas between; None: `refinements`.
+        controls: Whether to add (T, s = 0) and (T = 1, s' = T s) of every setting.
+        dir: Folder of the results, and of what a stopped run has finished.
+        retain_model: A model trained without the forget set, for the KL and a log of its own.
+        retain_log: Its TOFU_EVAL.json; None: that of `retain_model`.
+        second_retain_log: The TOFU_EVAL.json of another retain model: the noise floor.
+        reference_mask: Mask attention as the reference evaluator does: eos is never attended.
+    """
+
+    forget: str | None = None
+    retain: str | None = None
+    real_authors: str | None = None
+    world_facts: str | None = None
+    holdout: str | None = None
+    rows: int | None = None
+    heads: tuple[str, ...] = ()
+    base_temperatures: tuple[float, ...] = ()
+    guidance_scales: tuple[float, ...] = ()
+    refinements: str | None = None
+    controls: bool = True
+    dir: str | None = None
+    retain_model: str | None = None
+    retain_log: str | None = None
+    second_retain_log: str | None = None
+    reference_mask: bool = False
+
+    def __post_init__(self):
+        check_ranges(
+            self,
+            rows=whole(1),
+            base_temperatures=BASE_TEMPERATURE,
+            guidance_scales=GUIDANCE_SCALE,
+            refinements=Words(REFINEMENTS, ",-"),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepOptions:
+    """The grid of heads, and the choice among them. An empty list: the recipe's own value.
+
+    Attributes:
+        learning_rates: Learning rates of training.
+        weight_decays: Weight decays of training.
+        ranks: Ranks of the head.
+        selection_rule: "utility_given_quality"; "quality_given_utility", the smallest D at 97 % of
+            the base's utility; or "smallest_distance".
+        selection_group: Rows on one author, which stay in one half; TOFU has 20.
+    """
+
+    learning_rates: tuple[float, ...] = ()
+    weight_decays: tuple[float, ...] = ()
+    ranks: tuple[int, ...] = ()
+    selection_rule: str = "utility_given_quality"
+    selection_group: int = 20
+
+    def __post_init__(self):
+        check_ranges(
+            self,
+            learning_rates=RATE,
+            weight_decays=Numbers(0, 1000),
+            ranks=RANK,
+            selection_rule=Words(tuple(RULES)),
+            selection_group=whole(1),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentOptions:
+    """The TOFU experiment: what is varied beside T and s, each from the chosen setting.
+
+    Attributes:
+        dir: Folder of the experiment.
+        vary_ranks: Ranks of the head.
+        vary_epochs: Epochs of training.
+        vary_retain_rows: Numbers of the first rows of `retain` that the head sees.
+        refine_rows: Questions of a set answered by each refinement; None: all.
+        varied_retain: Retain texts of other kinds, as one more refinement.
+        refine_top_p: The base's nucleus, from which answers are drawn once more.
+        plain_chat: Question-answer rows unrelated to the forget and the retain set.
+    """
+
+    dir: str | None = None
+    vary_ranks: tuple[int, ...] = ()
+    vary_epochs: tuple[int, ...] = ()
+    vary_retain_rows: tuple[int, ...] = ()
+    refine_rows: int | None = None
+    varied_retain: str | None = None
+    refine_top_p: float = 0.9
+    plain_chat: str | None = None
+
+    def __post_init__(self):
+        check_ranges(
+            self,
+            vary_ranks=RANK,
+            vary_epochs=whole(1, 10**6),
+            vary_retain_rows=whole(1),
+            refine_rows=whole(1),
+            refine_top_p=TOP_P,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifySection(VerifyOptions):
+    """The verdict on a head.
+
+    Attributes:
+        dir: Folder of the page, which shows forget rows, and of what a stopped run has finished;
+            None: HEAD/verify.
+        retained: Share of retain rows that must be as before for exit status 0.
+    """
+
+    dir: str | None = None
+    retained: float = 0.97
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_ranges(self, retained=SHARE)
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneSection(FinetuneConfig):
+    """Fine-tuning: makes a model to unlearn from, or its twin that never saw the forget set.
+
+    Attributes:
+        data: Sources, as `forget`; all of their rows are trained on.
+        validation: Sources whose loss is reported after each epoch.
+        workdir: Folder of checkpoints, metrics and the model.
+        meta: "joint": LoRA-ML (docs/lora_ml.md). Each source of `data` is a task with an adapter of
+            `lora_rank` of its own beside all weights, which are written without it; None: no tasks.
+    """
+
+    data: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()
+    workdir: str | None = None
+    meta: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_ranges(self, meta=Words(("joint",)))
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeSection(EngineOptions, ServerOptions):
+    """The server. T, s, `sampling.truncate_on` and `refinements` are its policy.
+
+    Features, head and training as in the other sections make the heads of requests to forget. Keys
+    are environment variables: T3JAX_API_KEY is sent by every client, T3JAX_SERVER_KEY allows to add
+    and revoke requests.
+
+    Attributes:
+        rank: Largest rank of a head; None: that of `classifier` and `head`.
+        requests: Folder of the requests to forget; None: none are taken.
+        most_leaks: Share of a request's rows that may leak for it to be turned on.
+        least_retained: Share of held-out retain answers' probability, for the same.
+        warm_up: Whether to compile before the first request.
+    """
+
+    rank: int | None = None  # type: ignore[assignment]
+    requests: str | None = None
+    most_leaks: float = 0.1
+    least_retained: float = 0.97
+    warm_up: bool = True
+
+    def __post_init__(self):
+        EngineOptions.__post_init__(self)
+        ServerOptions.__post_init__(self)
+        check_ranges(self, most_leaks=SHARE, least_retained=SHARE)
+
+
+def narrow(options: type[T], section: Any, **values: Any) -> T:
+    """Makes options of the fields of a section that have their names, and of further values."""
+    names = {field.name for field in dataclasses.fields(options)} - set(values)  # type: ignore[arg-type]
+    found = {name: getattr(section, name) for name in names if hasattr(section, name)}
+    return options(**found | values)
