@@ -14,10 +14,11 @@ def get_config() -> ml_collections.ConfigDict:
     """All fields; None is unset."""
     config = to_config(Settings)
     # The library's own default is the published recipe (paper.py). This one goes beyond it: texts
-    # that the base model writes, and a head distilled from its answers under made-up names.
+    # that the base model writes, and a head distilled from its answers under made-up names, or
+    # where such names do not hide whom the rows are about, a classifier that saw those texts.
     config.synthetic.own_samples = 1000
     config.synthetic.made_up_names = 4
-    config.train.loss = "distillation"
+    config.train.loss = "auto"
     config.train.epochs = 40
     config.train.warmup_ratio = 0.1
     config.train.learning_rate = 3e-3

@@ -203,6 +203,7 @@ def compare(
 def train(config: Settings, lm: t3jax.LM) -> t3jax.Head:
     """Texts, features, then the head: what `train_classifier.py` does with the config."""
     sets = pipeline.training_sets(config, lm)
+    config = pipeline.settle_loss(config, sets)
     heads = t3jax.train_heads(
         retain=sets.retain,
         forget=sets.forget,

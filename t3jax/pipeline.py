@@ -30,7 +30,7 @@ from t3jax.lm.adapter import save_adapter
 from t3jax.lm.decoder import Lora
 from t3jax.refinements import Refinements
 from t3jax.sections import narrow
-from t3jax.settings import Settings
+from t3jax.settings import Settings, replace
 from t3jax.training import check_start
 from t3jax.training_sets import SyntheticOptions, TrainingSets, make_training_sets
 
@@ -224,6 +224,14 @@ def training_sets(config: Settings, lm: LM) -> TrainingSets:
         max_length=config.max_length,
         progress=True,
     )
+
+
+def settle_loss(config: Settings, sets: TrainingSets) -> Settings:
+    """The settings with the loss that the sets are made for in the place of "auto"."""
+    if config.train.loss == "auto":
+        why = "" if sets.loss == "distillation" else ": made-up names hide too few of the rows"
+        print(f"loss: {sets.loss}{why}")
+    return replace(config, **{"train.loss": sets.loss})
 
 
 def head_config(config: Settings, lm: LM) -> HeadConfig:

@@ -90,6 +90,7 @@ def train_grid(config: Settings, lm: LM, sets: TrainingSets, mesh: Mesh) -> Grid
     Raises:
         ValueError: As `train_heads`.
     """
+    config = pipeline.settle_loss(config, sets)
     recipe = config.train
     recipes = [
         dataclasses.replace(recipe, learning_rate=rate, weight_decay=decay)

@@ -8,6 +8,7 @@ forget while it answers: each becomes a head that is on for everybody until it i
 and SIGTERM end it after the answers at hand. See docs/serving.md.
 """
 
+import dataclasses
 import os
 import pathlib
 import sys
@@ -104,9 +105,12 @@ def _serve(
     engine.start()
     book = None
     if config.serve.requests is not None:
+        training = config.train
+        if training.loss == "auto":  # a classifier would need an s of its own
+            training = dataclasses.replace(training, loss="distillation")
         recipe = HeadRecipe(
             head=pipeline.head_config(config, lm),
-            training=config.train,
+            training=training,
             synthetic=pipeline.synthetic_options(config),
             prompt_format=config.prompt_format,
             retain=data.load_dataset(config.retain, config.tofu_dir) if config.retain else [],

@@ -62,6 +62,7 @@ def _choose_by_retain_model(config: Settings, lm: LM, mesh: Mesh) -> str:
 
 def _choose_by_made_up_names(config: Settings, lm: LM, mesh: Mesh) -> str:
     sets = pipeline.training_sets(config, lm)
+    config = pipeline.settle_loss(config, sets)
     grid = train_grid(config, lm, sets, mesh)
     calibration = pipeline.calibrate_heads(config, lm, grid.heads, sets, grid.seeds)
     return write_calibration(config["workdir"], calibration, grid.folders)

@@ -41,6 +41,7 @@ def main(config: Settings) -> None:
 def _train(config: Settings, mesh: Mesh) -> None:
     lm = t3jax.load_lm(config["model"], config.dtype, mesh)
     sets = pipeline.training_sets(config, lm)
+    config = pipeline.settle_loss(config, sets)
     for kind, count in sets.written.items():
         print(f"written by the base model: {count} {kind}")
     if sets.names:

@@ -82,8 +82,8 @@ def experiment(config: Settings, mesh: Mesh) -> Experiment:
 def with_models(config: Settings, mesh: Mesh) -> Settings:
     """Makes the two models: one that knows both sets, one that knows the retain set alone.
 
-    Nothing is made if `eval.retain_model` is set. Gives the settings with both, and with the folders
-    of an experiment.
+    Nothing is made if `eval.retain_model` is set. Gives the settings with both, and with the
+    folders of an experiment.
     """
     folder = pathlib.Path(config["experiment.dir"])
     kept = {
