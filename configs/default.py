@@ -72,6 +72,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.openings = ()  # questions for these chats; empty: it asks by itself
     config.made_up_names = 4  # made-up people for each forget row; 0: no counterfactuals
     config.names = ()  # names of the request; empty: those that the forget questions ask about
+    config.earlier_turns = 0.0  # share of the questions trained behind an earlier turn; 0: none
     config.paraphrases = 0  # of each forget question, by an instruct model; 0: none
 
     # The head. T and s are stored with it when it is trained, and may be overridden when sampling.

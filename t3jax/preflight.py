@@ -114,6 +114,7 @@ FIELDS: Mapping[str, Numbers | Words] = {
     "feature_dtype": Words(("float32", "bfloat16")),
     "own_samples": _whole(0, 10**7),
     "made_up_names": _whole(0, 10**4),
+    "earlier_turns": _SHARE,
     "paraphrases": _whole(0, 10**4),
     "rank": _RANK,
     "activation": Words(tuple(ACTIVATIONS)),

@@ -79,7 +79,10 @@ class Example:
 
 
 def encode_prompt(
-    tokenizer: "PreTrainedTokenizerBase", question: str, prompt_format: PromptFormat
+    tokenizer: "PreTrainedTokenizerBase",
+    question: str,
+    prompt_format: PromptFormat,
+    before: Sequence[Mapping[str, str]] = (),
 ) -> np.ndarray:
     """Tokens of a question, up to where the answer begins.
 
@@ -91,15 +94,17 @@ def encode_prompt(
         tokenizer: a Hugging Face tokenizer, with or without a chat template.
         question: the user's text.
         prompt_format: system turn and tags.
+        before: earlier turns, with `role` and `content`; a system turn among them stands for that
+            of the format.
 
     Returns:
         Token ids, int32 [T].
 
     Raises:
-        ValueError: the tokenizer cannot express the system turn that is asked for, or the chat
-            template fails.
+        ValueError: the tokenizer cannot express the turns that are asked for, or the chat template
+            fails.
     """
-    text, add_special_tokens = _prompt_text(tokenizer, question, prompt_format)
+    text, add_special_tokens = _prompt_text(tokenizer, question, prompt_format, before)
     if tokenizer.chat_template is None:
         tokens = tokenize(tokenizer, text, add_special_tokens)
         if text[-1:].isspace():
@@ -109,7 +114,7 @@ def encode_prompt(
             start = _answer_start(tokenizer, tokens, whole, text, answered, add_special_tokens)
             tokens = whole[: max(1, start)]
         return tokens
-    turns = [{"role": "user", "content": question}]
+    turns = [*before, {"role": "user", "content": question}]
     text += _thought_before(tokenizer, text, turns, prompt_format)
     return tokenize(tokenizer, text, add_special_tokens)
 
@@ -138,16 +143,7 @@ def encode_chat(
         raise ValueError(f"messages must end with a turn of the user, got the roles {roles}")
     if unknown := sorted({str(role) for role in roles} - {"system", "user", "assistant"}):
         raise ValueError(f"roles are system, user and assistant, got {unknown}")
-    if roles == ["user"]:
-        return encode_prompt(tokenizer, messages[0]["content"], prompt_format)
-    if tokenizer.chat_template is None:
-        raise ValueError("the model has no chat template: it takes one question, without turns")
-    if "system" in roles:
-        prompt_format = dataclasses.replace(prompt_format, system=None)
-    turns = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
-    text = _render_turns(tokenizer, turns, True, prompt_format)
-    text += _thought_before(tokenizer, text, turns, prompt_format)
-    return tokenize(tokenizer, text, add_special_tokens=False)
+    return encode_prompt(tokenizer, messages[-1]["content"], prompt_format, messages[:-1])
 
 
 def encode_question_answer(
@@ -156,6 +152,7 @@ def encode_question_answer(
     answer: str,
     prompt_format: PromptFormat,
     max_length: int | None = None,
+    before: Sequence[Mapping[str, str]] = (),
 ) -> Example:
     r"""Tokens of a question and its answer; the answer's tokens are the labels.
 
@@ -175,6 +172,7 @@ def encode_question_answer(
         answer: the assistant's text.
         prompt_format: system turn and tags.
         max_length: the longest sequence allowed, in tokens. None: any length.
+        before: earlier turns, see `encode_prompt`; none of their tokens is a label.
 
     Returns:
         The example.
@@ -190,12 +188,12 @@ def encode_question_answer(
             "answer: tokenizer_config.json names none, or is missing; give it an eos_token, the "
             "model's end-of-text or end-of-turn token"
         )
-    check_characters(question + answer, max_length)
-    prompt_text, add_special_tokens = _prompt_text(tokenizer, question, prompt_format)
+    check_characters("".join(turn["content"] for turn in before) + question + answer, max_length)
+    prompt_text, add_special_tokens = _prompt_text(tokenizer, question, prompt_format, before)
     if tokenizer.chat_template is None:
         chat_text = prompt_text + answer
     else:
-        chat_text = _render_chat(tokenizer, question, answer, prompt_format)
+        chat_text = _render_chat(tokenizer, question, answer, prompt_format, before)
         if not chat_text.startswith(prompt_text):
             raise ValueError(
                 "the chat template's prompt is not the start of its conversation, so where the "
@@ -291,7 +289,12 @@ def encode_records(
                 example = encode_document(tokenizer, record["text"], max_length)
             else:
                 example = encode_question_answer(
-                    tokenizer, record["question"], record["answer"], prompt_format, max_length
+                    tokenizer,
+                    record["question"],
+                    record["answer"],
+                    prompt_format,
+                    max_length,
+                    record.get("before", ()),
                 )
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
@@ -384,7 +387,7 @@ def _empty_thought(text: str, answer: str) -> str:
 def _thought_before(
     tokenizer: "PreTrainedTokenizerBase",
     text: str,
-    turns: list[dict[str, str]],
+    turns: Sequence[Mapping[str, str]],
     prompt_format: PromptFormat,
 ) -> str:
     """The empty thought that the template puts between a conversation and an answer of words."""
@@ -398,11 +401,16 @@ def _thought_before(
 
 
 def _prompt_text(
-    tokenizer: "PreTrainedTokenizerBase", question: str, prompt_format: PromptFormat
+    tokenizer: "PreTrainedTokenizerBase",
+    question: str,
+    prompt_format: PromptFormat,
+    before: Sequence[Mapping[str, str]],
 ) -> tuple[str, bool]:
     """The prompt, and whether the tokenizer still has to add its special tokens to it."""
     if tokenizer.chat_template is not None:
-        return _render_chat(tokenizer, question, None, prompt_format), False
+        return _render_chat(tokenizer, question, None, prompt_format, before), False
+    if before:
+        raise ValueError("the model has no chat template: it takes one question, without turns")
     if prompt_format.system:
         raise ValueError(
             "the tokenizer has no chat template, so there is no system turn to put "
@@ -417,9 +425,10 @@ def _render_chat(
     question: str,
     answer: str | None,
     prompt_format: PromptFormat,
+    before: Sequence[Mapping[str, str]],
 ) -> str:
     """A question and its answer in the chat template; without it, up to where one begins."""
-    turns = [{"role": "user", "content": question}]
+    turns = [*before, {"role": "user", "content": question}]
     if answer is not None:
         turns.append({"role": "assistant", "content": answer})
     return _render_turns(tokenizer, turns, answer is None, prompt_format)
@@ -427,7 +436,7 @@ def _render_chat(
 
 def _render_turns(
     tokenizer: "PreTrainedTokenizerBase",
-    turns: list[dict[str, str]],
+    turns: Sequence[Mapping[str, str]],
     begins_answer: bool,
     prompt_format: PromptFormat,
 ) -> str:
@@ -439,6 +448,9 @@ def _render_turns(
     if prompt_format.date_string is not None:
         values["date_string"] = prompt_format.date_string
     values |= prompt_format.chat_template_kwargs
+
+    turns = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+    own_system = any(turn["role"] == "system" for turn in turns)
 
     def render(messages: list, add_generation_prompt: bool = begins_answer) -> str:
         ours = {
@@ -453,7 +465,7 @@ def _render_turns(
             name = tokenizer.name_or_path or "the tokenizer"
             raise type(error)(f"the chat template of {name} fails: {error}") from None
 
-    if prompt_format.system is None:
+    if prompt_format.system is None or own_system:
         return render(turns)
     if prompt_format.system:
         try:
