@@ -57,7 +57,7 @@ def put_behind_turns(
 
     They are a system text, an exchange, or both: from a stock; or the question and answer of
     another row, whole or a few words of them. Documents, rows that have earlier turns of their own,
-    and rows that would grow too long stay as they are; so do all of a model without a chat template.
+    and rows that would grow too long stay as they are; so do all without a chat template.
 
     Args:
         tokenizer: A Hugging Face tokenizer; its template decides whether there is a system turn.
