@@ -314,7 +314,7 @@ def test_a_share_of_the_questions_stands_behind_earlier_turns(lm):
         "user",
         "assistant",
     }
-    assert put(0) == put(1, max_length=20) == rows
+    assert put(0) == put(1, max_length=80) == rows
     half = [row for row in half if row.get("question") == RETAIN[0]["question"]]
     plain, turned = encode_records(
         lm.tokenizer,

@@ -46,7 +46,7 @@ _FRAME = 96  # tokens that the template and a longer made-up name may add to a c
 def put_behind_turns(
     tokenizer: Any,
     rows: Sequence[Record],
-    share: float,
+    share: int | float,
     prompt_format: PromptFormat,
     *,
     others: Sequence[Record],
