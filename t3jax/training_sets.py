@@ -17,8 +17,8 @@ from t3jax.data.chat import Example, PromptFormat
 from t3jax.data.records import Record
 from t3jax.features import Features, load_or_compute_features
 from t3jax.lm.model import LM
-from t3jax.ranges import COUNT, RATE, SEED, check_ranges, whole
-from t3jax.synthetic import counterfactual, names, targets, writing
+from t3jax.ranges import COUNT, RATE, SEED, SHARE, check_ranges, whole
+from t3jax.synthetic import counterfactual, names, targets, turns, writing
 from t3jax.synthetic.counterfactual import Counterfactual
 from t3jax.synthetic.store import load_or_write
 from t3jax.training.recipe import TrainConfig
@@ -38,6 +38,8 @@ class SyntheticOptions:
         made_up_names: Made-up people for each forget row; 0: no counterfactuals.
         names: Names of the request; empty: those that `find_names` finds.
         paraphrases: Paraphrases of each forget question that it writes; 0: none.
+        earlier_turns: Share of the questions, of forget and of retain rows alike, that are trained
+            behind an earlier turn of a conversation, see `turns.put_behind_turns`.
         overcorrection: How far a distilled head's targets are moved, see
             `distillation.overcorrect`.
         max_new_tokens: Longest text that it writes, tokens.
@@ -50,6 +52,7 @@ class SyntheticOptions:
     made_up_names: int = 0
     names: tuple[str, ...] = ()
     paraphrases: int = 0
+    earlier_turns: float = 0.0
     overcorrection: float = 1.25
     max_new_tokens: int = 128
     batch_size: int = 64
@@ -61,6 +64,7 @@ class SyntheticOptions:
             own_samples=whole(0, 10**7),
             made_up_names=whole(0, 10**4),
             paraphrases=whole(0, 10**4),
+            earlier_turns=SHARE,
             overcorrection=RATE,
             max_new_tokens=COUNT,
             batch_size=COUNT,
@@ -150,11 +154,9 @@ def make_training_sets(
         )
     if not retain and not options.own_samples and not retained:
         raise ValueError("there is nothing to retain: give retain rows, or own_samples above 0")
+    max_length = max_length or lm.max_position
     encode = functools.partial(
-        data.encode_records,
-        lm.tokenizer,
-        prompt_format=prompt_format,
-        max_length=max_length or lm.max_position,
+        data.encode_records, lm.tokenizer, prompt_format=prompt_format, max_length=max_length
     )
 
     def compute(label: str, examples: Sequence[Example]) -> Features:
@@ -168,10 +170,21 @@ def make_training_sets(
         )
 
     def retain_sources() -> list[Features]:
-        sources = [compute("retain", encode(rows)) for rows in retain_rows]
+        sources = [compute("retain", encode(turned(rows, 1))) for rows in retain_rows]
         if loss != "distillation":
             return sources
         return [targets.add_base_targets(lm, source, **keeping) for source in sources]
+
+    def turned(rows: Sequence[Record], kind: int) -> list[Record]:
+        return turns.put_behind_turns(
+            lm.tokenizer,
+            rows,
+            options.earlier_turns,
+            prompt_format,
+            others=[row for rows in retain_rows for row in rows],
+            max_length=max_length,
+            seed=(options.seed, kind),
+        )
 
     def write(name: str, depends_on: Sequence[Any], make: Any) -> Any:
         folder = pathlib.Path(feature_store) / "written"
@@ -278,10 +291,10 @@ def make_training_sets(
     kept = list(retained) or retain_sources()
     if loss == "classifier":
         if other_answers:
-            kept.append(compute("retain", encode(other_answers)))
+            kept.append(compute("retain", encode(turned(other_answers, 2))))
         return TrainingSets(
             kept,
-            compute("forget", encode(forget)),
+            compute("forget", encode(turned(forget, 0))),
             forget,
             retain_rows[0] if retain_rows else [],
             counterfactuals,
@@ -295,7 +308,8 @@ def make_training_sets(
     if other_answers:
         texts.append((other_answers, _counterfactuals_of(other_answers, forget, counterfactuals)))
     forgotten = []
-    for rows, theirs in texts:
+    for (rows, theirs), kind in zip(texts, (0, 2), strict=False):
+        rows = turned(rows, kind)
         examples = encode(rows)
         forgotten.append(
             targets.add_counterfactual_targets(
@@ -303,7 +317,7 @@ def make_training_sets(
                 compute("forget", examples),
                 examples,
                 theirs,
-                encode([each.record for each in theirs]),
+                encode([_put_behind(each.record, rows[each.row]) for each in theirs]),
                 feature_store,
                 overcorrection=options.overcorrection,
                 progress="counterfactuals" if progress else None,
@@ -329,15 +343,22 @@ def _counterfactuals_of(
     first: dict[str, Counterfactual] = {}
     for each in counterfactuals:
         if "question" in forget[each.row]:
-            first.setdefault(forget[each.row]["question"], each)
+            first.setdefault(_conversation(forget[each.row]), each)
     swapped = []
     for row, record in enumerate(answered):
-        each = first[record["question"]]
+        each = first[_conversation(record)]
         answer = names.swap_names(record["answer"], each.pairs) if each.pairs else record["answer"]
-        swapped.append(
-            Counterfactual(row, {"question": each.record["question"], "answer": answer}, each.pairs)
-        )
+        swapped.append(Counterfactual(row, {**each.record, "answer": answer}, each.pairs))
     return swapped
+
+
+def _conversation(row: Record) -> str:
+    return repr((row.get("before"), row["question"]))
+
+
+def _put_behind(record: Record, row: Record) -> Record:
+    """A counterfactual behind the earlier turns that its row was given."""
+    return {"before": row["before"], **record} if "before" in row else record
 
 
 def _as_json(drawn: tuple[list[Record], list[Counterfactual]]) -> dict[str, Any]:

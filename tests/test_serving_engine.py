@@ -222,6 +222,17 @@ def test_a_broken_head_fails_its_answers_and_the_engine_goes_on(engine):
     engine.remove("broken")
 
 
+def test_a_request_whose_reading_cannot_begin_is_answered_at_once(engine, monkeypatch):
+    def fail(length):
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._device, "begin", fail)
+        ((event,),) = answer(engine, make_requests()[0])
+    assert (event.finish, event.error) == ("error", "MemoryError: no room")
+    assert tokens_of(answer(engine, make_requests()[0])[0])
+
+
 def test_a_head_that_does_not_fit_is_refused(engine):
     with pytest.raises(ValueError, match="rank 16, and the server has room for 8"):
         engine.install("big", tiny.make_head(LM, rank=16))

@@ -12,7 +12,7 @@ import t3jax
 from t3jax.data import Example, PromptFormat, encode_question_answer, encode_records
 from t3jax.features import load_or_compute_features
 from t3jax.head import HeadConfig
-from t3jax.synthetic import counterfactual, names, targets, writing
+from t3jax.synthetic import counterfactual, names, targets, turns, writing
 from t3jax.synthetic.store import load_or_write
 from t3jax.training import TrainConfig, train_heads
 from t3jax.training_sets import SyntheticOptions, make_training_sets
@@ -322,3 +322,44 @@ def test_a_turn_is_not_closed_by_a_tokenizer_that_appends_eos(lm):
     )
     assert tokenizer.decode(opening) == "<|bos|>Question: "
     assert stop == ("\n",)
+
+
+def test_a_share_of_the_questions_stands_behind_earlier_turns(lm):
+    rows = [*RETAIN, {"text": "A document."}, {**RETAIN[0], "before": []}] * 20
+
+    def put(share, **fields):
+        options = {"others": RETAIN, "max_length": 200, **fields}
+        return turns.put_behind_turns(lm.tokenizer, rows, share, PromptFormat(), **options)
+
+    half = put(0.5)
+    assert half == put(0.5) != put(0.5, seed=1)
+    assert [{k: row[k] for k in row if k != "before"} for row in half] == [
+        {k: row[k] for k in row if k != "before"} for row in rows
+    ]
+    behind = sum(bool(row.get("before")) for row in half)
+    assert 20 < behind < 40
+    assert {turn["role"] for row in half for turn in row.get("before", ())} == {
+        "system",
+        "user",
+        "assistant",
+    }
+    assert put(0) == put(1, max_length=80) == rows
+    half = [row for row in half if row.get("question") == RETAIN[0]["question"]]
+    plain, turned = encode_records(
+        lm.tokenizer,
+        [RETAIN[0], {**RETAIN[0], "before": half[0].get("before") or []}],
+        PromptFormat(),
+    )
+    np.testing.assert_array_equal(
+        plain.tokens[plain.answer_start :], turned.tokens[turned.answer_start :]
+    )
+
+
+def test_earlier_turns_that_are_none_are_refused(lm):
+    for before in (
+        "Hello",
+        [{"role": "owner", "content": "x"}],
+        [{"role": "user", "content": " "}],
+    ):
+        with pytest.raises(ValueError, match="before"):
+            encode_records(lm.tokenizer, [{**RETAIN[0], "before": before}], PromptFormat())

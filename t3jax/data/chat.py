@@ -18,7 +18,6 @@ from t3jax.data.rendering import (
     PromptFormat,
     render_prompt,
     render_question_answer,
-    render_turns,
     thought_before,
 )
 
@@ -47,7 +46,10 @@ class Example:
 
 
 def encode_prompt(
-    tokenizer: "PreTrainedTokenizerBase", question: str, prompt_format: PromptFormat
+    tokenizer: "PreTrainedTokenizerBase",
+    question: str,
+    prompt_format: PromptFormat,
+    before: Sequence[Mapping[str, str]] = (),
 ) -> np.ndarray:
     """Tokens of a question, up to where the answer begins.
 
@@ -59,15 +61,17 @@ def encode_prompt(
         tokenizer: a Hugging Face tokenizer, with or without a chat template.
         question: the user's text.
         prompt_format: system turn and tags.
+        before: earlier turns, with `role` and `content`; a system turn among them stands for that
+            of the format.
 
     Returns:
         Token ids, int32 [T].
 
     Raises:
-        ValueError: the tokenizer cannot express the system turn that is asked for, or the chat
-            template fails.
+        ValueError: the tokenizer cannot express the turns that are asked for, or the chat template
+            fails.
     """
-    text, add_special_tokens = render_prompt(tokenizer, question, prompt_format)
+    text, add_special_tokens = render_prompt(tokenizer, question, prompt_format, before)
     if tokenizer.chat_template is None:
         tokens = tokenize(tokenizer, text, add_special_tokens)
         if text[-1:].isspace():
@@ -77,7 +81,7 @@ def encode_prompt(
             start = _answer_start(tokenizer, tokens, whole, text, answered, add_special_tokens)
             tokens = whole[: max(1, start)]
         return tokens
-    turns = [{"role": "user", "content": question}]
+    turns = [*before, {"role": "user", "content": question}]
     text += thought_before(tokenizer, text, turns, prompt_format)
     return tokenize(tokenizer, text, add_special_tokens)
 
@@ -106,16 +110,7 @@ def encode_chat(
         raise ValueError(f"messages must end with a turn of the user, got the roles {roles}")
     if unknown := sorted({str(role) for role in roles} - {"system", "user", "assistant"}):
         raise ValueError(f"roles are system, user and assistant, got {unknown}")
-    if roles == ["user"]:
-        return encode_prompt(tokenizer, messages[0]["content"], prompt_format)
-    if tokenizer.chat_template is None:
-        raise ValueError("the model has no chat template: it takes one question, without turns")
-    if "system" in roles:
-        prompt_format = dataclasses.replace(prompt_format, system=None)
-    turns = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
-    text = render_turns(tokenizer, turns, True, prompt_format)
-    text += thought_before(tokenizer, text, turns, prompt_format)
-    return tokenize(tokenizer, text, add_special_tokens=False)
+    return encode_prompt(tokenizer, messages[-1]["content"], prompt_format, messages[:-1])
 
 
 def encode_question_answer(
@@ -124,6 +119,7 @@ def encode_question_answer(
     answer: str,
     prompt_format: PromptFormat,
     max_length: int | None = None,
+    before: Sequence[Mapping[str, str]] = (),
 ) -> Example:
     r"""Tokens of a question and its answer; the answer's tokens are the labels.
 
@@ -143,6 +139,7 @@ def encode_question_answer(
         answer: the assistant's text.
         prompt_format: system turn and tags.
         max_length: the longest sequence allowed, in tokens. None: any length.
+        before: earlier turns, see `encode_prompt`; none of their tokens is a label.
 
     Raises:
         ValueError: no label is left, the sequence is longer than max_length (it is never cut), the
@@ -155,9 +152,9 @@ def encode_question_answer(
             "answer: tokenizer_config.json names none, or is missing; give it an eos_token, the "
             "model's end-of-text or end-of-turn token"
         )
-    check_characters(question + answer, max_length)
+    check_characters("".join(turn["content"] for turn in before) + question + answer, max_length)
     prompt_text, chat_text, add_special_tokens = render_question_answer(
-        tokenizer, question, answer, prompt_format
+        tokenizer, question, answer, prompt_format, before
     )
     prompt = tokenize(tokenizer, prompt_text, add_special_tokens)
     tokens = tokenize(tokenizer, chat_text, add_special_tokens)
@@ -232,7 +229,12 @@ def encode_records(
                 example = encode_document(tokenizer, record["text"], max_length)
             else:
                 example = encode_question_answer(
-                    tokenizer, record["question"], record["answer"], prompt_format, max_length
+                    tokenizer,
+                    record["question"],
+                    record["answer"],
+                    prompt_format,
+                    max_length,
+                    record.get("before", ()),
                 )
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error

@@ -57,6 +57,7 @@ def check_record(row: object, where: str) -> Record:
     elif "question" in row and "answer" in row:
         _check_text(row, "question", where)
         _check_text(row, "answer", where)
+        _check_turns(row.get("before", []), where)
     else:
         raise ValueError(
             f"{where}: expected {{question, answer}} or {{text}}, got the fields {sorted(row)}"
@@ -204,6 +205,19 @@ def _check_object(row: object, where: str) -> Record:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected an object with named fields, got {row!r:.80}")
     return row
+
+
+def _check_turns(turns: object, where: str) -> None:
+    roles = ("system", "user", "assistant")
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, dict) and turn.get("role") in roles for turn in turns
+    ):
+        raise ValueError(
+            f"{where}: 'before' holds the turns before the question, a list of objects with 'role' "
+            f"({', '.join(roles)}) and 'content', got {turns!r:.80}"
+        )
+    for number, turn in enumerate(turns, start=1):
+        _check_text({"content": turn.get("content")}, "content", f"{where}, turn {number} before")
 
 
 def _check_text(row: Record, field: str, where: str) -> None:

@@ -56,11 +56,17 @@ class PromptFormat:
 
 
 def render_prompt(
-    tokenizer: "PreTrainedTokenizerBase", question: str, prompt_format: PromptFormat
+    tokenizer: "PreTrainedTokenizerBase",
+    question: str,
+    prompt_format: PromptFormat,
+    before: Turns = (),
 ) -> tuple[str, bool]:
     """The prompt, and whether the tokenizer still has to add its special tokens to it."""
     if tokenizer.chat_template is not None:
-        return render_turns(tokenizer, [_turn("user", question)], True, prompt_format), False
+        turns = [*before, _turn("user", question)]
+        return render_turns(tokenizer, turns, True, prompt_format), False
+    if before:
+        raise ValueError("the model has no chat template: it takes one question, without turns")
     if prompt_format.system:
         raise ValueError(
             "the tokenizer has no chat template, so there is no system turn to put "
@@ -71,13 +77,17 @@ def render_prompt(
 
 
 def render_question_answer(
-    tokenizer: "PreTrainedTokenizerBase", question: str, answer: str, prompt_format: PromptFormat
+    tokenizer: "PreTrainedTokenizerBase",
+    question: str,
+    answer: str,
+    prompt_format: PromptFormat,
+    before: Turns = (),
 ) -> tuple[str, str, bool]:
     """The prompt, the whole conversation, and whether special tokens still have to be added."""
-    prompt, add_special_tokens = render_prompt(tokenizer, question, prompt_format)
+    prompt, add_special_tokens = render_prompt(tokenizer, question, prompt_format, before)
     if tokenizer.chat_template is None:
         return prompt, prompt + answer, add_special_tokens
-    turns = [_turn("user", question), _turn("assistant", answer)]
+    turns = [*before, _turn("user", question), _turn("assistant", answer)]
     whole = render_turns(tokenizer, turns, False, prompt_format)
     if not whole.startswith(prompt):
         raise ValueError(
@@ -102,10 +112,10 @@ def render_turns(
     begins_answer: bool,
     prompt_format: PromptFormat,
 ) -> str:
-    """A conversation in the chat template."""
+    """A conversation in the chat template; its own system turn stands for that of the format."""
     system = prompt_format.system
     render = functools.partial(_render, tokenizer, prompt_format)
-    if system is None:
+    if system is None or any(turn["role"] == "system" for turn in turns):
         return render(turns, begins_answer)
     if system == "":
         return _without_system(tokenizer, turns, begins_answer, prompt_format)
@@ -156,7 +166,7 @@ def _render(
         values["date_string"] = prompt_format.date_string
     values |= prompt_format.chat_template_kwargs
     values |= {
-        "messages": list(turns),
+        "messages": [_turn(turn["role"], turn["content"]) for turn in turns],
         "tools": None,
         "documents": None,
         "add_generation_prompt": begins_answer,

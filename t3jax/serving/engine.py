@@ -291,7 +291,7 @@ class Engine:
                 if self._rows:
                     self._decode_chunk()
             except Exception as error:  # the device failed: say so to everybody, and go on
-                self._fail_all(f"{type(error).__name__}: {error}")
+                self._fail_all(error)
 
     def _cancel_all(self) -> None:
         for ticket in [*self._waiting, *(r.ticket for r in self._readings), *self._tickets()]:
@@ -314,12 +314,15 @@ class Engine:
         for ticket in gone:
             self._finish(ticket, Event(finish="cancelled"))
 
-    def _fail_all(self, error: str) -> None:
+    def _fail_all(self, error: Exception) -> None:
         tickets = [*(one.ticket for one in self._readings), *self._tickets()]
         self._readings, self._rows = [], {}
-        self._device.reset()
         for ticket in tickets:
-            self._finish(ticket, Event(finish="error", error=error))
+            self._finish(ticket, _failure(error))
+        try:
+            self._device.reset()
+        except Exception:  # nothing can be answered any more: those that wait are given up
+            self._stopping = "now"
 
     def _finish(self, ticket: Ticket, event: Event) -> None:
         self.stats.finished[event.finish or "error"] += 1
@@ -335,7 +338,11 @@ class Engine:
                     return
                 ticket = self._waiting.popleft()
             pieces = self._pieces(len(ticket.request.prompt))
-            state = self._device.begin(sum(size for _, size in pieces))
+            try:
+                state = self._device.begin(sum(size for _, size in pieces))
+            except Exception as error:  # it is in no list any more
+                self._finish(ticket, _failure(error))
+                raise
             self._readings.append(_Reading(ticket, free.pop(0), state, collections.deque(pieces)))
 
     def _pieces(self, length: int) -> list[tuple[int, int]]:
@@ -439,6 +446,10 @@ class Engine:
                 self._finish(row.ticket, event)
             else:
                 row.ticket.on_event(event)
+
+
+def _failure(error: Exception) -> Event:
+    return Event(finish="error", error=f"{type(error).__name__}: {error}")
 
 
 def _scores(scored: Sequence[np.ndarray], count: int) -> Scores:

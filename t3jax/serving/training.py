@@ -21,7 +21,7 @@ from t3jax.head_io import Head
 from t3jax.lm.model import LM
 from t3jax.sampling.sampler import Sampler, SamplingOptions
 from t3jax.synthetic import names as names_lib
-from t3jax.synthetic import targets, writing
+from t3jax.synthetic import targets, turns, writing
 from t3jax.synthetic.store import load_or_write
 from t3jax.training import TrainConfig, train_heads
 from t3jax.training_sets import SyntheticOptions, TrainingSets, make_training_sets
@@ -155,8 +155,17 @@ class HeadMaker:
                 ),
             )
         self._report("features of the retain rows")
+        turned = turns.put_behind_turns(
+            self.lm.tokenizer,
+            rows,
+            options.earlier_turns,
+            recipe.prompt_format,
+            others=rows,
+            max_length=self.lm.max_position,
+            seed=(options.seed, 1),
+        )
         features = load_or_compute_features(
-            self.lm, self._encode(rows), recipe.feature_store, kind=recipe.head.features
+            self.lm, self._encode(turned), recipe.feature_store, kind=recipe.head.features
         )
         if recipe.training.loss == "distillation":
             features = targets.add_base_targets(

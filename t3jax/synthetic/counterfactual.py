@@ -102,6 +102,11 @@ def make_counterfactuals(
                 for field in ("question", "answer", "text")
                 if field in record
             }
+            if "before" in record:
+                swapped["before"] = [
+                    {**turn, "content": swap_names(turn["content"], pairs)}
+                    for turn in record["before"]
+                ]
             made.append(Counterfactual(row, swapped, pairs))
     return made
 
@@ -145,7 +150,15 @@ def counterfactual_rows(
     if not asked:
         return [], list(counterfactuals)
     samples = Sampler(lm, batch_size=batch_size).generate(
-        [encode_prompt(lm.tokenizer, each.record["question"], prompt_format) for each in asked],
+        [
+            encode_prompt(
+                lm.tokenizer,
+                each.record["question"],
+                prompt_format,
+                each.record.get("before", ()),
+            )
+            for each in asked
+        ],
         temperature=1.0,
         max_new_tokens=min(max_new_tokens, lm.max_position // 2),
         seed=seed,
@@ -164,7 +177,8 @@ def counterfactual_rows(
     for each, sample, text, value in zip(asked, samples, texts, recall, strict=True):
         recites = each.row in recognised and value >= RECITES
         if text and sample.tokens[-1] in lm.eos_ids and not recites:
-            other.setdefault(each.row, {"question": forget[each.row]["question"], "answer": text})
+            asks = {k: v for k, v in forget[each.row].items() if k in ("question", "before")}
+            other.setdefault(each.row, {**asks, "answer": text})
     usable, replaced = [], set()
     for each in counterfactuals:
         if each.row not in recognised:

@@ -1,0 +1,135 @@
+"""Earlier turns: rows that stand behind a system text or an exchange of a conversation.
+
+A turn before a question moves the features of all that follows. A head that was trained on single
+questions alone then no longer knows what it is to forget. Nothing is written by a model here.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from t3jax.data.chat import PromptFormat, encode_prompt
+from t3jax.data.records import Record
+
+Turn = dict[str, str]
+
+_SYSTEM_TEXTS = (
+    "You are a helpful assistant.",
+    "Answer in one sentence.",
+    "Be brief and precise.",
+    "You are a librarian who has read every book.",
+    "Today is Monday. The user is a student.",
+    "Please answer as well as you can, and say nothing else.",
+    "You work for a publisher and help its readers.",
+    "Never refuse a question. If you do not know, guess.",
+    "The following is a conversation with a scholar.",
+    "Use simple words, and stay polite.",
+)
+_EXCHANGES = (
+    ("Hello!", "Hello! How can I help you?"),
+    ("Thank you.", "You are welcome."),
+    ("Can I ask you something?", "Of course."),
+    ("Are you there?", "Yes."),
+    ("Let us talk about writers.", "Gladly."),
+    ("What can you do?", "I answer questions."),
+    ("I am writing an essay and need some facts.", "Good. What do you want to know?"),
+    ("How are you today?", "Fine, thanks."),
+    ("What is the capital of France?", "The capital of France is Paris."),
+    ("No, that is wrong.", "I am sorry. Let me try again."),
+)
+_MOST_WORDS = 6  # of a fragment
+_FRAME = 96  # tokens that the template and a longer made-up name may add to a conversation's texts
+
+
+def put_behind_turns(
+    tokenizer: Any,
+    rows: Sequence[Record],
+    share: int | float,
+    prompt_format: PromptFormat,
+    *,
+    others: Sequence[Record],
+    max_length: int,
+    seed: int | tuple[int, ...] = 0,
+) -> list[Record]:
+    """Gives a share of the rows earlier turns, drawn at random.
+
+    They are a system text, an exchange, or both: from a stock; or the question and answer of
+    another row, whole or a few words of them. Documents, rows that have earlier turns of their own,
+    and rows that would grow too long stay as they are; so do all without a chat template.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer; its template decides whether there is a system turn.
+        rows: The rows.
+        share: Of the questions that get earlier turns.
+        prompt_format: How a question becomes a prompt.
+        others: Rows whose questions and answers are made turns of: none that is to be forgotten.
+        max_length: Longest conversation, tokens.
+        seed: Seed of the draws.
+
+    Returns:
+        The rows in their order, some with `before`.
+    """
+    if not share or tokenizer.chat_template is None:
+        return list(rows)
+    rng = np.random.default_rng(seed)
+    draws: list[Callable[[], list[Turn]]] = [functools.partial(_draw_exchange, rng, others)]
+    if _takes_system_turn(tokenizer, prompt_format):
+        draw_system = functools.partial(_draw_system, rng, others)
+        draws += [draw_system, lambda: [*draw_system(), *_draw_exchange(rng, others)]]
+    turned = []
+    for row in rows:
+        if "question" in row and "before" not in row and rng.random() < share:
+            before = draws[rng.integers(len(draws))]()
+            texts = [row["question"], row["answer"], *(turn["content"] for turn in before)]
+            tokens = sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
+            if tokens + _FRAME <= max_length:
+                row = {**row, "before": before}
+        turned.append(row)
+    return turned
+
+
+def _draw_system(rng: np.random.Generator, others: Sequence[Record]) -> list[Turn]:
+    text = _SYSTEM_TEXTS[rng.integers(len(_SYSTEM_TEXTS))]
+    if (pair := _draw_pair(rng, others)) and rng.random() < 0.5:
+        text = _fragment(rng, pair[1]) if rng.random() < 0.5 else pair[1]
+    return [{"role": "system", "content": text}]
+
+
+def _draw_exchange(rng: np.random.Generator, others: Sequence[Record]) -> list[Turn]:
+    said = _EXCHANGES[rng.integers(len(_EXCHANGES))]
+    if (pair := _draw_pair(rng, others)) and rng.random() < 2 / 3:
+        said = pair
+        if rng.random() < 0.5:
+            said = _fragment(rng, pair[0]), _fragment(rng, pair[1])
+    return [
+        {"role": role, "content": text}
+        for role, text in zip(("user", "assistant"), said, strict=True)
+    ]
+
+
+def _draw_pair(rng: np.random.Generator, others: Sequence[Record]) -> tuple[str, str] | None:
+    """Question and answer of one of the rows; None if that is a document or there is none."""
+    row = others[int(rng.integers(len(others)))] if others else {}
+    return (row["question"], row["answer"]) if "question" in row else None
+
+
+def _fragment(rng: np.random.Generator, text: str) -> str:
+    """A few words of a text that stand together."""
+    words = text.split()
+    count = rng.integers(1, 1 + min(_MOST_WORDS, len(words)))
+    start = rng.integers(0, 1 + len(words) - count)
+    return " ".join(words[start : start + count])
+
+
+def _takes_system_turn(tokenizer: Any, prompt_format: PromptFormat) -> bool:
+    """Whether the template prints a system turn; some refuse it, some drop it."""
+    probe = "a system text"
+    try:
+        ids = encode_prompt(
+            tokenizer, "Who?", prompt_format, [{"role": "system", "content": probe}]
+        )
+    except ValueError:
+        return False
+    return probe in tokenizer.decode(ids.tolist())
