@@ -11,6 +11,7 @@ Axes: B batch, P prompt slots, T time, S cache slots, M tokens of a batch.
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -166,7 +167,7 @@ def decode(job: Job, shardings: Any = None) -> Step:
 def state(job: Job, slots: int) -> loop.State:
     """The state of decoding, placed by the rules."""
     # What else there is does not depend on the layers, and one is quick to trace.
-    shallow = dataclasses.replace(job.config, num_layers=1, local=job.config.local[:1])
+    shallow = job.config.keep_layers([0])
     program, *batch, first, stop_ids = prefill(dataclasses.replace(job, config=shallow)).arguments
     made, _ = jax.eval_shape(
         lambda *arrays: loop.prefill(program, *arrays[:-1], first, arrays[-1]), *batch, stop_ids
@@ -231,17 +232,17 @@ def gradient(job: Job) -> Step:
     return Step(programs.gradient, (trained, frozen, batch))
 
 
-def on_one_device(job: Job, layers: int = 1) -> Job:
+def on_one_device(job: Job, layers: Sequence[int]) -> Job:
     """What one device of the mesh computes, as a job of its own: as wide as its shards.
 
     Args:
         job: What is planned for.
-        layers: Layers of the model; few are quick to trace.
+        layers: Those of the model's layers that it has; few are quick to trace.
 
     Returns:
         The job, on a mesh of one device.
     """
-    config, shards, recipe = job.config, job.row_shards, job.finetuning
+    config, shards, recipe = job.config.keep_layers(layers), job.row_shards, job.finetuning
 
     def share(size: int) -> int:
         split = sharding.fit_sharding(job.mesh, P(sharding.MODEL), (size,))
@@ -253,9 +254,16 @@ def on_one_device(job: Job, layers: int = 1) -> Job:
             experts,
             count=max(experts.chosen, share(experts.count)),
             shared=share(experts.shared),
-            dense=experts.dense[-layers:],  # the first layers are often others
             groups=1,
             chosen_groups=1,
+        )
+    delta = config.delta
+    if delta is not None:
+        shared_out = delta.key_heads // share(delta.key_heads)
+        delta = dataclasses.replace(
+            delta,
+            key_heads=delta.key_heads // shared_out,
+            value_heads=delta.value_heads // shared_out,
         )
     # Where there are more devices than key heads, several share one.
     group = config.num_heads // config.num_kv_heads
@@ -271,10 +279,9 @@ def on_one_device(job: Job, layers: int = 1) -> Job:
             vocab_size=vocabulary,
             intermediate_size=share(config.intermediate_size),
             experts=experts,
-            num_layers=layers,
+            delta=delta,
             num_heads=heads,
             num_kv_heads=keys,
-            local=config.local[:layers],
         ),
         mesh=sharding.make_mesh(devices=jax.local_devices(backend="cpu")[:1]),
         heads=tuple(dataclasses.replace(head, vocab_size=vocabulary) for head in job.heads),

@@ -24,6 +24,7 @@ from t3jax import abstract, cli, pipeline, sharding
 from t3jax.abstract import Job, Step
 from t3jax.batching import TOKENS_PER_SHARD
 from t3jax.lm import LMConfig, lm_config, read_config
+from t3jax.lm.cache import KeyValues
 from t3jax.lm.model import read_dtype
 
 GIB = 2**30
@@ -113,16 +114,33 @@ def temporary_bytes(job: Job, program: Callable[[Job], Step]) -> int:
     Returns:
         Activations, and results that do not stand in an argument's place.
     """
-    layers = job.config.num_layers
-    # Three layers show what each further one adds.
-    traced = range(max(1, min(layers, 3) - 1), min(layers, 3) + 1)
-    *before, last = (program(abstract.on_one_device(job, n)).peak_bytes() for n in traced)
-    return last + (layers - traced[-1]) * (last - before[0] if before else 0)
+    kinds = _layer_kinds(job.config)
+    # A layer of each kind, and one more, show what each further one adds.
+    few = [layers[0] for layers in kinds] if len(kinds) > 1 else kinds[0][:2]
+
+    def peak(layers: list[int]) -> int:
+        return program(abstract.on_one_device(job, sorted(layers))).peak_bytes()
+
+    total = least = peak(few)
+    for layers in kinds:
+        if further := [layer for layer in layers if layer not in few]:
+            total += len(further) * (peak([*few, further[0]]) - least)
+    return total
+
+
+def _layer_kinds(config: LMConfig) -> list[list[int]]:
+    """The layers of each kind of blocks."""
+    kinds: dict[Any, list[int]] = {}
+    for layer in range(config.num_layers):
+        kind = config.has_delta(layer), config.has_experts(layer)
+        kinds.setdefault(kind, []).append(layer)
+    return list(kinds.values())
 
 
 def gathered_bytes(job: Job) -> int:
     """Bytes of what a device has to gather to use it: two layers' weights, or the last table."""
-    stored, used = _params(job), _params(abstract.on_one_device(job))
+    shown = [layers[-1] for layers in _layer_kinds(job.config)]
+    stored, used = _params(job), _params(abstract.on_one_device(job, shown))
 
     def gathered(stored: Any, used: Any) -> int:
         pairs = zip(*map(jax.tree.leaves, (stored, used)), strict=True)
@@ -133,15 +151,21 @@ def gathered_bytes(job: Job) -> int:
     # While one layer is at work, the next one's weights come.
     layers = min(2, job.config.num_layers)
     return max(
-        layers * gathered(stored["layers"][job.config.num_layers - 1], used["layers"][0]),
         gathered(stored[table], used[table]),
+        *(
+            layers * gathered(stored["layers"][layer], used["layers"][i])
+            for i, layer in enumerate(shown)
+        ),
     )
 
 
 def gathered_cache_bytes(job: Job) -> int:
     """Bytes of one layer's keys and values, whose width is split: prefill gathers them."""
-    cache = abstract.state(job, job.slots[0]).cache
-    split, whole = cache.keys[0], abstract.by_rows(job.mesh, cache.keys[0])
+    layers = abstract.state(job, job.slots[0]).cache.layers
+    split = next((state.keys for state in layers if isinstance(state, KeyValues)), None)
+    if split is None:
+        return 0
+    whole = abstract.by_rows(job.mesh, split)
     by_heads = split.sharding.shard_shape(split.shape)[1] < split.shape[1]
     return 0 if by_heads or shard_bytes(split) == shard_bytes(whole) else 2 * shard_bytes(whole)
 
@@ -206,7 +230,7 @@ def fine_tuning(job: Job) -> Stage:
     of_tasks = shard_bytes(trained) if recipe.tasks else 0  # the sum over the tasks so far
     copy = shard_bytes(trained) // 2 if recipe.dtype == "bfloat16" else 0
     # The gradient is split as the weights are, which the program of one device does not know.
-    known = abstract.on_one_device(job, job.config.num_layers)
+    known = abstract.on_one_device(job, range(job.config.num_layers))
     activations = temporary_bytes(job, abstract.gradient) - _gradient_bytes(known)
     return Stage(
         {

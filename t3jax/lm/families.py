@@ -1,12 +1,13 @@
 """The model families, a row each: how their folders differ from Llama's.
 
-Those with layer norms are in `layer_norm_families.py`, those with experts in `expert_families.py`.
-What a row says is read and written by
+Those with layer norms are in `layer_norm_families.py`, those with experts in `expert_families.py`,
+those with gated delta nets in `delta_families.py`. What a row says is read and written by
 `config_json.py`, and by `weights.py` for the names of the weights.
 """
 
 from typing import Any
 
+from t3jax.lm.delta_families import DELTA_FAMILIES
 from t3jax.lm.expert_families import EXPERT_FAMILIES
 from t3jax.lm.family import (
     FUSED_MLP,
@@ -346,4 +347,5 @@ FAMILIES: dict[str, Family] = {
     ),
     **LAYER_NORM_FAMILIES,
     **EXPERT_FAMILIES,
+    **DELTA_FAMILIES,
 }

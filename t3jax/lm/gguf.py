@@ -445,7 +445,7 @@ def _family(architecture: str, family: Family) -> Family:
         return module if name is None else name.replace("blk.0.", "blk.{i}.")
 
     weights = {key: stored(module) for key, module in family.weights.items()}
-    return dataclasses.replace(family, weights=weights, by_head=False, transposed=())
+    return dataclasses.replace(family, weights=weights, grouped={}, transposed=())
 
 
 def _head_width(file: GGUFFile, config: LMConfig, name: str) -> int:

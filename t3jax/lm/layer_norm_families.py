@@ -65,7 +65,7 @@ LAYER_NORM_FAMILIES: dict[str, Family] = {
             "layers.{i}.mlp.up": "gpt_neox.layers.{i}.mlp.dense_h_to_4h",
             "layers.{i}.mlp.down": "gpt_neox.layers.{i}.mlp.dense_4h_to_h",
         },
-        by_head=True,
+        grouped={"query_key_value": "num_heads"},
         renamed=((r"^lm_head\.", "embed_out."), (r".*\.attention\.(masked_)?bias$", None)),
     ),
     "gpt2": Family(

@@ -7,6 +7,7 @@ and each part once.
 
 import dataclasses
 import functools
+import operator
 import pathlib
 import re
 import warnings
@@ -337,6 +338,7 @@ class _Place(NamedTuple):
         columns: The other dimension, `(in,)`; () of a vector.
         transposed: The tensor is stored [in, out].
         experts: Of the matrices of experts, how many there are; 0 of others.
+        channelwise: The tensor is stored [out, 1, in].
     """
 
     name: str
@@ -347,6 +349,7 @@ class _Place(NamedTuple):
     columns: tuple[int, ...]
     transposed: bool
     experts: int = 0
+    channelwise: bool = False
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -354,6 +357,8 @@ class _Place(NamedTuple):
         shape = (self.groups * self.group_rows, *self.columns)
         if self.experts:
             return (self.experts, *shape)
+        if self.channelwise:
+            return (shape[0], 1, *shape[1:])
         return shape[::-1] if self.transposed else shape
 
     def read(self, view: Any, index: tuple[slice, ...]) -> np.ndarray:
@@ -369,6 +374,9 @@ class _Place(NamedTuple):
             last = min(wanted.stop, (group + 1) * self.rows)
             shift = group * (self.group_rows - self.rows) + self.start
             rows = slice(first + shift, last + shift)
+            if self.channelwise:
+                parts.append(np.asarray(view[(rows, slice(0, 1), *columns)])[:, 0])
+                continue
             parts.append(view[(*columns, rows)].T if self.transposed else view[(rows, *columns)])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
@@ -396,10 +404,10 @@ def _places(config: LMConfig, family: Family, params: Params) -> list[_Place]:
         experts = shapes[key][0] if len(shapes[key]) == 3 else 0
         if experts:
             shapes = {k: shape[1:] for k, shape in shapes.items()}
-        groups = config.num_heads if family.by_head and len(shapes) > 1 else 1
+        module, kind = name.rsplit(".", 1)
+        groups = _count_groups(config, family, module) if len(shapes) > 1 else 1
         rows = {k: shape[0] // groups for k, shape in shapes.items()}
         before = list(rows)[: list(rows).index(key)]
-        module, kind = name.rsplit(".", 1)
         places.append(
             _Place(
                 name,
@@ -410,9 +418,17 @@ def _places(config: LMConfig, family: Family, params: Params) -> list[_Place]:
                 columns=shapes[key][1:],
                 transposed=kind == "weight" and module.endswith(family.transposed),
                 experts=experts,
+                channelwise=module.endswith(family.channelwise),
             )
         )
     return places
+
+
+def _count_groups(config: LMConfig, family: Family, module: str) -> int:
+    """How many groups what is stacked in a module falls into."""
+    fields = (field for end, field in family.grouped.items() if module.endswith(end))
+    field = next(fields, None)
+    return 1 if field is None else operator.attrgetter(field)(config)
 
 
 def _stacked(parts: list[tuple[_Place, np.ndarray]]) -> np.ndarray:
@@ -423,6 +439,8 @@ def _stacked(parts: list[tuple[_Place, np.ndarray]]) -> np.ndarray:
         return np.concatenate([array for _, array in parts], axis=1)
     grouped = [array.reshape(p.groups, p.rows, *p.columns) for p, array in parts]
     tensor = np.concatenate(grouped, axis=1).reshape(-1, *place.columns)
+    if place.channelwise:
+        return tensor[:, None]
     return tensor.T if place.transposed else tensor
 
 
