@@ -136,7 +136,7 @@ def measure(job: Job, program: Any, step: Step) -> tuple[Any, dict[str, Any]]:
     limit = largest_expected(job, program) + gathered
     # A dimension of this size is a vocabulary that should have been split.
     whole = job.config.vocab_size
-    split = programs.on_one_device(job).config.vocab_size < whole
+    split = programs.on_one_device(job, [0]).config.vocab_size < whole
     return compiled, {
         "seconds": round(seconds, 1),
         "mib": {name: round(size / MIB, 1) for name, size in sizes.items()},

@@ -24,7 +24,8 @@ import numpy as np
 from t3jax import hosts
 from t3jax.data.chat import Example
 from t3jax.data.records import Record
-from t3jax.lm import attention, decoder
+from t3jax.lm import decoder
+from t3jax.lm.cache import init_cache
 from t3jax.lm.model import LM
 
 _ROOT = pathlib.Path(__file__).parent
@@ -189,7 +190,7 @@ def _source(module: str) -> pathlib.Path:
 
 
 def _shape(lm: LM) -> str:
-    decoders = (decoder.apply, decoder.unembed, attention.init_cache)
+    decoders = (decoder.apply, decoder.unembed, init_cache)
     functions = (lm.apply, lm.unembed, lm.init_cache)
     if lm.config is not None and all(
         isinstance(mine, functools.partial) and mine.func is loaded and mine.args == (lm.config,)

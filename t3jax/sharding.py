@@ -32,6 +32,8 @@ PARAM_RULES: tuple[tuple[str, P], ...] = (
     (r"/experts/(gate|up)/scale$", P(MODEL)),
     (r"/experts/down/scale$", P(MODEL, FSDP)),
     (r"/(q|k|v|gate|up)/weight$", P(MODEL, FSDP)),  # heads, MLP width
+    (r"/delta/(strength|fading)/weight$", P(MODEL, FSDP)),  # heads
+    (r"/delta/(\w_conv/weight|fading_bias|log_rate)$", P(MODEL)),
     (r"/(q|k|v|gate|up)/(bias|scale)$", P(MODEL)),
     (r"/(o|down)/weight$", P(FSDP, MODEL)),
     (r"/(o|down)/scale$", P(FSDP)),
@@ -133,19 +135,6 @@ def _rule(path: tuple) -> P:
 def batch_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
     """Rows split over `data` and `fsdp`, everything else whole."""
     return fit_sharding(mesh, P(ROWS), shape)
-
-
-def cache_shardings(mesh: Mesh, cache: Any) -> Any:
-    """Shardings of a key-value cache: rows, and key heads (or their width) over `model`."""
-
-    def place(path: tuple, leaf: Any) -> NamedSharding:
-        if len(leaf.shape) != 4:
-            return batch_sharding(mesh, leaf.shape)
-        transposed = "keys" in jax.tree_util.keystr(path)  # [B, K, h, S]
-        _, keys, values = attention_specs(mesh, leaf.shape[1], length=1)
-        return fit_sharding(mesh, keys if transposed else values, leaf.shape)
-
-    return jax.tree.map_with_path(place, cache)
 
 
 def attention_specs(mesh: Mesh, heads: int, length: int) -> tuple[P, P, P]:

@@ -69,6 +69,23 @@ _LONGROPE = {
     "long_factor": [2.0, 4.0, 8.0],
 }
 _EXPERTS = {"num_experts_per_tok": 2, "pad_token_id": None}
+_QWEN_EXPERTS = {
+    **_EXPERTS,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+    "num_experts": 4,
+}
+_DELTA = {
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "tie_word_embeddings": False,
+    "pad_token_id": None,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+}
 FAMILIES = {
     "mistral": {"sliding_window": 6},
     "qwen2": {"rope_parameters": {**_YARN, "original_max_position_embeddings": 32}},
@@ -283,6 +300,9 @@ FAMILIES = {
     "falcon": {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1, "num_kv_heads": 2},
     "bloom": {},
     "mpt": {"attn_config": {"clip_qkv": 1.0}},
+    "qwen3_next": {**_DELTA, **_QWEN_EXPERTS, "mlp_only_layers": [1]},
+    "qwen3_5_text": {**_DELTA, "attention_bias": True},
+    "qwen3_5_moe_text": {**_DELTA, **_QWEN_EXPERTS},
     "gpt_neox": {"hidden_act": "gelu", "tie_word_embeddings": False},
     "gpt2": {"n_inner": 48},
     "phi": {"hidden_act": "gelu_new", "tie_word_embeddings": False},
@@ -316,12 +336,13 @@ def make_family(name: str, **overrides) -> transformers.PreTrainedModel:
     config = transformers.AutoConfig.for_model(name, **settings)
     model = transformers.AutoModelForCausalLM.from_config(config)
     gemma = "gemma" in name
+    centred = gemma or name == "nemotron" or name.startswith(("qwen3_next", "qwen3_5"))
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             if path.endswith("weight") and ("norm" in path or "ln_" in path):
                 parameter.uniform_(0.5, 1.5)
                 # There it is what is added to 1.
-                parameter -= 1.0 if gemma or name == "nemotron" else 0.0
+                parameter -= 1.0 if centred and "linear_attn" not in path else 0.0
             elif "embed" in path or "lm_head" in path or "wte" in path:
                 parameter.normal_(0.0, 0.1 if gemma else 0.25)  # Gemma's is multiplied by sqrt(D)
             else:
@@ -359,6 +380,14 @@ WRAPPERS = {  # fields of the text model's config, and the vision model's
     "qwen2_5_vl": ({"rope_parameters": _MROPE}, _QWEN_VISION),
     "qwen3_vl": (
         {"rope_parameters": {**_MROPE, "mrope_interleaved": True}, "head_dim": 8},
+        _QWEN_VISION,
+    ),
+    "qwen3_5": (
+        {"model_type": "qwen3_5_text", **_DELTA, "rope_parameters": _MROPE},
+        _QWEN_VISION,
+    ),
+    "qwen3_5_moe": (
+        {"model_type": "qwen3_5_moe_text", **_DELTA, **_QWEN_EXPERTS, "rope_parameters": _MROPE},
         _QWEN_VISION,
     ),
     "llava": ({"model_type": "llama"}, {**_VISION, "model_type": "clip_vision_model"}),

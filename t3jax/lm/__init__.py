@@ -1,6 +1,6 @@
 """Language models: config, decoder, weights, and the loaded `LM`."""
 
-from t3jax.lm.attention import Cache
+from t3jax.lm.cache import Cache
 from t3jax.lm.config import ExpertsConfig, LMConfig, RopeConfig
 from t3jax.lm.config_json import lm_config, read_config
 from t3jax.lm.decoder import init_params

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from t3jax.lm.adapter import is_adapter, read_base
+from t3jax.lm.cache import DeltaState, KeyValues, init_cache
 from t3jax.lm.config import LMConfig
 from t3jax.lm.config_json import wrapper_of
 from t3jax.lm.decoder import abstract_params
@@ -72,12 +73,15 @@ def describe(path: pathlib.Path, config: LMConfig) -> list[str]:
         shape = (
             mixed if layers == config.num_layers else f"{mixed} in {layers} layers, else {shape}"
         )
-    windows = f", {sum(config.local)} of them with a window of {config.window}"
-    cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    kinds = (
+        f", {sum(config.local)} of them with a window of {config.window}" if config.local else ""
+    )
+    if config.delta is not None:
+        kinds += f", {sum(config.delta.layers)} of them gated delta nets"
     count = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config, jnp.float32)))
     return [
         f"{path}: {kind}; it loads",
-        f"{config.num_layers} layers{windows if config.local else ''}, width {config.hidden_size}, "
+        f"{config.num_layers} layers{kinds}, width {config.hidden_size}, "
         f"{heads} of width {config.head_dim}, {shape}",
         f"context {config.max_position} tokens, vocabulary {config.vocab_size}",
         f"{count:,} weights{_describe_used(config, count)}: "
@@ -85,8 +89,20 @@ def describe(path: pathlib.Path, config: LMConfig) -> list[str]:
             f"{_weight_bytes(config, dtype) / _GIB:.2f} GiB in {dtype}"
             for dtype in ("float32", "bfloat16", "int8")
         ),
-        f"cache: {2 * cache / 1024:.1f} KiB a token in bfloat16",
+        _describe_cache(config),
     ]
+
+
+def _describe_cache(config: LMConfig) -> str:
+    """The memory that a text takes while it is decoded."""
+    cache = jax.eval_shape(lambda: init_cache(config, 1, 1, jnp.bfloat16))
+    of_kind = {KeyValues: 0, DeltaState: 0}
+    for state in cache.layers:
+        of_kind[type(state)] += sum(leaf.size * leaf.dtype.itemsize for leaf in state)
+    said = f"cache: {of_kind[KeyValues] / 1024:.1f} KiB a token in bfloat16"
+    if of_kind[DeltaState]:
+        said += f", and {of_kind[DeltaState] / 2**20:.1f} MiB a text"
+    return said
 
 
 def _describe_used(config: LMConfig, count: int) -> str:

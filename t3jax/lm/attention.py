@@ -5,14 +5,14 @@ G queries for each key head (H = K G), h head width. The softmax is computed in 
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from t3jax import sharding
 from t3jax.lm.config import LMConfig
@@ -25,42 +25,6 @@ Past = tuple[Array, Array, Array | np.ndarray]  # a layer's keys and values, and
 _QUERIES = {"cpu": 128, "default": 1024}
 _PARTS = 8
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
-
-
-class Cache(NamedTuple):
-    """Keys and values of the text read so far, one array for each layer.
-
-    With one cursor, new tokens of all rows are written at the same slots, so prompts of unequal
-    length are padded on the left. With a cursor for each row they are padded on the right, and the
-    next tokens overwrite the padding. A slot is seen by a query if it holds a real token at or
-    before the query's position. Local layers keep the whole text too, and mask what has left their
-    window.
-
-    Attributes:
-        keys: Per layer `[B, K, h, S]`, rotated.
-        values: Per layer `[B, K, S, h]`. Both stand as the products of a decoding step read them:
-            otherwise a CPU transposes the whole cache at every step.
-        positions: Position of the token in each slot, `[B, S]`; -1 where there is none.
-        cursor: Next slot to write: a scalar, or one for each row, `[B]`; there must be room for
-            all new tokens, padding included. NumPy's is known when a program is traced: the 0 of
-            an empty cache, whose first queries look at no slot after their own.
-    """
-
-    keys: tuple[Float[Array, "B K h S"], ...]
-    values: tuple[Float[Array, "B K S h"], ...]
-    positions: Int[Array, "B S"]
-    cursor: Int[Array, ""] | Int[np.ndarray, ""] | Int[Array, " B"]
-
-
-def init_cache(config: LMConfig, batch: int, slots: int, dtype: Any) -> Cache:
-    """An empty cache for `batch` texts of up to `slots` tokens, padding included."""
-    rows, width, layers = (batch, config.num_kv_heads), config.head_dim, range(config.num_layers)
-    return Cache(
-        keys=tuple(jnp.zeros((*rows, width, slots), dtype) for _ in layers),
-        values=tuple(jnp.zeros((*rows, slots, width), dtype) for _ in layers),
-        positions=jnp.full((batch, slots), -1, jnp.int32),
-        cursor=np.zeros((), np.int32),
-    )
 
 
 def write_slots(old: Array, new: Array, cursor: Array | np.ndarray, axis: int) -> Array:
@@ -93,6 +57,8 @@ class Attention(nnx.Module):
         self.k = Linear(width, k_width, bias or config.qkv_bias, config.quantized)
         self.v = Linear(width, k_width, bias or config.qkv_bias, config.quantized)
         self.o = Linear(q_width, width, bias or config.o_bias, config.quantized)
+        if config.output_gate:
+            self.gate = Linear(width, q_width, bias, config.quantized)
         wanted = config.qk_norm is not None
         self.q_norm = make_norm(config, _norm_shape(config, config.num_heads), wanted)
         self.k_norm = make_norm(config, _norm_shape(config, config.num_kv_heads), wanted)
@@ -154,7 +120,10 @@ class Attention(nnx.Module):
             }
             out = jax.lax.platform_dependent(q, k, v, seen, **ways)
         out = out.transpose(0, 3, 1, 2, 4).reshape(b, t, c.num_heads * c.head_dim)
-        return self.o(self._whole(out, mesh)), k, v
+        out = self._whole(out, mesh)
+        if c.output_gate:
+            out = out * jax.nn.sigmoid(self._whole(self.gate(x), mesh))
+        return self.o(out), k, v
 
     def _attend_in_parts(
         self, size: int, alone: bool, q: Array, k: Array, v: Array, seen: Array

@@ -93,7 +93,7 @@ BLOOM_FAMILIES: dict[str, Family] = {
         prepare=_prepare_falcon,
         restore=_restore_falcon,
         weights=_BLOOM_WEIGHTS,
-        by_head=True,
+        grouped={"query_key_value": "num_kv_heads"},
     ),
     "bloom": Family(
         "BloomForCausalLM",
@@ -125,7 +125,7 @@ BLOOM_FAMILIES: dict[str, Family] = {
             "num_attention_heads": "n_head",
         },
         weights=_BLOOM_WEIGHTS,
-        by_head=True,
+        grouped={"query_key_value": "num_kv_heads"},
         renamed=((r"^(?=(word_embeddings(_layernorm)?|ln_f|h)\.)", "transformer."),),
     ),
     "mpt": Family(

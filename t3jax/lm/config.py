@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +98,32 @@ class ExpertsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DeltaConfig:
+    """Layers with a gated delta net in the place of attention.
+
+    Attributes:
+        key_heads: K, heads of queries and keys.
+        value_heads: Heads of values; each of K has an equal share.
+        key_dim: Width of a head of queries and keys.
+        value_dim: Width of a head of values.
+        taps: W, tokens that the convolution of a channel sees, the last one its own.
+        layers: For each layer whether it is one.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
+    layers: tuple[bool, ...]
+
+    @property
+    def channels(self) -> int:
+        """C, those of queries, keys and values together."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+
+@dataclasses.dataclass(frozen=True)
 class LMConfig:
     """Shape of a decoder-only language model; the defaults are Llama's.
 
@@ -133,6 +160,8 @@ class LMConfig:
             outputs); "both"; or "shared" (one norm, whose output both read; with `parallel`).
         parallel: Attention and MLP of a block both read the block's input.
         experts: In the place of the MLPs; None: every layer has an MLP.
+        delta: In the place of attention; None: every layer has attention.
+        output_gate: What attention found is multiplied by the sigmoid of a linear map of the input.
         qkv_clip: c: queries, keys and values are cut to -c and c, before rotation; None not.
         qk_norm: Queries and keys are normed before rotation: "head" each head by itself, "each" the
             same with a weight for each head, "width" all heads together; None not.
@@ -182,6 +211,8 @@ class LMConfig:
     norms: str = "pre"
     parallel: bool = False
     experts: ExpertsConfig | None = None
+    delta: DeltaConfig | None = None
+    output_gate: bool = False
     qkv_clip: float | None = None
     qk_norm: str | None = None
     qk_norm_after: bool = False
@@ -205,3 +236,23 @@ class LMConfig:
         """Whether a layer has experts, and no MLP of its own."""
         e = self.experts
         return e is not None and not (e.dense and e.dense[layer])
+
+    def has_delta(self, layer: int) -> bool:
+        """Whether a layer has a gated delta net, and no attention."""
+        return self.delta is not None and self.delta.layers[layer]
+
+    def keep_layers(self, layers: Sequence[int]) -> "LMConfig":
+        """The shape of a model with these layers alone."""
+
+        def keep(by_layer: tuple[bool, ...]) -> tuple[bool, ...]:
+            return tuple(by_layer[layer] for layer in layers) if by_layer else ()
+
+        e, d = self.experts, self.delta
+        return dataclasses.replace(
+            self,
+            num_layers=len(layers),
+            local=keep(self.local),
+            unrotated=keep(self.unrotated),
+            experts=None if e is None else dataclasses.replace(e, dense=keep(e.dense)),
+            delta=None if d is None else dataclasses.replace(d, layers=keep(d.layers)),
+        )

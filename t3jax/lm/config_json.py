@@ -15,6 +15,7 @@ from msgspec import UNSET, Meta
 
 from t3jax.json_files import check_json, read_json, show_json
 from t3jax.lm.config import LMConfig
+from t3jax.lm.delta_json import read_delta, write_delta
 from t3jax.lm.experts_json import read_experts, write_experts
 from t3jax.lm.families import FAMILIES
 from t3jax.lm.family import Family, Json
@@ -79,6 +80,10 @@ _TYPES: dict[str, Any] = {
     **dict.fromkeys(("n_routed_experts", "n_shared_experts", "n_group", "topk_group"), Count),
     "shared_expert_intermediate_size": Width,
     "first_k_dense_replace": Annotated[int, Meta(ge=0, le=1024)],
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), Count),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), Count),
+    "linear_conv_kernel_dim": Annotated[int, Meta(ge=1, le=64)],
+    "full_attention_interval": Annotated[int, Meta(ge=1, le=1024)],
     **dict.fromkeys(("qkv_bias", "lm_head_bias", "use_qk_norm"), bool),
     "norm_eps": Epsilon,
     **dict.fromkeys(("d_model", "ffn_hidden_size"), Width),
@@ -190,7 +195,7 @@ def hf_config(config: LMConfig) -> dict[str, Any]:
     if "no_rope_layers" in family.defaults:
         unrotated = config.unrotated or (False,) * config.num_layers
         content["no_rope_layers"] = [int(not each) for each in unrotated]
-    content |= write_experts(config, family)
+    content |= write_experts(config, family) | write_delta(config)
     if "use_qk_norm" in family.defaults:
         content["use_qk_norm"] = config.qk_norm is not None
     if family.restore is not None:
@@ -268,6 +273,9 @@ def _read(model_type: str, config: Json) -> LMConfig:
                 f"{', '.join(_ACTIVATIONS)}"
             )
         values["activation"] = _ACTIVATIONS[activation]
+    values |= read_delta(config, values)
+    if "delta" in values:
+        config["layer_types"] = None  # says nothing about windows there
     values |= _windows(family, config, values["num_layers"], values["max_position"])
     values |= _unrotated(family, config, values["num_layers"], values.get("local", ()))
     if "rope" not in family.fixed:

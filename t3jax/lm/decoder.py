@@ -15,7 +15,7 @@ Norms, rotary angles, softmax and logits are computed in float32 whatever the we
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,10 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from t3jax import sharding
 from t3jax.lm import quantized
-from t3jax.lm.attention import Attention, Cache, Past, write_slots
+from t3jax.lm.attention import Attention, write_slots
+from t3jax.lm.cache import Cache, KeyValues, LayerState
 from t3jax.lm.config import LMConfig
+from t3jax.lm.delta import DeltaNet, Order, order_tokens
 from t3jax.lm.experts import Experts
 from t3jax.lm.layers import MLP, Linear, cap, make_norm
 from t3jax.lm.product import product
@@ -147,8 +149,14 @@ def init_params(config: LMConfig, key: PRNGKeyArray, dtype: Any = jnp.float32) -
         names = [str(getattr(part, "key", part)) for part in path]
         if names[-1] in ("bias", "correction", "sinks", "alpha_p", "alpha_n"):
             return jnp.zeros(leaf.shape, leaf.dtype)
+        if names[-1] == "fading_bias":
+            return jnp.ones(leaf.shape, dtype)
+        if names[-1] == "log_rate":
+            rates = jax.random.uniform(key, leaf.shape, minval=0.01, maxval=16.0)
+            return jnp.log(rates).astype(dtype)
         if "norm" in names[-2]:
-            return jnp.full(leaf.shape, 0.0 if config.norm.endswith("_offset") else 1.0, dtype)
+            offset = config.norm.endswith("_offset") and "delta" not in names
+            return jnp.full(leaf.shape, 0.0 if offset else 1.0, dtype)
         # What is added to the residual stream starts smaller, as in GPT-2.
         shrink = math.sqrt(2 * config.num_layers) if names[-2] in ("o", "down") else 1.0
         return (jax.random.normal(key, leaf.shape) * (0.02 / shrink)).astype(dtype)
@@ -167,37 +175,59 @@ def _merge(config: LMConfig, params: Params) -> "_Decoder":
     return nnx.merge(_split_abstract(config)[0], params)
 
 
+class _Shared(NamedTuple):
+    """What layers of a kind share while they read new tokens.
+
+    Attributes:
+        rotation: That of the tokens; None leaves queries and keys as they are.
+        seen: Which slots each query attends to, bool `[B, T, S]`.
+        cursor: The cache's.
+        order: Which of the tokens are real, for delta nets; None where there are none.
+    """
+
+    rotation: Rotation | None
+    seen: Array
+    cursor: Any
+    order: Order | None
+
+
 class _Block(nnx.Module):
-    def __init__(self, config: LMConfig, experts: bool):
+    def __init__(self, config: LMConfig, layer: int):
         width = config.hidden_size
         before, after = config.norms != "post", config.norms in ("post", "both")
         self.attention_norm = make_norm(config, width, before)
-        self.attention = Attention(config)
+        self.has_delta, self.has_experts = config.has_delta(layer), config.has_experts(layer)
+        if self.has_delta:
+            self.delta = DeltaNet(config)
+        else:
+            self.attention = Attention(config)
         self.attention_post_norm = make_norm(config, width, after)
         self.mlp_norm = make_norm(config, width, before and config.norms != "shared")
-        if experts:
+        if self.has_experts:
             self.experts = Experts(config)
         else:
             self.mlp = MLP(config)
         self.mlp_post_norm = make_norm(config, width, after)
-        self.has_experts = experts
         self.config = config
 
     def __call__(
-        self,
-        x: Array,
-        rotation: Rotation | None,
-        seen: Array,
-        past: Past | None,
-        mesh: Mesh | None,
-    ) -> tuple[Array, Array, Array]:
+        self, x: Array, shared: _Shared, past: LayerState | None, mesh: Mesh | None
+    ) -> tuple[Array, LayerState | None]:
         normed = self.attention_norm(x)
-        out, k, v = self.attention(normed, rotation, seen, past, mesh)
+        state: LayerState | None
+        if self.has_delta:
+            assert shared.order is not None
+            assert not isinstance(past, KeyValues)
+            out, state = self.delta(normed, shared.order, past, mesh)
+        else:
+            before = None if past is None else (*past, shared.cursor)
+            out, *found = self.attention(normed, shared.rotation, shared.seen, before, mesh)
+            state = None if past is None else KeyValues(*found)
         attended = x + self._scaled(self.attention_post_norm(out))
         read = x if self.config.parallel else attended
         normed = normed if self.config.norms == "shared" else self.mlp_norm(read)
         out = self.experts(normed, mesh) if self.has_experts else self.mlp(normed)
-        return attended + self._scaled(self.mlp_post_norm(out)), k, v
+        return attended + self._scaled(self.mlp_post_norm(out)), state
 
     def _scaled(self, branch: Array) -> Array:
         """What a branch adds to the residual stream."""
@@ -213,9 +243,7 @@ class _Decoder(nnx.Module):
         if config.rope is None and not config.alibi:
             positions = config.first_position + config.max_position
             self.positions = Linear(width, positions, quantized=quantized)
-        self.layers = nnx.List(
-            [_Block(config, config.has_experts(layer)) for layer in range(config.num_layers)]
-        )
+        self.layers = nnx.List([_Block(config, layer) for layer in range(config.num_layers)])
         self.final_norm = make_norm(config, width)
         if not config.tied:
             self.lm_head = Linear(width, config.vocab_size, config.head_bias, quantized)
@@ -241,37 +269,39 @@ class _Decoder(nnx.Module):
             within = jnp.clip(positions, 0, c.max_position - 1)
             x = x + self.positions.rows(within + c.first_position, mesh)
         rotation = make_rotation(c.rope, c.head_dim, positions)
+        order = order_tokens(key_positions >= 0) if c.delta is not None else None
         if cache is not None:
             attended = jnp.sum(key_positions >= 0, axis=-1, dtype=jnp.int32)
             key_positions = write_slots(cache.positions, key_positions, cache.cursor, 1)  # [B, S]
         seen = _seen(positions, key_positions)
-        # What the layers share: angles, and which keys are attended to. Local ones have their own.
-        whole = local = rotation, seen
+        # Local layers have other angles, and attend to other keys.
+        cursor = None if cache is None else cache.cursor
+        whole = local = _Shared(rotation, seen, cursor, order)
         if c.local:
             near = key_positions[:, None, :] > positions[:, :, None] - c.window
-            local = make_rotation(c.local_rope or c.rope, c.head_dim, positions), seen & near
-        keys, values = [], []
+            rotation = make_rotation(c.local_rope or c.rope, c.head_dim, positions)
+            local = _Shared(rotation, seen & near, cursor, order)
+        states = []
         before = x
         for i, block in enumerate(self.layers):
-            past = None if cache is None else (cache.keys[i], cache.values[i], cache.cursor)
-            rotation, visible = local if c.local and c.local[i] else whole
+            past = None if cache is None else cache.layers[i]
+            shared = local if c.local and c.local[i] else whole
             if c.unrotated and c.unrotated[i]:
-                rotation = None
+                shared = shared._replace(rotation=None)
             read: Callable[..., Any] = functools.partial(_read_block, mesh, block)
             if remat:
                 read = jax.checkpoint(read)
             elif mesh is not None and mesh.shape[sharding.FSDP] > 1:
                 read = jax.checkpoint(read, policy=_not_gathered)
-            before, (x, k, v) = x, read(before, x, rotation, visible, past)
-            keys.append(k)
-            values.append(v)
+            before, (x, state) = x, read(before, x, shared, past)
+            states.append(state)
         x = self.final_norm(x)
         if cache is None:
             return x, None
         cursor = cache.cursor + (
             attended if cache.cursor.ndim else jnp.asarray(tokens.shape[1], jnp.int32)
         )
-        return x, Cache(tuple(keys), tuple(values), key_positions, cursor)
+        return x, Cache(tuple(states), key_positions, cursor)
 
 
 def _not_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -284,10 +314,9 @@ def _read_block(
     block: _Block,
     before: Array,
     x: Array,
-    rotation: Rotation | None,
-    seen: Array,
-    past: Past | None,
-) -> tuple[Array, Array, Array]:
+    shared: _Shared,
+    past: LayerState | None,
+) -> tuple[Array, LayerState | None]:
     """One layer on a mesh: rows stay where they are, and the weights come to them.
 
     Left to itself, the compiler may gather the rows instead, or sum [B, V] logits over devices.
@@ -296,10 +325,10 @@ def _read_block(
     graphdef, params = nnx.split(block)
     params = sharding.gather_weights(mesh, nnx.to_pure_dict(params), after=before)
     block = nnx.merge(graphdef, params)
-    x, k, v = block(x, rotation, seen, past, mesh)
+    x, state = block(x, shared, past, mesh)
     # Else XLA adds the layers' outputs up at the end only, and keeps all of them until then.
     x = jax.lax.optimization_barrier(x)
-    return sharding.constrain(x, mesh, [sharding.ROWS]), k, v
+    return sharding.constrain(x, mesh, [sharding.ROWS]), state
 
 
 def _seen(query_positions: Array, key_positions: Array) -> Array:

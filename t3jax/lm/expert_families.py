@@ -2,16 +2,16 @@
 
 from t3jax.lm.family import EXPERTS, QK_NORMS, WEIGHTS, Family, Json
 
-_NAMES = ("gate_proj", "up_proj", "down_proj")
+QWEN_NAMES = ("gate_proj", "up_proj", "down_proj")
 _MIXTRAL_NAMES = ("w1", "w3", "w2")
 _MIXTRAL = {
     key: name.replace(".mlp.", ".block_sparse_moe.") for key, name in EXPERTS.items()
 }  # in folders; transformers 5 calls the module mlp
-_OF_EXPERTS = {
+OF_EXPERTS = {
     "experts.count": "num_experts",
     "experts.chosen": "num_experts_per_tok",
-    "experts.normed": "norm_topk_prob",
 }
+_NORMED = {"experts.normed": "norm_topk_prob"}
 _OF_MLPS = {  # whose width is the experts'
     "experts.count": "num_local_experts",
     "experts.chosen": "num_experts_per_tok",
@@ -26,7 +26,7 @@ _QWEN_DEFAULTS = {
 }
 
 
-def _shared(module: str) -> dict[str, str]:
+def shared_expert(module: str) -> dict[str, str]:
     """The weights of a shared expert, a module of the MLP."""
     return {
         f"layers.{{i}}.experts.shared.{name}": f"model.layers.{{i}}.mlp.{module}.{name}_proj"
@@ -34,7 +34,8 @@ def _shared(module: str) -> dict[str, str]:
     }
 
 
-def _is_dense_in_qwen(config: Json, layer: int) -> bool:
+def is_dense_in_qwen(config: Json, layer: int) -> bool:
+    """Whether a layer has an MLP and no experts."""
     step = config["decoder_sparse_step"]
     return layer in (config["mlp_only_layers"] or ()) or (layer + 1) % step != 0
 
@@ -69,7 +70,8 @@ EXPERT_FAMILIES: dict[str, Family] = {
         fields={
             "attention_bias": "attention_bias",
             "experts.size": "moe_intermediate_size",
-            **_OF_EXPERTS,
+            **OF_EXPERTS,
+            **_NORMED,
         },
         defaults={
             **_QWEN_DEFAULTS,
@@ -80,9 +82,9 @@ EXPERT_FAMILIES: dict[str, Family] = {
         },
         aliases={"num_local_experts": "num_experts"},
         slides=lambda config, layer: True,
-        dense=_is_dense_in_qwen,
+        dense=is_dense_in_qwen,
         weights={**WEIGHTS, **QK_NORMS, **EXPERTS},
-        expert_names=_NAMES,
+        expert_names=QWEN_NAMES,
     ),
     "mixtral": Family(
         "MixtralForCausalLM",
@@ -108,7 +110,8 @@ EXPERT_FAMILIES: dict[str, Family] = {
             "attention_bias": "attention_bias",
             "qkv_clip": "clip_qkv",
             "experts.size": "intermediate_size",
-            **_OF_EXPERTS,
+            **OF_EXPERTS,
+            **_NORMED,
         },
         defaults={
             "clip_qkv": None,
@@ -118,7 +121,7 @@ EXPERT_FAMILIES: dict[str, Family] = {
         },
         aliases={"num_local_experts": "num_experts"},
         weights={**WEIGHTS, **QK_NORMS, **EXPERTS},
-        expert_names=_NAMES,
+        expert_names=QWEN_NAMES,
     ),
     "qwen2_moe": Family(
         "Qwen2MoeForCausalLM",
@@ -127,7 +130,8 @@ EXPERT_FAMILIES: dict[str, Family] = {
             "qkv_bias": "qkv_bias",
             "experts.size": "moe_intermediate_size",
             "experts.shared": "shared_expert_intermediate_size",
-            **_OF_EXPERTS,
+            **OF_EXPERTS,
+            **_NORMED,
         },
         defaults={
             **_QWEN_DEFAULTS,
@@ -141,14 +145,14 @@ EXPERT_FAMILIES: dict[str, Family] = {
         },
         slides=lambda config, layer: layer % 2 == 0 and layer < config["max_window_layers"],
         layer_types=True,
-        dense=_is_dense_in_qwen,
+        dense=is_dense_in_qwen,
         weights={
             **WEIGHTS,
             **EXPERTS,
-            **_shared("shared_expert"),
+            **shared_expert("shared_expert"),
             "layers.{i}.experts.shared_gate": "model.layers.{i}.mlp.shared_expert_gate",
         },
-        expert_names=_NAMES,
+        expert_names=QWEN_NAMES,
     ),
     "granitemoe": Family(
         "GraniteMoeForCausalLM",
@@ -284,7 +288,7 @@ EXPERT_FAMILIES: dict[str, Family] = {
         aliases={"num_local_experts": "n_routed_experts"},
         dense=lambda config, layer: layer < config["first_k_dense_replace"],
         weights=_DEEPSEEK_WEIGHTS,
-        expert_names=_NAMES,
+        expert_names=QWEN_NAMES,
         more_layers=True,
     ),
     "dots1": Family(

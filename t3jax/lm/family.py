@@ -73,7 +73,7 @@ class Family:
     Attributes:
         architecture: The class of transformers.
         fixed: Fields of `LMConfig` that hold for the whole family; those of its experts are
-            `experts.NAME`.
+            `experts.NAME`, those of its delta nets `delta.NAME`.
         fields: Further fields of `LMConfig`, or the same under other names of `config.json`; None
             removes one.
         defaults: What `config.json` means where it is silent.
@@ -108,8 +108,10 @@ class Family:
             each; None where they have those of a layer in one tensor, or no experts.
         more_layers: Folders may hold layers after the last one, which predict further tokens and
             are not read.
-        by_head: What is stacked is stacked key head by key head, each after its query heads.
+        grouped: Modules, by the end of their name, that are stacked group by group, such as head by
+            head, and the field of `LMConfig` with the number of groups.
         by_row: The gate and up matrices of experts are stacked row by row, in turn.
+        channelwise: Modules, by the end of their name, that are stored [out, 1, in].
         transposed: Modules, or tensors of that whole name, by its end, that are stored [in, out].
         renamed: Patterns of other names that checkpoints use for the same, and what to put for
             them; None: a weight of that name is no part of the decoder.
@@ -138,8 +140,9 @@ class Family:
     constants: Mapping[str, float] = dataclasses.field(default_factory=dict)
     expert_names: tuple[str, str, str] | None = None
     more_layers: bool = False
-    by_head: bool = False
+    grouped: Mapping[str, str] = dataclasses.field(default_factory=dict)
     by_row: bool = False
+    channelwise: tuple[str, ...] = ()
     transposed: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str | None], ...] = ()
 

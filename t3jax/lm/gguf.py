@@ -141,7 +141,7 @@ def _family(architecture: str, family: Family) -> Family:
                 for name in ("gate", "up", "down")
             },
         }
-    return dataclasses.replace(family, weights=weights, by_head=False, transposed=())
+    return dataclasses.replace(family, weights=weights, grouped={}, transposed=())
 
 
 def _shift(config: LMConfig, name: str) -> float:

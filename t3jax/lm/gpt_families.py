@@ -171,7 +171,7 @@ GPT_FAMILIES: dict[str, Family] = {
             "layers.{i}.mlp.up": "gpt_neox.layers.{i}.mlp.dense_h_to_4h",
             "layers.{i}.mlp.down": "gpt_neox.layers.{i}.mlp.dense_4h_to_h",
         },
-        by_head=True,
+        grouped={"query_key_value": "num_heads"},
         renamed=((r"^lm_head\.", "embed_out."), (r".*\.attention\.(masked_)?bias$", None)),
     ),
     "opt": Family(

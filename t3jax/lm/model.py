@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from t3jax import sharding
-from t3jax.lm import attention, decoder, gguf, gguf_tokenizer
+from t3jax.lm import cache, decoder, gguf, gguf_tokenizer
 from t3jax.lm.adapter import CONFIG as ADAPTER_CONFIG
 from t3jax.lm.adapter import is_adapter, read_base
 from t3jax.lm.config import LMConfig
@@ -79,7 +79,7 @@ def pure_functions(
     return (
         functools.partial(decoder.apply, config, mesh=mesh),
         functools.partial(decoder.unembed, config, mesh=mesh),
-        functools.partial(attention.init_cache, config, dtype=dtype),
+        functools.partial(cache.init_cache, config, dtype=dtype),
     )
 
 

@@ -1,5 +1,6 @@
 """Where a decoder's parameters stand in a checkpoint, by the table of their family."""
 
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +32,7 @@ class Place(NamedTuple):
         columns: The other dimension, `(in,)`; () of a vector.
         transposed: The tensor is stored [in, out].
         experts: Of the matrices or biases of experts, how many there are; 0 of others.
+        channelwise: The tensor is stored [out, 1, in].
     """
 
     name: str
@@ -41,11 +43,14 @@ class Place(NamedTuple):
     columns: tuple[int, ...]
     transposed: bool
     experts: int = 0
+    channelwise: bool = False
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """Shape of the whole tensor."""
         shape = (self.groups * self.group_rows, *self.columns)
+        if self.channelwise:
+            return (shape[0], 1, *shape[1:])
         shape = shape[::-1] if self.transposed else shape
         return (self.experts, *shape) if self.experts else shape
 
@@ -63,6 +68,9 @@ class Place(NamedTuple):
             last = min(wanted.stop, (group + 1) * self.rows)
             shift = group * (self.group_rows - self.rows) + self.start
             rows = slice(first + shift, last + shift)
+            if self.channelwise:
+                parts.append(np.asarray(view[(rows, slice(0, 1), *columns)])[:, 0])
+                continue
             parts.append(view[(*columns, rows)].T if self.transposed else view[(rows, *columns)])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
@@ -97,7 +105,8 @@ def find_places(config: LMConfig, family: Family, params: Params) -> list[Place]
     for key, name, of_experts in names:
         shapes = {k: stacks[name][k] for k in sorted(stacks[name], key=order.index)}
         experts = shapes[key][0] if of_experts else 0
-        groups = config.num_kv_heads if family.by_head and len(shapes) > 1 else 1
+        module = name.rsplit(".", 1)[0]
+        groups = _count_groups(config, family, module) if len(shapes) > 1 else 1
         if experts:
             shapes = {k: shape[1:] for k, shape in shapes.items()}
             groups = shapes[key][0] if family.by_row and len(shapes) > 1 else 1
@@ -113,9 +122,17 @@ def find_places(config: LMConfig, family: Family, params: Params) -> list[Place]
                 columns=shapes[key][1:],
                 transposed=name.removesuffix(".weight").endswith(family.transposed),
                 experts=experts,
+                channelwise=module.endswith(family.channelwise),
             )
         )
     return places
+
+
+def _count_groups(config: LMConfig, family: Family, module: str) -> int:
+    """How many groups what is stacked in a module falls into."""
+    fields = (field for end, field in family.grouped.items() if module.endswith(end))
+    field = next(fields, None)
+    return 1 if field is None else operator.attrgetter(field)(config)
 
 
 def join_parts(parts: list[tuple[Place, np.ndarray]]) -> np.ndarray:
@@ -126,6 +143,8 @@ def join_parts(parts: list[tuple[Place, np.ndarray]]) -> np.ndarray:
     grouped = [array.reshape(*experts, p.groups, p.rows, *p.columns) for p, array in parts]
     tensor = np.concatenate(grouped, axis=len(experts) + 1)
     tensor = tensor.reshape(*experts, -1, *place.columns)
+    if place.channelwise:
+        return tensor[:, None]
     return tensor.swapaxes(-1, -2) if place.transposed else tensor
 
 

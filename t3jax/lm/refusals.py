@@ -17,10 +17,7 @@ _OTHER = {
         "its mixture of experts is of another kind",
     ),
     **dict.fromkeys(
-        (
-            *("bamba", "falcon_h1", "granitemoehybrid", "lfm2", "mamba", "mamba2", "nemotron_h"),
-            *("qwen3_5", "qwen3_5_text", "qwen3_next"),
-        ),
+        (*("bamba", "falcon_h1", "granitemoehybrid", "lfm2", "mamba", "mamba2", "nemotron_h"),),
         "some of its layers are recurrent",
     ),
     **dict.fromkeys(

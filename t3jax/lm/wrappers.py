@@ -60,6 +60,8 @@ WRAPPERS = {
     "mistral3": Wrapper("mistral", tied=True),
     "qwen2_5_vl": _QWEN2_VL,
     "qwen2_vl": _QWEN2_VL,
+    "qwen3_5": Wrapper("qwen3_5_text", others=False),
+    "qwen3_5_moe": Wrapper("qwen3_5_moe_text", others=False),
     "qwen3_vl": Wrapper("qwen3", others=False, defaults={"rope_theta": 5e5}),
     "smolvlm": Wrapper("llama", defaults=_LLAMA),
 }

@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from t3jax.lm import LMConfig
+from t3jax.lm.cache import KeyValues
 from t3jax.plan import programs
 from t3jax.plan.programs import Job, Step
 from t3jax.plan.shapes import GIB
@@ -54,16 +56,33 @@ def temporary_bytes(job: Job, program: Callable[[Job], Step]) -> int:
 
     They are activations, and results that do not stand in an argument's place.
     """
-    layers = job.config.num_layers
-    # Three layers show what each further one adds.
-    traced = range(max(1, min(layers, 3) - 1), min(layers, 3) + 1)
-    *before, last = (program(programs.on_one_device(job, n)).peak_bytes() for n in traced)
-    return last + (layers - traced[-1]) * (last - before[0] if before else 0)
+    kinds = _layer_kinds(job.config)
+    # A layer of each kind, and one more, show what each further one adds.
+    few = [layers[0] for layers in kinds] if len(kinds) > 1 else kinds[0][:2]
+
+    def peak(layers: list[int]) -> int:
+        return program(programs.on_one_device(job, sorted(layers))).peak_bytes()
+
+    total = least = peak(few)
+    for layers in kinds:
+        if further := [layer for layer in layers if layer not in few]:
+            total += len(further) * (peak([*few, further[0]]) - least)
+    return total
+
+
+def _layer_kinds(config: LMConfig) -> list[list[int]]:
+    """The layers of each kind of blocks."""
+    kinds: dict[Any, list[int]] = {}
+    for layer in range(config.num_layers):
+        kind = config.has_delta(layer), config.has_experts(layer)
+        kinds.setdefault(kind, []).append(layer)
+    return list(kinds.values())
 
 
 def gathered_bytes(job: Job) -> int:
     """Bytes of what a device has to gather to use it: two layers' weights, or the last table."""
-    stored, used = _params(job), _params(programs.on_one_device(job))
+    shown = [layers[-1] for layers in _layer_kinds(job.config)]
+    stored, used = _params(job), _params(programs.on_one_device(job, shown))
 
     def gathered(stored: Any, used: Any) -> int:
         pairs = zip(*map(jax.tree.leaves, (stored, used)), strict=True)
@@ -74,15 +93,21 @@ def gathered_bytes(job: Job) -> int:
     # While one layer is at work, the next one's weights come.
     layers = min(2, job.config.num_layers)
     return max(
-        layers * gathered(stored["layers"][job.config.num_layers - 1], used["layers"][0]),
         gathered(stored[table], used[table]),
+        *(
+            layers * gathered(stored["layers"][layer], used["layers"][i])
+            for i, layer in enumerate(shown)
+        ),
     )
 
 
 def gathered_cache_bytes(job: Job) -> int:
     """Bytes of one layer's keys and values, whose width is split: prefill gathers them."""
-    cache = programs.state(job, job.slots[0]).cache
-    split, whole = cache.keys[0], programs.by_rows(job.mesh, cache.keys[0])
+    layers = programs.state(job, job.slots[0]).cache.layers
+    split = next((state.keys for state in layers if isinstance(state, KeyValues)), None)
+    if split is None:
+        return 0
+    whole = programs.by_rows(job.mesh, split)
     by_heads = split.sharding.shard_shape(split.shape)[1] < split.shape[1]
     return 0 if by_heads or shard_bytes(split) == shard_bytes(whole) else 2 * shard_bytes(whole)
 
@@ -147,7 +172,7 @@ def fine_tuning(job: Job) -> Stage:
     of_tasks = shard_bytes(trained) if recipe.tasks else 0  # the sum over the tasks so far
     copy = shard_bytes(trained) // 2 if recipe.dtype == "bfloat16" else 0
     # The gradient is split as the weights are, which the program of one device does not know.
-    known = programs.on_one_device(job, job.config.num_layers)
+    known = programs.on_one_device(job, range(job.config.num_layers))
     activations = temporary_bytes(job, programs.gradient) - _gradient_bytes(known)
     return Stage(
         {

@@ -11,6 +11,7 @@ Axes: B batch, P prompt slots, T time, S cache slots, M tokens of a batch.
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -182,8 +183,7 @@ def decode(job: Job, shardings: Any = None) -> Step:
 def state(job: Job, slots: int) -> loop.State:
     """The state of decoding, placed by the rules."""
     # What else there is does not depend on the layers, and one is quick to trace.
-    config = dataclasses.replace(job.config, num_layers=1, local=job.config.local[:1])
-    shallow = dataclasses.replace(job, config=config)
+    shallow = dataclasses.replace(job, config=job.config.keep_layers([0]))
     program = _loop_program(shallow)
 
     def begin(weights: loop.Weights, inputs: _Inputs) -> loop.State:
@@ -251,12 +251,12 @@ def gradient(job: Job) -> Step:
     return Step(programs.gradient, (trained, frozen, batch))
 
 
-def on_one_device(job: Job, layers: int = 1) -> Job:
+def on_one_device(job: Job, layers: Sequence[int]) -> Job:
     """What one device computes, as a job on a mesh of one device: as wide as its shards.
 
-    Few `layers` are quick to trace.
+    It has those of the model's `layers`; few are quick to trace.
     """
-    config, shards, recipe = job.config, job.row_shards, job.finetuning
+    config, shards, recipe = job.config.keep_layers(layers), job.row_shards, job.finetuning
 
     def share(size: int) -> int:
         split = sharding.fit_sharding(job.mesh, P(sharding.MODEL), (size,))
@@ -268,9 +268,16 @@ def on_one_device(job: Job, layers: int = 1) -> Job:
             experts,
             count=max(experts.chosen, share(experts.count)),
             shared=share(experts.shared),
-            dense=experts.dense[-layers:],  # the first layers are often others
             groups=1,
             chosen_groups=1,
+        )
+    delta = config.delta
+    if delta is not None:
+        shared_out = delta.key_heads // share(delta.key_heads)
+        delta = dataclasses.replace(
+            delta,
+            key_heads=delta.key_heads // shared_out,
+            value_heads=delta.value_heads // shared_out,
         )
     # Where there are more devices than key heads, several share one.
     group = config.num_heads // config.num_kv_heads
@@ -286,10 +293,9 @@ def on_one_device(job: Job, layers: int = 1) -> Job:
             vocab_size=vocabulary,
             intermediate_size=share(config.intermediate_size),
             experts=experts,
-            num_layers=layers,
+            delta=delta,
             num_heads=heads,
             num_kv_heads=keys,
-            local=config.local[:layers],
         ),
         mesh=sharding.make_mesh(devices=jax.local_devices(backend="cpu")[:1]),
         heads=tuple(dataclasses.replace(head, vocab_size=vocabulary) for head in job.heads),

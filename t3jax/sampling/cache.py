@@ -1,13 +1,12 @@
 """What happens to a cache between two chunks: it grows, is compacted, and takes new prompts in.
 
 All rows write at the same slots, so a row that takes a new prompt has it end where the others
-write next; slots at the beginning that no row needs any more are dropped. Whatever the model, a
-cache is a tree of arrays of `init_cache(rows, slots)`: which axes are rows and slots is seen from
-the shapes it gives, and a scalar counts slots. Axes: B batch, b new prompts, P their slots, S cache
-slots.
+write next; slots at the beginning that no row needs any more are dropped. A decoder's cache says
+which axes are rows and slots. That of a model of the user's own is a tree of arrays of
+`init_cache(rows, slots)`: there it is seen from the shapes that this gives, and a scalar counts
+slots. Axes: B batch, b new prompts, P their slots, S cache slots.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from t3jax.batching import round_up
+from t3jax.lm.cache import Axes, Cache, cache_axes
 from t3jax.sampling.loop import Program, State, placed
 
 _SLOT_STEP = 64  # slots of the cache, which grows as answers do, by half at least
@@ -44,7 +44,7 @@ def _move(program: Program, state: State, shift: Int[Array, ""], slots: int) -> 
     No row that is not finished needs what the dropped ones hold.
     """
 
-    def move(axes: _Axes, old: Array, empty: Any) -> Array:
+    def move(axes: Axes, old: Array, empty: Any) -> Array:
         if axes.rows is None:
             return old - shift
         if axes.slots is None:
@@ -53,7 +53,7 @@ def _move(program: Program, state: State, shift: Int[Array, ""], slots: int) -> 
         return jax.lax.dynamic_slice_in_dim(longer, shift, slots, axes.slots)
 
     empty = program.init_cache(state.token.shape[0], slots)
-    cache = jax.tree.map(move, _axes(program), state.cache, empty)
+    cache = jax.tree.map(move, _axes(program, state.cache), state.cache, empty)
     return placed(program.mesh, state._replace(cache=cache))
 
 
@@ -79,7 +79,7 @@ def admit(
         The state.
     """
 
-    def take(axes: _Axes, old: Array, new: Array, empty: Any) -> Array:
+    def take(axes: Axes, old: Array, new: Array, empty: Any) -> Array:
         if axes.rows is None:
             return old
         if axes.slots is not None:  # what the rows held before is gone
@@ -89,23 +89,17 @@ def admit(
     def replace(old: Array, new: Array, axis: int = 0) -> Array:
         return old.at[(slice(None),) * axis + (rows,)].set(new, mode="drop")
 
-    axes = _axes(program)
+    axes = _axes(program, state.cache)
     empty = program.init_cache(rows.shape[0], _num_slots(axes, state.cache))
     cache = jax.tree.map(take, axes, state.cache, new.cache, empty)
     rest = jax.tree.map(replace, state._replace(cache=None), new._replace(cache=None))
     return placed(program.mesh, rest._replace(cache=cache))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Axes:
-    """Which axes of an array of a cache are rows and slots."""
-
-    rows: int | None
-    slots: int | None
-
-
-def _axes(program: Program) -> Any:
+def _axes(program: Program, cache: Any) -> Any:
     """The axes of each array of a cache, a tree of its structure."""
+    if isinstance(cache, Cache):
+        return cache_axes(cache)
     few, more_rows, more_slots = (
         jax.eval_shape(functools.partial(program.init_cache, rows, slots))
         for rows, slots in ((2, 3), (5, 3), (2, 7))
@@ -115,7 +109,7 @@ def _axes(program: Program) -> Any:
         return next((i for i, n in enumerate(one.shape) if n != other.shape[i]), None)
 
     return jax.tree.map(
-        lambda x, by_rows, by_slots: _Axes(differing(x, by_rows), differing(x, by_slots)),
+        lambda x, by_rows, by_slots: Axes(differing(x, by_rows), differing(x, by_slots)),
         few,
         more_rows,
         more_slots,

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Int, Key
 from t3jax import head as head_lib
 from t3jax import pooling, sharding
 from t3jax.head import HeadConfig
+from t3jax.lm.cache import cache_shardings
 from t3jax.refinements import PLAIN, Refinements, combine_heads
 from t3jax.sampling.next_token import Controls, Logprobs, next_token
 
@@ -72,7 +73,7 @@ class State(NamedTuple):
     """All that decoding carries from one token to the next; donated, so it is updated in place.
 
     Attributes:
-        cache: Keys and values of the text up to, not including, `token`.
+        cache: What the model keeps of the text up to, not including, `token`.
         pooled: Running mean of the hidden states of the same stretch.
         token: The last token chosen, not yet read by the model, `[B]`.
         done: Rows that are finished: they choose no more tokens, `[B]`.
@@ -265,7 +266,7 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
     """Shardings of a state: all by rows, the cache's heads and the vocabulary over `model`."""
     by_rows = jax.tree.map(lambda x: sharding.batch_sharding(mesh, x.shape), state)
     return by_rows._replace(
-        cache=sharding.cache_shardings(mesh, state.cache),
+        cache=cache_shardings(mesh, state.cache),
         seen=sharding.fit_sharding(mesh, sharding.LOGITS, state.seen.shape),
     )
 
@@ -280,7 +281,7 @@ def placed(mesh: Mesh, state: State) -> State:
 def _placed_cache(program: Program, cache: Any) -> Any:
     if program.mesh.size == 1:
         return cache
-    return jax.lax.with_sharding_constraint(cache, sharding.cache_shardings(program.mesh, cache))
+    return jax.lax.with_sharding_constraint(cache, cache_shardings(program.mesh, cache))
 
 
 def _everywhere(program: Program, emitted: Emitted) -> Emitted:

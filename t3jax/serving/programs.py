@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from t3jax import pooling
-from t3jax.lm.attention import Cache
+from t3jax.lm.cache import Axes, cache_axes
 from t3jax.refinements import Refinements
 from t3jax.sampling.loop import BASE_FAULT, HEAD_FAULT, SOUND, State, placed
 from t3jax.sampling.next_token import Controls, Guided, choose_token, guide
@@ -214,18 +214,13 @@ def join(program: Program, state: State, new: State, rows: Int[Array, " b"]) -> 
     def replace(old: Array, own: Array) -> Array:
         return old.at[rows].set(own, mode="drop")
 
-    def widen(own: Array, axis: int, value: int = 0) -> Array:
-        missing = state.cache.positions.shape[1] - new.cache.positions.shape[1]
-        widths = [(0, missing if i == axis else 0) for i in range(own.ndim)]
-        return jnp.pad(own, widths, constant_values=value)
+    def widen(axes: Axes, own: Array, empty: Array) -> Array:
+        if axes.slots is None:
+            return own
+        return jax.lax.dynamic_update_slice_in_dim(empty, own, 0, axes.slots)
 
-    own = new.cache
-    cache = Cache(
-        keys=tuple(widen(x, 3) for x in own.keys),
-        values=tuple(widen(x, 2) for x in own.values),
-        positions=widen(own.positions, 1, -1),
-        cursor=own.cursor,
-    )
+    empty = program.init_cache(rows.shape[0], state.cache.positions.shape[1])
+    cache = jax.tree.map(widen, cache_axes(new.cache), new.cache, empty)
     state = jax.tree.map(replace, state, new._replace(cache=cache))
     return placed(program.mesh, state)
 
@@ -234,18 +229,14 @@ def join(program: Program, state: State, new: State, rows: Int[Array, " b"]) -> 
 def resize(program: Program, state: State, slots: int) -> State:
     """The same state with more or fewer slots; those dropped hold nothing that is needed."""
 
-    def change(x: Array, axis: int, value: int = 0) -> Array:
-        kept = jax.lax.slice_in_dim(x, 0, min(slots, x.shape[axis]), axis=axis)
-        widths = [(0, slots - kept.shape[axis] if i == axis else 0) for i in range(x.ndim)]
-        return jnp.pad(kept, widths, constant_values=value)
+    def change(axes: Axes, old: Array, empty: Array) -> Array:
+        if axes.slots is None:
+            return old
+        kept = jax.lax.slice_in_dim(old, 0, min(slots, old.shape[axes.slots]), axis=axes.slots)
+        return jax.lax.dynamic_update_slice_in_dim(empty, kept, 0, axes.slots)
 
-    old = state.cache
-    cache = Cache(
-        keys=tuple(change(x, 3) for x in old.keys),
-        values=tuple(change(x, 2) for x in old.values),
-        positions=change(old.positions, 1, -1),
-        cursor=old.cursor,
-    )
+    empty = program.init_cache(state.token.shape[0], slots)
+    cache = jax.tree.map(change, cache_axes(state.cache), state.cache, empty)
     return placed(program.mesh, state._replace(cache=cache))
 
 
