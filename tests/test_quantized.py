@@ -89,7 +89,7 @@ def test_a_model_is_the_one_its_weights_stand_for(config, tmp_path):
 
 def test_it_answers_and_keeps_float32_elsewhere(folder):
     lm = load_lm(folder, "int8")
-    assert lm.init_cache(1, 4).keys[0].dtype == jnp.float32
+    assert lm.init_cache(1, 4).layers[0].keys.dtype == jnp.float32
     assert lm.params["layers"][0]["attention"]["q"]["bias"].dtype == jnp.float32
     prompts = [np.array([5, 6, 7]), np.array([9, 8])]
     one, several = (

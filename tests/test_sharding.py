@@ -24,7 +24,6 @@ from t3jax.sampling.cache import admit
 from t3jax.sampling.loop import Program, Weights, decode_chunk, prefill, state_shardings
 from t3jax.sharding import (
     batch_sharding,
-    cache_shardings,
     fit_sharding,
     make_mesh,
     param_shardings,
@@ -133,6 +132,18 @@ def test_sinks_and_biases_of_experts_work_too():
     for ours, alone in zip(found[2, 2, 2], found[None], strict=True):
         np.testing.assert_allclose(ours, alone, atol=2e-5 * np.abs(alone).max())
     assert specs(placed["layers"][0]["experts"])["down/bias"] == P("model")
+
+
+def test_gated_delta_nets_work_too():
+    assert_equals_one_device(tiny.DELTA, (2, 2, 2))
+    lm = tiny.make_lm(tiny.DELTA, make_mesh((2, 2, 2)))
+    delta = specs(lm.params["layers"][0]["delta"])
+    assert delta["q/weight"] == delta["gate/weight"] == delta["fading/weight"] == P("model", "fsdp")
+    assert delta["o/weight"] == P("fsdp", "model")
+    assert delta["v_conv/weight"] == delta["log_rate"] == P("model")
+    assert delta["norm/weight"] == P()
+    memory = cache_shardings(lm.mesh, lm.init_cache(8, 8)).layers[0].memory
+    assert memory.spec == P(BY_ROWS, "model")
 
 
 def test_refined_text_is_that_of_one_device():
@@ -302,9 +313,9 @@ def test_specs_and_bytes_per_device_while_decoding(shape):
     by_width = P(BY_ROWS, None, "model"), P(BY_ROWS, None, None, "model")
     specs = by_width if shape[2] == 8 else (P(BY_ROWS, "model"),) * 2
     # An axis of one device is no split: its name may be left out.
-    for layers, spec in zip((state.cache.keys, state.cache.values), specs, strict=True):
-        for layer in layers:
-            assert layer.sharding.is_equivalent_to(NamedSharding(mesh, spec), 4), layer.sharding
+    for layer in state.cache.layers:
+        for array, spec in zip(layer, specs, strict=True):
+            assert array.sharding.is_equivalent_to(NamedSharding(mesh, spec), 4), array.sharding
     rows = NamedSharding(mesh, P(BY_ROWS))
     assert state.seen.sharding.is_equivalent_to(NamedSharding(mesh, P(BY_ROWS, "model")), 2)
     assert state.cache.positions.sharding.is_equivalent_to(rows, 2)
@@ -333,7 +344,7 @@ def test_batches_and_caches_are_split_by_rows():
     assert batch_sharding(mesh, (6, 16)).spec == P()  # 4 does not divide 6
     cache = jax.eval_shape(lambda: tiny.make_lm().init_cache(8, 24))
     shardings = cache_shardings(mesh, cache)
-    assert shardings.keys[0].spec == P(BY_ROWS, "model")
+    assert shardings.layers[0].keys.spec == P(BY_ROWS, "model")
     assert shardings.positions.spec == P(BY_ROWS)
     assert shardings.cursor.spec == P()
 

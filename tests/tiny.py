@@ -13,7 +13,7 @@ import transformers
 from t3jax import sharding
 from t3jax.head import HeadConfig, init_head
 from t3jax.head_io import Head
-from t3jax.lm import LM, ExpertsConfig, LMConfig, RopeConfig, from_params, init_params
+from t3jax.lm import LM, DeltaConfig, ExpertsConfig, LMConfig, RopeConfig, from_params, init_params
 from t3jax.settings import Settings, from_config
 
 CHATML = (
@@ -68,6 +68,19 @@ def make_settings(module, fields=None):
     with config.ignore_type():
         config.update_from_flattened_dict(fields or {})
     return from_config(Settings, config)
+
+
+# A gated delta net and a layer of attention with a gate.
+DELTA = dataclasses.replace(
+    CONFIG,
+    model_type="qwen3_5_text",
+    tied=False,
+    norm="rms_offset",
+    qk_norm="head",
+    output_gate=True,
+    rope=RopeConfig(rotated=0.5),
+    delta=DeltaConfig(4, 8, 8, 8, 4, layers=(True, False)),
+)
 
 
 def make_tokenizer() -> transformers.PreTrainedTokenizerFast:

@@ -197,11 +197,13 @@ def save_adapter(
         ValueError: If a family stacks layers in one tensor, whose factors PEFT cannot hold apart.
     """
     family = FAMILIES[config.model_type]
-    modules = {}
+    modules, stacked = {}, False
     for path in lora:
         *_, index, block, layer = path.split("/")
-        modules[path] = family.weights[f"layers.{{i}}.{block}.{layer}"].replace("{i}", index)
-    if len(set(modules.values())) < len(modules):
+        module = family.weights[f"layers.{{i}}.{block}.{layer}"]
+        modules[path] = module.replace("{i}", index)
+        stacked = stacked or list(family.weights.values()).count(module) > 1
+    if stacked:
         raise ValueError(
             f"the {config.model_type} family keeps several of the layers {sorted(lora)[:2]}... in "
             "one tensor, so that their factors cannot be saved as an adapter; use the merged model"

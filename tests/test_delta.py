@@ -1,0 +1,119 @@
+"""Gated delta nets: the rule, what padding and pieces do to a state, and all that reads a text."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from t3jax import pooling
+from t3jax.head import head_scores
+from t3jax.lm.delta import apply_delta_rule
+from t3jax.sampling import Sampler
+
+CONFIG = tiny.DELTA
+LM = tiny.make_lm(CONFIG)
+HEAD = tiny.make_head(LM)
+T, S = HEAD.base_temperature, HEAD.guidance_scale
+
+
+def draw_text(length, alike):
+    """Queries, keys and values of 2 rows, 2 heads with 2 of values; how far each token corrects."""
+    random = np.random.default_rng(0)
+    q, k = random.standard_normal((2, 2, length, 2, 4))
+    v = random.standard_normal((2, length, 2, 2, 3))
+    k = np.where(random.random((2, length, 1, 1)) < alike, k[:, :1], k)
+    k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    strengths, decays = random.uniform(0.5, 1.0, (2, 2, length, 2, 2))
+    unreal = random.random((2, length, 1, 1)) < 0.2
+    memory = random.standard_normal((2, 2, 2, 4, 3))
+    log_decays = np.where(unreal, 0.0, np.log(decays))
+    return q, k, v, np.where(unreal, 0.0, strengths), log_decays, memory
+
+
+@pytest.mark.parametrize(("length", "alike"), [(150, 0.9), (1, 0.0)])
+def test_chunks_do_what_the_rule_does_token_by_token(length, alike):
+    """Also where most keys are the same, so that each token corrects nearly all before it."""
+    q, k, v, strengths, log_decays, memory = text = draw_text(length, alike)
+    expected = []
+    for t in range(length):
+        memory = memory * np.exp(log_decays[:, t])[..., None, None]
+        error = v[:, t] - np.einsum("bkd,bkgde->bkge", k[:, t], memory)
+        corrected = strengths[:, t, ..., None] * error
+        memory = memory + np.einsum("bkd,bkge->bkgde", k[:, t], corrected)
+        expected.append(np.einsum("bkd,bkgde->bkge", q[:, t], memory))
+    found, last = apply_delta_rule(*(jnp.asarray(x, jnp.float32) for x in text))
+    np.testing.assert_allclose(found, np.stack(expected, axis=1), atol=1e-5)
+    np.testing.assert_allclose(last, memory, atol=1e-5)
+
+
+def read(tokens, mask, cache=None):
+    hidden, _, cache = tiny.read(LM.apply, LM.unembed, LM.params, tokens, mask, cache)
+    return np.asarray(hidden), cache
+
+
+def test_padding_is_not_there_wherever_it_stands():
+    tokens = np.random.default_rng(1).integers(0, 264, (4, 24)).astype(np.int32)
+    whole, _ = read(tokens, np.ones((4, 24), bool))
+    mask = np.zeros((4, 40), bool)
+    mask[0, 16:] = mask[1, :24] = mask[2, 5:29] = True
+    mask[3, np.random.default_rng(2).choice(40, 24, replace=False)] = True
+    padded = np.zeros((4, 40), np.int32)
+    padded[mask] = tokens.reshape(-1)
+    found, _ = read(padded, mask)
+    np.testing.assert_allclose(found[mask].reshape(whole.shape), whole, atol=2e-5)
+
+
+def test_pieces_and_single_tokens_leave_what_the_whole_text_leaves():
+    """Each row at its own pace, as prompts are read that are padded on the right."""
+    tokens = np.random.default_rng(1).integers(0, 264, (4, 24)).astype(np.int32)
+    whole, _ = read(tokens, np.ones((4, 24), bool))
+    cache, count = LM.init_cache(4, 48), np.zeros(4, int)
+    cache = cache._replace(cursor=jnp.zeros(4, jnp.int32))
+    for lengths in ([8, 3, 0, 1], [8, 8, 8, 2], [7, 6, 8, 0], *[[1, 1, 1, 1]] * 8):
+        lengths = np.minimum(lengths, 24 - count)
+        mask = np.arange(max(lengths.max(), 1)) < lengths[:, None]
+        if mask.shape[1] > 1:
+            mask = np.pad(mask, ((0, 0), (0, 8 - mask.shape[1])))
+        piece = np.zeros(mask.shape, np.int32)
+        rows, places = np.nonzero(mask)
+        piece[mask] = tokens[rows, count[rows] + places]
+        hidden, cache = read(piece, mask, cache)
+        np.testing.assert_allclose(hidden[mask], whole[rows, count[rows] + places], atol=2e-5)
+        count += lengths
+    assert count.tolist() == [24, 24, 24, 11]
+
+
+def guided(prompt, steps):
+    """Greedy guided tokens, the text read anew for each."""
+    tokens, mask = np.zeros((1, 64), np.int32), np.arange(64)[None] < len(prompt)
+    tokens[0, : len(prompt)] = prompt
+    for at in range(len(prompt), len(prompt) + steps):
+        hidden, logits, _ = tiny.read(LM.apply, LM.unembed, LM.params, tokens, mask)
+        mean = pooling.causal_mean(hidden, jnp.asarray(mask))[:, at - 1]
+        scores = head_scores(HEAD.params, mean, HEAD.config.activation)
+        served = logits[:, at - 1] / T + S * jax.nn.log_sigmoid(scores)
+        tokens[0, at], mask[0, at] = np.argmax(served), True
+    return tokens[0, len(prompt) : len(prompt) + steps].tolist()
+
+
+PROMPTS = [[5, 9, 200, 31], [77], list(range(40, 65)), [3, 3, 3], [250, 1], [7] * 12]
+
+
+def test_guided_text_whoever_is_beside_it_and_whichever_row_it_takes():
+    lengths = [20, 20, 20, 20, 20, 20]
+    expected = [guided(prompt, n) for prompt, n in zip(PROMPTS[:3], lengths, strict=False)]
+    # The third token of two answers ends all that have it: rows become free at different times.
+    ends = (expected[0][2], expected[1][6])
+    lm = dataclasses.replace(LM, eos_ids=ends)
+    alone = [
+        Sampler(lm, HEAD).generate([prompt], max_new_tokens=20)[0].tokens for prompt in PROMPTS
+    ]
+    few = Sampler(lm, HEAD, batch_size=2, chunk=2).generate(PROMPTS, max_new_tokens=20)
+    assert [sample.tokens for sample in few] == alone
+    assert len({len(tokens) for tokens in alone}) > 1
+    for found, whole in zip(alone, expected, strict=False):
+        assert found == whole[: len(found)]
+    assert alone != [sample.tokens for sample in Sampler(lm).generate(PROMPTS, max_new_tokens=20)]
