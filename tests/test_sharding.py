@@ -16,6 +16,7 @@ from t3jax import features, plan, sharding
 from t3jax.data import PromptFormat, encode_records
 from t3jax.head import head_scores
 from t3jax.lm import ExpertsConfig, from_params
+from t3jax.lm.cache import cache_shardings
 from t3jax.plan import programs
 from t3jax.pooling import causal_mean
 from t3jax.refinements import PLAIN, Refinements

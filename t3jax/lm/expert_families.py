@@ -59,7 +59,7 @@ _DEEPSEEK_WEIGHTS = {
     **WEIGHTS,
     **QK_NORMS,
     **EXPERTS,
-    **_shared("shared_experts"),
+    **shared_expert("shared_experts"),
     "layers.{i}.experts.router.correction": "model.layers.{i}.mlp.gate.e_score_correction_bias",
 }
 
@@ -314,7 +314,7 @@ EXPERT_FAMILIES: dict[str, Family] = {
         layer_types=True,
         dense=lambda config, layer: layer < config["first_k_dense_replace"],
         weights=_DEEPSEEK_WEIGHTS,
-        expert_names=_NAMES,
+        expert_names=QWEN_NAMES,
     ),
     "minimax_m2": Family(
         "MiniMaxM2ForCausalLM",
