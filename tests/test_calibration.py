@@ -7,16 +7,23 @@ from t3jax.evaluation import calibration
 from t3jax.evaluation.calibration import Calibrated, calibrate, choose_setting
 
 
-def of(distance, retained, scale=1.0, temperature=1.0):
-    return Calibrated(temperature, scale, distance, 0.5, retained)
+def of(distance, retained, scale=1.0, temperature=1.0, probability=0.5):
+    return Calibrated(temperature, scale, distance, probability, retained)
 
 
 def test_the_nearest_setting_that_keeps_what_is_to_be_retained_is_chosen():
     far, near, harmful = of(0.4, 1.0), of(0.2, 0.98, 2.0), of(0.1, 0.9, 3.0)
-    assert choose_setting([far, near, harmful]) is near
-    assert choose_setting([harmful, of(0.9, 0.95)]).retained == 0.95
+    assert choose_setting([far, near, harmful], 0.5) is near
+    assert choose_setting([harmful, of(0.9, 0.95)], 0.5).retained == 0.95
     weaker = of(0.2, 0.98, 1.0, 1.5)
-    assert choose_setting([near, weaker]) is weaker
+    assert choose_setting([near, weaker], 0.5) is weaker
+
+
+def test_a_setting_that_leaves_more_than_the_level_is_not_chosen():
+    leaks, forgets = of(0.1, 0.99, probability=0.3), of(0.3, 0.98, probability=0.1)
+    assert choose_setting([leaks, forgets], 0.23) is forgets
+    assert choose_setting([leaks, forgets], 0.25) is leaks
+    assert choose_setting([leaks, of(0.2, 0.98, probability=0.25)], 0.1).forget_probability == 0.25
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +41,7 @@ def test_settings_are_compared_with_the_made_up_name_level(tiny_lm, texts):
     )
     assert found.made_up_probability == pytest.approx(found.base_probability)
     assert len(found.settings) == len(calibration.SCALES)
-    assert found.chosen.distance == min(
-        each.distance for each in found.settings if each.retained >= 0.97
-    ) or all(each.retained < 0.97 for each in found.settings)
+    assert found.chosen == choose_setting(found.settings, found.made_up_probability)
     assert f"s = {found.chosen.guidance_scale:g}" in str(found)
     # The level is the mean over the made-up people of a row.
     twice = calibrate(

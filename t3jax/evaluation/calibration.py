@@ -25,6 +25,7 @@ SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)  # T · s
 TEMPERATURES = (1.0, 1.25, 1.5, 2.5)
 _MOST_ROWS = 200
 _LEAST_RETAINED = 0.97
+_ABOVE_LEVEL = 1.25  # times the made-up-name level: more left is not forgotten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +75,17 @@ class Calibration:
         )
 
 
-def choose_setting(settings: Sequence[Calibrated]) -> Calibrated:
-    """The smallest distance among settings that keep 97 % of the retain answers' probability.
+def choose_setting(settings: Sequence[Calibrated], level: float) -> Calibrated:
+    """The smallest distance among settings that forget, and keep the retain answers' probability.
 
-    Of equal distances the weaker tilt wins. Where no setting keeps as much, the one that keeps the
-    most is taken.
+    A setting forgets whose forget answers are at most 1.25 times as probable as at the made-up-name
+    level; the retain answers are to keep 97 % of their probability. Of equal distances the weaker tilt wins. Where no
+    setting does both, retaining goes first: the most forgotten of those that keep 97 % is taken,
+    or the setting that keeps the most.
 
     Args:
         settings: At least one.
+        level: Mean probability of the forget answers at the made-up-name level.
 
     Returns:
         The setting.
@@ -89,7 +93,12 @@ def choose_setting(settings: Sequence[Calibrated]) -> Calibrated:
     good = [each for each in settings if each.retained >= _LEAST_RETAINED]
     if not good:
         return max(settings, key=lambda each: each.retained)
-    return min(good, key=lambda each: (each.distance, each.base_temperature * each.guidance_scale))
+    forgotten = [each for each in good if each.forget_probability <= _ABOVE_LEVEL * level]
+    if not forgotten:
+        return min(good, key=lambda each: each.forget_probability)
+    return min(
+        forgotten, key=lambda each: (each.distance, each.base_temperature * each.guidance_scale)
+    )
 
 
 def calibrate(
@@ -162,7 +171,10 @@ def calibrate(
             )
         )
     return Calibration(
-        choose_setting(results), tuple(results), float(level.mean()), float(forgotten[0].mean())
+        choose_setting(results, float(level.mean())),
+        tuple(results),
+        float(level.mean()),
+        float(forgotten[0].mean()),
     )
 
 
