@@ -79,9 +79,9 @@ def choose_setting(settings: Sequence[Calibrated], level: float) -> Calibrated:
     """The smallest distance among settings that forget, and keep the retain answers' probability.
 
     A setting forgets whose forget answers are at most 1.25 times as probable as at the made-up-name
-    level; the retain answers are to keep 97 % of their probability. Of equal distances the weaker tilt wins. Where no
-    setting does both, retaining goes first: the most forgotten of those that keep 97 % is taken,
-    or the setting that keeps the most.
+    level; the retain answers are to keep 97 % of their probability. Of equal distances the weaker
+    tilt wins. Where no setting does both, retaining goes first: the most forgotten of those that
+    keep 97 % is taken, or the setting that keeps the most.
 
     Args:
         settings: At least one.
