@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import subprocess
 import sys
@@ -567,6 +568,8 @@ def test_smollm2_evaluation(smollm2, tmp_path):
             ("wf", "world_facts", 1),
         )
     }
+    for each in itertools.chain(*rows.values()):  # two wrong answers compare as five do
+        each["perturbed_answer"] = each["perturbed_answer"][:2]
     rows["holdout"] = tofu_rows(2, "retain90")
     sets = {
         name: encode_set(name, each, lm.tokenizer, PromptFormat(), lm.max_position)
