@@ -419,6 +419,8 @@ def make_wrapper(name: str, tied: bool) -> transformers.PreTrainedModel:
         for path, parameter in model.named_parameters():
             if "norm" in path:
                 parameter.uniform_(0.5, 1.5)
+                if name.startswith("qwen3_5") and "linear_attn" not in path:
+                    parameter -= 1.0  # there it is what is added to 1
             else:
                 parameter.normal_(0.0, 0.25)
     return model.eval()
