@@ -91,5 +91,5 @@ def test_every_field_in_the_docs_is_there(repository):
 def test_what_a_field_may_be_is_known():
     assert expected("classifier.rank") == "a whole number in [1, 65536]"
     assert expected("leaks.top_p") == "a number in (0, 1]"
-    assert expected("train.loss") == "one of classifier, distillation"
+    assert expected("train.loss") == "one of classifier, distillation, auto"
     assert expected("base_only") == "True or False"
