@@ -329,7 +329,7 @@ def _fit(hint: Any, value: Any, may_be_empty: bool) -> Any:
             raise TypeError("several, with commas between")
         return tuple(_fit(arguments[0], each, False) for each in value)
     elif isinstance(value, str):
-        return parse_json(value, "chat_template_kwargs", dict[str, Any])
+        return parse_json(value, "config.prompt_format.chat_template_kwargs", dict[str, Any])
     return value
 
 
