@@ -214,7 +214,7 @@ def join(program: Program, state: State, new: State, rows: Int[Array, " b"]) -> 
     def replace(old: Array, own: Array) -> Array:
         return old.at[rows].set(own, mode="drop")
 
-    def widen(axes: Axes, own: Array, empty: Array) -> Array:
+    def widen(axes: Axes, own: Array, empty: Any) -> Array:
         if axes.slots is None:
             return own
         return jax.lax.dynamic_update_slice_in_dim(empty, own, 0, axes.slots)
@@ -229,7 +229,7 @@ def join(program: Program, state: State, new: State, rows: Int[Array, " b"]) -> 
 def resize(program: Program, state: State, slots: int) -> State:
     """The same state with more or fewer slots; those dropped hold nothing that is needed."""
 
-    def change(axes: Axes, old: Array, empty: Array) -> Array:
+    def change(axes: Axes, old: Array, empty: Any) -> Array:
         if axes.slots is None:
             return old
         kept = jax.lax.slice_in_dim(old, 0, min(slots, old.shape[axes.slots]), axis=axes.slots)
