@@ -98,7 +98,8 @@ def test_what_is_saved_loads_in_every_family(tmp_path, name, monkeypatch):
     shardings = functools.partial(sharding.param_shardings, make_mesh((2, 2, 2)))
     loaded = load_params(tmp_path, config, jnp.float32, shardings)
     equal(loaded, params)
-    q = loaded["layers"][0]["attention"]["q"]["weight"]
+    first = loaded["layers"][0]
+    q = first["delta" if "delta" in first else "attention"]["q"]["weight"]
     assert {s.data.shape for s in q.addressable_shards} == {(q.shape[0] // 2, q.shape[1] // 2)}
     # By halves and quarters, each once, however many devices hold them.
     assert sum(sizes) == sum(leaf.size for leaf in jax.tree.leaves(params))
