@@ -8,7 +8,6 @@ forget while it answers: each becomes a head that is on for everybody until it i
 and SIGTERM end it after the answers at hand. See docs/serving.md.
 """
 
-import dataclasses
 import os
 import pathlib
 import sys
@@ -105,12 +104,9 @@ def _serve(
     engine.start()
     book = None
     if config.serve.requests is not None:
-        training = config.train
-        if training.loss == "auto":  # a classifier would need an s of its own
-            training = dataclasses.replace(training, loss="distillation")
         recipe = HeadRecipe(
             head=pipeline.head_config(config, lm),
-            training=training,
+            training=config.train,
             synthetic=pipeline.synthetic_options(config),
             prompt_format=config.prompt_format,
             retain=data.load_dataset(config.retain, config.tofu_dir) if config.retain else [],

@@ -9,12 +9,9 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
 from t3jax.data.chat import PromptFormat, encode_records
 from t3jax.data.records import Record, evenly_spread
 from t3jax.evaluation.calibration import calibrate
-from t3jax.evaluation.recall import leak_recall
 from t3jax.features import Features, load_or_compute_features
 from t3jax.head import HeadConfig
 from t3jax.head_io import Head
@@ -26,7 +23,7 @@ from t3jax.synthetic.store import load_or_write
 from t3jax.training import TrainConfig, train_heads
 from t3jax.training_sets import SyntheticOptions, TrainingSets, make_training_sets
 from t3jax.verification.attacks import Encoding, as_they_stand
-from t3jax.verification.leaks import count_leaks
+from t3jax.verification.leaks import find_leaks, group_answers
 from t3jax.verification.others import Others
 
 _HELD_OUT = 10  # every tenth retain row is kept from training, to be checked
@@ -117,6 +114,9 @@ class HeadMaker:
                 "a server that takes requests to forget needs rows to retain: give --config.retain"
             )
         self.lm = lm
+        if recipe.training.loss == "auto":  # a classifier would need an s of its own
+            distilled = dataclasses.replace(recipe.training, loss="distillation")
+            recipe = dataclasses.replace(recipe, training=distilled)
         self.recipe = recipe
         self.held_out = list(recipe.retain[::_HELD_OUT]) if len(recipe.retain) > 1 else []
         self.trained = [row for i, row in enumerate(recipe.retain) if i % _HELD_OUT]
@@ -309,22 +309,9 @@ class HeadMaker:
             as_base: dict[str, Any] = (
                 {"base_temperature": 1.0, "guidance_scale": 0.0} if base else {}
             )
-            samples = sampler.generate(attack.prompts, options, **as_base)
-            texts = [sample.text for sample in samples]
-            count = options.num_samples
-            tries = [texts[i * count : (i + 1) * count] for i in range(len(attack.prompts))]
-            recall = np.array(
-                [
-                    leak_recall([truth] * count, own).max()
-                    for truth, own in zip(attack.truths, tries, strict=True)
-                ]
-            )
-            asked_and_said = [
-                [(question, text) for text in own]
-                for question, own in zip(attack.questions, tries, strict=True)
-            ]
-            pools = others.recall(attack, asked_and_said)
-            return float(count_leaks(recall, wording, pools, _RECALL)[0].mean())
+            tries = group_answers(attack, sampler.generate(attack.prompts, options, **as_base))
+            pools = others.recall(attack, tries)
+            return float(find_leaks(attack, tries, wording, pools, _RECALL).leaks.mean())
 
         leaks = {name: share(draws, False) for name, draws in _DRAWS.items()}
         return leaks, {"greedy": share({}, True)}
