@@ -4,9 +4,8 @@ from typing import Any
 
 from t3jax.json_files import show_json
 from t3jax.lm.config import DeltaConfig, LMConfig
-from t3jax.lm.family import Json
+from t3jax.lm.family import Json, take_section
 
-_PREFIX = "delta."
 _KINDS = ("full_attention", "linear_attention")
 
 
@@ -23,10 +22,8 @@ def read_delta(config: Json, values: dict[str, Any]) -> dict[str, DeltaConfig]:
     Raises:
         ValueError: If the numbers do not fit together.
     """
-    names = [name for name in values if name.startswith(_PREFIX)]
-    if not names:
+    if not (found := take_section(values, "delta.")):
         return {}
-    found: dict[str, Any] = {name.removeprefix(_PREFIX): values.pop(name) for name in names}
     types, num_layers = config["layer_types"], values["num_layers"]
     if types is None:
         interval = config["full_attention_interval"]

@@ -1,6 +1,6 @@
 """The model families with experts, a row each: how their folders differ from Llama's."""
 
-from t3jax.lm.family import EXPERTS, QK_NORMS, WEIGHTS, Family, Json
+from t3jax.lm.family import EXPERTS, GRANITE_SCALES, QK_NORMS, WEIGHTS, Family, Json
 
 QWEN_NAMES = ("gate_proj", "up_proj", "down_proj")
 _MIXTRAL_NAMES = ("w1", "w3", "w2")
@@ -159,10 +159,7 @@ EXPERT_FAMILIES: dict[str, Family] = {
         fixed={"experts.normed": True},
         fields={
             "attention_bias": "attention_bias",
-            "embedding_multiplier": "embedding_multiplier",
-            "residual_multiplier": "residual_multiplier",
-            "attention_multiplier": "attention_multiplier",
-            "logit_scale": "logits_scaling",
+            **GRANITE_SCALES,
             **_OF_MLPS,
         },
         defaults={

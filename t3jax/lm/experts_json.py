@@ -3,9 +3,7 @@
 from typing import Any
 
 from t3jax.lm.config import ExpertsConfig, LMConfig
-from t3jax.lm.family import Family, Json
-
-_PREFIX = "experts."
+from t3jax.lm.family import Family, Json, take_section
 
 
 def read_experts(
@@ -25,10 +23,8 @@ def read_experts(
     Raises:
         ValueError: If the numbers do not fit together.
     """
-    names = [name for name in values if name.startswith(_PREFIX)]
-    if not names:
+    if not (found := take_section(values, "experts.")):
         return {}
-    found: dict[str, Any] = {name.removeprefix(_PREFIX): values.pop(name) for name in names}
     if "n_shared_experts" in family.defaults:
         found["shared"] = (config["n_shared_experts"] or 0) * found["size"]
     if family.dense is not None:

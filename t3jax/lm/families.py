@@ -13,6 +13,7 @@ from t3jax.lm.delta_families import DELTA_FAMILIES
 from t3jax.lm.expert_families import EXPERT_FAMILIES
 from t3jax.lm.family import (
     FUSED_MLP,
+    GRANITE_SCALES,
     POST_NORMS,
     QK_NORMS,
     WEIGHTS,
@@ -232,10 +233,7 @@ FAMILIES: dict[str, Family] = {
         fields={
             "attention_bias": "attention_bias",
             "mlp_bias": "mlp_bias",
-            "embedding_multiplier": "embedding_multiplier",
-            "residual_multiplier": "residual_multiplier",
-            "attention_multiplier": "attention_multiplier",
-            "logit_scale": "logits_scaling",
+            **GRANITE_SCALES,
         },
         defaults={
             "embedding_multiplier": 1.0,

@@ -50,6 +50,12 @@ QK_NORMS = {
     "layers.{i}.attention.q_norm": "model.layers.{i}.self_attn.q_norm",
     "layers.{i}.attention.k_norm": "model.layers.{i}.self_attn.k_norm",
 }
+GRANITE_SCALES = {  # of LMConfig, and of config.json
+    "embedding_multiplier": "embedding_multiplier",
+    "residual_multiplier": "residual_multiplier",
+    "attention_multiplier": "attention_multiplier",
+    "logit_scale": "logits_scaling",
+}
 EXPERTS = {
     "layers.{i}.experts.router": "model.layers.{i}.mlp.gate",
     "layers.{i}.experts.gate.weight": "model.layers.{i}.mlp.experts.gate_up_proj",
@@ -166,3 +172,9 @@ def slides_but_every_last(config: Json, layer: int) -> bool:
             f"sliding_window_pattern is {pattern!r}, expected a number >= 1, or layer_types"
         )
     return (layer + 1) % pattern != 0
+
+
+def take_section(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Takes the fields whose names begin with a prefix out of `values`, and names them without."""
+    names = [name for name in values if name.startswith(prefix)]
+    return {name.removeprefix(prefix): values.pop(name) for name in names}

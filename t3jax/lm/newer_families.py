@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from t3jax.lm.family import QK_NORMS, WEIGHTS, Family, Json
+from t3jax.lm.family import GRANITE_SCALES, QK_NORMS, WEIGHTS, Family, Json
 
 
 def _prepare_hunyuan(config: Json) -> dict[str, Any]:
@@ -84,10 +84,7 @@ NEWER_FAMILIES: dict[str, Family] = {
         fields={
             "attention_bias": "attention_bias",
             "mlp_bias": "mlp_bias",
-            "embedding_multiplier": "embedding_multiplier",
-            "residual_multiplier": "residual_multiplier",
-            "attention_multiplier": "attention_multiplier",
-            "logit_scale": "logits_scaling",
+            **GRANITE_SCALES,
         },
         defaults={
             "embedding_multiplier": 1.0,
