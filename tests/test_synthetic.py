@@ -12,6 +12,7 @@ import t3jax
 from t3jax.data import Example, PromptFormat, encode_question_answer, encode_records
 from t3jax.features import load_or_compute_features
 from t3jax.head import HeadConfig
+from t3jax.sampling import Sample, Sampler
 from t3jax.synthetic import counterfactual, names, targets, turns, writing
 from t3jax.synthetic.store import load_or_write
 from t3jax.training import TrainConfig, train_heads
@@ -255,6 +256,32 @@ def test_the_loss_is_a_classifiers_where_made_up_names_hide_few_rows(lm, tmp_pat
     shape = HeadConfig(lm.hidden_size, lm.vocab_size, features="mean+last")
     with pytest.raises(ValueError, match="decided by make_training_sets"):
         train_heads(half.retain, half.forget, shape, TrainConfig(loss="auto"))
+
+
+def test_a_model_that_ends_most_of_its_own_questions_at_once_is_asked_again(lm, monkeypatch):
+    rounds = []
+
+    class Silent(Sampler):
+        """Three of four user's turns are empty; an answer repeats its question."""
+
+        def __init__(self, lm, batch_size):
+            self.lm = lm
+
+        def generate(self, prompts, *, num_samples=1, seed, **_):
+            eos = lm.eos_ids[0]
+            if len(prompts) > 1:
+                return [Sample(f"answer {i}", [65, eos]) for i in range(len(prompts))]
+            rounds.append(seed)
+            texts = ["" if i % 4 else f"Who is number {i}, {seed}?" for i in range(num_samples)]
+            return [Sample(text, [*([66] if text else []), eos]) for text in texts]
+
+    monkeypatch.setattr(writing, "Sampler", Silent)
+    written = writing.write_own_samples(lm, 40, PromptFormat(), seed=5)
+    assert len(set(rounds)) == len(rounds) == 2
+    assert len(written) == len({row["question"] for row in written}) == 20
+    monkeypatch.setattr(Silent, "generate", lambda self, prompts, **_: [Sample("", [0])] * 40)
+    with pytest.raises(ValueError, match="wrote no question that ends"):
+        writing.write_own_samples(lm, 40, PromptFormat())
 
 
 def test_without_retain_rows_the_models_own_samples_are_what_must_stay(lm, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ part of it or where there are none.
 """
 
 import re
+import warnings
 from collections.abc import Sequence
 
 from t3jax.data.chat import PromptFormat, encode_prompt, tokenize
@@ -14,6 +15,7 @@ from t3jax.sampling.sampler import Sampler
 from t3jax.synthetic.names import holds_name
 
 _TOP_P = 0.95  # of the base model's own draws: its tail is noise, and nothing is to be hidden
+_MOST_ROUNDS = 8
 _REWORD = (
     "Write the following question in other words. Keep all names and ask for the same thing. "
     "Answer with the question alone.\n\n{question}"
@@ -60,24 +62,9 @@ def write_own_samples(
     sampler = Sampler(lm, batch_size=batch_size)
     limit = min(max_new_tokens, lm.max_position // 4)
     if openings is None:
-        opening, stop, stop_ids = _user_turn(lm, prompt_format)
-        drawn = sampler.generate(
-            [opening],
-            num_samples=count,
-            temperature=1.0,
-            top_p=_TOP_P,
-            max_new_tokens=limit,
-            stop=stop,
-            stop_ids=stop_ids,
-            seed=seed,
-            progress=progress and f"{progress}: questions",
+        questions = _write_questions(
+            sampler, count, limit, prompt_format, seed, progress and f"{progress}: questions"
         )
-        ended = [
-            sample.text.strip()
-            for sample in drawn
-            if len(sample.tokens) < limit or sample.tokens[-1] in (*lm.eos_ids, *stop_ids)
-        ]
-        questions = [text for text in ended if text]
     else:
         questions = [openings[i % len(openings)] for i in range(count)]
     questions = [q for q in questions if not any(holds_name(q, name) for name in names)]
@@ -106,6 +93,47 @@ def write_own_samples(
             "ones"
         )
     return list(rows.values())
+
+
+def _write_questions(
+    sampler: Sampler,
+    count: int,
+    limit: int,
+    prompt_format: PromptFormat,
+    seed: int,
+    progress: str | None,
+) -> list[str]:
+    """User's turns that end and are not empty, `count` at most.
+
+    A model that was trained on answers alone may end most of its user's turns at once. It writes
+    again, `_MOST_ROUNDS` times at most, until it has half of the questions.
+    """
+    lm = sampler.lm
+    opening, stop, stop_ids = _user_turn(lm, prompt_format)
+    questions: list[str] = []
+    for round_ in range(_MOST_ROUNDS):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".* answers are empty")  # they are questions
+            drawn = sampler.generate(
+                [opening],
+                num_samples=count,
+                temperature=1.0,
+                top_p=_TOP_P,
+                max_new_tokens=limit,
+                stop=stop,
+                stop_ids=stop_ids,
+                seed=seed + 2 * round_,  # the answers are drawn with seed + 1
+                progress=progress,
+            )
+        ended = [
+            sample.text.strip()
+            for sample in drawn
+            if len(sample.tokens) < limit or sample.tokens[-1] in (*lm.eos_ids, *stop_ids)
+        ]
+        questions += [text for text in ended if text]
+        if 2 * len(questions) >= count:
+            break
+    return questions[:count]
 
 
 def reword_questions(
