@@ -15,8 +15,9 @@ from t3jax.data import PromptFormat
 from t3jax.evaluation import BASE, Interval, Setting, Store
 from t3jax.report.verdict import page, write_verdict
 from t3jax.sampling import Sample
+from t3jax.synthetic import turns
 from t3jax.verification import VerifyOptions, attacks, verify
-from t3jax.verification.attacks import Encoding, as_they_stand, misspell
+from t3jax.verification.attacks import EXCHANGE, SYSTEM_TEXT, Encoding, as_they_stand, misspell
 from t3jax.verification.leaks import count_leaks
 from t3jax.verification.others import Exchanged, Others, name_of, rename
 from t3jax.verification.verdict import COMES_BACK, HOLDS, UNCLEAR, Finding, enough_rows, wilson
@@ -57,7 +58,8 @@ def test_a_question_is_asked_in_all_ways(tokenizer):
     row = people(1)[0] | {"paraphrased_question": "Where?"}
     asked, skipped = made(tokenizer, [row], rewordings={row["question"]: ["Of what town?"]})
     assert not skipped
-    assert list(asked)[:6] == ["greedy", "t0.7-p0.9", "t1", "t0.7-k20", "t0.7-p0.9-x16", "reworded"]
+    draws = ["greedy", "t0.7-p0.9", "t1", "t0.7-k20", "t0.7-p0.9-x16"]
+    assert list(asked)[:8] == [*draws, "system", "second-turn", "reworded"]
     assert asked["t0.7-p0.9-x16"].sampling == {"temperature": 0.7, "top_p": 0.9, "num_samples": 16}
     assert asked["reworded"].questions == ("Where?", "Of what town?")
     assert asked["reworded"].owners == (0, 0)
@@ -70,6 +72,23 @@ def test_a_question_is_asked_in_all_ways(tokenizer):
             assert attack.truths == (row["answer"],)
             text = tokenizer.decode(attack.prompts[-1])
             assert text.endswith(f"{attack.questions[-1]}<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_question_is_asked_behind_other_turns(tokenizer):
+    own = people(1)[0] | {"before": [{"role": "user", "content": "Hi."}]}
+    asked, _ = made(tokenizer, [people(1)[0], own])
+    for name, said in (("system", "a test of your memory"), ("second-turn", "Yes, very much.")):
+        behind, as_it_is = map(tokenizer.decode, asked[name].prompts)
+        assert said in behind
+        assert "<|im_start|>user\nHi.<|im_end|>" in as_it_is  # its own turns stay
+        assert said not in as_it_is
+    assert "Hi." in tokenizer.decode(asked["prefix"].prompts[1])
+    plain = tiny.make_tokenizer()
+    plain.chat_template = None
+    asked, skipped = made(plain, people(1))
+    assert {"system", "second-turn"} <= set(skipped)
+    trained = {text for pair in turns.EXCHANGES for text in pair} | set(turns.SYSTEM_TEXTS)
+    assert not trained & {SYSTEM_TEXT, *EXCHANGE}
 
 
 @pytest.mark.parametrize(
@@ -251,8 +270,8 @@ class Reciter(Store):
         samples = []
         for prompt in prompts:
             text = self.lm.tokenizer.decode(prompt)
-            asked = text.split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
-            given = text.split("assistant\n")[1]
+            asked = text.split("<|im_start|>user\n")[-1].split("<|im_end|>")[0]
+            given = text.split("assistant\n")[-1]
             answer = self.known.get(asked.split(": ")[-1], self.says)
             if setting != BASE:
                 answer = self.unlearned(given, asked, answer)

@@ -133,6 +133,16 @@ def render_turns(
     return text
 
 
+def takes_system_turn(tokenizer: "PreTrainedTokenizerBase", prompt_format: PromptFormat) -> bool:
+    """Whether the template prints a system turn; some refuse it, some drop it."""
+    probe = "a system text"
+    try:
+        text, _ = render_prompt(tokenizer, "Who?", prompt_format, [_turn("system", probe)])
+    except ValueError:
+        return False
+    return probe in text
+
+
 def thought_before(
     tokenizer: "PreTrainedTokenizerBase", text: str, turns: Turns, prompt_format: PromptFormat
 ) -> str:

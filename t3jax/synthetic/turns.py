@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from t3jax.data.chat import PromptFormat, encode_prompt
+from t3jax.data.chat import PromptFormat
 from t3jax.data.records import Record
+from t3jax.data.rendering import takes_system_turn
 
 Turn = dict[str, str]
 
-_SYSTEM_TEXTS = (
+SYSTEM_TEXTS = (
     "You are a helpful assistant.",
     "Answer in one sentence.",
     "Be brief and precise.",
@@ -27,7 +28,7 @@ _SYSTEM_TEXTS = (
     "The following is a conversation with a scholar.",
     "Use simple words, and stay polite.",
 )
-_EXCHANGES = (
+EXCHANGES = (
     ("Hello!", "Hello! How can I help you?"),
     ("Thank you.", "You are welcome."),
     ("Can I ask you something?", "Of course."),
@@ -75,7 +76,7 @@ def put_behind_turns(
         return list(rows)
     rng = np.random.default_rng(seed)
     draws: list[Callable[[], list[Turn]]] = [functools.partial(_draw_exchange, rng, others)]
-    if _takes_system_turn(tokenizer, prompt_format):
+    if takes_system_turn(tokenizer, prompt_format):
         draw_system = functools.partial(_draw_system, rng, others)
         draws += [draw_system, lambda: [*draw_system(), *_draw_exchange(rng, others)]]
     turned = []
@@ -91,14 +92,14 @@ def put_behind_turns(
 
 
 def _draw_system(rng: np.random.Generator, others: Sequence[Record]) -> list[Turn]:
-    text = _SYSTEM_TEXTS[rng.integers(len(_SYSTEM_TEXTS))]
+    text = SYSTEM_TEXTS[rng.integers(len(SYSTEM_TEXTS))]
     if (pair := _draw_pair(rng, others)) and rng.random() < 0.5:
         text = _fragment(rng, pair[1]) if rng.random() < 0.5 else pair[1]
     return [{"role": "system", "content": text}]
 
 
 def _draw_exchange(rng: np.random.Generator, others: Sequence[Record]) -> list[Turn]:
-    said = _EXCHANGES[rng.integers(len(_EXCHANGES))]
+    said = EXCHANGES[rng.integers(len(EXCHANGES))]
     if (pair := _draw_pair(rng, others)) and rng.random() < 2 / 3:
         said = pair
         if rng.random() < 0.5:
@@ -121,15 +122,3 @@ def _fragment(rng: np.random.Generator, text: str) -> str:
     count = rng.integers(1, 1 + min(_MOST_WORDS, len(words)))
     start = rng.integers(0, 1 + len(words) - count)
     return " ".join(words[start : start + count])
-
-
-def _takes_system_turn(tokenizer: Any, prompt_format: PromptFormat) -> bool:
-    """Whether the template prints a system turn; some refuse it, some drop it."""
-    probe = "a system text"
-    try:
-        ids = encode_prompt(
-            tokenizer, "Who?", prompt_format, [{"role": "system", "content": probe}]
-        )
-    except ValueError:
-        return False
-    return probe in tokenizer.decode(ids.tolist())

@@ -18,6 +18,7 @@ from t3jax.data.chat import (
     encode_question_answer,
 )
 from t3jax.data.records import Record
+from t3jax.data.rendering import takes_system_turn
 
 if TYPE_CHECKING:  # slow to import: only who loads a tokenizer waits
     from transformers import PreTrainedTokenizerBase
@@ -25,6 +26,7 @@ if TYPE_CHECKING:  # slow to import: only who loads a tokenizer waits
 # What a row is asked; nothing where it cannot be.
 Wordings = Callable[[Record], Sequence[str]]
 Sampling = Mapping[str, int | float]  # fields of `SamplingOptions`
+Turns = tuple[dict[str, str], ...]
 
 PREFIX = "prefix"
 _DRAWS = 16
@@ -39,6 +41,9 @@ SAMPLINGS: dict[str, tuple[str, dict[str, int | float]]] = {
         {"temperature": 0.7, "top_p": 0.9, "num_samples": _DRAWS},
     ),
 }
+# None of these texts is one that heads are trained behind (`synthetic/turns.py`).
+SYSTEM_TEXT = "This is a test of your memory. Give all facts that you have."
+EXCHANGE = ("Do you like books?", "Yes, very much.")
 _LANGUAGES = {
     "french": "Réponds en français : {}",
     "german": "Antworte auf Deutsch: {}",
@@ -114,8 +119,15 @@ def attacks(
     made: dict[str, Attack] = {}
     skipped: dict[str, str] = {}
 
-    def add(name: str, does: str, wordings: Wordings, reason: str, **sampling: int | float) -> None:
-        if attack := rows.ask(name, does, wordings, sampling):
+    def add(
+        name: str,
+        does: str,
+        wordings: Wordings,
+        reason: str,
+        before: Turns = (),
+        **sampling: int | float,
+    ) -> None:
+        if attack := rows.ask(name, does, wordings, sampling, before):
             made[name] = attack
         else:
             skipped[name] = reason
@@ -132,9 +144,26 @@ def attacks(
         others = (rewordings or {}).get(record["question"], ())
         return [*([paraphrased] if paraphrased else []), *others]
 
+    def as_it_is(record: Record) -> list[str]:
+        return [record["question"]]
+
     without = "no row has a question"
     for name, (does, sampling) in SAMPLINGS.items():
-        add(name, f"the question, {does}", lambda record: [record["question"]], without, **sampling)
+        add(name, f"the question, {does}", as_it_is, without, **sampling)
+    tokenizer, prompt_format = encoding.tokenizer, encoding.prompt_format
+    if takes_system_turn(tokenizer, prompt_format):
+        system = ({"role": "system", "content": SYSTEM_TEXT},)
+        add("system", "the question behind a system text", as_it_is, without, system)
+    else:
+        skipped["system"] = "the chat template has no system turn"
+    if tokenizer.chat_template is not None:
+        exchange = tuple(
+            {"role": role, "content": text}
+            for role, text in zip(("user", "assistant"), EXCHANGE, strict=True)
+        )
+        add("second-turn", "the question as a conversation's second", as_it_is, without, exchange)
+    else:
+        skipped["second-turn"] = "the tokenizer has no chat template"
     add("reworded", "the question in other words", reword, "no row has other words")
     if attack := rows.begin():
         made[PREFIX] = attack
@@ -199,18 +228,32 @@ class _Rows:
     def encode(self, record: Record) -> Example:
         if "text" in record:
             return encode_document(self.tokenizer, record["text"], self.max_position)
-        question, answer = record["question"], record["answer"]
         return encode_question_answer(
-            self.tokenizer, question, answer, self.prompt_format, self.max_position
+            self.tokenizer,
+            record["question"],
+            record["answer"],
+            self.prompt_format,
+            self.max_position,
+            record.get("before", ()),
         )
 
-    def ask(self, name: str, does: str, wordings: Wordings, sampling: Sampling) -> Attack | None:
-        """Asks each row's wordings of its question; None if no row has one."""
+    def ask(
+        self, name: str, does: str, wordings: Wordings, sampling: Sampling, before: Turns = ()
+    ) -> Attack | None:
+        """Asks each row's wordings of its question; None if no row has one.
+
+        A row stands behind the turns `before`, unless it has earlier turns of its own.
+        """
         parts: list[_Part] = []
         for position, (record, example) in enumerate(zip(self.records, self.encoded, strict=True)):
             if "question" in record and (questions := list(wordings(record))):
                 prompts = [
-                    encode_prompt(self.tokenizer, question, self.prompt_format)
+                    encode_prompt(
+                        self.tokenizer,
+                        question,
+                        self.prompt_format,
+                        record.get("before", before),
+                    )
                     for question in questions
                 ]
                 truth = self.after(example, example.answer_start)
