@@ -26,6 +26,7 @@ def follow_paper(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict
     config.classifier.features = "mean"
     config.synthetic.own_samples = 0
     config.synthetic.made_up_names = 0
+    config.synthetic.earlier_turns = 0.0
     config.classifier.rank = 20
     config.classifier.activation = "identity"
     config.classifier.bias = False

@@ -46,7 +46,7 @@ class ClassifierOptions:
 
     features: str = "mean+last"
     feature_dtype: str = "float32"
-    rank: int = 100
+    rank: int = 200
     activation: str = "gelu"
     num_hidden_layers: int = 1
     bias: bool = True

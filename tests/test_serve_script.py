@@ -40,5 +40,5 @@ def test_wrong_settings_are_said_at_once(no_weights, fields, error):
 
 def test_the_defaults_of_config_and_options_agree():
     section = tiny.make_settings(default).serve
-    for options, others in ((EngineOptions, {"rank": 100}), (ServerOptions, {})):
+    for options, others in ((EngineOptions, {"rank": 200}), (ServerOptions, {})):
         assert narrow(options, section, **others) == options()

@@ -68,7 +68,7 @@ class EngineOptions:
     max_length: int | None = None
     queue: int = 256
     heads: int = 8
-    rank: int = 100
+    rank: int = 200
 
     def __post_init__(self):
         check_ranges(
