@@ -12,13 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 from jax.sharding import Mesh
 
 from t3jax import hosts, sharding
-from t3jax.checkpoint import Metrics, open_run
+from t3jax.checkpoint import Metrics, RunFolder, UnsavedRun, open_run
 from t3jax.digests import params_digest
 from t3jax.features import Features
 from t3jax.head import HeadConfig, HeadParams
@@ -116,63 +115,9 @@ def train_heads(
         # None leaves runs that know no start as they are.
         "init": None if init is None else params_digest(init.params),
     }
-    best = _Best(members, config.patience, workdir)
-
-    bar = tqdm.tqdm(
-        total=config.epochs,
-        desc=progress,
-        unit="epoch",
-        disable=progress is None or not hosts.is_lead(),
-    )
-    with bar, open_run(workdir, settings, trainer.abstract_state, unit="epoch") as folder:
-        epochs_done, metrics, state = 0, [], None
-        if folder is not None:
-            epochs_done, metrics, state = folder.done, folder.metrics, folder.state
-        if state is None:
-            state = trainer.init()
-        best.restore(metrics)
-        bar.initial = bar.n = epochs_done
-
-        plan = planner.epoch(min(epochs_done + 1, config.epochs))
-        for epoch in range(epochs_done + 1, config.epochs + 1):
-            if best.is_over:
-                break
-            start = time.perf_counter()
-            last = epoch == config.epochs
-            rows, counts = plan
-            state, *pending = trainer.train_epoch(state, rows)
-            if not last:
-                plan = planner.epoch(epoch + 1)  # while the device works
-            losses, finite = jax.device_get(pending)
-            # Tokens of different batches weigh the same.
-            losses = np.sum(losses * counts, axis=1) / np.sum(counts, axis=1)
-            _check_finite(losses, finite, epoch, members, data)
-            held_out = trainer.evaluate(state) if last or epoch % config.eval_every == 0 else None
-            lines = [
-                {
-                    "epoch": epoch,
-                    "head": member.name,
-                    "seed": member.seed,
-                    "loss": float(losses[k]),
-                    "learning_rate": float(trainer.learning_rates[k, epoch * planner.steps - 1]),
-                    **(held_out[k] if held_out else {}),
-                    "seconds": time.perf_counter() - start,
-                }
-                for k, member in enumerate(members)
-            ]
-            metrics = metrics + lines
-            if config.patience and held_out:
-                for k in best.update(epoch, [line["held_out_loss"] for line in held_out]):
-                    best.keep(k, epoch, trainer.full_params(state, k, epoch), head_config)
-            if folder is not None:
-                save = last or best.is_over or epoch % config.checkpoint_every == 0
-                folder.finish(epoch, lines, state, save)
-            bar.set_postfix(loss=f"{np.mean(losses):.4f}", refresh=False)
-            bar.update()
-            if report is not None:
-                for line in lines:
-                    report(_describe(line, config.epochs))
-
+    best = _Best(members, head_config, workdir)
+    with open_run(workdir, settings, trainer.abstract_state, unit="epoch") as run:
+        state, metrics = _run(run, members, trainer, planner, best, report, progress)
     best.check()
     heads = []
     for k, member in enumerate(members):
@@ -196,12 +141,11 @@ def train_heads(
             "versions": {"jax": jax.__version__, "t3jax": _version()},
             "seconds": sum(line["seconds"] for line in own),
         }
+        params = best.params[k] or trainer.full_params(state, k, config.epochs)
         heads.append(
             Head(
                 config=head_config,
-                params=place_head(
-                    best.params[k] or trainer.full_params(state, k, config.epochs), mesh
-                ),
+                params=place_head(params, mesh),
                 base_temperature=base_temperature,
                 guidance_scale=guidance_scale,
                 model=model,
@@ -213,6 +157,71 @@ def train_heads(
         for head, member in zip(heads, members, strict=True):
             save_head(pathlib.Path(workdir) / member.name, head)
     return heads
+
+
+def _run(
+    run: RunFolder | UnsavedRun,
+    members: Sequence[Member],
+    trainer: Trainer,
+    planner: Planner,
+    best: "_Best",
+    report: Callable[[str], None] | None,
+    progress: str | None,
+) -> tuple[Any, list[Metrics]]:
+    """Trains from the first epoch or the last checkpoint to the end: the state and all metrics."""
+    config = members[0].config  # epochs and what else counts here are the same in all
+    bar = tqdm.tqdm(
+        total=config.epochs,
+        desc=progress,
+        unit="epoch",
+        disable=progress is None or not hosts.is_lead(),
+    )
+    with bar:
+        metrics, state = run.metrics, run.state
+        if state is None:
+            state = trainer.init()
+        best.restore(metrics)
+        bar.initial = bar.n = run.done
+
+        plan = planner.epoch(min(run.done + 1, config.epochs))
+        for epoch in range(run.done + 1, config.epochs + 1):
+            if best.is_over:
+                break
+            start = time.perf_counter()
+            last = epoch == config.epochs
+            rows, counts = plan
+            state, *pending = trainer.train_epoch(state, rows)
+            if not last:
+                plan = planner.epoch(epoch + 1)  # while the device works
+            losses, finite = jax.device_get(pending)
+            # Tokens of different batches weigh the same.
+            losses = np.sum(losses * counts, axis=1) / np.sum(counts, axis=1)
+            trainer.check_finite(losses, finite, epoch)
+            held_out = trainer.evaluate(state) if last or epoch % config.eval_every == 0 else None
+            lines = [
+                {
+                    "epoch": epoch,
+                    "head": member.name,
+                    "seed": member.seed,
+                    "loss": float(losses[k]),
+                    "learning_rate": float(trainer.learning_rates[k, epoch * planner.steps - 1]),
+                    **(held_out[k] if held_out else {}),
+                    "seconds": time.perf_counter() - start,
+                }
+                for k, member in enumerate(members)
+            ]
+            metrics = metrics + lines
+            if config.patience and held_out:
+                for k in best.update(epoch, [line["held_out_loss"] for line in held_out]):
+                    best.keep(k, epoch, trainer.full_params(state, k, epoch))
+            save = last or best.is_over or epoch % config.checkpoint_every == 0
+            run.finish(epoch, lines, state, save)
+            bar.set_postfix(loss=f"{np.mean(losses):.4f}", refresh=False)
+            bar.update()
+            if report is not None:
+                for line in lines:
+                    report(_describe(line, config.epochs))
+    return state, metrics
 
 
 def _common(configs: Sequence[TrainConfig]) -> dict[str, Any]:
@@ -269,9 +278,10 @@ class _Best:
     """
 
     def __init__(
-        self, members: Sequence[Member], patience: int, workdir: str | pathlib.Path | None
+        self, members: Sequence[Member], config: HeadConfig, workdir: str | pathlib.Path | None
     ):
-        self._members, self._patience = members, patience
+        self._members, self._config = members, config
+        self._patience = members[0].config.patience
         self._folder = None if workdir is None else pathlib.Path(workdir) / "best"
         self._losses = [float("inf")] * len(members)
         self._waited = [0] * len(members)
@@ -292,12 +302,12 @@ class _Best:
                 self._losses[k], self.epochs[k] = loss, epoch
         return better
 
-    def keep(self, k: int, epoch: int, params: HeadParams, config: HeadConfig) -> None:
+    def keep(self, k: int, epoch: int, params: HeadParams) -> None:
         """Keeps the weights of a head, on the disk too where the run has a folder."""
         self.params[k] = params
         if self._folder is not None:
             record = {"epoch": epoch, "weights": params_digest(params)}
-            head = Head(config, params, 1.0, 1.0, "", record=record)
+            head = Head(self._config, params, 1.0, 1.0, "", record=record)
             save_head(self._folder / self._members[k].name, head)
 
     def restore(self, metrics: Sequence[Metrics]) -> None:
@@ -340,29 +350,6 @@ class _Best:
             f"{folder}: the weights of epoch {self.epochs[k]}, the best so far, are damaged or "
             f"missing ({why}); remove the workdir to train anew"
         )
-
-
-def _check_finite(
-    losses: np.ndarray,
-    finite: np.ndarray,
-    epoch: int,
-    members: Sequence[Member],
-    data: Data,
-) -> None:
-    wrong = np.flatnonzero(~(np.isfinite(losses) & finite))
-    if not wrong.size:
-        return
-    k = wrong[0]
-    if not bool(jnp.isfinite(data.train.pooled).all()):
-        advice = "the features hold values that are not finite: compute them anew, in float32"
-    else:
-        advice = "train with a smaller learning_rate, in another workdir"
-    member = members[k]
-    raise FloatingPointError(
-        f"epoch {epoch}, seed {member.seed}: the loss is {losses[k]} and the weights are "
-        f"{'finite' if finite[k] else 'not finite'} (learning_rate {member.config.learning_rate}); "
-        f"{advice}. Nothing of this epoch was saved"
-    )
 
 
 def _version() -> str:

@@ -192,6 +192,22 @@ class Trainer:
         with jax.transfer_guard("disallow"):
             return self._programs.epoch(state, self._data.train, rows, self._knobs)
 
+    def check_finite(self, losses: np.ndarray, finite: np.ndarray, epoch: int) -> None:
+        """Raises FloatingPointError if a loss, or a weight as `finite` says, is not, `[K]` each."""
+        wrong = np.flatnonzero(~(np.isfinite(losses) & finite))
+        if not wrong.size:
+            return
+        k, member = wrong[0], self._members[wrong[0]]
+        if not bool(jnp.isfinite(self._data.train.pooled).all()):
+            advice = "the features hold values that are not finite: compute them anew, in float32"
+        else:
+            advice = "train with a smaller learning_rate, in another workdir"
+        raise FloatingPointError(
+            f"epoch {epoch}, seed {member.seed}: the loss is {losses[k]} and the weights are "
+            f"{'finite' if finite[k] else 'not finite'} (learning_rate "
+            f"{member.config.learning_rate}); {advice}. Nothing of this epoch was saved"
+        )
+
     def evaluate(self, state: Any) -> list[dict[str, float]] | None:
         """Metrics on the held-out sequences for each member; None if there are none."""
         if self._data.held_out is None:
