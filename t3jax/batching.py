@@ -26,10 +26,6 @@ TOKENS_PER_SHARD = 16384  # of a batch, on each part of the rows: what keeps an 
 def check_examples(lm: LM | LMConfig, examples: Sequence[Example]) -> None:
     """Checks that there are texts and that the model can read them.
 
-    Args:
-        lm: The model that is to read them, or its shape.
-        examples: Tokenised texts.
-
     Raises:
         ValueError: If there are no examples, a text is longer than the model's context, or holds a
             token that the model has no embedding of.

@@ -33,9 +33,6 @@ def run(command: Callable[[Settings], None]) -> None:
     `--config.FIELD=VALUE`. The flag `--distributed` says whether several processes are one program,
     see `hosts.initialize`; process 0 alone then prints. Ctrl-C ends with status 130 and SIGTERM
     with 143; training puts SIGTERM off until its state is saved.
-
-    Args:
-        command: Takes the settings.
     """
     distributed = flags.DEFINE_enum(
         "distributed", "auto", hosts.MODES, "Whether to join the processes of a cluster."
@@ -153,14 +150,10 @@ def _odd(error: Exception) -> str:
 
 
 def to_config(options: Any, metadata: Any = None) -> ConfigDict:
-    """Makes a config of the defaults of a dataclass of options.
+    """Makes a config of the defaults of a dataclass of options, with sections for dataclasses.
 
-    Args:
-        options: The dataclass, such as `Settings`.
-        metadata: Of its field in another one, see `config_fields`.
-
-    Returns:
-        The config, with sections for dataclasses, in which a `placeholder` is None until it is set.
+    A `placeholder` in it is None until it is set. `metadata` is that of the dataclass's field in
+    another one, see `config_fields`.
     """
     config, hints = ConfigDict(), typing.get_type_hints(options)
     for name, field in config_fields(options, metadata):

@@ -49,12 +49,6 @@ def model_digest(lm: LM) -> str:
     cache, and all numbers that the functions hold themselves. Two versions of JAX may make
     different programs, and a function that computes something else only for texts longer than 128
     tokens goes unnoticed.
-
-    Args:
-        lm: The model. Its digest is remembered for as long as it lives.
-
-    Returns:
-        The digest.
     """
     if lm not in _digest_of_model:
         _digest_of_model[lm] = make_key(
@@ -97,14 +91,7 @@ def _checksum(leaf: jax.Array) -> jax.Array:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """A digest of what a tokenizer makes of texts and tokens, chat template included.
-
-    Args:
-        tokenizer: A transformers tokenizer, or None.
-
-    Returns:
-        The digest.
-    """
+    """A digest of what a tokenizer makes of texts and tokens, chat template included."""
     if tokenizer is None:
         return "none"
     if backend := getattr(tokenizer, "backend_tokenizer", None):
@@ -138,12 +125,6 @@ def code_digest(*modules: str) -> str:
     """A digest of the source of modules and of all that they import of this package.
 
     A package's `__init__.py` counts where a name is imported from it.
-
-    Args:
-        *modules: Names such as "t3jax.features".
-
-    Returns:
-        The digest.
     """
     digest = hashlib.sha256()
     for module in imported_modules(*modules):

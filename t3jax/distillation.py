@@ -91,16 +91,9 @@ def soft_targets(
 ) -> SoftTargets:
     """Chooses the candidates of each position and draws the tokens that stand for the rest.
 
-    Args:
-        key: For the draws.
-        logits: Logits of the base model, `[..., V]`.
-        target: Target probabilities, `[..., V]`.
-        num_candidates: C, tokens with the largest probability under target or base; at most V - 1.
-        num_rest: M, tokens drawn from the others in proportion to p(v)^(1/T).
-        temperature: T, for which the head is trained.
-
-    Returns:
-        The targets, arrays `[..., E]` and `[..., C + 1]`.
+    Candidates are the `num_candidates` tokens with the largest probability under target or base, at
+    most V - 1. The `num_rest` others are drawn in proportion to p(v)^(1/T). `logits` are the base
+    model's, `target` are probabilities; the targets are `[..., E]` and `[..., C + 1]`.
     """
     logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     _, candidates = jax.lax.top_k(
@@ -136,18 +129,10 @@ def overcorrect(
     target: Float[Array, "*batch V"],
     scale: Float[Array, ""] | float,
 ) -> Float[Array, "*batch V"]:
-    """Moves a target further from the base model: p · (target / p)^scale, normalised.
+    """Moves a target further from the base model: p · (target / p)^scale, normalised; 1 leaves it.
 
     A head of few parameters reaches its target in part; a target moved by 1.25 makes up for it in
     the texts to forget alone, where a guidance scale of 1.25 would act on all texts.
-
-    Args:
-        logprobs: Log-probabilities of the base model, `[..., V]`.
-        target: Target probabilities, `[..., V]`.
-        scale: 1 leaves the target as it is.
-
-    Returns:
-        Probabilities, float32 `[..., V]`.
     """
     log_target = jnp.log(jnp.maximum(target, _LEAST))
     return jax.nn.softmax(logprobs + scale * (log_target - logprobs), axis=-1)

@@ -113,14 +113,8 @@ def write_head(
 ) -> None:
     """Writes weights and description, both or none, in the place of a folder.
 
-    Args:
-        folder: Replaced whole.
-        params: The head's parameters.
-        names: Names of their tensors, a tree of the same structure.
-        weights: Name of the file of weights.
-        config: Name of the file of the description.
-        description: Its content.
-        checksum: Field of the description for the SHA-256 of the weights; None writes none.
+    `names` are the names of the tensors, `weights` and `config` those of the two files, and
+    `checksum` is the field of the description for the SHA-256 of the weights; None writes none.
     """
     params = hosts.fetch_to_lead(params)
     if not hosts.is_lead():

@@ -12,16 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 
 def step(optimizer: optax.GradientTransformation, state: Any, grads: Any) -> Any:
-    """One step of an optimizer.
-
-    Args:
-        optimizer: Such as AdamW.
-        state: The training state, `(trained, optimizer state)`.
-        grads: A gradient, of the structure of what is trained.
-
-    Returns:
-        The training state after the step.
-    """
+    """One step of an optimizer on the training state `(trained, optimizer state)`."""
     trained, opt_state = state
     # Optax relies on implicit promotion where it corrects the bias of the means.
     with jax.numpy_dtype_promotion("standard"):
@@ -32,16 +23,9 @@ def step(optimizer: optax.GradientTransformation, state: Any, grads: Any) -> Any
 def abstract_state(
     optimizer: optax.GradientTransformation, state: Any, placed: Any, mesh: Mesh
 ) -> Any:
-    """A training state as shapes with shardings: moments lie where the weights they belong to do.
+    """`(trained, optimizer state)` as shapes with shardings: moments lie where their weights do.
 
-    Args:
-        optimizer: The optimizer.
-        state: `(trained, optimizer state)` as shapes.
-        placed: The shardings of what is trained.
-        mesh: Where counts and the like are kept whole.
-
-    Returns:
-        The state as `jax.ShapeDtypeStruct` leaves with shardings.
+    `placed` are the shardings of what is trained; counts and the like are whole on the mesh.
     """
     trained, opt_state = state
     whole = NamedSharding(mesh, P())

@@ -174,15 +174,7 @@ class Settings:
 
 
 def replace(settings: Settings, **fields: Any) -> Settings:
-    """Changes fields of settings and of their sections.
-
-    Args:
-        settings: The settings.
-        **fields: Values; "SECTION.FIELD" is a field of a section, named as in the dataclass.
-
-    Returns:
-        The changed settings.
-    """
+    """Changes fields of settings; "SECTION.FIELD" is a field of a section, named as there."""
     by_section: dict[str, dict[str, Any]] = {}
     for name, value in fields.items():
         section, _, field = name.rpartition(".")
@@ -212,16 +204,10 @@ def names_of(options: Any = Settings) -> list[str]:
 
 
 def nearest(name: str, known: list[str] | None = None) -> str:
-    """Says which field an unknown one may be meant for.
+    """Says which field an unknown one, without "config.", may be meant for; "" if none is near.
 
-    A field that once stood at the top level is found in its section.
-
-    Args:
-        name: The unknown field, without "config.".
-        known: All names; None: those of `Settings`.
-
-    Returns:
-        The end of an error, or nothing.
+    A field that once stood at the top level is found in its section. `known` are all names, by
+    default those of `Settings`.
     """
     known = names_of() if known is None else known
     as_section = [n for n in known if n.replace(".", "_") == name or n.replace("s.", "_") == name]

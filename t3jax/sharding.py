@@ -98,14 +98,8 @@ def param_shardings(mesh: Mesh, params: Any) -> Any:
 def gather_weights(mesh: Mesh | None, params: Any, after: jax.Array) -> Any:
     """Weights as products use them, inside of jit: gathered along `fsdp`, the rest as it is.
 
-    Args:
-        mesh: Where they are; None leaves them as they are.
-        params: A tree of weights.
-        after: What has to be computed before. Compilers would otherwise gather the weights of all
-            layers at once, those of a decoding step before the loop.
-
-    Returns:
-        The tree.
+    `after` has to be computed before. Compilers would otherwise gather the weights of all layers at
+    once, those of a decoding step before the loop.
     """
     if mesh is None or mesh.shape[FSDP] == 1:
         return params

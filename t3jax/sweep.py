@@ -77,18 +77,6 @@ def train_grid(config: Settings, lm: LM, sets: TrainingSets, mesh: Mesh) -> Grid
     """Trains the heads of a sweep, those of one rank in one program.
 
     Each rank's run has a folder of its own in the config's `workdir` and resumes by itself.
-
-    Args:
-        config: The settings.
-        lm: The model.
-        sets: What the heads are trained on.
-        mesh: Where to train.
-
-    Returns:
-        The heads.
-
-    Raises:
-        ValueError: As `train_heads`.
     """
     config = pipeline.settle_loss(config, sets)
     recipe = config.train
@@ -122,15 +110,6 @@ def train_grid(config: Settings, lm: LM, sets: TrainingSets, mesh: Mesh) -> Grid
 
 def sweep(config: Settings, lm: LM, grid: Grid, mesh: Mesh | None = None) -> Sweep:
     """Scores every setting of a grid of heads, chooses, and evaluates what was chosen.
-
-    Args:
-        config: The settings.
-        lm: The model.
-        grid: The heads.
-        mesh: Where the retain model goes.
-
-    Returns:
-        The choice and what it is worth.
 
     Raises:
         ValueError: If there is no retain model, logs are of different rows, or the rule is unknown.
@@ -177,15 +156,7 @@ def sweep(config: Settings, lm: LM, grid: Grid, mesh: Mesh | None = None) -> Swe
 
 
 def of_seeds(setting: Setting, seeds: int) -> list[Setting]:
-    """A setting of one head as it is for each of the heads that differ from it in their seed.
-
-    Args:
-        setting: Setting of the first seed's head.
-        seeds: How many there are.
-
-    Returns:
-        The settings.
-    """
+    """A setting of the first seed's head, for the head of each seed."""
     (first,) = setting.heads
     return [
         dataclasses.replace(

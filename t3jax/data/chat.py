@@ -93,12 +93,6 @@ def encode_chat(
 ) -> np.ndarray:
     """Tokens of a conversation, up to where the next answer begins.
 
-    Args:
-        tokenizer: a Hugging Face tokenizer; without a chat template it takes a single question.
-        messages: turns with `role` ("system", "user" or "assistant") and `content`, the last one
-            the user's.
-        prompt_format: its system turn stands for one that is not given.
-
     Returns:
         Token ids, int32 [T]; those of `encode_prompt` for a single question.
 
@@ -180,11 +174,6 @@ def encode_document(
     tokenizer: "PreTrainedTokenizerBase", text: str, max_length: int | None = None
 ) -> Example:
     """Tokens of a plain document; every token after the first is a label.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer; it adds its own special tokens (a bos, usually).
-        text: the document.
-        max_length: the longest sequence allowed, in tokens. None: any length.
 
     Returns:
         The example, with answer_start = 1. No eos is appended: a document may be an excerpt.

@@ -121,17 +121,6 @@ def encode_set(
 ) -> QuestionSet:
     """Encodes a question set with all the answers that its rows have.
 
-    Args:
-        name: A key of `SETS`.
-        records: Rows with question and answer; paraphrased_answer, perturbed_answer (a list of
-            wrong answers) and paraphrased_question in every row or in none.
-        tokenizer: A Hugging Face tokenizer.
-        prompt_format: How a question becomes a prompt.
-        max_length: Longest text, tokens.
-
-    Returns:
-        The set.
-
     Raises:
         ValueError: An unknown set, a plain document among the rows, a field that only some rows
             have, unequal numbers of wrong answers, or a text that is too long; names the row.

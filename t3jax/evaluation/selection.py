@@ -163,14 +163,10 @@ def rows_of(log: Log) -> Rows:
 
 
 def utility(*parts: Float[np.ndarray, "_ parts"]) -> float:
-    """Harmonic mean of the means of all columns of all parts, as model utility has it.
+    """Harmonic mean of the means of all columns of all parts; 0 if one is 0.
 
-    Args:
-        *parts: Probability, truth ratio and ROUGE of a set's rows, `[rows, 3]`, or the first two of
-            them; one set's are the retain utility, three sets' the model utility.
-
-    Returns:
-        In [0, 1]; 0 if any mean is 0.
+    A part is probability, truth ratio and ROUGE of a set's rows, `[rows, 3]`, or the first two. One
+    set's part is the retain utility, three sets' the model utility.
     """
     means = np.concatenate([part.mean(axis=0) for part in parts])
     return 0.0 if np.any(means == 0) else float(len(means) / np.sum(1 / means))
@@ -201,16 +197,10 @@ def score_log(log: Log, retain_log: Log | None) -> Score:
 
 
 def half(count: int, group: int = 1, seed: int = 0) -> Bool[np.ndarray, "rows"]:
-    """Which rows are in half A.
+    """Which rows are in half A, `[rows]`.
 
-    Args:
-        count: Number of rows.
-        group: Rows that follow one another and stay together, such as the questions on one author:
-            apart, each half would know the other's authors.
-        seed: Seed of the split.
-
-    Returns:
-        True for rows of half A, `[rows]`.
+    Rows of a group follow one another and stay together, such as the questions on one author:
+    apart, each half would know the other's authors.
 
     Raises:
         ValueError: If there are fewer than two groups.
@@ -291,19 +281,10 @@ def cross_fit(
 def held_out(by_a: Log, by_b: Log, retain_log: Log, *, group: int = 1, seed: int = 0) -> HeldOut:
     """Scores a choice on all rows, each by the setting that was chosen without it.
 
-    Args:
-        by_a: Log of the setting that was chosen on half A; it scores half B.
-        by_b: Log of the setting that was chosen on half B.
-        retain_log: The retain model's log.
-        group: As in `cross_fit`.
-        seed: As in `cross_fit`.
+    `by_a` is the log of the setting chosen on half A, which scores half B; `by_b` the other way.
 
     Returns:
         The honest score.
-
-    Raises:
-        MissingMetricError: If a log lacks what the scores need.
-        ValueError: If the logs are of different rows.
     """
     logs.check_retain_log(by_a, retain_log)
     from_a = rows_of(by_a)

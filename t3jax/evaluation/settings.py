@@ -71,12 +71,6 @@ def make_setting(
     Left out are a gate at T = 1, protection at s = 0, the product of one head, and heads that
     neither tilt nor gate.
 
-    Args:
-        heads: Indices of the heads that are served together.
-        temperature: T.
-        scale: s.
-        refinements: Extensions of the method.
-
     Returns:
         The setting, named by heads, T, s and what is on: `head0-T2.5-s1`, `head0+1-T2.5-s1-gated`;
         the base model at T = 1 without a tilt.

@@ -71,16 +71,6 @@ class Store:
     ) -> list[TextScores]:
         """Scores texts; those settings that are not stored share one pass over the texts.
 
-        Args:
-            label: What the texts are, for file names and the progress bar.
-            examples: Tokenised texts.
-            settings: What to score under.
-            reference_mask: See `score_texts`.
-            moments: See `score_texts`.
-
-        Returns:
-            One `TextScores` for each setting.
-
         Raises:
             ValueError: As `score_texts`.
         """

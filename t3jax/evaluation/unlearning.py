@@ -90,11 +90,7 @@ class UnlearningOptions:
 
 
 def check_same_vocabulary(store: Store, retain_store: Store) -> None:
-    """Checks that two models read the same tokens.
-
-    Raises:
-        ValueError: If their tokenizers differ.
-    """
+    """Checks that two models read the same tokens."""
     ours, theirs = store.lm, retain_store.lm
     if ours.tokenizer.get_vocab() != theirs.tokenizer.get_vocab():
         raise ValueError(
@@ -115,19 +111,10 @@ def measure(
 ) -> dict[str, Log]:
     """Runs the model under every setting, computes the numbers and writes them.
 
-    Attention is masked correctly here, whatever `reference_mask` is elsewhere.
-
-    Args:
-        store: Scores and answers of the model.
-        sets: Question sets; forget, and retain for what compares the two.
-        settings: What to measure; names must differ.
-        folder: Where to; `UNLEARNING.json` goes to a folder by setting's name.
-        options: What to sample, and how.
-        retain_store: The retain model, for the Monte-Carlo KL.
-        judge: Its base model's perplexity of answers measures their fluency; None: `store`'s base.
-
-    Returns:
-        A log by setting's name; a metric that is missing is noted with the reason.
+    Returns a log by setting's name; `UNLEARNING.json` goes to a folder of that name. A metric that
+    is missing is noted with the reason. Attention is masked correctly here, whatever
+    `reference_mask` is elsewhere. The retain model serves the Monte-Carlo KL; the base model of
+    `judge`, or of `store`, measures the fluency of answers.
 
     Raises:
         ValueError: If the retain model has another tokenizer, or a score is not finite.

@@ -34,10 +34,6 @@ def make_job(
 
     Returns:
         The job, in bfloat16 unless the config says otherwise.
-
-    Raises:
-        ValueError: If dtype, model or recipe are not valid.
-        FileNotFoundError: If there is no such model.
     """
     config.require("model")
     dtype = config.dtype or "bfloat16"

@@ -40,12 +40,7 @@ _FRESH = {"concatenate", "cond", "cumsum", "dot_general", "gather", "ragged_dot_
 def peak_bytes(jaxpr: jex.Jaxpr, donated: Sequence[bool] = ()) -> int:
     """The most bytes alive at once in a program on one device, besides its arguments.
 
-    Args:
-        jaxpr: The program.
-        donated: For each argument, whether its memory may be written to; empty: none.
-
-    Returns:
-        Bytes, those of the results included that do not stand in a donated argument's place.
+    Results that do not stand in the place of a `donated` argument are included; empty: none is.
     """
     memory = _Memory()
     free = donated or [False] * len(jaxpr.invars)

@@ -187,16 +187,9 @@ def fine_tuning(job: Job) -> Stage:
 
 
 def largest_rows(stage: Callable[[Job], Stage], job: Job, field: str, capacity: int) -> int:
-    """The largest batch that fits, a power of two of rows on each part of the mesh.
+    """The largest batch that fits, a power of two of rows on each part of the mesh; 0 if none does.
 
-    Args:
-        stage: The stage of a job.
-        job: What is planned for.
-        field: The job's number of rows that is varied.
-        capacity: Bytes of a device.
-
-    Returns:
-        Rows; 0 if not even one on each part fits.
+    `field` names the job's number of rows that is varied; `capacity` is a device's, bytes.
     """
 
     def exceeds(doublings: int) -> bool:

@@ -88,13 +88,7 @@ def samples(
 ) -> list[Sample]:
     """Questions of forget and retain, evenly spread, with what each model answered.
 
-    Args:
-        sets: Question sets.
-        models: Label, kind and log of each model.
-        count: Questions of each set.
-
-    Returns:
-        The samples; a model without generated answers is left out.
+    Models are label, kind and log; one without generated answers is left out.
     """
     chosen = []
     for name in ("forget", "retain"):
@@ -121,16 +115,7 @@ def samples(
 def answer_tokens(
     store: Store, sets: Mapping[str, QuestionSet], featured: Setting | None
 ) -> list[TokenRow]:
-    """Scores a few right answers of forget and retain with the featured setting and without tilt.
-
-    Args:
-        store: Scores of the model.
-        sets: Question sets.
-        featured: The setting; None gives no rows.
-
-    Returns:
-        The answers' tokens.
-    """
+    """Scores a few answers of forget and retain with the featured setting and without tilt."""
     if featured is None:
         return []
     chosen = [
@@ -164,13 +149,8 @@ def answer_tokens(
 def _show_tokens(texts: Sequence[str], scores: TextScores, without_tilt: TextScores) -> list[Token]:
     """The tokens of one answer with what head and tilt make of them.
 
-    Args:
-        texts: Its tokens as text.
-        scores: Scores of the answer under a setting with a head.
-        without_tilt: Under the same base temperature with s = 0.
-
-    Returns:
-        The tokens.
+    `scores` are under a setting with a head, `without_tilt` at the same base temperature with s =
+    0.
     """
     change = scores.logprobs - without_tilt.logprobs
     return [

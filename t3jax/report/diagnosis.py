@@ -60,15 +60,10 @@ class Section(NamedTuple):
 
 
 def diagnose_heads(evaluation: Evaluation) -> list[HeadDiagnosis]:
-    """Diagnoses every head of an evaluation; one pass over held-out rows.
+    """Diagnoses every head of an evaluation, at its own s or the first that was evaluated.
 
-    Args:
-        evaluation: The evaluation. Reworded questions of its forget and retain sets are the
-            held-out rows, and the questions themselves where there are none.
-
-    Returns:
-        A diagnosis for each head that was evaluated, in their order, at its own s or the first that
-        was evaluated.
+    Reworded questions of its forget and retain sets are the held-out rows, and the questions
+    themselves where there are none.
     """
     diagnoses = []
     for index in range(len(evaluation.examined.store.heads)):

@@ -180,15 +180,10 @@ def leaks(axes: "Axes", rates: Mapping[str, tuple[str, Mapping[int, float]]]) ->
 
 
 def draw_variations(points: Sequence[Any]) -> bytes:
-    """What depends on what was varied: a row for each axis, with the spread over seeds.
+    """Draws D, utility without ROUGE and the forget answers' probability over each axis, as SVG.
 
-    Args:
-        points: `t3jax.study.variations.Point`s.
-
-    Returns:
-        An SVG file: D, utility without ROUGE and the forget answers' probability over each axis.
-        Lines are the median seed; bands are the 95 % bootstrap interval of the first seed or, for
-        D, the range of the seeds.
+    Lines are the median seed; bands are the 95 % bootstrap interval of the first seed or, for D,
+    the range of the seeds.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure

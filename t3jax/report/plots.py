@@ -28,15 +28,7 @@ class Figure(NamedTuple):
 
 
 def make_figures(evaluation: Evaluation, featured: Setting | None) -> list[Figure]:
-    """The figures that an evaluation has the numbers for.
-
-    Args:
-        evaluation: The evaluation.
-        featured: The setting that is shown beside its controls; None if no head was evaluated.
-
-    Returns:
-        The figures, in the page's order.
-    """
+    """The figures that an evaluation has the numbers for, in the page's order."""
     candidates = [
         _trade_off(evaluation, featured),
         _distributions(evaluation, featured),

@@ -104,13 +104,8 @@ class Batch:
     ):
         """Sorts the prompts; computes nothing.
 
-        Args:
-            program: What is compiled.
-            weights: Frozen arrays.
-            prompts: At least one.
-            answering: How.
-            rows: Rows decoded together, at most.
-            chunk: Decode steps for each look of the host: a finished row wastes at most this many.
+        At most `rows` are decoded together, `chunk` steps for each look of the host: a finished row
+        wastes at most that many.
         """
         self._program = program
         self._weights = weights

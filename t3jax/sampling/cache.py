@@ -22,13 +22,7 @@ _SLOT_STEP = 64  # slots of the cache, which grows as answers do, by half at lea
 
 
 def cache_slots(length: int, chunks: int, chunk: int) -> list[int]:
-    """Slots of the cache that `prefill` makes, and in each chunk: it grows as it is filled.
-
-    Args:
-        length: Slots of the prompt, padding included.
-        chunks: Chunks at most.
-        chunk: Steps of one.
-    """
+    """Slots of the cache that `prefill` makes, and in each chunk: it grows as it is filled."""
     most = length + 1 + chunks * chunk
     slots = [min(most, round_up(length + 1 + chunk, _SLOT_STEP))]
     for i in range(chunks):
@@ -66,17 +60,11 @@ resize = jax.jit(_move, static_argnums=(0, 3))
 def admit(
     program: Program, state: State, new: State, rows: Int[Array, " b"], start: Int[Array, ""]
 ) -> State:
-    """Gives finished rows to new prompts.
+    """Gives finished rows to new prompts; `state` is donated.
 
-    Args:
-        program: What is compiled.
-        state: From `prefill` or a chunk; donated.
-        new: From `prefill` of the new prompts alone, with P slots.
-        rows: The row of each; one that the batch does not have drops it, `[b]`.
-        start: Slot of their first token: P before that which is written next.
-
-    Returns:
-        The state.
+    `new` comes from `prefill` of the new prompts alone, with P slots. `rows` are their rows; one
+    that the batch does not have drops its prompt. Their first token goes to slot `start`, P before
+    that which is written next.
     """
 
     def take(axes: Axes, old: Array, new: Array, empty: Any) -> Array:

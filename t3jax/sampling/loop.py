@@ -169,19 +169,10 @@ def decode_chunk(
     stop_ids: Int[Array, " n"],
     steps: int,
 ) -> tuple[State, Emitted]:
-    """Chooses up to C = `steps` more tokens for every row that is not finished.
+    """Chooses up to C = `steps` more tokens for every row that is not finished, `[B, C]`.
 
-    Args:
-        program: What is compiled.
-        weights: Frozen arrays.
-        state: From `prefill` or the chunk before; donated.
-        stopped: Rows the host has ended meanwhile (a stop string), `[B]`.
-        controls: As for `prefill`, and so are the next.
-        stop_ids: Tokens that end an answer.
-        steps: C.
-
-    Returns:
-        The state to continue from, and the tokens, `[B, C]`.
+    Continues from the state of `prefill` or of the chunk before, which is donated. The host has
+    ended the rows in `stopped` meanwhile (a stop string). The other arguments are as for `prefill`.
     """
 
     def step(state: State, _: None) -> tuple[State, tuple[Array, Logprobs | None, Array]]:

@@ -98,12 +98,6 @@ def attacks(
 ) -> tuple[list[Attack], dict[str, str]]:
     """All ways of asking rows.
 
-    Args:
-        encoding: How rows become prompts.
-        records: Rows with a question and an answer, or documents.
-        names: What to call each row in an error.
-        rewordings: Other wordings of questions, beside the rows' `paraphrased_question`.
-
     Returns:
         The attacks, and those that could not be made with the reason.
 

@@ -84,13 +84,7 @@ class Others:
     """
 
     def __init__(self, records: Sequence[Record], retain: Sequence[Record], threshold: float):
-        """Ranks the rows by likeness to one another, and retain rows by likeness to them.
-
-        Args:
-            records: The forget rows that are asked.
-            retain: The retain rows.
-            threshold: Share of common words from which true answers without names say the same.
-        """
+        """Ranks the rows by likeness to one another, and retain rows by likeness to them."""
         looked_at = evenly_spread(retain, _LOOKED_AT)
         texts = " ".join(" ".join(_question_and_answer(row)) for row in (*records, *looked_at))
         small = {word for word in re.findall(r"\w+", texts) if word[0].islower()}

@@ -40,16 +40,6 @@ def verify(
 ) -> Verdict:
     """Asks the rows in all ways and judges the answers.
 
-    Args:
-        store: Scores and answers of the base with its heads.
-        setting: The unlearned model, one of the store.
-        forget: Rows that must not come back.
-        retain: Rows that must be answered as before.
-        prompt_format: How a question becomes a prompt.
-        options: What is asked.
-        rewordings: Other wordings of forget questions, by question.
-        counterfactuals: Forget rows about made-up names, to which the base's answers are guesses.
-
     Raises:
         ValueError: If a row cannot be encoded, or does not fit the model's context.
     """
