@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+from jaxtyping import PyTree
 
 from t3jax import files, hosts
 from t3jax.digests import params_digest
@@ -43,7 +44,7 @@ Metrics = dict[str, Any]
 
 
 def open_run(
-    folder: str | pathlib.Path | None, settings: dict[str, Any], abstract_state: Any, unit: str
+    folder: str | pathlib.Path | None, settings: dict[str, Any], abstract_state: PyTree, unit: str
 ) -> "contextlib.AbstractContextManager[RunFolder | UnsavedRun]":
     """A run in a folder, see `RunFolder`; without one, a run that keeps no files."""
     if folder is None:
@@ -58,7 +59,7 @@ class UnsavedRun:
         self.done, self.state = 0, None
         self.metrics: list[Metrics] = []
 
-    def finish(self, done: int, lines: Sequence[Metrics], state: Any, save: bool) -> None:
+    def finish(self, done: int, lines: Sequence[Metrics], state: PyTree, save: bool) -> None:
         """Does nothing."""
 
 
@@ -85,7 +86,7 @@ class RunFolder:
         self,
         folder: pathlib.Path,
         settings: dict[str, Any],
-        abstract_state: Any,
+        abstract_state: PyTree,
         unit: str,
     ):
         from orbax.checkpoint import v1 as ocp  # slow to import: only who keeps files waits
@@ -125,7 +126,7 @@ class RunFolder:
             files.write_text(path, "".join(json.dumps(line) + "\n" for line in self.metrics))
             self._metrics_file = self._open.enter_context(path.open("a", encoding="utf-8"))
 
-    def _load(self, step: int, abstract_state: Any, metrics_digest: Any) -> Any:
+    def _load(self, step: int, abstract_state: PyTree, metrics_digest: Any) -> PyTree:
         state = self._checkpoints.load(step, abstract_state)
         # Checkpoints of earlier versions have no digests.
         saved = self._checkpoints.metadata(step).custom_metadata or {}
@@ -172,7 +173,7 @@ class RunFolder:
         finally:
             self._open.__exit__(*error)
 
-    def finish(self, done: int, lines: Sequence[Metrics], state: Any, save: bool) -> None:
+    def finish(self, done: int, lines: Sequence[Metrics], state: PyTree, save: bool) -> None:
         """Logs an epoch or step, and saves it if that is due or SIGTERM came.
 
         Args:
@@ -206,7 +207,7 @@ class RunFolder:
                     writer.add_scalar(name, value, line[self._unit])
         self._metrics_file.flush()
 
-    def _save(self, done: int, state: Any) -> None:
+    def _save(self, done: int, state: PyTree) -> None:
         if hosts.is_lead():
             os.fsync(self._metrics_file.fileno())
         for writer in self._writers.values():

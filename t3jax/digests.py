@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from t3jax import hosts
 from t3jax.data.chat import Example
@@ -60,7 +61,7 @@ def model_digest(lm: LM) -> str:
     return _digest_of_model[lm]
 
 
-def params_digest(params: Any) -> str:
+def params_digest(params: PyTree) -> str:
     """A digest of a tree's names, shapes, dtypes and bits, wherever its arrays are placed.
 
     Two weighted sums of each leaf's bits, modulo 2^32, are taken on the device: at memory
@@ -188,7 +189,7 @@ def _programs(lm: LM) -> Iterator[str]:
     def program(function: Any, *arguments: Any) -> str:
         return jax.jit(function).lower(params, *arguments).as_text()
 
-    def read(params: Any, tokens: jax.Array, mask: jax.Array, cache: Any = None) -> Any:
+    def read(params: PyTree, tokens: jax.Array, mask: jax.Array, cache: PyTree = None) -> PyTree:
         hidden, cache = lm.apply(params, tokens, None, mask, cache)
         return lm.unembed(params, hidden), hidden, cache
 

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from t3jax import batching, checked, digests, files, hosts, pooling
 from t3jax.data.chat import Example
@@ -148,7 +149,7 @@ def feature_key(lm: LM, examples: Sequence[Example], dtype: str, kind: str = "me
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def feature_pass(
-    apply: Any, params: Any, tokens: jax.Array, mask: jax.Array, kind: str = "mean"
+    apply: Any, params: PyTree, tokens: jax.Array, mask: jax.Array, kind: str = "mean"
 ) -> jax.Array:
     """The features of every prefix of a batch, float32 `[B, T, F]`; `apply` as in `LM`."""
     hidden, _ = apply(params, tokens, None, mask, None)

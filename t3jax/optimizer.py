@@ -9,9 +9,10 @@ import jax
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
 
 
-def step(optimizer: optax.GradientTransformation, state: Any, grads: Any) -> Any:
+def step(optimizer: optax.GradientTransformation, state: PyTree, grads: PyTree) -> PyTree:
     """One step of an optimizer on the training state `(trained, optimizer state)`."""
     trained, opt_state = state
     # Optax relies on implicit promotion where it corrects the bias of the means.
@@ -21,8 +22,8 @@ def step(optimizer: optax.GradientTransformation, state: Any, grads: Any) -> Any
 
 
 def abstract_state(
-    optimizer: optax.GradientTransformation, state: Any, placed: Any, mesh: Mesh
-) -> Any:
+    optimizer: optax.GradientTransformation, state: PyTree, placed: PyTree, mesh: Mesh
+) -> PyTree:
     """`(trained, optimizer state)` as shapes with shardings: moments lie where their weights do.
 
     `placed` are the shardings of what is trained; counts and the like are whole on the mesh.

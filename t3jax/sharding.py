@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
 
 DATA, FSDP, MODEL = "data", "fsdp", "model"
 ROWS = (DATA, FSDP)
@@ -88,14 +89,14 @@ def row_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
-def param_shardings(mesh: Mesh, params: Any) -> Any:
+def param_shardings(mesh: Mesh, params: PyTree) -> PyTree:
     """Shardings of a tree of weights by `PARAM_RULES`, a tree of the same structure."""
     return jax.tree.map_with_path(
         lambda path, leaf: fit_sharding(mesh, _rule(path), leaf.shape), params
     )
 
 
-def gather_weights(mesh: Mesh | None, params: Any, after: jax.Array) -> Any:
+def gather_weights(mesh: Mesh | None, params: PyTree, after: jax.Array) -> PyTree:
     """Weights as products use them, inside of jit: gathered along `fsdp`, the rest as it is.
 
     `after` has to be computed before. Compilers would otherwise gather the weights of all layers at

@@ -91,13 +91,14 @@ def encode_chat(
     messages: Sequence[Mapping[str, str]],
     prompt_format: PromptFormat,
 ) -> np.ndarray:
-    """Tokens of a conversation, up to where the next answer begins.
+    """Tokens of a conversation, up to where the next answer begins, int32 [T].
 
-    Returns:
-        Token ids, int32 [T]; those of `encode_prompt` for a single question.
+    Turns have `role` ("system", "user" or "assistant") and `content`; the last one is the user's. A
+    tokenizer without a chat template takes a single question. See `encode_prompt`, whose tokens a
+    single question has.
 
     Raises:
-        ValueError: a turn is not as above, or as `encode_prompt`.
+        ValueError: a turn is of another kind, or as `encode_prompt`.
     """
     roles = [turn.get("role") for turn in messages]
     if not roles or roles[-1] != "user":

@@ -1,9 +1,9 @@
 """Which per-example values make which aggregate of a TOFU log.
 
 `aggregate` is the one place that turns a log's rows into a metric's number: the evaluation fills
-its logs with it, and `recompute.py` compares its numbers with those stored in any log. What only
-the model's forward pass gives (losses, token-wise scores, generated text) is taken as it is. What
-is asked of a log again is looked up.
+its logs with it, and `recompute.py` compares its numbers with those stored in any log. The
+results of the model's forward pass (losses, token-wise scores, generated text) are taken as they
+are. A number that is asked for again is looked up.
 """
 
 import itertools
@@ -44,10 +44,8 @@ def aggregate(log: Log, metric: str, retain_log: Log | None = None) -> float:
     """A metric's aggregate, in float64, from per-example values; never from a stored aggregate.
 
     `forget_quality` needs the retain model's log; without it `privleak` compares with an AUC of
-    0.5.
-
-    Returns:
-        The aggregate, computed in float64.
+    0.5. Data that is missing raises a MissingMetricError which says so, and data of other rows a
+    ValueError.
     """
     if metric == "forget_quality":
         return forget_quality(log, retain_log).p_value

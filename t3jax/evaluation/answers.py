@@ -19,13 +19,6 @@ from t3jax.evaluation.scoring import TextScores
 _BY_SAMPLES = "by_samples/"
 
 
-def find_leaks(
-    recall: Float[np.ndarray, "rows samples"], threshold: float
-) -> Bool[np.ndarray, "rows samples"]:
-    """Which answers leak: those whose recall of the right one reaches a threshold."""
-    return recall >= threshold
-
-
 def best_of(leaks: Bool[np.ndarray, "rows samples"], n: int) -> Float[np.ndarray, "rows"]:
     """Chance that at least one of n samples leaks, estimated without bias from more samples.
 
@@ -48,8 +41,7 @@ def best_of(leaks: Bool[np.ndarray, "rows samples"], n: int) -> Float[np.ndarray
 def leaking_rows(log: Log, metric: str = "forget_leak_rate") -> Float[np.ndarray, "rows"]:
     """1 for each question of a leak rate that had a leak in any of its samples, 0 elsewhere."""
     recall = logs.column(log, metric, "recall")
-    leaks = find_leaks(recall, logs.detail(log, metric, "threshold"))
-    return np.any(leaks, axis=1).astype(np.float64)
+    return np.any(recall >= logs.detail(log, metric, "threshold"), axis=1).astype(np.float64)
 
 
 def leak_rates(log: Log, metric: str = "forget_leak_rate") -> dict[int, float]:
@@ -63,7 +55,7 @@ def leak_rates(log: Log, metric: str = "forget_leak_rate") -> dict[int, float]:
 
 def leak_metric(recall: Float[np.ndarray, "rows samples"], threshold: float) -> Metric:
     """The share of rows with a leak in any of n drawn answers, for every n up to all of them."""
-    leaks = find_leaks(recall, threshold)
+    leaks = recall >= threshold
     samples = recall.shape[1]
     rates = {n: float(best_of(leaks, n).mean()) for n in range(1, samples + 1)}
     return Metric(

@@ -173,10 +173,10 @@ def missing_reasons(log: Log) -> dict[str, str]:
 
 
 def column(log: Log, metric: str, field: str) -> Float[np.ndarray, "rows *wrong"]:
-    """One number (or one list of numbers) per row of a metric such as `mia_loss/holdout`, or NaN.
+    """One number (or one list of numbers) per row of a metric such as `mia_loss/holdout`.
 
-    Returns:
-        Float64; NaN where a value is missing.
+    It is float64, with NaN where a value is missing. A log without the metric or the field raises
+    a MissingMetricError, a column of texts a ValueError.
     """
     values = _values(log, metric, field)
     if isinstance(values, list):

@@ -56,7 +56,7 @@ def settle_loss(config: Settings, sets: TrainingSets) -> Settings:
     if config.train.loss == "auto":
         why = "" if sets.loss == "distillation" else ": made-up names hide too few of the rows"
         print(f"loss: {sets.loss}{why}")
-    return replace(config, **{"train.loss": sets.loss})
+    return replace(config, train=config.train.settle_loss(sets.loss))
 
 
 def head_config(config: Settings, lm: LM) -> HeadConfig:

@@ -44,9 +44,6 @@ def make_job(
     head = pipeline.head_config(config, lm)
     head = dataclasses.replace(head, rank=max([head.rank, *config.sweep.ranks]))
     text = min(text, config.max_length or text, shape.max_position)
-    recipe = config.train
-    if recipe.loss == "auto":  # soft targets take memory beside the features
-        recipe = dataclasses.replace(recipe, loss="distillation")
     job = Job(
         config=shape,
         dtype=computed,
@@ -59,7 +56,7 @@ def make_job(
         texts=texts,
         answer=answer,
         feature_dtype=jnp.dtype(config.classifier.feature_dtype),
-        recipe=recipe,
+        recipe=config.train.settle_loss("distillation"),  # soft targets take the most memory
         members=math.prod(max(1, len(grid)) for grid in grids),
         finetuning=(
             dataclasses.replace(pipeline.finetune_config(config), dtype=dtype)

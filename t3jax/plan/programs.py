@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
 
 from t3jax import batching, features, sharding
 from t3jax.finetuning import FinetuneConfig
@@ -167,7 +168,7 @@ def prefill(job: Job) -> Step:
     return Step(loop.prefill, arguments)
 
 
-def decode(job: Job, shardings: Any = None) -> Step:
+def decode(job: Job, shardings: PyTree = None) -> Step:
     """The last chunk of decoding: that of the longest cache.
 
     The state has the `shardings` that a compiled prefill gives it; None: those of `state`.
@@ -307,12 +308,12 @@ def on_one_device(job: Job, layers: Sequence[int]) -> Job:
     )
 
 
-def place(tree: Any, shardings: Any) -> Any:
+def place(tree: PyTree, shardings: PyTree) -> PyTree:
     """A tree of abstract arrays with these shardings."""
     return jax.tree.map(lambda x, s: _Abstract(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
-def by_rows(mesh: Mesh, tree: Any) -> Any:
+def by_rows(mesh: Mesh, tree: PyTree) -> PyTree:
     """A tree of abstract arrays, each split by rows."""
     return place(tree, jax.tree.map(lambda x: sharding.batch_sharding(mesh, x.shape), tree))
 

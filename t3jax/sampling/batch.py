@@ -9,11 +9,12 @@ import collections
 import dataclasses
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from t3jax import hosts, sharding
 from t3jax.batching import round_up
@@ -248,7 +249,7 @@ class Batch:
         size = min(1 << (rows - 1).bit_length(), max(self._most, rows))
         return round_up(size, sharding.row_shards(self._program.mesh))
 
-    def _place(self, tree: Any) -> Any:
+    def _place(self, tree: PyTree) -> PyTree:
         rows = len(jax.tree.leaves(tree)[0])
         return hosts.place(tree, sharding.batch_sharding(self._program.mesh, (rows,)))
 

@@ -8,11 +8,10 @@ slots. Axes: B batch, b new prompts, P their slots, S cache slots.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, PyTree
 
 from t3jax.batching import round_up
 from t3jax.lm.cache import Axes, Cache, cache_axes
@@ -84,7 +83,7 @@ def admit(
     return placed(program.mesh, rest._replace(cache=cache))
 
 
-def _axes(program: Program, cache: Any) -> Any:
+def _axes(program: Program, cache: PyTree) -> PyTree:
     """The axes of each array of a cache, a tree of its structure."""
     if isinstance(cache, Cache):
         return cache_axes(cache)
@@ -104,7 +103,7 @@ def _axes(program: Program, cache: Any) -> Any:
     )
 
 
-def _num_slots(axes: Any, cache: Any) -> int:
+def _num_slots(axes: PyTree, cache: PyTree) -> int:
     """S; of a cache without slots, such as a recurrent state, any number will do."""
     pairs = zip(jax.tree.leaves(axes), jax.tree.leaves(cache), strict=True)
     return next((leaf.shape[axis.slots] for axis, leaf in pairs if axis.slots is not None), 1)

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Bool, Int, Key, PyTree
 
 from t3jax import head as head_lib
 from t3jax import pooling, sharding
-from t3jax.head import HeadConfig
+from t3jax.head import HeadConfig, HeadParams
 from t3jax.lm.cache import cache_shardings
 from t3jax.refinements import PLAIN, Refinements, combine_heads
 from t3jax.sampling.next_token import Controls, Logprobs, next_token
@@ -60,9 +61,9 @@ class Weights(NamedTuple):
         prior_shifts: Added to every score of each; 0 in the paper.
     """
 
-    params: Any
-    heads: tuple[Any, ...]
-    prior_shifts: tuple[Any, ...]
+    params: PyTree
+    heads: tuple[HeadParams, ...]
+    prior_shifts: tuple[np.float32 | Array, ...]
 
 
 # What is wrong with the numbers a token was chosen by; see `Emitted`.
@@ -82,7 +83,7 @@ class State(NamedTuple):
         keys: A PRNG key for each row; a step's key is folded from it, `[B]`.
     """
 
-    cache: Any
+    cache: PyTree
     pooled: pooling.RunningMean
     token: Int[Array, " B"]
     done: Bool[Array, " B"]
@@ -253,7 +254,7 @@ def _choose(
     return placed(program.mesh, state), (chosen, logprobs, faults.astype(jnp.int8))
 
 
-def state_shardings(mesh: Mesh, state: Any) -> Any:
+def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
     """Shardings of a state: all by rows, the cache's heads and the vocabulary over `model`."""
     by_rows = jax.tree.map(lambda x: sharding.batch_sharding(mesh, x.shape), state)
     return by_rows._replace(
@@ -269,7 +270,7 @@ def placed(mesh: Mesh, state: State) -> State:
     return jax.lax.with_sharding_constraint(state, state_shardings(mesh, state))
 
 
-def _placed_cache(program: Program, cache: Any) -> Any:
+def _placed_cache(program: Program, cache: PyTree) -> PyTree:
     if program.mesh.size == 1:
         return cache
     return jax.lax.with_sharding_constraint(cache, cache_shardings(program.mesh, cache))

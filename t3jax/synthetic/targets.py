@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from t3jax import hosts, sharding
 from t3jax.batching import round_up
@@ -176,7 +176,7 @@ def _with_targets(
 @functools.partial(jax.jit, static_argnums=(0, 8))
 def _targets_of_chunk(
     unembed: Any,
-    params: Any,
+    params: PyTree,
     key: jax.Array,
     hidden: Float[Array, "C D"],
     reference: Float[Array, "C K D"],

@@ -75,6 +75,10 @@ class TrainConfig:
     eval_every: int = 5
     checkpoint_every: int = 20
 
+    def settle_loss(self, loss: str) -> "TrainConfig":
+        """The recipe with a loss in the place of "auto"."""
+        return dataclasses.replace(self, loss=loss) if self.loss == "auto" else self
+
     def __post_init__(self):
         check_ranges(
             self,
