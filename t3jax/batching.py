@@ -2,7 +2,7 @@
 
 What features and scoring share: lengths are rounded up so that few programs are compiled, texts are
 padded on the right, and one batch is always under way while the host takes care of the one before.
-Nothing here knows what is computed. Axes: B batch, T time.
+The computation is the caller's. Axes: B batch, T time.
 """
 
 import collections

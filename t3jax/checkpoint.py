@@ -5,12 +5,12 @@
     metrics.jsonl   one line for each epoch or step, and each head
     tensorboard/    the same for TensorBoard
 
-A run may be killed at any moment. What is restored is the last checkpoint that was saved whole, on
-whatever devices there are now; the metrics are cut back to it. Metrics are on the disk before the
+A run may be killed at any moment. The last checkpoint that was saved whole is restored, on whatever
+devices there are now; the metrics are cut back to it. Metrics are on the disk before the
 checkpoint of their epoch or step is. SIGTERM saves the epoch or step that is under way.
 
-A checkpoint holds a digest of its state and of the metrics up to it, and what is restored is
-compared with it: where bytes have changed on the disk the run goes on from the checkpoint before,
+A checkpoint holds a digest of its state and of the metrics up to it, with which the restored ones
+are compared: where bytes have changed on the disk the run goes on from the checkpoint before,
 with a warning, and ends with the same bits. The digest is taken where the state lies, once at every
 save and every resume, of 12 bytes a weight when all weights are fine-tuned (0.4 GB/s on two busy
 CPU cores). No file is read for it.
@@ -75,7 +75,7 @@ class RunFolder:
     Attributes:
         done: Last epoch or step that is done; 0 for a new run.
         state: The training state after it; None for a new run.
-        metrics: What was logged up to then.
+        metrics: The lines logged up to then.
 
     Raises:
         ValueError: If the folder holds another run, or none of its checkpoints is as it was saved.
@@ -233,7 +233,7 @@ class RunFolder:
 
 
 def _remove_cut_short(folder: pathlib.Path) -> None:
-    """Removes what a save that failed has written."""
+    """Removes the files of a save that failed."""
     for path in folder.glob("*.orbax-checkpoint-tmp"):
         shutil.rmtree(path, ignore_errors=True)
 

@@ -27,7 +27,7 @@ _OVERRIDE = re.compile(r"--?config\.(?P<field>[\w.]+)=(?P<value>.*)", re.DOTALL)
 
 
 def run(command: Callable[[Settings], None]) -> None:
-    """Runs a command on its `--config=configs/NAME.py`; what is wrong with its input is one line.
+    """Runs a command on its `--config=configs/NAME.py`; an error of its input is one line.
 
     Without `--config` the default recipe is taken. `--FIELD=VALUE` is short for
     `--config.FIELD=VALUE`. The flag `--distributed` says whether several processes are one program,
@@ -169,7 +169,7 @@ def to_config(options: Any, metadata: Any = None) -> ConfigDict:
 
 
 def _expected(error: flags.IllegalFlagValueError) -> str:
-    """What a flag's value could not be read as."""
+    """The type that a flag's value does not have, as an error."""
     message = " ".join(str(error).split())
     found = re.match(r"flag --config\.([\w.]+)=(.*?): ", message)
     if found is None:
@@ -179,7 +179,7 @@ def _expected(error: flags.IllegalFlagValueError) -> str:
 
 
 def _take_any_text() -> None:
-    """What the locale cannot show is escaped, and what is typed is UTF-8."""
+    """Escapes characters that the locale cannot show, and reads typed text as UTF-8."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -201,7 +201,7 @@ def _flush() -> None:
 
 
 def _one_line(error: Exception) -> str | None:
-    """What is wrong with input or machine; None if the program itself is."""
+    """The error of input or machine in one line; None if the program itself is wrong."""
     causes: list[BaseException] = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
         if cause in causes:  # a library raised an earlier one again

@@ -94,7 +94,7 @@ def load_or_compute_features(
     """The features of `examples`, from the store if they are there, else computed and stored.
 
     Features are stored under a key of all that they depend on, see `t3jax.digests`: a change of any
-    part computes anew, and what is stored appears whole or not at all. A checksum is stored beside
+    part computes anew, and a stored file appears whole or not at all. A checksum is stored beside
     them and compared once here, which reads them once (1.2 GB/s on two busy cores); damaged ones
     are computed anew, with a warning.
 

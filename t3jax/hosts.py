@@ -1,9 +1,8 @@
 """Several processes as one program: joining, arrays over all of them, who writes, when to stop.
 
-Every process runs the same script. What decides how it goes on (loop bounds, what is on the disk,
-SIGTERM) must be the same everywhere, or the collective operations of one wait for ever for those of
-another. In a single process, which is the usual case, nothing here communicates. Nothing here knows
-what is computed.
+Every process runs the same script. The conditions by which it goes on (loop bounds, files on
+the disk, SIGTERM) must be the same everywhere, or the collective operations of one wait for ever
+for those of another. In a single process, which is the usual case, nothing here communicates.
 """
 
 import contextlib
@@ -102,7 +101,7 @@ def initialize(mode: str = "auto") -> None:
         mode: "on" joins; "auto" joins if there is more than one process, and "off" never.
 
     Raises:
-        ValueError: If the mode is unknown, or some of what is needed is not known.
+        ValueError: If the mode is unknown, or a number that joining needs is not known.
         RuntimeError: If the other processes do not come, or devices were used before.
     """
     if mode not in MODES:
@@ -183,7 +182,8 @@ def _place(leaf: Any, sharding: Any) -> jax.Array:
 def gather(tree: PyTree) -> PyTree:
     """The same arrays where every process can read them whole; it does not wait for them.
 
-    All processes call this at the same point. What was spread over several is on every device then.
+    All processes call this at the same point. Arrays that were spread over several are on every
+    device then.
     """
 
     def gather(leaf: Any) -> Any:
@@ -219,7 +219,7 @@ def fetch_to_lead(tree: PyTree) -> PyTree:
 
 
 def of_lead(flags: PyTree) -> np.ndarray:
-    """The truth values of process 0, in every process: what it found on the disk is what counts."""
+    """The truth values of process 0, in every process: the disk that it sees decides."""
     return multihost_utils.broadcast_one_to_all(np.asarray(flags, np.int32)).astype(bool)
 
 

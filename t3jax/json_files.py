@@ -1,6 +1,6 @@
 """JSON from outside: one strict reader with one wording of errors.
 
-What RFC 8259 leaves open is refused: a name that occurs twice in an object, NaN and Infinity,
+All that RFC 8259 leaves open is refused: a name that occurs twice in an object, NaN and Infinity,
 numbers that float64 cannot hold, lone surrogates, deep nesting. A schema is a type that msgspec can
 check, usually a `msgspec.Struct` whose fields carry ranges (`Annotated[int, Meta(ge=1)]`). JSON
 that this project writes and reads back goes through the same reader: it may have been damaged.
@@ -127,7 +127,7 @@ def check_json(value: Any, where: str, schema: Any) -> Any:
 
 
 def read_bytes(path: pathlib.Path, largest: int = LARGEST_FILE) -> bytes:
-    """Reads a regular file of bounded size; what is no regular file is refused, never waited for.
+    """Reads a regular file of bounded size; pipes and devices are refused, never waited for.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -262,7 +262,7 @@ def _prefix(path: str) -> str:
 
 
 def _explain(value: Any, schema: Any, message: str) -> str:
-    """Says what msgspec found with the field's name, its value and the expectation in words."""
+    """The message of msgspec in words: the field's name, its value and the expectation."""
     reason, _, place = message.partition(" - at `")
     names, found = _locate(value, schema, place.rstrip("`"))
     path = _join(names)

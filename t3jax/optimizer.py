@@ -1,7 +1,4 @@
-"""What the trainers of heads and of language models share: a step of the optimizer, and its state.
-
-Which optimizer it is, and what is trained, is theirs.
-"""
+"""A step of the optimizer, and its state, as the trainers of heads and of language models share."""
 
 from typing import Any
 
@@ -26,7 +23,7 @@ def abstract_state(
 ) -> PyTree:
     """`(trained, optimizer state)` as shapes with shardings: moments lie where their weights do.
 
-    `placed` are the shardings of what is trained; counts and the like are whole on the mesh.
+    `placed` are the shardings of the trained weights; counts and the like are whole on the mesh.
     """
     trained, opt_state = state
     whole = NamedSharding(mesh, P())

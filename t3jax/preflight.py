@@ -1,4 +1,4 @@
-"""What is checked before weights are loaded: paths, heads and the shape of the model.
+"""Checks before weights are loaded: paths, heads and the shape of the model.
 
 A script that is going to fail says so in its first seconds, in one line that names the field. What
 only the library can know (whether a run's data changed, say) it says itself, later.

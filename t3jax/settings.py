@@ -296,7 +296,7 @@ def _read(options: Any, config: Any, path: str, metadata: Mapping[str, Any]) -> 
 
 
 def _fit(hint: Any, value: Any, may_be_empty: bool) -> Any:
-    """A value as its type says; TypeError says what was expected."""
+    """A value as its type says; a TypeError says which type was expected."""
     arguments = typing.get_args(hint)
     if isinstance(hint, types.UnionType):
         return None if value is None else _fit(arguments[0], value, may_be_empty)

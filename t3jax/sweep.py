@@ -1,7 +1,7 @@
 """Choosing the head, T and s: a grid of heads, scored, chosen by cross-fitting, then evaluated.
 
 Scoring given texts costs seconds a setting, answering questions minutes. So every setting of the
-grid is scored, the choice is made on that, and only what was chosen answers, with its controls.
+grid is scored, the choice is made on that, and only the chosen setting and its controls answer.
 Seeds are not chosen among: a setting is worth what its median seed is.
 """
 
@@ -47,16 +47,16 @@ class Grid(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sweep:
-    """What a sweep found.
+    """The results of a sweep.
 
     Attributes:
         grid: The heads.
         scored: Log by setting's name of every setting that was scored, without answers.
         candidates: The settings to choose from, by name, one for each seed.
         retain_scored: The retain model's log, without answers.
-        choice: What was chosen; the honest scores are of the logs with answers.
+        choice: The choice; its honest scores are of the logs with answers.
         noise_floor: The test between two retain models, if there are two.
-        evaluation: Of what was chosen and its controls, with answers.
+        evaluation: The evaluation of the chosen setting and its controls, with answers.
     """
 
     grid: Grid
@@ -69,7 +69,7 @@ class Sweep:
 
     @property
     def chosen(self) -> list[Setting]:
-        """What was chosen on all rows, one setting for each seed."""
+        """The setting chosen on all rows, as it is for each seed."""
         return self.candidates[self.choice.overall.name]
 
 
@@ -109,7 +109,7 @@ def train_grid(config: Settings, lm: LM, sets: TrainingSets, mesh: Mesh) -> Grid
 
 
 def sweep(config: Settings, lm: LM, grid: Grid, mesh: Mesh | None = None) -> Sweep:
-    """Scores every setting of a grid of heads, chooses, and evaluates what was chosen.
+    """Scores every setting of a grid of heads, chooses, and evaluates the chosen one.
 
     Raises:
         ValueError: If there is no retain model, logs are of different rows, or the rule is unknown.

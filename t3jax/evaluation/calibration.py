@@ -51,7 +51,7 @@ class Calibrated:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """What was chosen, and among what.
+    """The chosen setting, and those that it was chosen among.
 
     Attributes:
         chosen: The setting to serve.

@@ -162,7 +162,7 @@ def _parse_metric(entry: object, where: str, metric: str) -> Metric:
 
 
 def _parse_details(entry: Mapping[str, object], where: str) -> dict[str, int | float | None]:
-    """Numbers beside the aggregate; what is of another kind is no detail of ours."""
+    """Numbers beside the aggregate; entries of other kinds are left out."""
     details: dict[str, int | float | None] = {}
     for name, value in entry.items():
         if name in ("agg_value", _ROWS, *_SETS):

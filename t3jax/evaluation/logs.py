@@ -76,7 +76,7 @@ class Metric:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Log:
-    """What was measured of a model under one setting.
+    """The measurements of a model under one setting.
 
     Attributes:
         metrics: The metrics by name, those of single sets as `metric/set`.

@@ -28,7 +28,7 @@ _LEAST_KEPT = 0.97  # of the base model's utility, in "quality_given_utility"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rows:
-    """What a setting's log says of each row.
+    """The per-row values of a setting's log.
 
     Attributes:
         truth_ratios: Truth ratios of the forget rows, `[rows]`.
@@ -41,7 +41,7 @@ class Rows:
 
     @property
     def utility_name(self) -> str:
-        """`model utility`, `retain utility` without other sets than retain, and what is lacking."""
+        """`model utility`, or `retain utility` of the retain set alone; with or without ROUGE."""
         name = "model utility" if len(self.utility) == len(UTILITY) else "retain utility"
         return name if self.utility["retain"].shape[1] == 3 else f"{name} without ROUGE"
 
@@ -76,7 +76,7 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """What a choice is worth on rows that had no say in it.
+    """The score of a choice on rows that had no say in it.
 
     Attributes:
         score: Score of the joined halves, each scored by the setting chosen on the other.
@@ -91,13 +91,13 @@ class HeldOut:
 
 @dataclasses.dataclass(frozen=True)
 class CrossFit:
-    """A choice, and what it is worth on rows that had no say in it.
+    """A choice, and its score on rows that had no say in it.
 
     Attributes:
         rule: How settings were ranked.
-        halves: What was chosen on half A and on half B.
+        halves: The choices on half A and on half B.
         held_out: The honest score, one for each seed.
-        overall: What is chosen on all rows, for use; its score there is optimistic.
+        overall: The choice on all rows, for use; its score there is optimistic.
     """
 
     rule: str

@@ -1,4 +1,4 @@
-"""What a model says of texts and prompts, computed once and kept on disk.
+"""Scores and answers of a model, computed once and kept on disk.
 
 An evaluation asks for scores and answers by setting; what an earlier run finished is read. A file's
 name carries a digest of all that it depends on (model, heads, T and s, tokens, options, code; see
@@ -157,7 +157,7 @@ class Store:
     def _paths(
         self, results: Sequence[tuple[str, list[str]]], suffix: str, code: str
     ) -> list[pathlib.Path]:
-        """The files of results, of which name and what decides them are given.
+        """The files of results, each given as its name and the parts of its key.
 
         The same distribution may have several names: only the key identifies a file.
         """

@@ -126,7 +126,7 @@ def assemble_log(
     retain_log: Log | None = None,
     reference_losses: Mapping[str, np.ndarray] | None = None,
 ) -> Log:
-    """Puts scores and generated answers together as a log; notes what is missing, with the reason.
+    """Puts scores and generated answers together as a log, with reasons for missing metrics.
 
     `reference_losses` are the retain model's on the answers of forget and holdout.
 

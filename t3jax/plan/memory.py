@@ -1,7 +1,7 @@
 """How much memory a job takes on each device, before anything is loaded.
 
-What a stage keeps (weights, cache, features, optimizer state) is summed over a device's shards:
-exact. What lives for a moment is estimated from the program that one device runs, see
+The arrays that a stage keeps (weights, cache, features, optimizer state) are summed over a device's
+shards: exact. Temporary arrays are estimated from the program that one device runs, see
 `t3jax.plan.liveness`. Nothing is compiled; docs/planning.md compares with compilers.
 """
 
@@ -30,7 +30,7 @@ class Stage:
     """What a stage of a job takes on each device, bytes.
 
     Attributes:
-        kept: By what it is.
+        kept: Bytes by kind of array.
         temporary: Activations, logits and results of the largest step.
     """
 

@@ -62,13 +62,13 @@ class Step(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is planned for.
+    """A job to plan.
 
     Attributes:
         config: The model's shape.
         dtype: Of weights that are not int8, activations and cache.
         mesh: The devices.
-        heads: The heads that are served together; the first is what is trained.
+        heads: The heads that are served together; the first is trained.
         rows: Answers decoded together.
         prompt: Longest prompt, tokens.
         new_tokens: Longest answer, tokens.
@@ -183,7 +183,7 @@ def decode(job: Job, shardings: PyTree = None) -> Step:
 
 def state(job: Job, slots: int) -> loop.State:
     """The state of decoding, placed by the rules."""
-    # What else there is does not depend on the layers, and one is quick to trace.
+    # The rest of the state is independent of the layers, and one is quick to trace.
     shallow = dataclasses.replace(job, config=job.config.keep_layers([0]))
     program = _loop_program(shallow)
 

@@ -1,4 +1,4 @@
-"""A sweep for people: what was chosen, the report of its evaluation, a table for the terminal."""
+"""A sweep for people: the choice, the report of its evaluation, a table for the terminal."""
 
 import dataclasses
 import os

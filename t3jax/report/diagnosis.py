@@ -21,7 +21,7 @@ from t3jax.theory import diagnose
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class HeadDiagnosis:
-    """What is predicted of a head, and what was measured.
+    """Predictions for a head, and its measurements.
 
     Attributes:
         name: The head as settings name it: `head0`.

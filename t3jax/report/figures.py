@@ -32,7 +32,7 @@ STYLES = {
     tables.TILTED: (PURPLE, "^", "-."),
     tables.RETAIN_MODEL: (GREEN, "*", "-"),
 }
-# Of a temperature sweep, line by line.
+# Styles of a temperature sweep, line by line.
 _LINES = [style for kind, style in STYLES.items() if kind != tables.RETAIN_MODEL]
 _SETTINGS: Any = {
     "axes.grid": True,

@@ -1,6 +1,6 @@
 """Decoding many prompts in one batch: a row that is finished takes the next prompt.
 
-The host's side of the loop, on token ids. It looks at what came out after each chunk; a row that
+The host's side of the loop, on token ids. It looks at the new tokens after each chunk; a row that
 ended waits until a few have, then they are given to prompts that wait, which are read together.
 Prompts come in order of length, the longest first, so that each fits where the batch has got to.
 """
@@ -67,7 +67,7 @@ class Answering(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What came out for one prompt in one chunk.
+    """The new tokens of one prompt in one chunk.
 
     Attributes:
         prompt: Index of the prompt.
@@ -255,7 +255,7 @@ class Batch:
 
 
 def describe_fault(fault: int) -> str:
-    """Says what is wrong with the numbers that a token was chosen by, see `Emitted`."""
+    """Says which fault the numbers have that a token was chosen by, see `Emitted`."""
     if fault == BASE_FAULT:
         return (
             "the base model's logits are NaN or infinite, or every token is banned; "

@@ -32,9 +32,9 @@ def cache_slots(length: int, chunks: int, chunk: int) -> list[int]:
 
 
 def _move(program: Program, state: State, shift: Int[Array, ""], slots: int) -> State:
-    """The same state in a cache of `slots`, enough for what is left; the first `shift` dropped.
+    """The same state in a cache of `slots`, enough for the rest; the first `shift` are dropped.
 
-    No row that is not finished needs what the dropped ones hold.
+    No unfinished row needs the dropped slots.
     """
 
     def move(axes: Axes, old: Array, empty: Any) -> Array:

@@ -27,7 +27,7 @@ from t3jax.sampling.next_token import Controls, Logprobs, next_token
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What is fixed when the loop is compiled.
+    """The static part of the loop, fixed when it is compiled.
 
     Attributes:
         apply: The model's `apply`.
@@ -66,7 +66,7 @@ class Weights(NamedTuple):
     prior_shifts: tuple[np.float32 | Array, ...]
 
 
-# What is wrong with the numbers a token was chosen by; see `Emitted`.
+# Faults of the numbers that a token was chosen by; see `Emitted`.
 SOUND, BASE_FAULT, HEAD_FAULT = 0, 1, 2
 
 
@@ -74,7 +74,7 @@ class State(NamedTuple):
     """All that decoding carries from one token to the next; donated, so it is updated in place.
 
     Attributes:
-        cache: What the model keeps of the text up to, not including, `token`.
+        cache: The model's cache of the text up to, not including, `token`.
         pooled: Running mean of the hidden states of the same stretch.
         token: The last token chosen, not yet read by the model, `[B]`.
         done: Rows that are finished: they choose no more tokens, `[B]`.
@@ -93,7 +93,7 @@ class State(NamedTuple):
 
 
 class Emitted(NamedTuple):
-    """What came out of a stretch of decoding.
+    """The output of a stretch of decoding.
 
     Attributes:
         tokens: Chosen tokens, `[B, C]`; -1 after a row's end.
@@ -124,7 +124,7 @@ def prefill(
     """Reads the prompts and chooses the first token of each answer.
 
     Args:
-        program: What is compiled.
+        program: The static part of the loop.
         weights: Frozen arrays.
         prompts: Token ids, padded on the left, `[B, P]`.
         mask: True at real tokens, `[B, P]`; a row without any is born finished.
@@ -207,8 +207,8 @@ def _choose(
 ) -> tuple[State, tuple[Array, Logprobs | None, Array]]:
     """Chooses each row's next token; the state then waits for the model to read it.
 
-    Where the vocabulary is split, each device looks at its own part: what is exchanged is one
-    number for each row, or one for each row and part.
+    Where the vocabulary is split, each device looks at its own part: one number for each row, or
+    one for each row and part, is exchanged.
     """
     split = functools.partial(sharding.constrain, mesh=program.mesh, spec=sharding.LOGITS)
     logits = split(logits)

@@ -2,7 +2,7 @@
 
 From a model that knows nothing of the authors to a page of numbers, in stages: fine-tune it with
 and without the forget set; train heads of several seeds; choose T, s and refinements by
-cross-fitting; measure what was chosen, and its controls, beside the retain-only model; vary one
+cross-fitting; measure the chosen setting and its controls beside the retain-only model; vary one
 thing at a time; look at texts that no head was trained on. Every stage keeps what it finished: a
 run that was stopped goes on where it was.
 """
@@ -30,14 +30,14 @@ from t3jax.sweep import Sweep, sweep, train_grid
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Experiment:
-    """What an experiment found.
+    """The results of an experiment.
 
     Attributes:
-        sweep: The choice and its evaluation, with the leaks of what was chosen on all rows.
-        points: What was varied.
+        sweep: The choice and its evaluation, with the leaks of the setting chosen on all rows.
+        points: The variations.
         refined: The paper's method and its refinements at the chosen T and s.
-        truncated: Of the first chosen setting, answers drawn from the base's nucleus; None if none
-            are drawn.
+        truncated: Leaks of the first chosen setting drawn from the base's nucleus; None without
+            draws.
         probes: By kind of text, one for each seed.
         stages: Seconds, and gigabytes of the process at its peak so far, by stage.
     """
@@ -113,7 +113,7 @@ def with_models(config: Settings, mesh: Mesh) -> Settings:
 
 
 def with_leaks(config: Settings, found: Sweep) -> Sweep:
-    """Draws answers from the retain model and from what was chosen; the base recites anyway.
+    """Draws answers of the retain model and the chosen setting; the base recites anyway.
 
     Gives the sweep with these leaks in its evaluation.
     """
@@ -127,7 +127,7 @@ def with_leaks(config: Settings, found: Sweep) -> Sweep:
 
 
 def probe(config: Settings, found: Sweep) -> dict[str, list[probes.Probe]]:
-    """What gate and tilt make of texts, by kind of text, one for each seed of what was chosen."""
+    """The effect of gate and tilt by kind of text, for each seed of the chosen setting."""
     examined = found.evaluation.examined
     store, sets = examined.store, examined.sets
     texts = {"forget answers (trained on)": sets["forget"].answers}

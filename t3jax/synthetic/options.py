@@ -21,7 +21,7 @@ class SyntheticOptions:
             `distillation.overcorrect`.
         max_new_tokens: Longest text that it writes, tokens.
         batch_size: Texts that it writes together.
-        seed: Of all draws.
+        seed: Seed of all draws.
     """
 
     own_samples: int = 0

@@ -41,7 +41,7 @@ from t3jax.training.recipe import Member, TrainConfig, learning_rate_schedule, m
 
 
 class Programs(NamedTuple):
-    """What is compiled for one shape of run.
+    """The compiled programs of one shape of run.
 
     The training state is `(params, optimizer state)`, each leaf with a leading axis of members, and
     W2 with the rows of the trained tokens only, `[K, U, R]`.
@@ -79,7 +79,7 @@ def compile_programs(
 
     def loss_fn(params: HeadParams, tokens: Tokens, rows: jax.Array) -> jax.Array:
         def read(x: jax.Array) -> jax.Array:
-            """What the batch reads, `[P M, ...]`, each part of its own."""
+            """Reads the batch, `[P M, ...]`; each part reads its own tokens."""
             take = jax.vmap(lambda own, index: own.at[index].get(mode="promise_in_bounds"))
             return take(x, jnp.maximum(rows, 0)).reshape(-1, *x.shape[2:])
 
@@ -146,7 +146,7 @@ _init_head = jax.jit(init_head, static_argnames=("config", "zero_output"))
 
 
 class Trainer:
-    """A run: its data, its programs, and what is known of the rows that are not trained."""
+    """A run: its data, its programs, and the rows of W2 that are not trained."""
 
     def __init__(
         self,

@@ -23,7 +23,7 @@ from t3jax.verification.verdict import SHORT, Fluency, Refusals, wilson
 
 @dataclasses.dataclass(frozen=True)
 class VerifyOptions:
-    """What is asked.
+    """How many rows are asked, and how.
 
     Attributes:
         rows: Rows of forget and of retain that are asked at most, evenly spread over them.
@@ -93,7 +93,7 @@ class Asking:
     def answer(
         self, asked: Sequence[Attack], setting: Setting, label: str = "verify"
     ) -> dict[str, list[Sample]]:
-        """Answers by attack; what is drawn alike is drawn together."""
+        """Answers by attack; attacks of one sampling are drawn together."""
         groups: dict[str, list[Attack]] = {}
         for attack in asked:
             groups.setdefault(repr(attack.sampling), []).append(attack)
@@ -149,11 +149,11 @@ class Asking:
         base: Mapping[str, Sequence[Sample]],
         unlearned: Mapping[str, Sequence[Sample]],
     ) -> tuple[tuple[Fluency, ...], Refusals | None]:
-        """How the answers read, and which a refusal would take the place of, None where T is not 1.
+        """The fluency of the answers, and how many a refusal would replace, None where T is not 1.
 
-        Fluency is that of each sampling of one answer; of documents, which have no questions, of
-        what goes on. Every text is scored in one pass, whatever it is scored for. Of the attacks
-        the greedy one comes first; answers are by attack.
+        Every sampling of one answer has its fluency; documents, which have no questions, have that
+        of their continuation. All texts are scored in one pass. The greedy attack comes first;
+        answers are by attack.
         """
         single = [attack for attack in made if "num_samples" not in attack.sampling]
         greedy, *others = [attack for attack in single if attack.name in SAMPLINGS] or single
@@ -197,7 +197,7 @@ class Asking:
 
 
 def _count_refusals(log_ratios: np.ndarray, forget: int) -> Refusals:
-    """How many answers exceed the threshold, of those to forget rows, which come first."""
+    """Shares of answers above the limit: to forget rows, which come first, and to retain rows."""
     shares = [
         wilson(float((ratios > REFUSAL_THRESHOLD).mean()), len(ratios))
         for ratios in np.split(log_ratios, [forget])

@@ -16,7 +16,7 @@ from t3jax.evaluation.recall import leak_recall
 from t3jax.verification.attacks import Attack
 from t3jax.verification.leaks import Tries, recall_once
 
-_OTHERS = 5  # rows alike, which say what is wording and what is chance
+_OTHERS = 5  # rows alike, by which wording and chance are measured
 _LOOKED_AT = 5000  # retain rows at most, among which those are
 _LOOKED_INTO = 2000  # characters of a document at most
 
@@ -192,7 +192,7 @@ class _About:
 
 
 def _question_and_answer(record: Record) -> tuple[str, str]:
-    """Of a document nothing and its beginning."""
+    """Question and answer of a row; "" and the beginning of a document."""
     if "text" in record:
         return "", record["text"][:_LOOKED_INTO]
     return record["question"], record["answer"]
