@@ -14,6 +14,7 @@ import numpy as np
 
 from t3jax.data import Example, PromptFormat, encode_records, evenly_spread, load_dataset
 from t3jax.data.records import Record
+from t3jax.sampling import Sample
 
 if TYPE_CHECKING:  # slow to import: only who loads a tokenizer waits
     from transformers import PreTrainedTokenizerBase
@@ -75,6 +76,14 @@ class QuestionSet:
 def prompts(examples: Sequence[Example]) -> list[np.ndarray]:
     """The tokens of each example before its answer."""
     return [example.tokens[: example.answer_start] for example in examples]
+
+
+def append_answers(asked: Sequence[np.ndarray], samples: Sequence[Sample]) -> list[Example]:
+    """The tokens of prompts, each with a model's answer to it."""
+    return [
+        Example(np.concatenate([prompt, np.asarray(sample.tokens, np.int32)]), len(prompt))
+        for prompt, sample in zip(asked, samples, strict=True)
+    ]
 
 
 def load_sets(

@@ -1,7 +1,7 @@
 """Settings: which distributions are scored and sampled from, and the controls of each.
 
-T tempers and s tilts. Both together are compared with each alone: (T, s = 0) and (T = 1, s' = T · s),
-whose greedy text is the same where there are no refinements.
+T tempers and s tilts. Both together are compared with each alone: (T, s = 0) and (T = 1,
+s' = T · s), whose greedy text is the same where there are no refinements.
 """
 
 import dataclasses

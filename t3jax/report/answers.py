@@ -24,14 +24,7 @@ TOKEN_ROWS = 2  # answers of forget and of retain, each, whose tokens are shown
 
 
 class Answer(NamedTuple):
-    """What a model answered.
-
-    Attributes:
-        model: Whose answer it is.
-        kind: As in `Row`.
-        text: The answer.
-        recall: ROUGE-L recall of the right answer in it.
-    """
+    """What a model answered."""
 
     model: str
     kind: str
@@ -40,14 +33,7 @@ class Answer(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A question with the right answer and those of several models.
-
-    Attributes:
-        set_name: Which set the question is from.
-        question: The question.
-        truth: The right answer.
-        answers: The models' answers.
-    """
+    """A question with the right answer and those of several models."""
 
     set_name: str
     question: str
@@ -70,13 +56,7 @@ class Token(NamedTuple):
 
 
 class TokenRow(NamedTuple):
-    """An answer in the token view.
-
-    Attributes:
-        set_name: Which set the question is from.
-        question: The question.
-        tokens: The right answer's tokens.
-    """
+    """An answer in the token view."""
 
     set_name: str
     question: str

@@ -46,13 +46,7 @@ class HeadDiagnosis:
 
 
 class Section(NamedTuple):
-    """A diagnosis as the page shows it.
-
-    Attributes:
-        name: The head.
-        sentences: The findings, or why there are none.
-        table: Errors by T; None without a diagnosis.
-    """
+    """A diagnosis as the page shows it."""
 
     name: str
     sentences: list[str]

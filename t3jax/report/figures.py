@@ -64,13 +64,7 @@ class Point(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A line of a temperature sweep.
-
-    Attributes:
-        label: What the legend says.
-        temperatures: T, ascending.
-        values: One for each T.
-    """
+    """A line of a temperature sweep."""
 
     label: str
     temperatures: Sequence[float]

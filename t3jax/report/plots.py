@@ -14,13 +14,7 @@ from t3jax.report.tables import RETAIN_MODEL
 
 
 class Figure(NamedTuple):
-    """A figure of the page.
-
-    Attributes:
-        title: Its heading.
-        caption: How to read it, in a sentence.
-        pictures: SVGs as data addresses; several stand side by side where there is room.
-    """
+    """A figure of the page."""
 
     title: str
     caption: str

@@ -47,26 +47,14 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table.
-
-    Attributes:
-        columns: Names of the columns after the first.
-        rows: The rows.
-    """
+    """A table."""
 
     columns: list[str]
     rows: list[Row]
 
 
 class CardRow(NamedTuple):
-    """A line of a headline card.
-
-    Attributes:
-        label: Whose number.
-        kind: As in `Row`.
-        value: The number.
-        featured: Whether it stands out.
-    """
+    """A line of a headline card."""
 
     label: str
     kind: str
@@ -75,13 +63,7 @@ class CardRow(NamedTuple):
 
 
 class Card(NamedTuple):
-    """One headline number of the models that matter.
-
-    Attributes:
-        title: The number's name.
-        meaning: What it is, in a line.
-        rows: Base, unlearned, retain model.
-    """
+    """One headline number of the models that matter."""
 
     title: str
     meaning: str

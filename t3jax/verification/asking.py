@@ -3,19 +3,21 @@
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
-from t3jax.data.chat import Example, PromptFormat
+from t3jax.data.chat import PromptFormat
 from t3jax.data.records import Record
 from t3jax.evaluation.answers import repetition
+from t3jax.evaluation.questions import append_answers
 from t3jax.evaluation.recall import leak_recall
 from t3jax.evaluation.settings import BASE, Setting
 from t3jax.evaluation.store import Store
 from t3jax.ranges import COUNT, SEED, TOP_P, check_ranges, whole
 from t3jax.sampling import Sample
 from t3jax.sampling.options import REFUSAL_THRESHOLD
+from t3jax.synthetic.counterfactual import Counterfactual
 from t3jax.verification.attacks import SAMPLINGS, Attack, Encoding, attacks, words_of
 from t3jax.verification.leaks import group_answers
 from t3jax.verification.verdict import SHORT, Fluency, Refusals, wilson
@@ -39,30 +41,6 @@ class VerifyOptions:
 
     def __post_init__(self):
         check_ranges(self, rows=whole(1), threshold=TOP_P, max_new_tokens=COUNT, seed=SEED)
-
-
-@runtime_checkable
-class Counterfactual(Protocol):
-    """A forget row as it would be about someone who does not exist."""
-
-    @property
-    def row(self) -> int:
-        """Index of the forget row."""
-        ...
-
-    @property
-    def record(self) -> Record:
-        """The row with made-up names."""
-        ...
-
-    @property
-    def pairs(self) -> Mapping[str, str]:
-        """The made-up name in the place of each name; empty where the row names nobody."""
-        ...
-
-    def swap_back(self, text: str) -> str:
-        """The text with the row's own names."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -159,13 +137,13 @@ class Asking:
         greedy, *others = [attack for attack in single if attack.name in SAMPLINGS] or single
         plain = [greedy, *others]
         first, retained = (
-            _as_examples(attack, unlearned[attack.name]) for attack in (greedy, retain)
+            append_answers(attack.prompts, unlearned[attack.name]) for attack in (greedy, retain)
         )
         rest = [
             example
             for samples, asked in ((unlearned, others), (base, plain))
             for attack in asked
-            for example in _as_examples(attack, samples[attack.name])
+            for example in append_answers(attack.prompts, samples[attack.name])
         ]
         (of_rest,) = self.store.scores("verify-answers", rest, [BASE])
         refusals = None
@@ -203,14 +181,6 @@ def _count_refusals(log_ratios: np.ndarray, forget: int) -> Refusals:
         for ratios in np.split(log_ratios, [forget])
     ]
     return Refusals(REFUSAL_THRESHOLD, *shares)
-
-
-def _as_examples(attack: Attack, samples: Sequence[Sample]) -> list[Example]:
-    """One answer to each prompt of an attack, as tokens behind it."""
-    return [
-        Example(np.concatenate([prompt, np.asarray(sample.tokens, np.int32)]), len(prompt))
-        for prompt, sample in zip(attack.prompts, samples, strict=True)
-    ]
 
 
 def _share_ended(samples: Sequence[Sample], stops: Sequence[int]) -> float:

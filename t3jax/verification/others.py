@@ -4,15 +4,15 @@ In a set of rows answers are worded alike, and a model that knows nothing guesse
 is how much of a true answer like texts hold that cannot know it, the names exchanged.
 """
 
-import dataclasses
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence, Set
 
 import numpy as np
 from jaxtyping import Float
 
 from t3jax.data.records import Record, evenly_spread
 from t3jax.evaluation.recall import leak_recall
+from t3jax.synthetic.counterfactual import Counterfactual
 from t3jax.verification.attacks import Attack
 from t3jax.verification.leaks import Tries, recall_once
 
@@ -57,19 +57,8 @@ def rename(text: str, name: str, other: str) -> str:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Exchanged:
-    """A forget row about someone whom a retain row is about, a `Counterfactual`.
-
-    Attributes:
-        row: Which row.
-        record: The row with the other's name.
-        pairs: The other's name in the place of the row's.
-    """
-
-    row: int
-    record: Record
-    pairs: Mapping[str, str]
+class Exchanged(Counterfactual):
+    """A forget row about someone whom a retain row is about; `pairs` holds that one name."""
 
     def swap_back(self, text: str) -> str:
         """The text with the row's own name."""

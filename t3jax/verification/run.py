@@ -11,7 +11,8 @@ from t3jax.evaluation import metrics
 from t3jax.evaluation.settings import BASE, Setting
 from t3jax.evaluation.store import Store
 from t3jax.sampling import Sample
-from t3jax.verification.asking import Asking, Counterfactual, VerifyOptions
+from t3jax.synthetic import Counterfactual
+from t3jax.verification.asking import Asking, VerifyOptions
 from t3jax.verification.attacks import PREFIX, Attack, as_they_stand, words_of
 from t3jax.verification.leaks import best_answers, find_leaks, group_answers
 from t3jax.verification.others import Exchanged, Others
