@@ -118,8 +118,16 @@ def make_training_sets(
         written["paraphrases"] = len(reworded)
         forget += reworded
     if options.own_samples:
-        retain_rows.append(maker.write_own_samples())
-        written["own samples"] = len(retain_rows[-1])
+        own = load_own_samples(
+            lm,
+            options,
+            maker.people,
+            prompt_format=prompt_format,
+            store=feature_store,
+            progress=progress,
+        )
+        written["own samples"] = len(own)
+        retain_rows.append(own)
     others: list[Record] = []
     counterfactuals: list[Counterfactual] = []
     if options.made_up_names:
@@ -264,23 +272,6 @@ class _Maker:
             for text in texts
         ]
 
-    def write_own_samples(self) -> list[Record]:
-        options = self.options
-        return self.write(
-            "own-samples",
-            [self.people, options.own_samples, options.openings, options.max_new_tokens],
-            lambda: writing.write_own_samples(
-                self.lm,
-                options.own_samples,
-                self.prompt_format,
-                names=self.people,
-                openings=options.openings,
-                max_new_tokens=options.max_new_tokens,
-                progress=self.label("own samples"),
-                **self.drawing,
-            ),
-        )
-
     def write_counterfactuals(
         self, forget: Sequence[Record], retain: Sequence[Record]
     ) -> tuple[list[Record], list[Counterfactual]]:
@@ -339,6 +330,51 @@ class _Maker:
             progress=self.label("counterfactuals"),
             **self.target_options,
         )
+
+
+def load_own_samples(
+    lm: LM,
+    options: SyntheticOptions,
+    people: Sequence[str] = (),
+    *,
+    prompt_format: PromptFormat,
+    store: pathlib.Path | str,
+    progress: bool = False,
+) -> list[Record]:
+    """Lets the base model write chats of its own, or reads those that it wrote before.
+
+    Args:
+        lm: The base model.
+        options: How many and how.
+        people: Names that none of them may hold.
+        prompt_format: How a question becomes a prompt.
+        store: Folder of the store.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Rows with question and answer.
+    """
+    drawing: dict[str, Any] = {
+        "openings": options.openings,
+        "max_new_tokens": options.max_new_tokens,
+    }
+    samples: list[Record] = load_or_write(
+        pathlib.Path(store) / "written",
+        "own-samples",
+        lm,
+        [tuple(people), options.own_samples, *drawing.values(), prompt_format, options.seed],
+        lambda: writing.write_own_samples(
+            lm,
+            options.own_samples,
+            prompt_format,
+            names=people,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            progress="own samples" if progress else None,
+            **drawing,
+        ),
+    )
+    return samples
 
 
 def _counterfactuals_of(

@@ -30,7 +30,7 @@ class Stage:
     """What a stage of a job takes on each device, bytes.
 
     Attributes:
-        kept: Bytes by kind of array.
+        kept: By what it is.
         temporary: Activations, logits and results of the largest step.
     """
 
