@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import tqdm
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from t3jax import hosts, sharding
 from t3jax.checkpoint import Metrics, RunFolder, UnsavedRun, open_run
@@ -119,28 +120,20 @@ def train_heads(
     with open_run(workdir, settings, trainer.abstract_state, unit="epoch") as run:
         state, metrics = _run(run, members, trainer, planner, best, report, progress)
     best.check()
+    of_data = {
+        "tokens": {
+            "retain": sum(features.num_tokens for features in sources),
+            "forget": forget.num_tokens,
+        },
+        "sequences": {
+            "retain": sum(features.num_sequences for features in sources),
+            "forget": forget.num_sequences,
+        },
+        "features": settings["features"],
+        **({"init": settings["init"]} if init is not None else {}),
+    }
     heads = []
     for k, member in enumerate(members):
-        own = [line for line in metrics if line["head"] == member.name]
-        final = next((line for line in own if line["epoch"] == best.epochs[k]), own[-1])
-        record = {
-            "training": {**dataclasses.asdict(member.config), "seed": member.seed},
-            "tokens": {
-                "retain": sum(features.num_tokens for features in sources),
-                "forget": forget.num_tokens,
-            },
-            "sequences": {
-                "retain": sum(features.num_sequences for features in sources),
-                "forget": forget.num_sequences,
-            },
-            "features": settings["features"],
-            **({"init": settings["init"]} if init is not None else {}),
-            "final": {
-                name: value for name, value in final.items() if name not in ("head", "seconds")
-            },
-            "versions": {"jax": jax.__version__, "t3jax": _version()},
-            "seconds": sum(line["seconds"] for line in own),
-        }
         params = best.params[k] or trainer.full_params(state, k, config.epochs)
         heads.append(
             Head(
@@ -150,7 +143,7 @@ def train_heads(
                 guidance_scale=guidance_scale,
                 model=model,
                 prior_shift=prior_shift,
-                record=record,
+                record=_make_record(member, of_data, metrics, best.epochs[k]),
             )
         )
     if workdir is not None:
@@ -167,9 +160,9 @@ def _run(
     best: "_Best",
     report: Callable[[str], None] | None,
     progress: str | None,
-) -> tuple[Any, list[Metrics]]:
+) -> tuple[PyTree, list[Metrics]]:
     """Trains from the first epoch or the last checkpoint to the end: the state and all metrics."""
-    config = members[0].config  # epochs and what else counts here are the same in all
+    config = members[0].config  # all members share epochs, patience and the like
     bar = tqdm.tqdm(
         total=config.epochs,
         desc=progress,
@@ -222,6 +215,21 @@ def _run(
                 for line in lines:
                     report(_describe(line, config.epochs))
     return state, metrics
+
+
+def _make_record(
+    member: Member, of_data: dict[str, Any], metrics: Sequence[Metrics], best_epoch: int | None
+) -> dict[str, Any]:
+    """The record of a head: how it was trained, on which data, and its last metrics."""
+    own = [line for line in metrics if line["head"] == member.name]
+    final = next((line for line in own if line["epoch"] == best_epoch), own[-1])
+    return {
+        "training": {**dataclasses.asdict(member.config), "seed": member.seed},
+        **of_data,
+        "final": {name: value for name, value in final.items() if name not in ("head", "seconds")},
+        "versions": {"jax": jax.__version__, "t3jax": _version()},
+        "seconds": sum(line["seconds"] for line in own),
+    }
 
 
 def _common(configs: Sequence[TrainConfig]) -> dict[str, Any]:
@@ -375,7 +383,7 @@ def _describe(line: Metrics, epochs: int) -> str:
 
 
 def _digest(features: Features) -> str:
-    """Tells sets of features apart: by their key and tokens, or by all bytes if there is no key."""
+    """A digest of features: of their key and tokens, or of all bytes if there is no key."""
     digest = hashlib.sha256(f"{features.key} {features.pooled.shape}".encode())
     arrays = [features.targets, features.starts] + ([] if features.key else [features.pooled])
     arrays += features.soft or ()
