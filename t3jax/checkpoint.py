@@ -174,13 +174,9 @@ class RunFolder:
             self._open.__exit__(*error)
 
     def finish(self, done: int, lines: Sequence[Metrics], state: PyTree, save: bool) -> None:
-        """Logs an epoch or step, and saves it if that is due or SIGTERM came.
+        """Logs an epoch or step, and saves it if `save` says that it is due, or SIGTERM came.
 
-        Args:
-            done: Which one.
-            lines: Its metrics, one line for each head.
-            state: The training state after it.
-            save: Whether a checkpoint is due; it is whole on the disk when this returns.
+        The checkpoint is whole on the disk when this returns.
 
         Raises:
             OSError: If it could not be saved; the checkpoints before it stay.

@@ -51,20 +51,12 @@ def distillation_loss(
     probs: Float[Array, "*batch candidates"],
     temperature: float = 1.0,
 ) -> Float[Array, "*batch"]:
-    """KL(target ‖ served) at each position, the served distribution at guidance scale s = 1.
+    """KL(target ‖ served) at each position, nats `[...]`, at guidance scale s = 1.
 
-    At T > 1 tempering is gated: T_t = 1 + (T - 1)(1 - q), with q the probability that base and head
-    together give to retain (`refinements.gated_temperature`). Retain texts then stay as they are.
-
-    Args:
-        scores: Classifier logits g(v) of the tokens, `[..., E]`.
-        logprobs: As in `SoftTargets`.
-        log_weights: As in `SoftTargets`.
-        probs: As in `SoftTargets`; the last is that of the rest.
-        temperature: The base temperature T >= 1 that the head is trained for.
-
-    Returns:
-        Nats, float32 `[...]`.
+    `scores` are the classifier logits g(v) of the tokens, the next three arguments as in
+    `SoftTargets`. At T > 1 tempering is gated: T_t = 1 + (T - 1)(1 - q), with q the probability
+    that base and head together give to retain (`refinements.gated_temperature`). Retain texts then
+    stay as they are.
     """
     log_f = jax.nn.log_sigmoid(scores.astype(jnp.float32))
     if temperature != 1:

@@ -63,16 +63,7 @@ def parse_json(text: str | bytes, where: str, schema: type[T]) -> T: ...
 def parse_json(text: str | bytes, where: str, schema: Any = None) -> Any:
     """Reads JSON from a text or from its bytes in UTF-8, as `read_json` does.
 
-    Args:
-        text: The JSON.
-        where: What to call it in errors, for example "rows.jsonl:3".
-        schema: The type that the content must have; None takes any JSON.
-
-    Returns:
-        The content; of type `schema` where one is given.
-
-    Raises:
-        ValueError: If it is not strict JSON or not of the schema.
+    Errors call it `where`, for example "rows.jsonl:3".
     """
     if isinstance(text, bytes):
         try:
@@ -108,16 +99,8 @@ def check_json(value: Any, where: str, schema: Any) -> Any: ...
 def check_json(value: Any, where: str, schema: Any) -> Any:
     """Checks a value that came from JSON, or is to become JSON, against a schema.
 
-    Args:
-        value: Dicts, lists, texts, numbers, booleans and None.
-        where: What to call it in errors.
-        schema: A type that msgspec can check.
-
-    Returns:
-        The value as that type.
-
-    Raises:
-        ValueError: Naming the field, its value and what was expected.
+    The value is returned as the schema's type. A ValueError names the place `where`, the field, its
+    value and the expectation.
     """
     _check_values(value, where)
     try:

@@ -46,13 +46,7 @@ T = TypeVar("T")
 
 
 def _section(options: type, prefix: str = "", without: tuple[str, ...] = ()) -> Any:
-    """A section of `Settings`.
-
-    Args:
-        options: Its dataclass.
-        prefix: What its fields' names start with, left out in a config.
-        without: Fields that come from elsewhere.
-    """
+    """A section of `Settings`: fields of a dataclass, named without `prefix`, `without` some."""
     return dataclasses.field(
         default_factory=options, metadata={"prefix": prefix, "without": without}
     )
@@ -248,14 +242,8 @@ def _expected(options: Any, field: str) -> str:
 def from_config(options: type[T], config: Any, path: str = "") -> T:
     """Makes options of a config, the only place where a config meets the library.
 
-    Args:
-        options: A dataclass, such as `Settings`.
-        config: Values by field; sections are mappings too. A field that is not there keeps the
-            dataclass's default.
-        path: Where the config stands, for errors.
-
-    Returns:
-        The options.
+    The config holds values by field; sections are mappings too. A field that is not there keeps the
+    dataclass's default. `path` is the place of the config, for errors.
 
     Raises:
         ValueError: If a field is unknown, of another type, or out of its range; names it.

@@ -133,18 +133,11 @@ def batch_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
 
 
 def attention_specs(mesh: Mesh, heads: int, length: int) -> tuple[P, P, P]:
-    """How attention is split over the mesh: by rows, and by key heads over `model`.
+    """Specs of queries `[B, K, G, T, h]`, keys `[B, K, h, S]` and values `[B, K, S, h]`.
 
-    Where `model` does not divide the key heads, it splits the queries of a text, which then meet
-    whole keys and values; and of a single token the width, so that the cache need not move.
-
-    Args:
-        mesh: The mesh.
-        heads: K, number of key heads.
-        length: T, number of queries in a row.
-
-    Returns:
-        Specs of queries `[B, K, G, T, h]`, keys `[B, K, h, S]` and values `[B, K, S, h]`.
+    Attention is split by rows, and by the K key heads over `model`. Where `model` does not divide
+    the key heads, it splits the T queries of a text, which then meet whole keys and values; and of
+    a single token the width, so that the cache need not move.
     """
     if heads % mesh.shape[MODEL] == 0:
         return P(ROWS, MODEL), P(ROWS, MODEL), P(ROWS, MODEL)

@@ -70,13 +70,7 @@ def leak_metric(recall: Float[np.ndarray, "rows samples"], threshold: float) -> 
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
-    """Share of different word n-grams among all of a set of texts.
-
-    Returns:
-        In (0, 1]: low where texts repeat themselves or one another.
-
-    Raises:
-        MissingMetricError: If no text has n words.
+    """Share of different word n-grams in a set of texts: low where they repeat words.
 
     References:
         arXiv 1510.03055.

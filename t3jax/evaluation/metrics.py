@@ -187,10 +187,6 @@ def rouge_scores(
 ) -> dict[str, Float[np.ndarray, "rows"]]:
     """ROUGE of generated answers, with the Porter stemmer.
 
-    Args:
-        ground_truths: The right answers.
-        generations: The model's answers, special tokens left out. An empty one scores 0.
-
     Returns:
         `rougeL_recall` (the one TOFU reports), `rougeL_f1` and `rouge1_recall`, each `[rows]`.
 

@@ -224,18 +224,9 @@ def cross_fit(
 ) -> CrossFit:
     """Chooses a setting, and scores the choosing on rows that had no say in it.
 
-    Args:
-        candidates: Settings to choose from, by name, each with the logs of its seeds, which are in
-            the same order everywhere; controls do not belong here.
-        base_log: The base model's log.
-        retain_log: The retain model's log.
-        rule: A key of `RULES`.
-        group: Rows of forget and retain that stay together; see `half`. Rows of real authors and
-            world facts are split one by one.
-        seed: Seed of the split.
-
-    Returns:
-        The choice and its honest score.
+    `candidates` are the logs of each setting's seeds, in the same order everywhere; controls do not
+    belong there. `rule` is a key of `RULES`. Rows of forget and retain stay together by `group`,
+    see `half`; those of real authors and world facts are split one by one.
 
     Raises:
         MissingMetricError: If a log lacks what the scores need.

@@ -116,21 +116,13 @@ class Store:
         reference_mask: bool = False,
         **options: Any,
     ) -> list[Sample]:
-        """Answers prompts.
+        """Answers prompts, given as token ids; the samples come prompt by prompt.
 
         Greedy text depends on T · s alone, so settings of equal product share one run, unless they
-        are gated or protect tokens.
-
-        Args:
-            label: What the prompts are, for file names and the progress bar.
-            prompts: Token ids.
-            setting: What to sample from.
-            reference_mask: Mask padding tokens inside prompts, as the reference evaluator does when
-                it generates: positions then do not count them, as if they were not there.
-            **options: Fields of `SamplingOptions`.
-
-        Returns:
-            Samples, prompt by prompt.
+        are gated or protect tokens. `label` is for file names and the progress bar.
+        `reference_mask` masks padding tokens inside prompts, as the reference evaluator does when
+        it generates: positions then do not count them, as if they were not there. The options are
+        fields of `SamplingOptions`.
 
         Raises:
             ValueError: As `Sampler.generate`; or a prompt ends in padding under `reference_mask`.

@@ -127,9 +127,6 @@ def score(
 
     Returns:
         Logs by setting's name, and the retain model's, if there is one.
-
-    Raises:
-        ValueError: If the retain log is of other rows, or a score is not finite.
     """
     folder = pathlib.Path(config["eval.dir"]) / ("" if answers else "scored")
     options = tofu.TofuOptions(config.sampling.max_new_tokens, config.eval.reference_mask, answers)

@@ -31,9 +31,6 @@ def make_job(
         text: Longest text, tokens; cut to what model and config allow.
         texts: Texts of the forget and of the retain set together.
         answer: Mean length of their answers, tokens.
-
-    Returns:
-        The job, in bfloat16 unless the config says otherwise.
     """
     config.require("model")
     dtype = config.dtype or "bfloat16"

@@ -185,12 +185,7 @@ class Sampler:
     ) -> Iterator[str]:
         """Answers one prompt, yielding text as it comes; `"".join` of it is the whole answer.
 
-        Args:
-            prompt: A question, or token ids.
-            options: As for `generate`, with one sample.
-            base_temperature: T for this call; None takes the sampler's.
-            guidance_scale: s for this call; None takes the sampler's.
-            **fields: As for `generate`.
+        The arguments are those of `generate`, with one sample.
 
         Yields:
             Pieces of text; with a `refusal` a single one, since the whole answer decides.
