@@ -137,16 +137,17 @@ def make_training_sets(
         hidden = counterfactual.share_hidden(counterfactuals) >= LEAST_HIDDEN
         loss = "distillation" if hidden else "classifier"
 
-    stock = [row for rows in retain_rows for row in rows]  # of turns to stand behind
+    stock = [row for rows in retain_rows for row in rows]  # earlier turns are made of these
     sources = list(retained)
     if not retained:
-        sources = [maker.compute("retain", maker.turn(rows, stock, 1)) for rows in retain_rows]
+        turned = [maker.turn(rows, stock, 1) for rows in retain_rows]
+        sources = [maker.compute("retain", maker.encode(rows)) for rows in turned]
         if loss == "distillation":
             sources = [targets.add_base_targets(lm, x, **maker.target_options) for x in sources]
     if loss == "classifier":
         if others:
-            sources.append(maker.compute("retain", maker.turn(others, stock, 2)))
-        forgotten = maker.compute("forget", maker.turn(forget, stock, 0))
+            sources.append(maker.compute("retain", maker.encode(maker.turn(others, stock, 2))))
+        forgotten = maker.compute("forget", maker.encode(maker.turn(forget, stock, 0)))
     else:
         # Both the true answer and other ones are prefixes that the served model may come to.
         sets = [maker.add_targets(maker.turn(forget, stock, 0), counterfactuals)]
@@ -224,10 +225,10 @@ class _Maker:
     def encode(self, rows: Sequence[Record]) -> list[Example]:
         return data.encode_records(self.lm.tokenizer, rows, self.prompt_format, self.max_length)
 
-    def compute(self, label: str, rows: Sequence[Record]) -> Features:
+    def compute(self, label: str, examples: Sequence[Example]) -> Features:
         return load_or_compute_features(
             self.lm,
-            self.encode(rows),
+            examples,
             self.store,
             kind=self.features,
             dtype=self.feature_dtype,
@@ -235,7 +236,7 @@ class _Maker:
         )
 
     def turn(self, rows: Sequence[Record], stock: Sequence[Record], kind: int) -> list[Record]:
-        """Puts rows behind earlier turns; the kind of rows decides the draws."""
+        """Puts rows behind earlier turns made of the stock; the kind of rows decides the draws."""
         return turns.put_behind_turns(
             self.lm.tokenizer,
             rows,
@@ -319,10 +320,11 @@ class _Maker:
         self, rows: Sequence[Record], counterfactuals: Sequence[Counterfactual]
     ) -> Features:
         """Features of rows, with the base model's distributions in their counterfactuals."""
+        examples = self.encode(rows)
         return targets.add_counterfactual_targets(
             self.lm,
-            self.compute("forget", rows),
-            self.encode(rows),
+            self.compute("forget", examples),
+            examples,
             counterfactuals,
             self.encode([_put_behind(each.record, rows[each.row]) for each in counterfactuals]),
             self.store,
