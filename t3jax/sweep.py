@@ -117,7 +117,7 @@ def sweep(config: Settings, lm: LM, grid: Grid, mesh: Mesh | None = None) -> Swe
     examined = pipeline.examine(config, lm, grid.heads, mesh)
     asked = pipeline.settings(config, lm, grid.heads, grid.groups, controls=False)
     candidates = {
-        setting.name: of_seeds(setting, grid.seeds)
+        setting.name: spread_over_seeds(setting, grid.seeds)
         for setting in asked
         if setting.guidance_scale > 0
     }
@@ -155,7 +155,7 @@ def sweep(config: Settings, lm: LM, grid: Grid, mesh: Mesh | None = None) -> Swe
     return Sweep(grid, scored, candidates, retain_scored, choice, floor, evaluation)
 
 
-def of_seeds(setting: Setting, seeds: int) -> list[Setting]:
+def spread_over_seeds(setting: Setting, seeds: int) -> list[Setting]:
     """A setting of the first seed's head, for the head of each seed."""
     (first,) = setting.heads
     return [

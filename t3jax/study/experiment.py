@@ -55,14 +55,14 @@ def experiment(config: Settings, mesh: Mesh) -> Experiment:
     folder = pathlib.Path(config["experiment.dir"])
     stage = functools.partial(_stage, folder / "stages.json")
     with stage("fine-tuning"):
-        config = with_models(config, mesh)
+        config = make_models(config, mesh)
     lm = load_lm(config["model"], config.dtype, mesh)
     with stage("features and heads"):
         grid = train_grid(config, lm, pipeline.training_sets(config, lm), mesh)
     with stage("choosing"):
         found = sweep(replace(config, **{"leaks.leak_samples": 0}), lm, grid, mesh)
     with stage("leaks"):
-        found = with_leaks(config, found)
+        found = draw_leaks(config, found)
     with stage("varying"):
         varied = variations.vary_heads(config, lm, mesh, found)
         points = [*variations.vary_settings(found), *varied]
@@ -79,7 +79,7 @@ def experiment(config: Settings, mesh: Mesh) -> Experiment:
     return Experiment(found, points, refined, truncated, found_probes, stages)
 
 
-def with_models(config: Settings, mesh: Mesh) -> Settings:
+def make_models(config: Settings, mesh: Mesh) -> Settings:
     """Makes the two models: one that knows both sets, one that knows the retain set alone.
 
     Nothing is made if `eval.retain_model` is set. Gives the settings with both, and with the
@@ -112,7 +112,7 @@ def with_models(config: Settings, mesh: Mesh) -> Settings:
     return replace(config, **models, **kept)
 
 
-def with_leaks(config: Settings, found: Sweep) -> Sweep:
+def draw_leaks(config: Settings, found: Sweep) -> Sweep:
     """Draws answers of the retain model and the chosen setting; the base recites anyway.
 
     Gives the sweep with these leaks in its evaluation.

@@ -21,7 +21,7 @@ from t3jax.head_io import Head
 from t3jax.lm import LM
 from t3jax.refinements import Refinements
 from t3jax.settings import Settings, replace
-from t3jax.sweep import Sweep, of_seeds, train_grid
+from t3jax.sweep import Sweep, spread_over_seeds, train_grid
 
 # The axes that are varied, one at a time, beside T and s of the sweep.
 RANK, EPOCHS, RETAIN_ROWS = "rank of the head", "epochs", "retain rows seen by the head"
@@ -112,7 +112,7 @@ def vary_heads(config: Settings, lm: LM, mesh: Mesh, found: Sweep) -> list[Point
         trained.append((axis, value, heads))
     every = list(dict.fromkeys(head for _, _, several in trained for head in several))
     chosen = dataclasses.replace(found.chosen[0], name="head0-varied", heads=(0,))
-    settings = of_seeds(chosen, len(every))
+    settings = spread_over_seeds(chosen, len(every))
     scored, retain_log = pipeline.score(config, _with_heads(found, every), settings, answers=False)
     by_head = dict(zip(every, scored.values(), strict=True))
     return [
