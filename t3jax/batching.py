@@ -2,7 +2,7 @@
 
 What features and scoring share: lengths are rounded up so that few programs are compiled, texts are
 padded on the right, and one batch is always under way while the host takes care of the one before.
-Nothing here knows what is computed. Axes: B batch, T time.
+The computation is the caller's. Axes: B batch, T time.
 """
 
 import collections
@@ -25,10 +25,6 @@ TOKENS_PER_SHARD = 16384  # of a batch, on each part of the rows: what keeps an 
 
 def check_examples(lm: LM | LMConfig, examples: Sequence[Example]) -> None:
     """Checks that there are texts and that the model can read them.
-
-    Args:
-        lm: The model that is to read them, or its shape.
-        examples: Tokenised texts.
 
     Raises:
         ValueError: If there are no examples, a text is longer than the model's context, or holds a

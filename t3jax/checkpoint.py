@@ -5,12 +5,12 @@
     metrics.jsonl   one line for each epoch or step, and each head
     tensorboard/    the same for TensorBoard
 
-A run may be killed at any moment. What is restored is the last checkpoint that was saved whole, on
-whatever devices there are now; the metrics are cut back to it. Metrics are on the disk before the
+A run may be killed at any moment. The last checkpoint that was saved whole is restored, on whatever
+devices there are now; the metrics are cut back to it. Metrics are on the disk before the
 checkpoint of their epoch or step is. SIGTERM saves the epoch or step that is under way.
 
-A checkpoint holds a digest of its state and of the metrics up to it, and what is restored is
-compared with it: where bytes have changed on the disk the run goes on from the checkpoint before,
+A checkpoint holds a digest of its state and of the metrics up to it, with which the restored ones
+are compared: where bytes have changed on the disk the run goes on from the checkpoint before,
 with a warning, and ends with the same bits. The digest is taken where the state lies, once at every
 save and every resume, of 12 bytes a weight when all weights are fine-tuned (0.4 GB/s on two busy
 CPU cores). No file is read for it.
@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+from jaxtyping import PyTree
 
 from t3jax import files, hosts
 from t3jax.digests import params_digest
@@ -43,7 +44,7 @@ Metrics = dict[str, Any]
 
 
 def open_run(
-    folder: str | pathlib.Path | None, settings: dict[str, Any], abstract_state: Any, unit: str
+    folder: str | pathlib.Path | None, settings: dict[str, Any], abstract_state: PyTree, unit: str
 ) -> "contextlib.AbstractContextManager[RunFolder | UnsavedRun]":
     """A run in a folder, see `RunFolder`; without one, a run that keeps no files."""
     if folder is None:
@@ -58,7 +59,7 @@ class UnsavedRun:
         self.done, self.state = 0, None
         self.metrics: list[Metrics] = []
 
-    def finish(self, done: int, lines: Sequence[Metrics], state: Any, save: bool) -> None:
+    def finish(self, done: int, lines: Sequence[Metrics], state: PyTree, save: bool) -> None:
         """Does nothing."""
 
 
@@ -74,7 +75,7 @@ class RunFolder:
     Attributes:
         done: Last epoch or step that is done; 0 for a new run.
         state: The training state after it; None for a new run.
-        metrics: What was logged up to then.
+        metrics: The lines logged up to then.
 
     Raises:
         ValueError: If the folder holds another run, or none of its checkpoints is as it was saved.
@@ -85,7 +86,7 @@ class RunFolder:
         self,
         folder: pathlib.Path,
         settings: dict[str, Any],
-        abstract_state: Any,
+        abstract_state: PyTree,
         unit: str,
     ):
         from orbax.checkpoint import v1 as ocp  # slow to import: only who keeps files waits
@@ -125,7 +126,7 @@ class RunFolder:
             files.write_text(path, "".join(json.dumps(line) + "\n" for line in self.metrics))
             self._metrics_file = self._open.enter_context(path.open("a", encoding="utf-8"))
 
-    def _load(self, step: int, abstract_state: Any, metrics_digest: Any) -> Any:
+    def _load(self, step: int, abstract_state: PyTree, metrics_digest: Any) -> PyTree:
         state = self._checkpoints.load(step, abstract_state)
         # Checkpoints of earlier versions have no digests.
         saved = self._checkpoints.metadata(step).custom_metadata or {}
@@ -172,14 +173,10 @@ class RunFolder:
         finally:
             self._open.__exit__(*error)
 
-    def finish(self, done: int, lines: Sequence[Metrics], state: Any, save: bool) -> None:
-        """Logs an epoch or step, and saves it if that is due or SIGTERM came.
+    def finish(self, done: int, lines: Sequence[Metrics], state: PyTree, save: bool) -> None:
+        """Logs an epoch or step, and saves it if `save` says that it is due, or SIGTERM came.
 
-        Args:
-            done: Which one.
-            lines: Its metrics, one line for each head.
-            state: The training state after it.
-            save: Whether a checkpoint is due; it is whole on the disk when this returns.
+        The checkpoint is whole on the disk when this returns.
 
         Raises:
             OSError: If it could not be saved; the checkpoints before it stay.
@@ -206,7 +203,7 @@ class RunFolder:
                     writer.add_scalar(name, value, line[self._unit])
         self._metrics_file.flush()
 
-    def _save(self, done: int, state: Any) -> None:
+    def _save(self, done: int, state: PyTree) -> None:
         if hosts.is_lead():
             os.fsync(self._metrics_file.fileno())
         for writer in self._writers.values():
@@ -232,7 +229,7 @@ class RunFolder:
 
 
 def _remove_cut_short(folder: pathlib.Path) -> None:
-    """Removes what a save that failed has written."""
+    """Removes the files of a save that failed."""
     for path in folder.glob("*.orbax-checkpoint-tmp"):
         shutil.rmtree(path, ignore_errors=True)
 

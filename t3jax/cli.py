@@ -27,15 +27,12 @@ _OVERRIDE = re.compile(r"--?config\.(?P<field>[\w.]+)=(?P<value>.*)", re.DOTALL)
 
 
 def run(command: Callable[[Settings], None]) -> None:
-    """Runs a command on its `--config=configs/NAME.py`; what is wrong with its input is one line.
+    """Runs a command on its `--config=configs/NAME.py`; an error of its input is one line.
 
     Without `--config` the default recipe is taken. `--FIELD=VALUE` is short for
     `--config.FIELD=VALUE`. The flag `--distributed` says whether several processes are one program,
     see `hosts.initialize`; process 0 alone then prints. Ctrl-C ends with status 130 and SIGTERM
     with 143; training puts SIGTERM off until its state is saved.
-
-    Args:
-        command: Takes the settings.
     """
     distributed = flags.DEFINE_enum(
         "distributed", "auto", hosts.MODES, "Whether to join the processes of a cluster."
@@ -153,14 +150,10 @@ def _odd(error: Exception) -> str:
 
 
 def to_config(options: Any, metadata: Any = None) -> ConfigDict:
-    """Makes a config of the defaults of a dataclass of options.
+    """Makes a config of the defaults of a dataclass of options, with sections for dataclasses.
 
-    Args:
-        options: The dataclass, such as `Settings`.
-        metadata: Of its field in another one, see `config_fields`.
-
-    Returns:
-        The config, with sections for dataclasses, in which a `placeholder` is None until it is set.
+    A `placeholder` in it is None until it is set. `metadata` is that of the dataclass's field in
+    another one, see `config_fields`.
     """
     config, hints = ConfigDict(), typing.get_type_hints(options)
     for name, field in config_fields(options, metadata):
@@ -176,7 +169,7 @@ def to_config(options: Any, metadata: Any = None) -> ConfigDict:
 
 
 def _expected(error: flags.IllegalFlagValueError) -> str:
-    """What a flag's value could not be read as."""
+    """The type that a flag's value does not have, as an error."""
     message = " ".join(str(error).split())
     found = re.match(r"flag --config\.([\w.]+)=(.*?): ", message)
     if found is None:
@@ -186,7 +179,7 @@ def _expected(error: flags.IllegalFlagValueError) -> str:
 
 
 def _take_any_text() -> None:
-    """What the locale cannot show is escaped, and what is typed is UTF-8."""
+    """Escapes characters that the locale cannot show, and reads typed text as UTF-8."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -208,7 +201,7 @@ def _flush() -> None:
 
 
 def _one_line(error: Exception) -> str | None:
-    """What is wrong with input or machine; None if the program itself is."""
+    """The error of input or machine in one line; None if the program itself is wrong."""
     causes: list[BaseException] = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
         if cause in causes:  # a library raised an earlier one again

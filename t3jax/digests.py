@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from t3jax import hosts
 from t3jax.data.chat import Example
@@ -49,12 +50,6 @@ def model_digest(lm: LM) -> str:
     cache, and all numbers that the functions hold themselves. Two versions of JAX may make
     different programs, and a function that computes something else only for texts longer than 128
     tokens goes unnoticed.
-
-    Args:
-        lm: The model. Its digest is remembered for as long as it lives.
-
-    Returns:
-        The digest.
     """
     if lm not in _digest_of_model:
         _digest_of_model[lm] = make_key(
@@ -66,7 +61,7 @@ def model_digest(lm: LM) -> str:
     return _digest_of_model[lm]
 
 
-def params_digest(params: Any) -> str:
+def params_digest(params: PyTree) -> str:
     """A digest of a tree's names, shapes, dtypes and bits, wherever its arrays are placed.
 
     Two weighted sums of each leaf's bits, modulo 2^32, are taken on the device: at memory
@@ -97,14 +92,7 @@ def _checksum(leaf: jax.Array) -> jax.Array:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """A digest of what a tokenizer makes of texts and tokens, chat template included.
-
-    Args:
-        tokenizer: A transformers tokenizer, or None.
-
-    Returns:
-        The digest.
-    """
+    """A digest of what a tokenizer makes of texts and tokens, chat template included."""
     if tokenizer is None:
         return "none"
     if backend := getattr(tokenizer, "backend_tokenizer", None):
@@ -138,12 +126,6 @@ def code_digest(*modules: str) -> str:
     """A digest of the source of modules and of all that they import of this package.
 
     A package's `__init__.py` counts where a name is imported from it.
-
-    Args:
-        *modules: Names such as "t3jax.features".
-
-    Returns:
-        The digest.
     """
     digest = hashlib.sha256()
     for module in imported_modules(*modules):
@@ -207,7 +189,7 @@ def _programs(lm: LM) -> Iterator[str]:
     def program(function: Any, *arguments: Any) -> str:
         return jax.jit(function).lower(params, *arguments).as_text()
 
-    def read(params: Any, tokens: jax.Array, mask: jax.Array, cache: Any = None) -> Any:
+    def read(params: PyTree, tokens: jax.Array, mask: jax.Array, cache: PyTree = None) -> PyTree:
         hidden, cache = lm.apply(params, tokens, None, mask, cache)
         return lm.unembed(params, hidden), hidden, cache
 

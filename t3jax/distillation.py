@@ -51,20 +51,12 @@ def distillation_loss(
     probs: Float[Array, "*batch candidates"],
     temperature: float = 1.0,
 ) -> Float[Array, "*batch"]:
-    """KL(target ‖ served) at each position, the served distribution at guidance scale s = 1.
+    """KL(target ‖ served) at each position, nats `[...]`, at guidance scale s = 1.
 
-    At T > 1 tempering is gated: T_t = 1 + (T - 1)(1 - q), with q the probability that base and head
-    together give to retain (`refinements.gated_temperature`). Retain texts then stay as they are.
-
-    Args:
-        scores: Classifier logits g(v) of the tokens, `[..., E]`.
-        logprobs: As in `SoftTargets`.
-        log_weights: As in `SoftTargets`.
-        probs: As in `SoftTargets`; the last is that of the rest.
-        temperature: The base temperature T >= 1 that the head is trained for.
-
-    Returns:
-        Nats, float32 `[...]`.
+    `scores` are the classifier logits g(v) of the tokens, the next three arguments as in
+    `SoftTargets`. At T > 1 tempering is gated: T_t = 1 + (T - 1)(1 - q), with q the probability
+    that base and head together give to retain (`refinements.gated_temperature`). Retain texts then
+    stay as they are.
     """
     log_f = jax.nn.log_sigmoid(scores.astype(jnp.float32))
     if temperature != 1:
@@ -91,16 +83,9 @@ def soft_targets(
 ) -> SoftTargets:
     """Chooses the candidates of each position and draws the tokens that stand for the rest.
 
-    Args:
-        key: For the draws.
-        logits: Logits of the base model, `[..., V]`.
-        target: Target probabilities, `[..., V]`.
-        num_candidates: C, tokens with the largest probability under target or base; at most V - 1.
-        num_rest: M, tokens drawn from the others in proportion to p(v)^(1/T).
-        temperature: T, for which the head is trained.
-
-    Returns:
-        The targets, arrays `[..., E]` and `[..., C + 1]`.
+    Candidates are the `num_candidates` tokens with the largest probability under target or base, at
+    most V - 1. The `num_rest` others are drawn in proportion to p(v)^(1/T). `logits` are the base
+    model's, `target` are probabilities; the targets are `[..., E]` and `[..., C + 1]`.
     """
     logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     _, candidates = jax.lax.top_k(
@@ -136,18 +121,10 @@ def overcorrect(
     target: Float[Array, "*batch V"],
     scale: Float[Array, ""] | float,
 ) -> Float[Array, "*batch V"]:
-    """Moves a target further from the base model: p · (target / p)^scale, normalised.
+    """Moves a target further from the base model: p · (target / p)^scale, normalised; 1 leaves it.
 
     A head of few parameters reaches its target in part; a target moved by 1.25 makes up for it in
     the texts to forget alone, where a guidance scale of 1.25 would act on all texts.
-
-    Args:
-        logprobs: Log-probabilities of the base model, `[..., V]`.
-        target: Target probabilities, `[..., V]`.
-        scale: 1 leaves the target as it is.
-
-    Returns:
-        Probabilities, float32 `[..., V]`.
     """
     log_target = jnp.log(jnp.maximum(target, _LEAST))
     return jax.nn.softmax(logprobs + scale * (log_target - logprobs), axis=-1)

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from t3jax import batching, checked, digests, files, hosts, pooling
 from t3jax.data.chat import Example
@@ -93,7 +94,7 @@ def load_or_compute_features(
     """The features of `examples`, from the store if they are there, else computed and stored.
 
     Features are stored under a key of all that they depend on, see `t3jax.digests`: a change of any
-    part computes anew, and what is stored appears whole or not at all. A checksum is stored beside
+    part computes anew, and a stored file appears whole or not at all. A checksum is stored beside
     them and compared once here, which reads them once (1.2 GB/s on two busy cores); damaged ones
     are computed anew, with a warning.
 
@@ -148,7 +149,7 @@ def feature_key(lm: LM, examples: Sequence[Example], dtype: str, kind: str = "me
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def feature_pass(
-    apply: Any, params: Any, tokens: jax.Array, mask: jax.Array, kind: str = "mean"
+    apply: Any, params: PyTree, tokens: jax.Array, mask: jax.Array, kind: str = "mean"
 ) -> jax.Array:
     """The features of every prefix of a batch, float32 `[B, T, F]`; `apply` as in `LM`."""
     hidden, _ = apply(params, tokens, None, mask, None)

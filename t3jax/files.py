@@ -1,7 +1,7 @@
 """Writing files so that a partial one is never taken for a whole one.
 
-What a killed run left is removed by the next one that writes to the same place: the names of
-temporary files hold the host and the process that made them.
+The temporary files of a killed run are removed by the next one that writes to the same place: their
+names hold the host and the process that made them.
 """
 
 import contextlib
@@ -156,7 +156,7 @@ def is_full(error: BaseException) -> bool:
 
 
 def slug(text: str) -> str:
-    """Text as part of a file's name: what is neither letter nor digit becomes a dash."""
+    """Text as part of a file's name: all but letters and digits become dashes."""
     return "".join(c if c.isalnum() else "-" for c in text)
 
 
@@ -182,7 +182,7 @@ def _host() -> str:
 def _remove_left(path: pathlib.Path) -> None:
     """Removes what processes of this host that are no more began to write in the place of `path`.
 
-    Those of other hosts cannot be asked whether they still run.
+    Whether processes of other hosts still run is not known here.
     """
     written = re.compile(rf"\.{re.escape(path.name)}\.{re.escape(_host())}\.(\d+)\.tmp")
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):

@@ -217,16 +217,9 @@ def candidate_scores(
     tokens: Int[Array, "*batch E"],
     activation: str = "identity",
 ) -> Float[Array, "*batch E"]:
-    """Scores of a few candidates for the next token; no array over the vocabulary is formed.
+    """Scores `g_t(v)` of a few candidates for the next token, float32 `[..., E]`.
 
-    Args:
-        params: The head's parameters.
-        pooled: Features of the prefixes, `[..., F]`.
-        tokens: The candidates, `[..., E]`, in [0, V).
-        activation: The head's activation.
-
-    Returns:
-        `g_t(v)` of the candidates, float32 `[..., E]`.
+    No array over the vocabulary is formed. The other arguments are as for `target_scores`.
     """
     hidden = _hidden(params, pooled, activation)
     rows = jnp.take(params["output"], tokens, axis=0)

@@ -1,4 +1,4 @@
-"""A head's card: the `README.md` of a head folder, for whoever is asked what was forgotten and how.
+"""A head's card: the `README.md` of a head folder, on the request and how it was forgotten.
 
 The front matter is what the Hugging Face hub reads. Its fields `request`, `date` and `verdict` are
 JSON strings, which are YAML too; `python -m t3jax.heads` reads them without a YAML library.

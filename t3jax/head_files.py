@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import safetensors
 import safetensors.numpy
+from jaxtyping import PyTree
 
 from t3jax import files, hosts
 from t3jax.head import HeadConfig, HeadParams, head_shapes
@@ -26,7 +27,7 @@ Word = Annotated[str, msgspec.Meta(max_length=100)]
 Name = Annotated[str, msgspec.Meta(max_length=4096)]
 
 
-def name_tensors(config: HeadConfig, hidden: list[str], output: str) -> Any:
+def name_tensors(config: HeadConfig, hidden: list[str], output: str) -> PyTree:
     """The parameter tree with the names of the tensors as leaves."""
     layers = head_shapes(config)["hidden"]
     return {
@@ -79,7 +80,7 @@ def _absurd(tensors: Mapping[str, np.ndarray]) -> list[str]:
 
 
 def check_tensors(
-    tensors: Mapping[str, np.ndarray], config: HeadConfig, names: Any, where: pathlib.Path
+    tensors: Mapping[str, np.ndarray], config: HeadConfig, names: PyTree, where: pathlib.Path
 ) -> HeadParams:
     """The parameter tree, or one error that lists all that does not fit."""
     shapes = [leaf.shape for leaf in jax.tree.leaves(head_shapes(config))]
@@ -105,7 +106,7 @@ def check_tensors(
 def write_head(
     folder: str | pathlib.Path,
     params: HeadParams,
-    names: Any,
+    names: PyTree,
     weights: str,
     config: str,
     description: dict[str, Any],
@@ -113,14 +114,8 @@ def write_head(
 ) -> None:
     """Writes weights and description, both or none, in the place of a folder.
 
-    Args:
-        folder: Replaced whole.
-        params: The head's parameters.
-        names: Names of their tensors, a tree of the same structure.
-        weights: Name of the file of weights.
-        config: Name of the file of the description.
-        description: Its content.
-        checksum: Field of the description for the SHA-256 of the weights; None writes none.
+    `names` are the names of the tensors, `weights` and `config` those of the two files, and
+    `checksum` is the field of the description for the SHA-256 of the weights; None writes none.
     """
     params = hosts.fetch_to_lead(params)
     if not hosts.is_lead():

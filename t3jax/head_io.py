@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import msgspec
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from t3jax import hosts, sharding
 from t3jax.head import Head, HeadConfig, HeadParams
@@ -226,7 +227,7 @@ def _load_own(folder: pathlib.Path) -> Head:
     )
 
 
-def _own_names(config: HeadConfig) -> Any:
+def _own_names(config: HeadConfig) -> PyTree:
     return name_tensors(config, [f"hidden.{i}" for i in range(config.num_hidden_layers)], "output")
 
 

@@ -28,9 +28,6 @@ _LONGEST = 40  # characters of a request or verdict
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints a line for each head.
 
-    Args:
-        argv: The command line's arguments; None takes this process's.
-
     Returns:
         The exit status: 0; 1 if a head is damaged; 2 if there is none, or a folder is missing.
     """

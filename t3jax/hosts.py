@@ -1,9 +1,8 @@
 """Several processes as one program: joining, arrays over all of them, who writes, when to stop.
 
-Every process runs the same script. What decides how it goes on (loop bounds, what is on the disk,
-SIGTERM) must be the same everywhere, or the collective operations of one wait for ever for those of
-another. In a single process, which is the usual case, nothing here communicates. Nothing here knows
-what is computed.
+Every process runs the same script. The conditions by which it goes on (loop bounds, files on
+the disk, SIGTERM) must be the same everywhere, or the collective operations of one wait for ever
+for those of another. In a single process, which is the usual case, nothing here communicates.
 """
 
 import contextlib
@@ -23,6 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
 
 MODES = ("auto", "on", "off")
 # A process that is silent for so long is given up, and the others end. JAX's own default is 100.
@@ -101,7 +101,7 @@ def initialize(mode: str = "auto") -> None:
         mode: "on" joins; "auto" joins if there is more than one process, and "off" never.
 
     Raises:
-        ValueError: If the mode is unknown, or some of what is needed is not known.
+        ValueError: If the mode is unknown, or a number that joining needs is not known.
         RuntimeError: If the other processes do not come, or devices were used before.
     """
     if mode not in MODES:
@@ -159,7 +159,7 @@ def is_lead() -> bool:
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
-def place(tree: Any, shardings: Any) -> Any:
+def place(tree: PyTree, shardings: PyTree) -> PyTree:
     """Puts arrays that every process has on a mesh of all devices; each device gets its slice only.
 
     Arrays that are spread over processes already are moved. The shardings are a prefix of the tree.
@@ -179,10 +179,11 @@ def _place(leaf: Any, sharding: Any) -> jax.Array:
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def gather(tree: Any) -> Any:
+def gather(tree: PyTree) -> PyTree:
     """The same arrays where every process can read them whole; it does not wait for them.
 
-    All processes call this at the same point. What was spread over several is on every device then.
+    All processes call this at the same point. Arrays that were spread over several are on every
+    device then.
     """
 
     def gather(leaf: Any) -> Any:
@@ -199,12 +200,12 @@ def _replicate(everywhere: NamedSharding) -> Callable[[jax.Array], jax.Array]:
     return jax.jit(lambda leaf: leaf, out_shardings=everywhere)
 
 
-def fetch(tree: Any) -> Any:
+def fetch(tree: PyTree) -> PyTree:
     """Brings arrays to the host of every process, whole; all processes call this at one point."""
     return jax.device_get(gather(tree))
 
 
-def fetch_to_lead(tree: Any) -> Any:
+def fetch_to_lead(tree: PyTree) -> PyTree:
     """Brings arrays to the host of process 0, one after the other, to be written; None elsewhere.
 
     All processes call this at the same point.
@@ -217,8 +218,8 @@ def fetch_to_lead(tree: Any) -> Any:
     return jax.tree.map(bring, tree)
 
 
-def of_lead(flags: Any) -> np.ndarray:
-    """The truth values of process 0, in every process: what it found on the disk is what counts."""
+def of_lead(flags: PyTree) -> np.ndarray:
+    """The truth values of process 0, in every process: the disk that it sees decides."""
     return multihost_utils.broadcast_one_to_all(np.asarray(flags, np.int32)).astype(bool)
 
 

@@ -1,6 +1,6 @@
 """JSON from outside: one strict reader with one wording of errors.
 
-What RFC 8259 leaves open is refused: a name that occurs twice in an object, NaN and Infinity,
+All that RFC 8259 leaves open is refused: a name that occurs twice in an object, NaN and Infinity,
 numbers that float64 cannot hold, lone surrogates, deep nesting. A schema is a type that msgspec can
 check, usually a `msgspec.Struct` whose fields carry ranges (`Annotated[int, Meta(ge=1)]`). JSON
 that this project writes and reads back goes through the same reader: it may have been damaged.
@@ -63,16 +63,7 @@ def parse_json(text: str | bytes, where: str, schema: type[T]) -> T: ...
 def parse_json(text: str | bytes, where: str, schema: Any = None) -> Any:
     """Reads JSON from a text or from its bytes in UTF-8, as `read_json` does.
 
-    Args:
-        text: The JSON.
-        where: What to call it in errors, for example "rows.jsonl:3".
-        schema: The type that the content must have; None takes any JSON.
-
-    Returns:
-        The content; of type `schema` where one is given.
-
-    Raises:
-        ValueError: If it is not strict JSON or not of the schema.
+    Errors call it `where`, for example "rows.jsonl:3".
     """
     if isinstance(text, bytes):
         try:
@@ -108,16 +99,8 @@ def check_json(value: Any, where: str, schema: Any) -> Any: ...
 def check_json(value: Any, where: str, schema: Any) -> Any:
     """Checks a value that came from JSON, or is to become JSON, against a schema.
 
-    Args:
-        value: Dicts, lists, texts, numbers, booleans and None.
-        where: What to call it in errors.
-        schema: A type that msgspec can check.
-
-    Returns:
-        The value as that type.
-
-    Raises:
-        ValueError: Naming the field, its value and what was expected.
+    The value is returned as the schema's type. A ValueError names the place `where`, the field, its
+    value and the expectation.
     """
     _check_values(value, where)
     try:
@@ -127,7 +110,7 @@ def check_json(value: Any, where: str, schema: Any) -> Any:
 
 
 def read_bytes(path: pathlib.Path, largest: int = LARGEST_FILE) -> bytes:
-    """Reads a regular file of bounded size; what is no regular file is refused, never waited for.
+    """Reads a regular file of bounded size; pipes and devices are refused, never waited for.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -262,7 +245,7 @@ def _prefix(path: str) -> str:
 
 
 def _explain(value: Any, schema: Any, message: str) -> str:
-    """Says what msgspec found with the field's name, its value and the expectation in words."""
+    """The message of msgspec in words: the field's name, its value and the expectation."""
     reason, _, place = message.partition(" - at `")
     names, found = _locate(value, schema, place.rstrip("`"))
     path = _join(names)

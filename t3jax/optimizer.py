@@ -1,7 +1,4 @@
-"""What the trainers of heads and of language models share: a step of the optimizer, and its state.
-
-Which optimizer it is, and what is trained, is theirs.
-"""
+"""A step of the optimizer, and its state, as the trainers of heads and of language models share."""
 
 from typing import Any
 
@@ -9,19 +6,11 @@ import jax
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
 
 
-def step(optimizer: optax.GradientTransformation, state: Any, grads: Any) -> Any:
-    """One step of an optimizer.
-
-    Args:
-        optimizer: Such as AdamW.
-        state: The training state, `(trained, optimizer state)`.
-        grads: A gradient, of the structure of what is trained.
-
-    Returns:
-        The training state after the step.
-    """
+def step(optimizer: optax.GradientTransformation, state: PyTree, grads: PyTree) -> PyTree:
+    """One step of an optimizer on the training state `(trained, optimizer state)`."""
     trained, opt_state = state
     # Optax relies on implicit promotion where it corrects the bias of the means.
     with jax.numpy_dtype_promotion("standard"):
@@ -30,18 +19,11 @@ def step(optimizer: optax.GradientTransformation, state: Any, grads: Any) -> Any
 
 
 def abstract_state(
-    optimizer: optax.GradientTransformation, state: Any, placed: Any, mesh: Mesh
-) -> Any:
-    """A training state as shapes with shardings: moments lie where the weights they belong to do.
+    optimizer: optax.GradientTransformation, state: PyTree, placed: PyTree, mesh: Mesh
+) -> PyTree:
+    """`(trained, optimizer state)` as shapes with shardings: moments lie where their weights do.
 
-    Args:
-        optimizer: The optimizer.
-        state: `(trained, optimizer state)` as shapes.
-        placed: The shardings of what is trained.
-        mesh: Where counts and the like are kept whole.
-
-    Returns:
-        The state as `jax.ShapeDtypeStruct` leaves with shardings.
+    `placed` are the shardings of the trained weights; counts and the like are whole on the mesh.
     """
     trained, opt_state = state
     whole = NamedSharding(mesh, P())

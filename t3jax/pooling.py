@@ -99,7 +99,7 @@ def running_mean(
     Args:
         hidden: Last hidden states of the new positions, `[..., T, D]`; T = 1 while decoding.
         mask: True where a new position is attended, `[..., T]`.
-        past: What was read before; None if nothing.
+        past: The mean of the text before; None if there is none.
 
     Returns:
         The `RunningMean` after these positions: its `.mean` equals the last row of `causal_mean`

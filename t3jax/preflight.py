@@ -1,4 +1,4 @@
-"""What is checked before weights are loaded: paths, heads and the shape of the model.
+"""Checks before weights are loaded: paths, heads and the shape of the model.
 
 A script that is going to fail says so in its first seconds, in one line that names the field. What
 only the library can know (whether a run's data changed, say) it says itself, later.
@@ -20,16 +20,7 @@ from t3jax.settings import Settings
 
 
 def check_sources(config: Settings, *names: str) -> None:
-    """Reads the rows that fields of a config name, so that a bad file is known early.
-
-    Args:
-        config: The settings.
-        *names: Fields that hold a source of `t3jax.data.load_dataset`, or several, or None.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If a file is bad.
-    """
+    """Reads the rows that fields of a config name, so that a bad file is known early."""
     for name in names:
         sources = config[name] or ()
         for source in (sources,) if isinstance(sources, str) else sources:
@@ -42,15 +33,7 @@ def check_sources(config: Settings, *names: str) -> None:
 
 
 def shape_of(config: Settings, mesh: Mesh, name: str = "model") -> LM:
-    """The model of a config without its weights; of a folder, `config.json` is read.
-
-    Args:
-        config: The settings.
-        mesh: Where it will be.
-        name: The field that names it.
-
-    Returns:
-        The model, whose arrays have no bytes and which has no tokenizer.
+    """The model of a config without weights or tokenizer; of a folder, `config.json` is read.
 
     Raises:
         FileNotFoundError: If there is no such model, or it has no weights.
@@ -71,15 +54,7 @@ def check_heads(
 ) -> None:
     """Checks that heads fit the model, and those that are served together one another.
 
-    Args:
-        config: The settings.
-        folders: Where the heads are.
-        heads: The heads.
-        groups: Indices of those that are served together, in turn.
-        lm: The model; its weights need not be there.
-
-    Raises:
-        ValueError: If they do not.
+    The model's weights need not be there. Raises ValueError if they do not.
     """
     for folder, head in zip(folders, heads, strict=True):
         try:
@@ -94,11 +69,7 @@ def check_heads(
 
 
 def check_answer_length(config: Settings, lm: LM) -> None:
-    """Checks that an answer of the config's length fits the model's context.
-
-    Raises:
-        ValueError: If it does not.
-    """
+    """Checks that an answer of the config's length fits the model's context."""
     if config.sampling.max_new_tokens >= lm.max_position:
         raise ValueError(
             f"config.sampling.max_new_tokens = {config.sampling.max_new_tokens}: expected less "
@@ -107,16 +78,7 @@ def check_answer_length(config: Settings, lm: LM) -> None:
 
 
 def check_evaluation(config: Settings, lm: LM) -> None:
-    """Checks what an evaluation reads beside model and heads: rows, logs, the retain model.
-
-    Args:
-        config: The settings.
-        lm: The model; its weights need not be there.
-
-    Raises:
-        FileNotFoundError: If a file or folder is missing.
-        ValueError: If one is bad.
-    """
+    """Checks what an evaluation reads beside model and heads: rows, logs, the retain model."""
     names = ("forget", "retain", "real_authors", "world_facts", "holdout")
     check_sources(config, *(f"eval.{name}" for name in names))
     for name in ("eval.retain_log", "eval.second_retain_log"):
@@ -130,9 +92,6 @@ def check_evaluation(config: Settings, lm: LM) -> None:
 @contextlib.contextmanager
 def outputs(*folders: str | pathlib.Path | None) -> Iterator[None]:
     """Claims the folders that a script writes to, see `files.claim`; process 0 does.
-
-    Args:
-        *folders: The folders; None is left out.
 
     Raises:
         OSError: If one cannot be written to, or another run is at work there.

@@ -76,11 +76,7 @@ TRUNCATE_ON = Words(("guided", "base", "tilted"))
 
 
 def check_ranges(options: Any, **ranges: Numbers | Words) -> None:
-    """Checks fields of a dataclass; of a tuple, each element.
-
-    Args:
-        options: The dataclass. A field whose default is None may be None.
-        **ranges: Range by field.
+    """Checks fields of a dataclass; of a tuple, each element. A default of None is in range.
 
     Raises:
         ValueError: If a value is out of its range; names the field, the value and the range.

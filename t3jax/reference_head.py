@@ -42,7 +42,7 @@ class _Guidance(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _BaseConfig(msgspec.Struct):
-    """What is read of the base model's config; null is as good as absent."""
+    """The fields that are read of the base model's config; null is as good as absent."""
 
     hidden_size: Size | None = None
     vocab_size: Size | None = None
@@ -50,7 +50,7 @@ class _BaseConfig(msgspec.Struct):
 
 
 class _Reference(msgspec.Struct, kw_only=True):
-    """What is read of the reference's config; the rest is transformers'."""
+    """The fields that are read of the reference's config; the rest is transformers'."""
 
     model_type: Word
     guidance: _Guidance = msgspec.field(default_factory=_Guidance)
@@ -67,7 +67,7 @@ class _Kind(msgspec.Struct):
 
 
 class _Index(msgspec.Struct):
-    """What is read of the index of a checkpoint in shards: the file of each tensor."""
+    """The index of a checkpoint in shards: the file of each tensor."""
 
     weight_map: dict[str, Word]
 

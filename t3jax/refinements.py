@@ -43,7 +43,7 @@ class Refinements:
 
     @property
     def name(self) -> str:
-        """What is on, as in `gated-protected`; `plain` is the paper's method."""
+        """The refinements that are on, as in `gated-protected`; `plain` is the paper's method."""
         flags = {
             "gated": self.gated,
             "protected": bool(self.protected),
@@ -63,14 +63,14 @@ def refined_logits(
     scale: Num[Array, "*#batch"] | float,
     refinements: Refinements = PLAIN,
 ) -> Float[Array, "*batch V"]:
-    """Temper and tilt, with what is on of the refinements; unnormalised.
+    """Temper and tilt, with the refinements that are on; unnormalised.
 
     Args:
         logits: Logits of the base model, `[..., V]`.
         scores: Classifier logits g(v), those of several heads combined, `[..., V]`.
         base_temperature: The base temperature T > 0, scalar or `[...]`.
         scale: The guidance scale s >= 0, scalar or `[...]`.
-        refinements: What is on.
+        refinements: Which are on.
 
     Returns:
         Unnormalised log-probabilities, float32 `[..., V]`.
@@ -153,8 +153,8 @@ def gated_temperature(
 ) -> Float[Array, "*batch"]:
     """The base temperature, gated by what the text is (an extension of the paper).
 
-    It is T where the text is to be forgotten and 1 where it is to be retained. Tempering is there
-    for the peaks of what is to be forgotten; on retain text it is only bias. Since the tilt has the
+    It is T where the text is to be forgotten and 1 where it is to be retained. Tempering
+    flattens the peaks of forget text; on retain text it is only bias. Since the tilt has the
     strength T · s relative to the base, that too is gated.
 
     Args:
@@ -216,12 +216,12 @@ def combine_heads(
 ) -> Float[Array, "*batch V"]:
     """One score for several forget requests, a head for each (an extension of the paper).
 
-    Texts of different requests are different texts, so the requests share what is not retained:
+    Texts of different requests are different texts, so the requests share what "retain" leaves:
 
         P(retain) = 1 / (1 + Σ_i exp(-g_i)),  that is  g = -logsumexp_i(-g_i)
 
-    The product of the sigmoids, the other choice, counts what is retained once for each head: ten
-    heads of g = 2 make .28 of what is .42.
+    The product of the sigmoids, the other choice, multiplies the probability of "retain" once for
+    each head: ten heads of g = 2 make .28 where this makes .42.
 
     Args:
         scores: Classifier logits g_i(v) of each head, `[..., V]` each, at least one.

@@ -46,13 +46,7 @@ T = TypeVar("T")
 
 
 def _section(options: type, prefix: str = "", without: tuple[str, ...] = ()) -> Any:
-    """A section of `Settings`.
-
-    Args:
-        options: Its dataclass.
-        prefix: What its fields' names start with, left out in a config.
-        without: Fields that come from elsewhere.
-    """
+    """A section of `Settings`: fields of a dataclass, named without `prefix`, `without` some."""
     return dataclasses.field(
         default_factory=options, metadata={"prefix": prefix, "without": without}
     )
@@ -174,15 +168,7 @@ class Settings:
 
 
 def replace(settings: Settings, **fields: Any) -> Settings:
-    """Changes fields of settings and of their sections.
-
-    Args:
-        settings: The settings.
-        **fields: Values; "SECTION.FIELD" is a field of a section, named as in the dataclass.
-
-    Returns:
-        The changed settings.
-    """
+    """Changes fields of settings; "SECTION.FIELD" is a field of a section, named as there."""
     by_section: dict[str, dict[str, Any]] = {}
     for name, value in fields.items():
         section, _, field = name.rpartition(".")
@@ -212,16 +198,10 @@ def names_of(options: Any = Settings) -> list[str]:
 
 
 def nearest(name: str, known: list[str] | None = None) -> str:
-    """Says which field an unknown one may be meant for.
+    """Says which field an unknown one, without "config.", may be meant for; "" if none is near.
 
-    A field that once stood at the top level is found in its section.
-
-    Args:
-        name: The unknown field, without "config.".
-        known: All names; None: those of `Settings`.
-
-    Returns:
-        The end of an error, or nothing.
+    A field that once stood at the top level is found in its section. `known` are all names, by
+    default those of `Settings`.
     """
     known = names_of() if known is None else known
     as_section = [n for n in known if n.replace(".", "_") == name or n.replace("s.", "_") == name]
@@ -262,14 +242,8 @@ def _expected(options: Any, field: str) -> str:
 def from_config(options: type[T], config: Any, path: str = "") -> T:
     """Makes options of a config, the only place where a config meets the library.
 
-    Args:
-        options: A dataclass, such as `Settings`.
-        config: Values by field; sections are mappings too. A field that is not there keeps the
-            dataclass's default.
-        path: Where the config stands, for errors.
-
-    Returns:
-        The options.
+    The config holds values by field; sections are mappings too. A field that is not there keeps the
+    dataclass's default. `path` is the place of the config, for errors.
 
     Raises:
         ValueError: If a field is unknown, of another type, or out of its range; names it.
@@ -310,7 +284,7 @@ def _read(options: Any, config: Any, path: str, metadata: Mapping[str, Any]) -> 
 
 
 def _fit(hint: Any, value: Any, may_be_empty: bool) -> Any:
-    """A value as its type says; TypeError says what was expected."""
+    """A value as its type says; a TypeError says which type was expected."""
     arguments = typing.get_args(hint)
     if isinstance(hint, types.UnionType):
         return None if value is None else _fit(arguments[0], value, may_be_empty)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
 
 DATA, FSDP, MODEL = "data", "fsdp", "model"
 ROWS = (DATA, FSDP)
@@ -88,24 +89,18 @@ def row_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
-def param_shardings(mesh: Mesh, params: Any) -> Any:
+def param_shardings(mesh: Mesh, params: PyTree) -> PyTree:
     """Shardings of a tree of weights by `PARAM_RULES`, a tree of the same structure."""
     return jax.tree.map_with_path(
         lambda path, leaf: fit_sharding(mesh, _rule(path), leaf.shape), params
     )
 
 
-def gather_weights(mesh: Mesh | None, params: Any, after: jax.Array) -> Any:
+def gather_weights(mesh: Mesh | None, params: PyTree, after: jax.Array) -> PyTree:
     """Weights as products use them, inside of jit: gathered along `fsdp`, the rest as it is.
 
-    Args:
-        mesh: Where they are; None leaves them as they are.
-        params: A tree of weights.
-        after: What has to be computed before. Compilers would otherwise gather the weights of all
-            layers at once, those of a decoding step before the loop.
-
-    Returns:
-        The tree.
+    `after` has to be computed before. Compilers would otherwise gather the weights of all layers at
+    once, those of a decoding step before the loop.
     """
     if mesh is None or mesh.shape[FSDP] == 1:
         return params
@@ -138,18 +133,11 @@ def batch_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
 
 
 def attention_specs(mesh: Mesh, heads: int, length: int) -> tuple[P, P, P]:
-    """How attention is split over the mesh: by rows, and by key heads over `model`.
+    """Specs of queries `[B, K, G, T, h]`, keys `[B, K, h, S]` and values `[B, K, S, h]`.
 
-    Where `model` does not divide the key heads, it splits the queries of a text, which then meet
-    whole keys and values; and of a single token the width, so that the cache need not move.
-
-    Args:
-        mesh: The mesh.
-        heads: K, number of key heads.
-        length: T, number of queries in a row.
-
-    Returns:
-        Specs of queries `[B, K, G, T, h]`, keys `[B, K, h, S]` and values `[B, K, S, h]`.
+    Attention is split by rows, and by the K key heads over `model`. Where `model` does not divide
+    the key heads, it splits the T queries of a text, which then meet whole keys and values; and of
+    a single token the width, so that the cache need not move.
     """
     if heads % mesh.shape[MODEL] == 0:
         return P(ROWS, MODEL), P(ROWS, MODEL), P(ROWS, MODEL)

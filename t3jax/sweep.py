@@ -1,7 +1,7 @@
 """Choosing the head, T and s: a grid of heads, scored, chosen by cross-fitting, then evaluated.
 
 Scoring given texts costs seconds a setting, answering questions minutes. So every setting of the
-grid is scored, the choice is made on that, and only what was chosen answers, with its controls.
+grid is scored, the choice is made on that, and only the chosen setting and its controls answer.
 Seeds are not chosen among: a setting is worth what its median seed is.
 """
 
@@ -47,16 +47,16 @@ class Grid(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sweep:
-    """What a sweep found.
+    """The results of a sweep.
 
     Attributes:
         grid: The heads.
         scored: Log by setting's name of every setting that was scored, without answers.
         candidates: The settings to choose from, by name, one for each seed.
         retain_scored: The retain model's log, without answers.
-        choice: What was chosen; the honest scores are of the logs with answers.
+        choice: The choice; its honest scores are of the logs with answers.
         noise_floor: The test between two retain models, if there are two.
-        evaluation: Of what was chosen and its controls, with answers.
+        evaluation: The evaluation of the chosen setting and its controls, with answers.
     """
 
     grid: Grid
@@ -69,7 +69,7 @@ class Sweep:
 
     @property
     def chosen(self) -> list[Setting]:
-        """What was chosen on all rows, one setting for each seed."""
+        """The setting chosen on all rows, as it is for each seed."""
         return self.candidates[self.choice.overall.name]
 
 
@@ -77,18 +77,6 @@ def train_grid(config: Settings, lm: LM, sets: TrainingSets, mesh: Mesh) -> Grid
     """Trains the heads of a sweep, those of one rank in one program.
 
     Each rank's run has a folder of its own in the config's `workdir` and resumes by itself.
-
-    Args:
-        config: The settings.
-        lm: The model.
-        sets: What the heads are trained on.
-        mesh: Where to train.
-
-    Returns:
-        The heads.
-
-    Raises:
-        ValueError: As `train_heads`.
     """
     config = pipeline.settle_loss(config, sets)
     recipe = config.train
@@ -121,16 +109,7 @@ def train_grid(config: Settings, lm: LM, sets: TrainingSets, mesh: Mesh) -> Grid
 
 
 def sweep(config: Settings, lm: LM, grid: Grid, mesh: Mesh | None = None) -> Sweep:
-    """Scores every setting of a grid of heads, chooses, and evaluates what was chosen.
-
-    Args:
-        config: The settings.
-        lm: The model.
-        grid: The heads.
-        mesh: Where the retain model goes.
-
-    Returns:
-        The choice and what it is worth.
+    """Scores every setting of a grid of heads, chooses, and evaluates the chosen one.
 
     Raises:
         ValueError: If there is no retain model, logs are of different rows, or the rule is unknown.
@@ -138,7 +117,7 @@ def sweep(config: Settings, lm: LM, grid: Grid, mesh: Mesh | None = None) -> Swe
     examined = pipeline.examine(config, lm, grid.heads, mesh)
     asked = pipeline.settings(config, lm, grid.heads, grid.groups, controls=False)
     candidates = {
-        setting.name: of_seeds(setting, grid.seeds)
+        setting.name: spread_over_seeds(setting, grid.seeds)
         for setting in asked
         if setting.guidance_scale > 0
     }
@@ -176,16 +155,8 @@ def sweep(config: Settings, lm: LM, grid: Grid, mesh: Mesh | None = None) -> Swe
     return Sweep(grid, scored, candidates, retain_scored, choice, floor, evaluation)
 
 
-def of_seeds(setting: Setting, seeds: int) -> list[Setting]:
-    """A setting of one head as it is for each of the heads that differ from it in their seed.
-
-    Args:
-        setting: Setting of the first seed's head.
-        seeds: How many there are.
-
-    Returns:
-        The settings.
-    """
+def spread_over_seeds(setting: Setting, seeds: int) -> list[Setting]:
+    """A setting of the first seed's head, for the head of each seed."""
     (first,) = setting.heads
     return [
         dataclasses.replace(

@@ -7,9 +7,8 @@ questions; soft targets. See `t3jax.synthetic` for what they are.
 """
 
 import dataclasses
-import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from t3jax import data, digests
@@ -17,59 +16,15 @@ from t3jax.data.chat import Example, PromptFormat
 from t3jax.data.records import Record
 from t3jax.features import Features, load_or_compute_features
 from t3jax.lm.model import LM
-from t3jax.ranges import COUNT, RATE, SEED, SHARE, check_ranges, whole
 from t3jax.synthetic import counterfactual, names, targets, turns, writing
 from t3jax.synthetic.counterfactual import Counterfactual
+from t3jax.synthetic.options import SyntheticOptions
 from t3jax.synthetic.store import load_or_write
 from t3jax.training.recipe import TrainConfig
 
 # A head is distilled where made-up names hide at least this share of the forget rows: targets of
 # the others do not see the question.
 LEAST_HIDDEN = 0.5
-
-
-@dataclasses.dataclass(frozen=True)
-class SyntheticOptions:
-    """What the base model writes for the training of its head.
-
-    Attributes:
-        own_samples: Chats of its own that it writes, a second retain source; 0: none.
-        openings: Questions that it answers in the place of its own; None: it asks by itself.
-        made_up_names: Made-up people for each forget row; 0: no counterfactuals.
-        names: Names of the request; empty: those that `find_names` finds.
-        paraphrases: Paraphrases of each forget question that it writes; 0: none.
-        earlier_turns: Share of the questions, of forget and of retain rows alike, that are trained
-            behind an earlier turn of a conversation, see `turns.put_behind_turns`.
-        overcorrection: How far a distilled head's targets are moved, see
-            `distillation.overcorrect`.
-        max_new_tokens: Longest text that it writes, tokens.
-        batch_size: Texts that it writes together.
-        seed: Of all draws.
-    """
-
-    own_samples: int = 0
-    openings: tuple[str, ...] | None = None
-    made_up_names: int = 0
-    names: tuple[str, ...] = ()
-    paraphrases: int = 0
-    earlier_turns: float = 0.0
-    overcorrection: float = 1.25
-    max_new_tokens: int = 128
-    batch_size: int = 64
-    seed: int = 0
-
-    def __post_init__(self):
-        check_ranges(
-            self,
-            own_samples=whole(0, 10**7),
-            made_up_names=whole(0, 10**4),
-            paraphrases=whole(0, 10**4),
-            earlier_turns=SHARE,
-            overcorrection=RATE,
-            max_new_tokens=COUNT,
-            batch_size=COUNT,
-            seed=SEED,
-        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,7 +57,7 @@ def make_training_sets(
     forget: Sequence[Record],
     retain: Sequence[Record],
     train_config: TrainConfig,
-    options: SyntheticOptions = SyntheticOptions(),
+    options: SyntheticOptions,
     *,
     prompt_format: PromptFormat,
     features: str = "mean",
@@ -129,9 +84,8 @@ def make_training_sets(
         feature_dtype: Of stored features.
         feature_store: Folder of the store.
         max_length: Longest text, tokens; None: the model's context.
-        retained: Features of retain sources, with targets where the
-            loss is distillation, that stand for the features of the retain
-            rows, which then are only looked at for their names.
+        retained: Features of retain sources, with targets where the loss is distillation. They
+            stand for the features of the retain rows, which are then read for their names alone.
         progress: Whether to show progress bars.
 
     Returns:
@@ -142,9 +96,81 @@ def make_training_sets(
             distillation is asked for without counterfactuals or without the last hidden state, or
             there is nothing to retain.
     """
-    loss = train_config.loss
+    loss = _check_loss(train_config.loss, options, features)
+    if not retain and not options.own_samples and not retained:
+        raise ValueError("there is nothing to retain: give retain rows, or own_samples above 0")
+    forget, retain_rows = list(forget), [list(retain)] if retain else []
+    maker = _Maker(
+        lm,
+        options,
+        _find_people(forget, retain, options),
+        train_config.distilled_temperature,
+        prompt_format,
+        features,
+        feature_dtype,
+        pathlib.Path(feature_store),
+        max_length or lm.max_position,
+        progress,
+    )
+    written: dict[str, int] = {}
+    if options.paraphrases:
+        reworded = maker.reword(forget)
+        written["paraphrases"] = len(reworded)
+        forget += reworded
+    if options.own_samples:
+        own = load_own_samples(
+            lm,
+            options,
+            maker.people,
+            prompt_format=prompt_format,
+            store=feature_store,
+            progress=progress,
+        )
+        written["own samples"] = len(own)
+        retain_rows.append(own)
+    others: list[Record] = []
+    counterfactuals: list[Counterfactual] = []
+    if options.made_up_names:
+        others, counterfactuals = maker.write_counterfactuals(forget, retain)
+        written["counterfactual rows"] = len(others)
+    if loss == "auto":
+        hidden = counterfactual.share_hidden(counterfactuals) >= LEAST_HIDDEN
+        loss = "distillation" if hidden else "classifier"
+
+    stock = [row for rows in retain_rows for row in rows]  # earlier turns are made of these
+    sources = list(retained)
+    if not retained:
+        turned = [maker.turn(rows, stock, 1) for rows in retain_rows]
+        sources = [maker.compute("retain", maker.encode(rows)) for rows in turned]
+        if loss == "distillation":
+            sources = [targets.add_base_targets(lm, x, **maker.target_options) for x in sources]
+    if loss == "classifier":
+        if others:
+            sources.append(maker.compute("retain", maker.encode(maker.turn(others, stock, 2))))
+        forgotten = maker.compute("forget", maker.encode(maker.turn(forget, stock, 0)))
+    else:
+        # Both the true answer and other ones are prefixes that the served model may come to.
+        sets = [maker.add_targets(maker.turn(forget, stock, 0), counterfactuals)]
+        if others:
+            swapped = _counterfactuals_of(others, forget, counterfactuals)
+            sets.append(maker.add_targets(maker.turn(others, stock, 2), swapped))
+        forgotten = Features.concatenate(sets)
+    return TrainingSets(
+        sources,
+        forgotten,
+        forget,
+        retain_rows[0] if retain_rows else [],
+        counterfactuals,
+        maker.people,
+        written,
+        loss,
+    )
+
+
+def _check_loss(loss: str, options: SyntheticOptions, features: str) -> str:
+    """The loss that options and features allow; "auto" where the rows decide."""
     if loss == "auto" and not (options.made_up_names and "last" in features):
-        loss = "classifier"
+        return "classifier"
     if loss == "distillation" and not options.made_up_names:
         raise ValueError("loss = 'distillation' needs counterfactuals: made_up_names of at least 1")
     if loss == "distillation" and "last" not in features:
@@ -152,49 +178,13 @@ def make_training_sets(
             f"loss = 'distillation' needs features that hold the last hidden state, got "
             f"{features!r}: 'mean+last' or 'last'"
         )
-    if not retain and not options.own_samples and not retained:
-        raise ValueError("there is nothing to retain: give retain rows, or own_samples above 0")
-    max_length = max_length or lm.max_position
-    encode = functools.partial(
-        data.encode_records, lm.tokenizer, prompt_format=prompt_format, max_length=max_length
-    )
+    return loss
 
-    def compute(label: str, examples: Sequence[Example]) -> Features:
-        return load_or_compute_features(
-            lm,
-            examples,
-            feature_store,
-            kind=features,
-            dtype=feature_dtype,
-            progress=label if progress else None,
-        )
 
-    def retain_sources() -> list[Features]:
-        sources = [compute("retain", encode(turned(rows, 1))) for rows in retain_rows]
-        if loss != "distillation":
-            return sources
-        return [targets.add_base_targets(lm, source, **keeping) for source in sources]
-
-    def turned(rows: Sequence[Record], kind: int) -> list[Record]:
-        return turns.put_behind_turns(
-            lm.tokenizer,
-            rows,
-            options.earlier_turns,
-            prompt_format,
-            others=[row for rows in retain_rows for row in rows],
-            max_length=max_length,
-            seed=(options.seed, kind),
-        )
-
-    def write(name: str, depends_on: Sequence[Any], make: Any) -> Any:
-        folder = pathlib.Path(feature_store) / "written"
-        return load_or_write(folder, name, lm, [*depends_on, prompt_format, options.seed], make)
-
-    drawing: dict[str, Any] = {"batch_size": options.batch_size, "seed": options.seed}
-    keeping: dict[str, Any] = {
-        "temperature": train_config.distilled_temperature,
-        "seed": options.seed,
-    }
+def _find_people(
+    forget: Sequence[Record], retain: Sequence[Record], options: SyntheticOptions
+) -> tuple[str, ...]:
+    """The names of the request, where the base model writes by them."""
     people = options.names
     if not people and (options.made_up_names or options.own_samples or options.paraphrases):
         people = tuple(names.find_names(forget, retain))
@@ -203,137 +193,190 @@ def make_training_sets(
             "no name was found that the forget documents are about; give names = ('...',), or "
             "train with made_up_names = 0 and loss = 'classifier'"
         )
+    return people
 
-    written: dict[str, int] = {}
-    forget = list(forget)
-    if options.paraphrases:
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Maker:
+    """Writes rows and computes features and targets, with the arguments of `make_training_sets`."""
+
+    lm: LM
+    options: SyntheticOptions
+    people: tuple[str, ...]
+    temperature: float
+    prompt_format: PromptFormat
+    features: str
+    feature_dtype: str
+    store: pathlib.Path
+    max_length: int
+    progress: bool
+
+    @property
+    def target_options(self) -> dict[str, Any]:
+        return {"temperature": self.temperature, "seed": self.options.seed}
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        return {"batch_size": self.options.batch_size, "seed": self.options.seed}
+
+    def label(self, text: str) -> str | None:
+        return text if self.progress else None
+
+    def encode(self, rows: Sequence[Record]) -> list[Example]:
+        return data.encode_records(self.lm.tokenizer, rows, self.prompt_format, self.max_length)
+
+    def compute(self, label: str, examples: Sequence[Example]) -> Features:
+        return load_or_compute_features(
+            self.lm,
+            examples,
+            self.store,
+            kind=self.features,
+            dtype=self.feature_dtype,
+            progress=self.label(label),
+        )
+
+    def turn(self, rows: Sequence[Record], stock: Sequence[Record], kind: int) -> list[Record]:
+        """Puts rows behind earlier turns made of the stock; the kind of rows decides the draws."""
+        return turns.put_behind_turns(
+            self.lm.tokenizer,
+            rows,
+            self.options.earlier_turns,
+            self.prompt_format,
+            others=stock,
+            max_length=self.max_length,
+            seed=(self.options.seed, kind),
+        )
+
+    def write(self, name: str, depends_on: Sequence[Any], make: Callable[[], Any]) -> Any:
+        depends_on = [*depends_on, self.prompt_format, self.options.seed]
+        return load_or_write(self.store / "written", name, self.lm, depends_on, make)
+
+    def reword(self, forget: Sequence[Record]) -> list[Record]:
+        """Writes paraphrases of the forget questions, as rows with the same answers."""
         asked = [row for row in forget if "question" in row]
-        reworded = write(
+        reworded = self.write(
             "paraphrases",
-            [digests.rows_digest(asked), people, options.paraphrases],
+            [digests.rows_digest(asked), self.people, self.options.paraphrases],
             lambda: writing.reword_questions(
-                lm,
+                self.lm,
                 [row["question"] for row in asked],
-                options.paraphrases,
-                prompt_format,
-                names=people,
-                progress="paraphrases" if progress else None,
-                **drawing,
+                self.options.paraphrases,
+                self.prompt_format,
+                names=self.people,
+                progress=self.label("paraphrases"),
+                **self.drawing,
             ),
         )
-        more = [
+        return [
             {**row, "question": text}
             for row, texts in zip(asked, reworded, strict=True)
             for text in texts
         ]
-        written["paraphrases"] = len(more)
-        forget += more
 
-    retain_rows = [list(retain)] if retain else []
-    if options.own_samples:
-        own = write(
-            "own-samples",
-            [people, options.own_samples, options.openings, options.max_new_tokens],
-            lambda: writing.write_own_samples(
-                lm,
-                options.own_samples,
-                prompt_format,
-                names=people,
-                openings=options.openings,
-                max_new_tokens=options.max_new_tokens,
-                progress="own samples" if progress else None,
-                **drawing,
-            ),
-        )
-        written["own samples"] = len(own)
-        retain_rows.append(own)
-
-    counterfactuals: list[Counterfactual] = []
-    other_answers: list[Record] = []
-    if options.made_up_names:
+    def write_counterfactuals(
+        self, forget: Sequence[Record], retain: Sequence[Record]
+    ) -> tuple[list[Record], list[Counterfactual]]:
+        """Other answers to the forget questions, and the counterfactuals of the forget rows."""
+        options = self.options
         made = counterfactual.make_counterfactuals(
             forget,
-            people,
+            self.people,
             options.made_up_names,
             known=names.find_names(retain) if retain else (),
-            tokenizer=lm.tokenizer,
+            tokenizer=self.lm.tokenizer,
             seed=options.seed,
         )
-        unique = names.unique_wordings(forget, people, retain)
-        drawn = write(
-            "counterfactuals",
-            [
-                sorted(unique),
-                digests.rows_digest(forget),
-                [dataclasses.astuple(each) for each in made],
-                options.max_new_tokens,
-            ],
-            lambda: _as_json(
-                counterfactual.counterfactual_rows(
-                    lm,
-                    forget,
-                    made,
-                    prompt_format,
-                    unique=unique,
-                    max_new_tokens=options.max_new_tokens,
-                    progress="counterfactuals" if progress else None,
-                    **drawing,
-                )
-            ),
-        )
-        other_answers = drawn["rows"]
-        counterfactuals = [Counterfactual(**each) for each in drawn["counterfactuals"]]
-        written["counterfactual rows"] = len(other_answers)
+        unique = names.unique_wordings(forget, self.people, retain)
 
-    if loss == "auto":
-        hidden = counterfactual.share_hidden(counterfactuals) >= LEAST_HIDDEN
-        loss = "distillation" if hidden else "classifier"
-    kept = list(retained) or retain_sources()
-    if loss == "classifier":
-        if other_answers:
-            kept.append(compute("retain", encode(turned(other_answers, 2))))
-        return TrainingSets(
-            kept,
-            compute("forget", encode(turned(forget, 0))),
-            forget,
-            retain_rows[0] if retain_rows else [],
-            counterfactuals,
-            people,
-            written,
-            loss,
-        )
-
-    # Both the true answer and other ones are prefixes that the served model may come to.
-    texts = [(forget, counterfactuals)]
-    if other_answers:
-        texts.append((other_answers, _counterfactuals_of(other_answers, forget, counterfactuals)))
-    forgotten = []
-    for (rows, theirs), kind in zip(texts, (0, 2), strict=False):
-        rows = turned(rows, kind)
-        examples = encode(rows)
-        forgotten.append(
-            targets.add_counterfactual_targets(
-                lm,
-                compute("forget", examples),
-                examples,
-                theirs,
-                encode([_put_behind(each.record, rows[each.row]) for each in theirs]),
-                feature_store,
-                overcorrection=options.overcorrection,
-                progress="counterfactuals" if progress else None,
-                **keeping,
+        def make() -> dict[str, Any]:
+            rows, usable = counterfactual.counterfactual_rows(
+                self.lm,
+                forget,
+                made,
+                self.prompt_format,
+                unique=unique,
+                max_new_tokens=options.max_new_tokens,
+                progress=self.label("counterfactuals"),
+                **self.drawing,
             )
+            return {
+                "rows": rows,
+                "counterfactuals": [
+                    {"row": each.row, "record": dict(each.record), "pairs": dict(each.pairs)}
+                    for each in usable
+                ],
+            }
+
+        depends_on = [
+            sorted(unique),
+            digests.rows_digest(forget),
+            [dataclasses.astuple(each) for each in made],
+            options.max_new_tokens,
+        ]
+        drawn = self.write("counterfactuals", depends_on, make)
+        return drawn["rows"], [Counterfactual(**each) for each in drawn["counterfactuals"]]
+
+    def add_targets(
+        self, rows: Sequence[Record], counterfactuals: Sequence[Counterfactual]
+    ) -> Features:
+        """Features of rows, with the base model's distributions in their counterfactuals."""
+        examples = self.encode(rows)
+        return targets.add_counterfactual_targets(
+            self.lm,
+            self.compute("forget", examples),
+            examples,
+            counterfactuals,
+            self.encode([_put_behind(each.record, rows[each.row]) for each in counterfactuals]),
+            self.store,
+            overcorrection=self.options.overcorrection,
+            progress=self.label("counterfactuals"),
+            **self.target_options,
         )
-    return TrainingSets(
-        kept,
-        Features.concatenate(forgotten),
-        forget,
-        retain_rows[0],
-        counterfactuals,
-        people,
-        written,
-        loss,
+
+
+def load_own_samples(
+    lm: LM,
+    options: SyntheticOptions,
+    people: Sequence[str] = (),
+    *,
+    prompt_format: PromptFormat,
+    store: pathlib.Path | str,
+    progress: bool = False,
+) -> list[Record]:
+    """Lets the base model write chats of its own, or reads those that it wrote before.
+
+    Args:
+        lm: The base model.
+        options: How many and how.
+        people: Names that none of them may hold.
+        prompt_format: How a question becomes a prompt.
+        store: Folder of the store.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Rows with question and answer.
+    """
+    drawing: dict[str, Any] = {
+        "openings": options.openings,
+        "max_new_tokens": options.max_new_tokens,
+    }
+    samples: list[Record] = load_or_write(
+        pathlib.Path(store) / "written",
+        "own-samples",
+        lm,
+        [tuple(people), options.own_samples, *drawing.values(), prompt_format, options.seed],
+        lambda: writing.write_own_samples(
+            lm,
+            options.own_samples,
+            prompt_format,
+            names=people,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            progress="own samples" if progress else None,
+            **drawing,
+        ),
     )
+    return samples
 
 
 def _counterfactuals_of(
@@ -359,14 +402,3 @@ def _conversation(row: Record) -> str:
 def _put_behind(record: Record, row: Record) -> Record:
     """A counterfactual behind the earlier turns that its row was given."""
     return {"before": row["before"], **record} if "before" in row else record
-
-
-def _as_json(drawn: tuple[list[Record], list[Counterfactual]]) -> dict[str, Any]:
-    rows, counterfactuals = drawn
-    return {
-        "rows": rows,
-        "counterfactuals": [
-            {"row": each.row, "record": dict(each.record), "pairs": dict(each.pairs)}
-            for each in counterfactuals
-        ],
-    }

@@ -237,8 +237,8 @@ def test_scripts_find_what_is_wrong_before_weights_are_loaded(
     def loaded(*_, **__):
         raise AssertionError("weights were loaded")
 
-    for module in ("t3jax.load_lm", "t3jax.pipeline.load_lm", "t3jax.study.experiment.load_lm"):
-        monkeypatch.setattr(module, loaded)
+    for module in ("", ".pipeline.models", ".pipeline.evaluation", ".study.experiment"):
+        monkeypatch.setattr(f"t3jax{module}.load_lm", loaded)
 
     def place(value):
         if isinstance(value, tuple):

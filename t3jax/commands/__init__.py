@@ -42,11 +42,7 @@ FIELDS = {
 
 
 def main(name: str | None = None) -> None:
-    """Runs a command on the words of the command line.
-
-    Args:
-        name: Which; None: the first word.
-    """
+    """Runs a command, by default that of the first word, on the words of the command line."""
     asked = {"-h", "-help", "--help", "--helpshort", "--helpfull"}
     if name is None:
         name = sys.argv[1] if len(sys.argv) > 1 else ""

@@ -149,7 +149,7 @@ def _tell(message: str) -> None:
 
 
 def _converse(sampler: t3jax.Sampler, variants: dict, options: SamplingOptions) -> None:
-    """Answers what is typed, line by line, each answer shown as it is drawn."""
+    """Answers typed lines, each answer shown as it is drawn."""
     typing = sys.stdin.isatty()
     while True:
         if typing:

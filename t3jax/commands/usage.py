@@ -39,16 +39,7 @@ def document(name: str) -> str:
 
 
 def describe(name: str, program: str, fields: Iterable[str]) -> str:
-    """The help of a command.
-
-    Args:
-        name: The command.
-        program: What it was started as.
-        fields: The fields and sections that it reads.
-
-    Returns:
-        Its docstring, and its fields by section.
-    """
+    """The help of a command: its docstring, and the fields that it reads by section."""
     lines = [
         f"usage: {program} [--config=NAME] [--FIELD=VALUE ...]",
         "",

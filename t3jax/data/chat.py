@@ -91,19 +91,14 @@ def encode_chat(
     messages: Sequence[Mapping[str, str]],
     prompt_format: PromptFormat,
 ) -> np.ndarray:
-    """Tokens of a conversation, up to where the next answer begins.
+    """Tokens of a conversation, up to where the next answer begins, int32 [T].
 
-    Args:
-        tokenizer: a Hugging Face tokenizer; without a chat template it takes a single question.
-        messages: turns with `role` ("system", "user" or "assistant") and `content`, the last one
-            the user's.
-        prompt_format: its system turn stands for one that is not given.
-
-    Returns:
-        Token ids, int32 [T]; those of `encode_prompt` for a single question.
+    Turns have `role` ("system", "user" or "assistant") and `content`; the last one is the user's. A
+    tokenizer without a chat template takes a single question. See `encode_prompt`, whose tokens a
+    single question has.
 
     Raises:
-        ValueError: a turn is not as above, or as `encode_prompt`.
+        ValueError: a turn is of another kind, or as `encode_prompt`.
     """
     roles = [turn.get("role") for turn in messages]
     if not roles or roles[-1] != "user":
@@ -180,11 +175,6 @@ def encode_document(
     tokenizer: "PreTrainedTokenizerBase", text: str, max_length: int | None = None
 ) -> Example:
     """Tokens of a plain document; every token after the first is a label.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer; it adds its own special tokens (a bos, usually).
-        text: the document.
-        max_length: the longest sequence allowed, in tokens. None: any length.
 
     Returns:
         The example, with answer_start = 1. No eos is appended: a document may be an excerpt.

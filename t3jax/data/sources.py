@@ -21,9 +21,6 @@ def load_dataset(
             and sums of these, as in "tofu:retain95[:400]+more.jsonl" or "(a.jsonl+b.jsonl)[::2]".
         tofu_dir: folder with TOFU's files, named as on the Hugging Face hub. None: the hub.
 
-    Returns:
-        At least one row.
-
     Raises:
         FileNotFoundError: a file or folder does not exist.
         ValueError: an unknown split, bad or empty files, or a slice without rows.

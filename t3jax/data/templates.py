@@ -35,13 +35,6 @@ class TemplateFailure(ValueError):
 def render_template(template: str, values: Mapping[str, Any]) -> str:
     """Renders a chat template.
 
-    Args:
-        template: Jinja source.
-        values: What it may read; plain JSON values.
-
-    Returns:
-        The text.
-
     Raises:
         TemplateFailure: If the template fails.
         ValueError: If the values are no JSON, or the template needs more than `SECONDS` of

@@ -5,8 +5,8 @@ the hub's file names, and prepares them once as array_record; TensorFlow is not 
 the order of the files: retain90 = full[:3600], forget10 = full[3600:]. The hub's holdout splits
 are not covered: any question-answer file can serve as one.
 
-What is prepared from a local folder lies under a digest of its files, so that a changed folder is
-prepared anew. What comes from the hub is a published set and is prepared once for a `VERSION`.
+Rows prepared from a local folder lie under a digest of its files, so that a changed folder is
+prepared anew. The hub's files are a published set and are prepared once for a `VERSION`.
 """
 
 import hashlib
@@ -64,7 +64,7 @@ class Tofu(tfds.core.GeneratorBasedBuilder):
         self._origin = os.fspath(folder or _HUB_REPOSITORY)
         self._contents: dict[str, bytes] | None = None
         if folder is not None:
-            # Kept from here on: what is prepared is what the digest was taken of.
+            # Kept from here on: the digest is of the bytes that are prepared.
             self._contents = _read_folder(pathlib.Path(folder))
             root = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR)
             data_dir = root / f"tofu-{_digest(self._contents)}"

@@ -1,9 +1,9 @@
 """Which per-example values make which aggregate of a TOFU log.
 
 `aggregate` is the one place that turns a log's rows into a metric's number: the evaluation fills
-its logs with it, and `recompute.py` compares its numbers with those stored in any log. What only
-the model's forward pass gives (losses, token-wise scores, generated text) is taken as it is. What
-is asked of a log again is looked up.
+its logs with it, and `recompute.py` compares its numbers with those stored in any log. The
+results of the model's forward pass (losses, token-wise scores, generated text) are taken as they
+are. A number that is asked for again is looked up.
 """
 
 import itertools
@@ -41,20 +41,11 @@ _FLOAT32_MEANS = ("mia_gradnorm", "mia_min_k", "mia_min_k_plus_plus")
 
 
 def aggregate(log: Log, metric: str, retain_log: Log | None = None) -> float:
-    """A metric's aggregate from per-example values.
+    """A metric's aggregate, in float64, from per-example values; never from a stored aggregate.
 
-    Args:
-        log: A log; only its per-example values are read, never a stored aggregate.
-        metric: The metric.
-        retain_log: The retain model's log, which `forget_quality` needs. Without it `privleak`
-            compares with an AUC of 0.5.
-
-    Returns:
-        The aggregate, computed in float64.
-
-    Raises:
-        MissingMetricError: If data is missing; the message says which.
-        ValueError: If data which is combined row by row is not of the same rows.
+    `forget_quality` needs the retain model's log; without it `privleak` compares with an AUC of
+    0.5. Data that is missing raises a MissingMetricError which says so, and data of other rows a
+    ValueError.
     """
     if metric == "forget_quality":
         return forget_quality(log, retain_log).p_value
@@ -76,10 +67,6 @@ def aggregate(log: Log, metric: str, retain_log: Log | None = None) -> float:
 @compute_once
 def rows(log: Log, metric: str) -> Float[np.ndarray, "rows"]:
     """The per-row numbers whose mean is a metric's aggregate, for intervals and comparisons.
-
-    Args:
-        log: A log.
-        metric: A probability, ROUGE, truth ratio or memorization metric.
 
     Returns:
         `[rows]`, ordered by index; of wrong answers, the mean over them; of exact memorization,

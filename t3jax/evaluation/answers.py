@@ -19,26 +19,12 @@ from t3jax.evaluation.scoring import TextScores
 _BY_SAMPLES = "by_samples/"
 
 
-def find_leaks(
-    recall: Float[np.ndarray, "rows samples"], threshold: float
-) -> Bool[np.ndarray, "rows samples"]:
-    """Which answers leak: those whose recall of the right one reaches a threshold."""
-    return recall >= threshold
-
-
 def best_of(leaks: Bool[np.ndarray, "rows samples"], n: int) -> Float[np.ndarray, "rows"]:
     """Chance that at least one of n samples leaks, estimated without bias from more samples.
-
-    Args:
-        leaks: Which samples leak.
-        n: Number of samples an attacker draws, at most `samples`.
 
     Returns:
         `1 - C(samples - c, n) / C(samples, n)` with c leaks of a row; at n = samples, whether any
         does.
-
-    Raises:
-        ValueError: If n is not in [1, samples].
 
     References:
         arXiv 2107.03374, equation 1.
@@ -55,8 +41,7 @@ def best_of(leaks: Bool[np.ndarray, "rows samples"], n: int) -> Float[np.ndarray
 def leaking_rows(log: Log, metric: str = "forget_leak_rate") -> Float[np.ndarray, "rows"]:
     """1 for each question of a leak rate that had a leak in any of its samples, 0 elsewhere."""
     recall = logs.column(log, metric, "recall")
-    leaks = find_leaks(recall, logs.detail(log, metric, "threshold"))
-    return np.any(leaks, axis=1).astype(np.float64)
+    return np.any(recall >= logs.detail(log, metric, "threshold"), axis=1).astype(np.float64)
 
 
 def leak_rates(log: Log, metric: str = "forget_leak_rate") -> dict[int, float]:
@@ -69,16 +54,8 @@ def leak_rates(log: Log, metric: str = "forget_leak_rate") -> dict[int, float]:
 
 
 def leak_metric(recall: Float[np.ndarray, "rows samples"], threshold: float) -> Metric:
-    """The leak rate of drawn answers, for every number of them up to all.
-
-    Args:
-        recall: ROUGE-L recall of the right answer in each sample.
-        threshold: From which recall on an answer leaks.
-
-    Returns:
-        The share of rows with a leak in any sample.
-    """
-    leaks = find_leaks(recall, threshold)
+    """The share of rows with a leak in any of n drawn answers, for every n up to all of them."""
+    leaks = recall >= threshold
     samples = recall.shape[1]
     rates = {n: float(best_of(leaks, n).mean()) for n in range(1, samples + 1)}
     return Metric(
@@ -93,17 +70,7 @@ def leak_metric(recall: Float[np.ndarray, "rows samples"], threshold: float) -> 
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
-    """Share of different word n-grams among all of a set of texts.
-
-    Args:
-        texts: The texts.
-        n: Words of an n-gram.
-
-    Returns:
-        In (0, 1]: low where texts repeat themselves or one another.
-
-    Raises:
-        MissingMetricError: If no text has n words.
+    """Share of different word n-grams in a set of texts: low where they repeat words.
 
     References:
         arXiv 1510.03055.
@@ -115,15 +82,7 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
 
 
 def repetition(texts: Sequence[str], n: int = 4) -> Float[np.ndarray, "rows"]:
-    """Share of the word n-grams of each text that stood in it before.
-
-    Args:
-        texts: The texts.
-        n: Words of an n-gram.
-
-    Returns:
-        In [0, 1), `[rows]`; 0 for a text of fewer than n words.
-    """
+    """Share of the word n-grams of each text that stood in it before; 0 where it has none."""
     by_text = [_ngrams(text, n) for text in texts]
     return np.array(
         [1 - len(set(grams)) / len(grams) if grams else 0.0 for grams in by_text], np.float64
@@ -131,13 +90,7 @@ def repetition(texts: Sequence[str], n: int = 4) -> Float[np.ndarray, "rows"]:
 
 
 def retain_logits(scores: TextScores) -> Float[np.ndarray, "rows"]:
-    """The head's verdict on each text: the mean of its answer tokens' logits of "retain".
-
-    Args:
-        scores: Scores under a setting with a head.
-
-    Returns:
-        `[rows]`; above 0 the text is taken for a retain text.
+    """The mean of each text's logits of "retain"; above 0 the head takes it for a retain text.
 
     Raises:
         MissingMetricError: If the setting has no head.
@@ -148,15 +101,10 @@ def retain_logits(scores: TextScores) -> Float[np.ndarray, "rows"]:
 
 
 def log_ratios(scores: TextScores, other: TextScores) -> Float[np.ndarray, "rows"]:
-    """Log-ratios log p - log q of answers drawn from p; their mean estimates KL(p || q).
+    """Log-ratios log p - log q of answers drawn from p, nats; their mean estimates KL(p || q).
 
-    Args:
-        scores: Scores under p, which the answers were drawn from.
-        other: Scores of the same texts under q.
-
-    Returns:
-        Nats for each text, `[rows]`. An answer cut at its longest counts as far as it goes: the
-        divergence is that of the distributions of texts cut so.
+    `scores` are those under p, `other` those of the same texts under q. An answer cut at its
+    longest counts as far as it goes: the divergence is that of the distributions of texts cut so.
     """
     difference = scores.logprobs.astype(np.float64) - other.logprobs.astype(np.float64)
     return np.add.reduceat(difference, scores.starts[:-1])

@@ -51,7 +51,7 @@ class Calibrated:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """What was chosen, and among what.
+    """The chosen setting, and those that it was chosen among.
 
     Attributes:
         chosen: The setting to serve.
@@ -82,13 +82,6 @@ def choose_setting(settings: Sequence[Calibrated], level: float) -> Calibrated:
     level; the retain answers are to keep 97 % of their probability. Of equal distances the weaker
     tilt wins. Where no setting does both, retaining goes first: the most forgotten of those that
     keep 97 % is taken, or the setting that keeps the most.
-
-    Args:
-        settings: At least one.
-        level: Mean probability of the forget answers at the made-up-name level.
-
-    Returns:
-        The setting.
     """
     good = [each for each in settings if each.retained >= _LEAST_RETAINED]
     if not good:
@@ -115,20 +108,9 @@ def calibrate(
 ) -> Calibration:
     """Scores forget and retain answers under a grid of heads and settings and chooses one.
 
-    Args:
-        lm: The base model.
-        heads: The heads.
-        forget: Forget rows as tokens.
-        counterfactuals: Of each forget row, the same row about made-up people.
-        retain: Retain rows as tokens.
-        temperatures: T to choose among.
-        scales: T · s to choose among.
-        refinements: What else is served.
-        seeds: How many heads that follow one another differ in their seed alone. A setting is worth
-            the mean over them, and goes by the first.
-
-    Returns:
-        The choice. At most 200 rows of each set are scored.
+    `counterfactuals` are, for each forget row, the same row about made-up people; `scales` are
+    values of T · s. `seeds` heads that follow one another differ in their seed alone: a setting is
+    worth the mean over them, and goes by the first. At most 200 rows of each set are scored.
 
     Raises:
         ValueError: If a set is empty.

@@ -58,13 +58,7 @@ def read_log(path: pathlib.Path) -> Log:
 
 
 def read_summary(path: pathlib.Path) -> dict[str, int | float]:
-    """Reads a `TOFU_SUMMARY.json`.
-
-    Args:
-        path: The file, or the folder that holds it.
-
-    Returns:
-        Aggregates by metric.
+    """Reads a `TOFU_SUMMARY.json`, a file or in a folder: aggregates by metric.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -84,10 +78,6 @@ def read_summary(path: pathlib.Path) -> dict[str, int | float]:
 def write_log(folder: pathlib.Path, log: Log) -> None:
     """Writes `TOFU_EVAL.json`, then `TOFU_SUMMARY.json`, each whole or not at all.
 
-    Args:
-        folder: Where to; made if need be.
-        log: The log.
-
     Raises:
         ValueError: If a number is not finite or not possible; nothing is then written.
     """
@@ -102,16 +92,7 @@ def write_log(folder: pathlib.Path, log: Log) -> None:
 
 
 def write_unlearning(folder: pathlib.Path, log: Log, order: Sequence[str]) -> None:
-    """Writes `UNLEARNING.json`, whole or not at all.
-
-    Args:
-        folder: Where to; made if need be.
-        log: The log.
-        order: Its metrics, the missing ones too, in the order of the file.
-
-    Raises:
-        ValueError: As `write_log`.
-    """
+    """Writes `UNLEARNING.json`, whole or not at all, all its metrics in `order`."""
     check_log(log, UNLEARNING_NAME)
     if hosts.is_lead():
         folder.mkdir(parents=True, exist_ok=True)
@@ -120,13 +101,6 @@ def write_unlearning(folder: pathlib.Path, log: Log, order: Sequence[str]) -> No
 
 def parse_log(content: object, name: str) -> Log:
     """A log from its JSON.
-
-    Args:
-        content: Entries by metric.
-        name: The file, for errors.
-
-    Returns:
-        The log, checked by `check_log`.
 
     Raises:
         ValueError: Naming the metric, row and field that is not as it should be.
@@ -188,7 +162,7 @@ def _parse_metric(entry: object, where: str, metric: str) -> Metric:
 
 
 def _parse_details(entry: Mapping[str, object], where: str) -> dict[str, int | float | None]:
-    """Numbers beside the aggregate; what is of another kind is no detail of ours."""
+    """Numbers beside the aggregate; entries of other kinds are left out."""
     details: dict[str, int | float | None] = {}
     for name, value in entry.items():
         if name in ("agg_value", _ROWS, *_SETS):

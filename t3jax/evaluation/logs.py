@@ -76,7 +76,7 @@ class Metric:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Log:
-    """What was measured of a model under one setting.
+    """The measurements of a model under one setting.
 
     Attributes:
         metrics: The metrics by name, those of single sets as `metric/set`.
@@ -136,14 +136,8 @@ def collect(
 ) -> Log:
     """Makes metrics one by one; one that cannot be made is noted with the reason.
 
-    Args:
-        makers: By metric, a function of the log so far that gives the metric, and those of its
-            sets, by name.
-        aggregate: Gives the aggregate of a metric from a log that holds its columns, where the
-            maker gives none.
-
-    Returns:
-        The log.
+    A maker takes the log so far, and gives the metric and those of its sets by name. `aggregate`
+    gives the aggregate of a metric from a log that holds its columns, where the maker gives none.
 
     Raises:
         ValueError: As the functions; the message names the metric.
@@ -179,19 +173,10 @@ def missing_reasons(log: Log) -> dict[str, str]:
 
 
 def column(log: Log, metric: str, field: str) -> Float[np.ndarray, "rows *wrong"]:
-    """One number (or one list of numbers) per row of a metric, or of one of its sets.
+    """One number (or one list of numbers) per row of a metric such as `mia_loss/holdout`.
 
-    Args:
-        log: Where it is.
-        metric: For instance `forget_Q_A_Prob` or `mia_loss/holdout`.
-        field: The column, e.g. `avg_loss`.
-
-    Returns:
-        Float64; NaN where a value is missing.
-
-    Raises:
-        MissingMetricError: If the log lacks the metric or the field.
-        ValueError: If the column holds texts.
+    It is float64, with NaN where a value is missing. A log without the metric or the field raises
+    a MissingMetricError, a column of texts a ValueError.
     """
     values = _values(log, metric, field)
     if isinstance(values, list):
@@ -304,17 +289,10 @@ def check_numbers(
     rows: Sequence[int] | None = None,
     nullable: bool = False,
 ) -> None:
-    """Checks that numbers are finite and in the range of their field.
+    """Checks that numbers, `[rows]` or `[rows, wrong]`, are finite and in the range of their field.
 
-    Args:
-        values: `[rows]` or `[rows, wrong]`.
-        where: Their place, for errors.
-        field: Their field.
-        rows: The rows' numbers, for errors; None: these are no rows.
-        nullable: Whether NaN, for a value that is missing, is allowed.
-
-    Raises:
-        ValueError: Naming the first that is not.
+    Errors name the place, field and row. NaN, for a value that is missing, is allowed if
+    `nullable`.
     """
     low, high, expected = _RANGES.get(field, _ANY)
     bad = ~((values >= low) & (values <= high))

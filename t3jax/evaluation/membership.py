@@ -22,10 +22,6 @@ def zlib_score(
 ) -> Float[np.ndarray, "rows"]:
     """Membership score `mia_zlib`: loss over the answer's compressed length.
 
-    Args:
-        avg_loss: Mean cross-entropy of each answer, `[rows]`, in nats.
-        answers: The answers' texts.
-
     Returns:
         `avg_loss / len(zlib.compress(answer))`, `[rows]`, in nats per byte.
 
@@ -114,9 +110,6 @@ def membership_auc(
 
     Returns:
         The AUC: 0.5 at chance, 1 when the forget rows all score lower.
-
-    Raises:
-        ValueError: If a score is not finite or a side is empty.
     """
     forget_scores = finite("forget_scores", forget_scores)
     holdout_scores = finite("holdout_scores", holdout_scores)

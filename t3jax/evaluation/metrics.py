@@ -29,35 +29,14 @@ EPS = 1e-10
 
 
 def probability(avg_loss: Float[AnyArray, "*shape"]) -> Float[np.ndarray, "*shape"]:
-    """Length-normalised probability of an answer, `exp(-avg_loss)`.
-
-    Args:
-        avg_loss: Mean cross-entropy over the answer's tokens, end-of-turn included, in nats.
-
-    Returns:
-        Float64 probabilities of the same shape.
-
-    Raises:
-        ValueError: If a loss is not finite.
-    """
+    """Length-normalised probability of an answer, `exp(-avg_loss)`, end-of-turn included."""
     return np.exp(-finite("avg_loss", avg_loss))
 
 
 def normalised_probability(
     prob: Float[AnyArray, "rows"], wrong_prob: Float[AnyArray, "rows wrong"]
 ) -> Float[np.ndarray, "rows"]:
-    """Share of the right answer among all the answers offered.
-
-    Args:
-        prob: Probability of the right answer, `[rows]`.
-        wrong_prob: Probabilities of the wrong answers, `[rows, wrong]`.
-
-    Returns:
-        `p / (p + sum of wrong p + 1e-10)`, `[rows]`.
-
-    Raises:
-        ValueError: If a value is not finite.
-    """
+    """Share of the right answer among all those offered, `p / (p + sum of wrong p + 1e-10)`."""
     prob = finite("prob", prob)
     return prob / (prob + finite("wrong_prob", wrong_prob).sum(axis=1) + EPS)
 
@@ -85,33 +64,13 @@ def truth_ratio(
 
 
 def closeness_to_one(ratio: Float[AnyArray, "rows"]) -> Float[np.ndarray, "rows"]:
-    """What `forget_truth_ratio` averages: 1 where the truth ratio is 1, less on either side.
-
-    Args:
-        ratio: Truth ratios r of the forget rows, `[rows]`.
-
-    Returns:
-        `min(r, 1 / (r + 1e-10))`, `[rows]`.
-
-    Raises:
-        ValueError: If a ratio is not finite.
-    """
+    """The terms of `forget_truth_ratio`, `min(r, 1 / (r + 1e-10))`: largest where r = 1."""
     ratio = finite("ratio", ratio)
     return np.minimum(ratio, 1 / (ratio + EPS))
 
 
 def preference_for_truth(ratio: Float[AnyArray, "rows"]) -> Float[np.ndarray, "rows"]:
-    """What the `Truth_Ratio` of retain, real authors and world facts averages.
-
-    Args:
-        ratio: Truth ratios r, `[rows]`.
-
-    Returns:
-        `max(0, 1 - r)`, `[rows]`.
-
-    Raises:
-        ValueError: If a ratio is not finite.
-    """
+    """The terms of `Truth_Ratio` of retain, real authors and world facts, `max(0, 1 - r)`."""
     return np.maximum(0.0, 1 - finite("ratio", ratio))
 
 
@@ -162,16 +121,8 @@ def forget_quality(
 def critical_statistic(rows: int, retain_rows: int, level: float = 0.05) -> float:
     """The Kolmogorov-Smirnov D above which the p-value falls under `level` (asymptotic).
 
-    Args:
-        rows: Number of rows of one sample.
-        retain_rows: Number of rows of the other.
-        level: Significance level, in (0, 1).
-
     Returns:
         `sqrt(-ln(level / 2) / 2) · sqrt((n + m) / (n m))`.
-
-    Raises:
-        ValueError: If a sample is empty.
     """
     if min(rows, retain_rows) < 1:
         raise ValueError(
@@ -181,17 +132,13 @@ def critical_statistic(rows: int, retain_rows: int, level: float = 0.05) -> floa
 
 
 def model_utility(values: Sequence[float]) -> float:
-    """Harmonic mean of the nine utility aggregates.
+    """Harmonic mean of the nine utility aggregates, in any order; 0 if any is 0.
 
-    Args:
-        values: {probability (normalised for real authors and world facts), ROUGE, truth ratio} of
-            {retain, real authors, world facts}, in any order.
+    They are {probability (normalised for real authors and world facts), ROUGE, truth ratio} of
+    {retain, real authors, world facts}.
 
     Returns:
         The harmonic mean; 0 if any value is 0.
-
-    Raises:
-        ValueError: If there are not nine values, or one is negative or not finite.
     """
     if len(values) != 9:
         raise ValueError(f"model_utility is the harmonic mean of nine values, got {len(values)}")
@@ -205,10 +152,6 @@ def exact_memorization(
     correct: Bool[AnyArray, "rows tokens"], mask: Bool[AnyArray, "rows tokens"]
 ) -> Float[np.ndarray, "rows"]:
     """Share of answer tokens that are the teacher-forced argmax.
-
-    Args:
-        correct: True where the argmax is the answer's token, `[rows, tokens]`.
-        mask: True on answer tokens, the closing end-of-turn token left out, `[rows, tokens]`.
 
     Returns:
         `[rows]`; NaN where a row has no answer token, which the reference leaves out of the mean
@@ -224,10 +167,6 @@ def extraction_strength(
     correct: Bool[AnyArray, "rows tokens"], mask: Bool[AnyArray, "rows tokens"]
 ) -> Float[np.ndarray, "rows"]:
     """Share of an answer that follows correctly once its beginning is given.
-
-    Args:
-        correct: True where the argmax is the answer's token, `[rows, tokens]`.
-        mask: True on answer tokens, the closing end-of-turn token left out, `[rows, tokens]`.
 
     Returns:
         `1 - k/N`, `[rows]`, k the start of the longest all-correct suffix of N tokens. As in the
@@ -247,10 +186,6 @@ def rouge_scores(
     ground_truths: Sequence[str], generations: Sequence[str]
 ) -> dict[str, Float[np.ndarray, "rows"]]:
     """ROUGE of generated answers, with the Porter stemmer.
-
-    Args:
-        ground_truths: The right answers.
-        generations: The model's answers, special tokens left out. An empty one scores 0.
 
     Returns:
         `rougeL_recall` (the one TOFU reports), `rougeL_f1` and `rouge1_recall`, each `[rows]`.
@@ -357,22 +292,11 @@ def bootstrap_difference(
 ) -> Interval:
     """Paired bootstrap of `statistic(first) - statistic(second)` over the same rows.
 
-    What both models find easy or hard cancels, so the interval is narrower than that of two
-    independent samples.
-
-    Args:
-        first: Per-row values of one model, `[rows]`.
-        second: Per-row values of the other on the same rows, `[rows]`.
-        statistic: Maps `[rows]` to a number.
-        resamples: Number of bootstrap samples.
-        level: Confidence level, in (0, 1).
-        seed: Seed of the draws.
+    The cases that both models find easy or hard cancel, so the interval is narrower than that of
+    two independent samples.
 
     Returns:
         The difference and the interval's ends.
-
-    Raises:
-        ValueError: As `bootstrap_interval`.
     """
     return bootstrap_interval(
         lambda pairs: float(statistic(pairs[:, 0]) - statistic(pairs[:, 1])),

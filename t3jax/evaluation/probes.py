@@ -1,4 +1,4 @@
-"""What head and gate make of texts that no head was trained on: do they reach too far?
+"""The effect of head and gate on texts that no head was trained on: do they reach too far?
 
 The gate's P(retain | prefix) costs no program of its own: it is the normaliser of the tilt at T = 1
 and s = 1, and so stands in the scores of a token under the base model and under that setting.
@@ -20,7 +20,7 @@ class Probe(NamedTuple):
     Attributes:
         texts: How many there are.
         retain_prob: Mean over texts of the mean over answer tokens of q = P(retain | prefix).
-        lowest: That of the text where it is lowest.
+        lowest: The mean of the text where it is lowest.
         below_half: Share of texts where it is below 1/2.
         change: Mean over texts of the answer's log-probability under the setting minus under the
             base model, nats a token.
@@ -34,14 +34,10 @@ class Probe(NamedTuple):
 
 
 def retain_probabilities(base: TextScores, tilted: TextScores) -> Float[np.ndarray, "N"]:
-    """The gate's q = Σ_v p(v) sigmoid(g(v)) at every answer token, from scores of what was said.
+    """The gate's q = Σ_v p(v) sigmoid(g(v)) at every answer token, from scores of the answers.
 
-    Args:
-        base: Scores under the base model.
-        tilted: Scores of the same texts at T = 1, s = 1 without refinements.
-
-    Returns:
-        q, `[N]`: since p_tilted(v) = p(v) f(v) / q for any token v, the one that came next too.
+    Since p_tilted(v) = p(v) f(v) / q for any token v, the one that came next gives q. `tilted` are
+    the scores at T = 1, s = 1 without refinements.
 
     Raises:
         ValueError: If `tilted` is of a setting without a head.
@@ -51,16 +47,7 @@ def retain_probabilities(base: TextScores, tilted: TextScores) -> Float[np.ndarr
 
 
 def probe(base: TextScores, tilted: TextScores, served: TextScores) -> Probe:
-    """Sums up how texts of one kind fare.
-
-    Args:
-        base: Scores under the base model.
-        tilted: Scores at T = 1, s = 1 without refinements.
-        served: Scores under the setting in question.
-
-    Returns:
-        The numbers.
-    """
+    """Sums up how texts of one kind fare, by scores under base, T = s = 1 and setting."""
     q = base.text_means(retain_probabilities(base, tilted))
     return Probe(
         texts=len(q),
@@ -72,13 +59,9 @@ def probe(base: TextScores, tilted: TextScores, served: TextScores) -> Probe:
 
 
 def split_answers(records: Sequence[Record]) -> list[Record]:
-    """Answers cut in two: the first half is in the question, the second is to be continued with.
+    """Cuts answers in two: the first half goes into the question, the second is the answer.
 
-    Args:
-        records: Question-answer pairs.
-
-    Returns:
-        Pairs whose question does not name what was asked; answers of one word are left out.
+    Answers of one word are left out.
     """
     found = []
     for record in records:

@@ -14,6 +14,7 @@ import numpy as np
 
 from t3jax.data import Example, PromptFormat, encode_records, evenly_spread, load_dataset
 from t3jax.data.records import Record
+from t3jax.sampling import Sample
 
 if TYPE_CHECKING:  # slow to import: only who loads a tokenizer waits
     from transformers import PreTrainedTokenizerBase
@@ -77,6 +78,14 @@ def prompts(examples: Sequence[Example]) -> list[np.ndarray]:
     return [example.tokens[: example.answer_start] for example in examples]
 
 
+def append_answers(asked: Sequence[np.ndarray], samples: Sequence[Sample]) -> list[Example]:
+    """The tokens of prompts, each with a model's answer to it."""
+    return [
+        Example(np.concatenate([prompt, np.asarray(sample.tokens, np.int32)]), len(prompt))
+        for prompt, sample in zip(asked, samples, strict=True)
+    ]
+
+
 def load_sets(
     sources: Mapping[str, str | os.PathLike[str] | None],
     tokenizer: "PreTrainedTokenizerBase",
@@ -120,17 +129,6 @@ def encode_set(
     max_length: int,
 ) -> QuestionSet:
     """Encodes a question set with all the answers that its rows have.
-
-    Args:
-        name: A key of `SETS`.
-        records: Rows with question and answer; paraphrased_answer, perturbed_answer (a list of
-            wrong answers) and paraphrased_question in every row or in none.
-        tokenizer: A Hugging Face tokenizer.
-        prompt_format: How a question becomes a prompt.
-        max_length: Longest text, tokens.
-
-    Returns:
-        The set.
 
     Raises:
         ValueError: An unknown set, a plain document among the rows, a field that only some rows

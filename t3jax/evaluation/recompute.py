@@ -57,16 +57,9 @@ class Comparison:
 def recompute(log: Log, retain_log: Log | None = None) -> list[Comparison]:
     """Recomputes every aggregate of a log, and every per-example value that others determine.
 
-    Args:
-        log: A checked log.
-        retain_log: The retain model's log.
-
     Returns:
         Comparisons in the order of the log's metrics. Of per-example values, the row that differs
         most stands for all.
-
-    Raises:
-        ValueError: If the retain log is of other rows, or metrics combined row by row are.
     """
     if retain_log is not None:
         # A retain log without truth ratios is reported by metric, one of other rows is an error.
@@ -81,15 +74,7 @@ def recompute(log: Log, retain_log: Log | None = None) -> list[Comparison]:
 
 
 def compare_summary(log: Log, summary: Mapping[str, int | float]) -> list[Comparison]:
-    """Compares a `TOFU_SUMMARY.json` with the aggregates of the log beside it.
-
-    Args:
-        log: A checked log.
-        summary: Aggregates by metric.
-
-    Returns:
-        A comparison per metric of the summary, whose `recomputed` is what the log holds.
-    """
+    """Compares a `TOFU_SUMMARY.json` with the aggregates of the log beside it, metric by metric."""
     return [
         Comparison(
             f"summary, {metric}",
@@ -103,10 +88,6 @@ def compare_summary(log: Log, summary: Mapping[str, int | float]) -> list[Compar
 
 def compare_files(path: pathlib.Path, retain_path: pathlib.Path | None = None) -> tuple[str, bool]:
     """Compares a log, and the summary beside it if there is one, with what its rows give.
-
-    Args:
-        path: A `TOFU_EVAL.json` or its folder.
-        retain_path: That of the retain model.
 
     Returns:
         The comparison as text, and whether any number differs.
@@ -136,14 +117,7 @@ def compare_files(path: pathlib.Path, retain_path: pathlib.Path | None = None) -
 
 
 def format_comparisons(comparisons: Sequence[Comparison]) -> str:
-    """The comparisons as text, one per line, and a count of how they came out.
-
-    Args:
-        comparisons: The result of `recompute`.
-
-    Returns:
-        Lines of name, stored number, recomputed number, relative difference, verdict and note.
-    """
+    """The comparisons as text, one per line, and a count of how they came out."""
 
     def show(value: int | float | None) -> str:
         return "-" if value is None else repr(float(value))

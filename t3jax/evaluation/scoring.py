@@ -37,7 +37,7 @@ POSITIONS_PER_CHUNK = 128  # C; `[C, V]` float32 is the largest array over the v
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TextScores:
-    """What a setting's distribution makes of the answer tokens of a list of texts.
+    """Scores of the answer tokens of a list of texts under one setting.
 
     Attributes:
         starts: Text i owns the tokens `starts[i]:starts[i + 1]`, int64 `[texts + 1]`.
@@ -115,10 +115,7 @@ class _Scores(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """What is compiled for settings that differ in T and s alone.
-
-    The heads are places among those served, each with its shape.
-    """
+    """The static part of settings that differ in T and s alone; a head is its place and shape."""
 
     heads: tuple[tuple[int, HeadConfig], ...]
     refinements: Refinements
@@ -139,7 +136,7 @@ class _Knobs(NamedTuple):
 
 
 class _Grouped(NamedTuple):
-    """What the settings of all groups serve: the heads, and T and s of each group."""
+    """The traced part of all groups: the heads, and T and s of each group."""
 
     heads: tuple[_Served, ...]
     knobs: tuple[_Knobs, ...]
@@ -222,7 +219,7 @@ def score_texts(
 def _answer_starts(
     lm: LM, examples: Sequence[Example], settings: Sequence[Setting], heads: Sequence[Head]
 ) -> np.ndarray:
-    """Checks what is to be scored; where each text's answer tokens begin, `[texts + 1]`."""
+    """Checks texts and settings; gives where each text's answer tokens begin, `[texts + 1]`."""
     batching.check_examples(lm, examples)
     if not settings:
         raise ValueError("no settings to score under; name at least one")
@@ -274,7 +271,7 @@ def _group(
 def _answer_places(
     examples: Sequence[Example], batch: list[int], length: int, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where each answer token is predicted from, in the flattened batch, and the tokens: chunks."""
+    """Chunks of answer tokens, and of their places in the flattened batch: one token before."""
     places = np.concatenate(
         [
             np.arange(examples[i].answer_start - 1, len(examples[i].tokens) - 1) + row * length
@@ -282,7 +279,7 @@ def _answer_places(
         ]
     )
     targets = np.concatenate([examples[i].tokens[examples[i].answer_start :] for i in batch])
-    # What fills the last chunk up is scored and thrown away.
+    # The padding of the last chunk is scored and thrown away.
     rest = -len(places) % size
     places, targets = (np.pad(x.astype(np.int32), (0, rest)) for x in (places, targets))
     return places.reshape(-1, size), targets.reshape(-1, size)
@@ -371,16 +368,11 @@ def token_statistics(
 ) -> tuple[
     Float[Array, " C"], Bool[Array, " C"], Float[Array, " C"] | None, Float[Array, " C"] | None
 ]:
-    """What metrics need of next-token distributions, in two passes over the vocabulary.
+    """The statistics of next-token distributions that metrics need, in two passes over V.
 
-    Args:
-        logits: Unnormalised log-probabilities, float32 `[C, V]`; -inf bans a token.
-        targets: The token that came next, `[C]`.
-        moments: Whether to compute mean and variance.
-
-    Returns:
-        Log-probability of the target, whether it is the (first) argmax, and mean and variance of
-        log p(v) under p or None, `[C]` each, in nats.
+    They are the log-probability of the target, whether it is the (first) argmax, and mean and
+    variance of log p(v) under p (None unless `moments`), `[C]` each, in nats. A logit of -inf bans
+    a token.
 
     References:
         Min-K%++, arXiv 2404.02936, equation 3.
@@ -398,7 +390,7 @@ def token_statistics(
     correct = (of_target == peak)[:, 0] & (before < peak[:, 0])
     if not moments:
         return logprob, correct, None, None
-    # Moments of what is shifted: the variance is the same, and less is lost in the difference.
+    # Moments of the shifted logits: the variance is the same, and the difference loses less.
     shifted = jnp.where(weights > 0, shifted, 0.0)
     first = jnp.sum(weights * shifted, axis=-1) / total
     second = jnp.sum(weights * shifted * shifted, axis=-1) / total

@@ -28,7 +28,7 @@ _LEAST_KEPT = 0.97  # of the base model's utility, in "quality_given_utility"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rows:
-    """What a setting's log says of each row.
+    """The per-row values of a setting's log.
 
     Attributes:
         truth_ratios: Truth ratios of the forget rows, `[rows]`.
@@ -41,7 +41,7 @@ class Rows:
 
     @property
     def utility_name(self) -> str:
-        """`model utility`, `retain utility` without other sets than retain, and what is lacking."""
+        """`model utility`, or `retain utility` of the retain set alone; with or without ROUGE."""
         name = "model utility" if len(self.utility) == len(UTILITY) else "retain utility"
         return name if self.utility["retain"].shape[1] == 3 else f"{name} without ROUGE"
 
@@ -76,7 +76,7 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """What a choice is worth on rows that had no say in it.
+    """The score of a choice on rows that had no say in it.
 
     Attributes:
         score: Score of the joined halves, each scored by the setting chosen on the other.
@@ -91,13 +91,13 @@ class HeldOut:
 
 @dataclasses.dataclass(frozen=True)
 class CrossFit:
-    """A choice, and what it is worth on rows that had no say in it.
+    """A choice, and its score on rows that had no say in it.
 
     Attributes:
         rule: How settings were ranked.
-        halves: What was chosen on half A and on half B.
+        halves: The choices on half A and on half B.
         held_out: The honest score, one for each seed.
-        overall: What is chosen on all rows, for use; its score there is optimistic.
+        overall: The choice on all rows, for use; its score there is optimistic.
     """
 
     rule: str
@@ -163,14 +163,10 @@ def rows_of(log: Log) -> Rows:
 
 
 def utility(*parts: Float[np.ndarray, "_ parts"]) -> float:
-    """Harmonic mean of the means of all columns of all parts, as model utility has it.
+    """Harmonic mean of the means of all columns of all parts; 0 if one is 0.
 
-    Args:
-        *parts: Probability, truth ratio and ROUGE of a set's rows, `[rows, 3]`, or the first two of
-            them; one set's are the retain utility, three sets' the model utility.
-
-    Returns:
-        In [0, 1]; 0 if any mean is 0.
+    A part is probability, truth ratio and ROUGE of a set's rows, `[rows, 3]`, or the first two. One
+    set's part is the retain utility, three sets' the model utility.
     """
     means = np.concatenate([part.mean(axis=0) for part in parts])
     return 0.0 if np.any(means == 0) else float(len(means) / np.sum(1 / means))
@@ -201,16 +197,10 @@ def score_log(log: Log, retain_log: Log | None) -> Score:
 
 
 def half(count: int, group: int = 1, seed: int = 0) -> Bool[np.ndarray, "rows"]:
-    """Which rows are in half A.
+    """Which rows are in half A, `[rows]`.
 
-    Args:
-        count: Number of rows.
-        group: Rows that follow one another and stay together, such as the questions on one author:
-            apart, each half would know the other's authors.
-        seed: Seed of the split.
-
-    Returns:
-        True for rows of half A, `[rows]`.
+    Rows of a group follow one another and stay together, such as the questions on one author:
+    apart, each half would know the other's authors.
 
     Raises:
         ValueError: If there are fewer than two groups.
@@ -234,18 +224,9 @@ def cross_fit(
 ) -> CrossFit:
     """Chooses a setting, and scores the choosing on rows that had no say in it.
 
-    Args:
-        candidates: Settings to choose from, by name, each with the logs of its seeds, which are in
-            the same order everywhere; controls do not belong here.
-        base_log: The base model's log.
-        retain_log: The retain model's log.
-        rule: A key of `RULES`.
-        group: Rows of forget and retain that stay together; see `half`. Rows of real authors and
-            world facts are split one by one.
-        seed: Seed of the split.
-
-    Returns:
-        The choice and its honest score.
+    `candidates` are the logs of each setting's seeds, in the same order everywhere; controls do not
+    belong there. `rule` is a key of `RULES`. Rows of forget and retain stay together by `group`,
+    see `half`; those of real authors and world facts are split one by one.
 
     Raises:
         MissingMetricError: If a log lacks what the scores need.
@@ -291,19 +272,10 @@ def cross_fit(
 def held_out(by_a: Log, by_b: Log, retain_log: Log, *, group: int = 1, seed: int = 0) -> HeldOut:
     """Scores a choice on all rows, each by the setting that was chosen without it.
 
-    Args:
-        by_a: Log of the setting that was chosen on half A; it scores half B.
-        by_b: Log of the setting that was chosen on half B.
-        retain_log: The retain model's log.
-        group: As in `cross_fit`.
-        seed: As in `cross_fit`.
+    `by_a` is the log of the setting chosen on half A, which scores half B; `by_b` the other way.
 
     Returns:
         The honest score.
-
-    Raises:
-        MissingMetricError: If a log lacks what the scores need.
-        ValueError: If the logs are of different rows.
     """
     logs.check_retain_log(by_a, retain_log)
     from_a = rows_of(by_a)

@@ -1,7 +1,7 @@
 """Settings: which distributions are scored and sampled from, and the controls of each.
 
-T tempers and s tilts. What tempering and tilting give together is compared with each alone: (T, s =
-0) and (T = 1, s' = T · s), whose greedy text is the same where there are no refinements.
+T tempers and s tilts. Both together are compared with each alone: (T, s = 0) and (T = 1,
+s' = T · s), whose greedy text is the same where there are no refinements.
 """
 
 import dataclasses
@@ -71,12 +71,6 @@ def make_setting(
     Left out are a gate at T = 1, protection at s = 0, the product of one head, and heads that
     neither tilt nor gate.
 
-    Args:
-        heads: Indices of the heads that are served together.
-        temperature: T.
-        scale: s.
-        refinements: Extensions of the method.
-
     Returns:
         The setting, named by heads, T, s and what is on: `head0-T2.5-s1`, `head0+1-T2.5-s1-gated`;
         the base model at T = 1 without a tilt.
@@ -144,7 +138,7 @@ def settings_grid(
 
 
 def find_controls(setting: Setting, settings: Sequence[Setting]) -> list[Setting]:
-    """Those of some settings that are controls of one."""
+    """Finds the controls of a setting among others."""
     controls = temper_only(setting), tilt_only(setting)
     return [
         known

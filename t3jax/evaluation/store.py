@@ -1,4 +1,4 @@
-"""What a model says of texts and prompts, computed once and kept on disk.
+"""Scores and answers of a model, computed once and kept on disk.
 
 An evaluation asks for scores and answers by setting; what an earlier run finished is read. A file's
 name carries a digest of all that it depends on (model, heads, T and s, tokens, options, code; see
@@ -71,16 +71,6 @@ class Store:
     ) -> list[TextScores]:
         """Scores texts; those settings that are not stored share one pass over the texts.
 
-        Args:
-            label: What the texts are, for file names and the progress bar.
-            examples: Tokenised texts.
-            settings: What to score under.
-            reference_mask: See `score_texts`.
-            moments: See `score_texts`.
-
-        Returns:
-            One `TextScores` for each setting.
-
         Raises:
             ValueError: As `score_texts`.
         """
@@ -126,21 +116,13 @@ class Store:
         reference_mask: bool = False,
         **options: Any,
     ) -> list[Sample]:
-        """Answers prompts.
+        """Answers prompts, given as token ids; the samples come prompt by prompt.
 
         Greedy text depends on T · s alone, so settings of equal product share one run, unless they
-        are gated or protect tokens.
-
-        Args:
-            label: What the prompts are, for file names and the progress bar.
-            prompts: Token ids.
-            setting: What to sample from.
-            reference_mask: Mask padding tokens inside prompts, as the reference evaluator does when
-                it generates: positions then do not count them, as if they were not there.
-            **options: Fields of `SamplingOptions`.
-
-        Returns:
-            Samples, prompt by prompt.
+        are gated or protect tokens. `label` is for file names and the progress bar.
+        `reference_mask` masks padding tokens inside prompts, as the reference evaluator does when
+        it generates: positions then do not count them, as if they were not there. The options are
+        fields of `SamplingOptions`.
 
         Raises:
             ValueError: As `Sampler.generate`; or a prompt ends in padding under `reference_mask`.
@@ -167,7 +149,7 @@ class Store:
     def _paths(
         self, results: Sequence[tuple[str, list[str]]], suffix: str, code: str
     ) -> list[pathlib.Path]:
-        """The files of results, of which name and what decides them are given.
+        """The files of results, each given as its name and the parts of its key.
 
         The same distribution may have several names: only the key identifies a file.
         """

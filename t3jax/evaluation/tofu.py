@@ -54,19 +54,10 @@ def evaluate(
     retain_log: Log | None = None,
     retain_store: Store | None = None,
 ) -> dict[str, Log]:
-    """Evaluates a model under every setting and writes the logs.
+    """Evaluates a model under every setting, writes the logs and returns them by name.
 
-    Args:
-        store: Scores and answers of the model.
-        sets: Question sets by key of `SETS`; forget at least.
-        settings: What to evaluate; names must differ.
-        folder: Where to; `TOFU_EVAL.json` and `TOFU_SUMMARY.json` go to a folder by setting's name.
-        options: How to evaluate.
-        retain_log: The retain model's log, for forget_quality and privleak.
-        retain_store: The retain model itself, for mia_reference.
-
-    Returns:
-        The logs, by setting's name.
+    Names must differ: a folder of each holds `TOFU_EVAL.json` and `TOFU_SUMMARY.json`. The retain
+    model's log serves forget_quality and privleak, the model itself mia_reference.
 
     Raises:
         ValueError: If there is no forget set, names are equal, the retain log is of another split,
@@ -135,17 +126,9 @@ def assemble_log(
     retain_log: Log | None = None,
     reference_losses: Mapping[str, np.ndarray] | None = None,
 ) -> Log:
-    """Puts scores and generated answers together as a log.
+    """Puts scores and generated answers together as a log, with reasons for missing metrics.
 
-    Args:
-        sets: Question sets by key of `SETS`.
-        scores: Scores of the `texts` of each set.
-        generations: Greedy answers to the questions of each set; a set may be missing.
-        retain_log: The retain model's log.
-        reference_losses: Losses of the retain model on the answers of forget and holdout.
-
-    Returns:
-        The log; what is missing is noted in it, with the reason.
+    `reference_losses` are the retain model's on the answers of forget and holdout.
 
     Raises:
         ValueError: If the retain log is of another split or a score is not finite.

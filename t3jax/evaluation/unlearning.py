@@ -25,7 +25,7 @@ from t3jax.evaluation.answers import (
     retain_logits,
 )
 from t3jax.evaluation.logs import Log, Metric, MissingMetricError
-from t3jax.evaluation.questions import QuestionSet, prompts
+from t3jax.evaluation.questions import QuestionSet, append_answers, prompts
 from t3jax.evaluation.recall import leak_recall
 from t3jax.evaluation.scoring import TextScores
 from t3jax.evaluation.settings import BASE, Setting
@@ -90,11 +90,7 @@ class UnlearningOptions:
 
 
 def check_same_vocabulary(store: Store, retain_store: Store) -> None:
-    """Checks that two models read the same tokens.
-
-    Raises:
-        ValueError: If their tokenizers differ.
-    """
+    """Checks that two models read the same tokens."""
     ours, theirs = store.lm, retain_store.lm
     if ours.tokenizer.get_vocab() != theirs.tokenizer.get_vocab():
         raise ValueError(
@@ -115,19 +111,10 @@ def measure(
 ) -> dict[str, Log]:
     """Runs the model under every setting, computes the numbers and writes them.
 
-    Attention is masked correctly here, whatever `reference_mask` is elsewhere.
-
-    Args:
-        store: Scores and answers of the model.
-        sets: Question sets; forget, and retain for what compares the two.
-        settings: What to measure; names must differ.
-        folder: Where to; `UNLEARNING.json` goes to a folder by setting's name.
-        options: What to sample, and how.
-        retain_store: The retain model, for the Monte-Carlo KL.
-        judge: Its base model's perplexity of answers measures their fluency; None: `store`'s base.
-
-    Returns:
-        A log by setting's name; a metric that is missing is noted with the reason.
+    Returns a log by setting's name; `UNLEARNING.json` goes to a folder of that name. A metric that
+    is missing is noted with the reason. Attention is masked correctly here, whatever
+    `reference_mask` is elsewhere. The retain model serves the Monte-Carlo KL; the base model of
+    `judge`, or of `store`, measures the fluency of answers.
 
     Raises:
         ValueError: If the retain model has another tokenizer, or a score is not finite.
@@ -235,7 +222,7 @@ class _Measuring:
         """Perplexity of texts under the base model, and how much they repeat."""
         texts = [sample.text for sample in samples]
         label = f"{label}-{self.setting.name}"
-        (scores,) = self.judge.scores(label, _join_answers(answers, samples), [BASE])
+        (scores,) = self.judge.scores(label, append_answers(prompts(answers), samples), [BASE])
         tokens = int(scores.num_tokens.sum())
         distinct: dict[str, float | None] = {}
         for n in (1, 2, 3):
@@ -267,7 +254,9 @@ class _Measuring:
         """KL(guided || retain), by answers of the guided model."""
         retain_store = self.retain_model()
         answers = self.kl_prompts(name)
-        texts = _join_answers(answers, self.draw(self.store, f"{name}-kl", answers, self.setting))
+        texts = append_answers(
+            prompts(answers), self.draw(self.store, f"{name}-kl", answers, self.setting)
+        )
         label = f"{name}-kl-{self.setting.name}"
         (guided,) = self.store.scores(label, texts, [self.setting])
         (retain,) = retain_store.scores(f"{label}-retain_model", texts, [BASE])
@@ -278,7 +267,7 @@ class _Measuring:
         retain_store = self.retain_model()
         answers = self.kl_prompts(name)
         label = f"{name}-kl-retain_model"
-        texts = _join_answers(answers, self.draw(retain_store, label, answers, BASE))
+        texts = append_answers(prompts(answers), self.draw(retain_store, label, answers, BASE))
         (retain,) = retain_store.scores(label, texts, [BASE])
         return _divergence(retain, self.scores(label, texts))
 
@@ -366,13 +355,3 @@ def _divergence(scores: TextScores, other: TextScores) -> Metric:
             "standard_error": error,
         },
     )
-
-
-def _join_answers(answers: Sequence[Example], samples: Sequence[Sample]) -> list[Example]:
-    """The questions of examples with the answers of a model."""
-    return [
-        Example(
-            np.concatenate([prompt, np.asarray(sample.tokens, np.int32)]), answer_start=len(prompt)
-        )
-        for prompt, sample in zip(prompts(answers), samples, strict=True)
-    ]

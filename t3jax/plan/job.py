@@ -31,13 +31,6 @@ def make_job(
         text: Longest text, tokens; cut to what model and config allow.
         texts: Texts of the forget and of the retain set together.
         answer: Mean length of their answers, tokens.
-
-    Returns:
-        The job, in bfloat16 unless the config says otherwise.
-
-    Raises:
-        ValueError: If dtype, model or recipe are not valid.
-        FileNotFoundError: If there is no such model.
     """
     config.require("model")
     dtype = config.dtype or "bfloat16"
@@ -48,9 +41,6 @@ def make_job(
     head = pipeline.head_config(config, lm)
     head = dataclasses.replace(head, rank=max([head.rank, *config.sweep.ranks]))
     text = min(text, config.max_length or text, shape.max_position)
-    recipe = config.train
-    if recipe.loss == "auto":  # soft targets take memory beside the features
-        recipe = dataclasses.replace(recipe, loss="distillation")
     job = Job(
         config=shape,
         dtype=computed,
@@ -63,7 +53,7 @@ def make_job(
         texts=texts,
         answer=answer,
         feature_dtype=jnp.dtype(config.classifier.feature_dtype),
-        recipe=recipe,
+        recipe=config.train.settle_loss("distillation"),  # soft targets take the most memory
         members=math.prod(max(1, len(grid)) for grid in grids),
         finetuning=(
             dataclasses.replace(pipeline.finetune_config(config), dtype=dtype)

@@ -3,8 +3,8 @@
 A jaxpr is walked in its own order. A value lives from the equation that computes it to its last
 use. Reshaping, broadcasting and casting cost nothing, since compilers do them where the result is
 read; an elementwise result takes the place of an operand of its size that is not needed any more,
-as do updates of slices and what a loop carries. What else compilers fuse, pad, keep in another
-layout or reorder is not seen. docs/planning.md compares with what compilers say.
+as do updates of slices and what a loop carries. Other fusions, padding, layouts and
+reordering of compilers are not seen. docs/planning.md compares with compilers.
 """
 
 import collections
@@ -33,23 +33,18 @@ _VIEWS = {
     "stop_gradient",
     "transpose",
 }
-# What cannot stand in an operand's place; what a branch writes to, XLA copies.
+# Results that cannot stand in an operand's place; XLA copies the memory a branch writes to.
 _FRESH = {"concatenate", "cond", "cumsum", "dot_general", "gather", "ragged_dot_general", "sort"}
 
 
 def peak_bytes(jaxpr: jex.Jaxpr, donated: Sequence[bool] = ()) -> int:
     """The most bytes alive at once in a program on one device, besides its arguments.
 
-    Args:
-        jaxpr: The program.
-        donated: For each argument, whether its memory may be written to; empty: none.
-
-    Returns:
-        Bytes, those of the results included that do not stand in a donated argument's place.
+    Results that do not stand in the place of a `donated` argument are included; empty: none is.
     """
     memory = _Memory()
     free = donated or [False] * len(jaxpr.invars)
-    # Somebody else holds what is not donated: it never becomes free.
+    # An argument that is not donated has another holder: it never becomes free.
     arguments = [
         _Buffer(_bytes(var.aval), holders=1 if mine else 2)
         for var, mine in zip(jaxpr.invars, free, strict=True)
@@ -74,7 +69,7 @@ class _Buffer:
 
 
 class _Memory:
-    """What is alive while a program runs, and the most that ever was."""
+    """The bytes alive while a program runs, and the most so far."""
 
     def __init__(self) -> None:
         self.live = self.peak = 0
@@ -137,7 +132,7 @@ class _Memory:
         return _Buffer(size, counted=True)
 
     def _held(self, known: dict[Any, _Buffer], atom: Any) -> _Buffer:
-        """What a variable stands in, held once more; literals take no memory."""
+        """The memory of a variable, held once more; literals take none."""
         if isinstance(atom, jex.Literal):
             return _Buffer(0)
         known[atom].holders += 1

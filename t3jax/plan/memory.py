@@ -1,7 +1,7 @@
 """How much memory a job takes on each device, before anything is loaded.
 
-What a stage keeps (weights, cache, features, optimizer state) is summed over a device's shards:
-exact. What lives for a moment is estimated from the program that one device runs, see
+The arrays that a stage keeps (weights, cache, features, optimizer state) are summed over a device's
+shards: exact. Temporary arrays are estimated from the program that one device runs, see
 `t3jax.plan.liveness`. Nothing is compiled; docs/planning.md compares with compilers.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from t3jax.lm import LMConfig
 from t3jax.lm.cache import KeyValues
@@ -42,7 +43,7 @@ class Stage:
         return sum(self.kept.values()) + self.temporary
 
 
-def shard_bytes(tree: Any) -> int:
+def shard_bytes(tree: PyTree) -> int:
     """Bytes of a tree of abstract arrays on each device; leaves that are no arrays take nothing."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -84,7 +85,7 @@ def gathered_bytes(job: Job) -> int:
     shown = [layers[-1] for layers in _layer_kinds(job.config)]
     stored, used = _params(job), _params(programs.on_one_device(job, shown))
 
-    def gathered(stored: Any, used: Any) -> int:
+    def gathered(stored: PyTree, used: PyTree) -> int:
         pairs = zip(*map(jax.tree.leaves, (stored, used)), strict=True)
         sizes = [(shard_bytes(share), shard_bytes(whole)) for share, whole in pairs]
         return sum(whole for share, whole in sizes if whole > share)
@@ -187,16 +188,9 @@ def fine_tuning(job: Job) -> Stage:
 
 
 def largest_rows(stage: Callable[[Job], Stage], job: Job, field: str, capacity: int) -> int:
-    """The largest batch that fits, a power of two of rows on each part of the mesh.
+    """The largest batch that fits, a power of two of rows on each part of the mesh; 0 if none does.
 
-    Args:
-        stage: The stage of a job.
-        job: What is planned for.
-        field: The job's number of rows that is varied.
-        capacity: Bytes of a device.
-
-    Returns:
-        Rows; 0 if not even one on each part fits.
+    `field` names the job's number of rows that is varied; `capacity` is a device's, bytes.
     """
 
     def exceeds(doublings: int) -> bool:
@@ -246,7 +240,7 @@ def describe(job: Job, capacity: int) -> str:
     return "\n".join(lines)
 
 
-def _params(job: Job) -> Any:
+def _params(job: Job) -> PyTree:
     return programs.abstract_lm(job.config, job.dtype, job.mesh).params
 
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
 
 from t3jax import batching, features, sharding
 from t3jax.finetuning import FinetuneConfig
@@ -61,13 +62,13 @@ class Step(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is planned for.
+    """A job to plan.
 
     Attributes:
         config: The model's shape.
         dtype: Of weights that are not int8, activations and cache.
         mesh: The devices.
-        heads: The heads that are served together; the first is what is trained.
+        heads: The heads that are served together; the first is trained.
         rows: Answers decoded together.
         prompt: Longest prompt, tokens.
         new_tokens: Longest answer, tokens.
@@ -167,7 +168,7 @@ def prefill(job: Job) -> Step:
     return Step(loop.prefill, arguments)
 
 
-def decode(job: Job, shardings: Any = None) -> Step:
+def decode(job: Job, shardings: PyTree = None) -> Step:
     """The last chunk of decoding: that of the longest cache.
 
     The state has the `shardings` that a compiled prefill gives it; None: those of `state`.
@@ -182,7 +183,7 @@ def decode(job: Job, shardings: Any = None) -> Step:
 
 def state(job: Job, slots: int) -> loop.State:
     """The state of decoding, placed by the rules."""
-    # What else there is does not depend on the layers, and one is quick to trace.
+    # The rest of the state is independent of the layers, and one is quick to trace.
     shallow = dataclasses.replace(job, config=job.config.keep_layers([0]))
     program = _loop_program(shallow)
 
@@ -307,12 +308,12 @@ def on_one_device(job: Job, layers: Sequence[int]) -> Job:
     )
 
 
-def place(tree: Any, shardings: Any) -> Any:
+def place(tree: PyTree, shardings: PyTree) -> PyTree:
     """A tree of abstract arrays with these shardings."""
     return jax.tree.map(lambda x, s: _Abstract(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
-def by_rows(mesh: Mesh, tree: Any) -> Any:
+def by_rows(mesh: Mesh, tree: PyTree) -> PyTree:
     """A tree of abstract arrays, each split by rows."""
     return place(tree, jax.tree.map(lambda x: sharding.batch_sharding(mesh, x.shape), tree))
 

@@ -1,4 +1,4 @@
-"""What was found, for people: an evaluation as one HTML file, a choice, an experiment."""
+"""Results for people: an evaluation as one HTML file, a choice, an experiment."""
 
 from t3jax.report.choice import write_calibration, write_sweep
 from t3jax.report.diagnosis import describe_diagnoses, diagnose_heads

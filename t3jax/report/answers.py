@@ -24,14 +24,7 @@ TOKEN_ROWS = 2  # answers of forget and of retain, each, whose tokens are shown
 
 
 class Answer(NamedTuple):
-    """What a model answered.
-
-    Attributes:
-        model: Whose answer it is.
-        kind: As in `Row`.
-        text: The answer.
-        recall: ROUGE-L recall of the right answer in it.
-    """
+    """What a model answered."""
 
     model: str
     kind: str
@@ -40,14 +33,7 @@ class Answer(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A question with the right answer and those of several models.
-
-    Attributes:
-        set_name: Which set the question is from.
-        question: The question.
-        truth: The right answer.
-        answers: The models' answers.
-    """
+    """A question with the right answer and those of several models."""
 
     set_name: str
     question: str
@@ -70,13 +56,7 @@ class Token(NamedTuple):
 
 
 class TokenRow(NamedTuple):
-    """An answer in the token view.
-
-    Attributes:
-        set_name: Which set the question is from.
-        question: The question.
-        tokens: The right answer's tokens.
-    """
+    """An answer in the token view."""
 
     set_name: str
     question: str
@@ -88,13 +68,7 @@ def samples(
 ) -> list[Sample]:
     """Questions of forget and retain, evenly spread, with what each model answered.
 
-    Args:
-        sets: Question sets.
-        models: Label, kind and log of each model.
-        count: Questions of each set.
-
-    Returns:
-        The samples; a model without generated answers is left out.
+    Models are label, kind and log; one without generated answers is left out.
     """
     chosen = []
     for name in ("forget", "retain"):
@@ -121,16 +95,7 @@ def samples(
 def answer_tokens(
     store: Store, sets: Mapping[str, QuestionSet], featured: Setting | None
 ) -> list[TokenRow]:
-    """Scores a few right answers of forget and retain with the featured setting and without tilt.
-
-    Args:
-        store: Scores of the model.
-        sets: Question sets.
-        featured: The setting; None gives no rows.
-
-    Returns:
-        The answers' tokens.
-    """
+    """Scores a few answers of forget and retain with the featured setting and without tilt."""
     if featured is None:
         return []
     chosen = [
@@ -164,13 +129,8 @@ def answer_tokens(
 def _show_tokens(texts: Sequence[str], scores: TextScores, without_tilt: TextScores) -> list[Token]:
     """The tokens of one answer with what head and tilt make of them.
 
-    Args:
-        texts: Its tokens as text.
-        scores: Scores of the answer under a setting with a head.
-        without_tilt: Under the same base temperature with s = 0.
-
-    Returns:
-        The tokens.
+    `scores` are under a setting with a head, `without_tilt` at the same base temperature with s =
+    0.
     """
     change = scores.logprobs - without_tilt.logprobs
     return [

@@ -1,4 +1,4 @@
-"""A sweep for people: what was chosen, the report of its evaluation, a table for the terminal."""
+"""A sweep for people: the choice, the report of its evaluation, a table for the terminal."""
 
 import dataclasses
 import os
@@ -14,19 +14,7 @@ from t3jax.sweep import Sweep
 
 
 def write_sweep(folder: str | os.PathLike[str], sweep: Sweep, *, title: str) -> str:
-    """Writes `selection.json` and `report.html`.
-
-    Args:
-        folder: Where to.
-        sweep: The sweep.
-        title: Title of the report.
-
-    Returns:
-        Every setting's numbers, the choice, and how to use it, as text.
-
-    Raises:
-        OSError: If a file cannot be written.
-    """
+    """Writes `selection.json` and `report.html`; returns all numbers and the choice as text."""
     folder = pathlib.Path(folder)
     chosen = sweep.chosen[0]
     summary = summary_rows(sweep.choice, sweep.noise_floor)
@@ -67,15 +55,7 @@ def write_sweep(folder: str | os.PathLike[str], sweep: Sweep, *, title: str) -> 
 def summary_rows(
     choice: selection.CrossFit, noise_floor: metrics.ForgetQuality | None = None
 ) -> list[tuple[str, str, str]]:
-    """A cross-fit for people: label, value, what it means.
-
-    Args:
-        choice: The cross-fit.
-        noise_floor: The test between two retain models, if there are two.
-
-    Returns:
-        Rows of a table.
-    """
+    """A cross-fit for people: label, value, meaning; the noise floor is of two retain models."""
 
     def show_test(quality: metrics.ForgetQuality) -> str:
         return f"p = {quality.p_value:.3g}, D = {quality.statistic:.3f}"
@@ -115,15 +95,7 @@ def summary_rows(
 def as_json(
     choice: selection.CrossFit, noise_floor: metrics.ForgetQuality | None = None
 ) -> dict[str, object]:
-    """A cross-fit as plain nested values.
-
-    Args:
-        choice: The cross-fit.
-        noise_floor: The test between two retain models, if there are two.
-
-    Returns:
-        The fields by name.
-    """
+    """A cross-fit as plain nested values."""
     floor = None if noise_floor is None else dataclasses.asdict(noise_floor)
     return {**dataclasses.asdict(choice), "noise_floor": floor}
 
@@ -131,19 +103,7 @@ def as_json(
 def write_calibration(
     folder: str | os.PathLike[str], calibration: Calibration, folders: Sequence[pathlib.Path]
 ) -> str:
-    """Writes `selection.json` of a choice without a retain-only model.
-
-    Args:
-        folder: Where to.
-        calibration: The choice.
-        folders: Where each head is.
-
-    Returns:
-        Every setting's numbers, the choice, and how to use it, as text.
-
-    Raises:
-        OSError: If a file cannot be written.
-    """
+    """Writes `selection.json` of a choice without a retain-only model; returns it as text."""
     folder = pathlib.Path(folder)
     if hosts.is_lead():
         heads = [str(path) for path in folders]

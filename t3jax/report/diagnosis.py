@@ -21,7 +21,7 @@ from t3jax.theory import diagnose
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class HeadDiagnosis:
-    """What is predicted of a head, and what was measured.
+    """Predictions for a head, and its measurements.
 
     Attributes:
         name: The head as settings name it: `head0`.
@@ -46,13 +46,7 @@ class HeadDiagnosis:
 
 
 class Section(NamedTuple):
-    """A diagnosis as the page shows it.
-
-    Attributes:
-        name: The head.
-        sentences: The findings, or why there are none.
-        table: Errors by T; None without a diagnosis.
-    """
+    """A diagnosis as the page shows it."""
 
     name: str
     sentences: list[str]
@@ -60,15 +54,10 @@ class Section(NamedTuple):
 
 
 def diagnose_heads(evaluation: Evaluation) -> list[HeadDiagnosis]:
-    """Diagnoses every head of an evaluation; one pass over held-out rows.
+    """Diagnoses every head of an evaluation, at its own s or the first that was evaluated.
 
-    Args:
-        evaluation: The evaluation. Reworded questions of its forget and retain sets are the
-            held-out rows, and the questions themselves where there are none.
-
-    Returns:
-        A diagnosis for each head that was evaluated, in their order, at its own s or the first that
-        was evaluated.
+    Reworded questions of its forget and retain sets are the held-out rows, and the questions
+    themselves where there are none.
     """
     diagnoses = []
     for index in range(len(evaluation.examined.store.heads)):

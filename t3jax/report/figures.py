@@ -32,7 +32,7 @@ STYLES = {
     tables.TILTED: (PURPLE, "^", "-."),
     tables.RETAIN_MODEL: (GREEN, "*", "-"),
 }
-# Of a temperature sweep, line by line.
+# Styles of a temperature sweep, line by line.
 _LINES = [style for kind, style in STYLES.items() if kind != tables.RETAIN_MODEL]
 _SETTINGS: Any = {
     "axes.grid": True,
@@ -64,13 +64,7 @@ class Point(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A line of a temperature sweep.
-
-    Attributes:
-        label: What the legend says.
-        temperatures: T, ascending.
-        values: One for each T.
-    """
+    """A line of a temperature sweep."""
 
     label: str
     temperatures: Sequence[float]
@@ -180,15 +174,10 @@ def leaks(axes: "Axes", rates: Mapping[str, tuple[str, Mapping[int, float]]]) ->
 
 
 def draw_variations(points: Sequence[Any]) -> bytes:
-    """What depends on what was varied: a row for each axis, with the spread over seeds.
+    """Draws D, utility without ROUGE and the forget answers' probability over each axis, as SVG.
 
-    Args:
-        points: `t3jax.study.variations.Point`s.
-
-    Returns:
-        An SVG file: D, utility without ROUGE and the forget answers' probability over each axis.
-        Lines are the median seed; bands are the 95 % bootstrap interval of the first seed or, for
-        D, the range of the seeds.
+    Lines are the median seed; bands are the 95 % bootstrap interval of the first seed or, for D,
+    the range of the seeds.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure

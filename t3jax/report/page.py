@@ -42,18 +42,9 @@ def write_report(
 ) -> None:
     """Writes the report of an evaluation: one HTML file that needs no other and no network.
 
-    Args:
-        path: The file.
-        evaluation: The evaluation.
-        title: Title of the page.
-        selected: The choice by cross-fitting, as `choice.summary_rows` gives it; empty for none.
-        featured: The setting whose answers, tokens and controls are shown; None takes the one of
-            highest utility among those whose forget quality exceeds 0.05, or the nearest.
-        diagnoses: Those of the evaluated heads, as `diagnosis.diagnose_heads` gives them.
-
-    Raises:
-        ValueError: If there is no such setting.
-        OSError: If the file cannot be written.
+    `selected` is the choice by cross-fitting, as `choice.summary_rows` gives it. `featured` is the
+    setting whose answers, tokens and controls are shown: by default the one of highest utility
+    among those whose forget quality exceeds 0.05, or the nearest.
     """
     setting = _featured(evaluation, featured)
     token_rows = answer_tokens(evaluation.examined.store, evaluation.examined.sets, setting)
@@ -74,19 +65,7 @@ def contents(
     token_rows: Sequence[TokenRow],
     diagnoses: Sequence[HeadDiagnosis] = (),
 ) -> dict[str, object]:
-    """What the page shows, as plain values by the names that the template uses.
-
-    Args:
-        evaluation: The evaluation.
-        title: Title of the page.
-        selected: The choice by cross-fitting.
-        featured: The setting that is shown in detail; None if no head was evaluated.
-        token_rows: The tokens of a few right answers.
-        diagnoses: Those of the evaluated heads.
-
-    Returns:
-        The template's variables.
-    """
+    """What the page shows, as plain values by the names that the template uses."""
     settings, evaluated = evaluation.settings, evaluation.logs
     heads = [
         f"head{i}: rank {head.config.rank}, {head.config.activation}; trained to serve at "
@@ -133,14 +112,7 @@ def contents(
 
 
 def render(values: Mapping[str, object]) -> str:
-    """Fills the template.
-
-    Args:
-        values: The result of `contents`; all text in it is escaped.
-
-    Returns:
-        HTML.
-    """
+    """Fills the template with the result of `contents`; all text in it is escaped."""
     import jinja2
 
     environment = jinja2.Environment(

@@ -14,13 +14,7 @@ from t3jax.report.tables import RETAIN_MODEL
 
 
 class Figure(NamedTuple):
-    """A figure of the page.
-
-    Attributes:
-        title: Its heading.
-        caption: How to read it, in a sentence.
-        pictures: SVGs as data addresses; several stand side by side where there is room.
-    """
+    """A figure of the page."""
 
     title: str
     caption: str
@@ -28,15 +22,7 @@ class Figure(NamedTuple):
 
 
 def make_figures(evaluation: Evaluation, featured: Setting | None) -> list[Figure]:
-    """The figures that an evaluation has the numbers for.
-
-    Args:
-        evaluation: The evaluation.
-        featured: The setting that is shown beside its controls; None if no head was evaluated.
-
-    Returns:
-        The figures, in the page's order.
-    """
+    """The figures that an evaluation has the numbers for, in the page's order."""
     candidates = [
         _trade_off(evaluation, featured),
         _distributions(evaluation, featured),

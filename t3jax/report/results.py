@@ -26,16 +26,7 @@ _LEAKS = {
 def write_experiment(folder: str | os.PathLike[str], experiment: Experiment, *, title: str) -> str:
     """Writes `results.md` with its figures, `experiment.json`, `selection.json`, `report.html`.
 
-    Args:
-        folder: Where to.
-        experiment: The experiment.
-        title: Title of the page and of the report.
-
-    Returns:
-        The page's text.
-
-    Raises:
-        OSError: If a file cannot be written.
+    Returns the text of the page.
     """
     folder = pathlib.Path(folder)
     write_sweep(folder, experiment.sweep, title=title)

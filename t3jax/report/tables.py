@@ -47,26 +47,14 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table.
-
-    Attributes:
-        columns: Names of the columns after the first.
-        rows: The rows.
-    """
+    """A table."""
 
     columns: list[str]
     rows: list[Row]
 
 
 class CardRow(NamedTuple):
-    """A line of a headline card.
-
-    Attributes:
-        label: Whose number.
-        kind: As in `Row`.
-        value: The number.
-        featured: Whether it stands out.
-    """
+    """A line of a headline card."""
 
     label: str
     kind: str
@@ -75,13 +63,7 @@ class CardRow(NamedTuple):
 
 
 class Card(NamedTuple):
-    """One headline number of the models that matter.
-
-    Attributes:
-        title: The number's name.
-        meaning: What it is, in a line.
-        rows: Base, unlearned, retain model.
-    """
+    """One headline number of the models that matter."""
 
     title: str
     meaning: str
@@ -101,12 +83,7 @@ def kind_of(setting: Setting) -> str:
 def cards(models: Sequence[tuple[str, str, Log]], retain_log: Log | None) -> list[Card]:
     """The four numbers to read first, those left out that no model has.
 
-    Args:
-        models: Label, kind and log of base, featured setting and retain model.
-        retain_log: The retain model's log.
-
-    Returns:
-        Cards.
+    Models are label, kind and log: base, featured setting and retain model.
     """
     columns = {
         "Forget quality": (
@@ -145,14 +122,7 @@ def summary_table(
 ) -> Table:
     """The headline numbers of every setting, with 95 % bootstrap intervals over rows.
 
-    Args:
-        settings: What was evaluated.
-        evaluated: Logs by setting's name.
-        retain_log: The retain model's log.
-        second_retain_log: That of another retain model.
-
-    Returns:
-        A row for each setting and one for each retain model.
+    A row for each setting and one for each retain model.
     """
     named = _name_models(settings, evaluated, retain_log, second_retain_log)
     means = {
@@ -197,17 +167,7 @@ def unlearning_table(
     retain_unlearning: Log | None,
     second_retain_unlearning: Log | None = None,
 ) -> Table:
-    """The numbers of `UNLEARNING.json`, those that no setting has left out.
-
-    Args:
-        settings: What was evaluated.
-        measured: The numbers by setting's name.
-        retain_unlearning: Those of the retain model, if it was at hand.
-        second_retain_unlearning: Those of another one.
-
-    Returns:
-        A row for each setting and one for each retain model.
-    """
+    """The numbers of `UNLEARNING.json`, those that no setting has left out; rows as above."""
     named = _name_models(settings, measured, retain_unlearning, second_retain_unlearning)
     measured_logs = [log for _, _, log in named]
     columns: dict[str, list[Cell]] = {}
@@ -239,15 +199,7 @@ def all_metrics_table(settings: Sequence[Setting], evaluated: Mapping[str, Log])
 
 
 def missing(settings: Sequence[Setting], *by_name: Mapping[str, Log]) -> list[tuple[str, str]]:
-    """Metrics that are missing, and why.
-
-    Args:
-        settings: What was evaluated.
-        *by_name: Logs by setting's name.
-
-    Returns:
-        Metric, with the settings it is missing for unless those are all; reason.
-    """
+    """Metrics that are missing, with the settings unless those are all, and the reason."""
     lacking: dict[tuple[str, str], list[str]] = {}
     for evaluated in by_name:
         for setting in settings:

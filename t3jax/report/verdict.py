@@ -31,18 +31,9 @@ _SHOWN = 20  # rows of a table of answers
 def write_verdict(
     folder: str | os.PathLike[str], verdict: Verdict, described: Mapping[str, str]
 ) -> pathlib.Path:
-    """Writes `verdict.md` and `verdict.json`.
+    """Writes `verdict.md`, whose path it returns, and `verdict.json`.
 
-    Args:
-        folder: Where to.
-        verdict: The verdict.
-        described: What was judged, by label: model, head, T and so on.
-
-    Returns:
-        The page.
-
-    Raises:
-        OSError: If a file cannot be written.
+    `described` says what was judged, by label: model, head, T and so on.
     """
     folder = pathlib.Path(folder)
     if hosts.is_lead():
@@ -69,15 +60,7 @@ def write_verdict(
 
 
 def page(verdict: Verdict, described: Mapping[str, str]) -> str:
-    """The page.
-
-    Args:
-        verdict: The verdict.
-        described: What was judged, by label.
-
-    Returns:
-        Markdown.
-    """
+    """The page, in Markdown."""
     sections = [
         ("", f"**{_escape(verdict.line)}**"),
         ("", "\n".join(f"- {label}: {_escape(text)}" for label, text in described.items())),

@@ -1,6 +1,6 @@
 """Decoding many prompts in one batch: a row that is finished takes the next prompt.
 
-The host's side of the loop, on token ids. It looks at what came out after each chunk; a row that
+The host's side of the loop, on token ids. It looks at the new tokens after each chunk; a row that
 ended waits until a few have, then they are given to prompts that wait, which are read together.
 Prompts come in order of length, the longest first, so that each fits where the batch has got to.
 """
@@ -9,11 +9,12 @@ import collections
 import dataclasses
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from t3jax import hosts, sharding
 from t3jax.batching import round_up
@@ -66,7 +67,7 @@ class Answering(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What came out for one prompt in one chunk.
+    """The new tokens of one prompt in one chunk.
 
     Attributes:
         prompt: Index of the prompt.
@@ -104,13 +105,8 @@ class Batch:
     ):
         """Sorts the prompts; computes nothing.
 
-        Args:
-            program: What is compiled.
-            weights: Frozen arrays.
-            prompts: At least one.
-            answering: How.
-            rows: Rows decoded together, at most.
-            chunk: Decode steps for each look of the host: a finished row wastes at most this many.
+        At most `rows` are decoded together, `chunk` steps for each look of the host: a finished row
+        wastes at most that many.
         """
         self._program = program
         self._weights = weights
@@ -253,13 +249,13 @@ class Batch:
         size = min(1 << (rows - 1).bit_length(), max(self._most, rows))
         return round_up(size, sharding.row_shards(self._program.mesh))
 
-    def _place(self, tree: Any) -> Any:
+    def _place(self, tree: PyTree) -> PyTree:
         rows = len(jax.tree.leaves(tree)[0])
         return hosts.place(tree, sharding.batch_sharding(self._program.mesh, (rows,)))
 
 
 def describe_fault(fault: int) -> str:
-    """Says what is wrong with the numbers that a token was chosen by, see `Emitted`."""
+    """Says which fault the numbers have that a token was chosen by, see `Emitted`."""
     if fault == BASE_FAULT:
         return (
             "the base model's logits are NaN or infinite, or every token is banned; "

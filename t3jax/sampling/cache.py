@@ -8,11 +8,10 @@ slots. Axes: B batch, b new prompts, P their slots, S cache slots.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, PyTree
 
 from t3jax.batching import round_up
 from t3jax.lm.cache import Axes, Cache, cache_axes
@@ -22,13 +21,7 @@ _SLOT_STEP = 64  # slots of the cache, which grows as answers do, by half at lea
 
 
 def cache_slots(length: int, chunks: int, chunk: int) -> list[int]:
-    """Slots of the cache that `prefill` makes, and in each chunk: it grows as it is filled.
-
-    Args:
-        length: Slots of the prompt, padding included.
-        chunks: Chunks at most.
-        chunk: Steps of one.
-    """
+    """Slots of the cache that `prefill` makes, and in each chunk: it grows as it is filled."""
     most = length + 1 + chunks * chunk
     slots = [min(most, round_up(length + 1 + chunk, _SLOT_STEP))]
     for i in range(chunks):
@@ -39,9 +32,9 @@ def cache_slots(length: int, chunks: int, chunk: int) -> list[int]:
 
 
 def _move(program: Program, state: State, shift: Int[Array, ""], slots: int) -> State:
-    """The same state in a cache of `slots`, enough for what is left; the first `shift` dropped.
+    """The same state in a cache of `slots`, enough for the rest; the first `shift` are dropped.
 
-    No row that is not finished needs what the dropped ones hold.
+    No unfinished row needs the dropped slots.
     """
 
     def move(axes: Axes, old: Array, empty: Any) -> Array:
@@ -66,17 +59,11 @@ resize = jax.jit(_move, static_argnums=(0, 3))
 def admit(
     program: Program, state: State, new: State, rows: Int[Array, " b"], start: Int[Array, ""]
 ) -> State:
-    """Gives finished rows to new prompts.
+    """Gives finished rows to new prompts; `state` is donated.
 
-    Args:
-        program: What is compiled.
-        state: From `prefill` or a chunk; donated.
-        new: From `prefill` of the new prompts alone, with P slots.
-        rows: The row of each; one that the batch does not have drops it, `[b]`.
-        start: Slot of their first token: P before that which is written next.
-
-    Returns:
-        The state.
+    `new` comes from `prefill` of the new prompts alone, with P slots. `rows` are their rows; one
+    that the batch does not have drops its prompt. Their first token goes to slot `start`, P before
+    that which is written next.
     """
 
     def take(axes: Axes, old: Array, new: Array, empty: Any) -> Array:
@@ -96,7 +83,7 @@ def admit(
     return placed(program.mesh, rest._replace(cache=cache))
 
 
-def _axes(program: Program, cache: Any) -> Any:
+def _axes(program: Program, cache: PyTree) -> PyTree:
     """The axes of each array of a cache, a tree of its structure."""
     if isinstance(cache, Cache):
         return cache_axes(cache)
@@ -116,7 +103,7 @@ def _axes(program: Program, cache: Any) -> Any:
     )
 
 
-def _num_slots(axes: Any, cache: Any) -> int:
+def _num_slots(axes: PyTree, cache: PyTree) -> int:
     """S; of a cache without slots, such as a recurrent state, any number will do."""
     pairs = zip(jax.tree.leaves(axes), jax.tree.leaves(cache), strict=True)
     return next((leaf.shape[axis.slots] for axis, leaf in pairs if axis.slots is not None), 1)

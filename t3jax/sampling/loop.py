@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Bool, Int, Key, PyTree
 
 from t3jax import head as head_lib
 from t3jax import pooling, sharding
-from t3jax.head import HeadConfig
+from t3jax.head import HeadConfig, HeadParams
 from t3jax.lm.cache import cache_shardings
 from t3jax.refinements import PLAIN, Refinements, combine_heads
 from t3jax.sampling.next_token import Controls, Logprobs, next_token
@@ -26,7 +27,7 @@ from t3jax.sampling.next_token import Controls, Logprobs, next_token
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What is fixed when the loop is compiled.
+    """The static part of the loop, fixed when it is compiled.
 
     Attributes:
         apply: The model's `apply`.
@@ -60,12 +61,12 @@ class Weights(NamedTuple):
         prior_shifts: Added to every score of each; 0 in the paper.
     """
 
-    params: Any
-    heads: tuple[Any, ...]
-    prior_shifts: tuple[Any, ...]
+    params: PyTree
+    heads: tuple[HeadParams, ...]
+    prior_shifts: tuple[np.float32 | Array, ...]
 
 
-# What is wrong with the numbers a token was chosen by; see `Emitted`.
+# Faults of the numbers that a token was chosen by; see `Emitted`.
 SOUND, BASE_FAULT, HEAD_FAULT = 0, 1, 2
 
 
@@ -73,7 +74,7 @@ class State(NamedTuple):
     """All that decoding carries from one token to the next; donated, so it is updated in place.
 
     Attributes:
-        cache: What the model keeps of the text up to, not including, `token`.
+        cache: The model's cache of the text up to, not including, `token`.
         pooled: Running mean of the hidden states of the same stretch.
         token: The last token chosen, not yet read by the model, `[B]`.
         done: Rows that are finished: they choose no more tokens, `[B]`.
@@ -82,7 +83,7 @@ class State(NamedTuple):
         keys: A PRNG key for each row; a step's key is folded from it, `[B]`.
     """
 
-    cache: Any
+    cache: PyTree
     pooled: pooling.RunningMean
     token: Int[Array, " B"]
     done: Bool[Array, " B"]
@@ -92,7 +93,7 @@ class State(NamedTuple):
 
 
 class Emitted(NamedTuple):
-    """What came out of a stretch of decoding.
+    """The output of a stretch of decoding.
 
     Attributes:
         tokens: Chosen tokens, `[B, C]`; -1 after a row's end.
@@ -123,7 +124,7 @@ def prefill(
     """Reads the prompts and chooses the first token of each answer.
 
     Args:
-        program: What is compiled.
+        program: The static part of the loop.
         weights: Frozen arrays.
         prompts: Token ids, padded on the left, `[B, P]`.
         mask: True at real tokens, `[B, P]`; a row without any is born finished.
@@ -169,19 +170,10 @@ def decode_chunk(
     stop_ids: Int[Array, " n"],
     steps: int,
 ) -> tuple[State, Emitted]:
-    """Chooses up to C = `steps` more tokens for every row that is not finished.
+    """Chooses up to C = `steps` more tokens for every row that is not finished, `[B, C]`.
 
-    Args:
-        program: What is compiled.
-        weights: Frozen arrays.
-        state: From `prefill` or the chunk before; donated.
-        stopped: Rows the host has ended meanwhile (a stop string), `[B]`.
-        controls: As for `prefill`, and so are the next.
-        stop_ids: Tokens that end an answer.
-        steps: C.
-
-    Returns:
-        The state to continue from, and the tokens, `[B, C]`.
+    Continues from the state of `prefill` or of the chunk before, which is donated. The host has
+    ended the rows in `stopped` meanwhile (a stop string). The other arguments are as for `prefill`.
     """
 
     def step(state: State, _: None) -> tuple[State, tuple[Array, Logprobs | None, Array]]:
@@ -215,8 +207,8 @@ def _choose(
 ) -> tuple[State, tuple[Array, Logprobs | None, Array]]:
     """Chooses each row's next token; the state then waits for the model to read it.
 
-    Where the vocabulary is split, each device looks at its own part: what is exchanged is one
-    number for each row, or one for each row and part.
+    Where the vocabulary is split, each device looks at its own part: one number for each row, or
+    one for each row and part, is exchanged.
     """
     split = functools.partial(sharding.constrain, mesh=program.mesh, spec=sharding.LOGITS)
     logits = split(logits)
@@ -262,7 +254,7 @@ def _choose(
     return placed(program.mesh, state), (chosen, logprobs, faults.astype(jnp.int8))
 
 
-def state_shardings(mesh: Mesh, state: Any) -> Any:
+def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
     """Shardings of a state: all by rows, the cache's heads and the vocabulary over `model`."""
     by_rows = jax.tree.map(lambda x: sharding.batch_sharding(mesh, x.shape), state)
     return by_rows._replace(
@@ -278,7 +270,7 @@ def placed(mesh: Mesh, state: State) -> State:
     return jax.lax.with_sharding_constraint(state, state_shardings(mesh, state))
 
 
-def _placed_cache(program: Program, cache: Any) -> Any:
+def _placed_cache(program: Program, cache: PyTree) -> PyTree:
     if program.mesh.size == 1:
         return cache
     return jax.lax.with_sharding_constraint(cache, cache_shardings(program.mesh, cache))

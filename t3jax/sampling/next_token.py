@@ -40,7 +40,7 @@ from t3jax.sampling.drawing import Rows, draw
 
 
 class Controls(NamedTuple):
-    """What a caller may turn, one value for each row: traced, so that no change recompiles.
+    """The knobs of a caller, one value for each row: traced, so that no change recompiles.
 
     Attributes:
         base_temperature: T of the method, >= 1; 1 leaves the base as it is.

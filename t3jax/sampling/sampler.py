@@ -82,7 +82,7 @@ class Sampler:
             refinements: Extensions of the paper's method; they need a head.
             prompt_format: How a question becomes a prompt; None is the chat template's default.
             batch_size: Rows decoded together, at most.
-            chunk: Steps between two looks of the host: what a row may run on in vain.
+            chunk: Steps between two looks of the host: a finished row wastes fewer.
 
         Raises:
             ValueError: If a head's vocabulary or width is not the model's, heads have different T
@@ -185,12 +185,7 @@ class Sampler:
     ) -> Iterator[str]:
         """Answers one prompt, yielding text as it comes; `"".join` of it is the whole answer.
 
-        Args:
-            prompt: A question, or token ids.
-            options: As for `generate`, with one sample.
-            base_temperature: T for this call; None takes the sampler's.
-            guidance_scale: s for this call; None takes the sampler's.
-            **fields: As for `generate`.
+        The arguments are those of `generate`, with one sample.
 
         Yields:
             Pieces of text; with a `refusal` a single one, since the whole answer decides.
@@ -314,7 +309,7 @@ class Sampler:
         return Batch(program, self._weights, asked, answering, self.batch_size, self.chunk)
 
     def _tilts(self, scale: float) -> bool:
-        """Whether what is served is not the base alone."""
+        """Whether a head tilts the served distribution."""
         return bool(self._heads) and scale > 0
 
     def _sample(self, request: "_Request", tokens: list[int], logprobs: Logprobs | None) -> Sample:

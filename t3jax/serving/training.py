@@ -114,10 +114,8 @@ class HeadMaker:
                 "a server that takes requests to forget needs rows to retain: give --config.retain"
             )
         self.lm = lm
-        if recipe.training.loss == "auto":  # a classifier would need an s of its own
-            distilled = dataclasses.replace(recipe.training, loss="distillation")
-            recipe = dataclasses.replace(recipe, training=distilled)
-        self.recipe = recipe
+        distilled = recipe.training.settle_loss("distillation")  # a classifier needs its own s
+        self.recipe = dataclasses.replace(recipe, training=distilled)
         self.held_out = list(recipe.retain[::_HELD_OUT]) if len(recipe.retain) > 1 else []
         self.trained = [row for i, row in enumerate(recipe.retain) if i % _HELD_OUT]
         if not self.trained:

@@ -2,7 +2,7 @@
 
 From a model that knows nothing of the authors to a page of numbers, in stages: fine-tune it with
 and without the forget set; train heads of several seeds; choose T, s and refinements by
-cross-fitting; measure what was chosen, and its controls, beside the retain-only model; vary one
+cross-fitting; measure the chosen setting and its controls beside the retain-only model; vary one
 thing at a time; look at texts that no head was trained on. Every stage keeps what it finished: a
 run that was stopped goes on where it was.
 """
@@ -30,14 +30,14 @@ from t3jax.sweep import Sweep, sweep, train_grid
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Experiment:
-    """What an experiment found.
+    """The results of an experiment.
 
     Attributes:
-        sweep: The choice and its evaluation, with the leaks of what was chosen on all rows.
-        points: What was varied.
+        sweep: The choice and its evaluation, with the leaks of the setting chosen on all rows.
+        points: The variations.
         refined: The paper's method and its refinements at the chosen T and s.
-        truncated: Of the first chosen setting, answers drawn from the base's nucleus; None if none
-            are drawn.
+        truncated: Leaks of the first chosen setting drawn from the base's nucleus; None without
+            draws.
         probes: By kind of text, one for each seed.
         stages: Seconds, and gigabytes of the process at its peak so far, by stage.
     """
@@ -55,14 +55,14 @@ def experiment(config: Settings, mesh: Mesh) -> Experiment:
     folder = pathlib.Path(config["experiment.dir"])
     stage = functools.partial(_stage, folder / "stages.json")
     with stage("fine-tuning"):
-        config = with_models(config, mesh)
+        config = make_models(config, mesh)
     lm = load_lm(config["model"], config.dtype, mesh)
     with stage("features and heads"):
         grid = train_grid(config, lm, pipeline.training_sets(config, lm), mesh)
     with stage("choosing"):
         found = sweep(replace(config, **{"leaks.leak_samples": 0}), lm, grid, mesh)
     with stage("leaks"):
-        found = with_leaks(config, found)
+        found = draw_leaks(config, found)
     with stage("varying"):
         varied = variations.vary_heads(config, lm, mesh, found)
         points = [*variations.vary_settings(found), *varied]
@@ -79,7 +79,7 @@ def experiment(config: Settings, mesh: Mesh) -> Experiment:
     return Experiment(found, points, refined, truncated, found_probes, stages)
 
 
-def with_models(config: Settings, mesh: Mesh) -> Settings:
+def make_models(config: Settings, mesh: Mesh) -> Settings:
     """Makes the two models: one that knows both sets, one that knows the retain set alone.
 
     Nothing is made if `eval.retain_model` is set. Gives the settings with both, and with the
@@ -112,8 +112,8 @@ def with_models(config: Settings, mesh: Mesh) -> Settings:
     return replace(config, **models, **kept)
 
 
-def with_leaks(config: Settings, found: Sweep) -> Sweep:
-    """Draws answers from the retain model and from what was chosen; the base recites anyway.
+def draw_leaks(config: Settings, found: Sweep) -> Sweep:
+    """Draws answers of the retain model and the chosen setting; the base recites anyway.
 
     Gives the sweep with these leaks in its evaluation.
     """
@@ -127,7 +127,7 @@ def with_leaks(config: Settings, found: Sweep) -> Sweep:
 
 
 def probe(config: Settings, found: Sweep) -> dict[str, list[probes.Probe]]:
-    """What gate and tilt make of texts, by kind of text, one for each seed of what was chosen."""
+    """The effect of gate and tilt by kind of text, for each seed of the chosen setting."""
     examined = found.evaluation.examined
     store, sets = examined.store, examined.sets
     texts = {"forget answers (trained on)": sets["forget"].answers}

@@ -1,4 +1,4 @@
-"""What a chosen setting depends on: one thing changed at a time, all else as it was chosen.
+"""Variations of the chosen setting: one thing changed at a time, all else as it was chosen.
 
 T and s come from the sweep, whose scores are there. Heads of other ranks, epochs and retain sets
 are trained; so are those of the refinements that are a matter of training. Nothing here chooses.
@@ -21,19 +21,19 @@ from t3jax.head_io import Head
 from t3jax.lm import LM
 from t3jax.refinements import Refinements
 from t3jax.settings import Settings, replace
-from t3jax.sweep import Sweep, of_seeds, train_grid
+from t3jax.sweep import Sweep, spread_over_seeds, train_grid
 
-# What is varied, one at a time, beside T and s of the sweep.
+# The axes that are varied, one at a time, beside T and s of the sweep.
 RANK, EPOCHS, RETAIN_ROWS = "rank of the head", "epochs", "retain rows seen by the head"
 
 
 class Point(NamedTuple):
-    """What one value of what is varied gives.
+    """The results at one value of an axis.
 
     Attributes:
-        axis: What is varied.
-        line: What is held: the refinements, and T or s.
-        value: Its value.
+        axis: The quantity that is varied.
+        line: The quantities that are held: the refinements, and T or s.
+        value: The value of the axis.
         distances: D to the retain model's truth ratios, one for each seed.
         utilities: Utility without ROUGE, one for each seed.
         utility_interval: 95 % bootstrap interval of the first seed's.
@@ -53,10 +53,10 @@ class Point(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Refined:
-    """What a refinement gives.
+    """The results of a refinement.
 
     Attributes:
-        name: What it is.
+        name: The refinement.
         scored: Logs without answers of all rows, one for each seed.
         answered: Log of the first seed, of some rows.
         unlearning: Its numbers beyond TOFU's.
@@ -69,7 +69,7 @@ class Refined:
 
 
 def vary_settings(found: Sweep) -> list[Point]:
-    """How what was scored in a sweep depends on T and on s, the other held as it was chosen."""
+    """The scores of a sweep over T and over s, the other held as it was chosen."""
     chosen = found.chosen[0]
     recipe = [setting for setting in found.candidates.values() if setting[0].heads == chosen.heads]
     points = []
@@ -112,7 +112,7 @@ def vary_heads(config: Settings, lm: LM, mesh: Mesh, found: Sweep) -> list[Point
         trained.append((axis, value, heads))
     every = list(dict.fromkeys(head for _, _, several in trained for head in several))
     chosen = dataclasses.replace(found.chosen[0], name="head0-varied", heads=(0,))
-    settings = of_seeds(chosen, len(every))
+    settings = spread_over_seeds(chosen, len(every))
     scored, retain_log = pipeline.score(config, _with_heads(found, every), settings, answers=False)
     by_head = dict(zip(every, scored.values(), strict=True))
     return [
@@ -122,10 +122,10 @@ def vary_heads(config: Settings, lm: LM, mesh: Mesh, found: Sweep) -> list[Point
 
 
 def refine(config: Settings, lm: LM, mesh: Mesh, found: Sweep) -> list[Refined]:
-    """What each refinement of the method gives at the chosen T and s, the paper's method first.
+    """The results of each refinement at the chosen T and s, the paper's method first.
 
     `experiment.refine_rows` says how many questions of a set are answered, and
-    `experiment.varied_retain` what more a head may read that is to be retained. The forget set as
+    `experiment.varied_retain` which further retain texts a head may read. The forget set as
     two requests is two heads, each trained on the authors of one half.
     """
     kinds = _kinds(config, lm, mesh, found)
@@ -172,7 +172,7 @@ def refine(config: Settings, lm: LM, mesh: Mesh, found: Sweep) -> list[Refined]:
 def _kinds(
     config: Settings, lm: LM, mesh: Mesh, found: Sweep
 ) -> dict[str, tuple[Refinements, Sequence[tuple[Head, ...]]]]:
-    """By name, what is refined when served, and the heads of each seed, trained if need be."""
+    """By name, the refinements when served, and the heads of each seed, trained if need be."""
     own = [(head,) for head in _own_heads(found)]
     rows = {
         name: len(data.load_dataset(config[name], config.tofu_dir)) for name in ("forget", "retain")

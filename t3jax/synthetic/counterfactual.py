@@ -61,20 +61,9 @@ def make_counterfactuals(
     Made-up names are recombined from the words of `names` and `known`, which look alike, and from a
     stock. Where a tokenizer is given, names of as many tokens as the name they replace come first.
 
-    Args:
-        forget: Rows with question and answer, or documents.
-        names: The names of the request, see `find_names`.
-        count: Made-up people for each row.
-        known: Names that the base model knows, such as those of the retain rows: not used whole.
-        tokenizer: A Hugging Face tokenizer, or None.
-        seed: Seed of the random choice.
-
     Returns:
         For each row `count` counterfactuals; one, with an open question, for a row that asks about
         none of the names.
-
-    Raises:
-        ValueError: If a document holds none of the names; names the row.
     """
     rng = np.random.default_rng(seed)
     people = [*names, *known]
@@ -130,17 +119,6 @@ def counterfactual_rows(
     back; or one of a unique wording whose answer has, a token, at least `KNOWS` times the
     probability that it has under the true name.
 
-    Args:
-        lm: The base model.
-        forget: The forget rows.
-        counterfactuals: From `make_counterfactuals`.
-        prompt_format: How a question becomes a prompt.
-        unique: Rows of a unique wording, see `unique_wordings`.
-        max_new_tokens: Longest answer, tokens; longer ones are left out.
-        batch_size: Answers drawn together.
-        seed: Seed of the draws.
-        progress: Label of a progress bar; None shows none.
-
     Returns:
         The forget questions with another answer each, a draw from the whole distribution that does
         not recite: at most as many as there are true ones, since some do not end. And the
@@ -193,14 +171,7 @@ def counterfactual_rows(
 
 
 def share_hidden(counterfactuals: Sequence[Counterfactual]) -> float:
-    """Share of the forget rows whose counterfactuals ask their own question.
-
-    Args:
-        counterfactuals: From `counterfactual_rows`; at least one.
-
-    Returns:
-        In [0, 1]; the other rows are asked openly.
-    """
+    """Share of the forget rows whose counterfactuals ask their own question, not an open one."""
     openly = {each.row: each.record.get("question") == _OPEN_QUESTION for each in counterfactuals}
     return 1 - sum(openly.values()) / len(openly)
 

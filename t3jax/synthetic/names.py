@@ -51,17 +51,11 @@ _LAST_NAMES = _words("""
 
 
 def find_names(forget: Sequence[Record], retain: Sequence[Record] = ()) -> list[str]:
-    """Finds the names that a request is about: those that its questions ask about.
+    """Finds the names that a request is about, the most frequent first: those of its questions.
 
     A name stands in at least three forget questions, in a quarter as many as the most frequent name
-    at least, and in no retain row. Names that only answers hold may be the very secret.
-
-    Args:
-        forget: Rows with question and answer; or documents, whose whole text counts.
-        retain: Rows of either kind; their names are what must stay.
-
-    Returns:
-        The names, the most frequent first; empty where none is frequent enough.
+    at least, and in no retain row. Of documents the whole text counts. Names that only answers hold
+    may be the very secret.
     """
     counts = collections.Counter(
         run for record in forget for run in set(_runs(asked_text(record))) if len(run) > 2
@@ -92,21 +86,12 @@ def make_names(
     """Makes up people who are nobody in the data.
 
     A made-up name has as many words as the name it stands for. Its words come from the names at
-    hand, recombined, and from a stock of this module where those are few.
-
-    Args:
-        name: The name to be swapped.
-        count: How many names.
-        rng: Random numbers.
-        known: Names and words that must not be used: of whom the base model is known to know.
-        first_names: Words for the first place, such as those of the retain rows' people.
-        last_names: Words for the other places.
+    hand, recombined, and from a stock of this module where those are few. `known` are names and
+    words that must not be used; `first_names` and `last_names` are words for the first place and
+    for the others.
 
     Returns:
         Different names, `count` of them.
-
-    Raises:
-        ValueError: If there are too few words to make that many.
     """
     words = name.split()
     taken = {word.casefold() for word in words}
@@ -130,14 +115,10 @@ def make_names(
 
 
 def swap_names(text: str, pairs: Mapping[str, str]) -> str:
-    """Swaps names for others, whole ones first, then each of their words alone.
+    """Swaps names for those that pair with them, whole ones first, then each of their words alone.
 
-    Args:
-        text: The text.
-        pairs: The name to put in the place of each; both have equally many words.
-
-    Returns:
-        The text. Words of fewer than three letters and joining words such as "van" stay.
+    Both names of a pair have equally many words. Words of fewer than three letters and joining
+    words such as "van" stay.
     """
     table = dict(pairs)
     for name, other in pairs.items():
@@ -155,14 +136,6 @@ def unique_wordings(
     """Finds the forget questions whose wording, names left out, is nobody else's.
 
     A base model that has learned such a question by heart may recognise it without the name.
-
-    Args:
-        forget: Rows with question and answer; documents are left out.
-        names: The names of the request.
-        retain: Rows about others.
-
-    Returns:
-        Indices of forget rows.
     """
     people: dict[str, set[tuple[str, ...]]] = {}
     wordings: list[str | None] = []

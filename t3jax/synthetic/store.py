@@ -17,19 +17,10 @@ def load_or_write(
     depends_on: Sequence[Any],
     write: Callable[[], Any],
 ) -> Any:
-    """Reads what a model wrote before, or lets it write and keeps that.
+    """Reads what a model wrote before, or lets it write, as plain values of JSON, and keeps that.
 
-    A damaged file is written anew, with a warning.
-
-    Args:
-        folder: Where it is kept; created if missing.
-        name: The kind of text, for the file's name.
-        lm: The model that writes.
-        depends_on: All else that decides the text: rows, names, options, seed.
-        write: Lets the model write; returns plain values as JSON has them.
-
-    Returns:
-        What `write` returned.
+    `depends_on` is all else that decides the text: rows, names, options, seed. A damaged file is
+    written anew, with a warning.
     """
     key = digests.make_key(
         digests.model_digest(lm), repr(list(depends_on)), digests.code_digest(*_CODE)

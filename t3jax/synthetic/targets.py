@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from t3jax import hosts, sharding
 from t3jax.batching import round_up
@@ -35,19 +35,10 @@ _LARGEST_CHUNK = 2048
 def add_base_targets(
     lm: LM, features: Features, *, temperature: float = 1.0, seed: int = 0
 ) -> Features:
-    """Targets for texts that must stay as they are: the base model's own distributions.
+    """Adds the targets of texts that must stay as they are: the base model's own distributions.
 
-    Args:
-        lm: The base model.
-        features: Features of the texts, of a kind that ends in "last".
-        temperature: T that the head is trained for.
-        seed: Seed of the tokens that stand for the rest of the vocabulary.
-
-    Returns:
-        The features with `soft`.
-
-    Raises:
-        ValueError: If the features do not hold the last hidden states.
+    The features must be of a kind that ends in "last", or a ValueError says so. The seed draws the
+    tokens that stand for the rest of the vocabulary.
     """
     references = np.full((features.num_tokens, 0), -1)
     pairs = np.zeros((features.num_tokens, 0, 0, 2), np.int32)
@@ -68,25 +59,11 @@ def add_counterfactual_targets(
     seed: int = 0,
     progress: str | None = None,
 ) -> Features:
-    """Targets for texts to forget: the base model's distributions in their counterfactuals.
+    """Adds the targets of texts to forget: the base model's distributions in their counterfactuals.
 
-    Args:
-        lm: The base model.
-        features: Features of the examples, of a kind that ends in "last".
-        examples: The forget rows as tokens; or other answers to the same questions.
-        counterfactuals: Those of each example; `row` is the index of the example.
-        swapped: Each counterfactual's row as tokens.
-        store: Where hidden states of the counterfactuals are kept.
-        overcorrection: See `distillation.overcorrect`.
-        temperature: T that the head is trained for.
-        seed: Seed of the tokens that stand for the rest of the vocabulary.
-        progress: Label of a progress bar; None shows none.
-
-    Returns:
-        The features with `soft`.
-
-    Raises:
-        ValueError: If the features do not hold the last hidden states.
+    Examples are forget rows or other answers to the same questions; the `row` of a counterfactual
+    is the index of its example, and `swapped` are the counterfactuals as tokens. Their hidden
+    states are kept in the store. The features are of a kind as for `add_base_targets`.
     """
     hidden = load_or_compute_features(lm, swapped, store, kind="last", progress=progress)
     of_row: list[list[int]] = [[] for _ in examples]
@@ -113,11 +90,6 @@ def align_answers(
     answer: np.ndarray, swapped: np.ndarray, pairs: Sequence[tuple[int, int]]
 ) -> np.ndarray:
     """Where the same place of an answer is in its counterfactual.
-
-    Args:
-        answer: Token ids of the answer, `[N]`.
-        swapped: Those of the answer with other names, of any length.
-        pairs: First tokens of a name and of the name in its place.
 
     Returns:
         For each token the index of its counterpart; -1 inside of a name, `[N]`. The first token of
@@ -204,7 +176,7 @@ def _with_targets(
 @functools.partial(jax.jit, static_argnums=(0, 8))
 def _targets_of_chunk(
     unembed: Any,
-    params: Any,
+    params: PyTree,
     key: jax.Array,
     hidden: Float[Array, "C D"],
     reference: Float[Array, "C K D"],

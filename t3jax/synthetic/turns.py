@@ -56,21 +56,9 @@ def put_behind_turns(
 ) -> list[Record]:
     """Gives a share of the rows earlier turns, drawn at random.
 
-    They are a system text, an exchange, or both: from a stock; or the question and answer of
-    another row, whole or a few words of them. Documents, rows that have earlier turns of their own,
-    and rows that would grow too long stay as they are; so do all without a chat template.
-
-    Args:
-        tokenizer: A Hugging Face tokenizer; its template decides whether there is a system turn.
-        rows: The rows.
-        share: Of the questions that get earlier turns.
-        prompt_format: How a question becomes a prompt.
-        others: Rows whose questions and answers are made turns of: none that is to be forgotten.
-        max_length: Longest conversation, tokens.
-        seed: Seed of the draws.
-
-    Returns:
-        The rows in their order, some with `before`.
+    They are a system text, an exchange, or both: from a stock; or the question and answer of one of
+    the `others`, whole or a few words of them. Documents, rows that have earlier turns of their
+    own, and rows that would grow too long stay as they are; so do all without a chat template.
     """
     if not share or tokenizer.chat_template is None:
         return list(rows)

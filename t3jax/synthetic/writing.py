@@ -34,27 +34,11 @@ def write_own_samples(
     seed: int = 0,
     progress: str | None = None,
 ) -> list[Record]:
-    """Lets the base model ask itself and answer.
+    """Lets the base model ask itself and answer, or answer the `openings`.
 
     It writes a user's turn from its start, then the answer. Chats that hold a name of the request,
-    and answers that do not end, are left out.
-
-    Args:
-        lm: The base model.
-        count: How many chats it writes; fewer are returned.
-        prompt_format: How a question becomes a prompt.
-        names: Names of the request.
-        openings: Questions to answer in the place of its own; None: it asks by itself.
-        max_new_tokens: Longest question and longest answer, tokens.
-        batch_size: Texts drawn together.
-        seed: Seed of the draws.
-        progress: Label of a progress bar; None shows none.
-
-    Returns:
-        Rows with question and answer, no question twice with the same answer.
-
-    Raises:
-        ValueError: If hardly a chat could be used; says why.
+    and answers that do not end, are left out, so fewer than `count` rows are returned, no question
+    twice with the same answer.
 
     References:
         Questions from an empty user's turn: Magpie, arXiv 2406.08464.
@@ -147,23 +131,11 @@ def reword_questions(
     seed: int = 0,
     progress: str | None = None,
 ) -> list[list[str]]:
-    """Lets an instruct model put questions in other words.
+    """Lets an instruct model put questions in other words, at most `count` for each, perhaps none.
 
     A paraphrase is used if it keeps the names of the question, is one line, ends in a question mark
-    where the question does, and is neither the question itself nor twice as long.
-
-    Args:
-        lm: The base model; one that follows instructions.
-        questions: The questions.
-        count: Paraphrases wanted of each; twice as many are drawn.
-        prompt_format: How a question becomes a prompt.
-        names: Names of the request.
-        batch_size: Texts drawn together.
-        seed: Seed of the draws.
-        progress: Label of a progress bar; None shows none.
-
-    Returns:
-        For each question its different paraphrases, `count` at most, perhaps none.
+    where the question does, and is neither the question itself nor twice as long. Twice as many as
+    asked for are drawn.
     """
     samples = Sampler(lm, batch_size=batch_size).generate(
         [

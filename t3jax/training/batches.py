@@ -94,83 +94,91 @@ class Data:
             split(features, config.holdout_fraction, "retain", 0) for features in retain_sources
         ]
         ends = np.cumsum([0, *(features.num_sequences for features in retain_sources)])
-        parts = [
-            tuple(
-                np.concatenate(
-                    [end + sequences for end, sequences in zip(ends, side, strict=False)]
-                )
-                for side in zip(*of_sources, strict=True)
-            ),
-            split(forget, config.holdout_fraction, "forget", 1),
-        ]
-
-        num_parts = sharding.row_shards(mesh)
-
-        def placed(sequences: Sequence[np.ndarray]) -> Tokens:
-            rows = [_rows(retain.starts, sequences[0]), _rows(forget.starts, sequences[1])]
-            padding = -(len(rows[0]) + len(rows[1])) % num_parts
-
-            def dealt(of_retain: np.ndarray, of_forget: np.ndarray) -> np.ndarray:
-                """A value for each token, dealt out to the parts, `[P, N, ...]`."""
-                both = np.concatenate([of_retain[rows[0]], of_forget[rows[1]]])
-                both = np.pad(both, [(0, padding)] + [(0, 0)] * (both.ndim - 1))
-                return np.swapaxes(both.reshape(-1, num_parts, *both.shape[1:]), 0, 1)
-
-            soft = None
-            if distils:
-                assert retain.soft is not None
-                assert forget.soft is not None
-                tokens, *others = (
-                    dealt(*each) for each in zip(retain.soft, forget.soft, strict=True)
-                )
-                soft = tuple(np.ascontiguousarray(each) for each in others)
-            else:
-                tokens = dealt(retain.targets, forget.targets)
-            targets = np.minimum(np.searchsorted(vocabulary, tokens), len(vocabulary) - 1)
-            targets = np.ascontiguousarray(targets, np.int32)
-            shape = (*targets.shape[:2], head_config.feature_size)
-
-            def read(index: tuple[slice, ...] | None) -> np.ndarray:
-                """Reads the features of one device's tokens, and no others."""
-                assert index is not None  # JAX gives one unless asked not to
-                here = range(num_parts)[index[0]]
-                pooled = np.empty((len(here), *shape[1:]), retain.pooled.dtype)
-                for part, out in zip(here, pooled, strict=True):
-                    of_retain = rows[0][part::num_parts]
-                    of_forget = rows[1][(part - len(rows[0])) % num_parts :: num_parts]
-                    end = len(of_retain) + len(of_forget)
-                    out[: len(of_retain)] = _taken(retain.pooled, of_retain)
-                    out[len(of_retain) : end] = _taken(forget.pooled, of_forget)
-                    out[end:] = 0
-                return pooled
-
-            by_parts = sharding.batch_sharding(mesh, shape)
-            forget_starts = _before(len(rows[0]), num_parts).astype(np.int32)
-            targets, forget_starts = hosts.place((targets, forget_starts), by_parts)
-            return Tokens(
-                jax.make_array_from_callback(shape, by_parts, read),
-                targets,
-                forget_starts,
-                None if soft is None else hosts.place(soft, by_parts),
-            )
-
-        def starts(sequences: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-            lengths = [
-                np.diff(features.starts)[own]
-                for features, own in zip((retain, forget), sequences, strict=True)
-            ]
-            first, second = (np.concatenate([[0], np.cumsum(each)]) for each in lengths)
-            return first, second + first[-1]
-
-        train, held_out = zip(*parts, strict=True)
-        return cls(
-            train=placed(train),
-            held_out=placed(held_out) if config.holdout_fraction else None,
-            starts=starts(train),
-            held_out_starts=starts(held_out),
-            vocabulary=vocabulary,
-            sources=tuple(len(train) for train, _ in of_sources),
+        of_retain = (
+            np.concatenate([end + sequences for end, sequences in zip(ends, side, strict=False)])
+            for side in zip(*of_sources, strict=True)
         )
+        of_forget = split(forget, config.holdout_fraction, "forget", 1)
+        train, held_out = (
+            _Part(retain, forget, *sequences)
+            for sequences in zip(of_retain, of_forget, strict=True)
+        )
+        return cls(
+            train=train.place(vocabulary, distils, mesh),
+            held_out=held_out.place(vocabulary, distils, mesh) if config.holdout_fraction else None,
+            starts=train.starts(),
+            held_out_starts=held_out.starts(),
+            vocabulary=vocabulary,
+            sources=tuple(len(sequences) for sequences, _ in of_sources),
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Part:
+    """Sequences of the two sets that are trained on, or that are held out."""
+
+    retain: Features
+    forget: Features
+    retain_sequences: np.ndarray
+    forget_sequences: np.ndarray
+
+    def place(self, vocabulary: np.ndarray, distils: bool, mesh: Mesh) -> Tokens:
+        """The tokens of the sequences on the mesh."""
+        retain, forget, num_parts = self.retain, self.forget, sharding.row_shards(mesh)
+        rows = (
+            _rows(retain.starts, self.retain_sequences),
+            _rows(forget.starts, self.forget_sequences),
+        )
+        padding = -(len(rows[0]) + len(rows[1])) % num_parts
+
+        def deal(of_retain: np.ndarray, of_forget: np.ndarray) -> np.ndarray:
+            """Deals a value for each token out to the parts, `[P, N, ...]`."""
+            both = np.concatenate([of_retain[rows[0]], of_forget[rows[1]]])
+            both = np.pad(both, [(0, padding)] + [(0, 0)] * (both.ndim - 1))
+            return np.swapaxes(both.reshape(-1, num_parts, *both.shape[1:]), 0, 1)
+
+        soft = None
+        if distils:
+            assert retain.soft is not None
+            assert forget.soft is not None
+            tokens, *others = (deal(*each) for each in zip(retain.soft, forget.soft, strict=True))
+            soft = tuple(np.ascontiguousarray(each) for each in others)
+        else:
+            tokens = deal(retain.targets, forget.targets)
+        targets = np.minimum(np.searchsorted(vocabulary, tokens), len(vocabulary) - 1)
+        targets = np.ascontiguousarray(targets, np.int32)
+        shape = (*targets.shape[:2], retain.pooled.shape[-1])
+
+        def read(index: tuple[slice, ...] | None) -> np.ndarray:
+            """Reads the features of one device's tokens, and no others."""
+            assert index is not None  # JAX gives one unless asked not to
+            here = range(num_parts)[index[0]]
+            pooled = np.empty((len(here), *shape[1:]), retain.pooled.dtype)
+            for part, out in zip(here, pooled, strict=True):
+                of_retain = rows[0][part::num_parts]
+                of_forget = rows[1][(part - len(rows[0])) % num_parts :: num_parts]
+                end = len(of_retain) + len(of_forget)
+                out[: len(of_retain)] = _take(retain.pooled, of_retain)
+                out[len(of_retain) : end] = _take(forget.pooled, of_forget)
+                out[end:] = 0
+            return pooled
+
+        by_parts = sharding.batch_sharding(mesh, shape)
+        forget_starts = _before(len(rows[0]), num_parts).astype(np.int32)
+        targets, forget_starts = hosts.place((targets, forget_starts), by_parts)
+        return Tokens(
+            jax.make_array_from_callback(shape, by_parts, read),
+            targets,
+            forget_starts,
+            None if soft is None else hosts.place(soft, by_parts),
+        )
+
+    def starts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Starts of the retain and of the forget sequences among all tokens, and their ends."""
+        of_retain = np.diff(self.retain.starts)[self.retain_sequences]
+        of_forget = np.diff(self.forget.starts)[self.forget_sequences]
+        first, second = (np.concatenate([[0], np.cumsum(x)]) for x in (of_retain, of_forget))
+        return first, second + first[-1]
 
 
 class Planner:
@@ -263,8 +271,8 @@ def _before(tokens: int | np.ndarray, parts: int) -> np.ndarray:
     return -((np.arange(parts) - np.asarray(tokens)[..., None]) // parts)
 
 
-def _taken(pooled: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Some rows, in ascending order; where they are evenly spaced, without a copy of them."""
+def _take(pooled: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Takes rows in ascending order; where they are evenly spaced, without a copy of them."""
     if len(rows) < 2:
         return pooled[rows]
     step = rows[1] - rows[0]

@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from t3jax import hosts, sharding
-from t3jax.checkpoint import Metrics, open_run
+from t3jax.checkpoint import Metrics, RunFolder, UnsavedRun, open_run
 from t3jax.digests import params_digest
 from t3jax.features import Features
 from t3jax.head import HeadConfig, HeadParams
@@ -116,25 +116,68 @@ def train_heads(
         # None leaves runs that know no start as they are.
         "init": None if init is None else params_digest(init.params),
     }
-    best = _Best(members, config.patience, workdir)
+    best = _Best(members, head_config, workdir)
+    with open_run(workdir, settings, trainer.abstract_state, unit="epoch") as run:
+        state, metrics = _run(run, members, trainer, planner, best, report, progress)
+    best.check()
+    of_data = {
+        "tokens": {
+            "retain": sum(features.num_tokens for features in sources),
+            "forget": forget.num_tokens,
+        },
+        "sequences": {
+            "retain": sum(features.num_sequences for features in sources),
+            "forget": forget.num_sequences,
+        },
+        "features": settings["features"],
+        **({"init": settings["init"]} if init is not None else {}),
+    }
+    heads = []
+    for k, member in enumerate(members):
+        params = best.params[k] or trainer.full_params(state, k, config.epochs)
+        heads.append(
+            Head(
+                config=head_config,
+                params=place_head(params, mesh),
+                base_temperature=base_temperature,
+                guidance_scale=guidance_scale,
+                model=model,
+                prior_shift=prior_shift,
+                record=_make_record(member, of_data, metrics, best.epochs[k]),
+            )
+        )
+    if workdir is not None:
+        for head, member in zip(heads, members, strict=True):
+            save_head(pathlib.Path(workdir) / member.name, head)
+    return heads
 
+
+def _run(
+    run: RunFolder | UnsavedRun,
+    members: Sequence[Member],
+    trainer: Trainer,
+    planner: Planner,
+    best: "_Best",
+    report: Callable[[str], None] | None,
+    progress: str | None,
+) -> tuple[PyTree, list[Metrics]]:
+    """Trains from the first epoch or the last checkpoint to the end: the state and all metrics."""
+    config = members[0].config  # all members share epochs, patience and the like
     bar = tqdm.tqdm(
         total=config.epochs,
         desc=progress,
         unit="epoch",
         disable=progress is None or not hosts.is_lead(),
     )
-    with bar, open_run(workdir, settings, trainer.abstract_state, unit="epoch") as folder:
-        epochs_done, metrics, state = 0, [], None
-        if folder is not None:
-            epochs_done, metrics, state = folder.done, folder.metrics, folder.state
+    with bar:
+        metrics, state = run.metrics, run.state
         if state is None:
             state = trainer.init()
         best.restore(metrics)
-        bar.initial = bar.n = epochs_done
+        bar.initial = bar.n = run.done
 
-        plan = planner.epoch(min(epochs_done + 1, config.epochs))
-        for epoch in range(epochs_done + 1, config.epochs + 1):
+        plan = planner.epoch(min(run.done + 1, config.epochs))
+        for epoch in range(run.done + 1, config.epochs + 1):
             if best.is_over:
                 break
             start = time.perf_counter()
@@ -146,7 +189,7 @@ def train_heads(
             losses, finite = jax.device_get(pending)
             # Tokens of different batches weigh the same.
             losses = np.sum(losses * counts, axis=1) / np.sum(counts, axis=1)
-            _check_finite(losses, finite, epoch, members, data)
+            trainer.check_finite(losses, finite, epoch)
             held_out = trainer.evaluate(state) if last or epoch % config.eval_every == 0 else None
             lines = [
                 {
@@ -163,56 +206,30 @@ def train_heads(
             metrics = metrics + lines
             if config.patience and held_out:
                 for k in best.update(epoch, [line["held_out_loss"] for line in held_out]):
-                    best.keep(k, epoch, trainer.full_params(state, k, epoch), head_config)
-            if folder is not None:
-                save = last or best.is_over or epoch % config.checkpoint_every == 0
-                folder.finish(epoch, lines, state, save)
+                    best.keep(k, epoch, trainer.full_params(state, k, epoch))
+            save = last or best.is_over or epoch % config.checkpoint_every == 0
+            run.finish(epoch, lines, state, save)
             bar.set_postfix(loss=f"{np.mean(losses):.4f}", refresh=False)
             bar.update()
             if report is not None:
                 for line in lines:
                     report(_describe(line, config.epochs))
+    return state, metrics
 
-    best.check()
-    heads = []
-    for k, member in enumerate(members):
-        own = [line for line in metrics if line["head"] == member.name]
-        final = next((line for line in own if line["epoch"] == best.epochs[k]), own[-1])
-        record = {
-            "training": {**dataclasses.asdict(member.config), "seed": member.seed},
-            "tokens": {
-                "retain": sum(features.num_tokens for features in sources),
-                "forget": forget.num_tokens,
-            },
-            "sequences": {
-                "retain": sum(features.num_sequences for features in sources),
-                "forget": forget.num_sequences,
-            },
-            "features": settings["features"],
-            **({"init": settings["init"]} if init is not None else {}),
-            "final": {
-                name: value for name, value in final.items() if name not in ("head", "seconds")
-            },
-            "versions": {"jax": jax.__version__, "t3jax": _version()},
-            "seconds": sum(line["seconds"] for line in own),
-        }
-        heads.append(
-            Head(
-                config=head_config,
-                params=place_head(
-                    best.params[k] or trainer.full_params(state, k, config.epochs), mesh
-                ),
-                base_temperature=base_temperature,
-                guidance_scale=guidance_scale,
-                model=model,
-                prior_shift=prior_shift,
-                record=record,
-            )
-        )
-    if workdir is not None:
-        for head, member in zip(heads, members, strict=True):
-            save_head(pathlib.Path(workdir) / member.name, head)
-    return heads
+
+def _make_record(
+    member: Member, of_data: dict[str, Any], metrics: Sequence[Metrics], best_epoch: int | None
+) -> dict[str, Any]:
+    """The record of a head: how it was trained, on which data, and its last metrics."""
+    own = [line for line in metrics if line["head"] == member.name]
+    final = next((line for line in own if line["epoch"] == best_epoch), own[-1])
+    return {
+        "training": {**dataclasses.asdict(member.config), "seed": member.seed},
+        **of_data,
+        "final": {name: value for name, value in final.items() if name not in ("head", "seconds")},
+        "versions": {"jax": jax.__version__, "t3jax": _version()},
+        "seconds": sum(line["seconds"] for line in own),
+    }
 
 
 def _common(configs: Sequence[TrainConfig]) -> dict[str, Any]:
@@ -269,9 +286,10 @@ class _Best:
     """
 
     def __init__(
-        self, members: Sequence[Member], patience: int, workdir: str | pathlib.Path | None
+        self, members: Sequence[Member], config: HeadConfig, workdir: str | pathlib.Path | None
     ):
-        self._members, self._patience = members, patience
+        self._members, self._config = members, config
+        self._patience = members[0].config.patience
         self._folder = None if workdir is None else pathlib.Path(workdir) / "best"
         self._losses = [float("inf")] * len(members)
         self._waited = [0] * len(members)
@@ -292,12 +310,12 @@ class _Best:
                 self._losses[k], self.epochs[k] = loss, epoch
         return better
 
-    def keep(self, k: int, epoch: int, params: HeadParams, config: HeadConfig) -> None:
+    def keep(self, k: int, epoch: int, params: HeadParams) -> None:
         """Keeps the weights of a head, on the disk too where the run has a folder."""
         self.params[k] = params
         if self._folder is not None:
             record = {"epoch": epoch, "weights": params_digest(params)}
-            head = Head(config, params, 1.0, 1.0, "", record=record)
+            head = Head(self._config, params, 1.0, 1.0, "", record=record)
             save_head(self._folder / self._members[k].name, head)
 
     def restore(self, metrics: Sequence[Metrics]) -> None:
@@ -342,29 +360,6 @@ class _Best:
         )
 
 
-def _check_finite(
-    losses: np.ndarray,
-    finite: np.ndarray,
-    epoch: int,
-    members: Sequence[Member],
-    data: Data,
-) -> None:
-    wrong = np.flatnonzero(~(np.isfinite(losses) & finite))
-    if not wrong.size:
-        return
-    k = wrong[0]
-    if not bool(jnp.isfinite(data.train.pooled).all()):
-        advice = "the features hold values that are not finite: compute them anew, in float32"
-    else:
-        advice = "train with a smaller learning_rate, in another workdir"
-    member = members[k]
-    raise FloatingPointError(
-        f"epoch {epoch}, seed {member.seed}: the loss is {losses[k]} and the weights are "
-        f"{'finite' if finite[k] else 'not finite'} (learning_rate {member.config.learning_rate}); "
-        f"{advice}. Nothing of this epoch was saved"
-    )
-
-
 def _version() -> str:
     try:
         return importlib.metadata.version("t3jax")
@@ -388,7 +383,7 @@ def _describe(line: Metrics, epochs: int) -> str:
 
 
 def _digest(features: Features) -> str:
-    """Tells sets of features apart: by their key and tokens, or by all bytes if there is no key."""
+    """A digest of features: of their key and tokens, or of all bytes if there is no key."""
     digest = hashlib.sha256(f"{features.key} {features.pooled.shape}".encode())
     arrays = [features.targets, features.starts] + ([] if features.key else [features.pooled])
     arrays += features.soft or ()

@@ -75,6 +75,10 @@ class TrainConfig:
     eval_every: int = 5
     checkpoint_every: int = 20
 
+    def settle_loss(self, loss: str) -> "TrainConfig":
+        """The recipe with a loss in the place of "auto"."""
+        return dataclasses.replace(self, loss=loss) if self.loss == "auto" else self
+
     def __post_init__(self):
         check_ranges(
             self,
@@ -104,12 +108,7 @@ class TrainConfig:
 def learning_rate_schedule(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
     """Linear from 0 to the peak, then linear to 0: `get_linear_schedule_with_warmup`.
 
-    Args:
-        config: The recipe.
-        steps_per_epoch: Batches of an epoch.
-
-    Returns:
-        The learning rate as a function of the number of steps done before; the first step has 0.
+    The first step, after a count of 0 steps, has the rate 0.
     """
     total = config.epochs * steps_per_epoch
     warmup = round(config.warmup_ratio * total)
@@ -128,14 +127,7 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """AdamW with clipped gradients, warm-up and decay, as the recipe has it.
 
-    Args:
-        config: The recipe.
-        steps_per_epoch: Batches of an epoch.
-        learning_rate: In place of the recipe's at its peak; may be traced.
-        weight_decay: In place of the recipe's; may be traced.
-
-    Returns:
-        The optimizer; the form of its state depends on neither.
+    Peak rate and weight decay may be traced; the form of the optimizer's state depends on neither.
     """
     peak = config.learning_rate if learning_rate is None else learning_rate
     shape = learning_rate_schedule(dataclasses.replace(config, learning_rate=1.0), steps_per_epoch)
@@ -168,12 +160,8 @@ class Member(NamedTuple):
 def make_members(configs: Sequence[TrainConfig], seeds: Sequence[int]) -> list[Member]:
     """A head for every recipe and every seed, recipe by recipe.
 
-    Args:
-        configs: Recipes that differ in learning rate and weight decay alone.
-        seeds: The seeds.
-
-    Returns:
-        The members. Names hold what differs: `head`, `head-seed1`, `head-lr0.01-wd0.1-seed1`.
+    Recipes differ in learning rate and weight decay alone. Names hold the differences: `head`,
+    `head-seed1`, `head-lr0.01-wd0.1-seed1`.
 
     Raises:
         ValueError: If recipes are equal or differ in more, or seeds are equal or negative.
@@ -200,15 +188,7 @@ def make_members(configs: Sequence[TrainConfig], seeds: Sequence[int]) -> list[M
 
 
 def check_start(found: HeadConfig, expected: HeadConfig) -> None:
-    """Checks that a head can begin with the weights of another.
-
-    Args:
-        found: The shape of the head that it begins with.
-        expected: Its own.
-
-    Raises:
-        ValueError: If a field differs; names each.
-    """
+    """Checks that a head can begin with the weights of another; a ValueError names the fields."""
     different = [
         f"{field.name} {getattr(found, field.name)!r} where {getattr(expected, field.name)!r} is"
         for field in dataclasses.fields(HeadConfig)

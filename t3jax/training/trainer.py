@@ -16,13 +16,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
 
 from t3jax import hosts, optimizer, sharding
 from t3jax.distillation import distillation_loss
@@ -40,7 +41,7 @@ from t3jax.training.recipe import Member, TrainConfig, learning_rate_schedule, m
 
 
 class Programs(NamedTuple):
-    """What is compiled for one shape of run.
+    """The compiled programs of one shape of run.
 
     The training state is `(params, optimizer state)`, each leaf with a leading axis of members, and
     W2 with the rows of the trained tokens only, `[K, U, R]`.
@@ -55,9 +56,9 @@ class Programs(NamedTuple):
             for distillation the loss of each position.
     """
 
-    abstract_state: Any
-    init_optimizer: Callable[[HeadParams], Any]
-    epoch: Callable[[Any, Tokens, jax.Array, Any], tuple[Any, jax.Array, jax.Array]]
+    abstract_state: PyTree
+    init_optimizer: Callable[[HeadParams], PyTree]
+    epoch: Callable[[PyTree, Tokens, jax.Array, PyTree], tuple[PyTree, jax.Array, jax.Array]]
     score: Callable[[HeadParams, Tokens], jax.Array]
 
 
@@ -78,7 +79,7 @@ def compile_programs(
 
     def loss_fn(params: HeadParams, tokens: Tokens, rows: jax.Array) -> jax.Array:
         def read(x: jax.Array) -> jax.Array:
-            """What the batch reads, `[P M, ...]`, each part of its own."""
+            """Reads the batch, `[P M, ...]`; each part reads its own tokens."""
             take = jax.vmap(lambda own, index: own.at[index].get(mode="promise_in_bounds"))
             return take(x, jnp.maximum(rows, 0)).reshape(-1, *x.shape[2:])
 
@@ -93,10 +94,10 @@ def compile_programs(
         scores = target_scores(params, read(tokens.pooled), read(tokens.targets), activation)
         return classifier_loss(scores, retain, mask=mask)
 
-    def train_one(state: Any, tokens: Tokens, rows: jax.Array, knobs: Any) -> tuple:
+    def train_one(state: PyTree, tokens: Tokens, rows: jax.Array, knobs: PyTree) -> tuple:
         tuned = make_optimizer(config, steps, *knobs)
 
-        def step(state: Any, rows: jax.Array) -> tuple[Any, jax.Array]:
+        def step(state: PyTree, rows: jax.Array) -> tuple[PyTree, jax.Array]:
             loss, grads = jax.value_and_grad(loss_fn)(state[0], tokens, rows)
             return optimizer.step(tuned, state, grads), loss
 
@@ -104,7 +105,7 @@ def compile_programs(
         finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state[0])]
         return state, losses, jnp.stack(finite).all()
 
-    def train_all(state: Any, tokens: Tokens, rows: jax.Array, knobs: Any) -> tuple:
+    def train_all(state: PyTree, tokens: Tokens, rows: jax.Array, knobs: PyTree) -> tuple:
         same_seed = jax.vmap(train_one, in_axes=(0, None, None, 0))
         every = jax.vmap(same_seed, in_axes=(1, None, 0, 1), out_axes=1)
         state, knobs = jax.tree.map(lambda x: x.reshape(*grid, *x.shape[1:]), (state, knobs))
@@ -145,7 +146,7 @@ _init_head = jax.jit(init_head, static_argnames=("config", "zero_output"))
 
 
 class Trainer:
-    """A run: its data, its programs, and what is known of the rows that are not trained."""
+    """A run: its data, its programs, and the rows of W2 that are not trained."""
 
     def __init__(
         self,
@@ -175,7 +176,7 @@ class Trainer:
         shape = np.asarray(jax.jit(schedule)(np.arange(config.epochs * steps)))
         self.learning_rates = peaks[:, None] * shape  # [K, steps of all epochs]
 
-    def init(self) -> Any:
+    def init(self) -> PyTree:
         """The training state before the first step."""
         drawn = [self._draw(member.seed) for member in self._members]
         trained = [{**p, "output": p["output"][self._data.vocabulary]} for p in drawn]
@@ -184,7 +185,7 @@ class Trainer:
         params = hosts.place(stacked, places)
         return params, self._programs.init_optimizer(params)
 
-    def train_epoch(self, state: Any, rows: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
+    def train_epoch(self, state: PyTree, rows: jax.Array) -> tuple[PyTree, jax.Array, jax.Array]:
         """The state after an epoch, losses `[K, steps]`, whether the weights are finite `[K]`.
 
         They are promises: the device may still be at work.
@@ -192,7 +193,23 @@ class Trainer:
         with jax.transfer_guard("disallow"):
             return self._programs.epoch(state, self._data.train, rows, self._knobs)
 
-    def evaluate(self, state: Any) -> list[dict[str, float]] | None:
+    def check_finite(self, losses: np.ndarray, finite: np.ndarray, epoch: int) -> None:
+        """Raises FloatingPointError if a loss, or a weight as `finite` says, is not, `[K]` each."""
+        wrong = np.flatnonzero(~(np.isfinite(losses) & finite))
+        if not wrong.size:
+            return
+        k, member = wrong[0], self._members[wrong[0]]
+        if not bool(jnp.isfinite(self._data.train.pooled).all()):
+            advice = "the features hold values that are not finite: compute them anew, in float32"
+        else:
+            advice = "train with a smaller learning_rate, in another workdir"
+        raise FloatingPointError(
+            f"epoch {epoch}, seed {member.seed}: the loss is {losses[k]} and the weights are "
+            f"{'finite' if finite[k] else 'not finite'} (learning_rate "
+            f"{member.config.learning_rate}); {advice}. Nothing of this epoch was saved"
+        )
+
+    def evaluate(self, state: PyTree) -> list[dict[str, float]] | None:
         """Metrics on the held-out sequences for each member; None if there are none."""
         if self._data.held_out is None:
             return None
@@ -203,7 +220,7 @@ class Trainer:
             return [_held_out_losses(row, *starts) for row in scores]
         return [_held_out_metrics(row, *starts) for row in scores]
 
-    def full_params(self, state: Any, k: int, epoch: int) -> HeadParams:
+    def full_params(self, state: PyTree, k: int, epoch: int) -> HeadParams:
         """The parameters of one head after an epoch, on the host, W2 with all rows `[V, R]`.
 
         Rows that were not trained had gradients of zero, hence no step but weight decay.

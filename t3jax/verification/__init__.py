@@ -10,7 +10,8 @@ Attacks go through prompts. The base's weights still hold what they held, and wh
 take the head away.
 """
 
-from t3jax.verification.asking import Counterfactual, VerifyOptions
+from t3jax.synthetic import Counterfactual
+from t3jax.verification.asking import VerifyOptions
 from t3jax.verification.attacks import Attack, attacks
 from t3jax.verification.run import verify
 from t3jax.verification.verdict import Verdict

@@ -3,19 +3,21 @@
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
-from t3jax.data.chat import Example, PromptFormat
+from t3jax.data.chat import PromptFormat
 from t3jax.data.records import Record
 from t3jax.evaluation.answers import repetition
+from t3jax.evaluation.questions import append_answers
 from t3jax.evaluation.recall import leak_recall
 from t3jax.evaluation.settings import BASE, Setting
 from t3jax.evaluation.store import Store
 from t3jax.ranges import COUNT, SEED, TOP_P, check_ranges, whole
 from t3jax.sampling import Sample
 from t3jax.sampling.options import REFUSAL_THRESHOLD
+from t3jax.synthetic.counterfactual import Counterfactual
 from t3jax.verification.attacks import SAMPLINGS, Attack, Encoding, attacks, words_of
 from t3jax.verification.leaks import group_answers
 from t3jax.verification.verdict import SHORT, Fluency, Refusals, wilson
@@ -23,7 +25,7 @@ from t3jax.verification.verdict import SHORT, Fluency, Refusals, wilson
 
 @dataclasses.dataclass(frozen=True)
 class VerifyOptions:
-    """What is asked.
+    """How many rows are asked, and how.
 
     Attributes:
         rows: Rows of forget and of retain that are asked at most, evenly spread over them.
@@ -39,30 +41,6 @@ class VerifyOptions:
 
     def __post_init__(self):
         check_ranges(self, rows=whole(1), threshold=TOP_P, max_new_tokens=COUNT, seed=SEED)
-
-
-@runtime_checkable
-class Counterfactual(Protocol):
-    """A forget row as it would be about someone who does not exist."""
-
-    @property
-    def row(self) -> int:
-        """Index of the forget row."""
-        ...
-
-    @property
-    def record(self) -> Record:
-        """The row with made-up names."""
-        ...
-
-    @property
-    def pairs(self) -> Mapping[str, str]:
-        """The made-up name in the place of each name; empty where the row names nobody."""
-        ...
-
-    def swap_back(self, text: str) -> str:
-        """The text with the row's own names."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,7 +71,7 @@ class Asking:
     def answer(
         self, asked: Sequence[Attack], setting: Setting, label: str = "verify"
     ) -> dict[str, list[Sample]]:
-        """Answers by attack; what is drawn alike is drawn together."""
+        """Answers by attack; attacks of one sampling are drawn together."""
         groups: dict[str, list[Attack]] = {}
         for attack in asked:
             groups.setdefault(repr(attack.sampling), []).append(attack)
@@ -149,23 +127,23 @@ class Asking:
         base: Mapping[str, Sequence[Sample]],
         unlearned: Mapping[str, Sequence[Sample]],
     ) -> tuple[tuple[Fluency, ...], Refusals | None]:
-        """How the answers read, and which a refusal would take the place of, None where T is not 1.
+        """The fluency of the answers, and how many a refusal would replace, None where T is not 1.
 
-        Fluency is that of each sampling of one answer; of documents, which have no questions, of
-        what goes on. Every text is scored in one pass, whatever it is scored for. Of the attacks
-        the greedy one comes first; answers are by attack.
+        Every sampling of one answer has its fluency; documents, which have no questions, have that
+        of their continuation. All texts are scored in one pass. The greedy attack comes first;
+        answers are by attack.
         """
         single = [attack for attack in made if "num_samples" not in attack.sampling]
         greedy, *others = [attack for attack in single if attack.name in SAMPLINGS] or single
         plain = [greedy, *others]
         first, retained = (
-            _as_examples(attack, unlearned[attack.name]) for attack in (greedy, retain)
+            append_answers(attack.prompts, unlearned[attack.name]) for attack in (greedy, retain)
         )
         rest = [
             example
             for samples, asked in ((unlearned, others), (base, plain))
             for attack in asked
-            for example in _as_examples(attack, samples[attack.name])
+            for example in append_answers(attack.prompts, samples[attack.name])
         ]
         (of_rest,) = self.store.scores("verify-answers", rest, [BASE])
         refusals = None
@@ -197,20 +175,12 @@ class Asking:
 
 
 def _count_refusals(log_ratios: np.ndarray, forget: int) -> Refusals:
-    """How many answers exceed the threshold, of those to forget rows, which come first."""
+    """Shares of answers above the limit: to forget rows, which come first, and to retain rows."""
     shares = [
         wilson(float((ratios > REFUSAL_THRESHOLD).mean()), len(ratios))
         for ratios in np.split(log_ratios, [forget])
     ]
     return Refusals(REFUSAL_THRESHOLD, *shares)
-
-
-def _as_examples(attack: Attack, samples: Sequence[Sample]) -> list[Example]:
-    """One answer to each prompt of an attack, as tokens behind it."""
-    return [
-        Example(np.concatenate([prompt, np.asarray(sample.tokens, np.int32)]), len(prompt))
-        for prompt, sample in zip(attack.prompts, samples, strict=True)
-    ]
 
 
 def _share_ended(samples: Sequence[Sample], stops: Sequence[int]) -> float:

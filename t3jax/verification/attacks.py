@@ -1,4 +1,4 @@
-"""Ways of asking for what was forgotten: other draws, other words, a beginning given.
+"""Ways of asking for forgotten text: other draws, other words, a beginning given.
 
 An attack is prompts with the true answers that must not come. Nothing here runs a model.
 """
@@ -23,7 +23,7 @@ from t3jax.data.rendering import takes_system_turn
 if TYPE_CHECKING:  # slow to import: only who loads a tokenizer waits
     from transformers import PreTrainedTokenizerBase
 
-# What a row is asked; nothing where it cannot be.
+# The questions that a row is asked; none where it cannot be asked.
 Wordings = Callable[[Record], Sequence[str]]
 Sampling = Mapping[str, int | float]  # fields of `SamplingOptions`
 Turns = tuple[dict[str, str], ...]
@@ -102,12 +102,6 @@ def attacks(
     rewordings: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[list[Attack], dict[str, str]]:
     """All ways of asking rows.
-
-    Args:
-        encoding: How rows become prompts.
-        records: Rows with a question and an answer, or documents.
-        names: What to call each row in an error.
-        rewordings: Other wordings of questions, beside the rows' `paraphrased_question`.
 
     Returns:
         The attacks, and those that could not be made with the reason.
@@ -205,12 +199,12 @@ def misspell(question: str) -> str | None:
     return None
 
 
-# Of a row: its position, its true answer, prompts, and these for people.
+# A row's position, true answer, prompts, and questions for people.
 _Part = tuple[int, str, list[np.ndarray], list[str]]
 
 
 class _Rows:
-    """Rows as tokens, of which attacks are made."""
+    """Rows as tokens; makes the attacks."""
 
     def __init__(self, encoding: Encoding, records: Sequence[Record], names: Sequence[str]):
         self.tokenizer = encoding.tokenizer
@@ -307,7 +301,7 @@ class _Rows:
         return len(labels)
 
     def after(self, example: Example, start: int) -> str:
-        """What should not, or should, come from a token on, as far as an answer can reach."""
+        """The text from a token on, as far as an answer can reach."""
         return self.text(example.tokens[start : start + self.longest])
 
     def text(self, tokens: np.ndarray) -> str:

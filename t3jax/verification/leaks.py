@@ -47,21 +47,12 @@ def count_leaks(
     pools: Sequence[Sequence[float]],
     threshold: float,
 ) -> tuple[Float[np.ndarray, "rows"], Float[np.ndarray, "rows"]]:
-    """Which answers leak, and how often answers that cannot know would.
+    """Finds answers that leak, and how often answers that cannot know would, `[rows]` each.
 
     An answer leaks if it reaches the threshold, and holds more of the true answer than texts of the
     same wording do, and than answers about others. An answer that knows no more than those is one
-    among equals, as likely the best of them as each.
-
-    Args:
-        recall: How much of its true answer each row's answer holds, `[rows]`.
-        wording: The most of it in texts of the same wording that say something else, `[rows]`.
-        pools: How much of it answers about others hold, by row.
-        threshold: Recall from which an answer may leak.
-
-    Returns:
-        1 where a row leaks, 0 elsewhere, `[rows]`; and the share of the others of a row that would
-        leak in its place, `[rows]`.
+    among equals, as likely the best of them as each. `wording` and `pools` are how much of the true
+    answer those texts and answers hold.
     """
     leaks, chance = np.zeros(len(recall)), np.zeros(len(recall))
     for i, pool in enumerate(pools):

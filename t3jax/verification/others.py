@@ -4,19 +4,19 @@ In a set of rows answers are worded alike, and a model that knows nothing guesse
 is how much of a true answer like texts hold that cannot know it, the names exchanged.
 """
 
-import dataclasses
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence, Set
 
 import numpy as np
 from jaxtyping import Float
 
 from t3jax.data.records import Record, evenly_spread
 from t3jax.evaluation.recall import leak_recall
+from t3jax.synthetic.counterfactual import Counterfactual
 from t3jax.verification.attacks import Attack
 from t3jax.verification.leaks import Tries, recall_once
 
-_OTHERS = 5  # rows alike, which say what is wording and what is chance
+_OTHERS = 5  # rows alike, by which wording and chance are measured
 _LOOKED_AT = 5000  # retain rows at most, among which those are
 _LOOKED_INTO = 2000  # characters of a document at most
 
@@ -57,19 +57,8 @@ def rename(text: str, name: str, other: str) -> str:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Exchanged:
-    """A forget row about someone whom a retain row is about, a `Counterfactual`.
-
-    Attributes:
-        row: Which row.
-        record: The row with the other's name.
-        pairs: The other's name in the place of the row's.
-    """
-
-    row: int
-    record: Record
-    pairs: Mapping[str, str]
+class Exchanged(Counterfactual):
+    """A forget row about someone whom a retain row is about; `pairs` holds that one name."""
 
     def swap_back(self, text: str) -> str:
         """The text with the row's own name."""
@@ -84,13 +73,7 @@ class Others:
     """
 
     def __init__(self, records: Sequence[Record], retain: Sequence[Record], threshold: float):
-        """Ranks the rows by likeness to one another, and retain rows by likeness to them.
-
-        Args:
-            records: The forget rows that are asked.
-            retain: The retain rows.
-            threshold: Share of common words from which true answers without names say the same.
-        """
+        """Ranks the rows by likeness to one another, and retain rows by likeness to them."""
         looked_at = evenly_spread(retain, _LOOKED_AT)
         texts = " ".join(" ".join(_question_and_answer(row)) for row in (*records, *looked_at))
         small = {word for word in re.findall(r"\w+", texts) if word[0].islower()}
@@ -198,7 +181,7 @@ class _About:
 
 
 def _question_and_answer(record: Record) -> tuple[str, str]:
-    """Of a document nothing and its beginning."""
+    """Question and answer of a row; "" and the beginning of a document."""
     if "text" in record:
         return "", record["text"][:_LOOKED_INTO]
     return record["question"], record["answer"]

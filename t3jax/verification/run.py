@@ -11,7 +11,8 @@ from t3jax.evaluation import metrics
 from t3jax.evaluation.settings import BASE, Setting
 from t3jax.evaluation.store import Store
 from t3jax.sampling import Sample
-from t3jax.verification.asking import Asking, Counterfactual, VerifyOptions
+from t3jax.synthetic import Counterfactual
+from t3jax.verification.asking import Asking, VerifyOptions
 from t3jax.verification.attacks import PREFIX, Attack, as_they_stand, words_of
 from t3jax.verification.leaks import best_answers, find_leaks, group_answers
 from t3jax.verification.others import Exchanged, Others
@@ -39,16 +40,6 @@ def verify(
     counterfactuals: Sequence[Counterfactual] = (),
 ) -> Verdict:
     """Asks the rows in all ways and judges the answers.
-
-    Args:
-        store: Scores and answers of the base with its heads.
-        setting: The unlearned model, one of the store.
-        forget: Rows that must not come back.
-        retain: Rows that must be answered as before.
-        prompt_format: How a question becomes a prompt.
-        options: What is asked.
-        rewordings: Other wordings of forget questions, by question.
-        counterfactuals: Forget rows about made-up names, to which the base's answers are guesses.
 
     Raises:
         ValueError: If a row cannot be encoded, or does not fit the model's context.

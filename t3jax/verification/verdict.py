@@ -1,4 +1,4 @@
-"""What was found out about a head, and what follows from it."""
+"""The findings on a head, and the verdict that follows from them."""
 
 import dataclasses
 import math

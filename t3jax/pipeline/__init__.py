@@ -1,0 +1,56 @@
+"""The stages of the commands as functions of their settings; there is no mathematics here.
+
+`models` makes tokens and fine-tuned models, `heads` trains and loads heads, `evaluation` scores
+them. The commands, the demo, `t3jax.sweep` and `t3jax.study` are these in turn.
+"""
+
+from t3jax.pipeline.evaluation import (
+    Evaluation,
+    Examined,
+    evaluate,
+    examine,
+    load_sets,
+    measure,
+    score,
+    settings,
+)
+from t3jax.pipeline.heads import (
+    calibrate_heads,
+    choose_setting,
+    digests,
+    head_config,
+    head_defaults,
+    load_heads,
+    refinements,
+    settle_loss,
+    start_head,
+    synthetic_options,
+    training_sets,
+)
+from t3jax.pipeline.models import encode, encode_rows, finetune_config, finetune_once
+
+__all__ = [
+    "Evaluation",
+    "Examined",
+    "calibrate_heads",
+    "choose_setting",
+    "digests",
+    "encode",
+    "encode_rows",
+    "evaluate",
+    "examine",
+    "finetune_config",
+    "finetune_once",
+    "head_config",
+    "head_defaults",
+    "load_heads",
+    "load_sets",
+    "measure",
+    "refinements",
+    "score",
+    "settings",
+    "settle_loss",
+    "start_head",
+    "synthetic_options",
+    "training_sets",
+]

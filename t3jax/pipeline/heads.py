@@ -1,0 +1,185 @@
+"""Heads as settings ask for them: what they are trained on, how, and how they are served."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from jax.sharding import Mesh
+
+from t3jax import data
+from t3jax.digests import params_digest
+from t3jax.evaluation.calibration import Calibration, calibrate
+from t3jax.head import HeadConfig, class_prior_shift
+from t3jax.head_io import Head, load_head
+from t3jax.lm import LM
+from t3jax.pipeline.models import encode_rows, source_digest
+from t3jax.refinements import Refinements
+from t3jax.sections import narrow
+from t3jax.settings import Settings, replace
+from t3jax.training import check_start
+from t3jax.training_sets import SyntheticOptions, TrainingSets, make_training_sets
+
+
+def digests(config: Settings, lm: LM) -> dict[str, str]:
+    """Digests of the forget rows, the retain rows and the model's weights, for a head's card."""
+    sources = {name: config[name] for name in ("forget", "retain") if config[name] is not None}
+    rows = {name: source_digest(config, source) for name, source in sources.items()}
+    return rows | {"model": params_digest(lm.params)}
+
+
+def synthetic_options(config: Settings) -> SyntheticOptions:
+    """The options of the texts that the base model writes for the training of a head."""
+    return dataclasses.replace(
+        config.synthetic, max_new_tokens=config.sampling.max_new_tokens, batch_size=config.rows
+    )
+
+
+def training_sets(config: Settings, lm: LM) -> TrainingSets:
+    """Makes the sets that a head is trained on, or reads them from the feature store."""
+    return make_training_sets(
+        lm,
+        data.load_dataset(config["forget"], config.tofu_dir),
+        data.load_dataset(config["retain"], config.tofu_dir) if config.retain is not None else [],
+        config.train,
+        synthetic_options(config),
+        prompt_format=config.prompt_format,
+        features=config.classifier.features,
+        feature_dtype=config.classifier.feature_dtype,
+        feature_store=config.feature_store,
+        max_length=config.max_length,
+        progress=True,
+    )
+
+
+def settle_loss(config: Settings, sets: TrainingSets) -> Settings:
+    """Puts the loss that the sets are made for in the place of "auto"."""
+    if config.train.loss == "auto":
+        why = "" if sets.loss == "distillation" else ": made-up names hide too few of the rows"
+        print(f"loss: {sets.loss}{why}")
+    return replace(config, train=config.train.settle_loss(sets.loss))
+
+
+def head_config(config: Settings, lm: LM) -> HeadConfig:
+    """The shape of a head for a model."""
+    return narrow(
+        HeadConfig, config.classifier, hidden_size=lm.hidden_size, vocab_size=lm.vocab_size
+    )
+
+
+def start_head(config: Settings, shape: HeadConfig) -> Head | None:
+    """Loads the head in `classifier.init`, at which training starts; None where that is unset.
+
+    Raises:
+        FileNotFoundError: If there is no head.
+        ValueError: If it is damaged, or is not of the `shape` and kind of the heads to train.
+    """
+    if config.classifier.init is None:
+        return None
+    head = load_head(config.classifier.init)
+    try:
+        check_start(head.config, shape)
+    except ValueError as error:
+        raise ValueError(f"config.classifier.init = {config.classifier.init!r}: {error}") from error
+    return head
+
+
+def head_defaults(config: Settings) -> dict[str, Any]:
+    """The settings that a trained head keeps: the model, and T, s and class prior where set."""
+    knobs = {name: config[name] for name in ("base_temperature", "guidance_scale")}
+    if config.train.loss == "distillation" and knobs["base_temperature"] is None:
+        knobs["base_temperature"] = config.train.distilled_temperature
+    if config.forget_fraction is not None:
+        knobs["prior_shift"] = class_prior_shift(config.forget_fraction)
+    return {"model": config.model} | {name: x for name, x in knobs.items() if x is not None}
+
+
+def choose_setting(
+    config: Settings, lm: LM, heads: Sequence[Head], sets: TrainingSets
+) -> list[Head]:
+    """Gives heads T and s where the settings leave both open and there are counterfactuals.
+
+    All heads get the setting that is chosen for the first; their records say how. See
+    `t3jax.evaluation.calibration`.
+    """
+    open_fields = config.base_temperature is None and config.guidance_scale is None
+    if not open_fields or not sets.counterfactuals:
+        return list(heads)
+    calibration = calibrate_heads(config, lm, heads[:1], sets)
+    print(calibration, flush=True)
+    chosen = calibration.chosen
+    return [
+        dataclasses.replace(
+            head,
+            base_temperature=chosen.base_temperature,
+            guidance_scale=chosen.guidance_scale,
+            record=head.record | {"calibration": dataclasses.asdict(calibration)},
+        )
+        for head in heads
+    ]
+
+
+def calibrate_heads(
+    config: Settings, lm: LM, heads: Sequence[Head], sets: TrainingSets, seeds: int = 1
+) -> Calibration:
+    """Compares heads and settings with the made-up-name level, see `calibrate`.
+
+    A distilled head is tried at the T that it was trained for alone.
+    """
+    swapped = encode_rows(config, lm, [made.record for made in sets.counterfactuals])
+    of_row: list[list[data.Example]] = [[] for _ in sets.rows]
+    for made, example in zip(sets.counterfactuals, swapped, strict=True):
+        of_row[made.row].append(example)
+    distils = config.train.loss == "distillation"
+    return calibrate(
+        lm,
+        heads,
+        encode_rows(config, lm, sets.rows),
+        of_row,
+        encode_rows(config, lm, sets.retained),
+        refinements=refinements(config.refinements, lm),
+        seeds=seeds,
+        **({"temperatures": (config.train.distilled_temperature,)} if distils else {}),
+    )
+
+
+def load_heads(
+    config: Settings, names: Sequence[str], mesh: Mesh
+) -> tuple[list[str], list[Head], list[tuple[int, ...]]]:
+    """Loads heads, and gives them the class prior of the settings where that is set.
+
+    Args:
+        config: The settings.
+        names: Head folders; "FOLDER,FOLDER" are served together.
+        mesh: The devices.
+
+    Returns:
+        The folders, each once; their heads; and for each name the indices of its heads.
+    """
+    groups = [name.split(",") for name in names]
+    folders = list(dict.fromkeys(folder for group in groups for folder in group))
+    heads = [load_head(folder, mesh) for folder in folders]
+    if config.forget_fraction is not None:
+        shift = class_prior_shift(config.forget_fraction)
+        heads = [dataclasses.replace(head, prior_shift=shift) for head in heads]
+    return folders, heads, [tuple(map(folders.index, group)) for group in groups]
+
+
+def refinements(name: str, lm: LM) -> Refinements:
+    """Refinements by name: `plain`, or some of `gated`, `protected` and `product`, joined by "-".
+
+    Stop tokens of the model are the protected ones.
+
+    Raises:
+        ValueError: If a part of the name is unknown.
+    """
+    parts = set(name.split("-")) - {"plain"}
+    if unknown := sorted(parts - {"gated", "protected", "product"}):
+        raise ValueError(
+            f"refinements {name!r}: unknown {unknown}; expected plain, or some of gated, protected "
+            "and product, joined by '-'"
+        )
+    return Refinements(
+        gated="gated" in parts,
+        protected=lm.eos_ids if "protected" in parts else (),
+        combine="product" if "product" in parts else "disjoint",
+    )

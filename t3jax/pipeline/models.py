@@ -1,0 +1,135 @@
+"""Rows as tokens, and fine-tuned language models, as settings ask for them."""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from jax.sharding import Mesh
+
+from t3jax import checked, data, files, hosts
+from t3jax.data.records import Record
+from t3jax.digests import model_digest, rows_digest
+from t3jax.finetuning import FinetuneConfig, finetune
+from t3jax.lm import LM, default_dtype, load_config, load_lm, save_hf
+from t3jax.lm.adapter import save_adapter
+from t3jax.lm.decoder import Lora
+from t3jax.sections import narrow
+from t3jax.settings import Settings
+
+
+def encode(config: Settings, lm: LM, source: str) -> list[data.Example]:
+    """Encodes the rows of a source."""
+    return encode_rows(config, lm, data.load_dataset(source, config.tofu_dir))
+
+
+def encode_rows(config: Settings, lm: LM, rows: Sequence[Record]) -> list[data.Example]:
+    """Encodes rows."""
+    return data.encode_records(
+        lm.tokenizer, rows, config.prompt_format, config.max_length or lm.max_position
+    )
+
+
+def finetune_config(config: Settings) -> FinetuneConfig:
+    """The recipe of the language model's fine-tuning."""
+    return narrow(
+        FinetuneConfig,
+        config.finetune,
+        dtype=config.dtype or default_dtype(),
+        minnorm=config.minnorm if config.minnorm.share else None,
+        tasks=len(config.finetune.data) if config.finetune.meta else None,
+    )
+
+
+def finetune_once(config: Settings, mesh: Mesh) -> pathlib.Path:
+    """Fine-tunes the model, or resumes that, and writes the Hugging Face folder it returns.
+
+    A folder that was made before of the same model (weights, config and tokenizer, wherever they
+    lie), of the same data and by the same recipe is left as it is, once its files match their
+    checksums.
+
+    Raises:
+        ValueError: As `finetune`, or as loading the model or the data; or a file of the folder is
+            not as it was written.
+    """
+    recipe = finetune_config(config)
+    workdir = pathlib.Path(config["finetune.workdir"])
+    made_by: dict[str, Any] = {
+        "recipe": dataclasses.asdict(recipe),
+        "format": dataclasses.asdict(config.prompt_format),
+        **{
+            f"finetune_{name}": [[source, source_digest(config, source)] for source in sources]
+            for name, sources in (
+                ("data", config.finetune.data),
+                ("validation", config.finetune.validation),
+            )
+        },
+    }
+    # Trained weights are float32; those that LoRA leaves alone need not be.
+    lm = load_lm(config["model"], recipe.dtype if recipe.freezes_weights else "float32", mesh)
+    made_by["model"] = model_digest(lm)
+    record = workdir / "model" / "finetuning.json"
+    made_by = json.loads(json.dumps(made_by))  # as it is read back
+    if hosts.of_lead(hosts.is_lead() and _was_made_by(record, made_by)):
+        return record.parent
+    lm_config = load_config(config["model"])
+
+    def write_adapter(lora: Lora) -> None:
+        try:
+            with files.replacing_folder(workdir / "adapter") as folder:
+                save_adapter(
+                    folder, lm_config, lora, recipe.lora_rank, recipe.lora_alpha, config["model"]
+                )
+        except ValueError as error:  # the merged model is written all the same
+            print(f"no adapter is written: {error}")
+
+    tasks = [encode(config, lm, source) for source in config.finetune.data]
+    params = finetune(
+        lm_config,
+        lm.params,
+        tasks if recipe.tasks else list(itertools.chain(*tasks)),
+        recipe,
+        validation=[
+            row for source in config.finetune.validation for row in encode(config, lm, source)
+        ],
+        workdir=workdir,
+        mesh=mesh,
+        progress="fine-tuning",
+        on_lora=write_adapter,
+    )
+    dtype = params["embed"]["weight"].dtype
+    params = hosts.fetch_to_lead(params)
+    if hosts.is_lead():
+        with files.replacing_folder(workdir / "model") as folder:
+            save_hf(folder, lm_config, params, list(lm.eos_ids), dtype)
+            lm.tokenizer.save_pretrained(folder)
+            sums = {
+                str(path.relative_to(folder)): checked.file_checksum(path)
+                for path in folder.rglob("*")
+                if path.is_file()
+            }
+            checked.write_json(folder / record.name, {"made_by": made_by, "files": sums})
+    hosts.wait_for(record)
+    return record.parent
+
+
+def _was_made_by(record: pathlib.Path, made_by: dict[str, Any]) -> bool:
+    """Whether `made_by` made a fine-tuned folder; raises ValueError if its files have changed."""
+    made = checked.read_stored(record, checked.read_json)
+    if made is None or made["made_by"] != made_by:
+        return False
+    for name, checksum in made["files"].items():
+        path = record.parent / name
+        if not path.is_file() or checked.file_checksum(path) != checksum:
+            raise ValueError(
+                f"{path} is not the file that fine-tuning wrote (damaged, changed or missing); "
+                f"remove {record.parent} to have it written anew from the run's last checkpoint"
+            )
+    return True
+
+
+def source_digest(config: Settings, source: str) -> str:
+    """Digest of the rows of a source."""
+    return rows_digest(data.load_dataset(source, config.tofu_dir))
