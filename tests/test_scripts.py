@@ -142,6 +142,14 @@ def test_a_typed_prompt_is_answered_by_both(trained, run, folder):
     assert [line.split(" | ")[0].strip() for line in lines] == ["base", "unlearned"]
 
 
+MEASURED = (
+    "--config.sampling.max_new_tokens=6",
+    "--config.leaks.samples=2",
+    "--config.leaks.kl_rows=2",
+    "--config.rows=8",
+)
+
+
 def evaluation_flags(folder):
     return [
         f"--config.model={folder}/model",
@@ -149,10 +157,7 @@ def evaluation_flags(folder):
         f"--config.eval.forget={folder}/forget.jsonl",
         f"--config.eval.retain={folder}/retain.jsonl",
         f"--config.eval.dir={folder}/evaluation",
-        "--config.sampling.max_new_tokens=6",
-        "--config.leaks.samples=2",
-        "--config.leaks.kl_rows=2",
-        "--config.rows=8",
+        *MEASURED,
     ]
 
 
@@ -289,9 +294,10 @@ def test_a_sweep_without_a_retain_model_chooses_by_made_up_names(run, folder):
 def test_an_experiment_makes_its_models_and_a_page_of_results(run, folder):
     here = folder / "experiment"
     flags = [
-        *evaluation_flags(folder)[2:4],
-        *evaluation_flags(folder)[5:],
+        *MEASURED,
         f"--config.model={folder}/model",
+        f"--config.eval.forget={folder}/forget.jsonl",
+        f"--config.eval.retain={folder}/retain.jsonl",
         f"--config.forget={folder}/forget.jsonl",
         f"--config.retain={folder}/retain.jsonl",
         f"--config.experiment.plain_chat={folder}/retain.jsonl",
