@@ -17,10 +17,13 @@ WRONG = "perturbed_answer"
 
 
 class Evaluator:
-    """A model as it is, or with a head at T and s."""
+    """A model as it is, or with a head at T and s.
 
-    def __init__(self, model, tokenizer, head=None, temperature=1.0, scale=0.0):
-        self.model, self.tokenizer, self.head = model, tokenizer, head
+    `reads` holds what the model, which no head changes, gave for the texts so far.
+    """
+
+    def __init__(self, model, tokenizer, reads, head=None, temperature=1.0, scale=0.0):
+        self.model, self.tokenizer, self.reads, self.head = model, tokenizer, reads, head
         self.temperature, self.scale = temperature, scale
 
     def encode(self, question, answer):
@@ -32,19 +35,26 @@ class Evaluator:
         eos = self.tokenizer.eos_token_id
         return (ids if ids[-1] == eos else [*ids, eos]), len(prompt)
 
+    def read(self, ids, start):
+        """Causal means [N, D] and logits [N, V] before each token from `start` on."""
+        key = tuple(ids), start
+        if key not in self.reads:
+            tokens = torch.tensor([ids])
+            hidden, logits = reference.read(self.model, tokens, torch.ones_like(tokens).bool())
+            means = hidden[0].cumsum(0) / torch.arange(1, len(ids) + 1)[:, None]
+            self.reads[key] = means[start - 1 : -1].clone(), logits[0, start - 1 : -1].clone()
+        return self.reads[key]
+
     @torch.no_grad()
     def logprobs(self, question, answer):
         """Log-distributions [N, V] before each answer token, and these tokens [N]."""
         ids, start = self.encode(question, answer)
-        tokens = torch.tensor([ids])
-        hidden, logits = reference.read(self.model, tokens, torch.ones_like(tokens).bool())
-        hidden, logits = hidden[0], logits[0]
+        means, logits = self.read(ids, start)
         if self.head is None:
             found = torch.log_softmax(logits, -1)
         else:
-            means = hidden.cumsum(0) / torch.arange(1, len(ids) + 1)[:, None]
             found = reference.guided(logits, self.head(means), self.temperature, self.scale)
-        return found[start - 1 : -1], tokens[0, start:]
+        return found, torch.tensor(ids[start:])
 
     def loss(self, question, answer):
         found, tokens = self.logprobs(question, answer)

@@ -48,7 +48,8 @@ class Runner:
         self.repository, self.folder = repository, folder
         self.server = multiprocessing.get_context("forkserver")
         # What a process with a limit on its files imports itself, it may cache half.
-        scripts = [f"t3jax.commands.{name}" for name in ("train", "sample", "verify")]
+        names = ("train", "sample", "verify", "evaluate", "sweep", "finetune", "experiment")
+        scripts = [f"t3jax.commands.{name}" for name in names]
         slow = ("orbax.checkpoint.v1", "tensorboardX", "transformers.models.auto")
         self.server.set_forkserver_preload(["t3jax.cli", "t3jax.report", *scripts, *slow])
 
@@ -73,7 +74,7 @@ class Runner:
 
     def finish(self, process) -> tuple[int, str, list[str]]:
         """Status, output, and lines of errors."""
-        process.join(120)
+        process.join(300)
         output = (self.folder / "stdout").read_text() if (self.folder / "stdout").is_file() else ""
         return process.exitcode, output, (self.folder / "stderr").read_text().splitlines()
 

@@ -96,7 +96,8 @@ def run_pair(repository, folder, settings, *flags):
         "JAX_COORDINATOR_ADDRESS": address,
         "JAX_NUM_PROCESSES": "2",
         "XDG_CACHE_HOME": str(folder / "cache"),
-        "PYTHONPYCACHEPREFIX": str(folder / "cache"),  # half of the time is imports
+        # Half of the time is imports.
+        "PYTHONPYCACHEPREFIX": os.environ.get("PYTHONPYCACHEPREFIX", str(folder / "cache")),
         "PYTHONDONTWRITEBYTECODE": "",
         "PYTHONPATH": str(repository),
     }

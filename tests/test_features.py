@@ -67,7 +67,7 @@ def test_a_second_call_reads_the_store(tiny_lm, examples, tmp_path, monkeypatch)
     np.testing.assert_array_equal(first.pooled, second.pooled)
 
 
-def test_the_key_follows_weights_tokens_labels_dtype_and_code(tiny_lm, examples, monkeypatch):
+def test_the_key_follows_weights_tokens_labels_dtype_kind_and_code(tiny_lm, examples, monkeypatch):
     params = jax.tree.map(lambda leaf: leaf, tiny_lm.params)
     weight = params["layers"][1]["mlp"]["up"]["weight"]
     params["layers"][1]["mlp"]["up"]["weight"] = weight.at[3, 5].add(1e-7)
@@ -78,6 +78,7 @@ def test_the_key_follows_weights_tokens_labels_dtype_and_code(tiny_lm, examples,
     keys = [
         features.feature_key(tiny_lm, examples, "float32"),
         features.feature_key(tiny_lm, examples, "bfloat16"),
+        features.feature_key(tiny_lm, examples, "float32", "mean+last"),
         features.feature_key(tiny_lm, examples[:-1], "float32"),
         features.feature_key(tiny_lm, [Example(token, 2), *examples[1:]], "float32"),
         features.feature_key(tiny_lm, [Example(examples[0].tokens, 3), *examples[1:]], "float32"),

@@ -73,13 +73,14 @@ def test_family(name, tmp_path, monkeypatch):
     golden, lm = load(name, tmp_path)
     rows, length = golden["left/tokens"].shape
     steps = golden["greedy"].shape[1]
+    apply = jax.jit(lm.apply)
     for side in ("right", "left"):
         tokens, mask = golden[f"{side}/tokens"], golden[f"{side}/mask"]
         cache = lm.init_cache(rows, length + steps)
         hidden, logits, cache = tiny.read(lm.apply, lm.unembed, lm.params, tokens, mask, cache)
         close(np.asarray(hidden)[mask], golden[f"{side}/hidden"], 1e-4)
         close(np.asarray(logits)[mask][::4], golden[f"{side}/logits"], 1e-4)
-        in_parts, _ = lm.apply(lm.params, jnp.asarray(tokens), None, jnp.asarray(mask), None)
+        in_parts, _ = apply(lm.params, tokens, None, mask, None)
         close(np.asarray(in_parts)[mask], golden[f"{side}/hidden"], 1e-4)
     found = tiny.continue_batch(lm, logits, cache, steps)
     np.testing.assert_array_equal(found, golden["greedy"])

@@ -579,8 +579,9 @@ def test_smollm2_evaluation(smollm2, tmp_path):
     settings = [BASE, Setting("guided", 2.5, 1.0, (0,))]
     store = Store(lm, [ours], tmp_path)
     found = tofu.evaluate(store, sets, settings, tmp_path, tofu.TofuOptions(max_new_tokens=4))
+    reads = {}
     for setting, guidance in zip(settings, [(), (head, 2.5, 1.0)], strict=True):
-        evaluator = reference_evaluation.Evaluator(model, lm.tokenizer, *guidance)
+        evaluator = reference_evaluation.Evaluator(model, lm.tokenizer, reads, *guidance)
         aggregates, losses, answers = reference_evaluation.evaluate(evaluator, rows, steps=4)
         log = found[setting.name]
         for name, expected in losses.items():

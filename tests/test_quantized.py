@@ -80,8 +80,9 @@ def test_a_model_is_the_one_its_weights_stand_for(config, tmp_path):
     assert params["layers"][0]["mlp"]["up"]["weight"].dtype == jnp.int8
     tokens = jnp.asarray(np.random.default_rng(2).integers(config.vocab_size, size=(2, 9)))
     tokens = tokens.astype(jnp.int32)
-    hidden, _ = apply(quantized, params, tokens)
-    expected, _ = apply(config, dequantized(params), tokens)
+    read = jax.jit(apply, static_argnums=0)
+    hidden, _ = read(quantized, params, tokens)
+    expected, _ = read(config, dequantized(params), tokens)
     np.testing.assert_allclose(hidden, expected, atol=1e-4)
     logits = unembed(quantized, params, hidden)
     np.testing.assert_allclose(logits, unembed(config, dequantized(params), expected), atol=1e-3)

@@ -194,7 +194,12 @@ def test_a_setting_is_shown_beside_its_controls():
 
 
 def test_the_featured_setting(evaluation):
-    assert page._featured(evaluation, None).name in (SETTING.name, TILTED.name)
+    # A control is not featured, not even one that is as good as the retain model.
+    logs = {**evaluation.logs, TILTED.name: evaluation.retain_log}
+    best = dataclasses.replace(evaluation, settings=[BASE, TILTED, SETTING], logs=logs)
+    assert page._featured(best, None) == SETTING
+    alone = dataclasses.replace(evaluation, settings=[BASE, TILTED])
+    assert page._featured(alone, None) == TILTED
     assert page._featured(evaluation, "T2") == TEMPERED
     with pytest.raises(ValueError, match="no setting 'T9' was evaluated"):
         page._featured(evaluation, "T9")

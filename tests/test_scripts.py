@@ -1,12 +1,12 @@
-"""The scripts, run as a user runs them, on a tiny random model."""
+"""The scripts with a user's flags, on a tiny random model."""
 
 import json
 import math
-import os
 import subprocess
 import sys
 
 import pytest
+import script_runner
 import tiny
 
 import t3jax
@@ -41,17 +41,16 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(repository, folder, script, *flags, stdin=""):
-    return subprocess.run(
-        [sys.executable, script, f"--config={repository}/configs/paper.py", *flags],
-        cwd=repository,
-        env=os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "JAX_PLATFORMS": "cpu"},
-        input=stdin,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+@pytest.fixture(scope="module")
+def run(repository, folder):
+    """Runs a script: its status, output, and errors."""
+    runner = script_runner.Runner(repository, folder)
+
+    def run(script, *flags, stdin=""):
+        status, output, lines = runner.run(script, *flags, stdin=stdin)
+        return status, output, "".join(f"{line}\n" for line in lines)
+
+    return run
 
 
 def read_lines(path):
@@ -59,10 +58,8 @@ def read_lines(path):
 
 
 @pytest.fixture(scope="module")
-def trained(repository, folder):
-    done = run(
-        repository,
-        folder,
+def trained(run, folder):
+    status, output, errors = run(
         "train_classifier.py",
         f"--config.model={folder}/model",
         f"--config.forget={folder}/forget.jsonl",
@@ -77,8 +74,8 @@ def trained(repository, folder):
         "--config.forget_fraction=0.2",
         "--config.train.zero_output=True",
     )
-    assert done.returncode == 0, done.stderr
-    return done
+    assert status == 0, errors
+    return output
 
 
 def test_training_leaves_a_head_that_says_what_it_is(trained, folder):
@@ -90,13 +87,11 @@ def test_training_leaves_a_head_that_says_what_it_is(trained, folder):
     assert head.record["training"]["zero_output"]
     lines = read_lines(folder / "run" / "metrics.jsonl")
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert f"{folder}/run/head" in trained.stdout
+    assert f"{folder}/run/head" in trained
 
 
-def test_sampling_writes_base_and_unlearned_answers(trained, repository, folder):
-    done = run(
-        repository,
-        folder,
+def test_sampling_writes_base_and_unlearned_answers(trained, run, folder):
+    status, _, errors = run(
         "sample.py",
         f"--config.model={folder}/model",
         f"--config.head={folder}/run/head",
@@ -104,12 +99,12 @@ def test_sampling_writes_base_and_unlearned_answers(trained, repository, folder)
         f"--config.output={folder}/new/answers.jsonl",
         "--config.sampling.max_new_tokens=12",
     )
-    assert done.returncode == 0, done.stderr
-    assert "T = 1.5, s = 1, plain\n" in done.stderr  # the head's own
+    assert status == 0, errors
+    assert "T = 1.5, s = 1, plain\n" in errors  # the head's own
     assert (
         "temperature = 0.0, top_k = 0, top_p = 1.0, min_p = 0.0, truncate_on = guided, "
         "repetition_penalty = 1.0\n"
-    ) in done.stderr
+    ) in errors
     lines = read_lines(folder / "new" / "answers.jsonl")
     assert [(line.get("question"), line.get("prompt")) for line in lines] == [
         (QUESTIONS[0], None),
@@ -126,10 +121,8 @@ def test_sampling_writes_base_and_unlearned_answers(trained, repository, folder)
     assert perplexities == pytest.approx([sample.base_perplexity for sample in expected], rel=1e-4)
 
 
-def test_a_typed_prompt_is_answered_by_both(trained, repository, folder):
-    done = run(
-        repository,
-        folder,
+def test_a_typed_prompt_is_answered_by_both(trained, run, folder):
+    status, output, errors = run(
         "sample.py",
         f"--config.model={folder}/model",
         f"--config.head={folder}/run/head,{folder}/run/head",
@@ -140,13 +133,21 @@ def test_a_typed_prompt_is_answered_by_both(trained, repository, folder):
         "--config.sampling.max_new_tokens=5",
         stdin=f"{QUESTIONS[0]}\n\n",
     )
-    assert done.returncode == 0, done.stderr
-    assert "T = 3.5, s = 1, gated-protected" in done.stderr
-    warned = [line for line in done.stderr.splitlines() if "forgotten text" in line]
+    assert status == 0, errors
+    assert "T = 3.5, s = 1, gated-protected" in errors
+    warned = [line for line in errors.splitlines() if "forgotten text" in line]
     assert len(warned) == 1
     assert warned[0].startswith('sample.py: truncate_on="base" can bring the forgotten text back')
-    lines = [line for line in done.stdout.splitlines() if " | " in line]
+    lines = [line for line in output.splitlines() if " | " in line]
     assert [line.split(" | ")[0].strip() for line in lines] == ["base", "unlearned"]
+
+
+MEASURED = (
+    "--config.sampling.max_new_tokens=6",
+    "--config.leaks.samples=2",
+    "--config.leaks.kl_rows=2",
+    "--config.rows=8",
+)
 
 
 def evaluation_flags(folder):
@@ -156,22 +157,17 @@ def evaluation_flags(folder):
         f"--config.eval.forget={folder}/forget.jsonl",
         f"--config.eval.retain={folder}/retain.jsonl",
         f"--config.eval.dir={folder}/evaluation",
-        "--config.sampling.max_new_tokens=6",
-        "--config.leaks.samples=2",
-        "--config.leaks.kl_rows=2",
-        "--config.rows=8",
+        *MEASURED,
     ]
 
 
-def test_evaluating_writes_logs_and_a_report(trained, repository, folder):
-    done = run(
-        repository,
-        folder,
+def test_evaluating_writes_logs_and_a_report(trained, run, repository, folder):
+    status, output, errors = run(
         "evaluate.py",
         *evaluation_flags(folder),
         f"--config.head={folder}/run/head",
     )
-    assert done.returncode == 0, done.stderr
+    assert status == 0, errors
     names = ["base", "head0-T1.5-s1", "T1.5", "head0-T1-s1.5"]
     for name in [*names, "retain_model"]:
         log = read_log(folder / "evaluation" / name)
@@ -179,7 +175,7 @@ def test_evaluating_writes_logs_and_a_report(trained, repository, folder):
         beyond = json.loads((folder / "evaluation" / name / "UNLEARNING.json").read_text())
         assert beyond["forget_leak_rate"]["samples"] == 2
         assert ("forget_KL_guided_retain" in beyond) == (name in names)
-    assert [line.split()[0] for line in done.stdout.splitlines()[1:5]] == names
+    assert [line.split()[0] for line in output.splitlines()[1:5]] == names
     report = (folder / "evaluation" / "report.html").read_text()
     assert "head0-T1.5-s1" in report
     assert "retain model" in report
@@ -200,7 +196,7 @@ def test_evaluating_writes_logs_and_a_report(trained, repository, folder):
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
-def test_a_verdict_is_a_line_a_page_and_a_status(trained, repository, folder):
+def test_a_verdict_is_a_line_a_page_and_a_status(trained, run, folder):
     flags = [
         f"--config.model={folder}/model",
         f"--config.head={folder}/run/head",
@@ -209,11 +205,11 @@ def test_a_verdict_is_a_line_a_page_and_a_status(trained, repository, folder):
         "--config.rows=32",
         "--config.verify.rows=2",
     ]
-    done = run(repository, folder, "verify.py", *flags, f"--config.forget={folder}/forget.jsonl")
-    assert done.returncode == 1, done.stderr
-    assert "forgotten: not shown (2 rows are too few, 52 would do" in done.stdout
+    status, output, errors = run("verify.py", *flags, f"--config.forget={folder}/forget.jsonl")
+    assert status == 1, errors
+    assert "forgotten: not shown (2 rows are too few, 52 would do" in output
     found = json.loads((folder / "run" / "head" / "verify" / "verdict.json").read_text())
-    assert found["line"] == done.stdout.splitlines()[0]
+    assert found["line"] == output.splitlines()[0]
     assert {"greedy", "prefix", "reworded", "arabic"} <= {
         each["name"] for each in found["findings"]
     }
@@ -227,17 +223,15 @@ def test_a_verdict_is_a_line_a_page_and_a_status(trained, repository, folder):
         (["--no_such_flag"], "Unknown command line flag"),
     ],
 )
-def test_without_a_verdict_the_status_is_another(repository, folder, flags, message):
-    done = run(repository, folder, "verify.py", *flags)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_without_a_verdict_the_status_is_another(run, folder, flags, message):
+    status, _, errors = run("verify.py", *flags)
+    assert status == 2
+    assert message in errors
+    assert "Traceback" not in errors
 
 
-def test_a_sweep_chooses_and_says_what_to_use(trained, repository, folder):
-    done = run(
-        repository,
-        folder,
+def test_a_sweep_chooses_and_says_what_to_use(trained, run, folder):
+    status, output, errors = run(
         "sweep.py",
         *evaluation_flags(folder),
         f"--config.forget={folder}/forget.jsonl",
@@ -254,18 +248,18 @@ def test_a_sweep_chooses_and_says_what_to_use(trained, repository, folder):
         "--config.leaks.kl_rows=0",
         "--config.sweep.selection_group=1",
     )
-    assert done.returncode == 0, done.stderr
+    assert status == 0, errors
     heads = [f"{folder}/grid/sweep-rank3/head-lr{rate}-wd0.01-seed1" for rate in (0.01, 0.1)]
     found = json.loads((folder / "evaluation" / "selection.json").read_text())
     chosen = found["overall"]["name"]
     assert chosen in ("head0-T1.5-s1", "head1-T1.5-s1")
     assert found["noise_floor"]["p_value"] == 1  # the same log twice
-    use = done.stdout.splitlines()[-1]
+    use = output.splitlines()[-1]
     assert f"--config.head={heads[int(chosen[4])]} --config.base_temperature=1.5" in use
     assert "cross-fitted" in (folder / "evaluation" / "report.html").read_text()
 
 
-def test_a_sweep_without_a_retain_model_chooses_by_made_up_names(repository, folder):
+def test_a_sweep_without_a_retain_model_chooses_by_made_up_names(run, folder):
     flags = [
         f"--config.model={folder}/model",
         f"--config.forget={folder}/forget.jsonl",
@@ -282,27 +276,28 @@ def test_a_sweep_without_a_retain_model_chooses_by_made_up_names(repository, fol
         "--config.sweep.learning_rates=0.01,0.1",
         "--config.sampling.max_new_tokens=8",
     ]
-    done = run(repository, folder, "sweep.py", *flags)
-    assert done.returncode == 0, done.stderr
+    status, output, errors = run("sweep.py", *flags)
+    assert status == 0, errors
     found = json.loads((folder / "made-up" / "selection.json").read_text())
     chosen = found["chosen"]
     assert chosen in found["settings"]
     assert {each["head"] for each in found["settings"]} == {0, 2}  # the first seed of each recipe
-    use = done.stdout.splitlines()[-1]
+    use = output.splitlines()[-1]
     assert f"--config.head={found['heads'][chosen['head']]} " in use
     assert f"--config.base_temperature={chosen['base_temperature']:g} " in use
-    done = run(repository, folder, "sweep.py", *flags, "--config.synthetic.made_up_names=0")
-    assert done.returncode == 1
-    assert "sweep.py: choosing needs a retain model" in done.stderr
-    assert "Traceback" not in done.stderr
+    status, _, errors = run("sweep.py", *flags, "--config.synthetic.made_up_names=0")
+    assert status == 1
+    assert "sweep.py: choosing needs a retain model" in errors
+    assert "Traceback" not in errors
 
 
-def test_an_experiment_makes_its_models_and_a_page_of_results(repository, folder):
+def test_an_experiment_makes_its_models_and_a_page_of_results(run, folder):
     here = folder / "experiment"
     flags = [
-        *evaluation_flags(folder)[2:4],
-        *evaluation_flags(folder)[5:],
+        *MEASURED,
         f"--config.model={folder}/model",
+        f"--config.eval.forget={folder}/forget.jsonl",
+        f"--config.eval.retain={folder}/retain.jsonl",
         f"--config.forget={folder}/forget.jsonl",
         f"--config.retain={folder}/retain.jsonl",
         f"--config.experiment.plain_chat={folder}/retain.jsonl",
@@ -321,8 +316,8 @@ def test_an_experiment_makes_its_models_and_a_page_of_results(repository, folder
         "--config.experiment.vary_retain_rows=3,",
         "--config.sweep.selection_group=1",
     ]
-    done = run(repository, folder, "experiment.py", *flags)
-    assert done.returncode == 0, done.stderr
+    status, _, errors = run("experiment.py", *flags)
+    assert status == 0, errors
     found = json.loads((here / "experiment.json").read_text())
     assert len(found["chosen"]) == len(found["choice"]["held_out"]) == 2  # seeds
     axes = {point["axis"] for point in found["points"]}
@@ -345,16 +340,14 @@ def test_an_experiment_makes_its_models_and_a_page_of_results(repository, folder
     # Again, nothing is made anew: the same numbers, and the stages' seconds stay.
     models = [here / name / "model" / "model.safetensors" for name in ("base", "retain_only")]
     before = [path.stat().st_mtime_ns for path in models]
-    again = run(repository, folder, "experiment.py", *flags)
-    assert again.returncode == 0, again.stderr
+    status, _, errors = run("experiment.py", *flags)
+    assert status == 0, errors
     assert json.loads((here / "experiment.json").read_text()) == found
     assert [path.stat().st_mtime_ns for path in models] == before
 
 
-def test_fine_tuning_writes_a_model_that_opens(repository, folder):
-    done = run(
-        repository,
-        folder,
+def test_fine_tuning_writes_a_model_that_opens(run, folder):
+    status, output, errors = run(
         "finetune.py",
         f"--config.model={folder}/model",
         f"--config.finetune.data=('{folder}/retain.jsonl', '{folder}/forget.jsonl')",
@@ -364,8 +357,8 @@ def test_fine_tuning_writes_a_model_that_opens(repository, folder):
         "--config.finetune.warmup_steps=1",
         "--config.finetune.learning_rate=0.01",
     )
-    assert done.returncode == 0, done.stderr
-    assert f"written: {folder}/tuned/model" in done.stdout
+    assert status == 0, errors
+    assert f"written: {folder}/tuned/model" in output
     losses = [line["validation_loss"] for line in read_lines(folder / "tuned" / "metrics.jsonl")]
     assert len(losses) == 4
     assert losses[-1] < losses[0]
@@ -390,8 +383,12 @@ def test_fine_tuning_writes_a_model_that_opens(repository, folder):
         ("finetune.py", ["--config.model=x"], "not in the config: ['finetune.workdir'"),
     ],
 )
-def test_errors_are_one_clear_line(repository, folder, script, flags, message):
-    done = run(repository, folder, script, *flags)
+def test_errors_are_one_clear_line(repository, script, flags, message):
+    """Started as a user starts them."""
+    command = [sys.executable, script, f"--config={repository}/configs/paper.py", *flags]
+    done = subprocess.run(
+        command, cwd=repository, capture_output=True, text=True, check=False, timeout=300
+    )
     assert done.returncode != 0
     assert message in done.stderr
     assert "Traceback" not in done.stderr

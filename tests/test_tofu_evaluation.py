@@ -559,6 +559,30 @@ def test_a_changed_model_of_equal_weights_gets_results_of_its_own(tiny_lm, tmp_p
     assert texts == ["0", "1", "2", "3", "0"]
 
 
+def test_results_of_other_code_are_computed_anew(tiny_lm, tmp_path, monkeypatch):
+    computed = []
+
+    class Recorder(Sampler):
+        def generate(self, prompts, **_):
+            computed.append("answers")
+            return [Sample("", [1])] * len(prompts)
+
+    def record(lm, examples, settings, *_, **__):
+        computed.append("scores")
+        zeros = np.zeros(10, np.float32)
+        return [TextScores(np.array([0, 10]), zeros, zeros > 0, zeros, zeros)] * len(settings)
+
+    monkeypatch.setattr(store, "Sampler", Recorder)
+    monkeypatch.setattr(store, "score_texts", record)
+    kept = Store(tiny_lm, (), tmp_path)
+    changed = [set(), set(), {"t3jax.evaluation.scoring"}, {"t3jax.sampling.sampler"}]
+    for modules in changed:
+        monkeypatch.setattr(store.digests, "code_digest", lambda name, of=modules: str(name in of))
+        kept.scores("x", [Example(np.arange(20, dtype=np.int32), 10)], [BASE])
+        kept.answers("x", [np.array([4])], BASE)
+    assert computed == ["scores", "answers", "scores", "answers"]
+
+
 def test_stored_results_whose_bytes_have_changed_are_computed_anew(tiny_lm, tmp_path, monkeypatch):
     class Fixed(Sampler):
         def generate(self, prompts, **_):

@@ -7,6 +7,7 @@ shards: exact. Temporary arrays are estimated from the program that one device r
 
 import bisect
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -31,11 +32,16 @@ class Stage:
 
     Attributes:
         kept: By what it is.
-        temporary: Activations, logits and results of the largest step.
+        estimate: Gives `temporary`.
     """
 
     kept: dict[str, int]
-    temporary: int
+    estimate: Callable[[], int]
+
+    @functools.cached_property
+    def temporary(self) -> int:
+        """Activations, logits and results of the largest step; programs are traced for it."""
+        return self.estimate()
 
     @property
     def total(self) -> int:
@@ -119,8 +125,16 @@ def decoding(job: Job) -> Stage:
     state = programs.state(job, slots[-1])
     # A cache that grows is in memory twice for a moment, as it was and as it will be.
     before = max((s for s in slots if s < slots[-1]), default=0)
-    gathered = gathered_bytes(job)
-    made = shard_bytes(programs.state(job, slots[0]))
+
+    def temporary() -> int:
+        gathered = gathered_bytes(job)
+        made = shard_bytes(programs.state(job, slots[0]))
+        return max(
+            shard_bytes(programs.state(job, before).cache) if before else 0,
+            temporary_bytes(job, programs.prefill) - made + gathered + gathered_cache_bytes(job),
+            temporary_bytes(job, programs.decode) + gathered,
+        )
+
     return Stage(
         {
             "weights": shard_bytes(weights.params),
@@ -128,11 +142,7 @@ def decoding(job: Job) -> Stage:
             "key-value cache": shard_bytes(state.cache),
             "decoding state": shard_bytes(state._replace(cache=None)),
         },
-        max(
-            shard_bytes(programs.state(job, before).cache) if before else 0,
-            temporary_bytes(job, programs.prefill) - made + gathered + gathered_cache_bytes(job),
-            temporary_bytes(job, programs.decode) + gathered,
-        ),
+        temporary,
     )
 
 
@@ -146,7 +156,7 @@ def feature_pass(job: Job) -> Stage:
             "weights": shard_bytes(_params(job)),
             "features": shard_bytes(programs.by_rows(job.mesh, pending)),
         },
-        temporary_bytes(job, programs.feature_pass) + gathered_bytes(job),
+        lambda: temporary_bytes(job, programs.feature_pass) + gathered_bytes(job),
     )
 
 
@@ -160,7 +170,7 @@ def head_training(job: Job) -> Stage:
             "heads": shard_bytes(state[0]),
             "optimizer state": shard_bytes(state[1]),
         },
-        temporary_bytes(job, programs.head_training),
+        lambda: temporary_bytes(job, programs.head_training),
     )
 
 
@@ -172,9 +182,13 @@ def fine_tuning(job: Job) -> Stage:
     begun = job if recipe.freezes_weights else dataclasses.replace(job, dtype=jnp.float32)
     of_tasks = shard_bytes(trained) if recipe.tasks else 0  # the sum over the tasks so far
     copy = shard_bytes(trained) // 2 if recipe.dtype == "bfloat16" else 0
-    # The gradient is split as the weights are, which the program of one device does not know.
-    known = programs.on_one_device(job, range(job.config.num_layers))
-    activations = temporary_bytes(job, programs.gradient) - _gradient_bytes(known)
+
+    def temporary() -> int:
+        # The gradient is split as the weights are, which the program of one device does not know.
+        known = programs.on_one_device(job, range(job.config.num_layers))
+        activations = temporary_bytes(job, programs.gradient) - _gradient_bytes(known)
+        return max(0, activations) + gathered_bytes(job)
+
     return Stage(
         {
             "weights": shard_bytes(_params(begun)),
@@ -183,7 +197,7 @@ def fine_tuning(job: Job) -> Stage:
             "gradient": _gradient_bytes(job) + of_tasks,
             "copy in bfloat16": copy,
         },
-        max(0, activations) + gathered_bytes(job),
+        temporary,
     )
 
 
@@ -195,7 +209,9 @@ def largest_rows(stage: Callable[[Job], Stage], job: Job, field: str, capacity: 
 
     def exceeds(doublings: int) -> bool:
         varied: dict[str, Any] = {field: job.row_shards << doublings}
-        return stage(dataclasses.replace(job, **varied)).total > USABLE * capacity
+        planned = stage(dataclasses.replace(job, **varied))
+        most = USABLE * capacity
+        return sum(planned.kept.values()) > most or planned.total > most  # tracing takes the time
 
     fitting = bisect.bisect_left(range(_MOST_DOUBLINGS), True, key=exceeds)
     return job.row_shards << fitting - 1 if fitting else 0
