@@ -20,7 +20,7 @@ from t3jax.json_files import parse_json
 from t3jax.lm.model import LM
 from t3jax.sampling.sampler import SamplingOptions
 from t3jax.serving.messages import Request
-from t3jax.serving.programs import MOST_LIKELY
+from t3jax.serving.state import MOST_LIKELY
 
 MOST_ANSWERS = 128  # of one body: prompts times n
 _MOST_STOPS = 16
