@@ -231,19 +231,8 @@ def make_training_sets(
 
     retain_rows = [list(retain)] if retain else []
     if options.own_samples:
-        own = write(
-            "own-samples",
-            [people, options.own_samples, options.openings, options.max_new_tokens],
-            lambda: writing.write_own_samples(
-                lm,
-                options.own_samples,
-                prompt_format,
-                names=people,
-                openings=options.openings,
-                max_new_tokens=options.max_new_tokens,
-                progress="own samples" if progress else None,
-                **drawing,
-            ),
+        own = load_own_samples(
+            lm, options, people, prompt_format=prompt_format, store=feature_store, progress=progress
         )
         written["own samples"] = len(own)
         retain_rows.append(own)
@@ -334,6 +323,51 @@ def make_training_sets(
         written,
         loss,
     )
+
+
+def load_own_samples(
+    lm: LM,
+    options: SyntheticOptions,
+    people: Sequence[str] = (),
+    *,
+    prompt_format: PromptFormat,
+    store: pathlib.Path | str,
+    progress: bool = False,
+) -> list[Record]:
+    """Lets the base model write chats of its own, or reads those that it wrote before.
+
+    Args:
+        lm: The base model.
+        options: How many and how.
+        people: Names that none of them may hold.
+        prompt_format: How a question becomes a prompt.
+        store: Folder of the store.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Rows with question and answer.
+    """
+    drawing: dict[str, Any] = {
+        "openings": options.openings,
+        "max_new_tokens": options.max_new_tokens,
+    }
+    samples: list[Record] = load_or_write(
+        pathlib.Path(store) / "written",
+        "own-samples",
+        lm,
+        [tuple(people), options.own_samples, *drawing.values(), prompt_format, options.seed],
+        lambda: writing.write_own_samples(
+            lm,
+            options.own_samples,
+            prompt_format,
+            names=people,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            progress="own samples" if progress else None,
+            **drawing,
+        ),
+    )
+    return samples
 
 
 def _counterfactuals_of(

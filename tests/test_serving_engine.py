@@ -198,10 +198,10 @@ def test_the_queue_is_bounded_and_a_cancelled_request_leaves_its_row(engine):
 @pytest.mark.parametrize(
     ("request_", "error"),
     [
-        (Request(np.zeros(0, np.int32), SamplingOptions()), "prompt is empty"),
-        (Request(np.ones(90, np.int32), SamplingOptions(max_new_tokens=10)), "exceeds the 96"),
+        (Request(np.zeros(0, np.int32), SamplingOptions()), "prompt: it is empty"),
+        (Request(np.ones(90, np.int32), SamplingOptions(max_new_tokens=10)), "at most 6"),
         (Request(np.full(3, 999, np.int32), SamplingOptions(max_new_tokens=1)), "token ids"),
-        (Request(np.ones(3, np.int32), SamplingOptions(10), heads=("none",)), "unknown heads"),
+        (Request(np.ones(3, np.int32), SamplingOptions(10), heads=("none",)), "heads: unknown"),
         (Request(np.ones(3, np.int32), SamplingOptions(10, stop_ids=(300,))), "stop_token_ids"),
     ],
 )

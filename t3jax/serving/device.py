@@ -305,8 +305,11 @@ class Device:
             own, emitted = programs.decode(
                 self._program, weights, own, np.ones(rows, bool), settings, chunk
             )
-            found.append((emitted, own.pooled, own.cache))
-        return bool(state.same_rows(*found))
+            found.append(jax.device_get((emitted, own.pooled)))
+        few, all_rows = map(jax.tree.leaves, found)
+        return all(
+            np.array_equal(one, other[:_FEW_ROWS]) for one, other in zip(few, all_rows, strict=True)
+        )
 
     def _settings(self, requests: Sequence[Request | None]) -> state.Settings:
         """What differs from row to row; a row without a request is greedy and has no heads."""

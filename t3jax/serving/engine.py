@@ -24,6 +24,7 @@ from t3jax.serving.messages import (
     MOST_STOP_IDS,
     EngineOptions,
     Event,
+    FieldError,
     QueueFull,
     Request,
     Stats,
@@ -139,24 +140,33 @@ class Engine:
         return self._heads.names
 
     def check(self, request: Request) -> None:
-        """Raises a ValueError unless the request can be answered; needs no device."""
+        """Raises a `FieldError` unless the request can be answered; needs no device."""
         length, asked = len(request.prompt), request.options.max_new_tokens
+        vocabulary, stop_ids = self.lm.vocab_size, request.options.stop_ids
         if not length:
-            raise ValueError("the prompt is empty")
-        if length + asked > self.max_length:
-            raise ValueError(
-                f"the prompt has {length} tokens; with an answer of up to {asked} that exceeds the "
-                f"{self.max_length} that this server takes: shorten it, or ask for less"
+            raise FieldError("prompt", "it is empty")
+        if length >= self.max_length:
+            raise FieldError(
+                "prompt",
+                f"it has {length} tokens; this server takes {self.max_length} with the answer: "
+                "shorten it",
             )
-        if len(request.options.stop_ids) > MOST_STOP_IDS:
-            raise ValueError(f"stop_token_ids: at most {MOST_STOP_IDS}")
-        vocabulary = self.lm.vocab_size
-        if not all(0 <= id < vocabulary for id in request.options.stop_ids):
-            raise ValueError(f"stop_token_ids must lie in [0, {vocabulary})")
+        if length + asked > self.max_length:
+            raise FieldError(
+                "max_tokens",
+                f"{asked} and the {length} of the prompt exceed the {self.max_length} that this "
+                f"server takes together: ask for at most {self.max_length - length}",
+            )
+        if len(stop_ids) > MOST_STOP_IDS:
+            raise FieldError(
+                "stop_token_ids", f"expected at most {MOST_STOP_IDS}, got {len(stop_ids)}"
+            )
+        if not all(0 <= id < vocabulary for id in stop_ids):
+            raise FieldError("stop_token_ids", f"expected ids in [0, {vocabulary})")
         if request.prompt.min() < 0 or request.prompt.max() >= vocabulary:
-            raise ValueError(f"the prompt's token ids must lie in [0, {vocabulary})")
+            raise FieldError("prompt", f"expected token ids in [0, {vocabulary})")
         if unknown := sorted(set(request.heads or ()) - set(self.head_names)):
-            raise ValueError(f"unknown heads {unknown}; there are {sorted(self.head_names)}")
+            raise FieldError("heads", f"unknown {unknown}; there are {sorted(self.head_names)}")
 
     def submit(self, requests: Sequence[Request], on_event: Callable[[int, Event], None]) -> list:
         """Puts requests into the queue, all or none.
@@ -170,7 +180,7 @@ class Engine:
 
         Raises:
             QueueFull: If they do not all fit.
-            ValueError: As `check`.
+            FieldError: As `check`.
             RuntimeError: If the engine has stopped.
         """
         for request in requests:

@@ -17,6 +17,18 @@ class QueueFull(Exception):
     """The queue holds as many requests as it may."""
 
 
+class FieldError(ValueError):
+    """A field of a request that is refused.
+
+    Attributes:
+        param: The field.
+    """
+
+    def __init__(self, param: str, message: str):
+        super().__init__(f"{param}: {message}")
+        self.param = param
+
+
 @dataclasses.dataclass(frozen=True)
 class ServerOptions:
     """How the server talks to its clients.
