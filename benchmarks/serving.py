@@ -4,7 +4,7 @@
     python -m benchmarks serving --model FOLDER --head HEAD --peer VENV/bin/transformers
     python -m benchmarks serving --model demo/base --head out/demo/head --stress 2000
     python -m benchmarks serving --model demo/base --head out/demo/head --forget 24
-    python -m benchmarks serving --model FOLDER --head HEAD --system 400 --flags=--config.serve.prefixes=0
+    python -m benchmarks serving --system 400 --flags=--config.serve.prefixes=0
 
 Each server is a process of its own, and answers the same questions of the demo at temperature 0.7
 and top-p 0.9; a client sends its next question when it has the last answer. One client is serving
@@ -137,7 +137,7 @@ def _running(command: list[str], url: str) -> Iterator[tuple[str, subprocess.Pop
         ) as process,
     ):
         try:
-            for _ in range(600):
+            for _ in range(1200):
                 if process.poll() is not None:
                     sys.exit(f"{command} ended: {log.read_text()}")
                 try:
@@ -197,7 +197,7 @@ async def load(
 
 
 async def forget(url: str, rows: int, tokens: int) -> dict[str, Any]:
-    """Times between two pieces of a stream, of 16 at once, before, while and after a head is made."""
+    """Times between two pieces of 16 streams, before, while and after a head is made."""
     questions = itertools.cycle(_questions())
     gaps: dict[str, list[float]] = {"before": [], "made": [], "switched": []}
     phase: str | None = "before"
