@@ -26,6 +26,7 @@ from t3jax.serving.messages import (
     Ticket,
     split_prompt,
 )
+from t3jax.serving.mirror import Mirror
 from t3jax.serving.prefixes import Prefixes
 from t3jax.serving.state import Emitted
 
@@ -63,7 +64,7 @@ class Batch:
 
     def __init__(
         self,
-        device: Device,
+        device: Device | Mirror,
         options: EngineOptions,
         heads: HeadSet,
         detokenizer: Detokenizer,

@@ -12,7 +12,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from t3jax import hosts
 from t3jax.batching import round_up
 from t3jax.head_io import place_head
 from t3jax.lm.model import LM
@@ -178,7 +181,10 @@ class Device:
             The first token.
         """
         own, last = self._readings.pop(reading)
-        keys = row_keys(request.options.seed, [(0, request.sample)], 1)
+        keys = hosts.place(
+            row_keys(request.options.seed, [(0, request.sample)], 1),
+            NamedSharding(self._lm.mesh, P()),
+        )
         settings = self._settings([request])
         own = self._with_slots(own, self._slots)
         own, emitted = programs.choose_first(

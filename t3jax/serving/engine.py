@@ -8,10 +8,14 @@ compiled for it. No HTTP here.
 import collections
 import concurrent.futures
 import functools
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import jax
 
 from t3jax.head_io import Head
 from t3jax.lm.model import LM
@@ -30,6 +34,7 @@ from t3jax.serving.messages import (
     Stats,
     Ticket,
 )
+from t3jax.serving.mirror import IDLE_SECONDS, Mirror
 
 
 class Engine:
@@ -85,8 +90,9 @@ class Engine:
             refinements=refinements,
             max_length=self.max_length,
         )
+        self._mirror = Mirror(self._device) if jax.process_count() > 1 else None
         self._batch = Batch(
-            self._device,
+            self._mirror or self._device,
             options,
             self._heads,
             Detokenizer(lm.tokenizer),
@@ -239,6 +245,11 @@ class Engine:
             self._wake.notify_all()
         return future.result()
 
+    def follow(self) -> None:
+        """Computes what process 0 decides, until it stops; in all other processes of several."""
+        assert self._mirror is not None
+        self._mirror.follow()
+
     def warm_up(self, report: Callable[[str], None] = lambda _: None) -> None:
         """Compiles what requests need, but for prompt scores, before the thread is started."""
         self._device.warm_up(report)
@@ -248,10 +259,9 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self._wake:
-                while not (
-                    self._commands or self._waiting or self._batch.running or self._stopping
-                ):
-                    self._wake.wait()
+                while not self._wake.wait_for(self._has_work, IDLE_SECONDS):
+                    if self._mirror is not None:
+                        self._mirror.ping()
                 commands = [self._commands.popleft() for _ in range(len(self._commands))]
             for command, future in commands:
                 try:
@@ -262,6 +272,8 @@ class Engine:
                 self.cancel([*self._waiting, *self._batch.tickets])
             self._drop_cancelled()
             if self._stopping and not (self._waiting or self._batch.running):
+                if self._mirror is not None:
+                    self._mirror.end()
                 return
             try:
                 self._begin_waiting()
@@ -269,6 +281,9 @@ class Engine:
                 self._batch.decode()
             except Exception as error:  # the device failed: say so to everybody, and go on
                 self._fail_all(error)
+
+    def _has_work(self) -> bool:
+        return bool(self._commands or self._waiting or self._batch.running or self._stopping)
 
     def _drop_cancelled(self) -> None:
         with self._wake:
@@ -295,6 +310,10 @@ class Engine:
     def _fail_all(self, error: Exception) -> None:
         for ticket in self._batch.reset():
             self._batch.finish(ticket, _failure(error))
+        if self._mirror is not None:  # the other processes are who knows where
+            os.kill(os.getpid(), signal.SIGTERM)
+            self._stopping = "now"
+            return
         try:
             self._device.reset()
         except Exception:  # nothing can be answered any more: those that wait are given up
