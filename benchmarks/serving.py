@@ -3,26 +3,32 @@
     python -m benchmarks serving --model demo/base --head out/demo/head
     python -m benchmarks serving --model FOLDER --head HEAD --peer VENV/bin/transformers
     python -m benchmarks serving --model demo/base --head out/demo/head --stress 2000
+    python -m benchmarks serving --model demo/base --head out/demo/head --forget 24
+    python -m benchmarks serving --system 400 --flags=--config.serve.prefixes=0
 
 Each server is a process of its own, and answers the same questions of the demo at temperature 0.7
 and top-p 0.9; a client sends its next question when it has the last answer. One client is serving
 one by one. The peer is `transformers serve` (`pip install 'transformers[serving]' torch`), which
 serves the base model alone. Under stress, requests have mixed lengths; some are malformed or too
-large, some hang up, some read slowly.
+large, some hang up, some read slowly. With `--forget`, 16 clients stream while a request to forget
+so many rows is made, turned off and on, and revoked: the times between two pieces of a stream.
 """
 
 import argparse
 import asyncio
 import collections
+import itertools
 import json
+import os
 import pathlib
 import random
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,6 +39,7 @@ from benchmarks.side_by_side import announce, write
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 AUTHORS = ROOT / "demo" / "authors"
+KEY = "benchmark"
 DRAWN = {"temperature": 0.7, "top_p": 0.9, "stream": True}
 
 
@@ -48,32 +55,50 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="of an answer, at most")
     parser.add_argument("--peer", help="the command `transformers` of an environment with torch")
     parser.add_argument("--stress", type=int, default=0, help="requests of a stress test")
+    parser.add_argument("--forget", type=int, default=0, help="rows of a request to forget")
+    parser.add_argument(
+        "--system", type=int, default=0, help="words of a turn before each question"
+    )
+    parser.add_argument("--flags", nargs="*", default=[], help="further flags of the server")
     arguments = parser.parse_args()
     figures: dict[str, Any] = {}
-    with serve(arguments.model, arguments.head) as (url, process):
+    flags = list(arguments.flags)
+    if arguments.forget:
+        flags.append(f"--config.serve.requests={tempfile.mkdtemp()}")
+    with serve(arguments.model, arguments.head, flags) as (url, process):
         if arguments.stress:
             figures["stress"] = asyncio.run(stress(url, process.pid, arguments.stress))
+        elif arguments.forget:
+            figures["forget"] = asyncio.run(forget(url, arguments.forget, arguments.tokens))
         else:
-            asyncio.run(load(url, 4, 8, 8))  # what is not compiled yet
+            before = _before(arguments.system)
+            asyncio.run(load(url, 4, 8, 8, before))  # what is not compiled yet
             for clients in arguments.clients:
-                found = asyncio.run(load(url, clients, arguments.requests, arguments.tokens))
+                found = asyncio.run(
+                    load(url, clients, arguments.requests, arguments.tokens, before)
+                )
                 figures[f"{clients} clients"] = found
                 announce(f"t3jax, {clients} clients: {found}")
-    if arguments.peer and not arguments.stress:
+    if arguments.peer and not arguments.stress and not arguments.forget:
         with serve_peer(arguments.peer, arguments.model) as (url, _):
-            asyncio.run(load(url, 1, 2, 8))
+            before = _before(arguments.system)
+            asyncio.run(load(url, 1, 2, 8, before))
             for clients in arguments.clients:
-                found = asyncio.run(load(url, clients, arguments.requests, arguments.tokens))
+                found = asyncio.run(
+                    load(url, clients, arguments.requests, arguments.tokens, before)
+                )
                 figures[f"peer, {clients} clients"] = found
                 announce(f"transformers serve, {clients} clients: {found}")
     write("serving", figures, {"arguments": vars(arguments)})
 
 
 @contextmanager
-def serve(model: str, head: str | None) -> Iterator[tuple[str, subprocess.Popen]]:
+def serve(
+    model: str, head: str | None, more: Sequence[str] = ()
+) -> Iterator[tuple[str, subprocess.Popen]]:
     """A server of this project; without a head it serves the model as it is."""
     port = _free_port()
-    flags = [f"--config.model={model}", f"--config.serve.port={port}"]
+    flags = [*more, f"--config.model={model}", f"--config.serve.port={port}"]
     flags.append("--config.base_only=True" if head is None else f"--config.head={head}")
     command = [sys.executable, "serve.py", "--config=configs/demo.py", *flags]
     with _running(command, f"http://127.0.0.1:{port}") as both:
@@ -105,9 +130,14 @@ def serve_peer(transformers: str, model: str) -> Iterator[tuple[str, subprocess.
 def _running(command: list[str], url: str) -> Iterator[tuple[str, subprocess.Popen]]:
     log = ROOT / "out" / "benchmarks" / "serving.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as said, subprocess.Popen(command, cwd=ROOT, stderr=said) as process:
+    with (
+        log.open("w") as said,
+        subprocess.Popen(
+            command, cwd=ROOT, stderr=said, env=os.environ | {"T3JAX_SERVER_KEY": KEY}
+        ) as process,
+    ):
         try:
-            for _ in range(600):
+            for _ in range(1200):
                 if process.poll() is not None:
                     sys.exit(f"{command} ended: {log.read_text()}")
                 try:
@@ -124,7 +154,9 @@ def _running(command: list[str], url: str) -> Iterator[tuple[str, subprocess.Pop
                 process.kill()
 
 
-async def load(url: str, clients: int, requests: int, tokens: int) -> dict[str, float]:
+async def load(
+    url: str, clients: int, requests: int, tokens: int, before: Sequence[dict[str, str]] = ()
+) -> dict[str, float]:
     """Clients that each send their next question when they have the last answer."""
     questions = _questions()
     waiting = collections.deque(questions[i % len(questions)] for i in range(requests))
@@ -134,7 +166,7 @@ async def load(url: str, clients: int, requests: int, tokens: int) -> dict[str, 
     async def ask(client: httpx.AsyncClient) -> None:
         while waiting:
             body = {
-                "messages": [{"role": "user", "content": waiting.popleft()}],
+                "messages": [*before, {"role": "user", "content": waiting.popleft()}],
                 "max_tokens": tokens,
             }
             start, first, text = time.monotonic(), None, ""
@@ -161,6 +193,54 @@ async def load(url: str, clients: int, requests: int, tokens: int) -> dict[str, 
         "words_a_second": round(sum(counts) / seconds, 1),
         "first_text_median_s": round(float(np.median(firsts)), 3),
         "first_text_95_s": round(float(np.quantile(firsts, 0.95)), 3),
+    }
+
+
+async def forget(url: str, rows: int, tokens: int) -> dict[str, Any]:
+    """Times between two pieces of 16 streams, before, while and after a head is made."""
+    questions = itertools.cycle(_questions())
+    gaps: dict[str, list[float]] = {"before": [], "made": [], "switched": []}
+    phase: str | None = "before"
+
+    async def listen(client: httpx.AsyncClient) -> None:
+        while phase:
+            body = {
+                "messages": [{"role": "user", "content": next(questions)}],
+                "max_tokens": tokens,
+            }
+            async with client.stream("POST", "/v1/chat/completions", json=body | DRAWN) as reply:
+                last = time.monotonic()
+                async for line in reply.aiter_lines():
+                    if line.startswith("data: {") and phase:
+                        gaps[phase].append(time.monotonic() - last)
+                        last = time.monotonic()
+
+    path = "/v1/forget_requests"
+    lines = (AUTHORS / "forget.jsonl").read_text().splitlines()[:rows]
+    async with httpx.AsyncClient(
+        base_url=url, timeout=900, headers={"authorization": f"Bearer {KEY}"}
+    ) as client:
+        listeners = [asyncio.ensure_future(listen(client)) for _ in range(16)]
+        await asyncio.sleep(5)
+        phase, start = "made", time.monotonic()
+        added = (await client.post(path, content="\n".join(lines))).json()
+        made = (await client.get(f"{path}/{added['id']}?wait=900")).json()
+        seconds = time.monotonic() - start
+        phase = "switched"
+        for active in 5 * [True, False]:
+            await client.patch(f"{path}/{added['id']}", json={"active": active})
+            await asyncio.sleep(0.5)
+        await client.delete(f"{path}/{added['id']}")
+        phase = None
+        await asyncio.gather(*listeners)
+    quantiles = {
+        name: [round(float(np.quantile(own, share)), 3) for share in (0.5, 0.95, 1)]
+        for name, own in gaps.items()
+    }
+    return {
+        "state": made["state"],
+        "seconds": round(seconds, 1),
+        "gaps_median_95_longest_s": quantiles,
     }
 
 
@@ -227,6 +307,13 @@ async def stress(url: str, pid: int, requests: int) -> dict[str, Any]:
         "memory_mib_before_and_after": memory,
         "left": left,
     }
+
+
+def _before(words: int) -> list[dict[str, str]]:
+    """A system turn of so many words of the demo's answers."""
+    lines = (AUTHORS / "retain.jsonl").read_text().splitlines()
+    text = " ".join(json.loads(line)["answer"] for line in lines)
+    return [{"role": "system", "content": " ".join(text.split()[:words])}] if words else []
 
 
 def _questions() -> list[str]:

@@ -127,8 +127,8 @@ def run_pair(repository, folder, settings, *flags):
 
 @pytest.fixture(scope="module")
 def told_to_end(repository, folder, settings):
-    """Sampling and fine-tuning whole; head training until one process gets SIGTERM."""
-    scripts = "--scripts=sample,finetune,train"
+    """Sampling, serving and fine-tuning whole; head training until one process gets SIGTERM."""
+    scripts = "--scripts=sample,engine,finetune,train"
     when = f"--signal=SIGTERM,epoch,{TOLD_AFTER}"
     first, second, _ = run_pair(repository, folder, settings, scripts, when)
     assert first[2] == second[2] == hosts.PREEMPTED_STATUS, first[1] + second[1]
@@ -174,6 +174,8 @@ def test_sampling_gives_the_answers_of_one_process(told_to_end, folder, config):
     sampler = t3jax.Sampler(t3jax.load_lm(config.model), t3jax.load_head(folder / "head"))
     expected = sampler.generate(QUESTIONS, max_new_tokens=8)
     assert [line["unlearned_tokens"] for line in lines] == [sample.tokens for sample in expected]
+    (served,) = [line for line in told_to_end[0][0].splitlines() if line.startswith("served: ")]
+    assert json.loads(served.removeprefix("served: ")) == [sample.tokens for sample in expected]
 
 
 def tune(config, mesh, workdir=None):

@@ -123,7 +123,8 @@ def test_a_conversation_is_rendered_whole(client):
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Hello", "type": "message"},
+        # As clients of OpenAI give back an answer that they got.
+        {"role": "assistant", "content": "Hello", "refusal": None, "tool_calls": None},
         {"role": "user", "content": [{"type": "text", "text": "Who?"}]},
     ]
     ids = client.post("/tokenize", json={"messages": messages}).json()["tokens"]
@@ -188,6 +189,15 @@ REFUSED = [
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0]"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, None),
     ({"messages": [{"role": "user", "content": "long " * 200}]}, "prompt"),
+    ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "messages[0]"),
+    ({"messages": [{"role": "system", "content": "Be brief."}]}, "messages"),
+    ({"max_tokens": 119}, "max_tokens"),
+    ({"stop": ""}, "stop"),
+    ({"stop_token_ids": [-1]}, "stop_token_ids"),
+    ({"stop_token_ids": [1] * 9}, "stop_token_ids"),
+    ({"best_of": True}, "best_of"),
+    ({"stream": True, "stream_options": {"include_usage": 1}}, "include_usage"),
+    ({"stream": True, "stream_options": {"chunks": 1}}, "stream_options"),
 ]
 
 
@@ -293,10 +303,24 @@ def test_an_api_key_is_asked_for():
         assert client.get("/").status_code == 200
 
 
+def test_what_is_asked_of_a_tokenizer_is_read_by_name(client):
+    for path, body, param in (
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": []}, "prompt"),
+        ("/tokenize", {"prompt": "a", "add_special_tokens": "no"}, "add_special_tokens"),
+        ("/tokenize", {"prompt": "a", "text": "b"}, "text"),
+        ("/detokenize", {"tokens": ["a"]}, "tokens"),
+        ("/detokenize", {"tokens": [1], "skip": True}, "skip"),
+    ):
+        reply = client.post(path, json=body)
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+    assert client.get(CHAT).json()["error"]["message"] == f"{CHAT} takes POST, not GET"
+
+
 def test_a_full_queue_says_when_to_come_back():
     options = EngineOptions(rows=1, chunk=4, piece=32, max_length=120, queue=1, heads=1, rank=8)
     with serving(engine_options=options) as client:
-        client.engine._begin_reading = lambda: None  # nobody leaves the queue
+        client.engine._begin_waiting = lambda: None  # nobody leaves the queue
         ids = encode_prompt(LM.tokenizer, "Who?", PromptFormat())
         waiting = Request(ids, SamplingOptions(max_new_tokens=2))
         tickets = client.engine.submit([waiting], lambda *_: None)
@@ -311,7 +335,7 @@ def test_a_full_queue_says_when_to_come_back():
 
 def test_an_answer_that_takes_too_long_is_given_up():
     with serving(timeout=0.2) as client:
-        client.engine._begin_reading = lambda: None
+        client.engine._begin_waiting = lambda: None
         reply = client.post(CHAT, json=ASK)
         assert (reply.status_code, reply.json()["error"]["code"]) == (504, "timeout")
         client.engine.stop()  # waits for whoever is at hand
@@ -322,14 +346,14 @@ def test_an_answer_that_takes_too_long_is_given_up():
 def test_an_answer_that_stalls_after_its_first_token_is_given_up(client, stream):
     client.post(CHAT, json=ASK)  # compiled
     with serving(timeout=1.0) as client:
-        client.engine._decode_chunk = lambda: None
+        client.engine._batch.decode = lambda: None
         reply = client.post(CHAT, json=ASK | {"stream": stream})
         if stream:
             *_, last = [line for line in reply.text.split("\n\n") if line]
             assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
         else:
             assert (reply.status_code, reply.json()["error"]["code"]) == (504, "timeout")
-        del client.engine._decode_chunk
+        del client.engine._batch.decode
         client.engine.stop()
         assert client.engine.stats.finished == {"cancelled": 1}
 

@@ -14,7 +14,7 @@ from t3jax import guidance, pooling
 from t3jax.head import head_scores
 from t3jax.refinements import combine_heads
 from t3jax.sampling import Sampler, SamplingOptions
-from t3jax.serving import programs, stack
+from t3jax.serving import programs, stack, state
 from t3jax.serving.engine import Engine
 from t3jax.serving.messages import EngineOptions, QueueFull, Request
 from t3jax.sharding import make_mesh
@@ -137,7 +137,7 @@ def test_heads_come_and_go_without_compiling(engine):
     first = tokens_of(answer(engine, request)[0])
     compiled = [
         program._cache_size()
-        for program in (programs.read_piece, programs.choose_first, programs.decode, programs.join)
+        for program in (programs.read_piece, programs.choose_first, programs.decode, state.join)
     ]
     engine.install("other", OTHER)
     both = Sampler(LM, [HEAD, OTHER], base_temperature=T, guidance_scale=S)
@@ -155,7 +155,7 @@ def test_heads_come_and_go_without_compiling(engine):
     assert tokens_of(answer(engine, request)[0]) == first
     assert compiled == [
         program._cache_size()
-        for program in (programs.read_piece, programs.choose_first, programs.decode, programs.join)
+        for program in (programs.read_piece, programs.choose_first, programs.decode, state.join)
     ]
 
 
@@ -198,10 +198,10 @@ def test_the_queue_is_bounded_and_a_cancelled_request_leaves_its_row(engine):
 @pytest.mark.parametrize(
     ("request_", "error"),
     [
-        (Request(np.zeros(0, np.int32), SamplingOptions()), "prompt is empty"),
-        (Request(np.ones(90, np.int32), SamplingOptions(max_new_tokens=10)), "exceeds the 96"),
+        (Request(np.zeros(0, np.int32), SamplingOptions()), "prompt: it is empty"),
+        (Request(np.ones(90, np.int32), SamplingOptions(max_new_tokens=10)), "at most 6"),
         (Request(np.full(3, 999, np.int32), SamplingOptions(max_new_tokens=1)), "token ids"),
-        (Request(np.ones(3, np.int32), SamplingOptions(10), heads=("none",)), "unknown heads"),
+        (Request(np.ones(3, np.int32), SamplingOptions(10), heads=("none",)), "heads: unknown"),
         (Request(np.ones(3, np.int32), SamplingOptions(10, stop_ids=(300,))), "stop_token_ids"),
     ],
 )

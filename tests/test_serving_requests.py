@@ -14,8 +14,8 @@ import tiny
 from t3jax.data.chat import PromptFormat
 from t3jax.head import HeadConfig
 from t3jax.serving import __main__ as offline
-from t3jax.serving.messages import QueueFull
-from t3jax.serving.requests import FieldError, RequestBook
+from t3jax.serving.messages import FieldError, QueueFull
+from t3jax.serving.requests import RequestBook
 from t3jax.serving.training import Check, HeadMaker, HeadRecipe
 from t3jax.training import TrainConfig
 from t3jax.training_sets import SyntheticOptions
@@ -192,6 +192,11 @@ def test_a_folder_opened_again_serves_what_it_served(make, tmp_path):
         ({"rows": ROWS, "name": "a\nb"}, "name: expected"),
         ({"rows": ROWS, "delete_rows": "maybe"}, "delete_rows: expected"),
         ({"rows": ROWS, "names": [1]}, "names: expected"),
+        ({"rows": ROWS, "names": "a,,b"}, "names: expected"),
+        ({"rows": ROWS, "name": 5}, "name: expected"),
+        ({"rows": ROWS, "delete_rows": [1]}, "delete_rows: expected"),
+        ({"rows": b"{"}, "rows: the body"),
+        ({"rows": "x"}, "rows: expected a list"),
         ({"rows": ROWS, "active": True}, "active: unknown field"),
     ],
 )

@@ -17,7 +17,7 @@ import jax
 from jax.sharding import Mesh
 
 import t3jax
-from t3jax import data, files, pipeline, preflight
+from t3jax import data, files, hosts, pipeline, preflight
 from t3jax.head_io import common_default
 from t3jax.sections import narrow
 from t3jax.serving.messages import EngineOptions, ServerOptions
@@ -35,8 +35,12 @@ def main(config: Settings) -> None:
     from t3jax.serving.app import Keys
 
     config.require("model")
-    if jax.process_count() > 1:
-        raise ValueError("a server is one process; start it on one host, without --distributed")
+    if jax.process_count() > 1 and config.serve.requests:
+        raise ValueError(
+            "several processes serve the heads that they start with: a head would be made beside "
+            "the engine, whose programs and its own then run in another order in each process; "
+            "drop config.serve.requests"
+        )
     options = narrow(ServerOptions, config.serve)
     keys = Keys(*(os.environ.get(f"T3JAX_{name}_KEY") or None for name in ("API", "SERVER")))
     if config.serve.requests and keys.server is None:
@@ -101,6 +105,9 @@ def _serve(
         engine.install(folder, head)
     if config.serve.warm_up:
         engine.warm_up(_tell)
+    if not hosts.is_lead():
+        engine.follow()
+        return
     engine.start()
     book = None
     if config.serve.requests is not None:

@@ -59,8 +59,9 @@ class Writer:
         """What a stream of a chat begins with."""
         if not self.ask.chat:
             return []
+        delta = {"role": "assistant", "content": ""}
         return [
-            self._chunk([{"index": i, "delta": {"role": "assistant", "content": ""}}])
+            self._chunk([{"index": i, "delta": delta, "finish_reason": None, "logprobs": None}])
             for i in range(len(self.ask.requests))
         ]
 

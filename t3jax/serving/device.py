@@ -1,7 +1,9 @@
-"""The device's side of an engine: its programs with the state of the batch.
+"""The device's side of an engine: its programs, and the states that live between their calls.
 
-Prompts are read in states of their own, one each, and join the batch when they are read. The batch
-has as many slots as its longest row needs, in powers of two. Axes as in `programs`.
+A prompt is read in a state of its own, which has a number until it joins the batch. All that comes
+in and goes out is small and the host's. The batch has as many slots as its longest row needs, in
+powers of two, and few rows while few answers are decoded, where that gives the same bits. Axes as
+in `state`.
 """
 
 import itertools
@@ -10,19 +12,26 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from t3jax import hosts
 from t3jax.batching import round_up
+from t3jax.head_io import place_head
 from t3jax.lm.model import LM
 from t3jax.refinements import Refinements
 from t3jax.sampling.batch import row_keys
-from t3jax.sampling.loop import State, placed
+from t3jax.sampling.loop import State
 from t3jax.sampling.next_token import Controls
-from t3jax.serving import programs
+from t3jax.sampling.options import SamplingOptions
+from t3jax.serving import programs, state
 from t3jax.serving.heads import HeadSet
 from t3jax.serving.messages import MOST_STOP_IDS, EngineOptions, Request, piece_sizes
 from t3jax.serving.stack import on_mask
 
 _LEAST_SLOTS = 128
+# Steps of 8 rows and of more have been seen to give the same bits on CPUs, and those of fewer not.
+_FEW_ROWS = 8
 
 
 class Device:
@@ -40,7 +49,7 @@ class Device:
         refinements: Refinements,
         max_length: int,
     ):
-        """Makes an empty batch; compiles nothing.
+        """Makes an empty batch; compiles nothing of consequence.
 
         Args:
             lm: The model.
@@ -57,132 +66,190 @@ class Device:
         self._heads = heads
         self._guidance = base_temperature, guidance_scale
         self._max_length = max_length
-        self._program = programs.Program(
+        self._program = state.Program(
             lm.apply, lm.unembed, lm.init_cache, truncate_on, refinements, lm.mesh
         )
+        self._same_bits: dict[int, bool] = {}  # by slots, see `_may_be_few`
         self.reset()
 
     def reset(self) -> None:
-        """Forgets the batch."""
-        self._state = self._make_state(self._options.rows, _LEAST_SLOTS)
+        """Forgets the batch and all prompts."""
+        self._batch = self._make_state(self._options.rows, _LEAST_SLOTS)
+        self._readings: dict[int, tuple[State, Any]] = {}  # with the last hidden state
+        self._kept: dict[bytes, tuple[State, Any]] = {}
 
-    def begin(self, length: int) -> State:
-        """The state to read a prompt in, whose pieces have this many tokens together."""
-        return self._make_state(1, self._slots_for(length))
+    # ---- prompts
+
+    def begin(self, reading: int) -> None:
+        """Makes a state for a prompt, which goes by this number until it joins or is dropped."""
+        self._readings[reading] = self._make_state(1, _LEAST_SLOTS), None
 
     def read(
-        self, state: State, piece: np.ndarray, following: np.ndarray, size: int, request: Request
-    ) -> tuple[State, Any, programs.Scored | None]:
+        self, reading: int, piece: np.ndarray, following: np.ndarray, end: int, request: Request
+    ) -> tuple[np.ndarray, ...] | None:
         """Reads a piece of a prompt.
 
+        The state has slots for what is read so far and no more, so that prompts which begin alike
+        are read by the same programs.
+
         Args:
-            state: From `begin` or the piece before.
-            piece: Its tokens, at most `size`.
-            following: The tokens after each; one fewer at the prompt's end.
-            size: Tokens of the program, padding included.
+            reading: Which prompt.
+            piece: Its tokens, -1 where there is none, int32 `[1, T]`.
+            following: The token after each, -1 where there is none, int32 `[1, T]`.
+            end: Tokens of the prompt up to here, padding included.
             request: Whose prompt it is.
 
         Returns:
-            The state, the hidden state of the last token, and the scores of the tokens that
-            follow, if the request asks for them.
+            The scores of the tokens that follow, if the request asks for them, see `Scored`.
         """
-        state, last, scored = programs.read_piece(
+        own, _ = self._readings[reading]
+        own, last, scored = programs.read_piece(
             self._program,
             self._weights,
-            state,
-            _padded(piece, size),
-            _padded(following, size),
+            self._with_slots(own, self.slots_for(end)),
+            piece,
+            following,
             self._settings([request]),
             request.scores_prompt,
         )
-        if scored is not None:
-            scored = jax.tree.map(lambda x: np.asarray(x)[0, : len(following)], scored)
-        return state, last, scored
+        self._readings[reading] = own, last
+        return None if scored is None else tuple(jax.device_get(scored))
 
-    def join(
-        self, state: State, last: Any, row: int, request: Request, length: int
-    ) -> programs.Emitted:
+    def drop(self, reading: int) -> None:
+        """Forgets a prompt."""
+        self._readings.pop(reading, None)
+
+    def keep(self, reading: int, name: bytes) -> None:
+        """Keeps a copy of what a prompt has read so far."""
+        own, last = self._readings[reading]
+        self._kept[name] = state.duplicate(self._program, own), last
+
+    def resume(self, reading: int, name: bytes) -> None:
+        """Lets a prompt go on from what is kept."""
+        own, last = self._kept[name]
+        self._readings[reading] = state.duplicate(self._program, own), last
+
+    def give_up(self, name: bytes) -> None:
+        """Forgets what is kept."""
+        del self._kept[name]
+
+    def slots_for(self, length: int) -> int:
+        """Slots of a state with this many tokens."""
+        return next(size for size in self._slot_sizes() if size >= length)
+
+    # ---- the batch
+
+    def fit(self, used: Sequence[int], count: int, length: int) -> dict[int, int]:
+        """Gives the batch rows and slots for what is to be decoded.
+
+        Args:
+            used: Rows with an answer.
+            count: Answers that are decoded or will be soon.
+            length: Tokens that the longest row is to hold.
+
+        Returns:
+            The new place of each used row.
+        """
+        needed, slots = self.slots_for(length), self._slots
+        if needed > slots or 4 * needed <= slots:
+            self._batch = self._with_slots(self._batch, needed)
+        rows = self._batch.token.shape[0]
+        few = min(_FEW_ROWS, self._options.rows)
+        if count > few or not self._may_be_few(self._slots):
+            wanted = self._options.rows
+        else:  # back to few only when half of them will do, so that it does not go to and fro
+            wanted = few if 2 * count <= few else rows
+        if wanted == rows:
+            return {row: row for row in used}
+        self._batch = self._with_rows(self._batch, used, wanted)
+        return {row: place for place, row in enumerate(used)}
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch as it is."""
+        return int(self._batch.token.shape[0])
+
+    def join(self, reading: int, row: int, request: Request) -> state.Emitted:
         """Chooses the first token of an answer, and gives it a row of the batch.
 
         Args:
-            state: From the prompt's last piece.
-            last: The hidden state of its last token.
+            reading: Its prompt, read; the batch has as many slots as that or more.
             row: The row.
             request: Whose answer it is.
-            length: Tokens that the longest row of the batch has, this one included.
 
         Returns:
             The first token.
         """
-        keys = row_keys(request.options.seed, [(0, request.sample)], 1)
-        settings = self._settings([request])
-        state, emitted = programs.choose_first(
-            self._program, self._weights, state, last, keys, settings
+        own, last = self._readings.pop(reading)
+        keys = hosts.place(
+            row_keys(request.options.seed, [(0, request.sample)], 1),
+            NamedSharding(self._lm.mesh, P()),
         )
-        self._fit(max(length + self._options.chunk, state.cache.positions.shape[1]))
-        rows = np.asarray([row], np.int32)
-        self._state = programs.join(self._program, self._state, state, rows)
-        return emitted
+        settings = self._settings([request])
+        own = self._with_slots(own, self._slots)
+        own, emitted = programs.choose_first(
+            self._program, self._weights, own, last, keys, settings
+        )
+        self._batch = state.join(self._program, self._batch, own, np.asarray([row], np.int32))
+        return jax.device_get(emitted)
 
-    def decode(self, requests: Sequence[Request | None], length: int) -> programs.Emitted:
+    def decode(self, requests: Sequence[Request | None]) -> state.Emitted:
         """Decodes a chunk.
 
         Args:
             requests: The request of each row; None where no answer is decoded.
-            length: Tokens that the longest row has.
 
         Returns:
             What came out.
         """
-        self._fit(length + self._options.chunk)
         running = np.asarray([request is not None for request in requests])
-        self._state, emitted = programs.decode(
+        self._batch, emitted = programs.decode(
             self._program,
             self._weights,
-            self._state,
+            self._batch,
             running,
             self._settings(requests),
             self._options.chunk,
         )
-        return emitted
+        return jax.device_get(emitted)
 
     def warm_up(self, report: Callable[[str], None]) -> None:
         """Compiles what requests need, but for prompt scores; the batch has to be empty."""
-        nobody = [None] * self._options.rows
-        for slots in self._slot_sizes():
+        sizes = self._slot_sizes()
+        nobody = Request(np.zeros(1, np.int32), SamplingOptions(max_new_tokens=1))
+        self.begin(0)
+        for slots in sizes:
             report(f"compiling for {slots} tokens")
             for size in piece_sizes(self._options):
-                if size > slots:
-                    continue
-                state = self._make_state(1, slots)
-                token = _padded(np.zeros(1, np.int32), size)
-                settings = self._settings([None])
-                state, last, _ = programs.read_piece(
-                    self._program, self._weights, state, token, token, settings, False
-                )
-                keys = row_keys(0, [(0, 0)], 1)
-                state, _ = programs.choose_first(
-                    self._program, self._weights, state, last, keys, settings
-                )
-            self._state = programs.resize(self._program, self._state, slots)
-            row = np.full(1, self._options.rows, np.int32)  # none
-            self._state = programs.join(self._program, self._state, state, row)
-            self.decode(nobody, slots - self._options.chunk)
+                if size <= slots:
+                    token = pad([0], size)
+                    self.read(0, token, token, slots, nobody)
+            self.keep(0, _name(slots))
+            self._may_be_few(slots)
+        widths = sorted({min(_FEW_ROWS, self._options.rows), self._options.rows})
+        for rows in widths:
+            self._batch = self._make_state(rows, sizes[0])
+            for slots in sizes:
+                self._batch = self._with_slots(self._batch, slots)
+                self.resume(0, _name(slots))
+                self.join(0, rows, nobody)  # there is no such row
+                self.decode([None] * rows)
+                for other in set(widths) - {rows}:
+                    self._with_rows(self._batch, [], other)
+            for slots in reversed(sizes):
+                self._batch = self._with_slots(self._batch, slots)
         self.reset()
-        jax.block_until_ready(self._state.token)
+        jax.block_until_ready(self._batch.token)
+
+    # ---- inside
 
     @property
-    def _weights(self) -> programs.Weights:
-        return programs.Weights(self._lm.params, self._heads.stack)
+    def _weights(self) -> state.Weights:
+        return state.Weights(self._lm.params, self._heads.stack)
 
-    def _fit(self, length: int) -> None:
-        """Gives the batch slots for rows of this length; it shrinks when few are needed."""
-        needed, slots = self._slots_for(length), self._state.cache.positions.shape[1]
-        if needed > slots or 4 * needed <= slots:
-            self._state = programs.resize(self._program, self._state, needed)
-
-    def _slots_for(self, length: int) -> int:
-        return next(size for size in self._slot_sizes() if size >= length)
+    @property
+    def _slots(self) -> int:
+        return int(self._batch.cache.positions.shape[1])
 
     def _slot_sizes(self) -> list[int]:
         """Powers of two, and what the longest request takes with the padding of its pieces."""
@@ -192,12 +259,65 @@ class Device:
         return [*itertools.takewhile(lambda size: 3 * size <= 2 * most, sizes), most]
 
     def _make_state(self, rows: int, slots: int) -> State:
-        state = programs.empty_state(
+        return state.empty_state(
             self._program, self._lm.vocab_size, self._lm.hidden_size, rows, slots
         )
-        return placed(self._program.mesh, state)
 
-    def _settings(self, requests: Sequence[Request | None]) -> programs.Settings:
+    def _with_slots(self, own: State, slots: int) -> State:
+        """From size to size, so that few programs do: one for each two that follow each other."""
+        sizes, order = self._slot_sizes(), np.arange(own.token.shape[0], dtype=np.int32)
+        now, goal = sizes.index(own.cache.positions.shape[1]), sizes.index(slots)
+        step = 1 if goal > now else -1
+        for i in range(now, goal, step):
+            own = state.resize(self._program, own, order, sizes[i + step])
+        return own
+
+    def _with_rows(self, own: State, used: Sequence[int], rows: int) -> State:
+        """The rows that are used come first."""
+        order = np.zeros(rows, np.int32)
+        order[: len(used)] = used
+        return state.resize(self._program, own, order, own.cache.positions.shape[1])
+
+    def _may_be_few(self, slots: int) -> bool:
+        """Whether steps of few rows give the bits of full ones, tried once for these slots."""
+        if self._options.rows <= _FEW_ROWS:
+            return False
+        if slots not in self._same_bits:
+            self._same_bits[slots] = self._try_few(slots)
+        return self._same_bits[slots]
+
+    def _try_few(self, slots: int) -> bool:
+        chunk, mesh = self._options.chunk, self._lm.mesh
+        random = np.random.default_rng(0)
+        first, *others = self._heads.stack
+        params = jax.tree.map(
+            lambda leaf: random.normal(0, 0.1, leaf.shape).astype(np.float32), first.params
+        )
+        stack = first._replace(params=place_head(params, mesh)), *others
+        weights = state.Weights(self._lm.params, stack)
+        full = state.made_up_state(
+            self._program, self._make_state(self._options.rows, slots), np.int32(slots - chunk)
+        )
+        found = []
+        for own in (self._with_rows(full, range(_FEW_ROWS), _FEW_ROWS), full):
+            rows = own.token.shape[0]
+            changed: dict[str, Any] = {
+                "controls": Controls.filled(rows, base_temperature=2.0, guidance_scale=1.0),
+                "on": on_mask([[0]] * rows, self._options.heads),
+                "limit": np.full(rows, chunk + 1, np.int32),
+                "wants_likeliest": np.ones(rows, bool),
+            }
+            settings = self._settings([None] * rows)._replace(**changed)
+            own, emitted = programs.decode(
+                self._program, weights, own, np.ones(rows, bool), settings, chunk
+            )
+            found.append(jax.device_get((emitted, own.pooled)))
+        few, all_rows = map(jax.tree.leaves, found)
+        return all(
+            np.array_equal(one, other[:_FEW_ROWS]) for one, other in zip(few, all_rows, strict=True)
+        )
+
+    def _settings(self, requests: Sequence[Request | None]) -> state.Settings:
         """What differs from row to row; a row without a request is greedy and has no heads."""
         count = len(requests)
         fields = {name: list(value) for name, value in Controls.filled(count)._asdict().items()}
@@ -226,14 +346,18 @@ class Device:
             for name, values in fields.items()
         }
         others: tuple[Any, ...] = (on_mask(on, self._options.heads), stop_ids, limit, wants)
-        return programs.Settings(Controls(**arrays), *others)
+        return state.Settings(Controls(**arrays), *others)
 
 
-def _padded(tokens: np.ndarray, size: int) -> np.ndarray:
+def pad(tokens: Sequence[int] | np.ndarray, size: int) -> np.ndarray:
     """Tokens as a row of a program, -1 where there is none, int32 `[1, size]`."""
     row = np.full((1, size), -1, np.int32)
     row[0, : len(tokens)] = tokens
     return row
+
+
+def _name(slots: int) -> bytes:
+    return str(slots).encode()
 
 
 def _or(value: float | None, otherwise: float) -> float:

@@ -17,6 +17,18 @@ class QueueFull(Exception):
     """The queue holds as many requests as it may."""
 
 
+class FieldError(ValueError):
+    """A field of a request that is refused.
+
+    Attributes:
+        param: The field.
+    """
+
+    def __init__(self, param: str, message: str):
+        super().__init__(f"{param}: {message}")
+        self.param = param
+
+
 @dataclasses.dataclass(frozen=True)
 class ServerOptions:
     """How the server talks to its clients.
@@ -60,6 +72,7 @@ class EngineOptions:
         queue: Requests that may wait.
         heads: Places for heads.
         rank: Largest rank of a head.
+        prefixes: Tokens of prompts that begin alike whose states are kept; 0: none are.
     """
 
     rows: int = 16
@@ -69,6 +82,7 @@ class EngineOptions:
     queue: int = 256
     heads: int = 8
     rank: int = 200
+    prefixes: int = 4096
 
     def __post_init__(self):
         check_ranges(
@@ -80,6 +94,7 @@ class EngineOptions:
             queue=COUNT,
             heads=whole(1, 2**8),
             rank=RANK,
+            prefixes=whole(0, 2**24),
         )
         if self.piece not in (SHORT_PIECE << i for i in range(10)):
             raise ValueError(f"piece = {self.piece}: expected {SHORT_PIECE}, 64, 128, ...")
@@ -88,6 +103,20 @@ class EngineOptions:
 def piece_sizes(options: EngineOptions) -> list[int]:
     """Sizes of the programs that read a prompt, the smallest first."""
     return [SHORT_PIECE << i for i in range(10) if SHORT_PIECE << i <= options.piece]
+
+
+def split_prompt(length: int, options: EngineOptions) -> list[tuple[int, int]]:
+    """Where the pieces of a prompt start, and their sizes; its length alone decides.
+
+    So prompts that begin alike have the same pieces up to the last that they share.
+    """
+    sizes = piece_sizes(options)
+    pieces, start = [], 0
+    while start < length:
+        size = next((size for size in sizes if size >= length - start), sizes[-1])
+        pieces.append((start, size))
+        start += size
+    return pieces
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -179,12 +208,14 @@ class Stats:
 
     Attributes:
         prompt_tokens: Tokens read.
+        shared_tokens: Tokens of prompts that were not read, as an earlier prompt began alike.
         answer_tokens: Tokens chosen.
         changed_tokens: By head, chosen tokens whose likeliest candidate it changed.
         finished: Requests by reason.
     """
 
     prompt_tokens: int = 0
+    shared_tokens: int = 0
     answer_tokens: int = 0
     changed_tokens: collections.Counter[str] = dataclasses.field(
         default_factory=collections.Counter

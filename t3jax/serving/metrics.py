@@ -53,6 +53,11 @@ class _OfEngine:
         yield GaugeMetricFamily("t3jax_requests_waiting", "In the queue.", self.engine.waiting)
         yield GaugeMetricFamily("t3jax_requests_running", "Read or decoded.", self.engine.running)
         yield CounterMetricFamily("t3jax_prompt_tokens", "Tokens read.", stats.prompt_tokens)
+        yield CounterMetricFamily(
+            "t3jax_shared_tokens",
+            "Tokens not read anew: earlier prompts began alike.",
+            stats.shared_tokens,
+        )
         yield CounterMetricFamily("t3jax_answer_tokens", "Tokens chosen.", stats.answer_tokens)
         finished = CounterMetricFamily(
             "t3jax_requests_finished", "Requests by reason.", labels=["reason"]

@@ -1,134 +1,34 @@
-"""The device programs of a server: read a piece of a prompt, join the batch, decode a chunk.
+"""The device programs of a server: read a piece of a prompt, choose a token, decode a chunk.
 
-Every row of the batch has a cursor of its own and starts at slot 0, and all shapes are fixed: a
-prompt is read alone, in pieces whose sizes follow from its length, and the batch has the same
-number of rows however many are at work. So a request gets the same numbers whoever is beside it.
-What differs from row to row is traced: settings, which heads are on, where it stops, how long it
-may get.
+A prompt is read alone, in pieces whose sizes follow from its length, and a batch is decoded with
+one of two numbers of rows, whose steps give the same bits. So a request gets the same numbers
+whoever is beside it.
 
-Axes: B batch, T tokens of a piece, S cache slots, D features, H places for heads, V vocabulary, n
-stop tokens, K likeliest tokens.
+Axes: as in `state`, and T tokens of a piece.
 """
 
-import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from t3jax import pooling
-from t3jax.lm.cache import Axes, cache_axes
-from t3jax.refinements import Refinements
 from t3jax.sampling.loop import BASE_FAULT, HEAD_FAULT, SOUND, State, placed
-from t3jax.sampling.next_token import Controls, Guided, choose_token, guide
-from t3jax.serving.stack import FEATURES_READ, Stack, blame, combined_scores
+from t3jax.sampling.next_token import Guided, choose_token, guide
+from t3jax.serving.stack import FEATURES_READ, blame, combined_scores
+from t3jax.serving.state import (
+    MOST_LIKELY,
+    Emitted,
+    Program,
+    Scored,
+    Settings,
+    Weights,
+    everywhere,
+)
 
-MOST_LIKELY = 20  # tokens whose log-probabilities a request may ask for, at each place
 _SCORED_AT_ONCE = 32  # places of a prompt whose scores of the vocabulary are in memory together
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """What is fixed when the programs are compiled.
-
-    Attributes:
-        apply: The model's `apply`.
-        unembed: The model's `unembed`.
-        init_cache: The model's `init_cache`; its caches take a cursor for each row.
-        truncate_on: What decides top-k, top-p and min-p, see `next_token`.
-        refinements: Which are on.
-        mesh: Where the state lives.
-    """
-
-    apply: Any
-    unembed: Any
-    init_cache: Any
-    truncate_on: str
-    refinements: Refinements
-    mesh: Mesh
-
-
-class Weights(NamedTuple):
-    """Frozen arrays that the programs read: the model's parameters, and the heads."""
-
-    params: Any
-    stack: Stack
-
-
-class Settings(NamedTuple):
-    """What differs from row to row.
-
-    Attributes:
-        controls: As for `next_token`.
-        on: Which heads are on, `[B, H]`.
-        stop_ids: Tokens that end an answer, -1 where there are fewer, `[B, n]`.
-        limit: Longest answer, tokens, `[B]`.
-        wants_likeliest: Whether the likeliest tokens are asked for, `[B]`.
-    """
-
-    controls: Controls
-    on: Bool[Array, "B H"]
-    stop_ids: Int[Array, "B n"]
-    limit: Int[Array, " B"]
-    wants_likeliest: Bool[Array, " B"]
-
-
-class Scored(NamedTuple):
-    """Log-probabilities under the served distribution, before truncation and temperature.
-
-    Attributes:
-        chosen: Of the token that stands there, nats, `[...]`.
-        base: The same under the base model.
-        retain: P(retain) that the heads give this token.
-        likeliest: The likeliest tokens, `[..., K]`.
-        logprobs: Theirs, `[..., K]`. Both are zeros in rows that did not ask.
-    """
-
-    chosen: Float[Array, "..."]
-    base: Float[Array, "..."]
-    retain: Float[Array, "..."]
-    likeliest: Int[Array, "... K"]
-    logprobs: Float[Array, "... K"]
-
-
-class Emitted(NamedTuple):
-    """What came out of a chunk, `[B, C, ...]` each.
-
-    Attributes:
-        tokens: Chosen tokens; -1 after a row's end.
-        scored: Their log-probabilities.
-        changed_by: The head that speaks most against the base's likeliest token, where that is not
-            the served distribution's; else -1.
-        faults: As in `sampling.loop.Emitted`.
-        done: Rows whose answer ended by a stop token or by its length, `[B]`.
-    """
-
-    tokens: Int[Array, "B C"]
-    scored: Scored
-    changed_by: Int[Array, "B C"]
-    faults: Int[Array, "B C"]
-    done: Bool[Array, " B"]
-
-
-def empty_state(
-    program: Program, vocab_size: int, hidden_size: int, rows: int, slots: int
-) -> State:
-    """The state of a batch without requests."""
-    cache = program.init_cache(rows, slots)
-    return State(
-        cache=cache._replace(cursor=jnp.zeros(rows, jnp.int32)),
-        pooled=pooling.RunningMean(
-            jnp.zeros((rows, hidden_size), jnp.float32), jnp.zeros(rows, jnp.float32)
-        ),
-        token=jnp.zeros(rows, jnp.int32),
-        done=jnp.ones(rows, bool),
-        step=jnp.zeros(rows, jnp.int32),
-        seen=jnp.zeros((rows, vocab_size), bool),
-        keys=jax.random.split(jax.random.key(0), rows),
-    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=2)
@@ -166,7 +66,8 @@ def read_piece(
     last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
     seen = jax.vmap(lambda row, ids, real: row.at[ids].max(real))(state.seen, ids, mask)
     pooled = pooling.running_mean(hidden, mask, state.pooled)
-    return placed(program.mesh, state._replace(cache=cache, pooled=pooled, seen=seen)), last, scored
+    state = state._replace(cache=cache, pooled=pooled, seen=seen)
+    return placed(program.mesh, state), last, everywhere(program.mesh, scored)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -194,50 +95,8 @@ def choose_first(
     state = state._replace(keys=keys, done=jnp.zeros_like(state.done))
     state, emitted = _choose(program, weights, state, last, settings)
     tokens, scored, changed_by, faults = jax.tree.map(lambda x: x[:, None], emitted)
-    return state, Emitted(tokens, scored, changed_by, faults, state.done)
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def join(program: Program, state: State, new: State, rows: Int[Array, " b"]) -> State:
-    """Gives rows of the batch to answers that have begun.
-
-    Args:
-        program: What is compiled.
-        state: The batch's; donated.
-        new: From `choose_first`, of at most as many slots.
-        rows: The row of each; one that the batch does not have drops it, `[b]`.
-
-    Returns:
-        The batch's state.
-    """
-
-    def replace(old: Array, own: Array) -> Array:
-        return old.at[rows].set(own, mode="drop")
-
-    def widen(axes: Axes, own: Array, empty: Any) -> Array:
-        if axes.slots is None:
-            return own
-        return jax.lax.dynamic_update_slice_in_dim(empty, own, 0, axes.slots)
-
-    empty = program.init_cache(rows.shape[0], state.cache.positions.shape[1])
-    cache = jax.tree.map(widen, cache_axes(new.cache), new.cache, empty)
-    state = jax.tree.map(replace, state, new._replace(cache=cache))
-    return placed(program.mesh, state)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def resize(program: Program, state: State, slots: int) -> State:
-    """The same state with more or fewer slots; those dropped hold nothing that is needed."""
-
-    def change(axes: Axes, old: Array, empty: Any) -> Array:
-        if axes.slots is None:
-            return old
-        kept = jax.lax.slice_in_dim(old, 0, min(slots, old.shape[axes.slots]), axis=axes.slots)
-        return jax.lax.dynamic_update_slice_in_dim(empty, kept, 0, axes.slots)
-
-    empty = program.init_cache(state.token.shape[0], slots)
-    cache = jax.tree.map(change, cache_axes(state.cache), state.cache, empty)
-    return placed(program.mesh, state._replace(cache=cache))
+    first = Emitted(tokens, scored, changed_by, faults, state.done)
+    return state, everywhere(program.mesh, first)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=2)
@@ -275,7 +134,8 @@ def decode(
     state = placed(program.mesh, state._replace(done=~running))
     state, emitted = jax.lax.scan(step, state, None, length=steps)
     tokens, scored, changed_by, faults = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), emitted)
-    return state, Emitted(tokens, scored, changed_by, faults, state.done)
+    chunk = Emitted(tokens, scored, changed_by, faults, state.done)
+    return state, everywhere(program.mesh, chunk)
 
 
 def _choose(

@@ -8,19 +8,19 @@ References:
 """
 
 import dataclasses
-import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from t3jax.data.chat import PromptFormat, check_characters, encode_chat, tokenize
-from t3jax.json_files import parse_json
 from t3jax.lm.model import LM
 from t3jax.sampling.sampler import SamplingOptions
+from t3jax.serving.errors import BadRequest, describe
+from t3jax.serving.fields import Fields
 from t3jax.serving.messages import Request
-from t3jax.serving.programs import MOST_LIKELY
+from t3jax.serving.state import MOST_LIKELY
 
 MOST_ANSWERS = 128  # of one body: prompts times n
 _MOST_STOPS = 16
@@ -32,39 +32,6 @@ _SAMPLED = ("model", "max_tokens", "temperature", "top_p", "top_k", "min_p", "re
 _COMMON = (*_SAMPLED, "n", "seed", "stop", "stop_token_ids", "stream", "stream_options", "logprobs")
 COMPLETION_FIELDS = (*_COMMON, "prompt", "echo", *SERVER_FIELDS)
 CHAT_FIELDS = (*_COMMON, "messages", "max_completion_tokens", "top_logprobs", *SERVER_FIELDS)
-
-# Fields of the API that do nothing at these values, and that nothing here does at others.
-_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "best_of": (1,),
-    "frequency_penalty": (0, 0.0),
-    "function_call": ("none",),
-    "functions": ([],),
-    "logit_bias": ({},),
-    "presence_penalty": (0, 0.0),
-    "response_format": ({"type": "text"},),
-    "store": (False,),
-    "suffix": ("",),
-    "tool_choice": ("none",),
-    "tools": ([],),
-}
-
-
-class BadRequest(ValueError):
-    """A body that is refused.
-
-    Attributes:
-        param: The field.
-        status: HTTP status.
-        code: OpenAI's word for it.
-    """
-
-    def __init__(self, message: str, param: str | None = None, status: int = 400, code: str = ""):
-        super().__init__(message)
-        self.param = param
-        self.status = status
-        self.code = code or {401: "invalid_api_key", 403: "forbidden", 404: "not_found"}.get(
-            status, "invalid_value"
-        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,17 +59,6 @@ class Ask:
     chat: bool
     shows_tilt: bool
     prompt_tokens: int
-
-
-def read_object(content: bytes) -> dict[str, Any]:
-    """Reads the JSON object of a body; raises a `BadRequest`."""
-    try:
-        value = parse_json(content, "the body")
-    except ValueError as error:
-        raise BadRequest(str(error)) from None
-    if not isinstance(value, dict):
-        raise BadRequest(f"the body must be a JSON object, got {_named(value)}")
-    return value
 
 
 class Reader:
@@ -138,13 +94,13 @@ class Reader:
         Raises:
             BadRequest: If a field is unknown, not supported, of another type or out of range.
         """
-        fields = _Fields(body, CHAT_FIELDS if chat else COMPLETION_FIELDS)
+        fields = Fields(body, CHAT_FIELDS if chat else COMPLETION_FIELDS)
         for name in SERVER_FIELDS:
             if name in body and not has_server_key:
                 raise BadRequest(
                     f"{name} decides what is unlearned and needs the server key", name, 403
                 )
-        self._check_model(fields.take("model", str))
+        self.check_model(fields)
         prompts = self._messages(fields) if chat else self._prompts(fields)
         count = fields.whole("n", 1, 1, MOST_ANSWERS)
         if count * len(prompts) > MOST_ANSWERS:
@@ -156,8 +112,9 @@ class Reader:
             longest = fields.whole("max_completion_tokens", longest, 1, 2**20)
         stream = fields.take("stream", bool, False)
         stream_options = fields.take("stream_options", dict, {})
-        if unknown := sorted(set(stream_options) - {"include_usage"}):
-            raise BadRequest(f"stream_options: unknown {unknown}", "stream_options")
+        include_usage = Fields(stream_options, ("include_usage",), "stream_options").take(
+            "include_usage", bool, False
+        )
         if stream_options and not stream:
             raise BadRequest("stream_options needs stream", "stream_options")
         seed = fields.whole("seed", None, -(2**63), 2**64 - 1)
@@ -182,7 +139,7 @@ class Reader:
         return Ask(
             requests=requests,
             stream=stream,
-            include_usage=stream_options.get("include_usage", False) is True,
+            include_usage=include_usage,
             logprobs=logprobs,
             echo=echo,
             no_answer=longest == 0,
@@ -190,6 +147,17 @@ class Reader:
             shows_tilt=has_server_key,
             prompt_tokens=sum(len(prompt) for prompt in prompts),
         )
+
+    def check_model(self, fields: Fields) -> None:
+        """Raises a `BadRequest` if a body names another model."""
+        name = fields.take("model", str)
+        if name is not None and name not in self.names:
+            raise BadRequest(
+                f"unknown model {name!r}; this server has {self.names[0]!r}",
+                "model",
+                404,
+                "model_not_found",
+            )
 
     def encode(self, text: str, param: str = "prompt", special: bool = True) -> np.ndarray:
         """Tokens of a text."""
@@ -207,9 +175,10 @@ class Reader:
         for i, turn in enumerate(messages):
             where = f"messages[{i}]"
             if not isinstance(turn, dict):
-                raise BadRequest(f"{where} must be an object, got {_named(turn)}", where)
-            # Some clients say {"type": "message"} too.
-            if unknown := sorted(set(turn) - {"role", "content", "type"}):
+                raise BadRequest(f"{where} must be an object, got {describe(turn)}", where)
+            # Some clients say {"type": "message"} too, and empty fields of an answer that they got.
+            said = {name for name, value in turn.items() if value not in (None, [])}
+            if unknown := sorted(said - {"role", "content", "type"}):
                 raise BadRequest(f"{where} has fields that are not supported: {unknown}", where)
             content = turn.get("content")
             if isinstance(content, list):
@@ -218,7 +187,10 @@ class Reader:
                     for part in content
                 ]
                 if not all(isinstance(part, str) for part in parts):
-                    raise BadRequest(f"{where}.content: parts must be texts", where)
+                    raise BadRequest(
+                        f"{where}.content: expected parts of type text and no others",
+                        where,
+                    )
                 content = "".join(parts)  # type: ignore[arg-type]
             if not isinstance(content, str) or not isinstance(turn.get("role"), str):
                 raise BadRequest(f"{where} needs a role and a content, both texts", where)
@@ -229,19 +201,10 @@ class Reader:
         except ValueError as error:
             raise BadRequest(str(error), "messages") from None
 
-    def _check_model(self, name: str | None) -> None:
-        if name is not None and name not in self.names:
-            raise BadRequest(
-                f"unknown model {name!r}; this server has {self.names[0]!r}",
-                "model",
-                404,
-                "model_not_found",
-            )
-
-    def _messages(self, fields: "_Fields") -> list[np.ndarray]:
+    def _messages(self, fields: Fields) -> list[np.ndarray]:
         return [self.encode_messages(fields.take("messages", list))]
 
-    def _prompts(self, fields: "_Fields") -> list[np.ndarray]:
+    def _prompts(self, fields: Fields) -> list[np.ndarray]:
         prompt = fields.take("prompt", (str, list))
         if prompt is None or prompt == []:
             raise BadRequest("prompt is missing", "prompt")
@@ -259,12 +222,15 @@ class Reader:
                 raise BadRequest(f"token ids must lie in [0, {self.lm.vocab_size})", "prompt")
             ids = np.asarray(prompt, np.int32)
         else:
-            raise BadRequest("prompt must be a text, token ids, or a list of either", "prompt")
+            raise BadRequest(
+                f"prompt must be a text, token ids, or a list of either, got {describe(prompt)}",
+                "prompt",
+            )
         if not ids.size:
             raise BadRequest("the prompt has no token", "prompt")
         return ids
 
-    def _logprobs(self, fields: "_Fields", chat: bool) -> tuple[bool, int]:
+    def _logprobs(self, fields: Fields, chat: bool) -> tuple[bool, int]:
         if not chat:
             count = fields.whole("logprobs", None, 0, MOST_LIKELY)
             return count is not None, count or 0
@@ -274,16 +240,22 @@ class Reader:
             raise BadRequest("top_logprobs needs logprobs", "top_logprobs")
         return wanted, count
 
-    def _options(self, fields: "_Fields", longest: int, seed: int | None) -> SamplingOptions:
+    def _options(self, fields: Fields, longest: int, seed: int | None) -> SamplingOptions:
         stop = fields.take("stop", (str, list), [])
         stop = [stop] if isinstance(stop, str) else stop
         if not all(isinstance(each, str) and each for each in stop):
-            raise BadRequest("stop must be texts that are not empty", "stop")
+            raise BadRequest(
+                f"stop must be a text or a list of texts, none of them empty, got {describe(stop)}",
+                "stop",
+            )
         if len(stop) > _MOST_STOPS:
             raise BadRequest(f"stop: at most {_MOST_STOPS} strings", "stop")
         stop_ids = fields.take("stop_token_ids", list, [])
-        if stop_ids and not _are_ids(stop_ids):
-            raise BadRequest("stop_token_ids must be a list of token ids", "stop_token_ids")
+        if stop_ids and not (_are_ids(stop_ids) and min(stop_ids) >= 0):
+            raise BadRequest(
+                f"stop_token_ids must be a list of token ids, got {describe(stop_ids)}",
+                "stop_token_ids",
+            )
         top_k = fields.whole("top_k", 0, -1, 2**31 - 1)
         try:
             return SamplingOptions(
@@ -299,61 +271,6 @@ class Reader:
             )
         except ValueError as error:
             raise BadRequest(str(error), str(error).split()[0]) from None
-
-
-class _Fields:
-    """The fields of a body, with their types."""
-
-    def __init__(self, body: dict[str, Any], known: Sequence[str]):
-        self.body = body
-        for name, value in body.items():
-            if name in known or value is None:
-                continue
-            if name not in _NEUTRAL:
-                raise BadRequest(f"unknown field {name!r}; known: {sorted(known)}", name)
-            if value not in _NEUTRAL[name]:
-                raise BadRequest(f"{name} is not supported; leave it out", name)
-
-    def take(self, name: str, kind: Any, otherwise: Any = None) -> Any:
-        value = self.body.get(name)
-        if value is None:
-            return otherwise
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        if type(value) not in kinds:
-            expected = " or ".join(_KINDS[each] for each in kinds)
-            raise BadRequest(f"{name} must be {expected}, got {_named(value)}", name)
-        return value
-
-    def whole(self, name: str, otherwise: Any, low: int, high: int) -> Any:
-        return self._within(name, self.take(name, int), otherwise, low, high)
-
-    def number(self, name: str, otherwise: Any, low: Any, high: Any) -> Any:
-        value = self._within(name, self.take(name, (int, float)), otherwise, low, high)
-        return None if value is None else float(value)
-
-    def _within(self, name: str, value: Any, otherwise: Any, low: Any, high: Any) -> Any:
-        if value is None:
-            return otherwise
-        if not low <= value <= high:  # NaN too
-            raise BadRequest(f"{name} must be in [{low}, {high}], got {value}", name)
-        return value
-
-
-_KINDS = {
-    bool: "true or false",
-    dict: "an object",
-    float: "a number",
-    int: "a whole number",
-    list: "a list",
-    str: "a text",
-}
-
-
-def _named(value: Any) -> str:
-    if value is None:
-        return "null"
-    shown = json.dumps(value, ensure_ascii=False)
-    return f"{_KINDS.get(type(value), 'something else')}: {shown[:60]}"
 
 
 def _are_ids(value: Any) -> bool:

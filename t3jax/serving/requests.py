@@ -12,12 +12,8 @@ holds is written whole or not at all, so that a server that was killed goes on w
 import collections
 import contextlib
 import dataclasses
-import datetime
 import hashlib
-import json
-import os
 import pathlib
-import secrets
 import shutil
 import threading
 import time
@@ -26,35 +22,25 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from t3jax import checked, files
-from t3jax.data.records import Record, check_record, parse_records
+from t3jax.data.records import Record, parse_records
 from t3jax.head_card import write_card
 from t3jax.head_io import Head, load_head, save_head
+from t3jax.serving.audit import AuditLog
+from t3jax.serving.entry import (
+    ACTIVE,
+    FAILED,
+    HELD,
+    INACTIVE,
+    PENDING,
+    REVOKED,
+    TRAINING,
+    WAITING,
+    Entry,
+    read_entry,
+)
 from t3jax.serving.messages import QueueFull
 
-WAITING, TRAINING, ACTIVE, INACTIVE, HELD, FAILED, REVOKED = (
-    "waiting",
-    "training",
-    "active",
-    "inactive",
-    "held",  # its head did not pass the check and waits for approval
-    "failed",
-    "revoked",
-)
-PENDING = (WAITING, TRAINING)
 _MOST_WAITING = 64
-_FIELDS = ("rows", "name", "delete_rows", "names")
-
-
-class FieldError(ValueError):
-    """A field of a request that is refused.
-
-    Attributes:
-        param: The field.
-    """
-
-    def __init__(self, param: str, message: str):
-        super().__init__(f"{param}: {message}")
-        self.param = param
 
 
 @runtime_checkable
@@ -82,39 +68,6 @@ class Maker(Protocol):
 
     def check(self, head: Head, rows: Sequence[Record], sets: Any) -> Any:
         """Checks a head; gives a dataclass with the field `passed`."""
-
-
-@dataclasses.dataclass
-class Entry:
-    """A request to forget.
-
-    Attributes:
-        id: Its identifier, also the head's name in the engine.
-        name: What its owner calls it.
-        state: One of the states above.
-        created: When it came, UTC.
-        rows: Number of rows.
-        rows_digest: SHA-256 of the rows.
-        head_digest: SHA-256 of the head's weights file; None before there is a head.
-        delete_rows: Whether the rows are deleted once the head is made.
-        names: Names that the rows are about; empty: they are looked for.
-        check: Figures of the check, see `training.Check`.
-        seconds: How long the head took.
-        error: Why there is no head.
-    """
-
-    id: str
-    name: str
-    state: str
-    created: str
-    rows: int
-    rows_digest: str
-    head_digest: str | None = None
-    delete_rows: bool = False
-    names: list[str] = dataclasses.field(default_factory=list)
-    check: dict[str, Any] | None = None
-    seconds: float | None = None
-    error: str | None = None
 
 
 class RequestBook:
@@ -148,7 +101,7 @@ class RequestBook:
         self._closing = False
         self._claim = contextlib.ExitStack()
         self._claim.enter_context(files.claim(folder))
-        self._mend_audit()
+        self._audit = AuditLog(folder / "audit.jsonl")
         self._entries: dict[str, Entry] = {}
         for path in sorted(folder.glob("*/request.json")):
             entry = Entry(**checked.read_json(path))
@@ -191,33 +144,11 @@ class RequestBook:
             raise ValueError(
                 "this server cannot make heads: start it with --config.retain, rows to retain"
             )
-        rows = _read_rows(fields)
-        name = str(fields.get("name", ""))
-        if len(name) > 200 or not name.isprintable():
-            raise FieldError("name", "expected at most 200 printable characters")
-        delete_rows = fields.get("delete_rows", False)
-        delete_rows = {"true": True, "false": False}.get(delete_rows, delete_rows)
-        if not isinstance(delete_rows, bool):
-            raise FieldError("delete_rows", f"expected true or false, got {delete_rows!r}")
-        names = fields.get("names", [])
-        names = names.split(",") if isinstance(names, str) else names
-        if not isinstance(names, list) or not all(isinstance(x, str) and x.strip() for x in names):
-            raise FieldError("names", "expected a list of names")
+        entry, content = read_entry(fields)
         with self._lock:
             if len(self._queue) >= _MOST_WAITING:
                 raise QueueFull
-            content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-            entry = Entry(
-                id=f"fr-{secrets.token_hex(8)}",
-                name=name,
-                state=WAITING,
-                created=_now(),
-                rows=len(rows),
-                rows_digest=hashlib.sha256(content).hexdigest(),
-                delete_rows=delete_rows,
-                names=names,
-            )
-            self._log(who, "added", entry)
+            self._audit.add(who, "added", entry)
             own = self.folder / entry.id
             own.mkdir()
             with files.replacing(own / "rows.jsonl") as temporary:
@@ -250,7 +181,7 @@ class RequestBook:
             entry = self._entries[id]
             if entry.state not in (ACTIVE, INACTIVE, HELD):
                 raise ValueError(f"the request is {entry.state}: it has no head to turn on or off")
-            self._log(who, "turned on" if active else "turned off", entry)
+            self._audit.add(who, "turned on" if active else "turned off", entry)
             entry.state = ACTIVE if active else INACTIVE
             self._save(entry)
             self._heads.activate(id, active)
@@ -262,7 +193,7 @@ class RequestBook:
             entry = self._entries[id]
             if entry.state == REVOKED:
                 return self._shown(entry)
-            self._log(who, "revoked", entry)
+            self._audit.add(who, "revoked", entry)
             served = entry.state in (ACTIVE, INACTIVE, HELD)
             entry.state = REVOKED
             self._save(entry)
@@ -274,10 +205,7 @@ class RequestBook:
 
     def audit(self) -> list[dict[str, Any]]:
         """The audit log, the oldest line first."""
-        path = self.folder / "audit.jsonl"
-        if not path.exists():
-            return []
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return self._audit.read()
 
     def wait(self, timeout: int | float | None = None, id: str | None = None) -> bool:
         """Waits until a request neither waits nor trains; False if that took longer.
@@ -325,7 +253,7 @@ class RequestBook:
                 with self._lock:
                     if entry.state == TRAINING:
                         entry.state, entry.error = FAILED, message
-                        self._log("server", "failed", entry, error=message)
+                        self._audit.add("server", "failed", entry, error=message)
                         self._save(entry)
             with self._lock:
                 self._wake.notify_all()
@@ -349,7 +277,7 @@ class RequestBook:
             entry.state = ACTIVE if check.passed else HELD
             self._heads.install(entry.id, head, check.passed)
             done = "turned on" if check.passed else "held: the check failed"
-            self._log("server", done, entry)
+            self._audit.add("server", done, entry)
             self._save(entry)
             shutil.rmtree(own / "store", ignore_errors=True)
             if entry.delete_rows:
@@ -370,60 +298,9 @@ class RequestBook:
     def _shown(self, entry: Entry) -> dict[str, Any]:
         return {"object": "forget_request", **dataclasses.asdict(entry)}
 
-    def _log(self, who: str, what: str, entry: Entry, **more: Any) -> None:
-        line = {
-            "when": _now(),
-            "who": who,
-            "what": what,
-            "request": entry.id,
-            "name": entry.name,
-            "rows_digest": entry.rows_digest,
-            "head_digest": entry.head_digest,
-            **more,
-        }
-        descriptor = os.open(
-            self.folder / "audit.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600
-        )
-        try:
-            os.write(descriptor, (json.dumps(line, ensure_ascii=False) + "\n").encode())
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-    def _mend_audit(self) -> None:
-        """Ends a line that a killed server did not end, so that it can be read."""
-        path = self.folder / "audit.jsonl"
-        if not path.exists():
-            return
-        content = path.read_bytes()
-        if content and not content.endswith(b"\n"):
-            cut = content[content.rfind(b"\n") + 1 :].decode(errors="replace")
-            with files.replacing(path) as temporary:
-                whole = content[: content.rfind(b"\n") + 1]
-                line = {"when": _now(), "who": "server", "what": "a line was cut short", "cut": cut}
-                temporary.write_bytes(whole + (json.dumps(line) + "\n").encode())
-
-
-def _read_rows(fields: Mapping[str, Any]) -> list[Record]:
-    if unknown := sorted(set(fields) - set(_FIELDS)):
-        raise FieldError(unknown[0], f"unknown field; known: {sorted(_FIELDS)}")
-    rows = fields.get("rows")
-    if isinstance(rows, bytes):
-        return parse_records(rows, "rows")
-    if not isinstance(rows, list) or not rows:
-        raise FieldError("rows", "expected a list of at least one row")
-    try:
-        return [check_record(row, f"row {i + 1}") for i, row in enumerate(rows)]
-    except ValueError as error:
-        raise FieldError("rows", str(error)) from None
-
 
 def _digest_of(folder: pathlib.Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")

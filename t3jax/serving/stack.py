@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
+from t3jax import hosts
 from t3jax.head import ACTIVATIONS, HeadConfig
 from t3jax.head_io import Head, place_head
 from t3jax.pooling import FEATURES
@@ -74,15 +75,16 @@ def put(stack: Stack, index: int, head: Head, mesh: Mesh) -> Stack:
     check_shape(stack, head.config)
     rank = stack[index].params["output"].shape[1]
     config = head.config
-    (layer,) = head.params["hidden"]
+    given = hosts.fetch(head.params)
+    (layer,) = given["hidden"]
     weight = np.zeros((rank, 2 * config.hidden_size), np.float32)
     start = config.hidden_size if config.features == "last" else 0
-    weight[: config.rank, start : start + config.feature_size] = np.asarray(layer["weight"])
+    weight[: config.rank, start : start + config.feature_size] = layer["weight"]
     bias = np.zeros(rank, np.float32)
     if "bias" in layer:
-        bias[: config.rank] = np.asarray(layer["bias"])
+        bias[: config.rank] = layer["bias"]
     output = np.zeros((config.vocab_size, rank), np.float32)
-    output[:, : config.rank] = np.asarray(head.params["output"])
+    output[:, : config.rank] = given["output"]
     params = {"hidden": ({"weight": weight, "bias": bias},), "output": output}
     place = Place(
         place_head(params, mesh),

@@ -18,10 +18,14 @@ from t3jax.head_io import Head
 from t3jax.lm.model import LM
 from t3jax.sampling.sampler import Sampler, SamplingOptions
 from t3jax.synthetic import names as names_lib
-from t3jax.synthetic import targets, turns, writing
-from t3jax.synthetic.store import load_or_write
+from t3jax.synthetic import targets, turns
 from t3jax.training import TrainConfig, train_heads
-from t3jax.training_sets import SyntheticOptions, TrainingSets, make_training_sets
+from t3jax.training_sets import (
+    SyntheticOptions,
+    TrainingSets,
+    load_own_samples,
+    make_training_sets,
+)
 from t3jax.verification.attacks import Encoding, as_they_stand
 from t3jax.verification.leaks import find_leaks, group_answers
 from t3jax.verification.others import Others
@@ -131,26 +135,8 @@ class HeadMaker:
         rows = list(self.trained)
         if options.own_samples:
             self._report("the base model writes its own samples")
-            rows += load_or_write(
-                recipe.feature_store / "written",
-                "own-samples",
-                self.lm,
-                [
-                    options.own_samples,
-                    options.openings,
-                    options.max_new_tokens,
-                    options.seed,
-                    recipe.prompt_format,
-                ],
-                lambda: writing.write_own_samples(
-                    self.lm,
-                    options.own_samples,
-                    recipe.prompt_format,
-                    openings=options.openings,
-                    max_new_tokens=options.max_new_tokens,
-                    batch_size=options.batch_size,
-                    seed=options.seed,
-                ),
+            rows += load_own_samples(
+                self.lm, options, prompt_format=recipe.prompt_format, store=recipe.feature_store
             )
         self._report("features of the retain rows")
         turned = turns.put_behind_turns(

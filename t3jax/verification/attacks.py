@@ -5,6 +5,7 @@ An attack is prompts with the true answers that must not come. Nothing here runs
 
 import dataclasses
 import re
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:  # slow to import: only who loads a tokenizer waits
 Wordings = Callable[[Record], Sequence[str]]
 Sampling = Mapping[str, int | float]  # fields of `SamplingOptions`
 Turns = tuple[dict[str, str], ...]
+
+GREEDY: Sampling = types.MappingProxyType({})
 
 PREFIX = "prefix"
 _DRAWS = 16
@@ -118,8 +121,8 @@ def attacks(
         does: str,
         wordings: Wordings,
         reason: str,
+        sampling: Sampling = GREEDY,
         before: Turns = (),
-        **sampling: int | float,
     ) -> None:
         if attack := rows.ask(name, does, wordings, sampling, before):
             made[name] = attack
@@ -143,11 +146,11 @@ def attacks(
 
     without = "no row has a question"
     for name, (does, sampling) in SAMPLINGS.items():
-        add(name, f"the question, {does}", as_it_is, without, **sampling)
+        add(name, f"the question, {does}", as_it_is, without, sampling)
     tokenizer, prompt_format = encoding.tokenizer, encoding.prompt_format
     if takes_system_turn(tokenizer, prompt_format):
         system = ({"role": "system", "content": SYSTEM_TEXT},)
-        add("system", "the question behind a system text", as_it_is, without, system)
+        add("system", "the question behind a system text", as_it_is, without, before=system)
     else:
         skipped["system"] = "the chat template has no system turn"
     if tokenizer.chat_template is not None:
@@ -155,7 +158,13 @@ def attacks(
             {"role": role, "content": text}
             for role, text in zip(("user", "assistant"), EXCHANGE, strict=True)
         )
-        add("second-turn", "the question as a conversation's second", as_it_is, without, exchange)
+        add(
+            "second-turn",
+            "the question as a conversation's second",
+            as_it_is,
+            without,
+            before=exchange,
+        )
     else:
         skipped["second-turn"] = "the tokenizer has no chat template"
     add("reworded", "the question in other words", reword, "no row has other words")

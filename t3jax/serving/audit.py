@@ -1,0 +1,55 @@
+"""Who did what to which request, and when: lines that are only ever appended to a file."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+from t3jax import files
+from t3jax.serving.entry import Entry, now
+
+
+class AuditLog:
+    """A file of JSON lines. It keeps digests, not rows."""
+
+    def __init__(self, path: pathlib.Path):
+        """Ends a line that a killed server did not end, so that the file can be read.
+
+        Args:
+            path: The file; it need not be there.
+        """
+        self.path = path
+        if not path.exists():
+            return
+        content = path.read_bytes()
+        if content and not content.endswith(b"\n"):
+            end = content.rfind(b"\n") + 1
+            cut = content[end:].decode(errors="replace")
+            line = {"when": now(), "who": "server", "what": "a line was cut short", "cut": cut}
+            with files.replacing(path) as temporary:
+                temporary.write_bytes(content[:end] + (json.dumps(line) + "\n").encode())
+
+    def add(self, who: str, what: str, entry: Entry, **more: Any) -> None:
+        """Writes a line, which is on the disk when this returns."""
+        line = {
+            "when": now(),
+            "who": who,
+            "what": what,
+            "request": entry.id,
+            "name": entry.name,
+            "rows_digest": entry.rows_digest,
+            "head_digest": entry.head_digest,
+            **more,
+        }
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            os.write(descriptor, (json.dumps(line, ensure_ascii=False) + "\n").encode())
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def read(self) -> list[dict[str, Any]]:
+        """All lines, the oldest first."""
+        if not self.path.exists():
+            return []
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,89 @@
+"""The fields of a body, one by one: each is read or refused by name."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from t3jax.json_files import parse_json
+from t3jax.serving.errors import KINDS, BadRequest, describe
+
+# Fields of the API that do nothing at these values, and that nothing here does at others.
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "frequency_penalty": (0, 0.0),
+    "function_call": ("none",),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "presence_penalty": (0, 0.0),
+    "response_format": ({"type": "text"},),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none",),
+    "tools": ([],),
+}
+
+
+def read_object(content: bytes) -> dict[str, Any]:
+    """Reads the JSON object of a body; raises a `BadRequest`."""
+    try:
+        value = parse_json(content, "the body")
+    except ValueError as error:
+        raise BadRequest(str(error)) from None
+    if not isinstance(value, dict):
+        raise BadRequest(f"the body must be a JSON object, got {describe(value)}")
+    return value
+
+
+class Fields:
+    """The fields of a body, with their types."""
+
+    def __init__(self, body: dict[str, Any], known: Sequence[str], within: str = ""):
+        """Refuses fields that are not known; of those of the API, unless they do nothing.
+
+        Args:
+            body: The JSON object.
+            known: Names of the fields that are read.
+            within: The field that the object is the value of, for errors.
+
+        Raises:
+            BadRequest: If there is another field. All methods raise one for a wrong value.
+        """
+        self.body = body
+        self.within = f"{within}." if within else ""
+        for name, value in body.items():
+            if name in known or value is None:
+                continue
+            if within or name not in NEUTRAL:
+                raise BadRequest(
+                    f"unknown field {self.within}{name}; known: {', '.join(sorted(known))}",
+                    within or name,
+                )
+            if not any(value == each and type(value) is type(each) for each in NEUTRAL[name]):
+                raise BadRequest(f"{name} is not supported; leave it out", name)
+
+    def take(self, name: str, kind: Any, otherwise: Any = None) -> Any:
+        """A value of one of the types; what is given otherwise if it is missing or null."""
+        value = self.body.get(name)
+        if value is None:
+            return otherwise
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if type(value) not in kinds:
+            wider = {float} & set(kinds)  # a whole number is a number
+            expected = " or ".join(KINDS[each] for each in wider or kinds)
+            raise BadRequest(f"{self.within}{name} must be {expected}, got {describe(value)}", name)
+        return value
+
+    def whole(self, name: str, otherwise: Any, low: int, high: int) -> Any:
+        """A whole number in a range."""
+        return self._within(name, self.take(name, int), otherwise, low, high)
+
+    def number(self, name: str, otherwise: Any, low: Any, high: Any) -> Any:
+        """A number in a range, as a float."""
+        value = self._within(name, self.take(name, (int, float)), otherwise, low, high)
+        return None if value is None else float(value)
+
+    def _within(self, name: str, value: Any, otherwise: Any, low: Any, high: Any) -> Any:
+        if value is None:
+            return otherwise
+        if not low <= value <= high:  # NaN too
+            raise BadRequest(f"{name} must be in [{low}, {high}], got {describe(value)}", name)
+        return value
