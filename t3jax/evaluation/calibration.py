@@ -65,6 +65,18 @@ class Calibration:
     made_up_probability: float
     base_probability: float
 
+    @property
+    def stronger(self) -> list[Calibrated]:
+        """Settings of the chosen T that tilt more and keep 97 % of the retain answers, in order."""
+        c = self.chosen
+        return [
+            each
+            for each in sorted(self.settings, key=lambda each: each.guidance_scale)
+            if (each.head, each.base_temperature) == (c.head, c.base_temperature)
+            and each.guidance_scale > c.guidance_scale
+            and each.retained >= _LEAST_RETAINED
+        ]
+
     def __str__(self) -> str:
         c = self.chosen
         return (

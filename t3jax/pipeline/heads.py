@@ -14,10 +14,16 @@ from t3jax.head_io import Head, load_head
 from t3jax.lm import LM
 from t3jax.pipeline.models import encode_rows, source_digest
 from t3jax.refinements import Refinements
+from t3jax.sampling import Sampler
 from t3jax.sections import narrow
 from t3jax.settings import Settings, replace
 from t3jax.training import check_start
 from t3jax.training_sets import SyntheticOptions, TrainingSets, make_training_sets
+from t3jax.verification.attacks import Encoding
+from t3jax.verification.reciting import count_recited
+
+MOST_RECITED = 0.05  # share of the forget rows, greedy and beyond chance, as in a verdict
+_MOST_ASKED = 100
 
 
 def digests(config: Settings, lm: LM) -> dict[str, str]:
@@ -99,23 +105,68 @@ def choose_setting(
     """Gives heads T and s where the settings leave both open and there are counterfactuals.
 
     All heads get the setting that is chosen for the first; their records say how. See
-    `t3jax.evaluation.calibration`.
+    `t3jax.evaluation.calibration`. Probabilities are means over rows, and a classifier may leave a
+    few rows untouched: its s grows until at most 5 % of the forget rows are recited.
     """
     open_fields = config.base_temperature is None and config.guidance_scale is None
     if not open_fields or not sets.counterfactuals:
         return list(heads)
     calibration = calibrate_heads(config, lm, heads[:1], sets)
+    record: dict[str, Any] = {}
+    if sets.loss == "classifier":
+        calibration, recited = _grow_scale(config, lm, heads[0], sets, calibration)
+        record["recited"] = recited
+        print(f"recited, greedy: {recited:.0%} of the forget rows")
     print(calibration, flush=True)
     chosen = calibration.chosen
+    record["calibration"] = dataclasses.asdict(calibration)
     return [
         dataclasses.replace(
             head,
             base_temperature=chosen.base_temperature,
             guidance_scale=chosen.guidance_scale,
-            record=head.record | {"calibration": dataclasses.asdict(calibration)},
+            record=head.record | record,
         )
         for head in heads
     ]
+
+
+def recites(head: Head) -> bool:
+    """Whether a classifier leaves more rows untouched, at any s that keeps what must stay."""
+    return float(head.record.get("recited", 0.0)) > MOST_RECITED
+
+
+def _grow_scale(
+    config: Settings, lm: LM, head: Head, sets: TrainingSets, calibration: Calibration
+) -> tuple[Calibration, float]:
+    """The weakest setting from the chosen one on that recites little, and the share recited.
+
+    Where every setting recites more, the one that recites least.
+    """
+    encoding = Encoding(
+        lm.tokenizer, config.prompt_format, config.sampling.max_new_tokens, lm.max_position
+    )
+    share = count_recited(encoding, sets.rows, sets.retained, _MOST_ASKED)
+    sampler = Sampler(
+        lm,
+        head,
+        refinements=refinements(config.refinements, lm),
+        prompt_format=config.prompt_format,
+        batch_size=config.rows,
+    )
+    shares = []
+    for setting in (calibration.chosen, *calibration.stronger):
+        recited = share(
+            sampler,
+            {},
+            base_temperature=setting.base_temperature,
+            guidance_scale=setting.guidance_scale,
+        )
+        shares.append((recited, setting))
+        if recited <= MOST_RECITED:
+            break
+    recited, setting = min(shares, key=lambda pair: pair[0])
+    return dataclasses.replace(calibration, chosen=setting), recited
 
 
 def calibrate_heads(

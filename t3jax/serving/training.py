@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from t3jax.data.chat import PromptFormat, encode_records
-from t3jax.data.records import Record, evenly_spread
+from t3jax.data.records import Record
 from t3jax.evaluation.calibration import calibrate
 from t3jax.features import Features, load_or_compute_features
 from t3jax.head import HeadConfig
 from t3jax.head_io import Head
 from t3jax.lm.model import LM
-from t3jax.sampling.sampler import Sampler, SamplingOptions
+from t3jax.sampling.sampler import Sampler
 from t3jax.synthetic import names as names_lib
 from t3jax.synthetic import targets, turns
 from t3jax.training import TrainConfig, train_heads
@@ -26,13 +26,11 @@ from t3jax.training_sets import (
     load_own_samples,
     make_training_sets,
 )
-from t3jax.verification.attacks import Encoding, as_they_stand
-from t3jax.verification.leaks import find_leaks, group_answers
-from t3jax.verification.others import Others
+from t3jax.verification.attacks import Encoding
+from t3jax.verification.reciting import count_recited
 
 _HELD_OUT = 10  # every tenth retain row is kept from training, to be checked
 _CHECKED_ROWS = 40
-_RECALL = 0.7  # of a true answer: from there on an answer may leak, as in `verify.py`
 _DRAWS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "t0.7-p0.9-x4": {"temperature": 0.7, "top_p": 0.9, "num_samples": 4},
@@ -274,31 +272,17 @@ class HeadMaker:
     ) -> tuple[dict[str, float], dict[str, float]]:
         """Shares of rows that leak from the unlearned and from the base model."""
         recipe = self.recipe
-        asked = evenly_spread(list(rows), _CHECKED_ROWS)
         encoding = Encoding(
             self.lm.tokenizer, recipe.prompt_format, recipe.max_new_tokens, self.lm.max_position
         )
-        attack = as_they_stand(encoding, asked, [f"row {i + 1}" for i in range(len(asked))])
-        others = Others(asked, _without(self.trained, rows), _RECALL)
-        wording = others.wording(attack)
-        sampler = Sampler(
-            self.lm,
-            head,
-            base_temperature=recipe.base_temperature,
-            guidance_scale=recipe.guidance_scale,
-        )
-
-        def share(draws: dict[str, Any], base: bool) -> float:
-            options = SamplingOptions(max_new_tokens=recipe.max_new_tokens, **draws)
-            as_base: dict[str, Any] = (
-                {"base_temperature": 1.0, "guidance_scale": 0.0} if base else {}
-            )
-            tries = group_answers(attack, sampler.generate(attack.prompts, options, **as_base))
-            pools = others.recall(attack, tries)
-            return float(find_leaks(attack, tries, wording, pools, _RECALL).leaks.mean())
-
-        leaks = {name: share(draws, False) for name, draws in _DRAWS.items()}
-        return leaks, {"greedy": share({}, True)}
+        share = count_recited(encoding, rows, _without(self.trained, rows), _CHECKED_ROWS)
+        sampler = Sampler(self.lm, head)
+        served = {
+            "base_temperature": recipe.base_temperature,
+            "guidance_scale": recipe.guidance_scale,
+        }
+        leaks = {name: share(sampler, draws, **served) for name, draws in _DRAWS.items()}
+        return leaks, {"greedy": share(sampler, {}, base_temperature=1.0, guidance_scale=0.0)}
 
     def _encode(self, rows: Sequence[Record]) -> list[Any]:
         return encode_records(

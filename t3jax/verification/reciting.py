@@ -1,0 +1,41 @@
+"""How many rows a head still recites: a quick check while its setting is chosen."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from t3jax.data.records import Record, evenly_spread
+from t3jax.sampling import Sampler, SamplingOptions
+from t3jax.verification.attacks import Encoding, as_they_stand
+from t3jax.verification.leaks import find_leaks, group_answers
+from t3jax.verification.others import Others
+
+RECALL = 0.7  # of a true answer: from there on an answer may leak
+
+
+def count_recited(
+    encoding: Encoding, forget: Sequence[Record], retain: Sequence[Record], most_rows: int
+) -> Callable[..., float]:
+    """Prepares the forget rows to be asked as they stand.
+
+    Args:
+        encoding: How rows become prompts.
+        forget: Rows to forget.
+        retain: Rows of which none is to be forgotten: their answers show what chance would reach.
+        most_rows: How many forget rows are asked at most, evenly spread.
+
+    Returns:
+        A function of a sampler and options of its `generate`: the share of the rows that leak,
+        see `count_leaks`. Draws are `SamplingOptions` fields, greedy without any.
+    """
+    asked = evenly_spread(list(forget), most_rows)
+    attack = as_they_stand(encoding, asked, [f"row {i + 1}" for i in range(len(asked))])
+    others = Others(asked, retain, RECALL)
+    wording = others.wording(attack)
+
+    def share(sampler: Sampler, draws: Mapping[str, Any], **setting: Any) -> float:
+        options = SamplingOptions(max_new_tokens=encoding.max_new_tokens, **draws)
+        tries = group_answers(attack, sampler.generate(attack.prompts, options, **setting))
+        pools = others.recall(attack, tries)
+        return float(find_leaks(attack, tries, wording, pools, RECALL).leaks.mean())
+
+    return share
