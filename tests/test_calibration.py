@@ -2,9 +2,12 @@ import numpy as np
 import pytest
 import tiny
 
+from configs import default
 from t3jax.data import Example
 from t3jax.evaluation import calibration
 from t3jax.evaluation.calibration import Calibrated, calibrate, choose_setting
+from t3jax.pipeline import heads
+from t3jax.training_sets import TrainingSets
 
 
 def of(distance, retained, scale=1.0, temperature=1.0, probability=0.5):
@@ -50,3 +53,33 @@ def test_settings_are_compared_with_the_made_up_name_level(tiny_lm, texts):
     assert twice.made_up_probability != pytest.approx(found.made_up_probability)
     with pytest.raises(ValueError, match="one of the sets is empty"):
         calibrate(tiny_lm, [head], forget, [[]] * 10, [])
+
+
+@pytest.mark.parametrize(
+    ("shares", "scale", "recited"),
+    [
+        ({1.0: 0.04}, 1.0, 0.04),
+        ({1.0: 0.3, 2.0: 0.06, 3.0: 0.05}, 3.0, 0.05),
+        ({1.0: 0.3, 2.0: 0.1, 3.0: 0.2}, 2.0, 0.1),  # 4 harms, and other heads and T are others
+    ],
+)
+def test_the_scale_of_a_classifier_grows_until_little_is_recited(
+    tiny_lm, monkeypatch, shares, scale, recited
+):
+    grid = [of(0.2, 0.99, s) for s in (0.5, 1.0, 2.0, 3.0)]
+    settings = (*grid, of(0.2, 0.9, 4.0), of(0.2, 0.99, 2.5, temperature=1.5))
+    chosen = calibration.Calibration(grid[1], settings, 0.4, 0.9)
+    monkeypatch.setattr(heads, "calibrate_heads", lambda *_: chosen)
+    count = lambda *_: lambda sampler, draws, guidance_scale, **_: shares[guidance_scale]  # noqa: E731
+    monkeypatch.setattr(heads, "count_recited", count)
+    sets = TrainingSets.__new__(TrainingSets)
+    vars(sets).update(loss="classifier", counterfactuals=[1], rows=[], retained=[])
+    config = tiny.make_settings(default, {})
+    (head,) = heads.choose_setting(config, tiny_lm, [tiny.make_head(tiny_lm)], sets)
+    assert (head.guidance_scale, head.record["recited"]) == (scale, recited)
+    assert head.record["calibration"]["chosen"]["guidance_scale"] == scale
+    assert heads.recites(head) == (recited > 0.05)
+    vars(sets).update(loss="distillation")
+    (head,) = heads.choose_setting(config, tiny_lm, [tiny.make_head(tiny_lm)], sets)
+    assert head.guidance_scale == 1.0
+    assert not heads.recites(head)
