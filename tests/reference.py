@@ -533,22 +533,15 @@ def guided_greedy(
     temperature: float,
     scale: float,
 ) -> list[int]:
-    """Greedy guided tokens, with transformers' own cache; stops after end-of-text."""
+    """Greedy guided tokens, the whole text read anew for each; stops after end-of-text."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
-    tokens, new, past, total = list(prompt), prompt, None, 0
+    tokens = list(prompt)
     while len(tokens) < len(prompt) + steps:
-        out = model(
-            input_ids=torch.tensor([new]),
-            past_key_values=past,
-            use_cache=True,
-            output_hidden_states=True,
-        )
-        past = out.past_key_values
-        total = total + out.hidden_states[-1][0].sum(dim=0)
-        pooled = total / len(tokens)
-        new = [int(guided(out.logits[0, -1], head(pooled), temperature, scale).argmax())]
-        tokens += new
+        ids = torch.tensor([tokens])
+        hidden, logits = read(model, ids, torch.ones_like(ids, dtype=torch.bool))
+        pooled = hidden[0].mean(dim=0)
+        tokens.append(int(guided(logits[0, -1], head(pooled), temperature, scale).argmax()))
         if tokens[-1] in ends:
             break
     return tokens[len(prompt) :]

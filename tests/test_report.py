@@ -194,10 +194,10 @@ def test_a_setting_is_shown_beside_its_controls():
 
 
 def test_the_featured_setting(evaluation):
-    # A control is not featured, not even one that is as good as the retain model.
-    logs = {**evaluation.logs, TILTED.name: evaluation.retain_log}
-    best = dataclasses.replace(evaluation, settings=[BASE, TILTED, SETTING], logs=logs)
-    assert page._featured(best, None) == SETTING
+    # Of equal numbers the first are taken, but a control is not featured.
+    logs = {**evaluation.logs, TILTED.name: evaluation.logs[SETTING.name]}
+    equal = dataclasses.replace(evaluation, settings=[BASE, TILTED, SETTING], logs=logs)
+    assert page._featured(equal, None) == SETTING
     alone = dataclasses.replace(evaluation, settings=[BASE, TILTED])
     assert page._featured(alone, None) == TILTED
     assert page._featured(evaluation, "T2") == TEMPERED
