@@ -45,7 +45,7 @@ def read_stored(path: pathlib.Path, read: Callable[[pathlib.Path], T]) -> T | No
         return None
 
 
-def write_json(path: pathlib.Path, content: Any) -> None:
+def write_json(path: pathlib.Path, content: object) -> None:
     """Writes JSON with its checksum, whole or not at all; makes its folder if missing."""
     text = (json.dumps(content, ensure_ascii=False) + "}\n").encode()
     _write(path, _HEAD.format(zlib.crc32(text)).encode() + text)

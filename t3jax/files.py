@@ -16,7 +16,6 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
-from typing import Any
 
 # How a file system says that there is no room, and how libraries that raise no OSError do.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -160,7 +159,7 @@ def slug(text: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in text)
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
+def write_json(path: pathlib.Path, value: object) -> None:
     """Writes indented JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
