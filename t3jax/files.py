@@ -81,9 +81,6 @@ def allocate(path: pathlib.Path, size: int) -> None:
 
     A file of holes would take them when it is written through the map, where a full disk ends the
     process (SIGBUS) and not the call.
-
-    Raises:
-        OSError: If there is no room.
     """
     with open(path, "wb") as file:
         if not size:
@@ -134,11 +131,7 @@ def claim(folder: pathlib.Path) -> Iterator[None]:
 
 
 def check_writable(folder: pathlib.Path) -> None:
-    """Checks that files can be written to a folder, or that it could be made; leaves nothing.
-
-    Raises:
-        OSError: If not; names the folder.
-    """
+    """Checks that files can be written to a folder, or that it could be made."""
     nearest = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     try:
         with tempfile.TemporaryFile(dir=nearest) as file:
