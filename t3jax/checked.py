@@ -45,18 +45,14 @@ def read_stored(path: pathlib.Path, read: Callable[[pathlib.Path], T]) -> T | No
         return None
 
 
-def write_json(path: pathlib.Path, content: Any) -> None:
+def write_json(path: pathlib.Path, content: object) -> None:
     """Writes JSON with its checksum, whole or not at all; makes its folder if missing."""
     text = (json.dumps(content, ensure_ascii=False) + "}\n").encode()
     _write(path, _HEAD.format(zlib.crc32(text)).encode() + text)
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """Reads what `write_json` wrote.
-
-    Raises:
-        DamagedError: If it is not as it was written.
-    """
+    """Reads what `write_json` wrote; raises `DamagedError` if it is not as it was written."""
     data = path.read_bytes()
     size = len(_HEAD.format(0))
     if data[:size] != _HEAD.format(zlib.crc32(data[size:])).encode():
@@ -74,11 +70,7 @@ def write_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Reads what `write_arrays` wrote.
-
-    Raises:
-        DamagedError: If it is not as it was written.
-    """
+    """Reads what `write_arrays` wrote; raises `DamagedError` if it is not as it was written."""
     data = path.read_bytes()
     if data[-8:] != f"{zlib.crc32(data[:-8]):08x}".encode():
         raise _damaged(path)

@@ -16,7 +16,6 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
-from typing import Any
 
 # How a file system says that there is no room, and how libraries that raise no OSError do.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -82,9 +81,6 @@ def allocate(path: pathlib.Path, size: int) -> None:
 
     A file of holes would take them when it is written through the map, where a full disk ends the
     process (SIGBUS) and not the call.
-
-    Raises:
-        OSError: If there is no room.
     """
     with open(path, "wb") as file:
         if not size:
@@ -135,11 +131,7 @@ def claim(folder: pathlib.Path) -> Iterator[None]:
 
 
 def check_writable(folder: pathlib.Path) -> None:
-    """Checks that files can be written to a folder, or that it could be made; leaves nothing.
-
-    Raises:
-        OSError: If not; names the folder.
-    """
+    """Checks that files can be written to a folder, or that it could be made."""
     nearest = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     try:
         with tempfile.TemporaryFile(dir=nearest) as file:
@@ -160,7 +152,7 @@ def slug(text: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in text)
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
+def write_json(path: pathlib.Path, value: object) -> None:
     """Writes indented JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 

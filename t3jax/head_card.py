@@ -100,7 +100,7 @@ def _front_matter(head: Head, request: str, day: str, verdict: str) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
-def _summary(head: Head, request: str, day: str, verdict: str) -> Iterable[tuple[Any, ...]]:
+def _summary(head: Head, request: str, day: str, verdict: str) -> Iterable[tuple[object, ...]]:
     yield "request", request or "without a name"
     yield "date (UTC)", day
     yield "verdict", verdict
@@ -111,13 +111,13 @@ def _summary(head: Head, request: str, day: str, verdict: str) -> Iterable[tuple
     yield "class-prior shift", head.prior_shift
 
 
-def _data(head: Head) -> Iterable[tuple[Any, ...]]:
+def _data(head: Head) -> Iterable[tuple[object, ...]]:
     for name in ("forget", "retain"):
         columns = ("sequences", "tokens", "digests", "features")
         yield name, *(_of(head.record, column).get(name) for column in columns)
 
 
-def _recipe(head: Head) -> Iterable[tuple[Any, ...]]:
+def _recipe(head: Head) -> Iterable[tuple[object, ...]]:
     config = {"features": "mean", **dataclasses.asdict(head.config)}
     training = _of(head.record, "training") or {"training": None}
     for name, value in {**config, **training}.items():
@@ -142,14 +142,14 @@ def _of(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return part if isinstance(part, Mapping) else {}
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     lines = [[*map(_escape, map(_show, row))] for row in rows]
     return "\n".join(
         f"| {' | '.join(line)} |" for line in [list(header), ["---"] * len(header), *lines]
     )
 
 
-def _show(value: Any) -> str:
+def _show(value: object) -> str:
     match value:
         case None:
             return _NOT_RECORDED

@@ -49,7 +49,7 @@ def raise_at_signals() -> None:
     """
 
     def raise_until_handled(raised: type[KeyboardInterrupt]) -> NoReturn:
-        def raise_again(_: int, __: Any) -> None:
+        def raise_again(_: int, __: object) -> None:
             handled = sys.exc_info()[1]
             while handled is not None:
                 if isinstance(handled, KeyboardInterrupt):
@@ -61,10 +61,10 @@ def raise_at_signals() -> None:
         signal.setitimer(signal.ITIMER_REAL, *2 * [_SECONDS_UNTIL_RAISED_AGAIN])
         raise raised
 
-    def interrupt(_: int, __: Any) -> NoReturn:
+    def interrupt(_: int, __: object) -> NoReturn:
         raise_until_handled(KeyboardInterrupt)
 
-    def terminate(_: int, __: Any) -> NoReturn:
+    def terminate(_: int, __: object) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         raise_until_handled(Terminated)
 

@@ -93,10 +93,10 @@ def parse_json(text: str | bytes, where: str, schema: Any = None) -> Any:
 
 
 @overload
-def check_json(value: Any, where: str, schema: type[T]) -> T: ...
+def check_json(value: object, where: str, schema: type[T]) -> T: ...
 @overload
-def check_json(value: Any, where: str, schema: Any) -> Any: ...
-def check_json(value: Any, where: str, schema: Any) -> Any:
+def check_json(value: object, where: str, schema: Any) -> Any: ...
+def check_json(value: object, where: str, schema: Any) -> Any:
     """Checks a value that came from JSON, or is to become JSON, against a schema.
 
     The value is returned as the schema's type. A ValueError names the place `where`, the field, its
@@ -147,7 +147,7 @@ def _check_status(path: pathlib.Path, status: os.stat_result, largest: int | Non
         raise ValueError(f"{path}: {_too_large(largest)}")
 
 
-def show_json(value: Any) -> str:
+def show_json(value: object) -> str:
     """A value for an error, in JSON's notation and short."""
     match value:
         case dict():
@@ -180,7 +180,7 @@ def _parse_int(digits: str) -> int:
     return int(digits)
 
 
-def _check_values(value: Any, where: str) -> None:
+def _check_values(value: object, where: str) -> None:
     """Refuses deep nesting, numbers that became infinite, and lone surrogates."""
     # An explicit stack, so that no depth is too deep; a trail is (the parent's trail, the name).
     stack: list[tuple[Any, int, Any]] = [(value, 0, None)]
@@ -244,7 +244,7 @@ def _prefix(path: str) -> str:
     return f"{path}: " if path else ""
 
 
-def _explain(value: Any, schema: Any, message: str) -> str:
+def _explain(value: object, schema: Any, message: str) -> str:
     """The message of msgspec in words: the field's name, its value and the expectation."""
     reason, _, place = message.partition(" - at `")
     names, found = _locate(value, schema, place.rstrip("`"))

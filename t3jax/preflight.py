@@ -91,11 +91,7 @@ def check_evaluation(config: Settings, lm: LM) -> None:
 
 @contextlib.contextmanager
 def outputs(*folders: str | pathlib.Path | None) -> Iterator[None]:
-    """Claims the folders that a script writes to, see `files.claim`; process 0 does.
-
-    Raises:
-        OSError: If one cannot be written to, or another run is at work there.
-    """
+    """Claims the folders that a script writes to, see `files.claim`; process 0 does."""
     with contextlib.ExitStack() as claimed:
         if hosts.is_lead():
             for folder in sorted({str(folder) for folder in folders if folder is not None}):

@@ -247,7 +247,7 @@ class _Maker:
             seed=(self.options.seed, kind),
         )
 
-    def write(self, name: str, depends_on: Sequence[Any], make: Callable[[], Any]) -> Any:
+    def write(self, name: str, depends_on: Sequence[object], make: Callable[[], Any]) -> Any:
         depends_on = [*depends_on, self.prompt_format, self.options.seed]
         return load_or_write(self.store / "written", name, self.lm, depends_on, make)
 

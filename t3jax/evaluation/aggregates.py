@@ -117,22 +117,12 @@ def forget_quality(log: Log, retain_log: Log | None) -> metrics.ForgetQuality:
 
 
 def truth_ratios(log: Log, metric: str) -> Float[np.ndarray, "rows"]:
-    """The truth ratios of a set of rows, from the losses of its true and wrong answers.
-
-    Raises:
-        MissingMetricError: If losses are missing.
-        ValueError: If true and wrong answers are not of the same rows.
-    """
+    """The truth ratios of a set of rows, from the losses of its true and wrong answers."""
     return metrics.truth_ratio(*_true_and_wrong(log, TRUTH_RATIOS[metric], "avg_loss"))
 
 
 def normalised_probabilities(log: Log, metric: str) -> Float[np.ndarray, "rows"]:
-    """The normalised probabilities of a set of rows, from those of its right and wrong answers.
-
-    Raises:
-        MissingMetricError: If probabilities are missing.
-        ValueError: If right and wrong answers are not of the same rows.
-    """
+    """The normalised probabilities of a set of rows, from those of its right and wrong answers."""
     return metrics.normalised_probability(*_true_and_wrong(log, NORMALISED[metric], "prob"))
 
 

@@ -90,11 +90,7 @@ def repetition(texts: Sequence[str], n: int = 4) -> Float[np.ndarray, "rows"]:
 
 
 def retain_logits(scores: TextScores) -> Float[np.ndarray, "rows"]:
-    """The mean of each text's logits of "retain"; above 0 the head takes it for a retain text.
-
-    Raises:
-        MissingMetricError: If the setting has no head.
-    """
+    """The mean of each text's logits of "retain"; above 0 the head takes it for a retain text."""
     if scores.retain_scores is None:
         raise MissingMetricError("the setting has no head")
     return scores.text_means(scores.retain_scores)

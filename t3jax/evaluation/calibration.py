@@ -123,9 +123,6 @@ def calibrate(
     `counterfactuals` are, for each forget row, the same row about made-up people; `scales` are
     values of T · s. `seeds` heads that follow one another differ in their seed alone: a setting is
     worth the mean over them, and goes by the first. At most 200 rows of each set are scored.
-
-    Raises:
-        ValueError: If a set is empty.
     """
     if not forget or not retain:
         raise ValueError("choosing T and s needs forget and retain rows; one of the sets is empty")

@@ -138,9 +138,6 @@ def collect(
 
     A maker takes the log so far, and gives the metric and those of its sets by name. `aggregate`
     gives the aggregate of a metric from a log that holds its columns, where the maker gives none.
-
-    Raises:
-        ValueError: As the functions; the message names the metric.
     """
     metrics: dict[str, Metric] = {}
     missing: dict[str, str] = {}

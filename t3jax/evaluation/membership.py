@@ -24,9 +24,6 @@ def zlib_score(
 
     Returns:
         `avg_loss / len(zlib.compress(answer))`, `[rows]`, in nats per byte.
-
-    Raises:
-        ValueError: If a loss is not finite, or there are more or fewer texts than losses.
     """
     avg_loss = finite("avg_loss", avg_loss)
     if len(answers) != len(avg_loss):
@@ -49,9 +46,6 @@ def min_k_score(
     Returns:
         `[rows]`: high for text the model finds unlikely. A row without answer tokens scores 0, as
         in the reference.
-
-    Raises:
-        ValueError: If the log-probability of an answer token is not finite.
 
     References:
         Min-K% Prob, arXiv 2310.16789.
@@ -84,9 +78,6 @@ def min_k_plus_plus_score(
 
     Returns:
         `[rows]`, as `min_k_score`.
-
-    Raises:
-        ValueError: If a value on an answer token is not finite.
 
     References:
         Min-K%++, arXiv 2404.02936.

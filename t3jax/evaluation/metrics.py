@@ -2,7 +2,8 @@
 
 Axes: `rows` examples, `wrong` wrong answers of an example, `tokens` answer tokens. Arrays may be
 numpy's or JAX's; everything is computed on the host in float64, since p-values and ratios here
-span hundreds of orders of magnitude. An aggregate of one metric is, unless a function here says
+span hundreds of orders of magnitude. A value that is not finite, and inputs of unequal numbers of
+rows or of none, raise a ValueError. An aggregate of one metric is, unless a function here says
 otherwise, the mean over its rows; `aggregates.py` says which per-example values make which.
 Membership scores are in `membership.py`. This module runs no model and reads no file.
 
@@ -53,9 +54,6 @@ def truth_ratio(
 
     Returns:
         `exp(-mean_j wrong_loss_j) / (exp(-true_loss) + 1e-10)`, `[rows]`.
-
-    Raises:
-        ValueError: If a loss is not finite, or there are no wrong answers.
     """
     wrong_loss = finite("wrong_loss", wrong_loss)
     if wrong_loss.shape[1] == 0:
@@ -100,9 +98,6 @@ def forget_quality(
 
     Returns:
         p-value, D and the critical D.
-
-    Raises:
-        ValueError: If a ratio is not finite or there are no rows.
 
     References:
         TOFU, arXiv 2401.06121, forget quality.
@@ -189,9 +184,6 @@ def rouge_scores(
 
     Returns:
         `rougeL_recall` (the one TOFU reports), `rougeL_f1` and `rouge1_recall`, each `[rows]`.
-
-    Raises:
-        ValueError: If there are more or fewer generations than ground truths.
     """
     # Here and not above: it brings in all of nltk, which takes seconds.
     from rouge_score.rouge_scorer import RougeScorer

@@ -38,9 +38,6 @@ def retain_probabilities(base: TextScores, tilted: TextScores) -> Float[np.ndarr
 
     Since p_tilted(v) = p(v) f(v) / q for any token v, the one that came next gives q. `tilted` are
     the scores at T = 1, s = 1 without refinements.
-
-    Raises:
-        ValueError: If `tilted` is of a setting without a head.
     """
     log_f = np.log(np.maximum(tilted.retain_prob, np.finfo(np.float64).tiny))
     return np.exp(base.logprobs.astype(np.float64) + log_f - tilted.logprobs)

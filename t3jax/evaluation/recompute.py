@@ -55,12 +55,7 @@ class Comparison:
 
 
 def recompute(log: Log, retain_log: Log | None = None) -> list[Comparison]:
-    """Recomputes every aggregate of a log, and every per-example value that others determine.
-
-    Returns:
-        Comparisons in the order of the log's metrics. Of per-example values, the row that differs
-        most stands for all.
-    """
+    """Recomputes every aggregate of a log, and every per-example value that others determine."""
     if retain_log is not None:
         # A retain log without truth ratios is reported by metric, one of other rows is an error.
         with contextlib.suppress(MissingMetricError):

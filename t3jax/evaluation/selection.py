@@ -201,9 +201,6 @@ def half(count: int, group: int = 1, seed: int = 0) -> Bool[np.ndarray, "rows"]:
 
     Rows of a group follow one another and stay together, such as the questions on one author:
     apart, each half would know the other's authors.
-
-    Raises:
-        ValueError: If there are fewer than two groups.
     """
     if group < 1 or (groups := -(-count // group)) < 2:
         raise ValueError(

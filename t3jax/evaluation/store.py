@@ -69,11 +69,7 @@ class Store:
         reference_mask: bool = False,
         moments: bool = False,
     ) -> list[TextScores]:
-        """Scores texts; those settings that are not stored share one pass over the texts.
-
-        Raises:
-            ValueError: As `score_texts`.
-        """
+        """Scores texts; those settings that are not stored share one pass over the texts."""
         digest = digests.examples_digest(examples)
         paths = self._paths(
             [

@@ -115,9 +115,6 @@ def measure(
     is missing is noted with the reason. Attention is masked correctly here, whatever
     `reference_mask` is elsewhere. The retain model serves the Monte-Carlo KL; the base model of
     `judge`, or of `store`, measures the fluency of answers.
-
-    Raises:
-        ValueError: If the retain model has another tokenizer, or a score is not finite.
     """
     shared: dict[str, list[TextScores]] = {}
     written = {}

@@ -180,9 +180,6 @@ def measure(
 
     Returns:
         Logs by setting's name, and the retain model's, if it was named.
-
-    Raises:
-        ValueError: If a score is not finite.
     """
     store, retain_store, sets = examined.store, examined.retain_store, examined.sets
     beyond = dataclasses.replace(

@@ -48,11 +48,7 @@ def finetune_once(config: Settings, mesh: Mesh) -> pathlib.Path:
 
     A folder that was made before of the same model (weights, config and tokenizer, wherever they
     lie), of the same data and by the same recipe is left as it is, once its files match their
-    checksums.
-
-    Raises:
-        ValueError: As `finetune`, or as loading the model or the data; or a file of the folder is
-            not as it was written.
+    checksums; a ValueError says which file does not.
     """
     recipe = finetune_config(config)
     workdir = pathlib.Path(config["finetune.workdir"])

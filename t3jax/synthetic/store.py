@@ -14,7 +14,7 @@ def load_or_write(
     folder: pathlib.Path | str,
     name: str,
     lm: LM,
-    depends_on: Sequence[Any],
+    depends_on: Sequence[object],
     write: Callable[[], Any],
 ) -> Any:
     """Reads what a model wrote before, or lets it write, as plain values of JSON, and keeps that.

@@ -162,9 +162,6 @@ def make_members(configs: Sequence[TrainConfig], seeds: Sequence[int]) -> list[M
 
     Recipes differ in learning rate and weight decay alone. Names hold the differences: `head`,
     `head-seed1`, `head-lr0.01-wd0.1-seed1`.
-
-    Raises:
-        ValueError: If recipes are equal or differ in more, or seeds are equal or negative.
     """
     # JAX keeps the lower 32 bits of a seed alone: 2^32 would draw as 0 does.
     if not seeds or len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**32 for seed in seeds):

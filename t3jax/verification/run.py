@@ -39,11 +39,7 @@ def verify(
     rewordings: Mapping[str, Sequence[str]] | None = None,
     counterfactuals: Sequence[Counterfactual] = (),
 ) -> Verdict:
-    """Asks the rows in all ways and judges the answers.
-
-    Raises:
-        ValueError: If a row cannot be encoded, or does not fit the model's context.
-    """
+    """Asks the rows in all ways and judges the answers."""
     asking = Asking(store, setting, options, prompt_format, rewordings or {})
     numbers = evenly_spread(range(len(forget)), options.rows)
     records = [forget[number] for number in numbers]
