@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument(
         "--system", type=int, default=0, help="words of a turn before each question"
     )
-    parser.add_argument("--flags", nargs="*", default=[], help="further flags of the server")
+    parser.add_argument("--flags", type=str.split, default=[], help="of the server, as one word")
     arguments = parser.parse_args()
     figures: dict[str, Any] = {}
     flags = list(arguments.flags)

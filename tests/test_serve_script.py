@@ -42,3 +42,10 @@ def test_the_defaults_of_config_and_options_agree():
     section = tiny.make_settings(default).serve
     for options, others in ((EngineOptions, {"rank": 200}), (ServerOptions, {})):
         assert narrow(options, section, **others) == options()
+
+
+def test_several_processes_take_no_requests_to_forget(no_weights, monkeypatch):
+    monkeypatch.setenv("T3JAX_SERVER_KEY", "key")
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"heads that they start with: .*drop config\.serve"):
+        serve.main(tiny.make_settings(demo, {"head": None, "serve.requests": "out/r"}))
