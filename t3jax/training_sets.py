@@ -118,7 +118,7 @@ def make_training_sets(
         written["paraphrases"] = len(reworded)
         forget += reworded
     if options.own_samples:
-        own = load_own_samples(
+        own = writing.load_own_samples(
             lm,
             options,
             maker.people,
@@ -332,51 +332,6 @@ class _Maker:
             progress=self.label("counterfactuals"),
             **self.target_options,
         )
-
-
-def load_own_samples(
-    lm: LM,
-    options: SyntheticOptions,
-    people: Sequence[str] = (),
-    *,
-    prompt_format: PromptFormat,
-    store: pathlib.Path | str,
-    progress: bool = False,
-) -> list[Record]:
-    """Lets the base model write chats of its own, or reads those that it wrote before.
-
-    Args:
-        lm: The base model.
-        options: How many and how.
-        people: Names that none of them may hold.
-        prompt_format: How a question becomes a prompt.
-        store: Folder of the store.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        Rows with question and answer.
-    """
-    drawing: dict[str, Any] = {
-        "openings": options.openings,
-        "max_new_tokens": options.max_new_tokens,
-    }
-    samples: list[Record] = load_or_write(
-        pathlib.Path(store) / "written",
-        "own-samples",
-        lm,
-        [tuple(people), options.own_samples, *drawing.values(), prompt_format, options.seed],
-        lambda: writing.write_own_samples(
-            lm,
-            options.own_samples,
-            prompt_format,
-            names=people,
-            batch_size=options.batch_size,
-            seed=options.seed,
-            progress="own samples" if progress else None,
-            **drawing,
-        ),
-    )
-    return samples
 
 
 def _counterfactuals_of(

@@ -18,12 +18,11 @@ from t3jax.head_io import Head
 from t3jax.lm.model import LM
 from t3jax.sampling.sampler import Sampler
 from t3jax.synthetic import names as names_lib
-from t3jax.synthetic import targets, turns
+from t3jax.synthetic import targets, turns, writing
 from t3jax.training import TrainConfig, train_heads
 from t3jax.training_sets import (
     SyntheticOptions,
     TrainingSets,
-    load_own_samples,
     make_training_sets,
 )
 from t3jax.verification.attacks import Encoding
@@ -133,7 +132,7 @@ class HeadMaker:
         rows = list(self.trained)
         if options.own_samples:
             self._report("the base model writes its own samples")
-            rows += load_own_samples(
+            rows += writing.load_own_samples(
                 self.lm, options, prompt_format=recipe.prompt_format, store=recipe.feature_store
             )
         self._report("features of the retain rows")

@@ -4,15 +4,19 @@ Own samples say what must stay, of all that the base model knows, where the reta
 part of it or where there are none.
 """
 
+import pathlib
 import re
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from t3jax.data.chat import PromptFormat, encode_prompt, tokenize
 from t3jax.data.records import Record
 from t3jax.lm.model import LM
 from t3jax.sampling.sampler import Sampler
 from t3jax.synthetic.names import holds_name
+from t3jax.synthetic.options import SyntheticOptions
+from t3jax.synthetic.store import load_or_write
 
 _TOP_P = 0.95  # of the base model's own draws: its tail is noise, and nothing is to be hidden
 _MOST_ROUNDS = 8
@@ -118,6 +122,51 @@ def _write_questions(
         if 2 * len(questions) >= count:
             break
     return questions[:count]
+
+
+def load_own_samples(
+    lm: LM,
+    options: SyntheticOptions,
+    people: Sequence[str] = (),
+    *,
+    prompt_format: PromptFormat,
+    store: pathlib.Path | str,
+    progress: bool = False,
+) -> list[Record]:
+    """Lets the base model write chats of its own, or reads those that it wrote before.
+
+    Args:
+        lm: The base model.
+        options: How many and how.
+        people: Names that none of them may hold.
+        prompt_format: How a question becomes a prompt.
+        store: Folder of the store.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Rows with question and answer.
+    """
+    drawing: dict[str, Any] = {
+        "openings": options.openings,
+        "max_new_tokens": options.max_new_tokens,
+    }
+    samples: list[Record] = load_or_write(
+        pathlib.Path(store) / "written",
+        "own-samples",
+        lm,
+        [tuple(people), options.own_samples, *drawing.values(), prompt_format, options.seed],
+        lambda: write_own_samples(
+            lm,
+            options.own_samples,
+            prompt_format,
+            names=people,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            progress="own samples" if progress else None,
+            **drawing,
+        ),
+    )
+    return samples
 
 
 def reword_questions(
