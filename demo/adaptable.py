@@ -1,13 +1,16 @@
-"""A base fine-tuned by LoRA-ML against a plainly fine-tuned one, on the demo's model.
+"""A base fine-tuned by LoRA-ML or Reptile against a plainly fine-tuned one, on the demo's model.
 
     python -m demo.adaptable
 
 Each of three seeds makes up new authors: four tasks of ten authors each, and ten more as the task
-that is adapted to. The demo's model is fine-tuned on the four tasks, plainly or jointly with an
-adapter of rank 4 for each (the same rows in each step, as many steps), and then adapted to the
-fifth by LoRA of rank 4. Prints a Markdown table of the loss there, nats a token, on questions in a
-wording that was not trained on: median and range over seeds.
+that is adapted to. The demo's model is fine-tuned on the four tasks: plainly, jointly with an
+adapter of rank 4 for each, or by adapters alone whose mean moves it every 10 steps. The rows of a
+step and the number of steps are the same. It is then adapted to the fifth by LoRA of rank 4. Prints
+a Markdown table of the loss there, nats a token, on questions in a wording that was not trained on:
+median and range over seeds.
 """
+
+import dataclasses
 
 import numpy as np
 
@@ -24,6 +27,7 @@ PLAIN = FinetuneConfig(epochs=5, batch_size=32, learning_rate=1e-3)
 JOINT = FinetuneConfig(
     epochs=5, batch_size=32 // TASKS, learning_rate=1e-3, lora_rank=RANK, tasks=TASKS
 )
+REPTILE = dataclasses.replace(JOINT, reptile=True, learning_rate=3e-3)
 ADAPTATION = FinetuneConfig(epochs=10, batch_size=32, learning_rate=3e-3, lora_rank=RANK)
 SHOWN = (0, 1, 3, 10)  # epochs of the adaptation
 
@@ -33,7 +37,7 @@ def main() -> None:
     cli.enable_compilation_cache()
     lm = t3jax.load_lm("demo/base", "float32")
     shape = t3jax.lm.load_config("demo/base")
-    found: dict[str, list[list[float]]] = {"demo's": [], "plain": [], "LoRA-ML": []}
+    found: dict[str, list[list[float]]] = {"demo's": [], "plain": [], "LoRA-ML": [], "Reptile": []}
     for seed in SEEDS:
         *tasks, (rows, held_out) = make_tasks(lm, seed)
         seen = [each for each, _ in tasks]
@@ -42,6 +46,7 @@ def main() -> None:
             "demo's": lm.params,
             "plain": finetune(shape, lm.params, together, PLAIN),
             "LoRA-ML": finetune(shape, lm.params, seen, JOINT),
+            "Reptile": finetune(shape, lm.params, seen, REPTILE),
         }
         for name, params in bases.items():
             found[name].append(adapt(shape, params, rows, held_out))

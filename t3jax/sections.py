@@ -199,7 +199,8 @@ class FinetuneSection(FinetuneConfig):
         validation: Sources whose loss is reported after each epoch.
         workdir: Folder of checkpoints, metrics and the model.
         meta: "joint": LoRA-ML (docs/lora_ml.md). Each source of `data` is a task with an adapter of
-            `lora_rank` of its own beside all weights, which are written without it; None: no tasks.
+            `lora_rank` of its own beside all weights, which are written without it; "reptile": the
+            adapters alone are trained, and their mean moves the weights; None: no tasks.
     """
 
     data: tuple[str, ...] = ()
@@ -209,7 +210,7 @@ class FinetuneSection(FinetuneConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_ranges(self, meta=Words(("joint",)))
+        check_ranges(self, meta=Words(("joint", "reptile")))
 
 
 @dataclasses.dataclass(frozen=True)

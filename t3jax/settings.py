@@ -135,7 +135,9 @@ class Settings:
     sweep: SweepOptions = _section(SweepOptions)
     experiment: ExperimentOptions = _section(ExperimentOptions)
     verify: VerifySection = _section(VerifySection, without=("threshold", "max_new_tokens", "seed"))
-    finetune: FinetuneSection = _section(FinetuneSection, without=("dtype", "minnorm", "tasks"))
+    finetune: FinetuneSection = _section(
+        FinetuneSection, without=("dtype", "minnorm", "tasks", "reptile")
+    )
     minnorm: MinNormConfig = _section(MinNormConfig)
     serve: ServeSection = _section(ServeSection)
 

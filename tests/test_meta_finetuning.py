@@ -18,6 +18,7 @@ from t3jax.finetuning import Trainer, finetune, merge_lora
 from t3jax.settings import replace
 
 META = dataclasses.replace(RECIPE, lora_rank=4, lora_layers=("q", "down"), tasks=2)
+REPTILE = dataclasses.replace(META, reptile=True, inner_steps=3)
 TASKS = [examples(16, seed=1), examples(8, seed=2)]
 
 
@@ -86,6 +87,52 @@ def test_an_interrupted_joint_run_ends_with_the_same_bits(tmp_path, monkeypatch)
         run(tmp_path / "whole", dataclasses.replace(META, lora_rank=2))
 
 
+def test_a_round_of_reptile_moves_the_base_by_the_mean_of_the_adapters():
+    trainer = make_trainer(REPTILE)
+    rows = [each[:8] for each in TASKS]
+    start = trainer.init()
+    first, factors = jax.tree.map(jnp.array, (start[0]["base"], start[0]["adapters"]))
+    state, losses = start, []
+    for _ in range(3):
+        state, loss, norm = trainer.step(state, *rows)
+        losses.append(loss)
+    assert losses[2] < losses[0]
+    assert norm > 0
+    chex.assert_trees_all_equal(state[0]["base"], first)
+    adapters = jax.tree.map(jnp.array, state[0]["adapters"])
+    ended, _ = trainer.end_round(state, 3)
+    expected = jax.tree.map(
+        lambda *leaves: np.mean(leaves, axis=0),
+        *(merge_lora(first, adapters[task], REPTILE.lora_scale) for task in ("0", "1")),
+    )
+    chex.assert_trees_all_close(ended["base"], expected, rtol=1e-5, atol=1e-6)
+    down = "layers/0/mlp/down"
+    assert not np.any(ended["adapters"]["0"][down]["b"])
+    assert np.abs(ended["adapters"]["0"][down]["a"] - factors["0"][down]["a"]).max() > 1e-3
+    # A held-out loss is the base's, without an adapter.
+    plain = make_trainer(dataclasses.replace(RECIPE, lora_rank=0))
+    expected_loss = plain.loss(ended["base"], rows[0])
+    np.testing.assert_allclose(trainer.loss(ended, rows[0]), expected_loss, rtol=1e-5)
+
+
+def test_a_stopped_run_of_reptile_ends_with_the_same_bits(tmp_path, monkeypatch):
+    expected = run(tmp_path / "whole", REPTILE)
+    end_round, calls = Trainer.end_round, []
+
+    def stop(self, state, step):
+        calls.append(step)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return end_round(self, state, step)
+
+    monkeypatch.setattr(Trainer, "end_round", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped", REPTILE)
+    chex.assert_trees_all_equal(run(tmp_path / "stopped", REPTILE), expected)
+    assert calls == [3, 4, 3, 4]  # resumed within a round; the last round may be a short one
+    assert set(expected) == set(tiny.make_params(CONFIG))
+
+
 def test_a_config_asks_for_it(tmp_path, monkeypatch):
     write_model(tmp_path / "base")
     for name, count in (("a", 2), ("b", 3)):
@@ -102,6 +149,9 @@ def test_a_config_asks_for_it(tmp_path, monkeypatch):
         pipeline.finetune_config(config)
     config = replace(config, **{"finetune.lora_rank": 2})
 
+    assert not pipeline.finetune_config(config).reptile
+    assert pipeline.finetune_config(replace(config, **{"finetune.meta": "reptile"})).reptile
+
     def asked(lm_config, params, tasks, recipe, **options):
         assert [len(each) for each in tasks] == [2, 3]
         assert recipe.tasks == 2
@@ -114,8 +164,10 @@ def test_a_config_asks_for_it(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="needs 2 tasks or more"):
+    with pytest.raises(ValueError, match="need 2 tasks or more"):
         dataclasses.replace(META, tasks=1)
+    with pytest.raises(ValueError, match="Reptile needs tasks"):
+        dataclasses.replace(RECIPE, reptile=True)
     with pytest.raises(ValueError, match="expected the texts of 2 tasks, got those of 1"):
         run(tasks=TASKS[:1])
     with pytest.raises(ValueError, match="no examples"):

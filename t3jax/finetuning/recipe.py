@@ -52,6 +52,9 @@ class FinetuneConfig:
             projected before the steps of some epochs; None trains alone.
         tasks: T of LoRA-ML: all weights are trained, jointly with a LoRA adapter for each of T
             tasks, and the adapters are dropped at the end; None trains without.
+        reptile: Of tasks, train the adapters alone, and move the weights by their mean every
+            `inner_steps` steps (Reptile in the place of LoRA-ML).
+        inner_steps: K of Reptile: steps of the adapters, which then begin anew.
     """
 
     epochs: int = 5
@@ -74,6 +77,8 @@ class FinetuneConfig:
     checkpoint_every: int = 100
     minnorm: MinNormConfig | None = None
     tasks: int | None = None
+    reptile: bool = False
+    inner_steps: int = 10
 
     def __post_init__(self):
         check_ranges(
@@ -94,6 +99,7 @@ class FinetuneConfig:
             dtype=Words(("float32", "bfloat16")),
             seed=SEED,
             checkpoint_every=whole(1),
+            inner_steps=COUNT,
         )
         if not self.lora_layers:
             raise ValueError("lora_layers = (): expected at least one")
@@ -103,7 +109,11 @@ class FinetuneConfig:
                 "microbatches; lower microbatches or raise batch_size"
             )
         if self.tasks is not None and self.tasks < 2:
-            raise ValueError(f"LoRA-ML needs 2 tasks or more, each a source, got {self.tasks}")
+            raise ValueError(
+                f"LoRA-ML and Reptile need 2 tasks or more, each a source, got {self.tasks}"
+            )
+        if self.reptile and not self.tasks:
+            raise ValueError("Reptile needs tasks: give their number, 2 or more")
         if self.tasks and (not self.lora_rank or self.minnorm is not None):
             raise ValueError(
                 "tasks have a LoRA adapter each and know no projection: give a lora_rank of 1 or "

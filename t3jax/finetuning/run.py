@@ -51,7 +51,8 @@ def finetune(
     With `config.tasks` (LoRA-ML) the base and an adapter for each task minimise the mean of the
     tasks' losses jointly, and the base is returned alone: it is made to be adapted. Each step reads
     a batch of every task; an epoch is one of the task with the most rows, the others begin anew.
-    It takes 4 bytes a weight more, the sum of the tasks' gradients.
+    It takes 4 bytes a weight more, the sum of the tasks' gradients. With `config.reptile` the
+    adapters alone have gradients and moments; the base takes 4 bytes a weight.
 
     Args:
         lm_config: The model's shape.
@@ -127,6 +128,8 @@ def finetune(
             if share:
                 state = trainer.project(state, batches[0], step, share)
             state, loss, norm = trainer.step(state, *batches)
+            if config.reptile and (step % config.inner_steps == 0 or step == steps):
+                state = trainer.end_round(state, step)
             line = {
                 "step": step,
                 "epoch": epoch + 1,

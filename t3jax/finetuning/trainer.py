@@ -6,6 +6,7 @@ gradients are summed in float32.
 
 With tasks (LoRA-ML) what is trained is `{"base": all weights, "adapters": {"0": factors, ...}}`. A
 gradient is taken for one task after the other, of its batch and `{"base": ..., "lora": factors}`.
+With Reptile the gradient is of `{"lora": factors}` alone, and the base moves when a round ends.
 
 Axes: M microbatches, B rows of one, T time, S shards, A scored tokens of a shard, D features, V
 vocabulary.
@@ -26,7 +27,7 @@ from t3jax import hosts, optimizer, sharding
 from t3jax.batching import round_up
 from t3jax.data import Example
 from t3jax.finetuning.batches import Batch, choose_outputs, make_batch
-from t3jax.finetuning.lora import init_lora, scale_lora
+from t3jax.finetuning.lora import init_lora, merge_lora, scale_lora
 from t3jax.finetuning.recipe import FinetuneConfig, make_optimizer
 from t3jax.lm import LMConfig, decoder
 from t3jax.minnorm import project
@@ -43,7 +44,10 @@ class Programs(NamedTuple):
         gradient: `(trained, frozen, batch) -> (loss, gradient)`, compiled for each shape of batch.
         add: `(tree, tree) -> their sum`; the first is donated.
         update: `(state, gradient) -> (state, norm of the gradient)`, compiled once; the state is
-            donated. With tasks the gradient is the sum over them, and divided by their number.
+            donated. With tasks the gradient is the sum over them, and divided by their number;
+            with Reptile it is that of each adapter.
+        end_round: `(trained, step) -> trained` of Reptile: the base moved by the mean of the
+            adapters, and adapters that begin anew; the first is donated.
         loss: `(trained, frozen, batch) -> sum of the weighted losses`.
         output: `(trained, frozen, row) -> largest logit` at the place of a row of `choose_outputs`;
             not compiled.
@@ -54,6 +58,7 @@ class Programs(NamedTuple):
     gradient: Callable[[Any, Params, Batch], tuple[jax.Array, Any]]
     add: Callable[[Any, Any], Any]
     update: Callable[[Any, Any], tuple[Any, jax.Array]]
+    end_round: Callable[[Any, Any], Any]
     loss: Callable[[Any, Params, Batch], jax.Array]
     output: Callable[[Any, Params, Any], jax.Array]
 
@@ -68,22 +73,28 @@ def compile_programs(
 
     def init(params: Params) -> Any:
         key = jax.random.key(config.seed)
-        draw = functools.partial(init_lora, params, config.lora_rank, config.lora_layers)
         trained: Any
         if config.freezes_weights:
-            trained = draw(key)
+            trained = init_lora(params, config.lora_rank, config.lora_layers, key)
         else:
             trained = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
         if config.tasks:
-            keys = jax.random.split(key, config.tasks)
-            trained = {"base": trained, "adapters": {str(t): draw(k) for t, k in enumerate(keys)}}
-        return trained, adamw.init(trained)
+            trained = {"base": trained, "adapters": init_adapters(params, key)}
+        return trained, adamw.init(trained["adapters"] if config.reptile else trained)
+
+    def init_adapters(params: Params, key: Any) -> dict[str, Any]:
+        keys = jax.random.split(key, config.tasks)
+        return {
+            str(task): init_lora(params, config.lora_rank, config.lora_layers, own)
+            for task, own in enumerate(keys)
+        }
 
     def read(working: Any, frozen: Params) -> tuple[Params, Any]:
         """The weights, and what LoRA adds to them."""
         if config.tasks:  # held-out texts are read without an adapter
             lora = working.get("lora")
-            return working["base"], lora and scale_lora(lora, config.lora_scale)
+            base = working.get("base") or cast(frozen)
+            return base, lora and scale_lora(lora, config.lora_scale)
         if config.lora_rank:
             return frozen, scale_lora(working, config.lora_scale)
         return working, None
@@ -126,9 +137,20 @@ def compile_programs(
         return jax.tree.map(jnp.add, a, b)
 
     def update(state: Any, grads: Any) -> tuple[Any, jax.Array]:
+        if config.reptile:
+            own = grads["adapters"]
+            adapters, moments = optimizer.step(adamw, (state[0]["adapters"], state[1]), own)
+            return ({**state[0], "adapters": adapters}, moments), optax.tree.norm(own)
         if config.tasks:
             grads = jax.tree.map(lambda x: x / config.tasks, grads)
         return optimizer.step(adamw, state, grads), optax.tree.norm(grads)
+
+    def end_round(trained: Any, step: Any) -> Any:
+        base = trained["base"]
+        for factors in trained["adapters"].values():
+            base = merge_lora(base, factors, config.lora_scale / len(trained["adapters"]))
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        return {"base": base, "adapters": init_adapters(base, key)}
 
     def loss(trained: Any, frozen: Params, batch: Batch) -> jax.Array:
         working = cast(trained)
@@ -138,7 +160,14 @@ def compile_programs(
     abstract = jax.eval_shape(init, shapes)
     whole = NamedSharding(mesh, P())
     placed = sharding.param_shardings(mesh, abstract[0])
-    abstract = optimizer.abstract_state(adamw, abstract, placed, mesh)
+    moved = (lambda tree: tree["adapters"]) if config.reptile else (lambda tree: tree)
+    _, moments = optimizer.abstract_state(
+        adamw, (moved(abstract[0]), abstract[1]), moved(placed), mesh
+    )
+    lying = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract[0], placed
+    )
+    abstract = lying, moments
     placed_state = jax.tree.map(lambda x: x.sharding, abstract)
     return Programs(
         abstract_state=abstract,
@@ -150,6 +179,7 @@ def compile_programs(
         ),
         add=jax.jit(add, donate_argnums=0),
         update=jax.jit(update, donate_argnums=0, out_shardings=(placed_state, whole)),
+        end_round=jax.jit(end_round, donate_argnums=0, out_shardings=placed),
         loss=jax.jit(loss, out_shardings=whole),
         output=output,
     )
@@ -159,7 +189,8 @@ def of_task(trained: Any, task: int, config: FinetuneConfig) -> Any:
     """What the gradient of a task is of; without tasks, all that is trained."""
     if not config.tasks:
         return trained
-    return {"base": trained["base"], "lora": trained["adapters"][str(task)]}
+    own = {"lora": trained["adapters"][str(task)]}
+    return own if config.reptile else {"base": trained["base"], **own}
 
 
 class Trainer:
@@ -220,12 +251,26 @@ class Trainer:
         with jax.transfer_guard("disallow"):
             for task, batch in enumerate(batches):
                 own = of_task(state[0], task, self._config)
-                loss, grads = programs.gradient(own, self._frozen, batch)
-                base = grads["base"] if base is None else programs.add(base, grads["base"])
+                frozen = state[0]["base"] if self._config.reptile else self._frozen
+                loss, grads = programs.gradient(own, frozen, batch)
+                if not self._config.reptile:
+                    base = grads["base"] if base is None else programs.add(base, grads["base"])
                 adapters[str(task)] = grads["lora"]
                 losses.append(loss)
             state, norm = programs.update(state, {"base": base, "adapters": adapters})
         return state, float(np.mean([float(loss) for loss in losses])), norm
+
+    def end_round(self, state: Any, step: int) -> Any:
+        """Moves the base by the mean of the tasks' adapters, which begin anew (Reptile).
+
+        Args:
+            state: The training state; donated. AdamW's moments stay.
+            step: After which one; with the seed it decides the adapters' first factors.
+
+        Returns:
+            The state after it.
+        """
+        return self._programs.end_round(state[0], np.uint32(step)), state[1]
 
     def project(self, state: Any, examples: Sequence[Example], step: int, share: float) -> Any:
         """Takes away a share of what the predictions of a batch do not need (MinNorm-OG).

@@ -40,6 +40,7 @@ def finetune_config(config: Settings) -> FinetuneConfig:
         dtype=config.dtype or default_dtype(),
         minnorm=config.minnorm if config.minnorm.share else None,
         tasks=len(config.finetune.data) if config.finetune.meta else None,
+        reptile=config.finetune.meta == "reptile",
     )
 
 

@@ -180,7 +180,8 @@ def fine_tuning(job: Job) -> Stage:
     assert recipe is not None
     trained, optimizer = programs.finetuning_programs(job).abstract_state
     begun = job if recipe.freezes_weights else dataclasses.replace(job, dtype=jnp.float32)
-    of_tasks = shard_bytes(trained) if recipe.tasks else 0  # the sum over the tasks so far
+    summed = recipe.tasks and not recipe.reptile  # the gradient over the tasks so far
+    of_tasks = shard_bytes(trained) if summed else 0
     copy = shard_bytes(trained) // 2 if recipe.dtype == "bfloat16" else 0
 
     def temporary() -> int:
