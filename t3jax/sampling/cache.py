@@ -8,6 +8,7 @@ slots. Axes: B batch, b new prompts, P their slots, S cache slots.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
