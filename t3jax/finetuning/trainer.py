@@ -83,7 +83,7 @@ def compile_programs(
         return trained, adamw.init(trained["adapters"] if config.reptile else trained)
 
     def init_adapters(params: Params, key: Any) -> dict[str, Any]:
-        keys = jax.random.split(key, config.tasks)
+        keys = jax.random.split(key, config.tasks or 1)
         return {
             str(task): init_lora(params, config.lora_rank, config.lora_layers, own)
             for task, own in enumerate(keys)
