@@ -160,6 +160,12 @@ def test_tasks_take_one_more_gradient_and_their_adapters(monkeypatch):
     assert alone["weights"] == of_tasks["weights"]
     assert alone["trained"] < of_tasks["trained"] < 1.5 * alone["trained"]
     assert of_tasks["gradient"] == 3 * of_tasks["trained"]  # the sum, of a microbatch, and its sum
+    reptile = job(finetuning=dataclasses.replace(recipe, lora_rank=2, tasks=3, reptile=True))
+    step = programs.gradient(reptile)
+    assert set(jax.eval_shape(step.function, *step.arguments)[1]) == {"lora"}
+    kept = plan.fine_tuning(reptile).kept
+    assert kept["trained"] == of_tasks["trained"]
+    assert kept["gradient"] == pytest.approx(kept["optimizer state"], abs=16)  # of adapters alone
 
 
 def test_a_job_of_a_config():

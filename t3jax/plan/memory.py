@@ -265,4 +265,6 @@ def _gradient_bytes(job: Job) -> int:
     """Bytes of a gradient: of one microbatch in the dtype of the pass, and the sum in float32."""
     assert job.finetuning is not None
     trained, _ = programs.finetuning_programs(job).abstract_state
+    if job.finetuning.reptile:
+        trained = trained["adapters"]
     return shard_bytes(trained) * (jnp.dtype(job.finetuning.dtype).itemsize + 4) // 4

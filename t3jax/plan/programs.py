@@ -248,6 +248,8 @@ def gradient(job: Job) -> Step:
     frozen = {}
     if recipe.freezes_weights:
         frozen = abstract_lm(job.config, recipe.dtype, job.mesh).params
+    elif recipe.reptile:
+        frozen = programs.abstract_state[0]["base"]
     batch = jax.tree.map(functools.partial(_after, 1, job.mesh), batch)
     return Step(programs.gradient, (trained, frozen, batch))
 
