@@ -279,6 +279,12 @@ FAMILIES = {
         "sliding_window": 6,
         "max_window_layers": 1,
     },
+    "ernie4_5_moe": {
+        "num_hidden_layers": 3,
+        "moe_intermediate_size": 24,
+        "moe_k": 2,
+        "moe_num_experts": 4,
+    },
     "minimax_m2": {**_EXPERTS, "head_dim": 16, "rotary_dim": 8, "num_local_experts": 6},
     "vaultgemma": {**_GEMMA2, "attn_logit_softcapping": 2.0},
     "apertus": {"attention_bias": True, "rope_parameters": LLAMA3_ROPE, "hidden_act": "xielu"},

@@ -129,6 +129,18 @@ def test_a_correction_and_groups_change_the_choice_and_no_weight():
     np.testing.assert_allclose(found, [[0.3, 0.2]], rtol=1e-5)
 
 
+def test_a_softmax_is_corrected_for_the_choice_and_may_have_chosen_nothing():
+    config = ExpertsConfig(4, 2, F, router="softmax_corrected", normed=True)
+    logits = np.log(np.array([[4, 3, 2, 1]], np.float32))
+    correction = np.array([0, 0, 1, 1], np.float32)
+    chosen, found = experts.choose_experts(config, logits, correction)
+    np.testing.assert_array_equal(chosen, [[2, 3]])
+    np.testing.assert_allclose(found, [[2 / 3, 1 / 3]], rtol=1e-6)
+    far = np.array([[500, 400, 0, 0]], np.float32)
+    _, found = experts.choose_experts(config, far, 2 * correction)
+    np.testing.assert_array_equal(found, [[0, 0]])
+
+
 def test_sparsemixer_weighs_an_expert_among_those_nearly_as_good():
     config = ExpertsConfig(4, 2, F, router="sparsemixer", jitter=0.1)
     chosen, found = experts.choose_experts(config, np.array([[1.0, 4.0, 3.5, 2.9]], np.float32))

@@ -553,6 +553,56 @@ FAMILY_CONFIGS = {
             ),
         },
     ),
+    "ernie4_5_moe": (
+        {
+            "num_key_value_heads": 2,
+            "moe_capacity": [8, 8, 8],
+            "moe_gate": "topk",
+            "moe_intermediate_size": 24,
+            "moe_k": 6,
+            "moe_layer_end_index": 5,
+            "moe_layer_interval": 1,
+            "moe_layer_start_index": 1,
+            "moe_num_experts": 8,
+            "moe_num_shared_experts": 2,
+            "moe_use_aux_free": True,
+            "num_nextn_predict_layers": 1,
+            "tie_word_embeddings": True,
+            "use_bias": False,
+        },
+        {
+            "tied": True,
+            "rope": RopeConfig(5e5, interleaved=True),
+            "experts": ExpertsConfig(
+                8,
+                6,
+                24,
+                router="softmax_corrected",
+                normed=True,
+                shared=48,
+                dense=(True, *[False] * 5),
+            ),
+        },
+    ),
+    "ernie4_5_moe with experts in every second layer and none shared": (
+        {
+            "num_key_value_heads": 2,
+            "moe_layer_interval": 2,
+            "moe_layer_end_index": 4,
+            "moe_num_shared_experts": 0,
+        },
+        {
+            "tied": True,
+            "experts": ExpertsConfig(
+                64,
+                6,
+                1536,
+                router="softmax_corrected",
+                normed=True,
+                dense=(True, False, True, False, True, True),
+            ),
+        },
+    ),
     "minimax_m2": (
         {
             "num_key_value_heads": 2,

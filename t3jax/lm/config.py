@@ -64,9 +64,10 @@ class ExpertsConfig:
         count: E, experts of a layer.
         chosen: Experts that a token is sent to.
         size: F, width of an expert.
-        router: What the router makes of its logits: "softmax"; "sigmoid" (each by itself; a bias,
-            which is no part of the weight, is added for the choice); or "sparsemixer" (two experts,
-            each weighed by a softmax over those that are nearly as good).
+        router: What the router makes of its logits: "softmax"; "sigmoid" (each by itself);
+            "softmax_corrected"; or "sparsemixer" (two experts, each weighed by a softmax over those
+            that are nearly as good). To "sigmoid" and "softmax_corrected" a bias is added for the
+            choice, which is no part of the weight.
         normed: The weights of the chosen experts are divided by their sum.
         scale: They are multiplied by it.
         bias: The router and the experts' projections have biases.
@@ -95,6 +96,11 @@ class ExpertsConfig:
     shared: int = 0
     shared_gate: bool = False
     dense: tuple[bool, ...] = ()
+
+    @property
+    def corrected(self) -> bool:
+        """Whether a bias is added for the choice, see `router`."""
+        return self.router in ("sigmoid", "softmax_corrected")
 
 
 @dataclasses.dataclass(frozen=True)

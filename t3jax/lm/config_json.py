@@ -36,6 +36,7 @@ _EXPECTED: dict[str, tuple] = {
 
 Width = Annotated[int, Meta(ge=1, le=1 << 22)]
 Count = Annotated[int, Meta(ge=1, le=1 << 16)]
+Layers = Annotated[int, Meta(ge=1, le=1024)]
 Epsilon = Annotated[float, Meta(ge=1e-20, le=0.1)]
 
 # Types and ranges of the fields that are read. Null is as if the field was not there, where the
@@ -43,12 +44,12 @@ Epsilon = Annotated[float, Meta(ge=1e-20, le=0.1)]
 _TYPES: dict[str, Any] = {
     "vocab_size": Annotated[int, Meta(ge=1, le=1 << 24)],
     **dict.fromkeys(("hidden_size", "n_embd", "intermediate_size", "n_inner"), Width),
-    **dict.fromkeys(("num_hidden_layers", "n_layer"), Annotated[int, Meta(ge=1, le=1024)]),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), Layers),
     **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads", "head_dim"), Count),
     **dict.fromkeys(("max_position_embeddings", "n_positions"), Tokens),
     **dict.fromkeys(("original_max_position_embeddings", "sliding_window"), Tokens),
     "sliding_window_pattern": Annotated[int, Meta(ge=0, le=1 << 16)] | str,
-    "no_rope_layers": list[int],
+    **dict.fromkeys(("no_rope_layers", "mlp_only_layers"), list[int]),
     "max_window_layers": Annotated[int, Meta(ge=0)],
     **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps"), Epsilon),
     "norm_epsilon": Epsilon,
@@ -67,25 +68,24 @@ _TYPES: dict[str, Any] = {
     "layer_types": list[str],
     "attention_types": list[tuple[list[str], Annotated[int, Meta(ge=1, le=1024)]]],
     "window_size": Tokens,
-    "num_layers": Annotated[int, Meta(ge=1, le=1024)],
     "num_heads": Count,
     **dict.fromkeys(("ffn_dim", "moe_intermediate_size"), Width),
     **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok"), Count),
-    "decoder_sparse_step": Count,
-    "mlp_only_layers": list[int],
     "norm_topk_prob": bool,
     **dict.fromkeys(("clip_qkv", "routed_scaling_factor", "swiglu_limit"), Positive),
     "router_jitter_noise": Annotated[float, Meta(ge=0, le=1)],
     **dict.fromkeys(("n_routed_experts", "n_shared_experts", "n_group", "topk_group"), Count),
     "shared_expert_intermediate_size": Width,
-    "first_k_dense_replace": Annotated[int, Meta(ge=0, le=1024)],
+    **dict.fromkeys(("moe_k", "moe_num_experts", "decoder_sparse_step"), Count),
+    "moe_num_shared_experts": Annotated[int, Meta(ge=0, le=1 << 16)],
+    **dict.fromkeys(("first_k_dense_replace", "moe_layer_start_index"), Annotated[int, Meta(ge=0)]),
+    "moe_layer_end_index": Annotated[int, Meta(ge=-1)],
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), Count),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), Count),
     "linear_conv_kernel_dim": Annotated[int, Meta(ge=1, le=64)],
-    "full_attention_interval": Annotated[int, Meta(ge=1, le=1024)],
+    **dict.fromkeys(("full_attention_interval", "moe_layer_interval"), Layers),
     **dict.fromkeys(("qkv_bias", "lm_head_bias", "use_qk_norm"), bool),
     **dict.fromkeys(("d_model", "ffn_hidden_size"), Width),
-    "n_layers": Annotated[int, Meta(ge=1, le=1024)],
     **dict.fromkeys(("n_heads", "num_kv_heads", "rotary_dim", "no_rope_layer_interval"), Count),
     **dict.fromkeys(("max_seq_len", "seq_length"), Tokens),
     "softmax_scale": Positive,

@@ -3,8 +3,8 @@
 from t3jax.lm.family import EXPERTS, GRANITE_SCALES, QK_NORMS, WEIGHTS, Family, Json
 
 QWEN_NAMES = ("gate_proj", "up_proj", "down_proj")
-_MIXTRAL_NAMES = ("w1", "w3", "w2")
-_MIXTRAL = {
+MIXTRAL_NAMES = ("w1", "w3", "w2")
+MIXTRAL = {
     key: name.replace(".mlp.", ".block_sparse_moe.") for key, name in EXPERTS.items()
 }  # in folders; transformers 5 calls the module mlp
 OF_EXPERTS = {
@@ -12,7 +12,7 @@ OF_EXPERTS = {
     "experts.chosen": "num_experts_per_tok",
 }
 _NORMED = {"experts.normed": "norm_topk_prob"}
-_OF_MLPS = {  # whose width is the experts'
+OF_MLPS = {  # whose width is the experts'
     "experts.count": "num_local_experts",
     "experts.chosen": "num_experts_per_tok",
     "experts.size": "intermediate_size",
@@ -40,29 +40,6 @@ def is_dense_in_qwen(config: Json, layer: int) -> bool:
     return layer in (config["mlp_only_layers"] or ()) or (layer + 1) % step != 0
 
 
-def _prepare_minimax(config: Json) -> Json:
-    if config["rotary_dim"] is None:
-        return config
-    return {**config, "partial_rotary_factor": config["rotary_dim"] / (config["head_dim"] or 128)}
-
-
-_OF_DEEPSEEK = {
-    "experts.count": "n_routed_experts",
-    "experts.chosen": "num_experts_per_tok",
-    "experts.normed": "norm_topk_prob",
-    "experts.size": "moe_intermediate_size",
-    "experts.scale": "routed_scaling_factor",
-    "experts.groups": "n_group",
-    "experts.chosen_groups": "topk_group",
-}
-_DEEPSEEK_WEIGHTS = {
-    **WEIGHTS,
-    **QK_NORMS,
-    **EXPERTS,
-    **shared_expert("shared_experts"),
-    "layers.{i}.experts.router.correction": "model.layers.{i}.mlp.gate.e_score_correction_bias",
-}
-
 EXPERT_FAMILIES: dict[str, Family] = {
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
@@ -89,7 +66,7 @@ EXPERT_FAMILIES: dict[str, Family] = {
     "mixtral": Family(
         "MixtralForCausalLM",
         fixed={"experts.normed": True},
-        fields=_OF_MLPS,
+        fields=OF_MLPS,
         defaults={
             "num_key_value_heads": 8,
             "sliding_window": None,
@@ -99,8 +76,8 @@ EXPERT_FAMILIES: dict[str, Family] = {
         },
         aliases={"num_experts": "num_local_experts"},
         slides=lambda config, layer: True,
-        weights={**WEIGHTS, **_MIXTRAL},
-        expert_names=_MIXTRAL_NAMES,
+        weights={**WEIGHTS, **MIXTRAL},
+        expert_names=MIXTRAL_NAMES,
         renamed=((r"\.mlp\.(?=gate\.|experts\.)", ".block_sparse_moe."),),
     ),
     "olmoe": Family(
@@ -160,7 +137,7 @@ EXPERT_FAMILIES: dict[str, Family] = {
         fields={
             "attention_bias": "attention_bias",
             **GRANITE_SCALES,
-            **_OF_MLPS,
+            **OF_MLPS,
         },
         defaults={
             "embedding_multiplier": 1.0,
@@ -196,7 +173,7 @@ EXPERT_FAMILIES: dict[str, Family] = {
             "attention_bias": "attention_bias",
             "activation": None,
             "experts.clamp": "swiglu_limit",
-            **_OF_MLPS,
+            **OF_MLPS,
         },
         defaults={
             "num_key_value_heads": 8,
@@ -237,7 +214,7 @@ EXPERT_FAMILIES: dict[str, Family] = {
             "attention_bias": "attention_bias",
             "head_bias": "lm_head_bias",
             "experts.jitter": "router_jitter_noise",
-            **_OF_MLPS,
+            **OF_MLPS,
         },
         defaults={
             "num_key_value_heads": 8,
@@ -253,92 +230,11 @@ EXPERT_FAMILIES: dict[str, Family] = {
         slides=lambda config, layer: True,
         ropes=("default", "longrope"),
         mscales=True,
-        weights={**WEIGHTS, **_MIXTRAL},
-        expert_names=_MIXTRAL_NAMES,
+        weights={**WEIGHTS, **MIXTRAL},
+        expert_names=MIXTRAL_NAMES,
         renamed=(
             (r"\.mlp\.router\.", ".block_sparse_moe.gate."),
             (r"\.mlp\.experts\.", ".block_sparse_moe.experts."),
         ),
-    ),
-    "glm4_moe": Family(
-        "Glm4MoeForCausalLM",
-        fixed={"experts.router": "sigmoid"},
-        fields={
-            "qkv_bias": "attention_bias",
-            "qk_norm": "use_qk_norm",
-            **_OF_DEEPSEEK,
-        },
-        defaults={
-            "num_key_value_heads": 8,
-            "partial_rotary_factor": 0.5,
-            "use_qk_norm": False,
-            "n_routed_experts": 128,
-            "num_experts_per_tok": 8,
-            "norm_topk_prob": True,
-            "moe_intermediate_size": 1408,
-            "routed_scaling_factor": 1.0,
-            "n_group": 1,
-            "topk_group": 1,
-            "n_shared_experts": 1,
-            "first_k_dense_replace": 1,
-        },
-        aliases={"num_local_experts": "n_routed_experts"},
-        dense=lambda config, layer: layer < config["first_k_dense_replace"],
-        weights=_DEEPSEEK_WEIGHTS,
-        expert_names=QWEN_NAMES,
-        more_layers=True,
-    ),
-    "dots1": Family(
-        "Dots1ForCausalLM",
-        fixed={"experts.router": "sigmoid", "qk_norm": "head"},
-        fields={"attention_bias": "attention_bias", **_OF_DEEPSEEK},
-        defaults={
-            "num_key_value_heads": 32,
-            "sliding_window": 4096,
-            "max_window_layers": 62,
-            "norm_topk_prob": False,
-            "routed_scaling_factor": 1.0,
-            "n_group": 1,
-            "topk_group": 1,
-            "moe_intermediate_size": 1408,
-            "first_k_dense_replace": 0,
-            "n_shared_experts": None,
-        },
-        aliases={"num_local_experts": "n_routed_experts"},
-        slides=lambda config, layer: (
-            config["sliding_window"] is not None and layer >= config["max_window_layers"]
-        ),
-        layer_types=True,
-        dense=lambda config, layer: layer < config["first_k_dense_replace"],
-        weights=_DEEPSEEK_WEIGHTS,
-        expert_names=QWEN_NAMES,
-    ),
-    "minimax_m2": Family(
-        "MiniMaxM2ForCausalLM",
-        fixed={"qk_norm": "width", "experts.router": "sigmoid", "experts.normed": True},
-        fields=_OF_MLPS,
-        defaults={
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "rope_theta": 5e6,
-            "rotary_dim": None,
-            "partial_rotary_factor": 1.0,
-            "num_experts_per_tok": 8,
-            "num_local_experts": 256,
-        },
-        expected={"use_qk_norm": (True,), "shared_intermediate_size": (0,)},
-        aliases={"num_experts": "num_local_experts"},
-        prepare=_prepare_minimax,
-        weights={
-            **WEIGHTS,
-            **QK_NORMS,
-            **_MIXTRAL,
-            "layers.{i}.experts.router.correction": (
-                "model.layers.{i}.block_sparse_moe.e_score_correction_bias"
-            ),
-        },
-        expert_names=_MIXTRAL_NAMES,
-        more_layers=True,
-        renamed=((r"\.mlp\.(?=gate\.|experts\.|e_score)", ".block_sparse_moe."),),
     ),
 }

@@ -37,6 +37,7 @@ from t3jax.lm.product import product
 # Of all experts: "weight" [E, out, in], "scale" [E, out] of int8, and "bias" [E, out] if any.
 Matrices = dict[str, Array]
 Gate = Callable[[Array, Array], Array]  # from the outputs of gate and up to the input of down
+_LEAST = 1e-12  # what a sum of weights is divided by at least
 _TILE = 64  # tokens of an expert that a CPU multiplies at a time, at most
 
 
@@ -65,7 +66,7 @@ class _Router(nnx.Module):
         self.weight = nnx.Param(jnp.zeros((experts.count, config.hidden_size)))
         if experts.bias:
             self.bias = nnx.Param(jnp.zeros((experts.count,)))
-        if experts.router == "sigmoid":
+        if experts.corrected:
             self.correction = nnx.Param(jnp.zeros((experts.count,)))
         self.experts = experts
 
@@ -74,7 +75,7 @@ class _Router(nnx.Module):
         if self.experts.bias:
             bias = self.bias[...].astype(jnp.float32)
             logits = logits + jnp.broadcast_to(bias, logits.shape)
-        corrected = self.experts.router == "sigmoid"
+        corrected = self.experts.corrected
         correction = self.correction[...].astype(jnp.float32) if corrected else None
         chosen, weights = choose_experts(self.experts, logits, correction)
         shape = (*x.shape[:-1], self.experts.chosen)
@@ -141,7 +142,7 @@ def choose_experts(
     Args:
         experts: How the router chooses.
         logits: The router's, float32 `[N, E]`.
-        correction: "sigmoid": added to the scores for the choice, not in the weights, `[E]`.
+        correction: Added to the scores for the choice, not in the weights, `[E]`; None: nothing is.
 
     Returns:
         The experts `[N, K]` and their weights `[N, K]`.
@@ -151,18 +152,20 @@ def choose_experts(
     """
     if experts.router == "sparsemixer":
         return _mix_sparsely(logits, experts.jitter)
-    if experts.router == "sigmoid":
-        scores = jax.nn.sigmoid(logits)
+    sigmoid = experts.router == "sigmoid"
+    scores = jax.nn.sigmoid(logits) if sigmoid else jax.nn.softmax(logits, axis=-1)
+    ranked = scores
+    if experts.corrected:
         assert correction is not None
         ranked = scores + jnp.broadcast_to(correction, scores.shape)
-        if experts.groups > 1:
-            ranked = _keep_groups(ranked, experts.groups, experts.chosen_groups)
-    else:
-        ranked = scores = jax.nn.softmax(logits, axis=-1)
+    if experts.groups > 1:
+        ranked = _keep_groups(ranked, experts.groups, experts.chosen_groups)
     _, chosen = jax.lax.top_k(ranked, experts.chosen)
     weights = jnp.take_along_axis(scores, chosen, axis=-1)
     if experts.normed:
-        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        # A correction may choose experts whose scores are 0 in float32.
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        weights = weights / (jnp.maximum(total, _LEAST) if experts.corrected else total)
     return chosen, weights if experts.scale == 1 else weights * experts.scale
 
 

@@ -5,6 +5,8 @@ from typing import Any
 from t3jax.lm.config import ExpertsConfig, LMConfig
 from t3jax.lm.family import Family, Json, take_section
 
+_SHARED = {"n_shared_experts", "moe_num_shared_experts"}  # of a chosen one's width, side by side
+
 
 def read_experts(
     family: Family, config: Json, values: dict[str, Any], num_layers: int
@@ -25,8 +27,8 @@ def read_experts(
     """
     if not (found := take_section(values, "experts.")):
         return {}
-    if "n_shared_experts" in family.defaults:
-        found["shared"] = (config["n_shared_experts"] or 0) * found["size"]
+    for name in _SHARED & family.defaults.keys():
+        found["shared"] = (config[name] or 0) * found["size"]
     if family.dense is not None:
         dense = tuple(family.dense(config, layer) for layer in range(num_layers))
         found["dense"] = dense if any(dense) else ()
@@ -54,8 +56,8 @@ def write_experts(config: LMConfig, family: Family) -> dict[str, Any]:
         return {}
     content: dict[str, Any] = {}
     dense = [layer for layer, each in enumerate(experts.dense) if each]
-    if "n_shared_experts" in family.defaults:
-        content["n_shared_experts"] = experts.shared // experts.size
+    for name in _SHARED & family.defaults.keys():
+        content[name] = experts.shared // experts.size
     if "mlp_only_layers" in family.defaults:
         content |= {"mlp_only_layers": dense, "decoder_sparse_step": 1}
     if "first_k_dense_replace" in family.defaults:

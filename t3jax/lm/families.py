@@ -1,14 +1,15 @@
 """The model families, a row each: how their folders differ from Llama's.
 
 Further rows are in `newer_families.py`, those with layer norms in `layer_norm_families.py`,
-`gpt_families.py` and `bloom_families.py`, those with experts in `expert_families.py`, those with
-gated delta nets in `delta_families.py`. What a row says is read and written by `config_json.py`,
-and by `places.py` for the names of the weights.
+`gpt_families.py` and `bloom_families.py`, those with experts in `expert_families.py` and
+`corrected_families.py`, those with gated delta nets in `delta_families.py`. What a row says is read
+and written by `config_json.py`, and by `places.py` for the names of the weights.
 """
 
 from typing import Any
 
 from t3jax.lm.bloom_families import BLOOM_FAMILIES
+from t3jax.lm.corrected_families import CORRECTED_FAMILIES
 from t3jax.lm.delta_families import DELTA_FAMILIES
 from t3jax.lm.expert_families import EXPERT_FAMILIES
 from t3jax.lm.family import (
@@ -366,5 +367,6 @@ FAMILIES: dict[str, Family] = {
     **BLOOM_FAMILIES,
     **LAYER_NORM_FAMILIES,
     **EXPERT_FAMILIES,
+    **CORRECTED_FAMILIES,
     **DELTA_FAMILIES,
 }

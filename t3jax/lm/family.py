@@ -118,6 +118,7 @@ class Family:
             head, and the field of `LMConfig` with the number of groups.
         by_row: The gate and up matrices of experts are stacked row by row, in turn.
         channelwise: Modules, by the end of their name, that are stored [out, 1, in].
+        in_row: Vectors, by the end of their name, that are stored [1, out].
         transposed: Modules, or tensors of that whole name, by its end, that are stored [in, out].
         renamed: Patterns of other names that checkpoints use for the same, and what to put for
             them; None: a weight of that name is no part of the decoder.
@@ -149,6 +150,7 @@ class Family:
     grouped: Mapping[str, str] = dataclasses.field(default_factory=dict)
     by_row: bool = False
     channelwise: tuple[str, ...] = ()
+    in_row: tuple[str, ...] = ()
     transposed: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str | None], ...] = ()
 

@@ -33,6 +33,7 @@ class Place(NamedTuple):
         transposed: The tensor is stored [in, out].
         experts: Of the matrices or biases of experts, how many there are; 0 of others.
         channelwise: The tensor is stored [out, 1, in].
+        in_row: The tensor, a vector, is stored [1, out].
     """
 
     name: str
@@ -44,6 +45,7 @@ class Place(NamedTuple):
     transposed: bool
     experts: int = 0
     channelwise: bool = False
+    in_row: bool = False
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -51,6 +53,8 @@ class Place(NamedTuple):
         shape = (self.groups * self.group_rows, *self.columns)
         if self.channelwise:
             return (shape[0], 1, *shape[1:])
+        if self.in_row:
+            return (1, *shape)
         shape = shape[::-1] if self.transposed else shape
         return (self.experts, *shape) if self.experts else shape
 
@@ -62,6 +66,8 @@ class Place(NamedTuple):
         if self.experts:
             return self._read_experts(view, *index)
         wanted, *columns = index
+        if self.in_row:
+            return np.asarray(view[(slice(0, 1), wanted)])[0]
         parts = []
         for group in range(wanted.start // self.rows, -(-wanted.stop // self.rows)):
             first = max(wanted.start, group * self.rows)
@@ -123,6 +129,7 @@ def find_places(config: LMConfig, family: Family, params: Params) -> list[Place]
                 transposed=name.removesuffix(".weight").endswith(family.transposed),
                 experts=experts,
                 channelwise=module.endswith(family.channelwise),
+                in_row=name.endswith(family.in_row),
             )
         )
     return places
@@ -145,6 +152,8 @@ def join_parts(parts: list[tuple[Place, np.ndarray]]) -> np.ndarray:
     tensor = tensor.reshape(*experts, -1, *place.columns)
     if place.channelwise:
         return tensor[:, None]
+    if place.in_row:
+        return tensor[None]
     return tensor.swapaxes(-1, -2) if place.transposed else tensor
 
 

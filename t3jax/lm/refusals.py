@@ -12,7 +12,7 @@ _OTHER = {
     **dict.fromkeys(
         (
             *("deepseek_v2", "deepseek_v3", "llama4"),
-            *("ernie4_5_moe", "granitemoeshared", "hunyuan_v1_moe"),
+            *("granitemoeshared", "hunyuan_v1_moe"),
         ),
         "its mixture of experts is of another kind",
     ),
@@ -33,7 +33,6 @@ _NEAREST = {
     "codegen": "gptj",
     "deepseek_v2": "qwen2_moe",
     "deepseek_v3": "glm4_moe",
-    "ernie4_5_moe": "qwen2_moe",
     "exaone": "exaone4",
     "falcon_h1": "llama",
     "hunyuan_v1_moe": "mixtral",
