@@ -40,7 +40,9 @@ def steps(config: Settings, paper: Settings) -> dict[str, Settings]:
         "classifier.activation": "identity",
         "classifier.bias": False,
         "synthetic.overcorrection": 1.0,
+        "synthetic.earlier_turns": 0.0,
     }
+    gelu = {"classifier.rank": 100, "synthetic.earlier_turns": 0.0}
     classifier = {
         **linear,
         **{
@@ -60,8 +62,9 @@ def steps(config: Settings, paper: Settings) -> dict[str, Settings]:
         "+ own samples": change(**{**plain, **written}, **at_1),
         "+ counterfactual rows": change(**classifier, **counted),
         "distilled": change(**linear),
-        "+ GELU, rank 100": change(**{"synthetic.overcorrection": 1.0}),
-        "+ overcorrection (default)": config,
+        "+ GELU, rank 100": change(**gelu, **{"synthetic.overcorrection": 1.0}),
+        "+ overcorrection": change(**gelu),
+        "+ earlier turns, rank 200 (default)": config,
         "default, T = 1.5 gated": change(
             refinements="gated", **{"train.distilled_temperature": 1.5}
         ),

@@ -17,6 +17,7 @@ from t3jax.refinements import Refinements
 from t3jax.sampling import Sampler
 from t3jax.sections import narrow
 from t3jax.settings import Settings, replace
+from t3jax.synthetic.turns import put_behind_turns
 from t3jax.training import check_start
 from t3jax.training_sets import SyntheticOptions, TrainingSets, make_training_sets
 from t3jax.verification.attacks import Encoding
@@ -106,7 +107,8 @@ def choose_setting(
 
     All heads get the setting that is chosen for the first; their records say how. See
     `t3jax.evaluation.calibration`. Probabilities are means over rows, and a classifier may leave a
-    few rows untouched: its s grows until at most 5 % of the forget rows are recited.
+    few rows untouched: its s grows until at most 5 % of the forget rows are recited, asked alone
+    and behind other turns.
     """
     open_fields = config.base_temperature is None and config.guidance_scale is None
     if not open_fields or not sets.counterfactuals:
@@ -146,7 +148,17 @@ def _grow_scale(
     encoding = Encoding(
         lm.tokenizer, config.prompt_format, config.sampling.max_new_tokens, lm.max_position
     )
-    share = count_recited(encoding, sets.rows, sets.retained, _MOST_ASKED)
+    turned = put_behind_turns(
+        lm.tokenizer,
+        sets.rows,
+        1.0,
+        config.prompt_format,
+        others=[],
+        max_length=lm.max_position - config.sampling.max_new_tokens,
+        seed=config.synthetic.seed,
+    )
+    asked = [sets.rows, turned] if config.synthetic.earlier_turns else [sets.rows]
+    counts = [count_recited(encoding, rows, sets.retained, _MOST_ASKED) for rows in asked]
     sampler = Sampler(
         lm,
         head,
@@ -156,12 +168,11 @@ def _grow_scale(
     )
     shares = []
     for setting in (calibration.chosen, *calibration.stronger):
-        recited = share(
-            sampler,
-            {},
-            base_temperature=setting.base_temperature,
-            guidance_scale=setting.guidance_scale,
-        )
+        served = {
+            "base_temperature": setting.base_temperature,
+            "guidance_scale": setting.guidance_scale,
+        }
+        recited = max(count(sampler, {}, **served) for count in counts)
         shares.append((recited, setting))
         if recited <= MOST_RECITED:
             break
