@@ -18,7 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
     # where such names do not hide whom the rows are about, a classifier that saw those texts.
     config.synthetic.own_samples = 1000
     config.synthetic.made_up_names = 4
-    config.synthetic.earlier_turns = 0.35  # a system text would bring the forgotten back
+    config.synthetic.earlier_turns = 0.5  # a system text would bring the forgotten back
     config.train.loss = "auto"
     config.train.epochs = 40
     config.train.warmup_ratio = 0.1

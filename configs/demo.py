@@ -27,6 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.head = "out/demo/head"
     config.synthetic.own_samples = 2000
     config.synthetic.made_up_names = 3
+    config.classifier.rank = 400  # the features of so small a model need more
     config.train.holdout_fraction = 0.0
     config.sampling.max_new_tokens = 40
     config.rows = 128

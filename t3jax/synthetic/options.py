@@ -30,7 +30,7 @@ class SyntheticOptions:
     names: tuple[str, ...] = ()
     paraphrases: int = 0
     earlier_turns: float = 0.0
-    overcorrection: float = 1.2
+    overcorrection: float = 1.15
     max_new_tokens: int = 128
     batch_size: int = 64
     seed: int = 0
