@@ -63,8 +63,8 @@ def steps(config: Settings, paper: Settings) -> dict[str, Settings]:
         "+ counterfactual rows": change(**classifier, **counted),
         "distilled": change(**linear),
         "+ GELU, rank 100": change(**gelu, **{"synthetic.overcorrection": 1.0}),
-        "+ overcorrection": change(**gelu),
-        "+ earlier turns, rank 200 (default)": config,
+        "+ overcorrection of 1.25": change(**gelu, **{"synthetic.overcorrection": 1.25}),
+        "+ earlier turns, rank 400 (default)": config,
         "default, T = 1.5 gated": change(
             refinements="gated", **{"train.distilled_temperature": 1.5}
         ),
