@@ -193,6 +193,13 @@ def test_a_setting_is_shown_beside_its_controls():
     assert find_controls(SETTING, other) == []
 
 
+def test_a_tilt_at_temperature_1_is_a_control_of_another_setting_alone():
+    tilted = Setting("head0-T1-s3", 1.0, 3.0, (0,))
+    assert tables.kind_of(tilted, [*SETTINGS, tilted]) == tables.UNLEARNED
+    assert tables.kind_of(TILTED, SETTINGS) == tables.TILTED
+    assert tables.kind_of(TILTED, [BASE, TILTED]) == tables.UNLEARNED
+
+
 def test_the_featured_setting(evaluation):
     # Of equal numbers the first are taken, but a control is not featured.
     logs = {**evaluation.logs, TILTED.name: evaluation.logs[SETTING.name]}

@@ -74,7 +74,7 @@ def contents(
     ]
     models = [(BASE, BASE, evaluated[settings[0].name])]
     if featured is not None:
-        kind = tables.kind_of(featured)
+        kind = tables.kind_of(featured, settings)
         models.append((f"{kind} ({featured.name})", kind, evaluated[featured.name]))
     if evaluation.retain_log is not None:
         models.append((RETAIN_MODEL, RETAIN_MODEL, evaluation.retain_log))
@@ -131,7 +131,9 @@ def _featured(evaluation: Evaluation, name: str | None) -> Setting | None:
             raise ValueError(f"no setting {name!r} was evaluated; there are {list(by_name)}")
         return by_name[name]
     candidates = [setting for setting in evaluation.settings if setting.guidance_scale > 0]
-    candidates = [s for s in candidates if tables.kind_of(s) == tables.UNLEARNED] or candidates
+    candidates = [
+        s for s in candidates if tables.kind_of(s, evaluation.settings) == tables.UNLEARNED
+    ] or candidates
     if not candidates:
         return None
     try:

@@ -42,7 +42,7 @@ def _trade_off(evaluation: Evaluation, featured: Setting | None) -> Figure | Non
             points.append(
                 figures.Point(
                     setting.name if shown else "",
-                    tables.kind_of(setting),
+                    tables.kind_of(setting, evaluation.settings),
                     aggregates.forget_quality(log, retain_log).p_value,
                     selection.log_utility(log),
                 )
@@ -158,7 +158,8 @@ def _compared(
     shown = [evaluation.settings[0]]
     if featured is not None:
         shown += [featured, *find_controls(featured, evaluation.settings)]
-    rows = [(setting.name, tables.kind_of(setting), by_name[setting.name]) for setting in shown]
+    kinds = [tables.kind_of(setting, evaluation.settings) for setting in shown]
+    rows = [(s.name, kind, by_name[s.name]) for s, kind in zip(shown, kinds, strict=True)]
     if of_retain_model is not None:
         rows.append((RETAIN_MODEL, RETAIN_MODEL, of_retain_model))
     return rows

@@ -10,7 +10,7 @@ import numpy as np
 
 from t3jax.evaluation import aggregates, answers, logs, metrics, selection
 from t3jax.evaluation.logs import Log, MissingMetricError
-from t3jax.evaluation.settings import Setting
+from t3jax.evaluation.settings import Setting, serve_alike, tilt_only
 
 BASE = "base"
 UNLEARNED = "unlearned"
@@ -73,11 +73,13 @@ class Card(NamedTuple):
 MISSING = Cell("\N{EN DASH}")
 
 
-def kind_of(setting: Setting) -> str:
-    """What a setting is, for people."""
+def kind_of(setting: Setting, settings: Sequence[Setting]) -> str:
+    """Names the kind of a setting: a tilt at T = 1 is a control where a T of others is not 1."""
     if setting.guidance_scale == 0:
         return BASE if setting.base_temperature == 1 else TEMPERED
-    return TILTED if setting.base_temperature == 1 else UNLEARNED
+    controlled = [each for each in settings if each.base_temperature != 1]
+    is_control = any(serve_alike(setting, tilt_only(each)) for each in controlled)
+    return TILTED if is_control else UNLEARNED
 
 
 def cards(models: Sequence[tuple[str, str, Log]], retain_log: Log | None) -> list[Card]:
@@ -154,7 +156,9 @@ def _name_models(
     second_retain: Log | None,
 ) -> list[tuple[str, str, Log]]:
     """Name, kind and log of every setting and of the retain models that there are."""
-    named = [(setting.name, kind_of(setting), by_name[setting.name]) for setting in settings]
+    named = [
+        (setting.name, kind_of(setting, settings), by_name[setting.name]) for setting in settings
+    ]
     for kind, log in ((RETAIN_MODEL, retain), (SECOND_RETAIN_MODEL, second_retain)):
         if log is not None:
             named.append((kind, kind, log))
