@@ -8,6 +8,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
+from t3jax.sharding import place_abstract
+
 
 def step(optimizer: optax.GradientTransformation, state: PyTree, grads: PyTree) -> PyTree:
     """One step of an optimizer on the training state `(trained, optimizer state)`."""
@@ -30,11 +32,7 @@ def abstract_state(
     placed_opt = optax.tree.map_params(
         optimizer, lambda _, s: s, opt_state, placed, transform_non_params=lambda _: whole
     )
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        (trained, opt_state),
-        (placed, placed_opt),
-    )
+    return place_abstract((trained, opt_state), (placed, placed_opt))
 
 
 def reproducible() -> dict[str, Any] | None:

@@ -96,6 +96,13 @@ def param_shardings(mesh: Mesh, params: PyTree) -> PyTree:
     )
 
 
+def place_abstract(tree: PyTree, shardings: PyTree) -> PyTree:
+    """A tree of abstract arrays with these shardings."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+    )
+
+
 def gather_weights(mesh: Mesh | None, params: PyTree, after: jax.Array) -> PyTree:
     """Weights as products use them, inside of jit: gathered along `fsdp`, the rest as it is.
 

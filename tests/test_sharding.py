@@ -17,7 +17,6 @@ from t3jax.data import PromptFormat, encode_records
 from t3jax.head import head_scores
 from t3jax.lm import ExpertsConfig, from_params
 from t3jax.lm.cache import cache_shardings
-from t3jax.plan import programs
 from t3jax.pooling import causal_mean
 from t3jax.refinements import PLAIN, Refinements
 from t3jax.sampling import Controls, Sampler, truncation
@@ -28,6 +27,7 @@ from t3jax.sharding import (
     fit_sharding,
     make_mesh,
     param_shardings,
+    place_abstract,
     row_shards,
 )
 
@@ -271,7 +271,7 @@ def test_no_step_of_decoding_exchanges_anything_as_long_as_the_vocabulary(
     refinements = Refinements(gated=True, protected=(263,)) if refined else PLAIN
     program, weights, reading, writing = decoding(shape, ONE_LAYER, refined, refinements)
     state, _ = jax.eval_shape(lambda: prefill(program, weights, *reading))
-    state = programs.place(state, state_shardings(program.mesh, state))
+    state = place_abstract(state, state_shardings(program.mesh, state))
     text = decode_chunk.lower(program, weights, state, *writing).compile().as_text()
     part, slots = 264 // shape[2], state.cache.positions.shape[1]
     exchanged = [(each.shape, dimensions(each.shape)) for each in collectives(text)]
@@ -292,7 +292,7 @@ def test_rows_that_take_new_prompts_exchange_the_new_ones_alone(shape):
     few = row_shards(program.mesh)
     new = jax.tree.map(lambda x: x[:few] if x.ndim else x, reading[:4])
     new, _ = jax.eval_shape(lambda: prefill(program, weights, *new, LENGTH, reading[-1]))
-    state, new = (programs.place(x, state_shardings(program.mesh, x)) for x in (state, new))
+    state, new = (place_abstract(x, state_shardings(program.mesh, x)) for x in (state, new))
     rows, start = (jax.ShapeDtypeStruct(n, jnp.int32) for n in ((few,), ()))
     compiled = admit.lower(program, state, new, rows, start).compile()
     found = compiled.output_shardings

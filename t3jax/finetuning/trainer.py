@@ -164,10 +164,7 @@ def compile_programs(
     _, moments = optimizer.abstract_state(
         adamw, (moved(abstract[0]), abstract[1]), moved(placed), mesh
     )
-    lying = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract[0], placed
-    )
-    abstract = lying, moments
+    abstract = sharding.place_abstract(abstract[0], placed), moments
     placed_state = jax.tree.map(lambda x: x.sharding, abstract)
     return Programs(
         abstract_state=abstract,

@@ -31,6 +31,7 @@ from t3jax.plan.liveness import peak_bytes
 from t3jax.sampling import loop
 from t3jax.sampling.cache import cache_slots
 from t3jax.sampling.next_token import Controls
+from t3jax.sharding import place_abstract
 from t3jax.training import TrainConfig
 from t3jax.training import trainer as head_trainer
 from t3jax.training.batches import Tokens
@@ -122,7 +123,7 @@ def simulate(devices: int) -> None:
 def abstract_lm(config: LMConfig, dtype: Any, mesh: Mesh) -> LM:
     """A model whose weights have no bytes, placed by the rules."""
     params = abstract_params(config, dtype)
-    params = place(params, sharding.param_shardings(mesh, params))
+    params = place_abstract(params, sharding.param_shardings(mesh, params))
     return from_params(config, params, None, (), config.model_type, mesh)
 
 
@@ -142,7 +143,7 @@ def loop_weights(job: Job) -> loop.Weights:
     heads = [head_shapes(head) for head in job.heads]
     return loop.Weights(
         lm.params,
-        tuple(place(head, sharding.param_shardings(job.mesh, head)) for head in heads),
+        tuple(place_abstract(head, sharding.param_shardings(job.mesh, head)) for head in heads),
         tuple(_Abstract((), jnp.float32, sharding=whole) for _ in heads),  # type: ignore[misc]
     )
 
@@ -175,7 +176,7 @@ def decode(job: Job, shardings: PyTree = None) -> Step:
     """
     inputs, given = _inputs(job), state(job, job.slots[-1])
     if shardings is not None:
-        given = place(given, shardings)
+        given = place_abstract(given, shardings)
     stopped = by_rows(job.mesh, _Abstract((job.rows,), bool))
     rest = given, stopped, inputs.controls, inputs.stop_ids, job.chunk
     return Step(loop.decode_chunk, (_loop_program(job), loop_weights(job), *rest))
@@ -195,7 +196,7 @@ def state(job: Job, slots: int) -> loop.State:
     lm = abstract_lm(job.config, job.dtype, job.mesh)
     cache = jax.eval_shape(functools.partial(lm.init_cache, job.rows, slots))
     begun = begun._replace(cache=cache)
-    return place(begun, loop.state_shardings(job.mesh, begun))
+    return place_abstract(begun, loop.state_shardings(job.mesh, begun))
 
 
 def feature_pass(job: Job) -> Step:
@@ -310,19 +311,18 @@ def on_one_device(job: Job, layers: Sequence[int]) -> Job:
     )
 
 
-def place(tree: PyTree, shardings: PyTree) -> PyTree:
-    """A tree of abstract arrays with these shardings."""
-    return jax.tree.map(lambda x, s: _Abstract(x.shape, x.dtype, sharding=s), tree, shardings)
-
-
 def by_rows(mesh: Mesh, tree: PyTree) -> PyTree:
     """A tree of abstract arrays, each split by rows."""
-    return place(tree, jax.tree.map(lambda x: sharding.batch_sharding(mesh, x.shape), tree))
+    return place_abstract(
+        tree, jax.tree.map(lambda x: sharding.batch_sharding(mesh, x.shape), tree)
+    )
 
 
 def _after(axes: int, mesh: Mesh, leaf: _Abstract) -> _Abstract:
     """An abstract array that is split as rows are, along the axis after the first `axes`."""
-    return place(leaf, sharding.fit_sharding(mesh, P(*(None,) * axes, sharding.ROWS), leaf.shape))
+    return place_abstract(
+        leaf, sharding.fit_sharding(mesh, P(*(None,) * axes, sharding.ROWS), leaf.shape)
+    )
 
 
 def _texts(rows: int, length: int) -> tuple[_Abstract, _Abstract]:
