@@ -8,6 +8,7 @@ model and nothing else: no head off, no other T or s, no number of the base mode
 
 import asyncio
 import contextlib
+import dataclasses
 import importlib.resources
 import time
 from collections.abc import AsyncIterator
@@ -23,7 +24,7 @@ from t3jax.serving.engine import Engine
 from t3jax.serving.errors import BadRequest, error_response
 from t3jax.serving.fields import Fields, read_object
 from t3jax.serving.forget_routes import ForgetRoutes
-from t3jax.serving.generation import GenerationRoutes
+from t3jax.serving.generation import GenerationRoutes, Routes
 from t3jax.serving.messages import ServerOptions
 from t3jax.serving.metrics import Metrics
 from t3jax.serving.protocol import Reader
@@ -50,8 +51,8 @@ def make_app(
         An ASGI application.
     """
     access, metrics = Access(keys), Metrics(engine)
-    about = _About(engine, reader, options, access, metrics)
-    answers = GenerationRoutes(engine, reader, options, access, metrics)
+    parts = engine, reader, options, access, metrics
+    about, answers = _About(*parts), GenerationRoutes(*parts)
     forget = ForgetRoutes(book, options, access)
 
     @contextlib.asynccontextmanager
@@ -90,23 +91,11 @@ def make_app(
     )
 
 
-class _About:
+@dataclasses.dataclass(frozen=True, eq=False)
+class _About(Routes):
     """Routes that need no answer of the model, and what is said of errors."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        reader: Reader,
-        options: ServerOptions,
-        access: Access,
-        metrics: Metrics,
-    ):
-        self.engine = engine
-        self.reader = reader
-        self.options = options
-        self.access = access
-        self.metrics = metrics
-        self.started = int(time.time())
+    started: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     # ---- errors
 

@@ -6,6 +6,7 @@ powers of two, and few rows while few answers are decoded, where that gives the 
 in `state`.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -135,7 +136,7 @@ class Device:
 
     def slots_for(self, length: int) -> int:
         """Slots of a state with this many tokens."""
-        return next(size for size in self._slot_sizes() if size >= length)
+        return next(size for size in self._slot_sizes if size >= length)
 
     # ---- the batch
 
@@ -215,7 +216,7 @@ class Device:
 
     def warm_up(self, report: Callable[[str], None]) -> None:
         """Compiles what requests need, but for prompt scores; the batch has to be empty."""
-        sizes = self._slot_sizes()
+        sizes = self._slot_sizes
         nobody = Request(np.zeros(1, np.int32), SamplingOptions(max_new_tokens=1))
         self.begin(0)
         for slots in sizes:
@@ -251,6 +252,7 @@ class Device:
     def _slots(self) -> int:
         return int(self._batch.cache.positions.shape[1])
 
+    @functools.cached_property
     def _slot_sizes(self) -> list[int]:
         """Powers of two, and what the longest request takes with the padding of its pieces."""
         padding = max(self._options.piece, self._options.chunk)
@@ -265,7 +267,7 @@ class Device:
 
     def _with_slots(self, own: State, slots: int) -> State:
         """From size to size, so that few programs do: one for each two that follow each other."""
-        sizes, order = self._slot_sizes(), np.arange(own.token.shape[0], dtype=np.int32)
+        sizes, order = self._slot_sizes, np.arange(own.token.shape[0], dtype=np.int32)
         now, goal = sizes.index(own.cache.positions.shape[1]), sizes.index(slots)
         step = 1 if goal > now else -1
         for i in range(now, goal, step):

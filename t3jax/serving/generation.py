@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import AsyncIterator
@@ -24,31 +25,27 @@ from t3jax.serving.protocol import Ask, Reader
 _HEALTH_SECONDS = 30.0
 
 
-class GenerationRoutes:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Routes:
+    """The parts of a server that its routes call.
+
+    Attributes:
+        engine: Answers.
+        reader: Reads bodies; its first name is the model's.
+        options: Limits.
+        access: Checks keys.
+        metrics: Counts.
+    """
+
+    engine: Engine
+    reader: Reader
+    options: ServerOptions
+    access: Access
+    metrics: Metrics
+
+
+class GenerationRoutes(Routes):
     """Completions and chats."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        reader: Reader,
-        options: ServerOptions,
-        access: Access,
-        metrics: Metrics,
-    ):
-        """Keeps what answers are made with.
-
-        Args:
-            engine: Answers.
-            reader: Reads bodies.
-            options: Limits.
-            access: Checks keys.
-            metrics: Counts.
-        """
-        self.engine = engine
-        self.reader = reader
-        self.options = options
-        self.access = access
-        self.metrics = metrics
 
     async def completions(self, request: HttpRequest) -> Response:
         """Goes on with texts."""

@@ -35,8 +35,7 @@ class Prefixes:
 
     def find(self, tokens: np.ndarray) -> bytes | None:
         """The name of a beginning, if its state is kept; it is then the last to be given up."""
-        name = _name(tokens)
-        if name not in self._kept:
+        if not self._kept or (name := _name(tokens)) not in self._kept:
             return None
         self._kept.move_to_end(name)
         return name
