@@ -204,14 +204,7 @@ def train(config: Settings, lm: t3jax.LM) -> t3jax.Head:
     """Texts, features, then the head: what `train_classifier.py` does with the config."""
     sets = pipeline.training_sets(config, lm)
     config = pipeline.settle_loss(config, sets)
-    heads = t3jax.train_heads(
-        retain=sets.retain,
-        forget=sets.forget,
-        head_config=pipeline.head_config(config, lm),
-        train_config=config.train,
-        **pipeline.head_defaults(config),
-    )
-    (head,) = pipeline.choose_setting(config, lm, heads, sets)
+    (head,) = pipeline.fit_heads(config, lm, sets)
     t3jax.save_head(config.head, head)
     write_card(config.head, head, request=config.request)
     return head

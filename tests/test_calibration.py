@@ -1,8 +1,13 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import tiny
 
+import t3jax
 from configs import default
+from t3jax import pipeline
+from t3jax.commands import train
 from t3jax.data import Example
 from t3jax.evaluation import calibration
 from t3jax.evaluation.calibration import Calibrated, calibrate, choose_setting
@@ -83,3 +88,30 @@ def test_the_scale_of_a_classifier_grows_until_little_is_recited(
     (head,) = heads.choose_setting(config, tiny_lm, [tiny.make_head(tiny_lm)], sets)
     assert head.guidance_scale == 1.0
     assert not heads.recites(head)
+
+
+@pytest.mark.parametrize("recited", [0.04, 0.3])
+def test_auto_distils_where_the_classifier_recites(tiny_lm, monkeypatch, tmp_path, recited):
+    fitted = []
+
+    def fit(config, lm, sets, *, workdir, **_):
+        fitted.append((config.train.loss, sets.loss, workdir))
+        record = {"seconds": 0.0} | ({"recited": recited} if sets.loss == "classifier" else {})
+        return [dataclasses.replace(tiny.make_head(lm), model=sets.loss, record=record)]
+
+    def make_sets(config, _):
+        sets = TrainingSets.__new__(TrainingSets)
+        loss = {"auto": "classifier"}.get(config.train.loss, config.train.loss)
+        vars(sets).update(loss=loss, written={}, names=("Ada",), counterfactuals=[])
+        return sets
+
+    monkeypatch.setattr(t3jax, "load_lm", lambda *_: tiny_lm)
+    monkeypatch.setattr(pipeline, "training_sets", make_sets)
+    monkeypatch.setattr(pipeline, "fit_heads", fit)
+    monkeypatch.setattr(pipeline, "digests", lambda *_: {})
+    config = tiny.make_settings(default, {"model": "tiny", "workdir": str(tmp_path)})
+    train._train(config, tiny_lm.mesh)
+    classifier = ("classifier", "classifier", str(tmp_path))
+    distilled = ("distillation", "distillation", f"{tmp_path}/distillation")
+    assert fitted == ([classifier] if recited < 0.05 else [classifier, distilled])
+    assert t3jax.load_head(tmp_path / "head").model == fitted[-1][0]

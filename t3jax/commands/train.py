@@ -13,6 +13,7 @@ import pathlib
 import re
 import shlex
 import sys
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -21,7 +22,6 @@ from t3jax import files, pipeline, preflight
 from t3jax.head_card import write_card
 from t3jax.settings import Settings, replace
 from t3jax.training import make_members
-from t3jax.training_sets import TrainingSets
 
 
 def main(config: Settings) -> None:
@@ -52,12 +52,14 @@ def _train(config: Settings, mesh: Mesh) -> None:
             "the forget questions hold no name: in their counterfactuals an open question takes "
             "their place; if there are names, give --config.synthetic.names=\"('NAME',)\""
         )
-    heads = _train_heads(config, lm, sets, mesh, config["workdir"])
+    training: dict[str, Any] = {"mesh": mesh, "progress": "training"}
+    heads = pipeline.fit_heads(config, lm, sets, workdir=config.workdir, **training)
     if asked.train.loss == "auto" and pipeline.recites(heads[0]):
         print("loss: distillation, since the classifier leaves rows untouched")
         config = replace(asked, train=asked.train.settle_loss("distillation"))
         sets = pipeline.training_sets(config, lm)
-        heads = _train_heads(config, lm, sets, mesh, f"{config.workdir}/distillation")
+        workdir = f"{config.workdir}/distillation"
+        heads = pipeline.fit_heads(config, lm, sets, workdir=workdir, **training)
     digests = pipeline.digests(config, lm)
     members = make_members([config.train], config.seeds)
     folders = [pathlib.Path(config["workdir"]) / member.name for member in members]
@@ -70,23 +72,3 @@ def _train(config: Settings, mesh: Mesh) -> None:
     words.append(f"--config.head={folders[0]}")
     started = sys.argv[0].startswith("t3jax ")
     print(f"sample: {'t3jax sample' if started else 'python sample.py'} {shlex.join(words)}")
-
-
-def _train_heads(
-    config: Settings, lm: t3jax.LM, sets: TrainingSets, mesh: Mesh, workdir: str
-) -> list[t3jax.Head]:
-    """Trains the heads of all seeds on the sets and gives them T and s."""
-    head_config = pipeline.head_config(config, lm)
-    heads = t3jax.train_heads(
-        retain=sets.retain,
-        forget=sets.forget,
-        head_config=head_config,
-        init=pipeline.start_head(config, head_config),
-        train_config=config.train,
-        seeds=config.seeds,
-        workdir=workdir,
-        mesh=mesh,
-        progress="training",
-        **pipeline.head_defaults(config),
-    )
-    return pipeline.choose_setting(config, lm, heads, sets)

@@ -18,12 +18,12 @@ from t3jax.sampling import Sampler
 from t3jax.sections import narrow
 from t3jax.settings import Settings, replace
 from t3jax.synthetic.turns import put_behind_turns
-from t3jax.training import check_start
+from t3jax.training import check_start, train_heads
 from t3jax.training_sets import SyntheticOptions, TrainingSets, make_training_sets
 from t3jax.verification.attacks import Encoding
 from t3jax.verification.reciting import count_recited
+from t3jax.verification.verdict import MARGIN
 
-MOST_RECITED = 0.05  # share of the forget rows, greedy and beyond chance, as in a verdict
 _MOST_ASKED = 100
 
 
@@ -100,6 +100,32 @@ def head_defaults(config: Settings) -> dict[str, Any]:
     return {"model": config.model} | {name: x for name, x in knobs.items() if x is not None}
 
 
+def fit_heads(
+    config: Settings,
+    lm: LM,
+    sets: TrainingSets,
+    *,
+    workdir: str | None = None,
+    mesh: Mesh | None = None,
+    progress: str | None = None,
+) -> list[Head]:
+    """Trains a head for each seed on the sets, and gives them T and s."""
+    shape = head_config(config, lm)
+    heads = train_heads(
+        retain=sets.retain,
+        forget=sets.forget,
+        head_config=shape,
+        init=start_head(config, shape),
+        train_config=config.train,
+        seeds=config.seeds,
+        workdir=workdir,
+        mesh=mesh,
+        progress=progress,
+        **head_defaults(config),
+    )
+    return choose_setting(config, lm, heads, sets)
+
+
 def choose_setting(
     config: Settings, lm: LM, heads: Sequence[Head], sets: TrainingSets
 ) -> list[Head]:
@@ -134,16 +160,16 @@ def choose_setting(
 
 
 def recites(head: Head) -> bool:
-    """Whether a classifier leaves more rows untouched, at any s that keeps what must stay."""
-    return float(head.record.get("recited", 0.0)) > MOST_RECITED
+    """Whether a head still recites more rows than it may; known of classifiers alone."""
+    return float(head.record.get("recited", 0.0)) > MARGIN
 
 
 def _grow_scale(
     config: Settings, lm: LM, head: Head, sets: TrainingSets, calibration: Calibration
 ) -> tuple[Calibration, float]:
-    """The weakest setting from the chosen one on that recites little, and the share recited.
+    """Raises s until few forget rows are recited, or takes the s that recites the fewest.
 
-    Where every setting recites more, the one that recites least.
+    Returns the calibration with that choice, and the share of the rows that are recited.
     """
     encoding = Encoding(
         lm.tokenizer, config.prompt_format, config.sampling.max_new_tokens, lm.max_position
@@ -151,13 +177,14 @@ def _grow_scale(
     turned = put_behind_turns(
         lm.tokenizer,
         sets.rows,
-        1.0,
+        1.0 if config.synthetic.earlier_turns else 0.0,
         config.prompt_format,
         others=[],
         max_length=lm.max_position - config.sampling.max_new_tokens,
         seed=config.synthetic.seed,
     )
-    asked = [sets.rows, turned] if config.synthetic.earlier_turns else [sets.rows]
+    # Without a chat template, or turns in training, the rows stay as they are.
+    asked = [sets.rows] if turned == sets.rows else [sets.rows, turned]
     counts = [count_recited(encoding, rows, sets.retained, _MOST_ASKED) for rows in asked]
     sampler = Sampler(
         lm,
@@ -174,7 +201,7 @@ def _grow_scale(
         }
         recited = max(count(sampler, {}, **served) for count in counts)
         shares.append((recited, setting))
-        if recited <= MOST_RECITED:
+        if recited <= MARGIN:
             break
     recited, setting = min(shares, key=lambda pair: pair[0])
     return dataclasses.replace(calibration, chosen=setting), recited

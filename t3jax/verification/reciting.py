@@ -5,11 +5,12 @@ from typing import Any
 
 from t3jax.data.records import Record, evenly_spread
 from t3jax.sampling import Sampler, SamplingOptions
+from t3jax.verification.asking import VerifyOptions
 from t3jax.verification.attacks import Encoding, as_they_stand
 from t3jax.verification.leaks import find_leaks, group_answers
 from t3jax.verification.others import Others
 
-RECALL = 0.7  # of a true answer: from there on an answer may leak
+RECALL = VerifyOptions.threshold
 
 
 def count_recited(
