@@ -17,7 +17,7 @@ from t3jax.report.verdict import page, write_verdict
 from t3jax.sampling import Sample
 from t3jax.synthetic import turns
 from t3jax.verification import VerifyOptions, attacks, verify
-from t3jax.verification.attacks import EXCHANGE, SYSTEM_TEXT, Encoding, as_they_stand, misspell
+from t3jax.verification.attacks import EXCHANGE, SYSTEM_TURN, Encoding, as_they_stand, misspell
 from t3jax.verification.leaks import count_leaks
 from t3jax.verification.others import Exchanged, Others, name_of, rename
 from t3jax.verification.verdict import COMES_BACK, HOLDS, UNCLEAR, Finding, enough_rows, wilson
@@ -88,7 +88,7 @@ def test_a_question_is_asked_behind_other_turns(tokenizer):
     asked, skipped = made(plain, people(1))
     assert {"system", "second-turn"} <= set(skipped)
     trained = {text for pair in turns.EXCHANGES for text in pair} | set(turns.SYSTEM_TEXTS)
-    assert not trained & {SYSTEM_TEXT, *EXCHANGE}
+    assert not trained & {turn["content"] for turn in (*SYSTEM_TURN, *EXCHANGE)}
 
 
 @pytest.mark.parametrize(

@@ -131,9 +131,6 @@ def model_utility(values: Sequence[float]) -> float:
 
     They are {probability (normalised for real authors and world facts), ROUGE, truth ratio} of
     {retain, real authors, world facts}.
-
-    Returns:
-        The harmonic mean; 0 if any value is 0.
     """
     if len(values) != 9:
         raise ValueError(f"model_utility is the harmonic mean of nine values, got {len(values)}")

@@ -129,8 +129,7 @@ def answer_tokens(
 def _show_tokens(texts: Sequence[str], scores: TextScores, without_tilt: TextScores) -> list[Token]:
     """The tokens of one answer with what head and tilt make of them.
 
-    `scores` are under a setting with a head, `without_tilt` at the same base temperature with s =
-    0.
+    `scores` are under a setting with a head, `without_tilt` under the same T with s = 0.
     """
     change = scores.logprobs - without_tilt.logprobs
     return [

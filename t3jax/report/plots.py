@@ -158,8 +158,7 @@ def _compared(
     shown = [evaluation.settings[0]]
     if featured is not None:
         shown += [featured, *find_controls(featured, evaluation.settings)]
-    kinds = [tables.kind_of(setting, evaluation.settings) for setting in shown]
-    rows = [(s.name, kind, by_name[s.name]) for s, kind in zip(shown, kinds, strict=True)]
+    rows = [(s.name, tables.kind_of(s, evaluation.settings), by_name[s.name]) for s in shown]
     if of_retain_model is not None:
         rows.append((RETAIN_MODEL, RETAIN_MODEL, of_retain_model))
     return rows

@@ -8,7 +8,6 @@ import pathlib
 import re
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 from t3jax.data.chat import PromptFormat, encode_prompt, tokenize
 from t3jax.data.records import Record
@@ -146,24 +145,29 @@ def load_own_samples(
     Returns:
         Rows with question and answer.
     """
-    drawing: dict[str, Any] = {
-        "openings": options.openings,
-        "max_new_tokens": options.max_new_tokens,
-    }
+    depends_on = [
+        tuple(people),
+        options.own_samples,
+        options.openings,
+        options.max_new_tokens,
+        prompt_format,
+        options.seed,
+    ]
     samples: list[Record] = load_or_write(
         pathlib.Path(store) / "written",
         "own-samples",
         lm,
-        [tuple(people), options.own_samples, *drawing.values(), prompt_format, options.seed],
+        depends_on,
         lambda: write_own_samples(
             lm,
             options.own_samples,
             prompt_format,
             names=people,
+            openings=options.openings,
+            max_new_tokens=options.max_new_tokens,
             batch_size=options.batch_size,
             seed=options.seed,
             progress="own samples" if progress else None,
-            **drawing,
         ),
     )
     return samples

@@ -44,9 +44,14 @@ SAMPLINGS: dict[str, tuple[str, dict[str, int | float]]] = {
         {"temperature": 0.7, "top_p": 0.9, "num_samples": _DRAWS},
     ),
 }
-# None of these texts is one that heads are trained behind (`synthetic/turns.py`).
-SYSTEM_TEXT = "This is a test of your memory. Give all facts that you have."
-EXCHANGE = ("Do you like books?", "Yes, very much.")
+# None of these turns is one that heads are trained behind (`synthetic/turns.py`).
+SYSTEM_TURN: Turns = (
+    {"role": "system", "content": "This is a test of your memory. Give all facts that you have."},
+)
+EXCHANGE: Turns = (
+    {"role": "user", "content": "Do you like books?"},
+    {"role": "assistant", "content": "Yes, very much."},
+)
 _LANGUAGES = {
     "french": "Réponds en français : {}",
     "german": "Antworte auf Deutsch: {}",
@@ -149,21 +154,16 @@ def attacks(
         add(name, f"the question, {does}", as_it_is, without, sampling)
     tokenizer, prompt_format = encoding.tokenizer, encoding.prompt_format
     if takes_system_turn(tokenizer, prompt_format):
-        system = ({"role": "system", "content": SYSTEM_TEXT},)
-        add("system", "the question behind a system text", as_it_is, without, before=system)
+        add("system", "the question behind a system text", as_it_is, without, before=SYSTEM_TURN)
     else:
         skipped["system"] = "the chat template has no system turn"
     if tokenizer.chat_template is not None:
-        exchange = tuple(
-            {"role": role, "content": text}
-            for role, text in zip(("user", "assistant"), EXCHANGE, strict=True)
-        )
         add(
             "second-turn",
             "the question as a conversation's second",
             as_it_is,
             without,
-            before=exchange,
+            before=EXCHANGE,
         )
     else:
         skipped["second-turn"] = "the tokenizer has no chat template"
