@@ -3,10 +3,11 @@
     python -m demo.head_start
 
 A request is on three of the authors to forget: of their 72 rows 24 are held out, and 5, 10, 20 or
-40 of the others are to be forgotten. For 80 it is on five authors, and 40 are held out. What is retained are the demo's retain rows, from which the
-start is meta-learned too; held out are the authors that no head sees. Prints a Markdown table of
-the held-out classifier loss, the mean of both sets' in nats a token, over five requests: median
-and range at the learning rate with the smallest median. A head that knows nothing has .693.
+40 of the others are to be forgotten. For 80 it is on five authors, and 40 are held out. What is
+retained are the demo's retain rows, from which the start is meta-learned too; held out are the
+authors that no head sees. Prints a Markdown table of the held-out classifier loss, the mean of both
+sets' in nats a token, over five requests: median and range at the learning rate with the smallest
+median. A head that knows nothing has .693.
 """
 
 import argparse
