@@ -1,6 +1,7 @@
 """Gated delta nets: the rule, what padding and pieces do to a state, and all that reads a text."""
 
 import dataclasses
+import queue
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,15 @@ import numpy as np
 import pytest
 import tiny
 
+import t3jax
 from t3jax import pooling
+from t3jax.data import Example
 from t3jax.head import head_scores
 from t3jax.lm.delta import apply_delta_rule
-from t3jax.sampling import Sampler
+from t3jax.sampling import Sampler, SamplingOptions
+from t3jax.serving.engine import Engine
+from t3jax.serving.messages import EngineOptions, Request
+from t3jax.training import TrainConfig, train_heads
 
 CONFIG = tiny.DELTA
 LM = tiny.make_lm(CONFIG)
@@ -117,3 +123,45 @@ def test_guided_text_whoever_is_beside_it_and_whichever_row_it_takes():
     for found, whole in zip(alone, expected, strict=False):
         assert found == whole[: len(found)]
     assert alone != [sample.tokens for sample in Sampler(lm).generate(PROMPTS, max_new_tokens=20)]
+
+
+def answer(engine, prompt):
+    """Tokens of a greedy answer."""
+    tokens, events = [], queue.Queue()
+    request = Request(np.array(prompt, np.int32), SamplingOptions(max_new_tokens=9))
+    engine.submit([request], lambda _, event: events.put(event))
+    while True:
+        event = events.get(timeout=120)
+        tokens += event.tokens
+        if event.finish is not None:
+            return tokens
+
+
+def test_a_head_trained_on_its_features_is_served(tmp_path):
+    """Also where an answer goes on from a beginning that is kept: its memory is kept with it."""
+    random = np.random.default_rng(3)
+    texts = [random.integers(0, 264, n).astype(np.int32) for n in (20, 31, 9, 26)]
+    features = t3jax.load_or_compute_features(LM, [Example(text, 4) for text in texts], tmp_path)
+    for i, text in enumerate(texts):
+        tokens, mask = np.zeros((1, 64), np.int32), np.arange(64)[None] < len(text)
+        tokens[0, : len(text)] = text
+        hidden, _, _ = tiny.read(LM.apply, LM.unembed, LM.params, tokens, mask)
+        mean = np.asarray(pooling.causal_mean(hidden, jnp.asarray(mask)))[0, 3 : len(text) - 1]
+        np.testing.assert_allclose(features.select([i]).pooled, mean, atol=2e-5)
+    recipe = TrainConfig(epochs=30, batch_size=2, learning_rate=0.3)
+    halves = features.select([0, 1]), features.select([2, 3])
+    (head,) = train_heads(*halves, HEAD.config, recipe)
+
+    options = EngineOptions(rows=2, chunk=4, piece=32, max_length=96, queue=4, heads=1, rank=8)
+    engine = Engine(LM, options, base_temperature=T, guidance_scale=S)
+    engine.install("head", head)
+    engine.start()
+    prompts = [[7] * 32 + rest for rest in ([5], [77, 3, 250], [40, 41])]
+    found = [answer(engine, prompt) for prompt in prompts]
+    shared = engine.stats.shared_tokens
+    engine.stop()
+    assert shared == 32  # of the third prompt: what comes twice is kept
+    served = Sampler(LM, head, base_temperature=T, guidance_scale=S)
+    assert found == [sample.tokens for sample in served.generate(prompts, max_new_tokens=9)]
+    base = served.generate(prompts, max_new_tokens=9, base_temperature=1.0, guidance_scale=0.0)
+    assert found != [sample.tokens for sample in base]
