@@ -36,6 +36,9 @@ PARAM_RULES: tuple[tuple[str, P], ...] = (
     (r"/input/opening/weight$", P(None, FSDP)),  # narrow
     (r"/input/out/weight$", P(FSDP)),
     (r"/(q|k|v|gate|up)/weight$", P(MODEL, FSDP)),  # heads, MLP width
+    (r"/conv/out_gate/weight$", P(MODEL, FSDP)),  # channels
+    (r"/conv/taps/weight$", P(MODEL)),
+    (r"/conv/out_gate/scale$", P(MODEL)),
     (r"/delta/(strength|fading)/weight$", P(MODEL, FSDP)),  # heads
     (r"/delta/(\w_conv/weight|fading_bias|log_rate)$", P(MODEL)),
     (r"/(q|k|v|gate|up)/(bias|scale)$", P(MODEL)),

@@ -328,6 +328,11 @@ FAMILIES = {
     "falcon": {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1, "num_kv_heads": 2},
     "bloom": {},
     "mpt": {"attn_config": {"clip_qkv": 1.0}},
+    "lfm2": {
+        "norm_eps": 1e-5,
+        "layer_types": ["conv", "full_attention"],
+        "block_auto_adjust_ff_dim": False,
+    },
     "qwen3_next": {**_DELTA, **_QWEN_EXPERTS, "mlp_only_layers": [1]},
     "qwen3_5_text": {**_DELTA, "attention_bias": True},
     "qwen3_5_moe_text": {**_DELTA, **_QWEN_EXPERTS},
@@ -336,7 +341,7 @@ FAMILIES = {
     "phi": {"hidden_act": "gelu_new", "tie_word_embeddings": False},
 }
 _SEEDS = {  # where the greedy text of the second is dull, or its numbers large
-    "bloom": 15, "gemma3_text": 8, "gemma4_text": 8,
+    "bloom": 15, "gemma3_text": 8, "gemma4_text": 8, "lfm2": 5,
     **dict.fromkeys(("falcon", "glm4", "gpt_bigcode", "ministral3", "phi3"), 4),
     **dict.fromkeys(("cohere", "cohere2", "gemma2", "gpt_neo", "granitemoe", "hyperclovax"), 3),
     **dict.fromkeys(("jais2", "nemotron", "opt", "starcoder2"), 3),

@@ -1,4 +1,4 @@
-"""Gated delta nets: the rule, what padding and pieces do to a state, and all that reads a text."""
+"""Gated delta nets and short convolutions: the rule, states, and all that reads a text."""
 
 import dataclasses
 import queue
@@ -21,6 +21,7 @@ from t3jax.training import TrainConfig, train_heads
 
 CONFIG = tiny.DELTA
 LM = tiny.make_lm(CONFIG)
+CONVOLVED = tiny.make_lm(tiny.CONV)
 HEAD = tiny.make_head(LM)
 T, S = HEAD.base_temperature, HEAD.guidance_scale
 
@@ -55,28 +56,30 @@ def test_chunks_do_what_the_rule_does_token_by_token(length, alike):
     np.testing.assert_allclose(last, memory, atol=1e-5)
 
 
-def read(tokens, mask, cache=None):
-    hidden, _, cache = tiny.read(LM.apply, LM.unembed, LM.params, tokens, mask, cache)
+def read(lm, tokens, mask, cache=None):
+    hidden, _, cache = tiny.read(lm.apply, lm.unembed, lm.params, tokens, mask, cache)
     return np.asarray(hidden), cache
 
 
-def test_padding_is_not_there_wherever_it_stands():
+@pytest.mark.parametrize("lm", [LM, CONVOLVED], ids=["delta net", "convolution"])
+def test_padding_is_not_there_wherever_it_stands(lm):
     tokens = np.random.default_rng(1).integers(0, 264, (4, 24)).astype(np.int32)
-    whole, _ = read(tokens, np.ones((4, 24), bool))
+    whole, _ = read(lm, tokens, np.ones((4, 24), bool))
     mask = np.zeros((4, 40), bool)
     mask[0, 16:] = mask[1, :24] = mask[2, 5:29] = True
     mask[3, np.random.default_rng(2).choice(40, 24, replace=False)] = True
     padded = np.zeros((4, 40), np.int32)
     padded[mask] = tokens.reshape(-1)
-    found, _ = read(padded, mask)
+    found, _ = read(lm, padded, mask)
     np.testing.assert_allclose(found[mask].reshape(whole.shape), whole, atol=2e-5)
 
 
-def test_pieces_and_single_tokens_leave_what_the_whole_text_leaves():
+@pytest.mark.parametrize("lm", [LM, CONVOLVED], ids=["delta net", "convolution"])
+def test_pieces_and_single_tokens_leave_what_the_whole_text_leaves(lm):
     """Each row at its own pace, as prompts are read that are padded on the right."""
     tokens = np.random.default_rng(1).integers(0, 264, (4, 24)).astype(np.int32)
-    whole, _ = read(tokens, np.ones((4, 24), bool))
-    cache, count = LM.init_cache(4, 48), np.zeros(4, int)
+    whole, _ = read(lm, tokens, np.ones((4, 24), bool))
+    cache, count = lm.init_cache(4, 48), np.zeros(4, int)
     cache = cache._replace(cursor=jnp.zeros(4, jnp.int32))
     for lengths in ([8, 3, 0, 1], [8, 8, 8, 2], [7, 6, 8, 0], *[[1, 1, 1, 1]] * 8):
         lengths = np.minimum(lengths, 24 - count)
@@ -86,7 +89,7 @@ def test_pieces_and_single_tokens_leave_what_the_whole_text_leaves():
         piece = np.zeros(mask.shape, np.int32)
         rows, places = np.nonzero(mask)
         piece[mask] = tokens[rows, count[rows] + places]
-        hidden, cache = read(piece, mask, cache)
+        hidden, cache = read(lm, piece, mask, cache)
         np.testing.assert_allclose(hidden[mask], whole[rows, count[rows] + places], atol=2e-5)
         count += lengths
     assert count.tolist() == [24, 24, 24, 11]

@@ -10,7 +10,15 @@ import jax.numpy as jnp
 import pytest
 import transformers
 
-from t3jax.lm import ExpertsConfig, HeadsConfig, LMConfig, RopeConfig, lm_config, read_config
+from t3jax.lm import (
+    ConvConfig,
+    ExpertsConfig,
+    HeadsConfig,
+    LMConfig,
+    RopeConfig,
+    lm_config,
+    read_config,
+)
 from t3jax.lm.cache import init_cache
 from t3jax.lm.config_writing import hf_config
 from t3jax.lm.decoder import abstract_params
@@ -815,6 +823,31 @@ FAMILY_CONFIGS = {
         },
         {"alibi": True, "qkv_clip": 6.0, "norm_bias": False, "activation": "gelu"},
     ),
+    "lfm2": (
+        {
+            "block_auto_adjust_ff_dim": True,
+            "block_ff_dim": 64,
+            "block_ffn_dim_multiplier": 1.5,
+            "block_multiple_of": 16,
+            "conv_L_cache": 3,
+            "conv_bias": False,
+            "conv_dim": 32,
+            "conv_dim_out": 32,
+            "conv_use_xavier_init": True,
+            "full_attn_idxs": [2, 5],
+            "norm_eps": 1e-5,
+            "num_key_value_heads": 2,
+            "tie_embedding": False,
+            "use_pos_enc": True,
+        },
+        {
+            "conv": ConvConfig(32, 3, (True, True, False) * 2),
+            "intermediate_size": 64,  # 42 x 1.5 = 63
+            "qk_norm": "head",
+            "tied": False,
+            "norm_eps": 1e-5,
+        },
+    ),
     "phimoe": (
         {
             "num_key_value_heads": 2,
@@ -1068,6 +1101,8 @@ def test_yarn():
         ("gemma4_text", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling"),
         ("gemma4_text", {"vocab_size_per_layer_input": 99}, "99 is less than vocab_size 100"),
         ("gemma4_text", {"enable_moe_block": True}, "num_experts is null, expected a number"),
+        ("lfm2", {"conv_bias": True}, "conv_bias True is not supported in the lfm2 family"),
+        ("lfm2", {"layer_types": ["linear_attention"] * 6}, "layer_types .*: expected 6, each"),
         ("mixtral", {"num_local_experts": 1}, "sent to 2 experts, but there are 1"),
         ("mixtral", {"num_experts": 4, "num_local_experts": 8}, "two names of one field"),
         ("qwen3_moe", {"num_experts": 0}, "num_experts is 0, expected an integer >= 1"),

@@ -40,27 +40,43 @@ def test_rows_that_take_new_prompts_answer_as_if_alone():
     assert [sample.tokens for sample in few] == alone
 
 
-def test_a_mesh_gives_what_one_device_gives():
-    """With key heads that `model` divides in some layers and not in others."""
-    params = tiny.make_params(BESIDE)
+def on_a_mesh_and_on_one_device(config):
+    """The model on the mesh; what both give is the same."""
+    params = tiny.make_params(config)
     tokens = np.random.default_rng(0).integers(0, 264, (8, 16)).astype(np.int32)
     mask = np.arange(16) >= np.arange(8)[:, None]
     found = {}
     for shape in (None, (2, 2, 2)):
         mesh = None if shape is None else make_mesh(shape)
         placed = params if mesh is None else jax.device_put(params, param_shardings(mesh, params))
-        lm = from_params(BESIDE, placed, None, (0,), "unequal", mesh)
+        lm = from_params(config, placed, None, (0,), "unequal", mesh)
         cache = lm.init_cache(8, 17)
         hidden, _, cache = tiny.read(lm.apply, lm.unembed, placed, tokens, mask, cache)
         _, logits, _ = tiny.read(lm.apply, lm.unembed, placed, tokens[:, :1], mask[:, -1:], cache)
         found[shape] = np.asarray(hidden)[mask], np.asarray(logits)
     for ours, expected in zip(found[2, 2, 2], found[None], strict=True):
         np.testing.assert_allclose(ours, expected, atol=2e-5 * np.abs(expected).max())
+    return lm
+
+
+def test_a_mesh_gives_what_one_device_gives():
+    """With key heads that `model` divides in some layers and not in others."""
+    lm = on_a_mesh_and_on_one_device(BESIDE)
+    placed = lm.params
     assert placed["layer_embed"]["weight"].sharding.spec == P("model", "fsdp")
     assert placed["layers"][0]["input"]["opening"]["weight"].sharding.spec == P(None, "fsdp")
     states = cache_shardings(lm.mesh, lm.init_cache(8, 8)).layers
     assert states[0].keys.spec == P(("data", "fsdp"), "model")
     assert states[1].keys.spec == P(("data", "fsdp"), None, "model")
+
+
+def test_a_mesh_splits_the_channels_of_a_short_convolution():
+    lm = on_a_mesh_and_on_one_device(tiny.CONV)
+    own = lm.params["layers"][0]["conv"]
+    split = [own[name]["weight"].sharding.spec for name in ("gate", "out_gate", "v", "taps", "o")]
+    assert split == [P("model", "fsdp")] * 3 + [P("model"), P("fsdp", "model")]
+    state = cache_shardings(lm.mesh, lm.init_cache(8, 8)).layers[0]
+    assert state.tail.spec == P(("data", "fsdp"), None, "model")
 
 
 @pytest.mark.parametrize("program", [programs.decode, programs.feature_pass])

@@ -15,6 +15,7 @@ from t3jax.head import HeadConfig, init_head
 from t3jax.head_io import Head
 from t3jax.lm import (
     LM,
+    ConvConfig,
     DeltaConfig,
     ExpertsConfig,
     HeadsConfig,
@@ -92,6 +93,10 @@ DELTA = dataclasses.replace(
 )
 
 
+# A short convolution and a layer of attention.
+CONV = dataclasses.replace(
+    CONFIG, model_type="lfm2", qk_norm="head", conv=ConvConfig(32, 3, layers=(True, False))
+)
 # Layers of unequal shape: those that attend to the whole text have other heads, and the last two
 # have the keys and values of others.
 UNEQUAL = dataclasses.replace(

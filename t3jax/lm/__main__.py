@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from t3jax.lm.adapter import is_adapter, read_base
-from t3jax.lm.cache import Borrowed, DeltaState, KeyValues, init_cache
+from t3jax.lm.cache import Borrowed, ConvState, DeltaState, KeyValues, init_cache
 from t3jax.lm.config import LMConfig
 from t3jax.lm.config_json import wrapper_of
 from t3jax.lm.decoder import abstract_params
@@ -77,6 +77,8 @@ def describe(path: pathlib.Path, config: LMConfig) -> list[str]:
     )
     if config.delta is not None:
         kinds += f", {sum(config.delta.layers)} of them gated delta nets"
+    if config.conv is not None:
+        kinds += f", {sum(config.conv.layers)} of them short convolutions"
     if config.borrows:
         kinds += f", {sum(config.borrows)} of them with the keys and values of others"
     count = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config, jnp.float32)))
@@ -107,12 +109,12 @@ def _describe_heads(config: LMConfig) -> str:
 def _describe_cache(config: LMConfig) -> str:
     """The memory that a text takes while it is decoded."""
     cache = jax.eval_shape(lambda: init_cache(config, 1, 1, jnp.bfloat16))
-    of_kind = {KeyValues: 0, DeltaState: 0, Borrowed: 0}
+    of_kind = {KeyValues: 0, DeltaState: 0, ConvState: 0, Borrowed: 0}
     for state in cache.layers:
         of_kind[type(state)] += sum(leaf.size * leaf.dtype.itemsize for leaf in state)
     said = f"cache: {of_kind[KeyValues] / 1024:.1f} KiB a token in bfloat16"
-    if of_kind[DeltaState]:
-        said += f", and {of_kind[DeltaState] / 2**20:.1f} MiB a text"
+    if of_text := of_kind[DeltaState] + of_kind[ConvState]:
+        said += f", and {of_text / 2**20:.1f} MiB a text"
     return said
 
 

@@ -1,4 +1,4 @@
-"""A layer of the decoder: attention or a gated delta net, and an MLP or experts, with their norms.
+"""A layer of the decoder: attention or what stands in its place, an MLP or experts, their norms.
 
 Axes: B batch, T time (new tokens), S cache slots, D features, P width of what a layer is given of
 each token.
@@ -13,9 +13,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from t3jax.lm.attention import Attention, Past
-from t3jax.lm.cache import Borrowed, DeltaState, KeyValues, LayerState
+from t3jax.lm.cache import Borrowed, ConvState, DeltaState, KeyValues, LayerState
 from t3jax.lm.config import LMConfig
-from t3jax.lm.delta import DeltaNet, Order
+from t3jax.lm.convolution import Order, ShortConv
+from t3jax.lm.delta import DeltaNet
 from t3jax.lm.experts import Experts
 from t3jax.lm.layer_inputs import LayerInput
 from t3jax.lm.layers import MLP, make_norm
@@ -29,7 +30,7 @@ class Shared(NamedTuple):
         rotation: That of the new tokens; None leaves queries and keys as they are.
         seen: Which slots each query attends to, bool `[B, T, S]`.
         cursor: The cache's; None without one.
-        order: Which of the tokens are real, for delta nets; None where there are none.
+        order: Which of the tokens are real, for layers with a memory; None where there are none.
         lent: Keys and values that a layer without its own attends to, with the new ones.
         given: What the layer is given of each token, `[B, T, P]`; None: nothing.
     """
@@ -49,10 +50,13 @@ class Block(nnx.Module):
         width = config.hidden_size
         before, after = config.norms != "post", config.norms in ("post", "both")
         self.attention_norm = make_norm(config, width, before)
-        self.has_delta, self.has_experts = config.has_delta(layer), config.has_experts(layer)
+        self.has_delta, self.has_conv = config.has_delta(layer), config.has_conv(layer)
+        self.has_experts = config.has_experts(layer)
         self.lends = any(config.lender(i) == layer for i in range(config.num_layers))
         if self.has_delta:
             self.delta = DeltaNet(config)
+        elif self.has_conv:
+            self.conv = ShortConv(config)
         else:
             self.attention = Attention(config, layer)
         self.attention_post_norm = make_norm(config, width, after)
@@ -104,6 +108,10 @@ class Block(nnx.Module):
             assert shared.order is not None
             assert past is None or isinstance(past, DeltaState)
             return self.delta(normed, shared.order, past, mesh)
+        if self.has_conv:
+            assert shared.order is not None
+            assert past is None or isinstance(past, ConvState)
+            return self.conv(normed, shared.order, past)
         before: Past | None = None
         if self.attention.borrows:
             assert shared.lent is not None

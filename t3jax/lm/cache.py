@@ -1,9 +1,9 @@
 """What a decoder keeps of the text it has read: a state for each layer.
 
 A layer of attention keeps keys and values of every token, unless it borrows those of another, a
-gated delta net a memory of fixed size and the last inputs of its convolution. Each kind of state
-says here which axes of its arrays are rows and slots, and how a mesh splits them; what moves rows
-and slots asks `cache_axes`.
+gated delta net a memory of fixed size and the last inputs of its convolution, a layer that is a
+convolution those alone. Each kind of state says here which axes of its arrays are rows and slots,
+and how a mesh splits them; what moves rows and slots asks `cache_axes`.
 
 Axes: B batch, S cache slots, K key-value heads, or heads of a delta net's keys, G heads of its
 values for each of these, h width of an attention head, d width of a delta net's keys, e of its
@@ -50,11 +50,21 @@ class DeltaState(NamedTuple):
     memory: Float[Array, "B K G d e"]
 
 
+class ConvState(NamedTuple):
+    """State of a short convolution after the real tokens so far; padding leaves it as it is.
+
+    Attributes:
+        tail: Its last inputs; 0 before the text.
+    """
+
+    tail: Float[Array, "B W-1 C"]
+
+
 class Borrowed(NamedTuple):
     """State of a layer that attends to the keys and values of another one: nothing."""
 
 
-LayerState = KeyValues | DeltaState | Borrowed
+LayerState = KeyValues | DeltaState | ConvState | Borrowed
 
 
 class Cache(NamedTuple):
@@ -107,6 +117,7 @@ def cache_axes(cache: Cache) -> Any:
     by_kind: Any = {
         KeyValues: KeyValues(keys, values),
         DeltaState: DeltaState(whole, whole),
+        ConvState: ConvState(whole),
         Borrowed: Borrowed(),
     }
     return Cache(tuple(by_kind[type(state)] for state in cache.layers), positions, cursor)
@@ -124,6 +135,10 @@ def cache_shardings(mesh: Mesh, cache: Any) -> Any:
 def _empty_state(config: LMConfig, layer: int, batch: int, slots: int, dtype: Any) -> LayerState:
     if config.has_delta(layer):
         return _empty_delta(config, batch, dtype)
+    if config.has_conv(layer):
+        assert config.conv is not None
+        shape = batch, config.conv.taps - 1, config.conv.channels
+        return ConvState(jnp.zeros(shape, dtype))
     if config.borrows and config.borrows[layer]:
         return Borrowed()
     heads = config.heads(layer)
@@ -148,6 +163,8 @@ def _state_shardings(mesh: Mesh, state: LayerState) -> Any:
     specs: Any = (P(sharding.ROWS), P(sharding.ROWS, sharding.MODEL))
     if isinstance(state, KeyValues):
         specs = sharding.attention_specs(mesh, state.keys.shape[1], length=1)[1:]
+    if isinstance(state, ConvState):
+        specs = (P(sharding.ROWS, None, sharding.MODEL),)
     shapes = (leaf.shape for leaf in state)
     placed: Any = map(functools.partial(sharding.fit_sharding, mesh), specs, shapes)
     return type(state)(*placed)

@@ -154,6 +154,21 @@ class DeltaConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ConvConfig:
+    """Layers with a short convolution between two gates in the place of attention.
+
+    Attributes:
+        channels: C, numbers of a token that are convolved, each by itself.
+        taps: W, tokens that a channel sees, the last one its own.
+        layers: For each layer whether it is one.
+    """
+
+    channels: int
+    taps: int
+    layers: tuple[bool, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class LMConfig:
     """Shape of a decoder-only language model; the defaults are Llama's.
 
@@ -191,7 +206,8 @@ class LMConfig:
             outputs); "both"; or "shared" (one norm, whose output both read; with `parallel`).
         parallel: Attention and MLP of a block both read the block's input.
         experts: In the place of the MLPs; None: every layer has an MLP.
-        delta: In the place of attention; None: every layer has attention.
+        delta: In the place of attention; None: no layer has one.
+        conv: Likewise.
         output_gate: What attention found is multiplied by the sigmoid of a linear map of the input.
         qkv_clip: c: queries, keys and values are cut to -c and c, before rotation; None not.
         qk_norm: Queries and keys are normed before rotation: "head" each head by itself, "each" the
@@ -253,6 +269,7 @@ class LMConfig:
     parallel: bool = False
     experts: ExpertsConfig | None = None
     delta: DeltaConfig | None = None
+    conv: ConvConfig | None = None
     output_gate: bool = False
     qkv_clip: float | None = None
     qk_norm: str | None = None
@@ -288,6 +305,10 @@ class LMConfig:
         """Whether a layer has a gated delta net, and no attention."""
         return self.delta is not None and self.delta.layers[layer]
 
+    def has_conv(self, layer: int) -> bool:
+        """Whether a layer has a short convolution, and no attention."""
+        return self.conv is not None and self.conv.layers[layer]
+
     def is_local(self, layer: int) -> bool:
         """Whether a layer has the window."""
         return bool(self.local) and self.local[layer]
@@ -315,6 +336,7 @@ class LMConfig:
         unequal = self.whole_heads is not None or bool(self.borrows)
         return (
             self.has_delta(layer),
+            self.has_conv(layer),
             self.has_experts(layer),
             unequal and self.is_local(layer),
             bool(self.borrows) and self.borrows[layer],
@@ -326,7 +348,7 @@ class LMConfig:
         def keep(by_layer: tuple[bool, ...]) -> tuple[bool, ...]:
             return tuple(by_layer[layer] for layer in layers) if by_layer else ()
 
-        e, d = self.experts, self.delta
+        e, d, c = self.experts, self.delta, self.conv
         return dataclasses.replace(
             self,
             num_layers=len(layers),
@@ -335,4 +357,5 @@ class LMConfig:
             borrows=keep(self.borrows),
             experts=None if e is None else dataclasses.replace(e, dense=keep(e.dense)),
             delta=None if d is None else dataclasses.replace(d, layers=keep(d.layers)),
+            conv=None if c is None else dataclasses.replace(c, layers=keep(c.layers)),
         )

@@ -73,6 +73,11 @@ _TYPES: dict[str, Any] = {
     "num_kv_shared_layers": Annotated[int, Meta(ge=0, le=1024)],
     "hidden_size_per_layer_input": Annotated[int, Meta(ge=0, le=1 << 22)],
     "vocab_size_per_layer_input": Annotated[int, Meta(ge=1, le=1 << 24)],
+    "conv_L_cache": Annotated[int, Meta(ge=1, le=64)],
+    "full_attn_idxs": list[int],
+    "block_auto_adjust_ff_dim": bool,
+    "block_ffn_dim_multiplier": Positive,
+    "block_multiple_of": Width,
 }
 _NULLABLE = (
     "attn_logit_softcapping",

@@ -10,7 +10,7 @@ from typing import Any
 from t3jax.json_files import read_json
 from t3jax.lm.config import LMConfig
 from t3jax.lm.config_fields import check_fields, rename_aliases
-from t3jax.lm.delta_json import read_delta
+from t3jax.lm.delta_json import read_remembering
 from t3jax.lm.experts_json import read_experts
 from t3jax.lm.families import FAMILIES
 from t3jax.lm.family import Family, Json
@@ -119,8 +119,8 @@ def _read(model_type: str, config: Json) -> LMConfig:
                 f"{', '.join(_ACTIVATIONS)}"
             )
         values["activation"] = _ACTIVATIONS[activation]
-    values |= read_delta(config, values)
-    if "delta" in values:
+    values |= read_remembering(config, values)
+    if "delta" in values or "conv" in values:
         config["layer_types"] = None  # says nothing about windows there
     values |= _windows(family, config, values["num_layers"], values["max_position"])
     values |= _unrotated(family, config, values["num_layers"], values.get("local", ()))

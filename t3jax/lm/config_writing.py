@@ -4,7 +4,7 @@ import operator
 from typing import Any
 
 from t3jax.lm.config import LMConfig
-from t3jax.lm.delta_json import write_delta
+from t3jax.lm.delta_json import write_remembering
 from t3jax.lm.experts_json import write_experts
 from t3jax.lm.families import FAMILIES
 from t3jax.lm.rope_json import share_field, write_rope
@@ -43,7 +43,7 @@ def hf_config(config: LMConfig) -> dict[str, Any]:
     if "no_rope_layers" in family.defaults:
         unrotated = config.unrotated or (False,) * config.num_layers
         content["no_rope_layers"] = [int(not each) for each in unrotated]
-    content |= write_experts(config, family) | write_delta(config)
+    content |= write_experts(config, family) | write_remembering(config)
     content |= write_unequal(config, family)
     if "use_qk_norm" in family.defaults:
         content["use_qk_norm"] = config.qk_norm is not None

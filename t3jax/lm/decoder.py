@@ -29,7 +29,7 @@ from t3jax.lm.attention import write_slots
 from t3jax.lm.block import Block, Shared
 from t3jax.lm.cache import Cache, KeyValues, LayerState
 from t3jax.lm.config import LMConfig
-from t3jax.lm.delta import order_tokens
+from t3jax.lm.convolution import order_tokens
 from t3jax.lm.layer_inputs import make_tables, read_tables
 from t3jax.lm.layers import Linear, cap, make_norm
 from t3jax.lm.product import product
@@ -218,7 +218,8 @@ class _Decoder(nnx.Module):
             given = read_tables(tables, c, tokens, x, mesh)
         whole_heads = c.whole_heads or c.heads(0)
         rotation = make_rotation(c.rope, whole_heads.head_dim, positions)
-        order = order_tokens(key_positions >= 0) if c.delta is not None else None
+        remembers = c.delta is not None or c.conv is not None
+        order = order_tokens(key_positions >= 0) if remembers else None
         if cache is not None:
             attended = jnp.sum(key_positions >= 0, axis=-1, dtype=jnp.int32)
             key_positions = write_slots(cache.positions, key_positions, cache.cursor, 1)  # [B, S]

@@ -283,6 +283,9 @@ def on_one_device(job: Job, layers: Sequence[int]) -> Job:
             key_heads=delta.key_heads // shared_out,
             value_heads=delta.value_heads // shared_out,
         )
+    conv = config.conv
+    if conv is not None:
+        conv = dataclasses.replace(conv, channels=share(conv.channels))
     heads = max(1, share(config.num_heads * config.head_dim) // config.head_dim)
 
     def share_keys(kv_heads: int) -> int:
@@ -304,6 +307,7 @@ def on_one_device(job: Job, layers: Sequence[int]) -> Job:
             intermediate_size=share(config.intermediate_size),
             experts=experts,
             delta=delta,
+            conv=conv,
             num_heads=heads,
             num_kv_heads=share_keys(config.num_kv_heads),
             whole_heads=whole,
