@@ -47,8 +47,8 @@ def read_unequal(family: Family, config: Json, values: Mapping[str, Any]) -> dic
     borrowing = config["num_kv_shared_layers"]
     borrows = tuple(layer >= len(local) - borrowing for layer in range(len(local)))
     for layer in range(len(local)):
-        lenders = (i for i in range(layer) if not borrows[i] and local[i] == local[layer])
-        if borrows[layer] and not any(True for _ in lenders):
+        lenders = [i for i in range(layer) if not borrows[i] and local[i] == local[layer]]
+        if borrows[layer] and not lenders:
             raise ValueError(
                 f"num_kv_shared_layers {borrowing}: layer {layer} has no keys and values of its "
                 "own, and no layer of its type before it has"
@@ -70,7 +70,9 @@ def _read_heads(config: Json, values: Mapping[str, Any], local: tuple[bool, ...]
         return HeadsConfig(stated or kv_heads, config["global_head_dim"], same)
     stated = config[_BY_LAYER]
     if not isinstance(stated, Mapping) or not all(
-        re.fullmatch("[0-9]{1,9}", name) and isinstance(own, Mapping) and set(own) <= set(_OF_HEADS)
+        re.fullmatch("[0-9]{1,9}", str(name))
+        and isinstance(own, Mapping)
+        and set(own) <= set(_OF_HEADS)
         for name, own in stated.items()
     ):
         raise ValueError(
