@@ -24,7 +24,7 @@ LOGITS = P(ROWS, MODEL)  # and all else of rows and vocabulary
 
 # Weights of the language model and the head, [out, in], by path.
 PARAM_RULES: tuple[tuple[str, P], ...] = (
-    (r"(embed|lm_head)/weight$", P(MODEL, FSDP)),  # vocabulary
+    (r"(embed|lm_head)/weight$", P(MODEL, FSDP)),  # vocabulary, of layer_embed too
     (r"(embed|lm_head)/(bias|scale)$", P(MODEL)),
     (r"positions/weight$", P(None, FSDP)),
     (r"/experts/(gate|up)/weight$", P(MODEL, None, FSDP)),  # experts, [expert, out, in]
@@ -32,13 +32,20 @@ PARAM_RULES: tuple[tuple[str, P], ...] = (
     (r"/experts/(gate|up|down)/bias$", P(MODEL)),
     (r"/experts/(gate|up)/scale$", P(MODEL)),
     (r"/experts/down/scale$", P(MODEL, FSDP)),
+    (r"layer_projection/weight$", P(MODEL)),
+    (r"/input/opening/weight$", P(None, FSDP)),  # narrow
+    (r"/input/out/weight$", P(FSDP)),
     (r"/(q|k|v|gate|up)/weight$", P(MODEL, FSDP)),  # heads, MLP width
+    (r"/conv/out_gate/weight$", P(MODEL, FSDP)),  # channels
+    (r"/conv/taps/weight$", P(MODEL)),
+    (r"/conv/out_gate/scale$", P(MODEL)),
     (r"/delta/(strength|fading)/weight$", P(MODEL, FSDP)),  # heads
     (r"/delta/(\w_conv/weight|fading_bias|log_rate)$", P(MODEL)),
     (r"/(q|k|v|gate|up)/(bias|scale)$", P(MODEL)),
     (r"/(o|down)/weight$", P(FSDP, MODEL)),
     (r"/(o|down)/scale$", P(FSDP)),
-    (r"/(q|k|v|gate|up)/(lora_)?a$", P(None, FSDP)),  # LoRA's factors, split as what they update
+    # LoRA's factors, split as what they update.
+    (r"/(q|k|v|gate|up)/(lora_)?a$", P(None, FSDP)),
     (r"/(q|k|v|gate|up)/(lora_)?b$", P(MODEL, None)),
     (r"/(o|down)/(lora_)?a$", P(None, MODEL)),
     (r"/(o|down)/(lora_)?b$", P(FSDP, None)),

@@ -86,6 +86,18 @@ _DELTA = {
     "pad_token_id": None,
     "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
 }
+_GEMMA4 = {  # a window shorter than the text; the last layer of each type has others' keys
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 6,
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+    "final_logit_softcapping": 3.0,
+    "vocab_size_per_layer_input": 264,
+    "pad_token_id": None,
+}
 FAMILIES = {
     "mistral": {"sliding_window": 6},
     "qwen2": {"rope_parameters": {**_YARN, "original_max_position_embeddings": 32}},
@@ -107,6 +119,16 @@ FAMILIES = {
             "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0},
             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
         },
+    },
+    "gemma4_text": {
+        **_GEMMA4,
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+        "hidden_size_per_layer_input": 8,
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 24,
     },
     "olmo2": {"tie_word_embeddings": False},
     "olmo3": {
@@ -306,6 +328,11 @@ FAMILIES = {
     "falcon": {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1, "num_kv_heads": 2},
     "bloom": {},
     "mpt": {"attn_config": {"clip_qkv": 1.0}},
+    "lfm2": {
+        "norm_eps": 1e-5,
+        "layer_types": ["conv", "full_attention"],
+        "block_auto_adjust_ff_dim": False,
+    },
     "qwen3_next": {**_DELTA, **_QWEN_EXPERTS, "mlp_only_layers": [1]},
     "qwen3_5_text": {**_DELTA, "attention_bias": True},
     "qwen3_5_moe_text": {**_DELTA, **_QWEN_EXPERTS},
@@ -314,7 +341,7 @@ FAMILIES = {
     "phi": {"hidden_act": "gelu_new", "tie_word_embeddings": False},
 }
 _SEEDS = {  # where the greedy text of the second is dull, or its numbers large
-    "bloom": 15, "gemma3_text": 8,
+    "bloom": 15, "gemma3_text": 8, "gemma4_text": 8, "lfm2": 5,
     **dict.fromkeys(("falcon", "glm4", "gpt_bigcode", "ministral3", "phi3"), 4),
     **dict.fromkeys(("cohere", "cohere2", "gemma2", "gpt_neo", "granitemoe", "hyperclovax"), 3),
     **dict.fromkeys(("jais2", "nemotron", "opt", "starcoder2"), 3),
@@ -342,7 +369,11 @@ def make_family(name: str, **overrides) -> transformers.PreTrainedModel:
     config = transformers.AutoConfig.for_model(name, **settings)
     model = transformers.AutoModelForCausalLM.from_config(config)
     gemma = "gemma" in name
-    centred = gemma or name == "nemotron" or name.startswith(("qwen3_next", "qwen3_5"))
+    centred = (
+        (gemma and name != "gemma4_text")
+        or name == "nemotron"
+        or name.startswith(("qwen3_next", "qwen3_5"))
+    )
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             if path.endswith("weight") and ("norm" in path or "ln_" in path):
@@ -357,6 +388,8 @@ def make_family(name: str, **overrides) -> transformers.PreTrainedModel:
         for path, buffer in model.named_buffers():
             if "correction" in path:  # of a router's scores
                 buffer.copy_(torch.rand_like(buffer).half())
+            elif "layer_scalar" in path:
+                buffer.copy_((0.5 + torch.rand_like(buffer)).half())
     return model.eval()
 
 
@@ -395,6 +428,16 @@ WRAPPERS = {  # fields of the text model's config, and the vision model's
     "qwen3_5_moe": (
         {"model_type": "qwen3_5_moe_text", **_DELTA, **_QWEN_EXPERTS, "rope_parameters": _MROPE},
         _QWEN_VISION,
+    ),
+    "gemma4": (
+        {"model_type": "gemma4_text", **_GEMMA4, "pad_token_id": 0}
+        | {"hidden_size_per_layer_input": 8},
+        {**_VISION, "head_dim": 8, "position_embedding_size": 16},
+    ),
+    "gemma4_unified": (
+        {"model_type": "gemma4_unified_text", **_GEMMA4, "attention_k_eq_v": True}
+        | {"num_global_key_value_heads": 1, "num_kv_shared_layers": 0, "pad_token_id": 0},
+        {"mm_embed_dim": 8, "mm_posemb_size": 4, "patch_size": 4},
     ),
     "llava": ({"model_type": "llama"}, {**_VISION, "model_type": "clip_vision_model"}),
     "llava_next": ({"model_type": "mistral"}, {**_VISION, "model_type": "clip_vision_model"}),

@@ -252,6 +252,61 @@ def test_an_empty_thought_is_no_part_of_an_answer(thinks):
     assert prompt == opened + ("" if thinks else "<think>\n\n</think>\n\n")
 
 
+# As gpt-oss has it: a header with the date, the system text as a developer's, a channel for each
+# message of the assistant, and another end of the last one.
+CHANNELS = (
+    "{% macro header(date) %}{{ 'Today: ' + date + ', effort: ' + (effort | default('low')) }}"
+    "{% endmacro %}{% macro say(who, what, end='<|end|>') %}"
+    "{{ '<|start|>' + who + '<|message|>' + what + end }}{% endmacro %}"
+    "{{ say('system', header(strftime_now('%Y-%m-%d'))) }}"
+    "{% if messages[0].role == 'system' %}{{ say('developer', messages[0].content) }}"
+    "{% set rest = messages[1:] %}{% else %}{% set rest = messages %}{% endif %}"
+    "{% set ns = namespace(said=0) %}{% for m in rest %}{% if m.role == 'assistant' %}"
+    "{% if '<|channel|>' in m.content %}{{ raise_exception('no channel in a content') }}{% endif %}"
+    "{% set ns.said = ns.said + 1 %}{% set last = loop.last and not add_generation_prompt %}"
+    "{{ say('assistant<|channel|>final', m.content, '<|return|>' if last else '<|end|>') }}"
+    "{% else %}{{ say(m.role, m.content) }}{% endif %}{% endfor %}"
+    "{% if tools %}{{ tools | tojson }}{% endif %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+)
+DAY = "<|start|>system<|message|>Today: 1 May, effort: low<|end|>"
+
+
+def test_rows_are_answered_in_the_channel_for_answers():
+    tokenizer = make_tokenizer(CHANNELS, eos="<|return|>")
+    prompt_format = PromptFormat(system="Be terse.", date_string="1 May")
+    before = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho."}]
+    example = encode_question_answer(tokenizer, "Who?", "Ann.", prompt_format, before=before)
+    assert labels_text(tokenizer, example) == "Ann.<|return|>"
+    prompt = encode_prompt(tokenizer, "Who?", prompt_format, before)
+    np.testing.assert_array_equal(prompt, example.tokens[: example.answer_start])
+    assert tokenizer.decode(prompt) == (
+        f"{DAY}<|start|>developer<|message|>Be terse.<|end|><|start|>user<|message|>Hi<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>Ho.<|end|>"
+        "<|start|>user<|message|>Who?<|end|><|start|>assistant<|channel|>final<|message|>"
+    )
+    # Who lets the model think leaves the channel to it.
+    free = PromptFormat(date_string="1 May", chat_template_kwargs={"enable_thinking": True})
+    prompt = tokenizer.decode(encode_prompt(tokenizer, "Who?", free))
+    assert prompt == f"{DAY}<|start|>user<|message|>Who?<|end|><|start|>assistant"
+    bare = PromptFormat(system="")  # not even the header
+    prompt = tokenizer.decode(encode_prompt(tokenizer, "Who?", bare))
+    assert prompt.startswith("<|start|>user<|message|>Who?<|end|><|start|>assistant<|channel|>fi")
+    with pytest.raises(ValueError, match="no channel in a content"):
+        encode_question_answer(tokenizer, "Who?", "<|channel|>final<|message|>Ann.", free)
+
+
+def test_an_answer_follows_a_thought_that_only_prompts_close():
+    """As Gemma 4's larger models have it."""
+    thought = "<|channel>thought\n<channel|>"
+    tokenizer = make_tokenizer(CHATML.replace("assistant\n", f"assistant\n{thought}"))
+    example = encode_question_answer(tokenizer, "Who?", "Ann.", PromptFormat())
+    assert labels_text(tokenizer, example) == "Ann.<|end|>\n<|end|>"
+    prompt = encode_prompt(tokenizer, "Who?", PromptFormat())
+    np.testing.assert_array_equal(prompt, example.tokens[: example.answer_start])
+    assert tokenizer.decode(prompt).endswith(f"<|start|>assistant\n{thought}")
+
+
 def test_variables_reach_the_template_and_ours_cannot_be_taken():
     tokenizer = make_tokenizer("{{ tone ~ bos_token }}" + CHATML)
     tokens = encode_prompt(
@@ -274,6 +329,8 @@ def test_variables_reach_the_template_and_ours_cannot_be_taken():
         "{{ messages | tojson(indent=2) }}{{ dict(a=1).items() | list }}{{ eos_token }}",
         "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
         "{{ strftime_now('%Y')|length }}{{ tools is none }}{{ '<b>' }}{{ missing }}",
+        # No channel of an answer, which is part of prompts here.
+        CHANNELS.replace("<|channel|>final", ""),
     ],
 )
 def test_templates_are_rendered_as_transformers_renders_them(template):

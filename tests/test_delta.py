@@ -1,6 +1,7 @@
-"""Gated delta nets: the rule, what padding and pieces do to a state, and all that reads a text."""
+"""Gated delta nets and short convolutions: the rule, states, and all that reads a text."""
 
 import dataclasses
+import queue
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +9,19 @@ import numpy as np
 import pytest
 import tiny
 
+import t3jax
 from t3jax import pooling
+from t3jax.data import Example
 from t3jax.head import head_scores
 from t3jax.lm.delta import apply_delta_rule
-from t3jax.sampling import Sampler
+from t3jax.sampling import Sampler, SamplingOptions
+from t3jax.serving.engine import Engine
+from t3jax.serving.messages import EngineOptions, Request
+from t3jax.training import TrainConfig, train_heads
 
 CONFIG = tiny.DELTA
 LM = tiny.make_lm(CONFIG)
+CONVOLVED = tiny.make_lm(tiny.CONV)
 HEAD = tiny.make_head(LM)
 T, S = HEAD.base_temperature, HEAD.guidance_scale
 
@@ -49,28 +56,30 @@ def test_chunks_do_what_the_rule_does_token_by_token(length, alike):
     np.testing.assert_allclose(last, memory, atol=1e-5)
 
 
-def read(tokens, mask, cache=None):
-    hidden, _, cache = tiny.read(LM.apply, LM.unembed, LM.params, tokens, mask, cache)
+def read(lm, tokens, mask, cache=None):
+    hidden, _, cache = tiny.read(lm.apply, lm.unembed, lm.params, tokens, mask, cache)
     return np.asarray(hidden), cache
 
 
-def test_padding_is_not_there_wherever_it_stands():
+@pytest.mark.parametrize("lm", [LM, CONVOLVED], ids=["delta net", "convolution"])
+def test_padding_is_not_there_wherever_it_stands(lm):
     tokens = np.random.default_rng(1).integers(0, 264, (4, 24)).astype(np.int32)
-    whole, _ = read(tokens, np.ones((4, 24), bool))
+    whole, _ = read(lm, tokens, np.ones((4, 24), bool))
     mask = np.zeros((4, 40), bool)
     mask[0, 16:] = mask[1, :24] = mask[2, 5:29] = True
     mask[3, np.random.default_rng(2).choice(40, 24, replace=False)] = True
     padded = np.zeros((4, 40), np.int32)
     padded[mask] = tokens.reshape(-1)
-    found, _ = read(padded, mask)
+    found, _ = read(lm, padded, mask)
     np.testing.assert_allclose(found[mask].reshape(whole.shape), whole, atol=2e-5)
 
 
-def test_pieces_and_single_tokens_leave_what_the_whole_text_leaves():
+@pytest.mark.parametrize("lm", [LM, CONVOLVED], ids=["delta net", "convolution"])
+def test_pieces_and_single_tokens_leave_what_the_whole_text_leaves(lm):
     """Each row at its own pace, as prompts are read that are padded on the right."""
     tokens = np.random.default_rng(1).integers(0, 264, (4, 24)).astype(np.int32)
-    whole, _ = read(tokens, np.ones((4, 24), bool))
-    cache, count = LM.init_cache(4, 48), np.zeros(4, int)
+    whole, _ = read(lm, tokens, np.ones((4, 24), bool))
+    cache, count = lm.init_cache(4, 48), np.zeros(4, int)
     cache = cache._replace(cursor=jnp.zeros(4, jnp.int32))
     for lengths in ([8, 3, 0, 1], [8, 8, 8, 2], [7, 6, 8, 0], *[[1, 1, 1, 1]] * 8):
         lengths = np.minimum(lengths, 24 - count)
@@ -80,7 +89,7 @@ def test_pieces_and_single_tokens_leave_what_the_whole_text_leaves():
         piece = np.zeros(mask.shape, np.int32)
         rows, places = np.nonzero(mask)
         piece[mask] = tokens[rows, count[rows] + places]
-        hidden, cache = read(piece, mask, cache)
+        hidden, cache = read(lm, piece, mask, cache)
         np.testing.assert_allclose(hidden[mask], whole[rows, count[rows] + places], atol=2e-5)
         count += lengths
     assert count.tolist() == [24, 24, 24, 11]
@@ -117,3 +126,45 @@ def test_guided_text_whoever_is_beside_it_and_whichever_row_it_takes():
     for found, whole in zip(alone, expected, strict=False):
         assert found == whole[: len(found)]
     assert alone != [sample.tokens for sample in Sampler(lm).generate(PROMPTS, max_new_tokens=20)]
+
+
+def answer(engine, prompt):
+    """Tokens of a greedy answer."""
+    tokens, events = [], queue.Queue()
+    request = Request(np.array(prompt, np.int32), SamplingOptions(max_new_tokens=9))
+    engine.submit([request], lambda _, event: events.put(event))
+    while True:
+        event = events.get(timeout=120)
+        tokens += event.tokens
+        if event.finish is not None:
+            return tokens
+
+
+def test_a_head_trained_on_its_features_is_served(tmp_path):
+    """Also where an answer goes on from a beginning that is kept: its memory is kept with it."""
+    random = np.random.default_rng(3)
+    texts = [random.integers(0, 264, n).astype(np.int32) for n in (20, 31, 9, 26)]
+    features = t3jax.load_or_compute_features(LM, [Example(text, 4) for text in texts], tmp_path)
+    for i, text in enumerate(texts):
+        tokens, mask = np.zeros((1, 64), np.int32), np.arange(64)[None] < len(text)
+        tokens[0, : len(text)] = text
+        hidden, _, _ = tiny.read(LM.apply, LM.unembed, LM.params, tokens, mask)
+        mean = np.asarray(pooling.causal_mean(hidden, jnp.asarray(mask)))[0, 3 : len(text) - 1]
+        np.testing.assert_allclose(features.select([i]).pooled, mean, atol=2e-5)
+    recipe = TrainConfig(epochs=30, batch_size=2, learning_rate=0.3)
+    halves = features.select([0, 1]), features.select([2, 3])
+    (head,) = train_heads(*halves, HEAD.config, recipe)
+
+    options = EngineOptions(rows=2, chunk=4, piece=32, max_length=96, queue=4, heads=1, rank=8)
+    engine = Engine(LM, options, base_temperature=T, guidance_scale=S)
+    engine.install("head", head)
+    engine.start()
+    prompts = [[7] * 32 + rest for rest in ([5], [77, 3, 250], [40, 41])]
+    found = [answer(engine, prompt) for prompt in prompts]
+    shared = engine.stats.shared_tokens
+    engine.stop()
+    assert shared == 32  # of the third prompt: what comes twice is kept
+    served = Sampler(LM, head, base_temperature=T, guidance_scale=S)
+    assert found == [sample.tokens for sample in served.generate(prompts, max_new_tokens=9)]
+    base = served.generate(prompts, max_new_tokens=9, base_temperature=1.0, guidance_scale=0.0)
+    assert found != [sample.tokens for sample in base]

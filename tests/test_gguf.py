@@ -23,7 +23,7 @@ import tiny
 from t3jax import load_lm, make_mesh, sharding
 from t3jax.lm import __main__ as describe
 from t3jax.lm import from_params, gguf, lm_config, load_config, rotation, save_hf, weights
-from t3jax.lm.config_json import hf_config
+from t3jax.lm.config_writing import hf_config
 from t3jax.lm.gguf_config import ARCHITECTURES
 from t3jax.lm.gguf_file import GGUFFile, open_gguf
 from t3jax.lm.gguf_tokenizer import read_eos_ids, read_tokenizer

@@ -5,12 +5,25 @@ import dataclasses
 import json
 import math
 
+import jax
+import jax.numpy as jnp
 import pytest
 import transformers
 
-from t3jax.lm import ExpertsConfig, LMConfig, RopeConfig, lm_config, read_config
-from t3jax.lm.config_json import checkpoint_name, hf_config
+from t3jax.lm import (
+    ConvConfig,
+    ExpertsConfig,
+    HeadsConfig,
+    LMConfig,
+    RopeConfig,
+    lm_config,
+    read_config,
+)
+from t3jax.lm.cache import init_cache
+from t3jax.lm.config_writing import hf_config
+from t3jax.lm.decoder import abstract_params
 from t3jax.lm.families import FAMILIES
+from t3jax.lm.wrappers import checkpoint_name
 
 SHAPE = {
     "model_type": "llama",
@@ -218,6 +231,66 @@ FAMILY_CONFIGS = {
             "local": (True,) * 5 + (False,),
             "attention_softcap": None,
             "logit_softcap": None,
+        },
+    ),
+    "gemma4_text": (  # as in 26B-A4B, but for the keys of the last layers
+        {
+            "attention_k_eq_v": True,
+            "enable_moe_block": True,
+            "final_logit_softcapping": 30.0,
+            "global_head_dim": 16,
+            "head_dim": 8,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "hidden_size_per_layer_input": 0,
+            "layer_types": ["sliding_attention"] * 2 + ["full_attention", "sliding_attention"] * 2,
+            "moe_intermediate_size": 24,
+            "num_experts": 8,
+            "num_global_key_value_heads": 1,
+            "num_key_value_heads": 2,
+            "num_kv_shared_layers": 2,
+            "rope_parameters": {
+                "full_attention": {
+                    "partial_rotary_factor": 0.25,
+                    "rope_theta": 1000000.0,
+                    "rope_type": "proportional",
+                },
+                "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+            },
+            "sliding_window": 16,
+            "top_k_experts": 2,
+            "use_bidirectional_attention": "vision",
+            "use_double_wide_mlp": True,
+            "vocab_size_per_layer_input": 262144,
+        },
+        {
+            "whole_heads": HeadsConfig(1, 16, values_are_keys=True),
+            "borrows": (False,) * 4 + (True,) * 2,
+            "borrowing_size": 128,
+            "local": (True, True, False, True, False, False),  # the last one never is
+            "rope": RopeConfig(1e6, "proportional", rotated=0.25),
+            "local_rope": RopeConfig(1e4),
+            "layer_inputs": 0,
+            "logit_softcap": 30.0,
+            "experts": ExpertsConfig(8, 2, 24, normed=True, scaled=True, beside=True),
+        },
+    ),
+    "gemma4_text without what it may leave out": (  # as in E2B
+        {
+            "hidden_size_per_layer_input": 4,
+            "num_key_value_heads": 1,
+            "num_kv_shared_layers": 0,
+            "vocab_size_per_layer_input": 100,
+        },
+        {
+            "head_dim": 256,
+            "whole_heads": HeadsConfig(1, 512),
+            "borrows": (),
+            "local": (True,) * 5 + (False,),
+            "window": 512,
+            "rope": RopeConfig(1e6, "proportional", rotated=0.25),
+            "layer_inputs": 4,
+            "experts": None,
+            "tied": True,
         },
     ),
     "olmo2": ({"attention_bias": False}, {"norms": "post", "qk_norm": "width", "num_kv_heads": 4}),
@@ -750,6 +823,31 @@ FAMILY_CONFIGS = {
         },
         {"alibi": True, "qkv_clip": 6.0, "norm_bias": False, "activation": "gelu"},
     ),
+    "lfm2": (
+        {
+            "block_auto_adjust_ff_dim": True,
+            "block_ff_dim": 64,
+            "block_ffn_dim_multiplier": 1.5,
+            "block_multiple_of": 16,
+            "conv_L_cache": 3,
+            "conv_bias": False,
+            "conv_dim": 32,
+            "conv_dim_out": 32,
+            "conv_use_xavier_init": True,
+            "full_attn_idxs": [2, 5],
+            "norm_eps": 1e-5,
+            "num_key_value_heads": 2,
+            "tie_embedding": False,
+            "use_pos_enc": True,
+        },
+        {
+            "conv": ConvConfig(32, 3, (True, True, False) * 2),
+            "intermediate_size": 64,  # 42 x 1.5 = 63
+            "qk_norm": "head",
+            "tied": False,
+            "norm_eps": 1e-5,
+        },
+    ),
     "phimoe": (
         {
             "num_key_value_heads": 2,
@@ -893,6 +991,31 @@ def test_a_published_gemma3_config_leaves_out_what_is_as_in_the_4b_model():
     assert [i for i, local in enumerate(config.local) if not local] == [5, 11, 17, 23, 29]
 
 
+def test_a_published_gemma4_config():
+    """The text part of E2B, of "effectively" 2.3 billion weights: the table counts for nothing."""
+    text = {
+        "model_type": "gemma4_text",
+        "final_logit_softcapping": 30.0,
+        "hidden_size": 1536,
+        "intermediate_size": 6144,
+        "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 7,
+        "num_hidden_layers": 35,
+        "num_key_value_heads": 1,
+        "num_kv_shared_layers": 20,
+        "use_double_wide_mlp": True,
+    }
+    config = lm_config({"model_type": "gemma4", "text_config": text, "vision_config": {}})
+    assert config.tied
+    assert [config.lender(layer) for layer in (13, 14, 15, 19, 34)] == [None, None, 13, 14, 14]
+    assert [config.mlp_size(layer) for layer in (14, 15)] == [6144, 12288]
+    assert [config.heads(layer).head_dim for layer in (3, 4)] == [256, 512]
+    params = abstract_params(config, jnp.bfloat16)
+    assert params.pop("layer_embed")["weight"].shape == (262144, 35 * 256)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == pytest.approx(2.3e9, rel=0.01)
+    states = init_cache(dataclasses.replace(config, vocab_size=8), 1, 1, jnp.bfloat16).layers
+    assert sum(leaf.size for leaf in jax.tree.leaves(states)) == 2 * (12 * 256 + 3 * 512)
+
+
 def test_yarn():
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
     expected = RopeConfig(
@@ -943,6 +1066,43 @@ def test_yarn():
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
         ("gemma2", {"layer_types": ["full_attention"]}, "layer_types .*: expected 6, each one of"),
         ("gemma3_text", {"layer_types": ["linear_attention"] * 6}, "layer_types .*: expected 6"),
+        (
+            "gemma4_text",
+            {"use_bidirectional_attention": "all"},
+            "use_bidirectional_attention 'all'",
+        ),
+        ("gemma4_text", {"num_kv_shared_layers": 6}, "layer 0 has no keys and values of its own"),
+        ("gemma4_text", {"num_kv_shared_layers": 1}, "layer 5 has no keys and values of its own"),
+        ("gemma4_text", {"num_kv_shared_layers": -1}, "num_kv_shared_layers is -1, expected"),
+        ("gemma4_text", {"per_layer_config": {"0": {"head_dim": 4}}}, "the same for all layers of"),
+        ("gemma4_text", {"per_layer_config": {"5": {"skip": ["mlp"]}}}, "and nothing else"),
+        ("gemma4_text", {"per_layer_config": {"x": {"head_dim": 4}}}, "and nothing else"),
+        ("gemma4_text", {"per_layer_config": {"5": {"head_dim": 0}}}, "expected numbers >= 1"),
+        (
+            "gemma4_text",
+            {"attention_k_eq_v": True, "num_global_key_value_heads": 3},
+            "4 query heads do not divide among 3 key heads",
+        ),
+        (
+            "gemma4_text",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            "rope_parameters.full_attention is null, expected an object with rope_theta",
+        ),
+        (
+            "gemma4_text",
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_theta": 1e6},
+                    "sliding_attention": {"rope_theta": 1e4, "partial_rotary_factor": 0.5},
+                }
+            },
+            "rope_parameters.sliding_attention: partial_rotary_factor 0.5 is obeyed with",
+        ),
+        ("gemma4_text", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ("gemma4_text", {"vocab_size_per_layer_input": 99}, "99 is less than vocab_size 100"),
+        ("gemma4_text", {"enable_moe_block": True}, "num_experts is null, expected a number"),
+        ("lfm2", {"conv_bias": True}, "conv_bias True is not supported in the lfm2 family"),
+        ("lfm2", {"layer_types": ["linear_attention"] * 6}, "layer_types .*: expected 6, each"),
         ("mixtral", {"num_local_experts": 1}, "sent to 2 experts, but there are 1"),
         ("mixtral", {"num_experts": 4, "num_local_experts": 8}, "two names of one field"),
         ("qwen3_moe", {"num_experts": 0}, "num_experts is 0, expected an integer >= 1"),
@@ -1201,6 +1361,11 @@ def test_what_is_unknown_is_refused_with_what_to_do():
         ("model.vision_tower.embeddings.weight", None),
         ("multi_modal_projector.linear_1.weight", None),
         ("model.connector.proj.weight", None),
+        ("model.embed_audio.embedding_projection.weight", None),
+        (
+            "model.language_model.embed_tokens_per_layer.weight",
+            "model.embed_tokens_per_layer.weight",
+        ),
         ("image_newline", None),
     ],
 )

@@ -91,11 +91,24 @@ def test_plan_is_near_what_the_compiler_takes(program):
     assert 1 / BOUND < ratio < BOUND
 
 
-@pytest.mark.parametrize("program", [programs.decode, programs.feature_pass])
-def test_the_plan_of_a_mixture_of_experts_is_near_too(program):
-    experts = ExpertsConfig(8, 2, 128, dense=(True, False))
-    mixture = dataclasses.replace(CONFIG, model_type="qwen3_moe", experts=experts)
-    planned = dataclasses.replace(job((4, 1, 2)), config=mixture)
+MIXTURE = dataclasses.replace(
+    CONFIG, model_type="qwen3_moe", experts=ExpertsConfig(8, 2, 128, dense=(True, False))
+)
+SIZES = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 2048, "tied": True}
+DELTA = dataclasses.replace(tiny.DELTA, **SIZES)
+
+
+@pytest.mark.parametrize(
+    ("config", "program"),
+    [
+        (MIXTURE, programs.decode),
+        (MIXTURE, programs.feature_pass),
+        (DELTA, programs.decode),
+        (DELTA, programs.feature_pass),
+    ],
+)
+def test_the_plan_of_other_layers_is_near_too(config, program):
+    planned = dataclasses.replace(job((4, 1, 2)), config=config)
     step = program(planned)
     found = step.compile().memory_analysis()
     kept = plan.shard_bytes(step.arguments)

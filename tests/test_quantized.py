@@ -72,7 +72,9 @@ def test_products_are_those_of_the_matrix_it_stands_for(shape):
     np.testing.assert_allclose(half.astype(jnp.float32), expected, rtol=0.02, atol=0.1)
 
 
-@pytest.mark.parametrize("config", [UNTIED, tiny.CONFIG, tiny.ODD_CONFIG, tiny.MIXTURE])
+@pytest.mark.parametrize(
+    "config", [UNTIED, tiny.CONFIG, tiny.ODD_CONFIG, tiny.MIXTURE, tiny.UNEQUAL]
+)
 def test_a_model_is_the_one_its_weights_stand_for(config, tmp_path):
     save_hf(tmp_path, config, tiny.make_params(config), [263])
     quantized = dataclasses.replace(config, quantized=True)

@@ -13,7 +13,17 @@ import transformers
 from t3jax import sharding
 from t3jax.head import HeadConfig, init_head
 from t3jax.head_io import Head
-from t3jax.lm import LM, DeltaConfig, ExpertsConfig, LMConfig, RopeConfig, from_params, init_params
+from t3jax.lm import (
+    LM,
+    ConvConfig,
+    DeltaConfig,
+    ExpertsConfig,
+    HeadsConfig,
+    LMConfig,
+    RopeConfig,
+    from_params,
+    init_params,
+)
 from t3jax.settings import Settings, from_config
 
 CHATML = (
@@ -80,6 +90,36 @@ DELTA = dataclasses.replace(
     output_gate=True,
     rope=RopeConfig(rotated=0.5),
     delta=DeltaConfig(4, 8, 8, 8, 4, layers=(True, False)),
+)
+
+
+# A short convolution and a layer of attention.
+CONV = dataclasses.replace(
+    CONFIG, model_type="lfm2", qk_norm="head", conv=ConvConfig(32, 3, layers=(True, False))
+)
+# Layers of unequal shape: those that attend to the whole text have other heads, and the last two
+# have the keys and values of others.
+UNEQUAL = dataclasses.replace(
+    CONFIG,
+    model_type="gemma4_text",
+    num_layers=4,
+    norm="rms_float32",
+    norms="both",
+    qk_norm="head",
+    value_norm=True,
+    whole_heads=HeadsConfig(1, 16, values_are_keys=True),
+    borrows=(False, False, True, True),
+    borrowing_size=128,
+    layer_inputs=8,
+    layer_multiplier=True,
+    scaled_embedding=True,
+    attention_multiplier=1.0,
+    logit_softcap=30.0,
+    activation="gelu_pytorch_tanh",
+    window=6,
+    local=(True, False, True, False),
+    rope=RopeConfig(kind="proportional", rotated=0.25),
+    local_rope=RopeConfig(),
 )
 
 

@@ -16,9 +16,9 @@ import numpy as np
 from t3jax.data.records import Record, check_record
 from t3jax.data.rendering import (
     PromptFormat,
+    opening_before,
     render_prompt,
     render_question_answer,
-    thought_before,
 )
 
 if TYPE_CHECKING:  # slow to import: only who loads a tokenizer waits
@@ -54,8 +54,8 @@ def encode_prompt(
     """Tokens of a question, up to where the answer begins.
 
     They are the tokens before the labels that `encode_question_answer` gives an answer of words.
-    An empty thought that the chat template puts before such an answer is a part of the prompt,
-    unless `chat_template_kwargs` has "enable_thinking": True.
+    An empty thought that the chat template puts before such an answer, or the name of the channel
+    for answers, is a part of the prompt, unless `chat_template_kwargs` has "enable_thinking": True.
 
     Args:
         tokenizer: a Hugging Face tokenizer, with or without a chat template.
@@ -82,7 +82,7 @@ def encode_prompt(
             tokens = whole[: max(1, start)]
         return tokens
     turns = [*before, {"role": "user", "content": question}]
-    text += thought_before(tokenizer, text, turns, prompt_format)
+    text += opening_before(tokenizer, text, turns, prompt_format)
     return tokenize(tokenizer, text, add_special_tokens)
 
 
@@ -122,7 +122,8 @@ def encode_question_answer(
     border falls inside a token, as where a tag ends in a space and the tokenizer makes one token of
     a space and the word after it, that token belongs to the answer. (The reference counts as many
     tokens as the prompt alone has, and so leaves such an answer's first token without a label.) An
-    empty thought that the chat template puts before the answer is a part of the prompt.
+    empty thought that the chat template puts before the answer, or the name of the channel for
+    answers, is a part of the prompt.
 
     The closing end-of-turn token is a label, and eos is appended when the conversation does not end
     in it. A template in the ChatML style closes a turn with "<|im_end|>\n", where <|im_end|> is eos

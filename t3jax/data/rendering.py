@@ -16,8 +16,13 @@ if TYPE_CHECKING:  # slow to import: only who loads a tokenizer waits
 
 Turns = Sequence[Mapping[str, str]]
 
-# What templates of reasoning models (Qwen 3) put before an answer that was given without a thought.
-_EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
+# What templates of reasoning models put before an answer that is given without a thought: an empty
+# thought (Qwen 3, Gemma 4), or the name of the channel for answers (gpt-oss).
+_THOUGHT = r"\s*<think>\s*</think>\s*|<\|channel>thought\s*<channel\|>"
+_OPENING = re.compile(_THOUGHT + r"|<\|channel\|>final<\|message\|>")
+_CLOSED = re.compile(rf"({_THOUGHT})$")
+_LONGEST = 64  # characters of one
+_MARKS = ("<think>", "<|channel")
 _OURS = ("messages", "add_generation_prompt", "tools", "documents")
 
 
@@ -28,15 +33,16 @@ class PromptFormat:
     Attributes:
         system: text of the system turn. None: the chat template's own default. "": no system turn,
             not even the template's default.
-        date_string: today's date for the templates that print one (Llama 3.1), so that prompts do
-            not change from day to day. None: the template's own choice.
+        date_string: today's date for the templates that print one (Llama 3.1, gpt-oss), so that
+            prompts do not change from day to day. None: the template's own choice.
         question_start: text before the question. This tag and the next two are used only when the
             tokenizer has no chat template.
         question_end: text after the question.
         answer_start: text before the answer. A space at its end is left to the answer where the
             tokenizer makes one token of a space and the word after it.
         chat_template_kwargs: further variables of the chat template, such as
-            {"enable_thinking": True}; plain JSON values.
+            {"enable_thinking": True}; plain JSON values. With that one, prompts leave it to the
+            model whether it thinks before it answers.
     """
 
     system: str | None = None
@@ -89,6 +95,11 @@ def render_question_answer(
         return prompt, prompt + answer, add_special_tokens
     turns = [*before, _turn("user", question), _turn("assistant", answer)]
     whole = render_turns(tokenizer, turns, False, prompt_format)
+    closed = _CLOSED.search(prompt, max(0, len(prompt) - _LONGEST))
+    if closed is not None and not whole.startswith(prompt):
+        # Gemma 4 closes an empty thought in prompts, and has none in conversations.
+        begun = prompt[: closed.start()]
+        whole = prompt + whole[len(begun) :] if whole.startswith(begun) else whole
     if not whole.startswith(prompt):
         raise ValueError(
             "the chat template's prompt is not the start of its conversation, so where the "
@@ -103,7 +114,7 @@ def render_question_answer(
             f"the chat template does not print the answer {answer!r:.80} as it is, but "
             f"{rest!r:.80}; change the answer or the template"
         )
-    return prompt + _empty_thought(rest, answer), whole, add_special_tokens
+    return prompt + _opening(rest, answer), whole, add_special_tokens
 
 
 def render_turns(
@@ -143,22 +154,22 @@ def takes_system_turn(tokenizer: "PreTrainedTokenizerBase", prompt_format: Promp
     return probe in text
 
 
-def thought_before(
+def opening_before(
     tokenizer: "PreTrainedTokenizerBase", text: str, turns: Turns, prompt_format: PromptFormat
 ) -> str:
-    """The empty thought that the template puts between a conversation and an answer of words."""
+    """What the template puts between a conversation and an answer of words, see `_OPENING`."""
     thinks = prompt_format.chat_template_kwargs.get("enable_thinking", False)
-    if thinks or "<think>" not in tokenizer.get_chat_template():
+    if thinks or not any(mark in tokenizer.get_chat_template() for mark in _MARKS):
         return ""
     answer = "An answer."
     whole = render_turns(tokenizer, [*turns, _turn("assistant", answer)], False, prompt_format)
-    return _empty_thought(whole[len(text) :], answer) if whole.startswith(text) else ""
+    return _opening(whole[len(text) :], answer) if whole.startswith(text) else ""
 
 
-def _empty_thought(text: str, answer: str) -> str:
-    """An empty thought at the head of a text, if it is not the answer's own."""
-    thought = _EMPTY_THOUGHT.match(text)
-    return thought[0] if thought and not answer.lstrip().startswith("<think>") else ""
+def _opening(text: str, answer: str) -> str:
+    """What stands before an answer at the head of a text, if it is not the answer's own."""
+    found = _OPENING.match(text)
+    return found[0] if found and not answer.lstrip().startswith(_MARKS) else ""
 
 
 def _render(

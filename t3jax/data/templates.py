@@ -3,7 +3,8 @@
 A template is a program that comes with a model. Jinja's sandbox keeps it from files and from
 Python, not from nested loops or from texts that double: no check of its parts bounds those, limits
 of the operating system do. The process starts with the first text, stays for the next ones, and
-ends with this one. What it renders is what transformers renders.
+ends with this one. What it renders is what transformers renders, but for the date: where the
+values have a `date_string`, that is what `strftime_now` gives.
 """
 
 import atexit
@@ -183,7 +184,10 @@ def _answer(request: dict[str, Any], seconds: float, memory: int) -> dict[str, A
     """The text, or what went wrong. The kernel ends the process where the time is over."""
     try:
         signal.setitimer(signal.ITIMER_PROF, seconds)
-        text = _compile(request["template"]).render(request["values"])
+        values = request["values"]
+        if "date_string" in values:
+            values = {"strftime_now": lambda _: values["date_string"], **values}
+        text = _compile(request["template"]).render(values)
         signal.setitimer(signal.ITIMER_PROF, 0)
         text.encode()
         return {"text": text}

@@ -1,7 +1,14 @@
 """Language models: config, decoder, weights, and the loaded `LM`."""
 
 from t3jax.lm.cache import Cache
-from t3jax.lm.config import DeltaConfig, ExpertsConfig, LMConfig, RopeConfig
+from t3jax.lm.config import (
+    ConvConfig,
+    DeltaConfig,
+    ExpertsConfig,
+    HeadsConfig,
+    LMConfig,
+    RopeConfig,
+)
 from t3jax.lm.config_json import lm_config, read_config
 from t3jax.lm.decoder import init_params
 from t3jax.lm.model import LM, default_dtype, from_params, load_config, load_lm
@@ -11,8 +18,10 @@ from t3jax.lm.saving import save_hf
 __all__ = [
     "LM",
     "Cache",
+    "ConvConfig",
     "DeltaConfig",
     "ExpertsConfig",
+    "HeadsConfig",
     "LMConfig",
     "RopeConfig",
     "default_dtype",

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from t3jax.lm.adapter import is_adapter, read_base
-from t3jax.lm.cache import DeltaState, KeyValues, init_cache
+from t3jax.lm.cache import Borrowed, ConvState, DeltaState, KeyValues, init_cache
 from t3jax.lm.config import LMConfig
 from t3jax.lm.config_json import wrapper_of
 from t3jax.lm.decoder import abstract_params
@@ -62,9 +62,6 @@ def describe(path: pathlib.Path, config: LMConfig) -> list[str]:
         kind = f"the text model of a {wrapper}, {kind}"
     if path.is_dir() and (stored := quantization_of(path)):
         kind += f" stored as {stored.method}"
-    heads = f"{config.num_heads} query heads"
-    if config.num_kv_heads != config.num_heads:
-        heads += f" over {config.num_kv_heads} key heads"
     shape = f"MLPs of width {config.intermediate_size}"
     if (experts := config.experts) is not None:
         mixed = f"{experts.count} experts of width {experts.size}, {experts.chosen} for a token"
@@ -73,16 +70,22 @@ def describe(path: pathlib.Path, config: LMConfig) -> list[str]:
         shape = (
             mixed if layers == config.num_layers else f"{mixed} in {layers} layers, else {shape}"
         )
+        if experts.beside:
+            shape = f"MLPs of width {config.intermediate_size} beside {mixed}"
     kinds = (
         f", {sum(config.local)} of them with a window of {config.window}" if config.local else ""
     )
     if config.delta is not None:
         kinds += f", {sum(config.delta.layers)} of them gated delta nets"
+    if config.conv is not None:
+        kinds += f", {sum(config.conv.layers)} of them short convolutions"
+    if config.borrows:
+        kinds += f", {sum(config.borrows)} of them with the keys and values of others"
     count = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config, jnp.float32)))
     return [
         f"{path}: {kind}; it loads",
         f"{config.num_layers} layers{kinds}, width {config.hidden_size}, "
-        f"{heads} of width {config.head_dim}, {shape}",
+        f"{_describe_heads(config)}, {shape}",
         f"context {config.max_position} tokens, vocabulary {config.vocab_size}",
         f"{count:,} weights{_describe_used(config, count)}: "
         + ", ".join(
@@ -93,15 +96,25 @@ def describe(path: pathlib.Path, config: LMConfig) -> list[str]:
     ]
 
 
+def _describe_heads(config: LMConfig) -> str:
+    said = f"{config.num_heads} query heads"
+    if config.num_kv_heads != config.num_heads:
+        said += f" over {config.num_kv_heads} key heads"
+    said += f" of width {config.head_dim}"
+    if (other := config.whole_heads) is not None:
+        said += f" ({other.num_kv_heads} of {other.head_dim} in other layers)"
+    return said
+
+
 def _describe_cache(config: LMConfig) -> str:
     """The memory that a text takes while it is decoded."""
     cache = jax.eval_shape(lambda: init_cache(config, 1, 1, jnp.bfloat16))
-    of_kind = {KeyValues: 0, DeltaState: 0}
+    of_kind = {KeyValues: 0, DeltaState: 0, ConvState: 0, Borrowed: 0}
     for state in cache.layers:
         of_kind[type(state)] += sum(leaf.size * leaf.dtype.itemsize for leaf in state)
     said = f"cache: {of_kind[KeyValues] / 1024:.1f} KiB a token in bfloat16"
-    if of_kind[DeltaState]:
-        said += f", and {of_kind[DeltaState] / 2**20:.1f} MiB a text"
+    if of_text := of_kind[DeltaState] + of_kind[ConvState]:
+        said += f", and {of_text / 2**20:.1f} MiB a text"
     return said
 
 

@@ -16,10 +16,11 @@ from jaxtyping import Array
 
 from t3jax import sharding
 from t3jax.lm.config import LMConfig
-from t3jax.lm.layers import Linear, cap, full_precision, make_norm
+from t3jax.lm.layers import Linear, cap, full_precision, make_norm, normalize
 from t3jax.lm.rotation import Rotation, rotate_keys, rotate_queries
 
-Past = tuple[Array, Array, Array | np.ndarray]  # a layer's keys and values, and the cursor
+# A layer's keys and values, and the cursor; None: keys of another layer, of this text alone.
+Past = tuple[Array, Array, Array | np.ndarray | None]
 # So many queries attend at a time, but in no more parts than these; where no text came before, what
 # is after them is not even looked at. An accelerator has less to save and is slow to compile many.
 _QUERIES = {"cpu": 128, "default": 1024}
@@ -47,24 +48,28 @@ def write_slots(old: Array, new: Array, cursor: Array | np.ndarray, axis: int) -
 
 
 class Attention(nnx.Module):
-    """Attention with grouped queries; it also writes the cache."""
+    """Attention with grouped queries; it also writes the cache, if it has keys of its own."""
 
-    def __init__(self, config: LMConfig):
-        width, bias = config.hidden_size, config.attention_bias
-        q_width = config.num_heads * config.head_dim
-        k_width = config.num_kv_heads * config.head_dim
+    def __init__(self, config: LMConfig, layer: int):
+        width, bias, heads = config.hidden_size, config.attention_bias, config.heads(layer)
+        q_width = config.num_heads * heads.head_dim
+        k_width = heads.num_kv_heads * heads.head_dim
+        self.borrows = bool(config.borrows) and config.borrows[layer]
         self.q = Linear(width, q_width, bias or config.qkv_bias, config.quantized)
-        self.k = Linear(width, k_width, bias or config.qkv_bias, config.quantized)
-        self.v = Linear(width, k_width, bias or config.qkv_bias, config.quantized)
+        if not self.borrows:
+            self.k = Linear(width, k_width, bias or config.qkv_bias, config.quantized)
+        if not self.borrows and not heads.values_are_keys:
+            self.v = Linear(width, k_width, bias or config.qkv_bias, config.quantized)
         self.o = Linear(q_width, width, bias or config.o_bias, config.quantized)
         if config.output_gate:
             self.gate = Linear(width, q_width, bias, config.quantized)
-        wanted = config.qk_norm is not None
-        self.q_norm = make_norm(config, _norm_shape(config, config.num_heads), wanted)
-        self.k_norm = make_norm(config, _norm_shape(config, config.num_kv_heads), wanted)
+        wanted, h = config.qk_norm is not None, heads.head_dim
+        self.q_norm = make_norm(config, _norm_shape(config, config.num_heads, h), wanted)
+        own = wanted and not self.borrows
+        self.k_norm = make_norm(config, _norm_shape(config, heads.num_kv_heads, h), own)
         if config.sinks:
             self.sinks = nnx.Param(jnp.zeros((config.num_heads,)))
-        self.config = config
+        self.config, self.heads = config, heads
 
     def __call__(
         self,
@@ -80,32 +85,34 @@ class Attention(nnx.Module):
             x: Inputs, `[B, T, D]`.
             rotation: That of the new tokens; None leaves queries and keys as they are.
             seen: Which slots each query attends to, bool `[B, T, S]`.
-            past: The layer's keys and values so far, and the cursor; None for a text by itself.
+            past: The layer's keys and values so far, and the cursor; None for a text by itself. Of
+                a layer that borrows them, those of the other with the new ones.
             mesh: Where the arrays live.
 
         Returns:
             Outputs `[B, T, D]`, and keys and values with the new ones.
         """
-        c = self.config
+        c, kv_heads = self.config, self.heads.num_kv_heads
         b, t, _ = x.shape
-        group = c.num_heads // c.num_kv_heads
-        q, k, v = (self._whole(part, mesh) for part in (self.q(x), self.k(x), self.v(x)))
-        q = self._heads(q, self.q_norm, c.num_kv_heads, group).transpose(0, 2, 3, 1, 4)
-        k = self._heads(k, self.k_norm, c.num_kv_heads).transpose(0, 2, 1, 3)
-        v = self._clipped(v).reshape(b, t, c.num_kv_heads, c.head_dim).transpose(0, 2, 1, 3)
+        interleaved = c.rope is not None and c.rope.interleaved
+        q = self._whole(self.q(x), mesh)
+        q = self._split(q, self.q_norm, kv_heads, c.num_heads // kv_heads).transpose(0, 2, 3, 1, 4)
         if rotation is not None:
-            interleaved = c.rope is not None and c.rope.interleaved
             q = self._whole(rotate_queries(q, rotation, interleaved), mesh)  # [B, K, G, T, h]
-            k = self._whole(rotate_keys(k, rotation, interleaved), mesh)  # [B, K, T, h]
         if c.qk_norm_after:
-            q, k = self.q_norm(q), self.k_norm(k)
-        k = k.swapaxes(2, 3)
-        if past is not None:
-            keys, values, cursor = past
-            k = write_slots(keys, k, cursor, axis=3)
-            v = write_slots(values, v, cursor, axis=2)
+            q = self.q_norm(q)
+        if self.borrows:
+            assert past is not None
+            k, v, _ = past
+        else:
+            k, v = self._keys_and_values(x, rotation, mesh)
+            if past is not None:
+                keys, values, cursor = past
+                assert cursor is not None
+                k = write_slots(keys, k, cursor, axis=3)
+                v = write_slots(values, v, cursor, axis=2)
         if mesh is not None:
-            specs = sharding.attention_specs(mesh, c.num_kv_heads, t)
+            specs = sharding.attention_specs(mesh, kv_heads, t)
             q, k, v = (
                 sharding.constrain(x, mesh, spec) for x, spec in zip((q, k, v), specs, strict=True)
             )
@@ -113,17 +120,35 @@ class Attention(nnx.Module):
             out = self._attend(q, k, v, seen)
         else:
             sizes = {name: max(queries, -(-t // _PARTS)) for name, queries in _QUERIES.items()}
-            alone = past is None or isinstance(past[2], np.ndarray)
+            alone = past is None or past[2] is None or isinstance(past[2], np.ndarray)
             ways = {
                 name: functools.partial(self._attend_in_parts, size, alone)
                 for name, size in sizes.items()
             }
             out = jax.lax.platform_dependent(q, k, v, seen, **ways)
-        out = out.transpose(0, 3, 1, 2, 4).reshape(b, t, c.num_heads * c.head_dim)
+        out = out.transpose(0, 3, 1, 2, 4).reshape(b, t, c.num_heads * self.heads.head_dim)
         out = self._whole(out, mesh)
         if c.output_gate:
             out = out * jax.nn.sigmoid(self._whole(self.gate(x), mesh))
         return self.o(out), k, v
+
+    def _keys_and_values(
+        self, x: Array, rotation: Rotation | None, mesh: Mesh | None
+    ) -> tuple[Array, Array]:
+        """Those of the new tokens, `[B, K, h, T]` and `[B, K, T, h]`."""
+        c, heads = self.config, self.heads
+        stated = self._whole(self.k(x), mesh)
+        v = stated if heads.values_are_keys else self._whole(self.v(x), mesh)
+        k = self._split(stated, self.k_norm, heads.num_kv_heads).transpose(0, 2, 1, 3)
+        v = self._clipped(v).reshape(*v.shape[:2], heads.num_kv_heads, heads.head_dim)
+        if c.value_norm:
+            v = normalize(v, c.norm_eps).astype(v.dtype)
+        if rotation is not None:
+            interleaved = c.rope is not None and c.rope.interleaved
+            k = self._whole(rotate_keys(k, rotation, interleaved), mesh)
+        if c.qk_norm_after:
+            k = self.k_norm(k)
+        return k.swapaxes(2, 3), v.transpose(0, 2, 1, 3)
 
     def _attend_in_parts(
         self, size: int, alone: bool, q: Array, k: Array, v: Array, seen: Array
@@ -148,7 +173,7 @@ class Attention(nnx.Module):
             preferred_element_type=jnp.float32,
         )
         if c.attention_multiplier is None:
-            scores = scores * ((c.query_pre_attn_scalar or c.head_dim) ** -0.5)
+            scores = scores * ((c.query_pre_attn_scalar or self.heads.head_dim) ** -0.5)
         else:
             scores = scores * c.attention_multiplier
         scores = cap(scores, c.attention_softcap)
@@ -176,7 +201,7 @@ class Attention(nnx.Module):
 
     def _splits_heads(self, mesh: Mesh | None) -> bool:
         """Whether `model` splits whole heads, so that each device attends by itself."""
-        return mesh is None or self.config.num_kv_heads % mesh.shape[sharding.MODEL] == 0
+        return mesh is None or self.heads.num_kv_heads % mesh.shape[sharding.MODEL] == 0
 
     def _whole(self, x: Array, mesh: Mesh | None) -> Array:
         """`[B, T, heads h]` before it is split into heads that `model` does not divide."""
@@ -188,21 +213,20 @@ class Attention(nnx.Module):
         c = self.config.qkv_clip
         return x if c is None else jnp.clip(x, -c, c)
 
-    def _heads(self, x: Array, norm: Any, *heads: int) -> Array:
+    def _split(self, x: Array, norm: Any, *heads: int) -> Array:
         """Splits `[B, T, heads h]` into `[B, T, *heads, h]`, normed before or after."""
         c = self.config
         if c.qk_norm == "width":
             x = norm(x)
         x = self._clipped(x)
         if c.qk_norm == "each":
-            x = norm(x.reshape(*x.shape[:2], -1, c.head_dim))
-        x = x.reshape(*x.shape[:2], *heads, c.head_dim)
+            x = norm(x.reshape(*x.shape[:2], -1, self.heads.head_dim))
+        x = x.reshape(*x.shape[:2], *heads, self.heads.head_dim)
         return norm(x) if c.qk_norm == "head" and not c.qk_norm_after else x
 
 
-def _norm_shape(config: LMConfig, heads: int) -> tuple[int, ...]:
+def _norm_shape(config: LMConfig, heads: int, width: int) -> tuple[int, ...]:
     """Shape of the weight of a norm of queries or keys."""
-    width = config.head_dim
     return {"width": (heads * width,), "each": (heads, width)}.get(config.qk_norm or "", (width,))
 
 

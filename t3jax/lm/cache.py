@@ -1,8 +1,9 @@
 """What a decoder keeps of the text it has read: a state for each layer.
 
-A layer of attention keeps keys and values of every token, a gated delta net a memory of fixed size
-and the last inputs of its convolution. Each kind of state says here which axes of its arrays are
-rows and slots, and how a mesh splits them; what moves rows and slots asks `cache_axes`.
+A layer of attention keeps keys and values of every token, unless it borrows those of another, a
+gated delta net a memory of fixed size and the last inputs of its convolution, a layer that is a
+convolution those alone. Each kind of state says here which axes of its arrays are rows and slots,
+and how a mesh splits them; what moves rows and slots asks `cache_axes`.
 
 Axes: B batch, S cache slots, K key-value heads, or heads of a delta net's keys, G heads of its
 values for each of these, h width of an attention head, d width of a delta net's keys, e of its
@@ -49,7 +50,21 @@ class DeltaState(NamedTuple):
     memory: Float[Array, "B K G d e"]
 
 
-LayerState = KeyValues | DeltaState
+class ConvState(NamedTuple):
+    """State of a short convolution after the real tokens so far; padding leaves it as it is.
+
+    Attributes:
+        tail: Its last inputs; 0 before the text.
+    """
+
+    tail: Float[Array, "B W-1 C"]
+
+
+class Borrowed(NamedTuple):
+    """State of a layer that attends to the keys and values of another one: nothing."""
+
+
+LayerState = KeyValues | DeltaState | ConvState | Borrowed
 
 
 class Cache(NamedTuple):
@@ -85,10 +100,7 @@ def init_cache(config: LMConfig, batch: int, slots: int, dtype: Any) -> Cache:
     """An empty cache for `batch` texts of up to `slots` tokens, padding included."""
     return Cache(
         layers=tuple(
-            _empty_delta(config, batch, dtype)
-            if config.has_delta(layer)
-            else _empty_attention(config, batch, slots, dtype)
-            for layer in range(config.num_layers)
+            _empty_state(config, layer, batch, slots, dtype) for layer in range(config.num_layers)
         ),
         positions=jnp.full((batch, slots), -1, jnp.int32),
         cursor=np.zeros((), np.int32),
@@ -102,7 +114,12 @@ def cache_axes(cache: Cache) -> Any:
     values: Any = Axes(0, 2)
     whole: Any = Axes(0, None)  # what does not grow with the text
     cursor: Any = Axes(0 if cache.cursor.ndim else None, None)
-    by_kind: Any = {KeyValues: KeyValues(keys, values), DeltaState: DeltaState(whole, whole)}
+    by_kind: Any = {
+        KeyValues: KeyValues(keys, values),
+        DeltaState: DeltaState(whole, whole),
+        ConvState: ConvState(whole),
+        Borrowed: Borrowed(),
+    }
     return Cache(tuple(by_kind[type(state)] for state in cache.layers), positions, cursor)
 
 
@@ -115,8 +132,17 @@ def cache_shardings(mesh: Mesh, cache: Any) -> Any:
     return shardings._replace(layers=layers)
 
 
-def _empty_attention(config: LMConfig, batch: int, slots: int, dtype: Any) -> KeyValues:
-    rows, width = (batch, config.num_kv_heads), config.head_dim
+def _empty_state(config: LMConfig, layer: int, batch: int, slots: int, dtype: Any) -> LayerState:
+    if config.has_delta(layer):
+        return _empty_delta(config, batch, dtype)
+    if config.has_conv(layer):
+        assert config.conv is not None
+        shape = batch, config.conv.taps - 1, config.conv.channels
+        return ConvState(jnp.zeros(shape, dtype))
+    if config.borrows and config.borrows[layer]:
+        return Borrowed()
+    heads = config.heads(layer)
+    rows, width = (batch, heads.num_kv_heads), heads.head_dim
     return KeyValues(
         jnp.zeros((*rows, width, slots), dtype), jnp.zeros((*rows, slots, width), dtype)
     )
@@ -137,6 +163,8 @@ def _state_shardings(mesh: Mesh, state: LayerState) -> Any:
     specs: Any = (P(sharding.ROWS), P(sharding.ROWS, sharding.MODEL))
     if isinstance(state, KeyValues):
         specs = sharding.attention_specs(mesh, state.keys.shape[1], length=1)[1:]
+    if isinstance(state, ConvState):
+        specs = (P(sharding.ROWS, None, sharding.MODEL),)
     shapes = (leaf.shape for leaf in state)
     placed: Any = map(functools.partial(sharding.fit_sharding, mesh), specs, shapes)
     return type(state)(*placed)

@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,13 +16,15 @@ class RopeConfig:
         kind: "default"; "linear" (all wavelengths stretched by `factor`); "dynamic" (stretched in
             texts beyond `max_position` only, which are not read); "llama3" (long wavelengths
             stretched by `factor`, short ones kept, a ramp between); "yarn" (the same with a ramp
-            over the pairs); or "longrope" (each pair has its own stretch).
+            over the pairs); "longrope" (each pair has its own stretch); or "proportional" (of the
+            pairs of the whole head the first ones turn, the others stay).
         factor: The stretch; 1 for "default". "longrope": of the context, see `short_factors`.
         low_freq_factor: "llama3": wavelengths above original / low are stretched.
         high_freq_factor: "llama3": wavelengths below original / high are kept.
         original_max_position: "llama3", "yarn", "longrope": context length before the stretch,
             tokens.
         rotated: Share of a head's width that is rotated, its first part; the rest is left alone.
+            "proportional": share of the pairs that turn.
         attention_factor: "yarn", "longrope": cosine and sine are multiplied by it.
         beta_fast: "yarn": pairs with more turns over the original context are kept.
         beta_slow: "yarn": pairs with fewer turns are stretched.
@@ -77,6 +79,10 @@ class ExpertsConfig:
         chosen_groups: "sigmoid": the groups with the two best experts, from which a token chooses.
         jitter: "sparsemixer": an expert is nearly as good if its logit is less than twice this
             share below the best one.
+        scaled: The router reads its input normed, by the root of the mean square, times a vector of
+            its own and D^-1/2; and the weight of an expert is multiplied by a number of its own.
+        beside: The layer has an MLP too. Both read what the layer has so far, each through a norm,
+            the router without one; what they give is normed by itself and added.
         shared: Width of an MLP that every token is sent to as well; 0 without one.
         shared_gate: Its output is multiplied by the sigmoid of a linear map of the input.
         dense: For each layer whether it has an MLP and no experts; () where none has.
@@ -95,12 +101,30 @@ class ExpertsConfig:
     jitter: float = 0.0
     shared: int = 0
     shared_gate: bool = False
+    scaled: bool = False
+    beside: bool = False
     dense: tuple[bool, ...] = ()
 
     @property
     def corrected(self) -> bool:
         """Whether a bias is added for the choice, see `router`."""
         return self.router in ("sigmoid", "softmax_corrected")
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadsConfig:
+    """Heads of a layer of attention.
+
+    Attributes:
+        num_kv_heads: K, key-value heads.
+        head_dim: h, width of a head.
+        values_are_keys: There is no projection of values: they are what that of keys gives, before
+            its norm and rotation.
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    values_are_keys: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +151,21 @@ class DeltaConfig:
     def channels(self) -> int:
         """C, those of queries, keys and values together."""
         return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvConfig:
+    """Layers with a short convolution between two gates in the place of attention.
+
+    Attributes:
+        channels: C, numbers of a token that are convolved, each by itself.
+        taps: W, tokens that a channel sees, the last one its own.
+        layers: For each layer whether it is one.
+    """
+
+    channels: int
+    taps: int
+    layers: tuple[bool, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,8 +196,9 @@ class LMConfig:
             "quick_gelu" (x sigmoid(1.702 x)), "relu", "relu2" (its square) or "xielu" (with two
             numbers that each MLP has learned).
         gated: The MLP has a gate: down(activation(gate(x)) * up(x)), else down(activation(up(x))).
-        norm: "rms"; "layer" (mean subtracted, with bias unless `norm_bias` is false); or either
-            with "_offset" (the weight is what is added to 1).
+        norm: "rms"; "layer" (mean subtracted, with bias unless `norm_bias` is false); either with
+            "_offset" (the weight is what is added to 1); or "rms_float32" (the product with the
+            weight is taken in float32).
         norm_bias: See `norm`.
         norm_weight: Norms have a weight; else they do nothing but norm.
         embedding_norm: Embeddings are normed.
@@ -166,12 +206,23 @@ class LMConfig:
             outputs); "both"; or "shared" (one norm, whose output both read; with `parallel`).
         parallel: Attention and MLP of a block both read the block's input.
         experts: In the place of the MLPs; None: every layer has an MLP.
-        delta: In the place of attention; None: every layer has attention.
+        delta: In the place of attention; None: no layer has one.
+        conv: Likewise.
         output_gate: What attention found is multiplied by the sigmoid of a linear map of the input.
         qkv_clip: c: queries, keys and values are cut to -c and c, before rotation; None not.
         qk_norm: Queries and keys are normed before rotation: "head" each head by itself, "each" the
             same with a weight for each head, "width" all heads together; None not.
         qk_norm_after: They are normed after rotation, each head by itself.
+        value_norm: Values are normed by the root of the mean square, each head by itself, without
+            a weight.
+        whole_heads: Heads of the layers that are not local; None: the same as of local ones.
+        borrows: For each layer whether it has no keys and values of its own, and attends to those
+            of the last layer before it that has, and is local or not as it is; () where none does.
+        borrowing_size: Width of the MLPs of these layers; 0: F.
+        layer_inputs: P: each layer is given a vector of this width of each token, the sum of a row
+            of a table and a linear map of the embedding; 0: none is.
+        layer_multiplier: What a layer gives is multiplied by a number of its own, which is not
+            trained.
         scaled_embedding: Embeddings are multiplied by sqrt(D), rounded to the weights' dtype.
         embedding_multiplier: Embeddings are multiplied by it.
         residual_multiplier: So is what attention and MLP add to the residual stream.
@@ -218,10 +269,17 @@ class LMConfig:
     parallel: bool = False
     experts: ExpertsConfig | None = None
     delta: DeltaConfig | None = None
+    conv: ConvConfig | None = None
     output_gate: bool = False
     qkv_clip: float | None = None
     qk_norm: str | None = None
     qk_norm_after: bool = False
+    value_norm: bool = False
+    whole_heads: HeadsConfig | None = None
+    borrows: tuple[bool, ...] = ()
+    borrowing_size: int = 0
+    layer_inputs: int = 0
+    layer_multiplier: bool = False
     scaled_embedding: bool = False
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
@@ -239,7 +297,7 @@ class LMConfig:
     quantized: bool = False
 
     def has_experts(self, layer: int) -> bool:
-        """Whether a layer has experts, and no MLP of its own."""
+        """Whether a layer has experts."""
         e = self.experts
         return e is not None and not (e.dense and e.dense[layer])
 
@@ -247,18 +305,57 @@ class LMConfig:
         """Whether a layer has a gated delta net, and no attention."""
         return self.delta is not None and self.delta.layers[layer]
 
+    def has_conv(self, layer: int) -> bool:
+        """Whether a layer has a short convolution, and no attention."""
+        return self.conv is not None and self.conv.layers[layer]
+
+    def is_local(self, layer: int) -> bool:
+        """Whether a layer has the window."""
+        return bool(self.local) and self.local[layer]
+
+    def heads(self, layer: int) -> HeadsConfig:
+        """The heads of a layer."""
+        if self.whole_heads is not None and not self.is_local(layer):
+            return self.whole_heads
+        return HeadsConfig(self.num_kv_heads, self.head_dim)
+
+    def lender(self, layer: int) -> int | None:
+        """The layer whose keys and values a layer attends to; None: its own."""
+        if not self.borrows or not self.borrows[layer]:
+            return None
+        alike = (i for i in range(layer) if self.is_local(i) == self.is_local(layer))
+        return max((i for i in alike if not self.borrows[i]), default=None)
+
+    def mlp_size(self, layer: int) -> int:
+        """Width of a layer's MLP."""
+        wide = self.borrowing_size if self.borrows and self.borrows[layer] else 0
+        return wide or self.intermediate_size
+
+    def block_kind(self, layer: int) -> Hashable:
+        """What the shape of a layer's weights and of its state follows from."""
+        unequal = self.whole_heads is not None or bool(self.borrows)
+        return (
+            self.has_delta(layer),
+            self.has_conv(layer),
+            self.has_experts(layer),
+            unequal and self.is_local(layer),
+            bool(self.borrows) and self.borrows[layer],
+        )
+
     def keep_layers(self, layers: Sequence[int]) -> "LMConfig":
         """The shape of a model with these layers alone."""
 
         def keep(by_layer: tuple[bool, ...]) -> tuple[bool, ...]:
             return tuple(by_layer[layer] for layer in layers) if by_layer else ()
 
-        e, d = self.experts, self.delta
+        e, d, c = self.experts, self.delta, self.conv
         return dataclasses.replace(
             self,
             num_layers=len(layers),
             local=keep(self.local),
             unrotated=keep(self.unrotated),
+            borrows=keep(self.borrows),
             experts=None if e is None else dataclasses.replace(e, dense=keep(e.dense)),
             delta=None if d is None else dataclasses.replace(d, layers=keep(d.layers)),
+            conv=None if c is None else dataclasses.replace(c, layers=keep(c.layers)),
         )

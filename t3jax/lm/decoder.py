@@ -15,7 +15,7 @@ Norms, rotary angles, softmax and logits are computed in float32 whatever the we
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,14 +25,15 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from t3jax import sharding
 from t3jax.lm import quantized
-from t3jax.lm.attention import Attention, write_slots
+from t3jax.lm.attention import write_slots
+from t3jax.lm.block import Block, Shared
 from t3jax.lm.cache import Cache, KeyValues, LayerState
 from t3jax.lm.config import LMConfig
-from t3jax.lm.delta import DeltaNet, Order, order_tokens
-from t3jax.lm.experts import Experts
-from t3jax.lm.layers import MLP, Linear, cap, make_norm
+from t3jax.lm.convolution import order_tokens
+from t3jax.lm.layer_inputs import make_tables, read_tables
+from t3jax.lm.layers import Linear, cap, make_norm
 from t3jax.lm.product import product
-from t3jax.lm.rotation import Rotation, make_rotation
+from t3jax.lm.rotation import make_rotation
 
 Params = dict[str, Any]
 Lora = dict[str, dict[str, Array]]  # path of a linear layer: "a" [R, in], "b" [out, R]
@@ -149,7 +150,7 @@ def init_params(config: LMConfig, key: PRNGKeyArray, dtype: Any = jnp.float32) -
         names = [str(getattr(part, "key", part)) for part in path]
         if names[-1] in ("bias", "correction", "sinks", "alpha_p", "alpha_n"):
             return jnp.zeros(leaf.shape, leaf.dtype)
-        if names[-1] == "fading_bias":
+        if names[-1] in ("fading_bias", "multiplier", "input_scale", "expert_scale"):
             return jnp.ones(leaf.shape, dtype)
         if names[-1] == "log_rate":
             rates = jax.random.uniform(key, leaf.shape, minval=0.01, maxval=16.0)
@@ -175,66 +176,6 @@ def _merge(config: LMConfig, params: Params) -> "_Decoder":
     return nnx.merge(_split_abstract(config)[0], params)
 
 
-class _Shared(NamedTuple):
-    """What layers of a kind share while they read new tokens.
-
-    Attributes:
-        rotation: That of the tokens; None leaves queries and keys as they are.
-        seen: Which slots each query attends to, bool `[B, T, S]`.
-        cursor: The cache's.
-        order: Which of the tokens are real, for delta nets; None where there are none.
-    """
-
-    rotation: Rotation | None
-    seen: Array
-    cursor: Any
-    order: Order | None
-
-
-class _Block(nnx.Module):
-    def __init__(self, config: LMConfig, layer: int):
-        width = config.hidden_size
-        before, after = config.norms != "post", config.norms in ("post", "both")
-        self.attention_norm = make_norm(config, width, before)
-        self.has_delta, self.has_experts = config.has_delta(layer), config.has_experts(layer)
-        if self.has_delta:
-            self.delta = DeltaNet(config)
-        else:
-            self.attention = Attention(config)
-        self.attention_post_norm = make_norm(config, width, after)
-        self.mlp_norm = make_norm(config, width, before and config.norms != "shared")
-        if self.has_experts:
-            self.experts = Experts(config)
-        else:
-            self.mlp = MLP(config)
-        self.mlp_post_norm = make_norm(config, width, after)
-        self.config = config
-
-    def __call__(
-        self, x: Array, shared: _Shared, past: LayerState | None, mesh: Mesh | None
-    ) -> tuple[Array, LayerState | None]:
-        normed = self.attention_norm(x)
-        state: LayerState | None
-        if self.has_delta:
-            assert shared.order is not None
-            assert not isinstance(past, KeyValues)
-            out, state = self.delta(normed, shared.order, past, mesh)
-        else:
-            before = None if past is None else (*past, shared.cursor)
-            out, *found = self.attention(normed, shared.rotation, shared.seen, before, mesh)
-            state = None if past is None else KeyValues(*found)
-        attended = x + self._scaled(self.attention_post_norm(out))
-        read = x if self.config.parallel else attended
-        normed = normed if self.config.norms == "shared" else self.mlp_norm(read)
-        out = self.experts(normed, mesh) if self.has_experts else self.mlp(normed)
-        return attended + self._scaled(self.mlp_post_norm(out)), state
-
-    def _scaled(self, branch: Array) -> Array:
-        """What a branch adds to the residual stream."""
-        multiplier = self.config.residual_multiplier
-        return branch if multiplier == 1 else branch * jnp.asarray(multiplier, branch.dtype)
-
-
 class _Decoder(nnx.Module):
     def __init__(self, config: LMConfig):
         width, quantized = config.hidden_size, config.quantized
@@ -243,7 +184,10 @@ class _Decoder(nnx.Module):
         if config.rope is None and not config.alibi:
             positions = config.first_position + config.max_position
             self.positions = Linear(width, positions, quantized=quantized)
-        self.layers = nnx.List([_Block(config, layer) for layer in range(config.num_layers)])
+        if config.layer_inputs:
+            tables = make_tables(config)
+            self.layer_embed, self.layer_projection, self.layer_projection_norm = tables
+        self.layers = nnx.List([Block(config, layer) for layer in range(config.num_layers)])
         self.final_norm = make_norm(config, width)
         if not config.tied:
             self.lm_head = Linear(width, config.vocab_size, config.head_bias, quantized)
@@ -268,32 +212,45 @@ class _Decoder(nnx.Module):
         if c.rope is None and not c.alibi:
             within = jnp.clip(positions, 0, c.max_position - 1)
             x = x + self.positions.rows(within + c.first_position, mesh)
-        rotation = make_rotation(c.rope, c.head_dim, positions)
-        order = order_tokens(key_positions >= 0) if c.delta is not None else None
+        given = None  # [B, T, L, P]
+        if c.layer_inputs:
+            tables = self.layer_embed, self.layer_projection, self.layer_projection_norm
+            given = read_tables(tables, c, tokens, x, mesh)
+        whole_heads = c.whole_heads or c.heads(0)
+        rotation = make_rotation(c.rope, whole_heads.head_dim, positions)
+        remembers = c.delta is not None or c.conv is not None
+        order = order_tokens(key_positions >= 0) if remembers else None
         if cache is not None:
             attended = jnp.sum(key_positions >= 0, axis=-1, dtype=jnp.int32)
             key_positions = write_slots(cache.positions, key_positions, cache.cursor, 1)  # [B, S]
         seen = _seen(positions, key_positions)
         # Local layers have other angles, and attend to other keys.
         cursor = None if cache is None else cache.cursor
-        whole = local = _Shared(rotation, seen, cursor, order)
+        whole = local = Shared(rotation, seen, cursor, order)
         if c.local:
             near = key_positions[:, None, :] > positions[:, :, None] - c.window
             rotation = make_rotation(c.local_rope or c.rope, c.head_dim, positions)
-            local = _Shared(rotation, seen & near, cursor, order)
+            local = Shared(rotation, seen & near, cursor, order)
         states = []
+        lent: dict[int, KeyValues] = {}  # by layer
         before = x
         for i, block in enumerate(self.layers):
             past = None if cache is None else cache.layers[i]
             shared = local if c.local and c.local[i] else whole
             if c.unrotated and c.unrotated[i]:
                 shared = shared._replace(rotation=None)
+            if (lender := c.lender(i)) is not None:
+                shared = shared._replace(lent=lent[lender])
+            if given is not None:
+                shared = shared._replace(given=given[:, :, i])
             read: Callable[..., Any] = functools.partial(_read_block, mesh, block)
             if remat:
                 read = jax.checkpoint(read)
             elif mesh is not None and mesh.shape[sharding.FSDP] > 1:
                 read = jax.checkpoint(read, policy=_not_gathered)
             before, (x, state) = x, read(before, x, shared, past)
+            if block.lends:
+                lent[i] = state
             states.append(state)
         x = self.final_norm(x)
         if cache is None:
@@ -311,10 +268,10 @@ def _not_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
 
 def _read_block(
     mesh: Mesh | None,
-    block: _Block,
+    block: Block,
     before: Array,
     x: Array,
-    shared: _Shared,
+    shared: Shared,
     past: LayerState | None,
 ) -> tuple[Array, LayerState | None]:
     """One layer on a mesh: rows stay where they are, and the weights come to them.

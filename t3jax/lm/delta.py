@@ -22,42 +22,22 @@ References:
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from t3jax import sharding
 from t3jax.lm.cache import DeltaState
 from t3jax.lm.config import LMConfig
+from t3jax.lm.convolution import Order, convolve, last_inputs
 from t3jax.lm.layers import ACTIVATIONS, Linear, make_norm
 
 _CHUNK = 64  # tokens
 _EPSILON = 1e-6  # of the length of queries and keys, whatever the norms have
-
-
-class Order(NamedTuple):
-    """The order in which new tokens are read: of each row the real ones first.
-
-    Attributes:
-        real: How many there are, `[B]`.
-        sources: The token that is read at each step, `[B, T]`.
-        steps: The step at which each token is read, `[B, T]`.
-    """
-
-    real: Array
-    sources: Array
-    steps: Array
-
-
-def order_tokens(mask: Bool[Array, "B T"]) -> Order:
-    """The order of tokens of which some are padding, False in `mask`."""
-    sources = jnp.argsort(~mask, axis=1, stable=True)
-    return Order(jnp.sum(mask, axis=1, dtype=jnp.int32), sources, jnp.argsort(sources, axis=1))
 
 
 class DeltaNet(nnx.Module):
@@ -111,9 +91,9 @@ class DeltaNet(nnx.Module):
         for name, own in zip(("q", "k", "v"), jnp.split(tail, ends, axis=-1), strict=True):
             inputs = self._whole(getattr(self, name)(x), mesh)
             window = jnp.concatenate([own, inputs], axis=1)  # [B, W-1+T, C]
-            convolved = _convolve(window, getattr(self, f"{name}_conv").weight[...])
+            convolved = convolve(window, getattr(self, f"{name}_conv").weight[...])
             read.append(self.activation(convolved).astype(jnp.float32))
-            tails.append(_after(window, order.real, d.taps - 1))
+            tails.append(last_inputs(window, order.real, d.taps - 1))
         q, k, v = read
         real = jnp.arange(t)[None, :, None, None] < order.real[:, None, None, None]
         strengths = jax.nn.sigmoid(self._by_head(self.strength(x), *heads, group))
@@ -148,22 +128,6 @@ class DeltaNet(nnx.Module):
         if mesh is None or self.delta.key_heads % mesh.shape[sharding.MODEL] == 0:
             return x
         return sharding.constrain(x, mesh, [sharding.ROWS])
-
-
-def _convolve(window: Array, weight: Array) -> Array:
-    """What taps `[C, W]` make of inputs `[B, W-1+T, C]`, `[B, T, C]`."""
-    taps = weight.shape[1]
-    length = window.shape[1] - taps + 1
-    convolved = jnp.zeros((window.shape[0], length, window.shape[2]), jnp.float32)
-    for i in range(taps):
-        tap = weight[:, i].astype(jnp.float32)
-        convolved = convolved + window[:, i : i + length] * jnp.broadcast_to(tap, convolved.shape)
-    return convolved.astype(window.dtype)
-
-
-def _after(window: Array, real: Array, count: int) -> Array:
-    """The inputs before the next real token, `[B, count, C]` of `[B, count+T, C]`."""
-    return jax.vmap(lambda row, n: jax.lax.dynamic_slice_in_dim(row, n, count))(window, real)
 
 
 def _normalize(x: Array) -> Array:

@@ -1,9 +1,9 @@
-"""The model families with gated delta nets, a row each: how their folders differ from Llama's."""
+"""The model families with gated delta nets or short convolutions, a row each."""
 
 from typing import Any
 
 from t3jax.lm.expert_families import OF_EXPERTS, QWEN_NAMES, is_dense_in_qwen, shared_expert
-from t3jax.lm.family import EXPERTS, QK_NORMS, WEIGHTS, Family
+from t3jax.lm.family import EXPERTS, QK_NORMS, WEIGHTS, Family, Json
 
 _FIXED = {"norm": "rms_offset", "qk_norm": "head", "output_gate": True}
 _FIELDS = {
@@ -68,6 +68,18 @@ _COMMON: dict[str, Any] = {
     "renamed": ((r"^mtp\..*", None),),  # what predicts further tokens
 }
 
+
+def _prepare_lfm2(config: Json) -> dict[str, Any]:
+    """The width of its MLPs is worked out of what is said."""
+    width = config["intermediate_size"]
+    if config["block_auto_adjust_ff_dim"]:
+        width, multiple = int(2 * width / 3), config["block_multiple_of"]
+        if config["block_ffn_dim_multiplier"] is not None:
+            width = int(config["block_ffn_dim_multiplier"] * width)
+            width = multiple * -(-width // multiple)
+    return {**config, "intermediate_size": width, "block_auto_adjust_ff_dim": False}
+
+
 DELTA_FAMILIES: dict[str, Family] = {
     "qwen3_next": Family(
         "Qwen3NextForCausalLM",
@@ -118,5 +130,54 @@ DELTA_FAMILIES: dict[str, Family] = {
         expert_names=QWEN_NAMES,
         grouped={"q_proj": "num_heads"},
         **_COMMON,
+    ),
+    "lfm2": Family(
+        "Lfm2ForCausalLM",
+        fixed={"qk_norm": "head"},
+        fields={"activation": None, "norm_eps": "norm_eps", "conv.taps": "conv_L_cache"},
+        defaults={
+            "vocab_size": 65536,
+            "hidden_size": 2560,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 128000,
+            "norm_eps": 1e-5,
+            "tie_word_embeddings": True,
+            "rope_theta": 1e6,
+            "conv_L_cache": 3,
+            "layer_types": None,
+            "full_attn_idxs": None,
+            "block_auto_adjust_ff_dim": True,
+            "block_ffn_dim_multiplier": 1.0,
+            "block_multiple_of": 256,
+        },
+        expected={"conv_bias": (False,)},
+        aliases={"block_ff_dim": "intermediate_size", "tie_embedding": "tie_word_embeddings"},
+        prepare=_prepare_lfm2,
+        restore=lambda config: {"block_auto_adjust_ff_dim": False},
+        weights={
+            "embed": "model.embed_tokens",
+            "final_norm": "model.embedding_norm",
+            "lm_head": "lm_head",
+            "layers.{i}.attention_norm": "model.layers.{i}.operator_norm",
+            "layers.{i}.attention.q": "model.layers.{i}.self_attn.q_proj",
+            "layers.{i}.attention.k": "model.layers.{i}.self_attn.k_proj",
+            "layers.{i}.attention.v": "model.layers.{i}.self_attn.v_proj",
+            "layers.{i}.attention.o": "model.layers.{i}.self_attn.out_proj",
+            "layers.{i}.attention.q_norm": "model.layers.{i}.self_attn.q_layernorm",
+            "layers.{i}.attention.k_norm": "model.layers.{i}.self_attn.k_layernorm",
+            "layers.{i}.conv.gate": "model.layers.{i}.conv.in_proj",
+            "layers.{i}.conv.out_gate": "model.layers.{i}.conv.in_proj",
+            "layers.{i}.conv.v": "model.layers.{i}.conv.in_proj",
+            "layers.{i}.conv.taps": "model.layers.{i}.conv.conv",
+            "layers.{i}.conv.o": "model.layers.{i}.conv.out_proj",
+            "layers.{i}.mlp_norm": "model.layers.{i}.ffn_norm",
+            "layers.{i}.mlp.gate": "model.layers.{i}.feed_forward.w1",
+            "layers.{i}.mlp.up": "model.layers.{i}.feed_forward.w3",
+            "layers.{i}.mlp.down": "model.layers.{i}.feed_forward.w2",
+        },
+        channelwise=("conv.conv",),
     ),
 }

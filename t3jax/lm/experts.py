@@ -1,4 +1,4 @@
-"""A mixture of experts in the place of a layer's MLP: the router, and what the chosen experts give.
+"""A mixture of experts in the place of a layer's MLP or beside it: the router, and what they give.
 
 A token's output is the sum over its chosen experts of the router's weight times the expert's MLP;
 a shared expert, which every token is sent to, is added. No token is dropped. What is for training
@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Int
 from t3jax import sharding
 from t3jax.lm import quantized
 from t3jax.lm.config import ExpertsConfig, LMConfig
-from t3jax.lm.layers import ACTIVATIONS, MLP, Linear
+from t3jax.lm.layers import ACTIVATIONS, MLP, Linear, normalize
 from t3jax.lm.product import product
 
 # Of all experts: "weight" [E, out, in], "scale" [E, out] of int8, and "bias" [E, out] if any.
@@ -68,9 +68,15 @@ class _Router(nnx.Module):
             self.bias = nnx.Param(jnp.zeros((experts.count,)))
         if experts.corrected:
             self.correction = nnx.Param(jnp.zeros((experts.count,)))
-        self.experts = experts
+        if experts.scaled:
+            self.input_scale = nnx.Param(jnp.ones((config.hidden_size,)))
+            self.expert_scale = nnx.Param(jnp.ones((experts.count,)))
+        self.experts, self.eps = experts, config.norm_eps
 
     def __call__(self, x: Array) -> tuple[Array, Array]:
+        if self.experts.scaled:
+            scale = self.input_scale[...].astype(jnp.float32) * x.shape[-1] ** -0.5
+            x = (normalize(x, self.eps) * jnp.broadcast_to(scale, x.shape)).astype(x.dtype)
         logits = product(x.reshape(-1, x.shape[-1]), self.weight[...], jnp.float32)
         if self.experts.bias:
             bias = self.bias[...].astype(jnp.float32)
@@ -78,6 +84,8 @@ class _Router(nnx.Module):
         corrected = self.experts.corrected
         correction = self.correction[...].astype(jnp.float32) if corrected else None
         chosen, weights = choose_experts(self.experts, logits, correction)
+        if self.experts.scaled:
+            weights = weights * self.expert_scale[...].astype(jnp.float32)[chosen]
         shape = (*x.shape[:-1], self.experts.chosen)
         return chosen.reshape(shape), weights.reshape(shape)
 
@@ -100,9 +108,12 @@ class Experts(nnx.Module):
         self.opened = make_gate(config.activation, e.clamp)
         self.experts = e
 
-    def __call__(self, x: Array, mesh: Mesh | None) -> Array:
-        """What the experts give for `[B, T, D]`, `[B, T, D]`."""
-        chosen, weights = self.router(x)
+    def __call__(self, x: Array, mesh: Mesh | None, routed: Array | None = None) -> Array:
+        """What the experts give for `[B, T, D]`, `[B, T, D]`.
+
+        `routed` is what the router reads, if it is not the same.
+        """
+        chosen, weights = self.router(x if routed is None else routed)
         matrices = {name: getattr(self, name).matrices() for name in ("gate", "up", "down")}
         y = _mix_on_mesh(x, chosen, weights, matrices, self.opened, mesh)
         if not self.experts.shared:

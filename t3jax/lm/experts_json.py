@@ -5,6 +5,7 @@ from typing import Any
 from t3jax.lm.config import ExpertsConfig, LMConfig
 from t3jax.lm.family import Family, Json, take_section
 
+SWITCH = "enable_moe_block"  # where a family has models with experts and without
 _SHARED = {"n_shared_experts", "moe_num_shared_experts"}  # of a chosen one's width, side by side
 
 
@@ -25,7 +26,8 @@ def read_experts(
     Raises:
         ValueError: If the numbers do not fit together.
     """
-    if not (found := take_section(values, "experts.")):
+    found = take_section(values, "experts.")
+    if not found or not config.get(SWITCH, True):
         return {}
     for name in _SHARED & family.defaults.keys():
         found["shared"] = (config[name] or 0) * found["size"]
@@ -52,9 +54,11 @@ def read_experts(
 def write_experts(config: LMConfig, family: Family) -> dict[str, Any]:
     """The fields of `config.json` that read back as the experts, but for those of the table."""
     experts = config.experts
-    if experts is None:
-        return {}
     content: dict[str, Any] = {}
+    if SWITCH in family.defaults:
+        content[SWITCH] = experts is not None
+    if experts is None:
+        return content
     dense = [layer for layer, each in enumerate(experts.dense) if each]
     for name in _SHARED & family.defaults.keys():
         content[name] = experts.shared // experts.size

@@ -2,8 +2,9 @@
 
 Further rows are in `newer_families.py`, those with layer norms in `layer_norm_families.py`,
 `gpt_families.py` and `bloom_families.py`, those with experts in `expert_families.py` and
-`corrected_families.py`, those with gated delta nets in `delta_families.py`. What a row says is read
-and written by `config_json.py`, and by `places.py` for the names of the weights.
+`corrected_families.py`, those with gated delta nets in `delta_families.py`, those whose layers are
+of unequal shape in `unequal_families.py`. What a row says is read by `config_json.py`, written by
+`config_writing.py`, and obeyed by `places.py` for the names of the weights.
 """
 
 from typing import Any
@@ -25,6 +26,7 @@ from t3jax.lm.family import (
 from t3jax.lm.gpt_families import GPT_FAMILIES
 from t3jax.lm.layer_norm_families import LAYER_NORM_FAMILIES
 from t3jax.lm.newer_families import NEWER_FAMILIES
+from t3jax.lm.unequal_families import UNEQUAL_FAMILIES
 
 
 def _slides_in_qwen(config: Json, layer: int) -> bool:
@@ -369,4 +371,5 @@ FAMILIES: dict[str, Family] = {
     **EXPERT_FAMILIES,
     **CORRECTED_FAMILIES,
     **DELTA_FAMILIES,
+    **UNEQUAL_FAMILIES,
 }

@@ -68,21 +68,26 @@ class Linear(nnx.Module):
         return found.astype(scale.dtype) * jnp.broadcast_to(scale, found.shape)
 
 
+def normalize(x: Array, eps: float) -> Array:
+    """Vectors divided by the root of their mean square, float32."""
+    x32 = x.astype(jnp.float32)
+    return x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+
+
 class _RMSNorm(nnx.Module):
-    def __init__(self, shape: tuple[int, ...], eps: float, offset: bool):
+    def __init__(self, shape: tuple[int, ...], eps: float, kind: str):
         self.weight = nnx.Param(jnp.ones(shape))
         self.eps = eps
-        self.offset = offset
+        self.kind = kind
 
     def __call__(self, x: Array) -> Array:
-        x32 = x.astype(jnp.float32)
-        scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        # The product with the weight happens in the model's dtype, as transformers does it; where
-        # the weight is an offset, in float32.
-        if self.offset:
-            weight = 1 + self.weight[...].astype(jnp.float32)
-            return (x32 * scale * jnp.broadcast_to(weight, x.shape)).astype(x.dtype)
-        return (x32 * scale).astype(x.dtype) * jnp.broadcast_to(self.weight[...], x.shape)
+        normed = normalize(x, self.eps)
+        # The product with the weight happens in the model's dtype, as transformers does it.
+        if self.kind == "rms":
+            return normed.astype(x.dtype) * jnp.broadcast_to(self.weight[...], x.shape)
+        weight = self.weight[...].astype(jnp.float32)
+        weight = 1 + weight if self.kind == "rms_offset" else weight
+        return (normed * jnp.broadcast_to(weight, x.shape)).astype(x.dtype)
 
 
 class _LayerNorm(nnx.Module):
@@ -118,10 +123,10 @@ def make_norm(config: LMConfig, shape: int | tuple[int, ...], wanted: bool = Tru
     if not wanted:
         return _identity
     shape = shape if isinstance(shape, tuple) else (shape,)
-    offset = config.norm.endswith("_offset")
     if config.norm.startswith("layer"):
+        offset = config.norm.endswith("_offset")
         return _LayerNorm(shape, config.norm_eps, config.norm_weight, config.norm_bias, offset)
-    return _RMSNorm(shape, config.norm_eps, offset)
+    return _RMSNorm(shape, config.norm_eps, config.norm)
 
 
 class MLP(nnx.Module):

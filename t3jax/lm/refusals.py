@@ -17,12 +17,10 @@ _OTHER = {
         "its mixture of experts is of another kind",
     ),
     **dict.fromkeys(
-        (*("bamba", "falcon_h1", "granitemoehybrid", "lfm2", "mamba", "mamba2", "nemotron_h"),),
+        (*("bamba", "falcon_h1", "granitemoehybrid", "lfm2_moe", "mamba", "mamba2", "nemotron_h"),),
         "some of its layers are recurrent",
     ),
-    **dict.fromkeys(
-        ("gemma3n", "gemma4", "gemma4_text", "gemma4_unified"), "its layers are of unequal shape"
-    ),
+    "gemma3n": "its layers have several streams",
     **dict.fromkeys(("bart", "t5", "mt5"), "it is no decoder-only model"),
     **dict.fromkeys(("bert", "roberta", "modernbert"), "it does not generate text"),
 }
@@ -35,8 +33,9 @@ _NEAREST = {
     "deepseek_v3": "glm4_moe",
     "exaone": "exaone4",
     "falcon_h1": "llama",
+    "gemma3n": "gemma4",
     "hunyuan_v1_moe": "mixtral",
-    "lfm2": "smollm3",
+    "lfm2_moe": "lfm2",
     "llama4": "mixtral",
 }
 

@@ -18,6 +18,7 @@ _NEEDED = {  # by each kind of rotary positions
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
     "longrope": ("short_factor", "long_factor"),
+    "proportional": (),
 }
 
 Tokens = Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
@@ -50,13 +51,16 @@ class _Rope(msgspec.Struct):
     long_factor: list[Stretch] | None = None
 
 
-def read_ropes(family: Family, config: Json, head_dim: int) -> dict[str, RopeConfig]:
+def read_ropes(
+    family: Family, config: Json, head_dim: int, local_head_dim: int
+) -> dict[str, RopeConfig]:
     """Rotary settings of the layers, and of the local ones where theirs are others.
 
     Args:
         family: The row of the family.
         config: The `config.json` with the family's defaults.
         head_dim: Width of a head.
+        local_head_dim: The same in local layers.
 
     Returns:
         `rope`, and `local_rope` where there is one.
@@ -97,7 +101,7 @@ def read_ropes(family: Family, config: Json, head_dim: int) -> dict[str, RopeCon
     local = {"rope_theta": family.local_theta or config["rope_local_base_freq"]}
     return {
         "rope": _rope(family, {**top, **full, **scaling}, config, head_dim),
-        "local_rope": _rope(family, {**top, **local, **sliding}, config, head_dim),
+        "local_rope": _rope(family, {**top, **local, **sliding}, config, local_head_dim),
     }
 
 
@@ -155,7 +159,7 @@ def _rope(family: Family, stated: Json, config: Json, head_dim: int) -> RopeConf
         if getattr(rope, name) is None and not (name == "factor" and factor):
             raise KeyError(name)
     base = dataclasses.replace(base, factor=float(factor or 1.0))
-    if kind in ("linear", "dynamic"):
+    if kind in ("linear", "dynamic", "proportional"):
         return base
     base = dataclasses.replace(base, original_max_position=original)
     if kind == "llama3":

@@ -76,6 +76,12 @@ def _spread(part: Array, x: Array) -> Array:
 @functools.cache
 def inverse_wavelengths(rope: RopeConfig, head_dim: int) -> np.ndarray:
     """Radians per position of each rotary pair, float32 `[r/2]`."""
+    if rope.kind == "proportional":
+        pairs = np.zeros(head_dim // 2, np.float32)
+        turned = int(head_dim * rope.rotated) // 2
+        exponents = np.arange(0, 2 * turned, 2, dtype=np.float32) / np.float32(head_dim)
+        pairs[:turned] = 1.0 / np.float32(rope.theta) ** exponents / np.float32(rope.factor)
+        return pairs
     width = int(head_dim * rope.rotated)
     exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
     frequencies = (1.0 / np.float32(rope.theta) ** exponents).astype(np.float32)

@@ -10,7 +10,7 @@ import safetensors.numpy
 
 from t3jax import files
 from t3jax.lm.config import LMConfig
-from t3jax.lm.config_json import hf_config
+from t3jax.lm.config_writing import hf_config
 from t3jax.lm.decoder import Params, abstract_params
 from t3jax.lm.expert_tensors import split_experts
 from t3jax.lm.families import FAMILIES

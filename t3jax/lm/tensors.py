@@ -15,12 +15,12 @@ import safetensors
 
 from t3jax.json_files import check_regular, parse_json, read_json
 from t3jax.lm.adapter import merge_adapter
-from t3jax.lm.config_json import checkpoint_name
 from t3jax.lm.dequantized import dequantize
 from t3jax.lm.expert_tensors import stack_experts
 from t3jax.lm.family import Family
 from t3jax.lm.folder import check_inside, indexed_file
 from t3jax.lm.quantization_json import quantization_of
+from t3jax.lm.wrappers import checkpoint_name
 
 Tensors = Mapping[str, tuple[Any, str]]  # by name: a view, and the tensor's own name
 

@@ -29,6 +29,7 @@ from t3jax.lm.quantized import quantize
 from t3jax.lm.tensors import Tensors, open_tensors
 
 _VOCABULARY = ("embed", "lm_head")
+_BORROWED = ("k", "v", "k_norm")  # what a layer has no use for that borrows keys and values
 _ROWS_COMPARED = 8192
 _COMPUTED_AT_ONCE = 1 << 22  # numbers, in float32
 _ROWS_OF_A_BLOCK = 128  # of most quantised weights
@@ -252,7 +253,9 @@ def _check(
 ) -> None:
     wrong = []
     table = family.weights
-    vocabulary = {f"{table[key]}.{kind}" for key in _VOCABULARY for kind in ("weight", "bias")}
+    kinds = ("weight", "bias")
+    by_token = [table[key] for key in (*_VOCABULARY, "layer_embed") if key in table]
+    vocabulary = {f"{module}.{kind}" for module in by_token for kind in kinds}
     shapes = {place.name: place.stored_shape for place in places}
     for name, shape in shapes.items():
         if name not in tensors:
@@ -270,6 +273,10 @@ def _check(
         later = re.compile(r"^model\.layers\.(\d+)\.")
         numbers = {name: later.match(name) for name in tensors}
         spare |= {name for name, n in numbers.items() if n and int(n[1]) >= config.num_layers}
+    borrowing = [layer for layer, each in enumerate(config.borrows) if each]
+    for key in (f"layers.{{i}}.attention.{part}" for part in _BORROWED if borrowing):
+        modules = [table[key].replace("{i}", str(layer)) for layer in borrowing if key in table]
+        spare |= {f"{module}.{kind}" for module in modules for kind in kinds}
     for name in sorted(set(tensors) - set(shapes) - spare):
         wrong.append(f"{tensors[name][1]}: not a weight of this {config.model_type} model")
     if wrong:

@@ -1,16 +1,17 @@
-"""Multimodal models: the part of their `config.json` that describes the text model.
+"""Multimodal models: the parts of their folders that are the text model's.
 
 Images and sound are no part of what is read; the text model alone computes what the whole one
 computes for texts.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from t3jax.json_files import show_json
 from t3jax.lm.families import FAMILIES
-from t3jax.lm.family import Json
+from t3jax.lm.family import Family, Json
 from t3jax.lm.refusals import explain_unknown
 
 # Fields that published configs of these leave out where they are as in transformers' classes.
@@ -27,6 +28,14 @@ _TEXT_TYPES = {  # of text models that are of a family in all but their name
     "qwen2_vl_text": "qwen2",
     "qwen2_5_vl_text": "qwen2",
     "qwen3_vl_text": "qwen3",
+    "gemma4_unified_text": "gemma4_text",
+}
+
+
+_GEMMA4_UNIFIED = {  # its text models have neither experts nor inputs of each layer
+    "max_position_embeddings": 262144,
+    "sliding_window": 1024,
+    "hidden_size_per_layer_input": 0,
 }
 
 
@@ -52,6 +61,8 @@ class Wrapper:
 _QWEN2_VL = Wrapper("qwen2", others=False, text_ties=True, defaults={"rope_theta": 1e6})
 WRAPPERS = {
     "gemma3": Wrapper("gemma3_text", others=False, tied=True),
+    "gemma4": Wrapper("gemma4_text", others=False, tied=True),
+    "gemma4_unified": Wrapper("gemma4_text", others=False, tied=True, defaults=_GEMMA4_UNIFIED),
     "idefics3": Wrapper("llama", defaults=_LLAMA),
     "internvl": Wrapper("qwen2", tied=True),
     "llava": Wrapper("llama", text_ties=True, defaults=_LLAMA),
@@ -112,3 +123,27 @@ def _without_sections(rope: Json) -> dict[str, Any]:
         name: "default" if name in ("rope_type", "type") and value == "mrope" else value
         for name, value in rope.items()
     }
+
+
+# The names that checkpoints of multimodal models have for their text models.
+_WRAPPED = (
+    (r"^language_model\.(?=model\.|lm_head\.)", ""),
+    (r"^model\.(language_model|text_model)\.", "model."),
+    (r"^(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|connector)\..*", None),
+    (r"^(model\.)?(audio_tower|vision_embedder|embed_vision|embed_audio)\..*", None),
+    (r"^(model\.)?image_newline$", None),
+)
+
+
+def checkpoint_name(family: Family, name: str) -> str | None:
+    """What a stored weight is called in the family's table; None if the decoder has no use for it.
+
+    Buffers of old checkpoints are of no use either: they follow from the config.
+    """
+    buffer = (r".*\.rotary_emb\.inv_freq$", None)
+    for pattern, replacement in (*_WRAPPED, *family.renamed, buffer):
+        if re.search(pattern, name):
+            if replacement is None:
+                return None
+            name = re.sub(pattern, replacement, name, count=1)
+    return name

@@ -9,7 +9,7 @@ import bisect
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -79,10 +79,9 @@ def temporary_bytes(job: Job, program: Callable[[Job], Step]) -> int:
 
 def _layer_kinds(config: LMConfig) -> list[list[int]]:
     """The layers of each kind of blocks."""
-    kinds: dict[Any, list[int]] = {}
+    kinds: dict[Hashable, list[int]] = {}
     for layer in range(config.num_layers):
-        kind = config.has_delta(layer), config.has_experts(layer)
-        kinds.setdefault(kind, []).append(layer)
+        kinds.setdefault(config.block_kind(layer), []).append(layer)
     return list(kinds.values())
 
 
@@ -111,12 +110,14 @@ def gathered_bytes(job: Job) -> int:
 def gathered_cache_bytes(job: Job) -> int:
     """Bytes of one layer's keys and values, whose width is split: prefill gathers them."""
     layers = programs.state(job, job.slots[0]).cache.layers
-    split = next((state.keys for state in layers if isinstance(state, KeyValues)), None)
-    if split is None:
-        return 0
-    whole = programs.by_rows(job.mesh, split)
-    by_heads = split.sharding.shard_shape(split.shape)[1] < split.shape[1]
-    return 0 if by_heads or shard_bytes(split) == shard_bytes(whole) else 2 * shard_bytes(whole)
+
+    def gathered(split: Any) -> int:
+        whole = programs.by_rows(job.mesh, split)
+        by_heads = split.sharding.shard_shape(split.shape)[1] < split.shape[1]
+        return 0 if by_heads or shard_bytes(split) == shard_bytes(whole) else 2 * shard_bytes(whole)
+
+    keys = (state.keys for state in layers if isinstance(state, KeyValues))
+    return max(map(gathered, keys), default=0)
 
 
 def decoding(job: Job) -> Stage:

@@ -283,10 +283,19 @@ def on_one_device(job: Job, layers: Sequence[int]) -> Job:
             key_heads=delta.key_heads // shared_out,
             value_heads=delta.value_heads // shared_out,
         )
-    # Where there are more devices than key heads, several share one.
-    group = config.num_heads // config.num_kv_heads
+    conv = config.conv
+    if conv is not None:
+        conv = dataclasses.replace(conv, channels=share(conv.channels))
     heads = max(1, share(config.num_heads * config.head_dim) // config.head_dim)
-    keys = heads // group if heads % group == 0 else math.gcd(heads, config.num_kv_heads)
+
+    def share_keys(kv_heads: int) -> int:
+        """Key heads of a device; where there are more devices, several share one."""
+        group = config.num_heads // kv_heads
+        return heads // group if heads % group == 0 else math.gcd(heads, kv_heads)
+
+    whole = config.whole_heads
+    if whole is not None:
+        whole = dataclasses.replace(whole, num_kv_heads=share_keys(whole.num_kv_heads))
     if recipe is not None:
         rows = -(-recipe.batch_size // (recipe.microbatches * shards))
         recipe = dataclasses.replace(recipe, batch_size=rows * recipe.microbatches)
@@ -298,8 +307,11 @@ def on_one_device(job: Job, layers: Sequence[int]) -> Job:
             intermediate_size=share(config.intermediate_size),
             experts=experts,
             delta=delta,
+            conv=conv,
             num_heads=heads,
-            num_kv_heads=keys,
+            num_kv_heads=share_keys(config.num_kv_heads),
+            whole_heads=whole,
+            borrowing_size=share(config.borrowing_size),
         ),
         mesh=sharding.make_mesh(devices=jax.local_devices(backend="cpu")[:1]),
         heads=tuple(dataclasses.replace(head, vocab_size=vocabulary) for head in job.heads),

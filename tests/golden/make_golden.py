@@ -35,7 +35,12 @@ MODELS = {
     "gqa_tied": {"num_key_value_heads": 1},
     "biases": {"num_key_value_heads": 2},
 }
-FAMILY_SIZES = {"n_inner": 24, "head_dim": 8, "num_key_value_heads": 1}
+FAMILY_SIZES = {
+    "n_inner": 24,
+    "head_dim": 8,
+    "num_key_value_heads": 1,
+    "vocab_size_per_layer_input": 100,
+}
 TEMPERATURE, SCALE, STEPS = 2.5, 1.0, 24
 LENGTHS = {"left": (36, 9, 1), "right": (36, 20, 3)}
 FAMILY_LENGTHS = {"left": (24, 9, 1), "right": (24, 13, 3)}

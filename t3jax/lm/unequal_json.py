@@ -1,0 +1,116 @@
+"""Layers of unequal shape in a `config.json`, in both directions.
+
+Layers that attend to the whole text may have other heads than local ones, and the last layers may
+attend to the keys and values of earlier ones.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from t3jax.json_files import show_json
+from t3jax.lm.config import HeadsConfig, LMConfig
+from t3jax.lm.family import Family, Json
+
+_BY_LAYER = "per_layer_config"  # as transformers 5 writes it
+_OF_HEADS = ("head_dim", "num_key_value_heads")
+
+
+def read_unequal(family: Family, config: Json, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `LMConfig` that say how layers differ in shape.
+
+    Args:
+        family: The row of the family.
+        config: The `config.json` with the family's defaults.
+        values: Fields of `LMConfig` so far.
+
+    Returns:
+        `whole_heads`, `borrows` and `borrowing_size`, or nothing in families whose layers are
+        alike.
+
+    Raises:
+        ValueError: If the numbers do not fit together.
+    """
+    if "global_head_dim" not in family.defaults:
+        if config.get(_BY_LAYER) not in (None, {}):
+            raise ValueError(
+                f"{_BY_LAYER} {show_json(config[_BY_LAYER])} is not supported in this family, "
+                "whose layers are of one shape; expected None"
+            )
+        return {}
+    local = values.get("local") or (False,) * values["num_layers"]
+    heads = _read_heads(config, values, local)
+    if values["num_heads"] % heads.num_kv_heads:
+        raise ValueError(
+            f"{values['num_heads']} query heads do not divide among {heads.num_kv_heads} key heads"
+        )
+    borrowing = config["num_kv_shared_layers"]
+    borrows = tuple(layer >= len(local) - borrowing for layer in range(len(local)))
+    for layer in range(len(local)):
+        lenders = [i for i in range(layer) if not borrows[i] and local[i] == local[layer]]
+        if borrows[layer] and not lenders:
+            raise ValueError(
+                f"num_kv_shared_layers {borrowing}: layer {layer} has no keys and values of its "
+                "own, and no layer of its type before it has"
+            )
+    wide = config["use_double_wide_mlp"] and borrowing > 0
+    return {
+        "whole_heads": heads,
+        "borrows": borrows if borrowing else (),
+        "borrowing_size": 2 * values["intermediate_size"] if wide else 0,
+    }
+
+
+def _read_heads(config: Json, values: Mapping[str, Any], local: tuple[bool, ...]) -> HeadsConfig:
+    """The heads of the layers that are not local."""
+    same = config["attention_k_eq_v"]
+    kv_heads, head_dim = values["num_kv_heads"], values["head_dim"]
+    if _BY_LAYER not in config:
+        stated = config["num_global_key_value_heads"] if same else None
+        return HeadsConfig(stated or kv_heads, config["global_head_dim"], same)
+    stated = config[_BY_LAYER]
+    if not isinstance(stated, Mapping) or not all(
+        re.fullmatch("[0-9]{1,9}", str(name))
+        and isinstance(own, Mapping)
+        and set(own) <= set(_OF_HEADS)
+        for name, own in stated.items()
+    ):
+        raise ValueError(
+            f"{_BY_LAYER} is {show_json(stated)}, expected for the numbers of some layers "
+            f"{_OF_HEADS}, and nothing else"
+        )
+    by_layer = {int(name): own for name, own in stated.items()}  # "05" where there are ten
+    found: dict[bool, set[tuple[int, int]]] = {False: set(), True: set()}
+    for layer, each in enumerate(local):
+        own = by_layer.get(layer, {})
+        pair = own.get("head_dim", head_dim), own.get("num_key_value_heads", kv_heads)
+        if not all(type(n) is int and 1 <= n <= 1 << 16 for n in pair):
+            raise ValueError(f"{_BY_LAYER}.{layer} is {show_json(own)}, expected numbers >= 1")
+        found[each].add(pair)
+    unknown = set(by_layer) - set(range(len(local)))
+    if unknown or len(found[False]) > 1 or found[True] - {(head_dim, kv_heads)}:
+        raise ValueError(
+            f"{_BY_LAYER} is {show_json(stated)}, expected the same for all layers of "
+            "full_attention, and nothing for others"
+        )
+    ((head_dim, kv_heads),) = found[False]
+    return HeadsConfig(kv_heads, head_dim, same)
+
+
+def write_unequal(config: LMConfig, family: Family) -> dict[str, Any]:
+    """The fields of `config.json` that read back as these, but for those of the table."""
+    heads = config.whole_heads
+    if "global_head_dim" not in family.defaults or heads is None:
+        return {}
+    content: dict[str, Any] = {
+        "global_head_dim": heads.head_dim,
+        "num_global_key_value_heads": heads.num_kv_heads if heads.values_are_keys else None,
+        "attention_k_eq_v": heads.values_are_keys,
+        "num_kv_shared_layers": sum(config.borrows),
+        "use_double_wide_mlp": config.borrowing_size > 0,
+    }
+    if not heads.values_are_keys and heads.num_kv_heads != config.num_kv_heads:
+        own = {"head_dim": heads.head_dim, "num_key_value_heads": heads.num_kv_heads}
+        whole = [i for i in range(config.num_layers) if not config.is_local(i)]
+        content[_BY_LAYER] = {str(layer): own for layer in whole}
+    return content
