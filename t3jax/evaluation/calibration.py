@@ -7,6 +7,7 @@ distributed most like those, where the retain answers keep theirs.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,6 +24,7 @@ from t3jax.refinements import PLAIN, Refinements
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)  # T · s
 TEMPERATURES = (1.0, 1.25, 1.5, 2.5)
+GRID = tuple(itertools.product(TEMPERATURES, SCALES))
 _MOST_ROWS = 200
 _LEAST_RETAINED = 0.97
 _ABOVE_LEVEL = 1.25  # times the made-up-name level: more left is not forgotten
@@ -113,16 +115,16 @@ def calibrate(
     counterfactuals: Sequence[Sequence[Example]],
     retain: Sequence[Example],
     *,
-    temperatures: Sequence[float] = TEMPERATURES,
-    scales: Sequence[float] = SCALES,
+    grid: Sequence[tuple[float, float]] = GRID,
     refinements: Refinements = PLAIN,
     seeds: int = 1,
 ) -> Calibration:
     """Scores forget and retain answers under a grid of heads and settings and chooses one.
 
-    `counterfactuals` are, for each forget row, the same row about made-up people; `scales` are
-    values of T · s. `seeds` heads that follow one another differ in their seed alone: a setting is
-    worth the mean over them, and goes by the first. At most 200 rows of each set are scored.
+    `counterfactuals` are, for each forget row, the same row about made-up people; `grid` holds
+    pairs of T and T · s. `seeds` heads that follow one another differ in their seed alone: a
+    setting is worth the mean over them, and goes by the first. At most 200 rows of each set are
+    scored.
     """
     if not forget or not retain:
         raise ValueError("choosing T and s needs forget and retain rows; one of the sets is empty")
@@ -140,8 +142,7 @@ def calibrate(
             refinements,
         )
         for first in range(0, len(heads), seeds)
-        for temperature in temperatures
-        for scale in scales
+        for temperature, scale in grid
         for i in range(first, first + seeds)
     ]
     of_forget = score_texts(lm, rows, [BASE, *settings], heads)

@@ -1,6 +1,7 @@
 """Heads as settings ask for them: what they are trained on, how, and how they are served."""
 
 import dataclasses
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ from jax.sharding import Mesh
 
 from t3jax import data
 from t3jax.digests import params_digest
-from t3jax.evaluation.calibration import Calibration, calibrate
+from t3jax.evaluation.calibration import GRID, SCALES, Calibration, calibrate
 from t3jax.head import HeadConfig, class_prior_shift
 from t3jax.head_io import Head, load_head
 from t3jax.lm import LM
@@ -19,7 +20,12 @@ from t3jax.sections import narrow
 from t3jax.settings import Settings, replace
 from t3jax.synthetic.turns import put_behind_turns
 from t3jax.training import check_start, train_heads
-from t3jax.training_sets import SyntheticOptions, TrainingSets, make_training_sets
+from t3jax.training_sets import (
+    FeatureMaker,
+    SyntheticOptions,
+    TrainingSets,
+    make_training_sets,
+)
 from t3jax.verification.attacks import Encoding
 from t3jax.verification.reciting import count_recited
 from t3jax.verification.verdict import MARGIN
@@ -44,17 +50,19 @@ def synthetic_options(config: Settings) -> SyntheticOptions:
 def training_sets(config: Settings, lm: LM) -> TrainingSets:
     """Makes the sets that a head is trained on, or reads them from the feature store."""
     return make_training_sets(
-        lm,
+        FeatureMaker(
+            lm,
+            config.prompt_format,
+            pathlib.Path(config.feature_store),
+            config.classifier.features,
+            config.classifier.feature_dtype,
+            config.max_length,
+            progress=True,
+        ),
         data.load_dataset(config["forget"], config.tofu_dir),
         data.load_dataset(config["retain"], config.tofu_dir) if config.retain is not None else [],
         config.train,
         synthetic_options(config),
-        prompt_format=config.prompt_format,
-        features=config.classifier.features,
-        feature_dtype=config.classifier.feature_dtype,
-        feature_store=config.feature_store,
-        max_length=config.max_length,
-        progress=True,
     )
 
 
@@ -218,16 +226,18 @@ def calibrate_heads(
     of_row: list[list[data.Example]] = [[] for _ in sets.rows]
     for made, example in zip(sets.counterfactuals, swapped, strict=True):
         of_row[made.row].append(example)
-    distils = config.train.loss == "distillation"
+    grid = GRID
+    if config.train.loss == "distillation":
+        grid = tuple((config.train.distilled_temperature, scale) for scale in SCALES)
     return calibrate(
         lm,
         heads,
         encode_rows(config, lm, sets.rows),
         of_row,
         encode_rows(config, lm, sets.retained),
+        grid=grid,
         refinements=refinements(config.refinements, lm),
         seeds=seeds,
-        **({"temperatures": (config.train.distilled_temperature,)} if distils else {}),
     )
 
 

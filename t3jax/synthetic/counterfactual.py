@@ -19,6 +19,7 @@ from t3jax.evaluation.settings import BASE
 from t3jax.lm.model import LM
 from t3jax.sampling.sampler import Sampler
 from t3jax.synthetic.names import asked_text, holds_name, make_names, swap_names
+from t3jax.synthetic.options import SyntheticOptions
 
 RECITES = 0.7  # recall from which an answer recites the secret
 KNOWS = 0.5  # share of the true name's probability from which a unique wording gives a row away
@@ -105,11 +106,9 @@ def counterfactual_rows(
     forget: Sequence[Record],
     counterfactuals: Sequence[Counterfactual],
     prompt_format: PromptFormat,
+    options: SyntheticOptions,
     *,
     unique: Collection[int] = (),
-    max_new_tokens: int = 200,
-    batch_size: int = 16,
-    seed: int = 0,
     progress: str | None = None,
 ) -> tuple[list[Record], list[Counterfactual]]:
     """Lets the base model answer the counterfactual questions, and swaps the names back.
@@ -127,7 +126,7 @@ def counterfactual_rows(
     asked = [each for each in counterfactuals if each.pairs and "question" in each.record]
     if not asked:
         return [], list(counterfactuals)
-    samples = Sampler(lm, batch_size=batch_size).generate(
+    samples = Sampler(lm, batch_size=options.batch_size).generate(
         [
             encode_prompt(
                 lm.tokenizer,
@@ -138,8 +137,8 @@ def counterfactual_rows(
             for each in asked
         ],
         temperature=1.0,
-        max_new_tokens=min(max_new_tokens, lm.max_position // 2),
-        seed=seed,
+        max_new_tokens=min(options.max_new_tokens, lm.max_position // 2),
+        seed=options.seed,
         progress=progress,
     )
     texts = [

@@ -26,6 +26,7 @@ from t3jax.theory.mixtures import Rule, World
 
 Values = Sequence[float] | Sequence[int] | np.ndarray
 CLASSIFIERS = ("exact", "leaky", "logistic", "perceptron")
+_TOGETHER = 16  # instances computed at once
 
 
 class Errors(NamedTuple):
@@ -205,7 +206,6 @@ def run_grid(
     samples: Values = (1,),
     excess_risks: Values = (0.01,),
     seeds: Values = (0,),
-    together: int = 16,
 ) -> Errors:
     """Every combination, as one program.
 
@@ -218,7 +218,6 @@ def run_grid(
         samples: n of a trained classifier.
         excess_risks: ε of the leaky one, nats.
         seeds: Each another mixture.
-        together: Instances computed at once.
 
     Returns:
         NumPy arrays with an axis for each, in the order (log_peaks, gammas, samples, excess_risks,
@@ -239,7 +238,7 @@ def run_grid(
     kinds = (np.float32, np.float32, np.int32, np.float32, np.int32)
     axes = [np.asarray(value, kind) for value, kind in zip(values, kinds, strict=True)]
     count = math.prod(len(value) for value in values)
-    together = min(together, count)
+    together = min(_TOGETHER, count)
     # A last batch of its own would be compiled as a second program: repeat instances instead.
     padded = -(-count // together) * together
     flat = Point(*(jnp.asarray(np.resize(x, padded)) for x in np.meshgrid(*axes, indexing="ij")))
