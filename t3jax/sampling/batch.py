@@ -72,7 +72,7 @@ class Piece(NamedTuple):
     Attributes:
         prompt: Index of the prompt.
         tokens: New tokens.
-        logprobs: Their log-probabilities, as `next_token` gives them.
+        logprobs: Their log-probabilities, as `token_logprobs` gives them.
         last: Whether the answer is over.
     """
 

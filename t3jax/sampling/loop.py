@@ -22,7 +22,7 @@ from t3jax import pooling, sharding
 from t3jax.head import HeadConfig, HeadParams
 from t3jax.lm.cache import cache_shardings
 from t3jax.refinements import PLAIN, Refinements, combine_heads
-from t3jax.sampling.next_token import Controls, Logprobs, next_token
+from t3jax.sampling.next_token import Controls, Logprobs, next_token, token_logprobs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Emitted(NamedTuple):
 
     Attributes:
         tokens: Chosen tokens, `[B, C]`; -1 after a row's end.
-        logprobs: Their log-probabilities, `[B, C]` each, as `next_token` gives them.
+        logprobs: Their log-probabilities, `[B, C]` each, as `token_logprobs` gives them.
         done: Rows that are finished, `[B]`.
         faults: `SOUND`; or `BASE_FAULT`, if no logit of the base was finite or one was NaN or
             infinite; or `HEAD_FAULT`, if a score was not finite, `[B, C]`. A token chosen by such
@@ -232,16 +232,22 @@ def _choose(
         sound = jnp.all(jnp.isfinite(scores), axis=-1)
         faults = jnp.where(sound | (faults == BASE_FAULT), faults, HEAD_FAULT)
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.step)
-    token, logprobs = next_token(
+    token, guided = next_token(
         logits,
         scores,
         controls,
         keys,
         state.seen,
         program.truncate_on,
-        program.with_logprobs,
         program.refinements,
         program.mesh,
+    )
+    logprobs = token_logprobs(
+        logits,
+        guided,
+        token,
+        has_head=scores is not None,
+        with_logprobs=program.with_logprobs,
     )
     ended = state.done | jnp.any(token[:, None] == stop_ids[None, :], axis=-1)
     chosen = jnp.where(state.done, -1, token)

@@ -145,10 +145,9 @@ def next_token(
     keys: Key[Array, " B"],
     seen: Bool[Array, "B V"],
     truncate_on: str = "guided",
-    with_logprobs: bool = False,
     refinements: Refinements = PLAIN,
     mesh: Mesh | None = None,
-) -> tuple[Int[Array, " B"], Logprobs | None]:
+) -> tuple[Int[Array, " B"], Guided]:
     """Chooses the next token of each row.
 
     Args:
@@ -160,26 +159,35 @@ def next_token(
         seen: Tokens already in the text, for the repetition penalty, `[B, V]`.
         truncate_on: "guided", "base" or "tilted": the distribution that decides the support.
             Without a head "guided" is "base".
-        with_logprobs: Whether to compute the guided log-probability of the choice too, and those
-            under the base without a head.
         refinements: Which are on.
         mesh: Where the arrays live; None is one device.
 
     Returns:
-        The tokens, int32 `[B]`, and their log-probabilities: None without a head, unless they are
-        asked for.
+        The tokens, int32 `[B]`, and the distributions that they are drawn from.
     """
     guided = guide(logits, scores, controls, seen, refinements)
     if scores is None and truncate_on == "guided":
         truncate_on = "base"
-    token = choose_token(guided, controls, keys, truncate_on, mesh)
-    if scores is None and not with_logprobs:
-        return token, None
+    return choose_token(guided, controls, keys, truncate_on, mesh), guided
+
+
+def token_logprobs(
+    logits: Float[Array, "B V"],
+    guided: Guided,
+    token: Int[Array, " B"],
+    *,
+    has_head: bool,
+    with_logprobs: bool,
+) -> Logprobs | None:
+    """Log-probabilities of the chosen tokens; None without a head, unless they are asked for.
+
+    Those under the served distribution are computed where they are asked for alone.
+    """
+    if not has_head and not with_logprobs:
+        return None
     base, entropy = _logprob_and_entropy(logits, token)
-    logprobs = Logprobs(base, entropy, None)
-    if with_logprobs:
-        logprobs = logprobs._replace(guided=_logprob_and_entropy(guided.served, token)[0])
-    return token, logprobs
+    served = _logprob_and_entropy(guided.served, token)[0] if with_logprobs else None
+    return Logprobs(base, entropy, served)
 
 
 def choose_token(
