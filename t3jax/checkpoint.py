@@ -28,7 +28,7 @@ import pathlib
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -44,7 +44,10 @@ Metrics = dict[str, Any]
 
 
 def open_run(
-    folder: str | pathlib.Path | None, settings: dict[str, Any], abstract_state: PyTree, unit: str
+    folder: str | pathlib.Path | None,
+    settings: Mapping[str, object],
+    abstract_state: PyTree,
+    unit: str,
 ) -> "contextlib.AbstractContextManager[RunFolder | UnsavedRun]":
     """A run in a folder, see `RunFolder`; without one, a run that keeps no files."""
     if folder is None:
@@ -85,7 +88,7 @@ class RunFolder:
     def __init__(
         self,
         folder: pathlib.Path,
-        settings: dict[str, Any],
+        settings: Mapping[str, object],
         abstract_state: PyTree,
         unit: str,
     ):
@@ -256,7 +259,7 @@ def _one_error() -> Iterator[None]:
     sys.unraisablehook = hook
 
 
-def _check_same_run(folder: pathlib.Path, settings: dict[str, Any]) -> None:
+def _check_same_run(folder: pathlib.Path, settings: Mapping[str, object]) -> None:
     path = folder / "run.json"
     if hosts.is_lead() and not path.is_file():
         files.write_json(path, settings)
@@ -280,7 +283,7 @@ def _check_same_run(folder: pathlib.Path, settings: dict[str, Any]) -> None:
         )
 
 
-def _flat(tree: dict[str, Any]) -> dict[str, Any]:
+def _flat(tree: Mapping[str, object]) -> dict[str, object]:
     leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda node: not isinstance(node, dict))
     return {".".join(str(part.key) for part in path): leaf for path, leaf in leaves}
 

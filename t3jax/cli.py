@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -108,7 +108,7 @@ def run(command: Callable[[Settings], None]) -> None:
     app.run(main, flags_parser=parse)
 
 
-def optional_fields(config: Any) -> set[str]:
+def optional_fields(config: ConfigDict) -> set[str]:
     """Names of the fields of a config that may be None: its placeholders."""
     names = set()
     for name, value in config.items(preserve_field_references=True):
@@ -119,7 +119,7 @@ def optional_fields(config: Any) -> set[str]:
     return names
 
 
-def _unset(config: Any, names: Sequence[str]) -> None:
+def _unset(config: ConfigDict, names: Sequence[str]) -> None:
     optional = optional_fields(config)
     for name in names:
         *sections, field = name.split(".")
@@ -149,7 +149,7 @@ def _odd(error: Exception) -> str:
     return f"the config cannot be read: {type(error).__name__}: {error}"
 
 
-def to_config(options: Any, metadata: Any = None) -> ConfigDict:
+def to_config(options: Any, metadata: Mapping[str, object] | None = None) -> ConfigDict:
     """Makes a config of the defaults of a dataclass of options, with sections for dataclasses.
 
     A `placeholder` in it is None until it is set. `metadata` is that of the dataclass's field in

@@ -9,8 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -161,7 +160,11 @@ def feature_key(lm: LM, examples: Sequence[Example], dtype: str, kind: str = "me
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def feature_pass(
-    apply: Any, params: PyTree, tokens: jax.Array, mask: jax.Array, kind: str = "mean"
+    apply: Callable[..., tuple[jax.Array, PyTree]],
+    params: PyTree,
+    tokens: jax.Array,
+    mask: jax.Array,
+    kind: str = "mean",
 ) -> jax.Array:
     """The features of every prefix of a batch, float32 `[B, T, F]`; `apply` as in `LM`."""
     hidden, _ = apply(params, tokens, None, mask, None)

@@ -3,7 +3,7 @@
 import hashlib
 import pathlib
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import msgspec
@@ -109,7 +109,7 @@ def write_head(
     names: PyTree,
     weights: str,
     config: str,
-    description: dict[str, Any],
+    description: Mapping[str, object],
     checksum: str | None = None,
 ) -> None:
     """Writes weights and description, both or none, in the place of a folder.
@@ -129,5 +129,5 @@ def write_head(
         data = safetensors.numpy.save(tensors, metadata={"format": "pt"})
         (temporary / weights).write_bytes(data)
         if checksum:
-            description = description | {checksum: hashlib.sha256(data).hexdigest()}
+            description = {**description, checksum: hashlib.sha256(data).hexdigest()}
         files.write_json(temporary / config, description)

@@ -169,7 +169,7 @@ def place(tree: PyTree, shardings: PyTree) -> PyTree:
     return jax.tree.map(_place, tree, jax.tree.broadcast(shardings, tree))
 
 
-def _place(leaf: Any, sharding: Any) -> jax.Array:
+def _place(leaf: jax.Array | np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     if isinstance(leaf, jax.Array):
         if not leaf.is_fully_addressable:
             return jax.device_put(leaf, sharding)
@@ -186,7 +186,7 @@ def gather(tree: PyTree) -> PyTree:
     device then.
     """
 
-    def gather(leaf: Any) -> Any:
+    def gather(leaf: object) -> object:
         if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
             return leaf
         assert isinstance(leaf.sharding, NamedSharding)  # all that spans processes here is
@@ -211,7 +211,7 @@ def fetch_to_lead(tree: PyTree) -> PyTree:
     All processes call this at the same point.
     """
 
-    def bring(leaf: Any) -> np.ndarray | None:
+    def bring(leaf: object) -> np.ndarray | None:
         whole = gather(leaf)
         return np.asarray(whole) if is_lead() else None
 

@@ -7,7 +7,6 @@ import os
 import pathlib
 import signal
 import sys
-from typing import Any
 
 
 def end_at_once() -> None:
@@ -16,7 +15,7 @@ def end_at_once() -> None:
         signal.signal(number, _end)
 
 
-def _end(number: int, _: Any) -> None:
+def _end(number: int, _: object) -> None:
     name = pathlib.Path(sys.argv[0]).name
     os.write(2, f"{name}: stopped ({signal.Signals(number).name})\n".encode())
     os._exit(128 + number)

@@ -1,7 +1,5 @@
 """A step of the optimizer, and its state, as the trainers of heads and of language models share."""
 
-from typing import Any
-
 import jax
 import optax
 from jax.sharding import Mesh, NamedSharding
@@ -35,7 +33,7 @@ def abstract_state(
     return place_abstract((trained, opt_state), (placed, placed_opt))
 
 
-def reproducible() -> dict[str, Any] | None:
+def reproducible() -> dict[str, bool] | None:
     """Compiler options with which a program gives the same bits in every run."""
     # Scatter-adds and the choice of kernels would differ from run to run on a GPU.
     return {"xla_gpu_deterministic_ops": True} if jax.default_backend() == "gpu" else None

@@ -309,7 +309,7 @@ def _fit(hint: Any, value: Any, may_be_empty: bool) -> Any:
     return value
 
 
-def _check_text(value: Any, may_be_empty: bool) -> None:
+def _check_text(value: object, may_be_empty: bool) -> None:
     if not isinstance(value, str):
         raise TypeError("a text")
     if value == "None" or (not value and not may_be_empty):

@@ -9,7 +9,6 @@ not divide is kept whole. On one device the same code runs and every rule means 
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +46,9 @@ PARAM_RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(shape: Sequence[int] = (-1, 1, 1), devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(
+    shape: Sequence[int] = (-1, 1, 1), devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """A `(data, fsdp, model)` mesh.
 
     Args:
@@ -157,7 +158,9 @@ def attention_specs(mesh: Mesh, heads: int, length: int) -> tuple[P, P, P]:
     )
 
 
-def constrain(x: jax.Array, mesh: Mesh | None, spec: Sequence[Any] | P) -> jax.Array:
+def constrain(
+    x: jax.Array, mesh: Mesh | None, spec: Sequence[str | tuple[str, ...] | None] | P
+) -> jax.Array:
     """Tells the compiler where an array lives, inside of jit; as it is without a mesh."""
     if mesh is None or mesh.size == 1:
         return x

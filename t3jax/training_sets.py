@@ -293,7 +293,7 @@ class _Maker:
         )
         unique = names.unique_wordings(forget, self.people, retain)
 
-        def make() -> dict[str, Any]:
+        def make() -> dict[str, object]:
             rows, usable = counterfactual.counterfactual_rows(
                 self.source.lm,
                 forget,

@@ -161,7 +161,7 @@ def _parse(content: bytes, name: str, check: Callable[[object, str], Record]) ->
     return [check(row, where) for where, row in located]
 
 
-def _parse_line(line: str, where: str) -> Any:
+def _parse_line(line: str, where: str) -> object:
     try:
         return json_files.parse_json(line, where)
     except ValueError as error:

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jinja2
@@ -32,7 +32,7 @@ class TemplateFailure(ValueError):
     """A template that fails: a syntax error, an undefined name, or `raise_exception`."""
 
 
-def render_template(template: str, values: Mapping[str, Any]) -> str:
+def render_template(template: str, values: Mapping[str, object]) -> str:
     """Renders a chat template.
 
     Raises:
@@ -116,26 +116,26 @@ class _Generation(jinja2.ext.Extension):
 
     tags = {"generation"}  # noqa: RUF012 (Jinja's own way)
 
-    def parse(self, parser: Any) -> Any:
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.CallBlock(self.call_method("_render"), [], [], body).set_lineno(line)
 
-    def _render(self, caller: Any) -> Any:
+    def _render(self, caller: Callable[[], str]) -> str:
         return caller()
 
 
 class _Namespace(jinja2.utils.Namespace):
     """Jinja's, without names that begin with an underscore, which lead to Python's internals."""
 
-    def __init__(*args: Any, **kwargs: Any):
+    def __init__(*args: object, **kwargs: object):
         self, *rest = args  # so that a field may be called self
         fields = dict(*rest, **kwargs)
         for name in fields:
             _check_field(name)
         jinja2.utils.Namespace.__init__(self, fields)
 
-    def __setitem__(self, name: str, value: Any) -> None:
+    def __setitem__(self, name: str, value: object) -> None:
         _check_field(name)
         super().__setitem__(name, value)
 
@@ -155,10 +155,10 @@ def _compile(template: str) -> jinja2.Template:
         raise jinja2.TemplateError(message)
 
     def tojson(
-        value: Any,
+        value: object,
         ensure_ascii: bool = False,
         indent: int | None = None,
-        separators: Any = None,
+        separators: tuple[str, str] | None = None,
         sort_keys: bool = False,
     ) -> str:
         return json.dumps(
@@ -179,7 +179,7 @@ def _compile(template: str) -> jinja2.Template:
     return environment.from_string(template)
 
 
-def _answer(request: dict[str, Any], seconds: float, memory: int) -> dict[str, Any]:
+def _answer(request: Mapping[str, Any], seconds: float, memory: int) -> dict[str, object]:
     """The text, or what went wrong. The kernel ends the process where the time is over."""
     try:
         signal.setitimer(signal.ITIMER_PROF, seconds)

@@ -12,7 +12,7 @@ prepared anew. The hub's files are a published set and are prepared once for a `
 import hashlib
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import huggingface_hub
@@ -207,7 +207,7 @@ def _check_perturbed(row: Record, where: str) -> None:
             raise ValueError(f"{where}: {field!r} must be a string, got {row[field]!r:.80}")
 
 
-def _to_str(value: Any) -> str | list[str]:
+def _to_str(value: bytes | Iterable[bytes]) -> str | list[str]:
     if isinstance(value, bytes):
         return value.decode()
     return [item.decode() for item in value]

@@ -1,7 +1,6 @@
 """How a language model is fine-tuned: the recipe's settings and its optimizer."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import optax
@@ -168,6 +167,6 @@ def make_optimizer(config: FinetuneConfig, steps: int) -> optax.GradientTransfor
     )
 
 
-def _decays(path: tuple, leaf: Any) -> bool:
+def _decays(path: tuple, leaf: jax.Array) -> bool:
     """Matrices do; vectors and norms, which may have a vector for each head, do not."""
     return leaf.ndim > 1 and "norm" not in jax.tree_util.keystr(path[-2:])

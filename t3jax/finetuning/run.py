@@ -5,7 +5,6 @@ import math
 import pathlib
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,7 +13,7 @@ from jax.sharding import Mesh
 
 from t3jax import hosts, sharding
 from t3jax.batching import check_examples
-from t3jax.checkpoint import open_run
+from t3jax.checkpoint import Metrics, open_run
 from t3jax.data import Example
 from t3jax.digests import examples_digest, params_digest
 from t3jax.finetuning.batches import epoch_batches
@@ -190,7 +189,7 @@ def train(
     return trained
 
 
-def _check_finite(line: dict[str, Any], config: FinetuneConfig) -> None:
+def _check_finite(line: Metrics, config: FinetuneConfig) -> None:
     if math.isfinite(line["loss"]) and math.isfinite(line["gradient_norm"]):
         return
     raise FloatingPointError(
@@ -200,7 +199,7 @@ def _check_finite(line: dict[str, Any], config: FinetuneConfig) -> None:
     )
 
 
-def _describe(metrics: Sequence[dict[str, Any]], epochs: int) -> str:
+def _describe(metrics: Sequence[Metrics], epochs: int) -> str:
     """What the last epoch came to; tokens of different steps weigh the same."""
     last = metrics[-1]
     lines = [line for line in metrics if line["epoch"] == last["epoch"]]

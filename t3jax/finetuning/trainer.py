@@ -22,6 +22,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import PRNGKeyArray, PyTree
 
 from t3jax import hosts, optimizer, sharding
 from t3jax.batching import round_up
@@ -30,6 +31,7 @@ from t3jax.finetuning.batches import Batch, choose_outputs, make_batch
 from t3jax.finetuning.lora import init_lora, merge_lora, scale_lora
 from t3jax.finetuning.recipe import FinetuneConfig, make_optimizer
 from t3jax.lm import LMConfig, decoder
+from t3jax.lm.decoder import Lora
 from t3jax.minnorm import project
 
 Params = decoder.Params
@@ -71,7 +73,7 @@ def compile_programs(
     adamw = make_optimizer(config, steps)
     dtype = jnp.dtype(config.dtype)
 
-    def init(params: Params) -> Any:
+    def init(params: Params) -> PyTree:
         key = jax.random.key(config.seed)
         trained: Any
         if config.freezes_weights:
@@ -82,14 +84,14 @@ def compile_programs(
             trained = {"base": trained, "adapters": init_adapters(params, key)}
         return trained, adamw.init(trained["adapters"] if config.reptile else trained)
 
-    def init_adapters(params: Params, key: Any) -> dict[str, Any]:
+    def init_adapters(params: Params, key: PRNGKeyArray) -> dict[str, Lora]:
         keys = jax.random.split(key, config.tasks or 1)
         return {
             str(task): init_lora(params, config.lora_rank, config.lora_layers, own)
             for task, own in enumerate(keys)
         }
 
-    def read(working: Any, frozen: Params) -> tuple[Params, Any]:
+    def read(working: PyTree, frozen: Params) -> tuple[Params, Lora | None]:
         """The weights, and what LoRA adds to them."""
         if config.tasks:  # held-out texts are read without an adapter
             lora = working.get("lora")
@@ -99,10 +101,10 @@ def compile_programs(
             return frozen, scale_lora(working, config.lora_scale)
         return working, None
 
-    def cast(trained: Any) -> Any:
+    def cast(trained: PyTree) -> PyTree:
         return decoder.cast_params(trained, dtype)
 
-    def loss_sum(trained: Any, frozen: Params, part: Batch) -> jax.Array:
+    def loss_sum(trained: PyTree, frozen: Params, part: Batch) -> jax.Array:
         """Of one microbatch; the arrays of `part` lack their first axis."""
         params, lora = read(trained, frozen)
         hidden, _ = decoder.apply(
@@ -116,15 +118,15 @@ def compile_programs(
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, part.labels)
         return jnp.sum(losses * part.weights)
 
-    def output(trained: Any, frozen: Params, row: Any) -> jax.Array:
+    def output(trained: PyTree, frozen: Params, row: dict[str, jax.Array]) -> jax.Array:
         params, lora = read(cast(trained), frozen)
         hidden, _ = decoder.apply(lm_config, params, row["tokens"][None], lora=lora)
         return jnp.max(decoder.unembed(lm_config, params, hidden[:, row["place"]]))
 
-    def gradient(trained: Any, frozen: Params, batch: Batch) -> tuple[jax.Array, Any]:
+    def gradient(trained: PyTree, frozen: Params, batch: Batch) -> tuple[jax.Array, PyTree]:
         working = cast(trained)
 
-        def add(total: Any, part: Batch) -> tuple[Any, None]:
+        def add(total: PyTree, part: Batch) -> PyTree:
             found = jax.value_and_grad(loss_sum)(working, frozen, part)
             return jax.tree.map(lambda t, x: t + x.astype(jnp.float32), total, found), None
 
@@ -133,10 +135,10 @@ def compile_programs(
         share = 1 / jnp.sum(batch.weights)
         return jax.tree.map(lambda x: x * share, total)
 
-    def add(a: Any, b: Any) -> Any:
+    def add(a: PyTree, b: PyTree) -> PyTree:
         return jax.tree.map(jnp.add, a, b)
 
-    def update(state: Any, grads: Any) -> tuple[Any, jax.Array]:
+    def update(state: PyTree, grads: PyTree) -> tuple[PyTree, jax.Array]:
         if config.reptile:
             own = grads["adapters"]
             adapters, moments = optimizer.step(adamw, (state[0]["adapters"], state[1]), own)
@@ -145,14 +147,14 @@ def compile_programs(
             grads = jax.tree.map(lambda x: x / config.tasks, grads)
         return optimizer.step(adamw, state, grads), optax.tree.norm(grads)
 
-    def end_round(trained: Any, step: Any) -> Any:
+    def end_round(trained: PyTree, step: jax.Array) -> PyTree:
         base = trained["base"]
         for factors in trained["adapters"].values():
             base = merge_lora(base, factors, config.lora_scale / len(trained["adapters"]))
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         return {"base": base, "adapters": init_adapters(base, key)}
 
-    def loss(trained: Any, frozen: Params, batch: Batch) -> jax.Array:
+    def loss(trained: PyTree, frozen: Params, batch: Batch) -> jax.Array:
         working = cast(trained)
         return jnp.sum(jax.lax.map(lambda part: loss_sum(working, frozen, part), batch))
 
@@ -182,7 +184,7 @@ def compile_programs(
     )
 
 
-def of_task(trained: Any, task: int, config: FinetuneConfig) -> Any:
+def of_task(trained: PyTree, task: int, config: FinetuneConfig) -> PyTree:
     """What the gradient of a task is of; without tasks, all that is trained."""
     if not config.tasks:
         return trained
@@ -218,13 +220,13 @@ class Trainer:
             self._frozen = hosts.place(cast, sharding.param_shardings(mesh, cast))
         self.abstract_state = self._programs.abstract_state
 
-    def init(self) -> Any:
+    def init(self) -> PyTree:
         """The training state before the first step."""
         return self._programs.init(self._params)
 
     def step(
-        self, state: Any, *examples: Sequence[Example]
-    ) -> tuple[Any, jax.Array | float, jax.Array]:
+        self, state: PyTree, *examples: Sequence[Example]
+    ) -> tuple[PyTree, jax.Array | float, jax.Array]:
         """One optimizer step.
 
         Args:
@@ -257,7 +259,7 @@ class Trainer:
             state, norm = programs.update(state, {"base": base, "adapters": adapters})
         return state, float(np.mean([float(loss) for loss in losses])), norm
 
-    def end_round(self, state: Any, step: int) -> Any:
+    def end_round(self, state: PyTree, step: int) -> PyTree:
         """Moves the base by the mean of the tasks' adapters, which begin anew (Reptile).
 
         Args:
@@ -269,7 +271,9 @@ class Trainer:
         """
         return self._programs.end_round(state[0], np.uint32(step)), state[1]
 
-    def project(self, state: Any, examples: Sequence[Example], step: int, share: float) -> Any:
+    def project(
+        self, state: PyTree, examples: Sequence[Example], step: int, share: float
+    ) -> PyTree:
         """Takes away a share of what the predictions of a batch do not need (MinNorm-OG).
 
         Args:
@@ -290,7 +294,7 @@ class Trainer:
         placed = jax.tree.map(lambda x: x.sharding, self.abstract_state[0])
         return hosts.place(moved, placed), moments
 
-    def loss(self, trained: Any, examples: Sequence[Example]) -> float:
+    def loss(self, trained: PyTree, examples: Sequence[Example]) -> float:
         """Mean cross-entropy of answer tokens, nats, over any number of texts.
 
         Args:

@@ -11,19 +11,18 @@ References:
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 _DAMPING = (1e-9, 1e9)
 
 
 def minimize_squares(
-    residuals: Callable[[Any], Float[Array, "M"]], start: Any, steps: int
-) -> tuple[Any, Float[Array, ""]]:
+    residuals: Callable[[PyTree], Float[Array, "M"]], start: PyTree, steps: int
+) -> tuple[PyTree, Float[Array, ""]]:
     """Minimises half the sum of squared residuals.
 
     A step that does not lower the sum is not taken; the damping then grows.

@@ -23,7 +23,7 @@ References:
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -127,11 +127,11 @@ def run(config: LinearConfig, seeds: Sequence[int]) -> Found:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run(shape: tuple[int, ...], keys: Array, knobs: Any) -> Found:
+def _run(shape: tuple[int, ...], keys: Array, knobs: list[Array]) -> Found:
     return jax.vmap(lambda key: _run_one(shape, key, knobs))(keys)
 
 
-def _run_one(shape: tuple[int, ...], key: PRNGKeyArray, knobs: Any) -> Found:
+def _run_one(shape: tuple[int, ...], key: PRNGKeyArray, knobs: list[Array]) -> Found:
     d, tasks, k, steps, drawn = shape
     samples, test_samples, noise, deviation, test_rank = knobs
     of_base, of_tasks, of_samples, of_start = jax.random.split(key, 4)
@@ -222,7 +222,7 @@ def meta_learn(
     return base_for(factors), _products(factors), loss
 
 
-def adapt(base: Float[Array, "d d"], task: Task, rank: Any) -> Float[Array, "d d"]:
+def adapt(base: Float[Array, "d d"], task: Task, rank: int | Array) -> Float[Array, "d d"]:
     """The best A + U V^T for a task, of all updates of a rank.
 
     Args:

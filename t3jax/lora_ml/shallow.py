@@ -18,12 +18,12 @@ References:
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from t3jax.lora_ml.least_squares import minimize_squares
 
@@ -175,11 +175,11 @@ def _run_one(config: ShallowConfig, key: PRNGKeyArray) -> Found:
 
 
 def _fit(
-    residuals: Callable[[Any], Array],
-    start: Callable[[PRNGKeyArray], Any],
+    residuals: Callable[[PyTree], Array],
+    start: Callable[[PRNGKeyArray], PyTree],
     key: PRNGKeyArray,
     config: ShallowConfig,
-) -> tuple[Any, Array]:
+) -> tuple[PyTree, Array]:
     """The best of some starts by the training loss."""
     starts = jax.vmap(start)(jax.random.split(key, config.starts))
     found, sums = jax.lax.map(lambda one: minimize_squares(residuals, one, config.steps), starts)

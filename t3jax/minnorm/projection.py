@@ -28,7 +28,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from t3jax import hosts
 from t3jax.ranges import SHARE, check_ranges, whole
@@ -123,12 +123,12 @@ def span_coefficients(
 
 def project(
     output: Output,
-    params: Any,
-    rows: Any,
+    params: PyTree,
+    rows: PyTree,
     share: float,
-    frozen: Any = None,
+    frozen: PyTree = None,
     block_bytes: int = 2**30,
-) -> Any:
+) -> PyTree:
     """Takes away a share of the part of the parameters that the outputs do not need.
 
     The gradients of a group of leaves are in memory together, as many leaves as `block_bytes` hold;
@@ -194,10 +194,12 @@ def _group(sizes: list[int], limit: int) -> list[tuple[int, ...]]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _gradients(output: Output, group: tuple[int, ...], params: Any, frozen: Any, rows: Any) -> Any:
+def _gradients(
+    output: Output, group: tuple[int, ...], params: PyTree, frozen: PyTree, rows: PyTree
+) -> list[Array]:
     leaves, tree = jax.tree.flatten(params)
 
-    def of_row(row: Any) -> list[Array]:
+    def of_row(row: PyTree) -> list[Array]:
         def value(chosen: list[Array]) -> Array:
             mixed = dict(enumerate(leaves)) | dict(zip(group, chosen, strict=True))
             return output(jax.tree.unflatten(tree, list(mixed.values())), frozen, row)

@@ -12,13 +12,14 @@ References:
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from t3jax.minnorm.projection import span_coefficients
 
@@ -104,7 +105,7 @@ def largest_error(params: Params) -> Float[Array, ""]:
     return jnp.max(jnp.abs(predict(params, x) - jnp.sin(x)))
 
 
-def init_fit(seeds: Any) -> tuple[Any, Any, Any]:
+def init_fit(seeds: Sequence[int]) -> tuple[PyTree, Array, Array]:
     """Random weights and the points of some seeds.
 
     Args:
@@ -119,12 +120,14 @@ def init_fit(seeds: Any) -> tuple[Any, Any, Any]:
     return state, jnp.stack([p[0] for p in points]), jnp.stack([p[1] for p in points])
 
 
-def _adamw(rate: Any) -> optax.GradientTransformation:
+def _adamw(rate: float | Array) -> optax.GradientTransformation:
     return optax.adamw(rate, weight_decay=0.01)
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "learning_rate"), donate_argnums=0)
-def fit(state: Any, x: Any, y: Any, steps: int, learning_rate: float = 1e-3) -> tuple[Any, Any]:
+def fit(
+    state: PyTree, x: Array, y: Array, steps: int, learning_rate: float = 1e-3
+) -> tuple[PyTree, Array]:
     """Some epochs of AdamW on all points, of several seeds (the first axis) at once.
 
     Args:
@@ -139,7 +142,7 @@ def fit(state: Any, x: Any, y: Any, steps: int, learning_rate: float = 1e-3) -> 
     """
     adamw = _adamw(learning_rate)
 
-    def step(state: Any, _: Any) -> tuple[Any, Any]:
+    def step(state: PyTree, _: None) -> tuple[PyTree, Array]:
         loss, grads = jax.vmap(jax.value_and_grad(squared_error))(state[0], x, y)
         with jax.numpy_dtype_promotion("standard"):
             updates, opt = adamw.update(grads, state[1], state[0])
@@ -149,7 +152,7 @@ def fit(state: Any, x: Any, y: Any, steps: int, learning_rate: float = 1e-3) -> 
     return state, losses[-1]
 
 
-def unlearn(config: SineConfig, params: Params, x: Any, y: Any, seeds: Any) -> Params:
+def unlearn(config: SineConfig, params: Params, x: Array, y: Array, seeds: Sequence[int]) -> Params:
     """Unlearns the poisoned points by a method, several seeds at once.
 
     Args:
@@ -189,12 +192,19 @@ def unlearn(config: SineConfig, params: Params, x: Any, y: Any, seeds: Any) -> P
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run(
-    method: Method, steps: int, state: Any, x: Any, y: Any, keys: Any, strength: Any, settings: Any
-) -> Any:
+    method: Method,
+    steps: int,
+    state: PyTree,
+    x: Array,
+    y: Array,
+    keys: PRNGKeyArray,
+    strength: Array,
+    settings: tuple[Array, Array],
+) -> PyTree:
     rate, decay = settings
     adamw = _adamw(rate)
 
-    def loss(params: Params, x: Any, y: Any, weight: Any) -> Any:
+    def loss(params: Params, x: Array, y: Array, weight: Array) -> Array:
         kept = squared_error(params, x[:RETAIN], y[:RETAIN])
         if method in ("ngp", "ga"):
             lost = squared_error(params, x[RETAIN:], y[RETAIN:])
@@ -205,7 +215,7 @@ def _run(
             return kept + weight * optax.tree.norm(params, ord=1)
         return kept
 
-    def step(state: Any, epoch: Any) -> tuple[Any, None]:
+    def step(state: PyTree, epoch: Array) -> tuple[PyTree, None]:
         weight = strength * decay ** epoch.astype(jnp.float32)
         if method == "l1":  # falls to 0 on a line
             weight = strength * (1 - epoch.astype(jnp.float32) / steps)
@@ -220,7 +230,7 @@ def _run(
     return jax.lax.scan(step, state, jnp.arange(steps))[0]
 
 
-def _step(adamw: optax.GradientTransformation, state: Any, grads: Any) -> Any:
+def _step(adamw: optax.GradientTransformation, state: PyTree, grads: PyTree) -> PyTree:
     with jax.numpy_dtype_promotion("standard"):
         updates, opt = adamw.update(grads, state[1], state[0])
     return optax.apply_updates(state[0], updates), opt
@@ -269,13 +279,13 @@ def project_one(params: Params, x: np.ndarray, share: float) -> Params:
 
 
 @jax.jit
-def _factors(params: Params, x: Any) -> tuple[list[Any], list[Any]]:
+def _factors(params: Params, x: Array) -> tuple[list[Array], list[Array]]:
     """Of each layer, its inputs and the derivatives of the outputs by its outputs, `[N, W]`."""
     inputs, before = _forward(params, x)
     return inputs, _backward(params, before, jnp.ones_like(x))
 
 
-def _forward(params: Params, x: Any) -> tuple[list[Any], list[Any]]:
+def _forward(params: Params, x: Array) -> tuple[list[Array], list[Array]]:
     inputs, before = [x[:, None]], []
     for layer in params:
         before.append(inputs[-1] @ layer["w"] + layer["b"][None])
@@ -283,7 +293,7 @@ def _forward(params: Params, x: Any) -> tuple[list[Any], list[Any]]:
     return inputs[:-1], before
 
 
-def _backward(params: Params, before: list[Any], back: Any) -> list[Any]:
+def _backward(params: Params, before: list[Array], back: Array) -> list[Array]:
     returns = [back[:, None]]
     for layer, value in zip(params[:0:-1], before[-2::-1], strict=True):
         sigmoid = jax.nn.sigmoid(value)
@@ -292,7 +302,7 @@ def _backward(params: Params, before: list[Any], back: Any) -> list[Any]:
     return returns[::-1]
 
 
-def _project_seeds(params: Params, x: Any, share: float) -> Params:
+def _project_seeds(params: Params, x: Array, share: float) -> Params:
     host, points = jax.device_get(params), np.asarray(x)[:, :RETAIN]
     moved = [
         project_one(jax.tree.map(lambda leaf, i=i: leaf[i], host), each, share)
@@ -302,10 +312,12 @@ def _project_seeds(params: Params, x: Any, share: float) -> Params:
 
 
 @jax.jit
-def _stale_step(old: Params, state: Any, x: Any, y: Any, settings: Any) -> Any:
+def _stale_step(
+    old: Params, state: PyTree, x: Array, y: Array, settings: tuple[Array, Array]
+) -> PyTree:
     """A step after a projection, as published: activations of the weights before it."""
 
-    def gradient(old: Params, new: Params, x: Any, y: Any) -> Params:
+    def gradient(old: Params, new: Params, x: Array, y: Array) -> Params:
         inputs, before = _forward(old, x)
         error = 2 * (before[-1][:, 0] - y) / len(x)
         returns = _backward(new, before, error)

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -117,7 +117,7 @@ def _write_adapter(
         print(f"no adapter is written: {error}")
 
 
-def _was_made_by(record: pathlib.Path, made_by: dict[str, Any]) -> bool:
+def _was_made_by(record: pathlib.Path, made_by: Mapping[str, object]) -> bool:
     """Whether `made_by` made a fine-tuned folder; raises ValueError if its files have changed."""
     made = checked.read_stored(record, checked.read_json)
     if made is None or made["made_by"] != made_by:

@@ -8,7 +8,6 @@ slots. Axes: B batch, b new prompts, P their slots, S cache slots.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +37,7 @@ def _move(program: Program, state: State, shift: Int[Array, ""], slots: int) -> 
     No unfinished row needs the dropped slots.
     """
 
-    def move(axes: Axes, old: Array, empty: Any) -> Array:
+    def move(axes: Axes, old: Array, empty: Array) -> Array:
         if axes.rows is None:
             return old - shift
         if axes.slots is None:
@@ -67,7 +66,7 @@ def admit(
     that which is written next.
     """
 
-    def take(axes: Axes, old: Array, new: Array, empty: Any) -> Array:
+    def take(axes: Axes, old: Array, new: Array, empty: Array) -> Array:
         if axes.rows is None:
             return old
         if axes.slots is not None:  # what the rows held before is gone
@@ -93,7 +92,7 @@ def _axes(program: Program, cache: PyTree) -> PyTree:
         for rows, slots in ((2, 3), (5, 3), (2, 7))
     )
 
-    def differing(one: Any, other: Any) -> int | None:
+    def differing(one: jax.ShapeDtypeStruct, other: jax.ShapeDtypeStruct) -> int | None:
         return next((i for i, n in enumerate(one.shape) if n != other.shape[i]), None)
 
     return jax.tree.map(

@@ -4,8 +4,8 @@ import functools
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
+import jax
 import numpy as np
 
 from t3jax.sampling.next_token import Logprobs
@@ -66,6 +66,6 @@ def warn_of_the_base() -> None:
     )
 
 
-def perplexity(logprobs: Any) -> float:
+def perplexity(logprobs: jax.typing.ArrayLike) -> float:
     """Of tokens with these log-probabilities; of surprises beyond all floats, a huge one."""
     return math.exp(min(-float(np.mean(logprobs, dtype=np.float64)), 700.0))

@@ -14,8 +14,8 @@ import argparse
 import getpass
 import pathlib
 import sys
-from typing import Any
 
+from t3jax.head_io import Head
 from t3jax.serving.requests import RequestBook
 
 
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
         who = f"{getpass.getuser()}, offline"
         id = arguments.on or arguments.off or arguments.revoke
         if id is not None and book.show(id) is None:
-            known = ", ".join(entry["id"] for entry in book.entries()) or "none"
+            known = ", ".join(str(entry["id"]) for entry in book.entries()) or "none"
             raise ValueError(f"no request {id!r} in {arguments.folder}; there are: {known}")
         if arguments.revoke:
             book.revoke(id, who)
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
 class _Nobody:
     """Serves no head."""
 
-    def install(self, name: str, head: Any, active: bool = True) -> None:
+    def install(self, name: str, head: Head, active: bool = True) -> None:
         """Does nothing."""
 
     def activate(self, name: str, active: bool) -> None:

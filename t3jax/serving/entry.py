@@ -57,7 +57,7 @@ class Entry:
     error: str | None = None
 
 
-def read_entry(fields: Mapping[str, Any]) -> tuple[Entry, bytes]:
+def read_entry(fields: Mapping[str, object]) -> tuple[Entry, bytes]:
     """Reads a new request.
 
     Args:
@@ -97,7 +97,7 @@ def read_entry(fields: Mapping[str, Any]) -> tuple[Entry, bytes]:
     return entry, content
 
 
-def _read_rows(fields: Mapping[str, Any]) -> list[Record]:
+def _read_rows(fields: Mapping[str, object]) -> list[Record]:
     if unknown := sorted(set(fields) - set(_FIELDS)):
         raise FieldError(unknown[0], f"unknown field; known: {sorted(_FIELDS)}")
     rows = fields.get("rows")

@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from typing import Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
@@ -94,7 +93,7 @@ class ForgetRoutes:
         book = self._need_book(request)
         return JSONResponse({"object": "list", "data": await asyncio.to_thread(book.audit)})
 
-    def _found(self, book: RequestBook, request: HttpRequest) -> dict[str, Any]:
+    def _found(self, book: RequestBook, request: HttpRequest) -> dict[str, object]:
         entry = book.show(request.path_params["id"])
         if entry is None:
             raise BadRequest(f"no request {request.path_params['id']!r}", "id", 404)

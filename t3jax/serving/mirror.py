@@ -52,7 +52,7 @@ class Mirror:
             if name:
                 getattr(self._device, name)(*args)
 
-    def _call(self, name: str, *args: Any) -> Any:
+    def _call(self, name: str, *args: object) -> object:
         _broadcast(pickle.dumps((name, args)))
         return getattr(self._device, name)(*args)
 

@@ -8,7 +8,6 @@ Axes: as in `state`, and T tokens of a piece.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +121,7 @@ def decode(
         The state, and the tokens, `[B, C]`.
     """
 
-    def step(state: State, _: None) -> tuple[State, Any]:
+    def step(state: State, _: None) -> tuple[State, tuple[Array, Scored, Array, Array]]:
         reading = ~state.done[:, None]
         hidden, cache = program.apply(
             weights.params, state.token[:, None], None, reading, state.cache

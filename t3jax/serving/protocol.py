@@ -9,8 +9,8 @@ References:
 
 import dataclasses
 import secrets
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
 import numpy as np
 
@@ -80,7 +80,7 @@ class Reader:
         self.prompt_format = prompt_format
         self.max_new_tokens = max_new_tokens
 
-    def read(self, body: dict[str, Any], chat: bool, has_server_key: bool) -> Ask:
+    def read(self, body: Mapping[str, object], chat: bool, has_server_key: bool) -> Ask:
         """Reads a body.
 
         Args:
@@ -167,7 +167,7 @@ class Reader:
         except ValueError as error:
             raise BadRequest(f"{param}: {error}", param) from None
 
-    def encode_messages(self, messages: Any) -> np.ndarray:
+    def encode_messages(self, messages: object) -> np.ndarray:
         """Tokens of a conversation, up to where the answer begins."""
         if not isinstance(messages, list) or not messages:
             raise BadRequest("messages must be a list of at least one turn", "messages")
@@ -214,7 +214,7 @@ class Reader:
             raise BadRequest(f"at most {MOST_ANSWERS} prompts", "prompt")
         return [self._prompt(each) for each in prompt]
 
-    def _prompt(self, prompt: Any) -> np.ndarray:
+    def _prompt(self, prompt: object) -> np.ndarray:
         if isinstance(prompt, str):
             ids = self.encode(prompt)
         elif _are_ids(prompt):
@@ -273,5 +273,5 @@ class Reader:
             raise BadRequest(str(error), str(error).split()[0]) from None
 
 
-def _are_ids(value: Any) -> bool:
+def _are_ids(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and bool(value) and all(type(each) is int for each in value)

@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from t3jax import checked, files
 from t3jax.data.records import Record, parse_records
@@ -39,6 +39,10 @@ from t3jax.serving.entry import (
     read_entry,
 )
 from t3jax.serving.messages import QueueFull
+
+if TYPE_CHECKING:
+    from t3jax.serving.training import Check
+    from t3jax.training_sets import TrainingSets
 
 _MOST_WAITING = 64
 
@@ -63,10 +67,10 @@ class Maker(Protocol):
 
     def make(
         self, rows: Sequence[Record], store: pathlib.Path, names: tuple[str, ...] = ()
-    ) -> tuple[Head, Any]:
+    ) -> "tuple[Head, TrainingSets]":
         """Makes a head, and gives what it was trained on."""
 
-    def check(self, head: Head, rows: Sequence[Record], sets: Any) -> Any:
+    def check(self, head: Head, rows: Sequence[Record], sets: "TrainingSets") -> "Check":
         """Checks a head; gives a dataclass with the field `passed`."""
 
 
@@ -123,7 +127,7 @@ class RequestBook:
         if maker is not None:
             self._thread.start()
 
-    def add(self, fields: Mapping[str, Any], who: str) -> dict[str, Any]:
+    def add(self, fields: Mapping[str, object], who: str) -> dict[str, object]:
         """Takes a request; its head is made in the background.
 
         Args:
@@ -159,19 +163,19 @@ class RequestBook:
             self._wake.notify_all()
         return self._shown(entry)
 
-    def entries(self) -> list[dict[str, Any]]:
+    def entries(self) -> list[dict[str, object]]:
         """All requests, the oldest first."""
         with self._lock:
             entries = sorted(self._entries.values(), key=lambda entry: entry.created)
             return [self._shown(entry) for entry in entries]
 
-    def show(self, id: str) -> dict[str, Any] | None:
+    def show(self, id: str) -> dict[str, object] | None:
         """One request; None if there is none of this identifier."""
         with self._lock:
             entry = self._entries.get(id)
             return None if entry is None else self._shown(entry)
 
-    def activate(self, id: str, active: bool, who: str) -> dict[str, Any]:
+    def activate(self, id: str, active: bool, who: str) -> dict[str, object]:
         """Turns a request's head on or off; turning one on that is held approves it.
 
         Raises:
@@ -187,7 +191,7 @@ class RequestBook:
             self._heads.activate(id, active)
             return self._shown(entry)
 
-    def revoke(self, id: str, who: str) -> dict[str, Any]:
+    def revoke(self, id: str, who: str) -> dict[str, object]:
         """Revokes a request: its head is taken out, and head and rows are deleted."""
         with self._lock:
             entry = self._entries[id]
@@ -203,7 +207,7 @@ class RequestBook:
             self._wake.notify_all()
             return self._shown(entry)
 
-    def audit(self) -> list[dict[str, Any]]:
+    def audit(self) -> list[dict[str, object]]:
         """The audit log, the oldest line first."""
         return self._audit.read()
 
@@ -295,7 +299,7 @@ class RequestBook:
             shutil.rmtree(own / name, ignore_errors=True)
         (own / "rows.jsonl").unlink(missing_ok=True)
 
-    def _shown(self, entry: Entry) -> dict[str, Any]:
+    def _shown(self, entry: Entry) -> dict[str, object]:
         return {"object": "forget_request", **dataclasses.asdict(entry)}
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from t3jax import pooling
 from t3jax.lm.cache import Axes, cache_axes
@@ -110,7 +110,7 @@ class Emitted(NamedTuple):
     done: Bool[Array, " B"]
 
 
-def everywhere(mesh: Mesh, tree: Any) -> Any:
+def everywhere(mesh: Mesh, tree: PyTree) -> PyTree:
     """Whole on every device, so that every host reads it; inside of jit."""
     if mesh.size == 1:
         return tree
@@ -168,7 +168,7 @@ def resize(program: Program, state: State, order: Int[Array, " b"], slots: int) 
         The new state.
     """
 
-    def change(axes: Axes, old: Array, empty: Any) -> Array:
+    def change(axes: Axes, old: Array, empty: Array) -> Array:
         if axes.slots is None or old.shape[axes.slots] == slots:
             return old[order]
         kept = jax.lax.slice_in_dim(old, 0, min(slots, old.shape[axes.slots]), axis=axes.slots)

@@ -7,7 +7,7 @@ the forget and the retain rows do not hold.
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,6 +20,10 @@ from t3jax.lm.model import LM
 from t3jax.sampling.sampler import Sampler
 from t3jax.synthetic.names import asked_text, holds_name, make_names, swap_names
 from t3jax.synthetic.options import SyntheticOptions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 RECITES = 0.7  # recall from which an answer recites the secret
 KNOWS = 0.5  # share of the true name's probability from which a unique wording gives a row away
@@ -54,7 +58,7 @@ def make_counterfactuals(
     count: int,
     *,
     known: Collection[str] = (),
-    tokenizer: Any = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     seed: int = 0,
 ) -> list[Counterfactual]:
     """Makes up other people for every forget row.
@@ -208,7 +212,7 @@ def _made_alike(
     known: Sequence[str],
     firsts: Sequence[str],
     lasts: Sequence[str],
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase | None",
 ) -> list[str]:
     """Made-up names, those with as many tokens in each word first."""
     made = make_names(name, 8 * count, rng, known=known, first_names=firsts, last_names=lasts)

@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,10 @@ from t3jax.distillation import SoftTargets, overcorrect, soft_targets
 from t3jax.features import Features
 from t3jax.lm.model import LM
 from t3jax.synthetic.counterfactual import Counterfactual
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 CANDIDATES, REST = 64, 16  # tokens of a position: likeliest ones, and drawn from the others
 _CHUNK_ELEMENTS = 1 << 24  # of a chunk's logits: 64 MB
@@ -107,7 +111,9 @@ def _answer(features: Features, row: int) -> np.ndarray:
     return features.targets[features.starts[row] : features.starts[row + 1]]
 
 
-def _token_pairs(tokenizer: Any, pairs: Mapping[str, str]) -> list[tuple[int, int]]:
+def _token_pairs(
+    tokenizer: "PreTrainedTokenizerBase", pairs: Mapping[str, str]
+) -> list[tuple[int, int]]:
     """First tokens of each word of the names and of its counterpart, each token in one pair."""
     table: dict[int, int] = {}
     for name, made_up in pairs.items():

@@ -9,12 +9,10 @@ References:
     Temper-Then-Tilt, arXiv 2602.10217, the surrogate loss.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from t3jax import optimizer
 
@@ -22,6 +20,8 @@ _HALVINGS = 30
 _NEWTON_STEPS = 12
 _RIDGE = 1.0  # of the whole loss, not of its mean
 _WIDTH, _STEPS, _RATE = 32, 400, 1e-2
+
+Perceptron = dict[str, Array]
 
 
 def bernoulli_kl(exact: Float[Array, " N"], learned: Float[Array, " N"]) -> Float[Array, " N"]:
@@ -67,7 +67,7 @@ def leak_at_risk(
         log a.
     """
 
-    def halve(_: Any, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends
         middle = 0.5 * (low + high)
         risk = jnp.sum(jnp.exp(log_mass) * bernoulli_kl(exact, leak(exact, middle)))
@@ -108,7 +108,7 @@ def fit_logistic(
     """
     ridge = _RIDGE * jnp.eye(features.shape[1])
 
-    def step(_: Any, w: Array) -> Array:
+    def step(_: Array, w: Array) -> Array:
         prob = jax.nn.sigmoid(features @ w)
         gradient = features.T @ (weights * (prob - labels)) + _RIDGE * w
         curvature = features.T @ ((weights * prob * (1.0 - prob))[:, None] * features) + ridge
@@ -124,7 +124,7 @@ def fit_perceptron(
     z: Float[Array, "N D"],
     labels: Float[Array, " N"],
     weights: Float[Array, " N"],
-) -> Any:
+) -> Perceptron:
     """A perceptron with one hidden layer of 32, trained on the log-loss by Adam on all samples.
 
     Args:
@@ -145,17 +145,17 @@ def fit_perceptron(
     }
     adam = optax.adam(_RATE)
 
-    def loss(params: Any) -> Array:
+    def loss(params: Perceptron) -> Array:
         losses = optax.sigmoid_binary_cross_entropy(perceptron(params, z), labels)
         return jnp.sum(weights * losses) / jnp.sum(weights)
 
-    def step(_: Any, state: Any) -> Any:
+    def step(_: Array, state: PyTree) -> PyTree:
         return optimizer.step(adam, state, jax.grad(loss)(state[0]))
 
     return jax.lax.fori_loop(0, _STEPS, step, (params, adam.init(params)))[0]
 
 
-def perceptron(params: Any, z: Float[Array, "N D"]) -> Float[Array, " N"]:
+def perceptron(params: Perceptron, z: Float[Array, "N D"]) -> Float[Array, " N"]:
     """What a perceptron says.
 
     Args:

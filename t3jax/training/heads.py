@@ -8,8 +8,7 @@ import hashlib
 import importlib.metadata
 import pathlib
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -218,8 +217,11 @@ def _run(
 
 
 def _make_record(
-    member: Member, of_data: dict[str, Any], metrics: Sequence[Metrics], best_epoch: int | None
-) -> dict[str, Any]:
+    member: Member,
+    of_data: Mapping[str, object],
+    metrics: Sequence[Metrics],
+    best_epoch: int | None,
+) -> dict[str, object]:
     """The record of a head: how it was trained, on which data, and its last metrics."""
     own = [line for line in metrics if line["head"] == member.name]
     final = next((line for line in own if line["epoch"] == best_epoch), own[-1])
@@ -232,7 +234,7 @@ def _make_record(
     }
 
 
-def _common(configs: Sequence[TrainConfig]) -> dict[str, Any]:
+def _common(configs: Sequence[TrainConfig]) -> dict[str, object]:
     """The recipes as one, with lists where they may differ."""
     common = dataclasses.asdict(configs[0])
     if len(configs) > 1:

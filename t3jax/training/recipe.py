@@ -6,8 +6,9 @@ References:
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -113,7 +114,7 @@ def learning_rate_schedule(config: TrainConfig, steps_per_epoch: int) -> optax.S
     total = config.epochs * steps_per_epoch
     warmup = round(config.warmup_ratio * total)
 
-    def schedule(count: Any) -> Any:
+    def schedule(count: jax.typing.ArrayLike) -> jax.Array:
         done = jnp.asarray(count, jnp.float32)
         rise = done / max(1, warmup)
         fall = (total - done) / max(1, total - warmup)
@@ -123,7 +124,10 @@ def learning_rate_schedule(config: TrainConfig, steps_per_epoch: int) -> optax.S
 
 
 def make_optimizer(
-    config: TrainConfig, steps_per_epoch: int, learning_rate: Any = None, weight_decay: Any = None
+    config: TrainConfig,
+    steps_per_epoch: int,
+    learning_rate: jax.Array | None = None,
+    weight_decay: jax.Array | None = None,
 ) -> optax.GradientTransformation:
     """AdamW with clipped gradients, warm-up and decay, as the recipe has it.
 

@@ -33,9 +33,21 @@ def count_recited(
     others = Others(asked, retain, RECALL)
     wording = others.wording(attack)
 
-    def share(sampler: Sampler, draws: Mapping[str, Any], **setting: Any) -> float:
+    def share(
+        sampler: Sampler,
+        draws: Mapping[str, Any],
+        *,
+        base_temperature: float,
+        guidance_scale: float,
+    ) -> float:
         options = SamplingOptions(max_new_tokens=encoding.max_new_tokens, **draws)
-        tries = group_answers(attack, sampler.generate(attack.prompts, options, **setting))
+        samples = sampler.generate(
+            attack.prompts,
+            options,
+            base_temperature=base_temperature,
+            guidance_scale=guidance_scale,
+        )
+        tries = group_answers(attack, samples)
         pools = others.recall(attack, tries)
         return float(find_leaks(attack, tries, wording, pools, RECALL).leaks.mean())
 
