@@ -86,14 +86,8 @@ class Instances(NamedTuple):
 def draw_instances(rng: np.random.Generator, number: int, atoms: int = 12) -> Instances:
     """Draws mixtures of many kinds: flat, spiky, of disjoint supports; and classifiers alike.
 
-    Args:
-        rng: Where from.
-        number: I.
-        atoms: A, at least 3.
-
-    Returns:
-        The instances. γ is from 0.001 to 0.999 and T from 1 to 10; classifiers are near the exact
-        one, far from it, leaky by the same share everywhere, or have nothing to do with it.
+    γ is from 0.001 to 0.999 and T from 1 to 10. Classifiers are near the exact one, far from it,
+    leaky by the same share everywhere, or have nothing to do with it. There are at least 3 atoms.
     """
     shape = (number, atoms)
 
@@ -260,16 +254,7 @@ class Check(NamedTuple):
 
 
 def check(statement: str, instances: int, seed: int = 0) -> Check:
-    """Tries a statement on random instances.
-
-    Args:
-        statement: A key of `STATEMENTS`.
-        instances: How many.
-        seed: Decides them.
-
-    Returns:
-        The count.
-    """
+    """Tries a statement of `STATEMENTS` on random instances."""
     left, right = STATEMENTS[statement](draw_instances(np.random.default_rng(seed), instances))
     # Rounding of a sum of 12 numbers, where both sides are nearly equal.
     violated = left > right * (1 + 1e-10) + 1e-12
@@ -283,16 +268,8 @@ def spike_errors(
     """The example in which both slopes are exact: a uniform p_r with a uniform spike beside it.
 
     p_r has density 1 on a set of measure 1, p_f density `peak` on another; f̂ is 1 on the first and
-    `rate` on the second, so that ε = -γ log(1 - rate) whatever the peak.
-
-    Args:
-        peak: ‖p_f‖∞.
-        gamma: γ.
-        rate: f̂ on the spike.
-        temperature: T.
-
-    Returns:
-        The forget error, the retain error in nats, and the mass of q̂ on the spike.
+    `rate` on the second, so that ε = -γ log(1 - rate) whatever the peak. The forget error, the
+    retain error in nats, and the mass of q̂ on the spike are returned.
     """
     power = 1 / temperature
     on_spike = (gamma * peak) ** power * rate

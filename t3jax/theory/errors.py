@@ -101,18 +101,7 @@ def measure(
     temperature: Float[Array, ""],
     scale: Float[Array, ""],
 ) -> Errors:
-    """Errors of the estimate that a classifier gives.
-
-    Args:
-        world: The mixture.
-        rule: Nodes and weights.
-        learned: Logits of f̂ at the nodes, `[N]`.
-        temperature: T.
-        scale: s.
-
-    Returns:
-        The errors, scalars.
-    """
+    """Errors of the estimate that a classifier gives, from its logits at the rule's nodes."""
     retain, forget, base = mixtures.log_parts(world, rule.z)
     exact = mixtures.bayes_logit(world, rule.z)
 
@@ -142,14 +131,7 @@ def run_one(
 ) -> Errors:
     """One instance: draws the mixture, trains the classifier, integrates at every T and s.
 
-    Args:
-        shape: What is compiled.
-        temperatures: T.
-        scales: s.
-        point: The instance, scalars.
-
-    Returns:
-        Its errors, `[T, S]`.
+    The errors are `[T, S]`.
     """
     of_world, of_samples, of_training, of_nodes = jax.random.split(jax.random.key(point.seed), 4)
     world = mixtures.make_world(
@@ -209,19 +191,9 @@ def run_grid(
 ) -> Errors:
     """Every combination, as one program.
 
-    Args:
-        shape: What the instances share.
-        log_peaks: Logarithms of the peaks of p_f.
-        temperatures: T.
-        gammas: γ.
-        scales: s.
-        samples: n of a trained classifier.
-        excess_risks: ε of the leaky one, nats.
-        seeds: Each another mixture.
-
-    Returns:
-        NumPy arrays with an axis for each, in the order (log_peaks, gammas, samples, excess_risks,
-        seeds, temperatures, scales).
+    `samples` is n of a trained classifier, `excess_risks` are ε of the leaky one, and each seed is
+    another mixture. The results are NumPy arrays with an axis for each, in the order (log_peaks,
+    gammas, samples, excess_risks, seeds, temperatures, scales).
 
     Raises:
         ValueError: If n is larger than `most_samples`, T below 1 or γ not in (0, 1).
@@ -257,15 +229,10 @@ def _run(shape: Shape, together: int, temperatures: Array, scales: Array, points
 def fit_slopes(
     log_peaks: Float[np.ndarray, " I"], log_errors: Float[np.ndarray, "I S"]
 ) -> tuple[float, float, float]:
-    """The power of the peak that an error grows with.
+    """The power of the peak that an error grows with: a straight line's slope in logarithms.
 
-    Args:
-        log_peaks: Logarithms of the peaks, `[I]`.
-        log_errors: Logarithms of the errors by peak and mixture, `[I, S]`.
-
-    Returns:
-        Slope of the straight line in logarithms: median over the mixtures, and the 2.5 and the 97.5
-        percentile.
+    `log_errors` are by peak and mixture. The slope's median over the mixtures is returned, with the
+    2.5 and the 97.5 percentile.
     """
     slopes = np.polyfit(np.asarray(log_peaks, np.float64), np.asarray(log_errors, np.float64), 1)[0]
     median, low, high = np.percentile(slopes, [50, 2.5, 97.5])
@@ -279,21 +246,12 @@ def predict_total(
     dimensions: int,
     temperatures: Float[np.ndarray, " K"],
 ) -> Float[np.ndarray, " K"]:
-    """Leading terms of forget plus retain error, for a spike in a unit Gaussian.
+    """Leading terms of forget plus retain error, for a spike in a unit Gaussian, by T.
 
     The forget error by statement 4 of docs/theory.md where p_r has no share in the spike, with the
     mean of p_f^(1/T) over a Gaussian spike in the place of its peak, and the normaliser of a unit
-    Gaussian; and the bias of statement 6, which is exact for one.
-
-    Args:
-        log_peak: Logarithm of the peak of p_f.
-        gamma: γ.
-        excess_risk: ε, nats.
-        dimensions: D.
-        temperatures: T, `[K]`.
-
-    Returns:
-        `[K]`; the forget error counts in peaks of p_r, the retain error in nats.
+    Gaussian; and the bias of statement 6, which is exact for one. The forget error counts in peaks
+    of p_r, the retain error in nats.
     """
     power = 1 / temperatures
     log_widest = power * (math.log(gamma) + log_peak) - math.log(gamma)
