@@ -70,14 +70,7 @@ def meta_learn_head(
 ) -> HeadParams:
     """Meta-learns a start on requests that are simulated with retain rows.
 
-    Args:
-        retain: Features of the retain rows; groups stand together.
-        head_config: Shape of the head.
-        config: The settings; None means the defaults.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        The parameters of a head, `HeadParams`.
+    Rows of one group stand together in `retain`.
 
     Raises:
         ValueError: If there are too few groups of rows.

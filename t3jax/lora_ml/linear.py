@@ -111,12 +111,7 @@ class Task(NamedTuple):
 def run(config: LinearConfig, seeds: Sequence[int]) -> Found:
     """Runs both methods on one random instance for each seed.
 
-    Args:
-        config: The setting.
-        seeds: Each decides an instance, its noise and the first adapters.
-
-    Returns:
-        What they came to; the first axis of each array counts seeds.
+    The seed decides the instance, its noise and the first adapters.
     """
     keys = jax.vmap(jax.random.key)(jnp.asarray(np.asarray(seeds), jnp.uint32))
     counts = [np.inf if n is None else n for n in (config.samples, config.test_samples)]
@@ -156,15 +151,8 @@ def draw_task(
 ) -> Task:
     """Draws samples of a task and keeps what its loss needs.
 
-    Args:
-        key: Decides them.
-        task: The map.
-        samples: N, traced; infinity means the limit.
-        noise: Deviation of the noise.
-        drawn: How many samples are drawn, of which the first N count.
-
-    Returns:
-        S and the least-squares map.
+    `drawn` samples are drawn, of which the first N count; N is traced, and infinity means the
+    limit.
     """
     d = len(task)
     count = jnp.minimum(samples, jnp.float32(drawn))
@@ -179,14 +167,7 @@ def draw_task(
 
 
 def retrain(tasks: Task) -> Float[Array, "d d"]:
-    """SR: the one map with the smallest summed loss.
-
-    Args:
-        tasks: The tasks; a first axis counts them.
-
-    Returns:
-        A, `[d, d]`.
-    """
+    """SR: the one map with the smallest summed loss; a first axis counts the tasks."""
     moments = _dot(tasks.root, tasks.root)
     return _dot(_dot(tasks.least, moments).sum(axis=0), jnp.linalg.inv(moments.sum(axis=0)))
 
@@ -196,13 +177,8 @@ def meta_learn(
 ) -> tuple[Float[Array, "d d"], Float[Array, "T d d"], Float[Array, ""]]:
     """LoRA-ML: min over A and U_t of the sum over tasks of the loss of A + U_t U_t^T.
 
-    Args:
-        tasks: The tasks; a first axis counts them.
-        start: The first U_t.
-        steps: Of `minimize_squares`.
-
-    Returns:
-        A, the updates U_t U_t^T, and the loss: half the sum of squares.
+    A first axis counts the tasks, and the U_t begin with `start`. A, the updates U_t U_t^T and half
+    the sum of squares are returned.
 
     References:
         arXiv 2410.22264, the objective of LoRA-ML.
@@ -223,15 +199,7 @@ def meta_learn(
 
 
 def adapt(base: Float[Array, "d d"], task: Task, rank: int | Array) -> Float[Array, "d d"]:
-    """The best A + U V^T for a task, of all updates of a rank.
-
-    Args:
-        base: A.
-        task: What to adapt to.
-        rank: Of the update; may be traced.
-
-    Returns:
-        A + U V^T, `[d, d]`.
+    """The best A + U V^T for a task, of all updates of a rank, which may be traced.
 
     References:
         Multivariate Reduced-Rank Regression, Reinsel and Velu, theorem 2.2.
@@ -259,13 +227,7 @@ def slope(
 ) -> tuple[float, float, float]:
     """Slope of log error against log x: each seed's by least squares, then their mean.
 
-    Args:
-        x: Where the errors were measured.
-        errors: Of each seed there.
-        level: Of the confidence interval.
-
-    Returns:
-        The mean slope, and the ends of Student's interval for it.
+    The ends of Student's interval for the mean follow it.
     """
     logs = np.log(np.asarray(x, float))
     logs -= logs.mean()

@@ -78,28 +78,14 @@ class Found(NamedTuple):
 def predict(
     weights: Float[Array, "d d"], outer: Float[Array, "d"], x: Float[Array, "N d"]
 ) -> Float[Array, "N"]:
-    """c^T relu(M x) of each point.
-
-    Args:
-        weights: M.
-        outer: c.
-        x: The points.
-
-    Returns:
-        The outputs.
-    """
+    """c^T relu(M x) of each point, M the weights and c the outer ones."""
     return jax.nn.relu(x @ weights.T) @ outer
 
 
 def run(config: ShallowConfig, seeds: Sequence[int]) -> Found:
     """Runs both methods on one random instance for each seed.
 
-    Args:
-        config: The setting.
-        seeds: Each decides an instance, its samples and the starts.
-
-    Returns:
-        What they came to; the first axis of each array counts seeds.
+    The seed decides the instance, its samples and the starts.
     """
     keys = jax.vmap(jax.random.key)(jnp.asarray(np.asarray(seeds), jnp.uint32))
     return _run(config, keys)

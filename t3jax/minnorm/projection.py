@@ -71,13 +71,7 @@ class MinNormConfig:
     def share_at(self, step: int, steps_per_epoch: int, epochs: int) -> float:
         """The share that a step's projection takes away, 0 for a step without one.
 
-        Args:
-            step: Which one, from 0.
-            steps_per_epoch: Steps of an epoch; all steps of an epoch project, or none does.
-            epochs: Of the whole run.
-
-        Returns:
-            The share.
+        Steps count from 0. All steps of an epoch project, or none does.
         """
         epoch, place = divmod(step, steps_per_epoch)
         if epoch % self.every or epoch >= epochs - self.last_epochs:
@@ -88,15 +82,11 @@ class MinNormConfig:
 def span_coefficients(
     blocks: Iterable[tuple[Float[np.ndarray, "N _"], Float[np.ndarray, "_"]]],
 ) -> Float[np.ndarray, "N"]:
-    """The weights c with which the gradients sum to the part of theta in their span.
+    """The weights c with which the gradients sum to the part of theta in their span, float64.
 
-    Args:
-        blocks: Of each block, its weights of all gradients `[N, D]` and of theta `[D]`. D may
-            differ from block to block.
-
-    Returns:
-        c with sum_i c_i g_i = P theta, float64; the smallest such where gradients depend on each
-        other.
+    A block holds its weights of all gradients `[N, D]` and of theta `[D]`; D may differ from block
+    to block. Where gradients depend on each other, c is the smallest solution of sum_i c_i g_i = P
+    theta.
 
     Raises:
         ValueError: If there are no blocks.
@@ -135,17 +125,9 @@ def project(
     a larger leaf is a group of its own. Each group costs two backward passes of every row; one
     where there is a single group.
 
-    Args:
-        output: `(params, frozen, row)` to a scalar, whose value is to stay; compiled once for each
-            function object.
-        params: The parameters, float32.
-        rows: A tree of arrays whose first axis counts the N rows.
-        share: From 0, nothing, to 1, all of it.
-        frozen: What else `output` reads.
-        block_bytes: Bytes for gradients of a group.
-
-    Returns:
-        Parameters like `params`, on the host.
+    `output` takes the float32 parameters, `frozen` and a row to the scalar that is to stay; it is
+    compiled once for each function object. The first axis of the arrays of `rows` counts the N
+    rows. A share of 0 takes nothing away, 1 all of it. The new parameters are on the host.
 
     Raises:
         FloatingPointError: If a gradient or a weight is infinite or NaN.

@@ -106,14 +106,7 @@ def largest_error(params: Params) -> Float[Array, ""]:
 
 
 def init_fit(seeds: Sequence[int]) -> tuple[PyTree, Array, Array]:
-    """Random weights and the points of some seeds.
-
-    Args:
-        seeds: The seeds.
-
-    Returns:
-        The state that `fit` begins with, and x and y `[seeds, N]`.
-    """
+    """Random weights and the points of some seeds: the state of `fit`, and x and y `[seeds, N]`."""
     points = [make_points(seed) for seed in seeds]
     params = jax.vmap(lambda seed: init_perceptron(jax.random.key(seed)))(jnp.asarray(seeds))
     state = params, _adamw(jnp.float32(1e-3)).init(params)
@@ -130,15 +123,8 @@ def fit(
 ) -> tuple[PyTree, Array]:
     """Some epochs of AdamW on all points, of several seeds (the first axis) at once.
 
-    Args:
-        state: Weights and optimizer state.
-        x: Points of each seed.
-        y: What they say.
-        steps: How many epochs.
-        learning_rate: AdamW's.
-
-    Returns:
-        The state after them, and the mean squared error of each seed before the last.
+    The state is weights and optimizer state. The mean squared error of each seed before the last
+    step is returned too.
     """
     adamw = _adamw(learning_rate)
 
@@ -153,17 +139,10 @@ def fit(
 
 
 def unlearn(config: SineConfig, params: Params, x: Array, y: Array, seeds: Sequence[int]) -> Params:
-    """Unlearns the poisoned points by a method, several seeds at once.
+    """Unlearns the poisoned points by a method, several seeds (the first axis) at once.
 
-    Args:
-        config: The method and its settings.
-        params: Fitted weights, the first axis counts seeds; left as they are.
-        x: Points of each seed, retain points first.
-        y: What they say.
-        seeds: Decide noise, and the weights that "retrain" begins with.
-
-    Returns:
-        The weights after it.
+    `params` are fitted weights and stay as they are. Retain points come first in x and y. The seeds
+    decide noise, and the weights that "retrain" begins with.
     """
     keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
     if config.method == "retrain":
@@ -197,7 +176,7 @@ def _run(
     state: PyTree,
     x: Array,
     y: Array,
-    keys: PRNGKeyArray,
+    keys: Array,
     strength: Array,
     settings: tuple[Array, Array],
 ) -> PyTree:
@@ -241,17 +220,10 @@ def _step(adamw: optax.GradientTransformation, state: PyTree, grads: PyTree) -> 
 
 
 def project_one(params: Params, x: np.ndarray, share: float) -> Params:
-    """Takes away a share of the part of the weights that the outputs at some points do not need.
+    """Takes away a share of the part of one seed's weights that the outputs at points do not need.
 
-    Inner products among reduced gradients and with reduced weights are those of the whole ones.
-
-    Args:
-        params: The weights of one seed.
-        x: The points.
-        share: From 0, nothing, to 1, all of it.
-
-    Returns:
-        The weights after it, on the host.
+    Inner products among reduced gradients and with reduced weights are those of the whole ones. The
+    new weights are on the host.
     """
     layers = jax.device_get(params)
     blocks, bases = [], []
@@ -333,15 +305,7 @@ def _stale_step(
 
 # The published best settings. Where none is published the learning rate is MinNorm-OG's.
 def published(epochs: int, stale: bool = False) -> list[SineConfig]:
-    """The methods at the settings that the authors found best.
-
-    Args:
-        epochs: 10, 100 or 1000.
-        stale: How MinNorm-OG projects, see `SineConfig`.
-
-    Returns:
-        One for each of `METHODS`.
-    """
+    """The methods at the settings that the authors found best for 10, 100 or 1000 epochs."""
     at = (10, 100, 1000).index(epochs)
     return [
         SineConfig(
