@@ -59,14 +59,10 @@ def map_batches(
 ) -> None:
     """Runs all texts through a computation, each exactly once, in batches of like length.
 
-    Args:
-        lm: The model, for its mesh and the length of its context.
-        examples: Texts that passed `check_examples`.
-        compute: `(indices, tokens [B, T], mask [B, T]) -> result`: starts the work on a batch whose
-            first rows are the texts of these indices; further rows are padding.
-        keep: `(indices, result)`: brings a result to the host.
-        tokens_per_batch: B · T at most, padding included; None takes what keeps the device busy.
-        progress: Label of a progress bar with rate and remaining time; None shows none.
+    The texts have passed `check_examples`. `compute(indices, tokens [B, T], mask [B, T])` starts
+    the work on a batch whose first rows are the texts of these indices; further rows are padding.
+    `keep(indices, result)` brings a result to the host. B · T is at most `tokens_per_batch`,
+    padding included; None takes what keeps the device busy.
     """
     rows = sharding.row_shards(lm.mesh)
     if tokens_per_batch is None:

@@ -39,14 +39,9 @@ def read_json(path: pathlib.Path) -> Any: ...
 @overload
 def read_json(path: pathlib.Path, schema: type[T]) -> T: ...
 def read_json(path: pathlib.Path, schema: Any = None) -> Any:
-    """Reads a JSON file.
+    """Reads a JSON file: a regular file in UTF-8, of which a byte order mark is passed over.
 
-    Args:
-        path: A regular file in UTF-8; a byte order mark at its head is passed over.
-        schema: The type that the content must have; None takes any JSON.
-
-    Returns:
-        The content; of type `schema` where one is given.
+    The content is of the type `schema` where one is given; None takes any JSON.
 
     Raises:
         FileNotFoundError: If there is no such file.

@@ -51,21 +51,12 @@ def encode_prompt(
     prompt_format: PromptFormat,
     before: Sequence[Mapping[str, str]] = (),
 ) -> np.ndarray:
-    """Tokens of a question, up to where the answer begins.
+    """Tokens of a question, up to where the answer begins, int32 [T].
 
-    They are the tokens before the labels that `encode_question_answer` gives an answer of words.
-    An empty thought that the chat template puts before such an answer is a part of the prompt,
-    unless `chat_template_kwargs` has "enable_thinking": True.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer, with or without a chat template.
-        question: the user's text.
-        prompt_format: system turn and tags.
-        before: earlier turns, with `role` and `content`; a system turn among them stands for that
-            of the format.
-
-    Returns:
-        Token ids, int32 [T].
+    They are the tokens before the labels that `encode_question_answer` gives an answer of words. An
+    empty thought that the chat template puts before such an answer is a part of the prompt, unless
+    `chat_template_kwargs` has "enable_thinking": True. Earlier turns have `role` and `content`; a
+    system turn among them stands for that of the format.
 
     Raises:
         ValueError: the tokenizer cannot express the turns that are asked for, or the chat template
@@ -122,19 +113,12 @@ def encode_question_answer(
     border falls inside a token, as where a tag ends in a space and the tokenizer makes one token of
     a space and the word after it, that token belongs to the answer. (The reference counts as many
     tokens as the prompt alone has, and so leaves such an answer's first token without a label.) An
-    empty thought that the chat template puts before the answer is a part of the prompt.
+    empty thought that the chat template puts before the answer is a part of the prompt. Earlier
+    turns are as for `encode_prompt`; none of their tokens is a label.
 
     The closing end-of-turn token is a label, and eos is appended when the conversation does not end
     in it. A template in the ChatML style closes a turn with "<|im_end|>\n", where <|im_end|> is eos
     too: the labels then end in "<|im_end|>\n<|im_end|>", as the reference has it.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer, with or without a chat template.
-        question: the user's text.
-        answer: the assistant's text.
-        prompt_format: system turn and tags.
-        max_length: the longest sequence allowed, in tokens. None: any length.
-        before: earlier turns, see `encode_prompt`; none of their tokens is a label.
 
     Raises:
         ValueError: no label is left, the sequence is longer than max_length (it is never cut), the
@@ -176,8 +160,7 @@ def encode_document(
 ) -> Example:
     """Tokens of a plain document; every token after the first is a label.
 
-    Returns:
-        The example, with answer_start = 1. No eos is appended: a document may be an excerpt.
+    No eos is appended: a document may be an excerpt.
 
     Raises:
         ValueError: fewer than two tokens, or more than max_length (it is never cut).

@@ -75,14 +75,10 @@ def parse_records(content: bytes, name: str) -> list[Record]:
 
 
 def load_records(source: str | os.PathLike[str]) -> list[Record]:
-    """Loads question-answer pairs or plain documents.
+    """Loads question-answer pairs or plain documents; other fields are kept as they stand.
 
-    Args:
-        source: a file of JSON or JSON-lines, or a folder of .json and .jsonl files, which are
-            read in the order of their names.
-
-    Returns:
-        Rows with "question" and "answer", or with "text"; other fields are kept as they stand.
+    The source is a file of JSON or JSON-lines, or a folder of .json and .jsonl files, which are
+    read in the order of their names.
 
     Raises:
         FileNotFoundError: the source, or a file to read in the folder, does not exist.
@@ -99,13 +95,9 @@ def load_records(source: str | os.PathLike[str]) -> list[Record]:
 def load_prompts(path: str | os.PathLike[str]) -> list[Record]:
     """Loads prompts to sample answers to.
 
-    Args:
-        path: a source as in `load_records` with rows that have "question" or "prompt" (an answer
-            beside it is kept and not needed), or a .txt file with one prompt a line.
-
-    Returns:
-        Rows with either "question" or "prompt"; a line of a .txt file becomes {"prompt": line},
-        blank lines are left out.
+    The path is a source as in `load_records` with rows that have "question" or "prompt" (an answer
+    beside it is kept and not needed), or a .txt file with one prompt a line. Such a line becomes
+    {"prompt": line}; blank lines are left out.
 
     Raises:
         FileNotFoundError: the path does not exist.

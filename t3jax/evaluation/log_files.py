@@ -42,11 +42,7 @@ _INDEX = re.compile("0|[1-9][0-9]{0,17}")
 def read_log(path: pathlib.Path) -> Log:
     """Reads a `TOFU_EVAL.json`, ours or the reference evaluator's, or an `UNLEARNING.json`.
 
-    Args:
-        path: The file, or the folder that holds a `TOFU_EVAL.json`.
-
-    Returns:
-        The log, whose numbers are finite and possible.
+    A folder stands for the `TOFU_EVAL.json` in it. The numbers of a log are finite and possible.
 
     Raises:
         FileNotFoundError: If there is no such file.

@@ -55,22 +55,14 @@ _IGNORED, _SEPARATOR, _MARK, _LETTER, _SINGLE = range(5)
 def leak_recall(
     ground_truths: Sequence[str], generations: Sequence[str]
 ) -> Float[np.ndarray, "rows"]:
-    """Share of the right answer that stands in the generated one, in its order.
+    """Share of the right answer that stands in the generated one, in its order, in [0, 1].
 
-    Args:
-        ground_truths: The right answers.
-        generations: The model's answers, special tokens left out. An empty one scores 0.
-
-    Returns:
-        In [0, 1], `[rows]`. Where all letters and digits of the ground truth are ASCII, or become
-        so under NFKC: ROUGE-L recall, see `metrics.rouge_scores`. Elsewhere the longest common
-        subsequence of the two answers' tokens over the number of tokens of the ground truth. Tokens
-        are words of letters, marks and digits, and single characters in scripts without spaces, of
-        text under NFKC and case folding. A ground truth without either, such as emoji, is compared
-        by its characters.
-
-    Raises:
-        ValueError: If there are more or fewer generations than ground truths.
+    Where all letters and digits of the ground truth are ASCII, or become so under NFKC, it is
+    ROUGE-L recall, see `metrics.rouge_scores`. Elsewhere it is the longest common subsequence of
+    the two answers' tokens over the number of tokens of the ground truth. Tokens are words of
+    letters, marks and digits, and single characters in scripts without spaces, of text under NFKC
+    and case folding. A ground truth without either, such as emoji, is compared by its characters.
+    An empty answer scores 0.
 
     References:
         ROUGE-L: Lin 2004, ACL W04-1013.

@@ -84,8 +84,7 @@ def compare_summary(log: Log, summary: Mapping[str, int | float]) -> list[Compar
 def compare_files(path: pathlib.Path, retain_path: pathlib.Path | None = None) -> tuple[str, bool]:
     """Compares a log, and the summary beside it if there is one, with what its rows give.
 
-    Returns:
-        The comparison as text, and whether any number differs.
+    The comparison is returned as text, and whether any number differs.
 
     Raises:
         FileNotFoundError: If a log is not there.

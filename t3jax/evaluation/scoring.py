@@ -155,21 +155,12 @@ def score_texts(
 ) -> list[TextScores]:
     """Scores the answers of texts under every setting; the model reads each text once.
 
-    Args:
-        lm: The base model.
-        examples: Tokenised texts with their answers.
-        settings: What to score under.
-        heads: The heads that settings refer to by index.
-        reference_mask: Mask attention as the reference evaluator does: wherever a token equals the
-            padding token, which is mostly the end-of-turn token, prompts included; positions count
-            masked tokens. Published numbers have this quirk.
-        moments: Whether to compute mean and variance, which Min-K%++ needs; they cost as much again
-            as the rest.
-        tokens_per_batch: Tokens of one forward pass, padding included; None: by the device.
-        progress: Label of a progress bar; None shows none.
-
-    Returns:
-        One `TextScores` for each setting, texts in the order given.
+    Settings refer to the heads by index. `reference_mask` masks attention as the reference
+    evaluator does: wherever a token equals the padding token, which is mostly the end-of-turn
+    token, prompts included; positions count masked tokens. Published numbers have this quirk.
+    `moments` adds mean and variance, which Min-K%++ needs; they cost as much again as the rest.
+    `tokens_per_batch` counts the tokens of one forward pass, padding included; None: by the device.
+    The result is in the order of the settings, and texts are in the order given.
 
     Raises:
         ValueError: If there are no examples or settings, a text is longer than the model's context

@@ -270,9 +270,6 @@ def held_out(by_a: Log, by_b: Log, retain_log: Log, *, group: int = 1, seed: int
     """Scores a choice on all rows, each by the setting that was chosen without it.
 
     `by_a` is the log of the setting chosen on half A, which scores half B; `by_b` the other way.
-
-    Returns:
-        The honest score.
     """
     logs.check_retain_log(by_a, retain_log)
     from_a = rows_of(by_a)

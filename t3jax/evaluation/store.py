@@ -44,12 +44,8 @@ class Store:
     ):
         """Remembers what to compute with; computes and writes nothing.
 
-        Args:
-            lm: The base model.
-            heads: The heads that settings refer to by index.
-            folder: Where results are kept; made when the first is.
-            rows: Answers decoded together.
-            progress: Whether to show progress bars.
+        Settings refer to the heads by index. The folder is made with the first result. `rows`
+        answers are decoded together.
         """
         self.lm = lm
         self.heads = tuple(heads)

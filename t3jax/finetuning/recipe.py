@@ -131,29 +131,16 @@ class FinetuneConfig:
 
 
 def learning_rate_schedule(config: FinetuneConfig, steps: int) -> optax.Schedule:
-    """Linear from 0 to the peak, then a cosine to 2 % of it.
+    """Linear from 0 to the peak, then a cosine to 2 % of it, over the steps of the whole run.
 
-    Args:
-        config: The recipe.
-        steps: Steps of the whole run; a short run's warm-up is cut to half of it.
-
-    Returns:
-        The learning rate as a function of the number of steps done before; the first step has 0.
+    A short run's warm-up is cut to half of it. The first step has the rate 0.
     """
     peak, warmup = config.learning_rate, min(config.warmup_steps, steps // 2)
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, _LAST_RATE * peak)
 
 
 def make_optimizer(config: FinetuneConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW with clipped gradients, warm-up and decay, as the recipe has it.
-
-    Args:
-        config: The recipe.
-        steps: Steps of the whole run.
-
-    Returns:
-        The optimizer.
-    """
+    """AdamW with clipped gradients, warm-up and decay, for the steps of the whole run."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(

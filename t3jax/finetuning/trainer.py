@@ -227,15 +227,11 @@ class Trainer:
     def step(
         self, state: PyTree, *examples: Sequence[Example]
     ) -> tuple[PyTree, jax.Array | float, jax.Array]:
-        """One optimizer step.
+        """One optimizer step; `state` is donated.
 
-        Args:
-            state: The training state; donated, so that it cannot be used again.
-            *examples: At most `batch_size` tokenised texts; with tasks, as many of each task.
-
-        Returns:
-            The state after it, the loss before it (nats a token, weighted; with tasks their mean),
-            and the norm of its gradient.
+        At most `batch_size` texts are given; with tasks, as many of each task. The loss before the
+        step is in nats a token, weighted; with tasks it is their mean. The norm of its gradient is
+        returned last.
         """
         weight = self._config.prompt_weight
         batches = [self._place(self._arrays(each, weight)) for each in examples]
@@ -262,12 +258,8 @@ class Trainer:
     def end_round(self, state: PyTree, step: int) -> PyTree:
         """Moves the base by the mean of the tasks' adapters, which begin anew (Reptile).
 
-        Args:
-            state: The training state; donated. AdamW's moments stay.
-            step: After which one; with the seed it decides the adapters' first factors.
-
-        Returns:
-            The state after it.
+        `state` is donated; AdamW's moments stay. `step` is the one that was done; with the seed it
+        decides the adapters' first factors.
         """
         return self._programs.end_round(state[0], np.uint32(step)), state[1]
 
@@ -276,14 +268,8 @@ class Trainer:
     ) -> PyTree:
         """Takes away a share of what the predictions of a batch do not need (MinNorm-OG).
 
-        Args:
-            state: The training state; its moments stay.
-            examples: The texts whose predictions stay, to first order.
-            step: Which one; decides the answer tokens, as the seed does.
-            share: From 0, nothing, to 1, all of it.
-
-        Returns:
-            The state after it.
+        The predictions of the texts stay, to first order. The step decides the answer tokens, as
+        the seed does. A share of 0 takes nothing away, 1 all of it. Optimizer moments stay.
         """
         assert self._config.minnorm is not None
         trained, moments = state
@@ -295,14 +281,9 @@ class Trainer:
         return hosts.place(moved, placed), moments
 
     def loss(self, trained: PyTree, examples: Sequence[Example]) -> float:
-        """Mean cross-entropy of answer tokens, nats, over any number of texts.
+        """Mean cross-entropy of the answer tokens of any number of texts, nats.
 
-        Args:
-            trained: The first half of a training state; of tasks, its base is read alone.
-            examples: Tokenised texts.
-
-        Returns:
-            The mean over the answer tokens of all of them.
+        `trained` is the first half of a training state; of tasks, its base is read alone.
         """
         size, total, count = self._config.batch_size, 0.0, 0.0
         if self._config.tasks:

@@ -246,13 +246,8 @@ def load_heads(
 ) -> tuple[list[str], list[Head], list[tuple[int, ...]]]:
     """Loads heads, and gives them the class prior of the settings where that is set.
 
-    Args:
-        config: The settings.
-        names: Head folders; "FOLDER,FOLDER" are served together.
-        mesh: The devices.
-
-    Returns:
-        The folders, each once; their heads; and for each name the indices of its heads.
+    Names are head folders; those in "FOLDER,FOLDER" are served together. The folders, each once,
+    their heads, and for each name the indices of its heads are returned.
     """
     groups = [name.split(",") for name in names]
     folders = list(dict.fromkeys(folder for group in groups for folder in group))

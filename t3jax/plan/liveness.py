@@ -131,7 +131,7 @@ class _Memory:
         self.live += size
         return _Buffer(size, counted=True)
 
-    def _held(self, known: dict[jex.Var, _Buffer], atom: jex.Atom) -> _Buffer:
+    def _held(self, known: dict[jex.Var, _Buffer], atom: Any) -> _Buffer:
         """The memory of a variable, held once more; literals take none."""
         if isinstance(atom, jex.Literal):
             return _Buffer(0)
@@ -160,7 +160,7 @@ def _programs(eqn: jex.JaxprEqn) -> list[jex.Jaxpr]:
     return [x for x in programs if isinstance(x, jex.Jaxpr)]
 
 
-def _variables(atoms: Sequence[jex.Atom]) -> list[jex.Var]:
+def _variables(atoms: Sequence[Any]) -> list[jex.Var]:
     return [atom for atom in atoms if not isinstance(atom, jex.Literal)]
 
 

@@ -29,19 +29,12 @@ def draw(
     keys: Key[Array, " B"],
     mesh: Mesh | None = None,
 ) -> Int[Array, " B"]:
-    """Draws a token in each row.
+    """Draws a token in each row from unnormalised logits.
 
-    Args:
-        logits: The distribution to draw from, unnormalised, `[B, V]`.
-        decide: Takes rows, and gives the distribution that decides their support, `[b, V]`. It is
-            computed only if a row truncates.
-        limits: Top-k, top-p and min-p, as for `truncation.support`.
-        temperature: Sampling temperature; 0 is greedy, `[B]`.
-        keys: A PRNG key for each row, used up here.
-        mesh: Where the arrays live; None is one device.
-
-    Returns:
-        The tokens, int32 `[B]`.
+    `decide` takes rows and gives the distribution that decides their support, `[b, V]`; it is
+    computed only if a row truncates. `limits` are top-k, top-p and min-p, as for
+    `truncation.support`. A temperature of 0 is greedy. A row's key is used up here. Without a mesh
+    the arrays live on one device.
     """
     top_k, top_p, min_p = limits
     truncates = jnp.any((top_k > 0) | (top_p < 1) | (min_p > 0))

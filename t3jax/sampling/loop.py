@@ -121,20 +121,10 @@ def prefill(
     slots: int,
     stop_ids: Int[Array, " n"],
 ) -> tuple[State, Emitted]:
-    """Reads the prompts and chooses the first token of each answer.
+    """Reads the prompts and chooses the first token of each answer, `[B, 1]`.
 
-    Args:
-        program: The static part of the loop.
-        weights: Frozen arrays.
-        prompts: Token ids, padded on the left, `[B, P]`.
-        mask: True at real tokens, `[B, P]`; a row without any is born finished.
-        keys: One PRNG key for each row.
-        controls: The knobs.
-        slots: S, tokens the cache shall hold: prompt and answer.
-        stop_ids: Tokens that end an answer.
-
-    Returns:
-        The state to continue from, and the first tokens, `[B, 1]`.
+    Prompts are padded on the left. `mask` is true at real tokens; a row without any is born
+    finished. The cache has `slots` S, for the prompt and the answer.
     """
     batch, _ = prompts.shape
     cache = _placed_cache(program, program.init_cache(batch, slots))

@@ -18,13 +18,7 @@ class Writer:
     """Writes the answers to one body."""
 
     def __init__(self, ask: Ask, reader: Reader, model: str):
-        """Keeps what is asked.
-
-        Args:
-            ask: The body, read.
-            reader: Who read it.
-            model: What the model is called in the answer.
-        """
+        """Keeps what is asked, and the model's name in the answer."""
         self.ask = ask
         self.tokenizer = reader.lm.tokenizer
         self.id = f"{'chatcmpl' if ask.chat else 'cmpl'}-{secrets.token_hex(12)}"

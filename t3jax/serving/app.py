@@ -38,17 +38,10 @@ def make_app(
     keys: Keys,
     book: RequestBook | None = None,
 ) -> Starlette:
-    """Makes the application.
+    """Makes an ASGI application for a started engine.
 
-    Args:
-        engine: A started engine.
-        reader: Reads bodies; its first name is the model's.
-        options: How the server talks to its clients.
-        keys: Its secrets.
-        book: The requests to forget; None: the server has those that it started with.
-
-    Returns:
-        An ASGI application.
+    The first name of the reader is the model's. Without a book the server has the requests that it
+    started with.
     """
     access, metrics = Access(keys), Metrics(engine)
     parts = engine, reader, options, access, metrics

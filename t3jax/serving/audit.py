@@ -12,11 +12,7 @@ class AuditLog:
     """A file of JSON lines. It keeps digests, not rows."""
 
     def __init__(self, path: pathlib.Path):
-        """Ends a line that a killed server did not end, so that the file can be read.
-
-        Args:
-            path: The file; it need not be there.
-        """
+        """Ends a line that a killed server did not end, so that the file can be read."""
         self.path = path
         if not path.exists():
             return

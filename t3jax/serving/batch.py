@@ -71,16 +71,7 @@ class Batch:
         eos_ids: Sequence[int],
         stats: Stats,
     ):
-        """Makes an empty batch.
-
-        Args:
-            device: Computes.
-            options: Rows, steps of a chunk, tokens of a piece and of kept beginnings.
-            heads: Names them.
-            detokenizer: From tokens to text.
-            eos_ids: Tokens that end an answer.
-            stats: What is counted.
-        """
+        """Makes an empty batch."""
         self.device = device
         self._options = options
         self._heads = heads

@@ -50,15 +50,9 @@ class Engine:
         truncate_on: str = "guided",
         refinements: Refinements = PLAIN,
     ):
-        """Makes an empty batch beside the model; compiles nothing.
+        """Makes an empty batch beside the model, a decoder of `t3jax.lm`; compiles nothing.
 
-        Args:
-            lm: The frozen base model, a decoder of `t3jax.lm`.
-            options: How much the engine takes on; None takes the defaults.
-            base_temperature: T where a request does not say.
-            guidance_scale: s where a request does not say.
-            truncate_on: What decides top-k, top-p and min-p.
-            refinements: Which are on.
+        T and s are those of requests that do not give them.
 
         Raises:
             ValueError: If the model is not a decoder of `t3jax.lm`, the mesh splits rows, or heads
@@ -175,14 +169,9 @@ class Engine:
             raise FieldError("heads", f"unknown {unknown}; there are {sorted(self.head_names)}")
 
     def submit(self, requests: Sequence[Request], on_event: Callable[[int, Event], None]) -> list:
-        """Puts requests into the queue, all or none.
+        """Puts requests into the queue, all or none; returns a `Ticket` for each.
 
-        Args:
-            requests: The requests.
-            on_event: Takes the index of a request and an event of it, in the engine's thread.
-
-        Returns:
-            A `Ticket` for each.
+        `on_event` is called with the index of a request and an event of it, in the engine's thread.
 
         Raises:
             QueueFull: If they do not all fit.
@@ -214,12 +203,9 @@ class Engine:
             self._wake.notify_all()
 
     def install(self, name: str, head: Head, active: bool = True) -> None:
-        """Puts a head in, or in the place of the one of this name; it holds from the next chunk on.
+        """Puts a head in, or in the place of the one of this name, from the next chunk on.
 
-        Args:
-            name: Its name.
-            head: The head.
-            active: Whether it is on for everybody.
+        An active head is on for everybody.
 
         Raises:
             ValueError: If it does not fit the model or the stack, or there is no free place.

@@ -58,13 +58,9 @@ class Entry:
 
 
 def read_entry(fields: Mapping[str, object]) -> tuple[Entry, bytes]:
-    """Reads a new request.
+    """Reads a new request: its entry, which waits, and its rows as JSON lines.
 
-    Args:
-        fields: As for `RequestBook.add`.
-
-    Returns:
-        The entry, which waits, and its rows as JSON lines.
+    The fields are those of `RequestBook.add`.
 
     Raises:
         FieldError: If a field is unknown or wrong; names it.

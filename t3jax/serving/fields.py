@@ -39,10 +39,7 @@ class Fields:
     def __init__(self, body: Mapping[str, object], known: Sequence[str], within: str = ""):
         """Refuses fields that are not known; of those of the API, unless they do nothing.
 
-        Args:
-            body: The JSON object.
-            known: Names of the fields that are read.
-            within: The field that the object is the value of, for errors.
+        `within` is the field that the object is the value of, for errors.
 
         Raises:
             BadRequest: If there is another field. All methods raise one for a wrong value.

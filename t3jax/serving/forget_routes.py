@@ -20,13 +20,7 @@ class ForgetRoutes:
     """Lists, adds, switches and revokes requests."""
 
     def __init__(self, book: RequestBook | None, options: ServerOptions, access: Access):
-        """Keeps the book.
-
-        Args:
-            book: The requests; None: the server has those that it started with.
-            options: Limits.
-            access: Checks keys.
-        """
+        """Keeps the book; without one the server has the requests that it started with."""
         self.book = book
         self.options = options
         self.access = access

@@ -19,13 +19,7 @@ class HeadSet:
     """Heads by name, in a stack with a fixed number of places."""
 
     def __init__(self, lm: LM, places: int, rank: int):
-        """Makes an empty set.
-
-        Args:
-            lm: The model that the heads are for.
-            places: How many heads it holds.
-            rank: Their largest rank.
-        """
+        """Makes an empty set for a model, with places for heads up to a rank."""
         self.stack: Stack = make_stack(places, lm.hidden_size, lm.vocab_size, rank, lm.mesh)
         self._lm = lm
         self._empty = self.stack[0]

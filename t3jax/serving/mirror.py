@@ -23,11 +23,7 @@ class Mirror:
     """The device of process 0, whose calls all processes make."""
 
     def __init__(self, device: Device):
-        """Keeps the device of this process.
-
-        Args:
-            device: It; made alike in every process.
-        """
+        """Keeps the device of this process, which is made alike in every process."""
         self._device = device
         for name in _CALLS:
             setattr(self, name, lambda *args, name=name: self._call(name, *args))

@@ -18,11 +18,9 @@ class Prefixes:
     """Beginnings of prompts by their tokens."""
 
     def __init__(self, capacity: int, drop: Callable[[bytes], None]):
-        """Makes an empty set.
+        """Makes an empty set whose states have at most `capacity` slots together.
 
-        Args:
-            capacity: Slots of all states together, at most.
-            drop: Takes the name of a beginning that is given up.
+        `drop` is called with the name of a beginning that is given up.
         """
         self._capacity = capacity
         self._drop = drop
@@ -41,14 +39,9 @@ class Prefixes:
         return name
 
     def add(self, tokens: np.ndarray, slots: int) -> bytes | None:
-        """Notes that a beginning was read.
+        """Notes that a beginning was read, whose state has this many slots.
 
-        Args:
-            tokens: The beginning.
-            slots: Of its state.
-
-        Returns:
-            Its name, if its state is to be kept from now on.
+        Its name is returned if its state is to be kept from now on.
         """
         name = _name(tokens)
         if slots > self._capacity or name in self._kept:

@@ -40,20 +40,11 @@ def read_piece(
     settings: Settings,
     scores_prompt: bool,
 ) -> tuple[State, Float[Array, "B D"], Scored | None]:
-    """Reads the next piece of a prompt.
+    """Reads the next piece of a prompt; `state` is donated.
 
-    Args:
-        program: What is compiled.
-        weights: Frozen arrays.
-        state: Of the rows that read; donated.
-        tokens: The piece, padded with -1 on the right.
-        following: The token after each, -1 where there is none.
-        settings: What differs from row to row.
-        scores_prompt: Whether to score the tokens that follow.
-
-    Returns:
-        The state, the last real token's hidden state, and the scores of the tokens that follow,
-        `[B, T]`.
+    Tokens are padded with -1 on the right; `following` has the token after each, -1 where there is
+    none. The state, the last real token's hidden state and, where they are asked for, the scores of
+    the following tokens `[B, T]` are returned.
     """
     mask = tokens >= 0
     ids = jnp.where(mask, tokens, 0)
@@ -78,18 +69,10 @@ def choose_first(
     keys: Key[Array, " B"],
     settings: Settings,
 ) -> tuple[State, Emitted]:
-    """Chooses the first token of answers whose prompts are read.
+    """Chooses the first token of answers whose prompts are read; `state` is donated.
 
-    Args:
-        program: What is compiled.
-        weights: Frozen arrays.
-        state: From the prompt's last piece; donated.
-        last: The hidden state of the prompt's last token.
-        keys: A PRNG key for each row.
-        settings: What differs from row to row.
-
-    Returns:
-        The state to join the batch with, and the first tokens, `[B, 1]`.
+    `last` is the hidden state of the prompt's last token. The state to join the batch with and the
+    first tokens `[B, 1]` are returned.
     """
     state = state._replace(keys=keys, done=jnp.zeros_like(state.done))
     state, emitted = _choose(program, weights, state, last, settings)
@@ -107,18 +90,9 @@ def decode(
     settings: Settings,
     steps: int,
 ) -> tuple[State, Emitted]:
-    """Chooses up to `steps` more tokens for the rows that run.
+    """Chooses up to `steps` (C) more tokens for the rows that run; `state` is donated.
 
-    Args:
-        program: What is compiled.
-        weights: Frozen arrays.
-        state: The batch's; donated.
-        running: Rows with an answer that is not over.
-        settings: What differs from row to row.
-        steps: C.
-
-    Returns:
-        The state, and the tokens, `[B, C]`.
+    `running` marks rows with an answer that is not over.
     """
 
     def step(state: State, _: None) -> tuple[State, tuple[Array, Scored, Array, Array]]:

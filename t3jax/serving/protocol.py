@@ -69,11 +69,7 @@ class Reader:
     ):
         """Keeps what bodies are read for.
 
-        Args:
-            lm: The model.
-            names: What clients may call it.
-            prompt_format: How messages become a prompt.
-            max_new_tokens: Longest answer where a body does not say.
+        `names` are the model's for clients; `max_new_tokens` holds where a body does not say.
         """
         self.lm = lm
         self.names = names
@@ -81,15 +77,9 @@ class Reader:
         self.max_new_tokens = max_new_tokens
 
     def read(self, body: Mapping[str, object], chat: bool, has_server_key: bool) -> Ask:
-        """Reads a body.
+        """Reads a body, of chat completions or of completions.
 
-        Args:
-            body: The JSON object.
-            chat: Whether it is one of chat completions.
-            has_server_key: Whether the client may say what is unlearned.
-
-        Returns:
-            What is asked.
+        With the server key a client may say what is unlearned.
 
         Raises:
             BadRequest: If a field is unknown, not supported, of another type or out of range.

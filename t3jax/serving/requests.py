@@ -84,13 +84,9 @@ class RequestBook:
         maker: Maker | None,
         report: Callable[[str], None] | None = None,
     ):
-        """Opens a folder, and puts the heads of active requests in.
+        """Opens a folder, created if missing, and puts the heads of active requests in.
 
-        Args:
-            folder: Where requests are kept; created if missing.
-            heads: Where heads are served.
-            maker: Makes heads; None: no request can be added.
-            report: Takes a line on what happens.
+        Without a maker no request can be added.
 
         Raises:
             OSError: If another process uses the folder, or it cannot be written to.
@@ -128,16 +124,11 @@ class RequestBook:
             self._thread.start()
 
     def add(self, fields: Mapping[str, object], who: str) -> dict[str, object]:
-        """Takes a request; its head is made in the background.
+        """Takes a request of `who`; its head is made in the background.
 
-        Args:
-            fields: `rows`: a list of rows, or their JSON or JSON lines as bytes; `name`;
-                `delete_rows`: whether to delete the rows once the head is made; `names`: whom the
-                rows are about, looked for if missing.
-            who: Who asks, for the audit log.
-
-        Returns:
-            The entry.
+        The fields are `rows`, a list of rows, or their JSON or JSON lines as bytes; `name`;
+        `delete_rows`, whether to delete the rows once the head is made; and `names` of the people
+        that the rows are about, looked for if missing.
 
         Raises:
             FieldError: If a field is unknown or wrong; names it.

@@ -58,16 +58,7 @@ def make_stack(places: int, hidden_size: int, vocab_size: int, rank: int, mesh: 
 
 
 def put(stack: Stack, index: int, head: Head, mesh: Mesh) -> Stack:
-    """Puts a head into a place of a stack.
-
-    Args:
-        stack: The stack.
-        index: Which place.
-        head: The head; its width and vocabulary are the stack's.
-        mesh: Where the stack lives.
-
-    Returns:
-        The new stack; the old one stays as it is.
+    """Puts a head into a place of a stack; the old stack stays as it is.
 
     Raises:
         ValueError: If the head's rank exceeds the stack's, or it has several hidden layers.

@@ -139,16 +139,10 @@ def empty_state(
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def join(program: Program, state: State, new: State, row: Int[Array, " b"]) -> State:
-    """Gives a row of the batch to an answer that has begun.
+    """Gives a row of the batch to an answer that has begun; `state`, the batch's, is donated.
 
-    Args:
-        program: What is compiled.
-        state: The batch's; donated.
-        new: From `choose_first`, of as many slots.
-        row: Which; one that the batch does not have drops it, `[b]`.
-
-    Returns:
-        The batch's state.
+    `new` comes from `choose_first` and has as many slots. A row that the batch does not have drops
+    the answer.
     """
     joined = jax.tree.map(lambda old, own: old.at[row].set(own, mode="drop"), state, new)
     return placed(program.mesh, joined)
@@ -158,14 +152,7 @@ def join(program: Program, state: State, new: State, row: Int[Array, " b"]) -> S
 def resize(program: Program, state: State, order: Int[Array, " b"], slots: int) -> State:
     """The same answers with other numbers of rows and slots.
 
-    Args:
-        program: What is compiled.
-        state: The batch's, or that of a prompt.
-        order: The old row of each new one, `[b]`.
-        slots: Slots of the new state; those dropped hold nothing that is needed.
-
-    Returns:
-        The new state.
+    `order` has the old row of each new one. Slots that are dropped hold nothing that is needed.
     """
 
     def change(axes: Axes, old: Array, empty: Array) -> Array:
@@ -190,13 +177,7 @@ def duplicate(program: Program, state: State) -> State:
 def made_up_state(program: Program, state: State, filled: Int[Array, ""]) -> State:
     """A state of the same shape full of unlike numbers, to compare programs on.
 
-    Args:
-        program: What is compiled.
-        state: Gives the shapes.
-        filled: Tokens that each row has read.
-
-    Returns:
-        The state.
+    Each row has read `filled` tokens.
     """
 
     def make_up(leaf: Array) -> Array:

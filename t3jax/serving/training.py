@@ -102,11 +102,6 @@ class HeadMaker:
     def __init__(self, lm: LM, recipe: HeadRecipe, report: Callable[[str], None] | None = None):
         """Splits the retain rows; computes nothing.
 
-        Args:
-            lm: The model.
-            recipe: How heads are made.
-            report: Takes a line on how the work goes on.
-
         Raises:
             ValueError: If there is nothing to retain.
         """
@@ -153,15 +148,9 @@ class HeadMaker:
     def make(
         self, rows: Sequence[Record], store: pathlib.Path, names: tuple[str, ...] = ()
     ) -> tuple[Head, TrainingSets]:
-        """Makes a head.
+        """Makes a head for rows to forget, and the sets that it was trained on, kept in `store`.
 
-        Args:
-            rows: Rows to forget.
-            store: Folder for what is made of them.
-            names: Whom the rows are about; empty: they are looked for.
-
-        Returns:
-            The head and the sets that it was trained on.
+        Without `names` the people that the rows are about are looked for.
 
         Raises:
             ValueError: If a row cannot be encoded, or is not fit for counterfactuals.
@@ -206,16 +195,7 @@ class HeadMaker:
         return head, sets
 
     def check(self, head: Head, rows: Sequence[Record], sets: TrainingSets) -> Check:
-        """Checks a head, at the T and s that it is served with.
-
-        Args:
-            head: The head.
-            rows: Its rows to forget.
-            sets: What it was trained on.
-
-        Returns:
-            What was found.
-        """
+        """Checks a head on its rows and held-out retain rows, at the T and s of serving."""
         self._report("check")
         recipe = self.recipe
         by_row: list[list[Example]] = [[] for _ in rows]

@@ -61,14 +61,11 @@ def make_counterfactuals(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     seed: int = 0,
 ) -> list[Counterfactual]:
-    """Makes up other people for every forget row.
+    """Makes up other people for every forget row, `count` for each.
 
     Made-up names are recombined from the words of `names` and `known`, which look alike, and from a
     stock. Where a tokenizer is given, names of as many tokens as the name they replace come first.
-
-    Returns:
-        For each row `count` counterfactuals; one, with an open question, for a row that asks about
-        none of the names.
+    A row that asks about none of the names has one counterfactual, with an open question.
     """
     rng = np.random.default_rng(seed)
     people = [*names, *known]

@@ -83,15 +83,12 @@ def make_names(
     first_names: Sequence[str] = (),
     last_names: Sequence[str] = (),
 ) -> list[str]:
-    """Makes up people who are nobody in the data.
+    """Makes up different people who are nobody in the data.
 
     A made-up name has as many words as the name it stands for. Its words come from the names at
     hand, recombined, and from a stock of this module where those are few. `known` are names and
     words that must not be used; `first_names` and `last_names` are words for the first place and
     for the others.
-
-    Returns:
-        Different names, `count` of them.
     """
     words = name.split()
     taken = {word.casefold() for word in words}

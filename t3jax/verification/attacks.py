@@ -109,10 +109,7 @@ def attacks(
     names: Sequence[str],
     rewordings: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[list[Attack], dict[str, str]]:
-    """All ways of asking rows.
-
-    Returns:
-        The attacks, and those that could not be made with the reason.
+    """All ways of asking rows, and those that could not be made with the reason.
 
     Raises:
         ValueError: If a row cannot be encoded.

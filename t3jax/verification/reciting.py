@@ -16,17 +16,11 @@ RECALL = VerifyOptions.threshold
 def count_recited(
     encoding: Encoding, forget: Sequence[Record], retain: Sequence[Record], most_rows: int
 ) -> Callable[..., float]:
-    """Prepares the forget rows to be asked as they stand.
+    """Prepares at most `most_rows` forget rows, evenly spread, to be asked as they stand.
 
-    Args:
-        encoding: How rows become prompts.
-        forget: Rows to forget.
-        retain: Rows of which none is to be forgotten: their answers show what chance would reach.
-        most_rows: How many forget rows are asked at most, evenly spread.
-
-    Returns:
-        A function of a sampler and options of its `generate`: the share of the rows that leak,
-        see `count_leaks`. Draws are `SamplingOptions` fields, greedy without any.
+    The retain rows' answers show what chance would reach. The result is a function of a sampler,
+    fields of `SamplingOptions` (greedy without any), and T and s: the share of the rows that leak,
+    see `find_leaks`.
     """
     asked = evenly_spread(list(forget), most_rows)
     attack = as_they_stand(encoding, asked, [f"row {i + 1}" for i in range(len(asked))])
