@@ -169,7 +169,7 @@ class Settings:
             raise ValueError(f"not in the config: {missing}; give --config.{missing[0]}=... or so")
 
 
-def replace(settings: Settings, **fields: Any) -> Settings:
+def replace(settings: Settings, **fields: object) -> Settings:
     """Changes fields of settings; "SECTION.FIELD" is a field of a section, named as there."""
     by_section: dict[str, dict[str, Any]] = {}
     for name, value in fields.items():

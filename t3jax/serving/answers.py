@@ -7,7 +7,7 @@ changed the likeliest candidate at its place.
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from t3jax.serving.messages import Event, Scores
@@ -27,7 +27,7 @@ class Writer:
         self.counts = [0] * len(ask.requests)
         self._offsets = [0] * len(ask.requests)
 
-    def whole(self, events: Sequence[Sequence[Event]]) -> dict[str, Any]:
+    def whole(self, events: Sequence[Sequence[Event]]) -> dict[str, object]:
         """The body of an answer that is over."""
         choices = []
         for i, own in enumerate(events):
@@ -49,7 +49,7 @@ class Writer:
         kind = "chat.completion" if self.ask.chat else "text_completion"
         return self._body(kind, choices) | {"usage": self.usage}
 
-    def first(self) -> list[dict[str, Any]]:
+    def first(self) -> list[dict[str, object]]:
         """What a stream of a chat begins with."""
         if not self.ask.chat:
             return []
@@ -59,7 +59,7 @@ class Writer:
             for i in range(len(self.ask.requests))
         ]
 
-    def piece(self, i: int, event: Event) -> dict[str, Any] | None:
+    def piece(self, i: int, event: Event) -> dict[str, object] | None:
         """A piece of a stream; None if it holds nothing."""
         self.counts[i] += 0 if self.ask.no_answer else len(event.tokens)
         choice: dict[str, Any] = {"index": i, "finish_reason": event.finish}
@@ -81,7 +81,7 @@ class Writer:
             empty = not choice["text"] and choice["logprobs"] is None
         return None if empty and event.finish is None else self._chunk([choice])
 
-    def last(self) -> list[dict[str, Any]]:
+    def last(self) -> list[dict[str, object]]:
         """What a stream ends with."""
         if not self.ask.include_usage:
             return []
@@ -97,11 +97,11 @@ class Writer:
             "total_tokens": self.ask.prompt_tokens + answered,
         }
 
-    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _chunk(self, choices: Sequence[Mapping[str, object]]) -> dict[str, object]:
         kind = "chat.completion.chunk" if self.ask.chat else "text_completion"
         return self._body(kind, choices)
 
-    def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _body(self, kind: str, choices: Sequence[Mapping[str, object]]) -> dict[str, object]:
         return {
             "id": self.id,
             "object": kind,
@@ -135,7 +135,11 @@ class Writer:
         return self._columns(i, event.tokens, event.scores.chosen, likeliest)
 
     def _columns(
-        self, i: int, ids: Sequence[int], chosen: Sequence[float | None], likeliest: Sequence[Any]
+        self,
+        i: int,
+        ids: Sequence[int],
+        chosen: Sequence[float | None],
+        likeliest: Sequence[Sequence[tuple[int, float]] | None],
     ) -> dict[str, list]:
         tokens = [self._token(id) for id in ids]
         offsets = []
@@ -156,7 +160,7 @@ class Writer:
             top.setdefault(self._token(id), logprob)
         return top
 
-    def _chat_logprobs(self, event: Event) -> list[dict[str, Any]]:
+    def _chat_logprobs(self, event: Event) -> list[dict[str, object]]:
         scores = event.scores or Scores([], [], [], [])
         likeliest = scores.likeliest or [[]] * len(event.tokens)
         entries = [
@@ -169,7 +173,7 @@ class Writer:
                 entry |= {"base_logprob": base, "retain": retain, "changed": changed}
         return entries
 
-    def _entry(self, id: int, logprob: float) -> dict[str, Any]:
+    def _entry(self, id: int, logprob: float) -> dict[str, object]:
         text = self._token(id)
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
