@@ -14,12 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from t3jax.data.records import Record, check_record
-from t3jax.data.rendering import (
-    PromptFormat,
-    render_prompt,
-    render_question_answer,
-    thought_before,
-)
+from t3jax.data.rendering import PromptFormat, render_prompt, render_question_answer, thought_before
 
 if TYPE_CHECKING:  # slow to import: only who loads a tokenizer waits
     from transformers import PreTrainedTokenizerBase

@@ -16,15 +16,7 @@ from typing import TypeGuard
 import numpy as np
 
 from t3jax import files, hosts
-from t3jax.evaluation.logs import (
-    NULLABLE,
-    Column,
-    Log,
-    Metric,
-    check_log,
-    check_numbers,
-    summarize,
-)
+from t3jax.evaluation.logs import NULLABLE, Column, Log, Metric, check_log, check_numbers, summarize
 from t3jax.json_files import read_json
 
 EVAL_NAME = "TOFU_EVAL.json"

@@ -17,13 +17,7 @@ import numpy as np
 
 from t3jax.data import Example, evenly_spread
 from t3jax.evaluation import log_files, logs, membership, metrics
-from t3jax.evaluation.answers import (
-    distinct_n,
-    leak_metric,
-    log_ratios,
-    repetition,
-    retain_logits,
-)
+from t3jax.evaluation.answers import distinct_n, leak_metric, log_ratios, repetition, retain_logits
 from t3jax.evaluation.logs import Log, Metric, MissingMetricError
 from t3jax.evaluation.questions import QuestionSet, append_answers, prompts
 from t3jax.evaluation.recall import leak_recall

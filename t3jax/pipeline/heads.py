@@ -20,12 +20,7 @@ from t3jax.sections import narrow
 from t3jax.settings import Settings, replace
 from t3jax.synthetic.turns import put_behind_turns
 from t3jax.training import check_start, train_heads
-from t3jax.training_sets import (
-    FeatureMaker,
-    SyntheticOptions,
-    TrainingSets,
-    make_training_sets,
-)
+from t3jax.training_sets import FeatureMaker, SyntheticOptions, TrainingSets, make_training_sets
 from t3jax.verification.attacks import Encoding
 from t3jax.verification.reciting import count_recited
 from t3jax.verification.verdict import MARGIN

@@ -17,15 +17,7 @@ from t3jax import pooling
 from t3jax.sampling.loop import BASE_FAULT, HEAD_FAULT, SOUND, State, placed
 from t3jax.sampling.next_token import Guided, choose_token, guide
 from t3jax.serving.stack import FEATURES_READ, blame, combined_scores
-from t3jax.serving.state import (
-    MOST_LIKELY,
-    Emitted,
-    Program,
-    Scored,
-    Settings,
-    Weights,
-    everywhere,
-)
+from t3jax.serving.state import MOST_LIKELY, Emitted, Program, Scored, Settings, Weights, everywhere
 
 _SCORED_AT_ONCE = 32  # places of a prompt whose scores of the vocabulary are in memory together
 

@@ -19,12 +19,7 @@ from t3jax.sampling.sampler import Sampler
 from t3jax.synthetic import names as names_lib
 from t3jax.synthetic import targets, writing
 from t3jax.training import TrainConfig, train_heads
-from t3jax.training_sets import (
-    FeatureMaker,
-    SyntheticOptions,
-    TrainingSets,
-    make_training_sets,
-)
+from t3jax.training_sets import FeatureMaker, SyntheticOptions, TrainingSets, make_training_sets
 from t3jax.verification.attacks import Encoding
 from t3jax.verification.reciting import count_recited
 
