@@ -9,6 +9,7 @@ not divide is kept whole. On one device the same code runs and every rule means 
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,9 +47,7 @@ PARAM_RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(
-    shape: Sequence[int] = (-1, 1, 1), devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def make_mesh(shape: Sequence[int] = (-1, 1, 1), devices: Sequence[Any] | None = None) -> Mesh:
     """A `(data, fsdp, model)` mesh.
 
     Args:

@@ -56,7 +56,6 @@ def min_k_plus_plus_score(
     mean: Float[AnyArray, "rows tokens"],
     variance: Float[AnyArray, "rows tokens"],
     mask: Bool[AnyArray, "rows tokens"],
-    fraction: float = 0.4,
 ) -> Float[np.ndarray, "rows"]:
     """Membership score `mia_min_k_plus_plus`: `min_k_score` of standardised log-probabilities.
 
@@ -71,7 +70,7 @@ def min_k_plus_plus_score(
         finite(name, np.where(mask, np.asarray(values, np.float64), 0.0))
         for name, values in (("log_probs", log_probs), ("mean", mean), ("variance", variance))
     )
-    return min_k_score((log_probs - mean) / np.sqrt(np.maximum(variance, 1e-6)), mask, fraction)
+    return min_k_score((log_probs - mean) / np.sqrt(np.maximum(variance, 1e-6)), mask)
 
 
 def membership_auc(

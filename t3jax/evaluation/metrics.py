@@ -101,16 +101,16 @@ def forget_quality(
     return ForgetQuality(float(test.pvalue), float(test.statistic), critical)
 
 
-def critical_statistic(rows: int, retain_rows: int, level: float = 0.05) -> float:
-    """The Kolmogorov-Smirnov D above which the p-value falls under `level` (asymptotic).
+def critical_statistic(rows: int, retain_rows: int) -> float:
+    """The Kolmogorov-Smirnov D above which the p-value falls under 0.05 (asymptotic).
 
-    It is `sqrt(-ln(level / 2) / 2) · sqrt((n + m) / (n m))`.
+    It is `sqrt(-ln(0.05 / 2) / 2) · sqrt((n + m) / (n m))`.
     """
     if min(rows, retain_rows) < 1:
         raise ValueError(
             f"the Kolmogorov-Smirnov test needs rows on both sides, got {rows} and {retain_rows}"
         )
-    return math.sqrt(-math.log(level / 2) / 2 * (rows + retain_rows) / (rows * retain_rows))
+    return math.sqrt(-math.log(0.05 / 2) / 2 * (rows + retain_rows) / (rows * retain_rows))
 
 
 def model_utility(values: Sequence[float]) -> float:
@@ -247,23 +247,20 @@ def bootstrap_interval(
 def bootstrap_difference(
     first: Float[AnyArray, "rows"],
     second: Float[AnyArray, "rows"],
-    statistic: Callable[[np.ndarray], float] = np.mean,
     *,
     resamples: int = 1000,
     level: float = 0.95,
-    seed: int = 0,
 ) -> Interval:
-    """Paired bootstrap of `statistic(first) - statistic(second)` over the same rows.
+    """Paired bootstrap of `mean(first) - mean(second)` over the same rows.
 
     The cases that both models find easy or hard cancel, so the interval is narrower than that of
     two independent samples.
     """
     return bootstrap_interval(
-        lambda pairs: float(statistic(pairs[:, 0]) - statistic(pairs[:, 1])),
+        lambda pairs: float(np.mean(pairs[:, 0]) - np.mean(pairs[:, 1])),
         np.stack([np.asarray(first, np.float64), np.asarray(second, np.float64)], axis=1),
         resamples=resamples,
         level=level,
-        seed=seed,
     )
 
 

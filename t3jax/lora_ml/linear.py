@@ -210,10 +210,10 @@ def adapt(base: Float[Array, "d d"], task: Task, rank: int | Array) -> Float[Arr
     return base + _dot(update, jnp.linalg.inv(task.root))
 
 
-def numerical_rank(difference: Float[Array, "*seeds d d"], tolerance: float = 1e-4) -> np.ndarray:
-    """How many singular values are above a share of the largest, `[...]`."""
+def numerical_rank(difference: Float[Array, "*seeds d d"]) -> np.ndarray:
+    """How many singular values exceed 1e-4 of the largest, `[...]`."""
     values = np.linalg.svd(np.asarray(difference), compute_uv=False)
-    return (values > tolerance * values[..., :1]).sum(axis=-1)
+    return (values > 1e-4 * values[..., :1]).sum(axis=-1)
 
 
 def relative_error(found: Float[Array, "S *rest"], true: Float[Array, "S *rest"]) -> np.ndarray:
@@ -222,18 +222,16 @@ def relative_error(found: Float[Array, "S *rest"], true: Float[Array, "S *rest"]
     return np.linalg.norm(flat[0] - flat[1], axis=1) / np.linalg.norm(flat[1], axis=1)
 
 
-def slope(
-    x: Sequence[int], errors: Float[np.ndarray, "S X"], level: float = 0.95
-) -> tuple[float, float, float]:
+def slope(x: Sequence[int], errors: Float[np.ndarray, "S X"]) -> tuple[float, float, float]:
     """Slope of log error against log x: each seed's by least squares, then their mean.
 
-    The ends of Student's interval for the mean follow it.
+    The ends of Student's 95 % interval for the mean follow it.
     """
     logs = np.log(np.asarray(x, float))
     logs -= logs.mean()
     slopes = np.log(np.asarray(errors, float)) @ logs / (logs @ logs)
     mean, deviation = slopes.mean(), scipy.stats.sem(slopes)
-    half = scipy.stats.t.ppf((1 + level) / 2, len(slopes) - 1) * deviation
+    half = scipy.stats.t.ppf((1 + 0.95) / 2, len(slopes) - 1) * deviation
     return float(mean), float(mean - half), float(mean + half)
 
 

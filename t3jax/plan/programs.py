@@ -120,7 +120,7 @@ def simulate(devices: int) -> None:
 
 
 @functools.cache
-def abstract_lm(config: LMConfig, dtype: str | jnp.dtype, mesh: Mesh) -> LM:
+def abstract_lm(config: LMConfig, dtype: jax.typing.DTypeLike, mesh: Mesh) -> LM:
     """A model whose weights have no bytes, placed by the rules."""
     params = abstract_params(config, dtype)
     params = place_abstract(params, sharding.param_shardings(mesh, params))

@@ -11,6 +11,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int, PyTree
 
 from t3jax.batching import round_up
@@ -37,7 +38,7 @@ def _move(program: Program, state: State, shift: Int[Array, ""], slots: int) -> 
     No unfinished row needs the dropped slots.
     """
 
-    def move(axes: Axes, old: Array, empty: Array) -> Array:
+    def move(axes: Axes, old: Array, empty: np.ndarray | Array) -> Array:
         if axes.rows is None:
             return old - shift
         if axes.slots is None:
@@ -66,7 +67,7 @@ def admit(
     that which is written next.
     """
 
-    def take(axes: Axes, old: Array, new: Array, empty: Array) -> Array:
+    def take(axes: Axes, old: Array, new: Array, empty: np.ndarray | Array) -> Array:
         if axes.rows is None:
             return old
         if axes.slots is not None:  # what the rows held before is gone

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PyTree
@@ -155,7 +156,7 @@ def resize(program: Program, state: State, order: Int[Array, " b"], slots: int) 
     `order` has the old row of each new one. Slots that are dropped hold nothing that is needed.
     """
 
-    def change(axes: Axes, old: Array, empty: Array) -> Array:
+    def change(axes: Axes, old: Array, empty: np.ndarray | Array) -> Array:
         if axes.slots is None or old.shape[axes.slots] == slots:
             return old[order]
         kept = jax.lax.slice_in_dim(old, 0, min(slots, old.shape[axes.slots]), axis=axes.slots)

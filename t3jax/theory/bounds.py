@@ -19,6 +19,7 @@ from jaxtyping import Float
 from scipy.special import expit, kl_div, xlogy
 
 _ROUNDING = 1e-9
+_ATOMS = 12
 Sides = tuple[Float[np.ndarray, " I"], Float[np.ndarray, " I"]]
 
 
@@ -83,20 +84,20 @@ class Instances(NamedTuple):
         return np.max(self.forget * self.base ** (1 / self.temperature[:, None] - 1), axis=1)
 
 
-def draw_instances(rng: np.random.Generator, number: int, atoms: int = 12) -> Instances:
+def draw_instances(rng: np.random.Generator, number: int) -> Instances:
     """Draws mixtures of many kinds: flat, spiky, of disjoint supports; and classifiers alike.
 
     γ is from 0.001 to 0.999 and T from 1 to 10. Classifiers are near the exact one, far from it,
-    leaky by the same share everywhere, or have nothing to do with it. There are at least 3 atoms.
+    leaky by the same share everywhere, or have nothing to do with it.
     """
-    shape = (number, atoms)
+    shape = number, _ATOMS
 
     def choose(*values: float) -> np.ndarray:
         return rng.choice(values, (number, 1))
 
     measure = np.exp(choose(0.0, 1.0, 4.0) * rng.normal(size=shape))
-    split = rng.integers(1, atoms, (number, 1))  # where supports are disjoint, or nearly
-    left = np.arange(atoms) < split
+    split = rng.integers(1, _ATOMS, (number, 1))  # where supports are disjoint, or nearly
+    left = np.arange(_ATOMS) < split
     kind = choose(0.0, 1.0, 2.0, 3.0)
     masses = []
     for side in (left, ~left):
