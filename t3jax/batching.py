@@ -66,7 +66,7 @@ def map_batches(
     """
     rows = sharding.row_shards(lm.mesh)
     if tokens_per_batch is None:
-        # Products of 512 rows are as fast as larger ones on a CPU, and small batches pad less.
+        # On a CPU products of 512 rows are as fast as larger ones, and small batches pad less.
         tokens_per_batch = 1024 if jax.default_backend() == "cpu" else TOKENS_PER_SHARD * rows
     total = sum(len(example.tokens) for example in examples)
     bar = tqdm.tqdm(
@@ -108,14 +108,14 @@ def _batches(
         by_length[min(_round_up_length(len(example.tokens)), longest)].append(i)
     waiting: list[int] = []
     for length, indices in sorted(by_length.items()):
-        # What does not fill a batch of its own length goes with the next longer texts.
+        # Texts that do not fill a batch of their length join the next longer ones.
         waiting += indices
         size = max(rows, tokens_per_batch // length // rows * rows)
         while len(waiting) >= size:
             yield waiting[:size], (size, length)
             waiting = waiting[size:]
     if waiting:
-        # The last batch is small where the set is: a power of two keeps the programs few.
+        # A small set has a small last batch; powers of two keep the number of programs low.
         yield waiting, (min(size, round_up(1 << (len(waiting) - 1).bit_length(), rows)), length)
 
 

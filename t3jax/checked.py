@@ -32,7 +32,7 @@ class DamagedError(ValueError):
 
 
 def read_stored(path: pathlib.Path, read: Callable[[pathlib.Path], T]) -> T | None:
-    """What an earlier run stored; None if it has to be computed.
+    """Reads a result that an earlier run stored; None if it has to be computed.
 
     `read` raises `DamagedError` if the file is not as it was written, which is said in a warning.
     """

@@ -95,7 +95,7 @@ class RunFolder:
         from orbax.checkpoint import v1 as ocp  # slow to import: only who keeps files waits
 
         folder.mkdir(parents=True, exist_ok=True)
-        # Through JSON, so that tuples compare as what they were read back as.
+        # JSON turns tuples into lists, as they are read back.
         _check_same_run(folder, json.loads(json.dumps(settings)))
         self._checkpoints = ocp.training.Checkpointer(
             (folder / "checkpoints").absolute(),
@@ -165,13 +165,13 @@ class RunFolder:
 
     def __exit__(self, *error: Any) -> None:
         try:
-            # A save that failed fails again here, and must not hide the first error.
+            # A failed save raises again here; it must not hide the first error.
             with contextlib.suppress(*([Exception] if any(error) else [])):
                 self._checkpoints.close()
             if any(error) and hosts.is_lead():
                 checkpoints = self._folder / "checkpoints"
                 _remove_cut_short(checkpoints)
-                # Once more when the threads that were writing have ended.
+                # Once more at exit, when the writing threads have ended.
                 atexit.register(_remove_cut_short, checkpoints)
         finally:
             self._open.__exit__(*error)
@@ -239,9 +239,9 @@ def _remove_cut_short(folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _one_error() -> Iterator[None]:
-    """Lets the error of a read or a save that fails be the only one.
+    """Silences the errors that follow the first one of a failed read or save.
 
-    Orbax leaves those that are under way alone; each fails later, with a traceback of its own.
+    Orbax does not cancel its other reads and saves; each fails later, with its own traceback.
     """
     asyncio_log, hook = logging.getLogger("asyncio"), sys.unraisablehook
 

@@ -226,7 +226,7 @@ def _no_room(causes: Sequence[BaseException]) -> str:
             f"{os.fsdecode(named[0].filename)}: {named[0].strerror}; make room and start again, "
             "what is finished is kept"
         )
-    # A library's message in parentheses, within what this project says of it.
+    # The project's message holds the library's in parentheses, which is left out.
     message = re.sub(r" \(.*\)", "", str(causes[0]), flags=re.DOTALL)
     reason = next(text for c in causes for text in files.FULL_TEXTS if text in str(c))
     return f"{message.splitlines()[0]} ({reason})"
@@ -236,7 +236,7 @@ def _fail(message: str, status: int = 1) -> NoReturn:
     if message:
         print(message, file=sys.stderr, flush=True)
     if jax.distributed.is_initialized():
-        # At a usual exit JAX would wait for the other processes, which wait for this one.
+        # A normal exit would wait for the other processes, which wait for this one.
         os._exit(status)
     sys.exit(status)
 

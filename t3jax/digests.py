@@ -101,7 +101,7 @@ def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase | None") -> str:
         return "none"
     if backend := getattr(tokenizer, "backend_tokenizer", None):
         cutting = json.loads(backend.to_str())
-        # Set anew by every call.
+        # Every call sets these anew.
         cutting.pop("padding", None)
         cutting.pop("truncation", None)
     else:

@@ -93,7 +93,7 @@ def soft_targets(
     )
     rest = jnp.put_along_axis(logprobs / temperature, candidates, -jnp.inf, -1, inplace=False)
     rest = jax.nn.log_softmax(rest, axis=-1)
-    # By the inverse of the cumulative distribution: noise for each token would cost far more.
+    # Drawn by the inverse of the distribution function: noise for each token would cost far more.
     cumulative = jnp.cumsum(jnp.exp(rest), axis=-1)
     uniform = jax.random.uniform(key, (*rest.shape[:-1], num_rest)) * cumulative[..., -1:]
     search = jnp.vectorize(

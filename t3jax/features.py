@@ -209,7 +209,7 @@ def _compute(
 
 
 def _not_finite(lm: LM, row: int, progress: str | None) -> str:
-    """Says which text has hidden states that are not finite, and why that may be."""
+    """An error message: which text has hidden states that are not finite, and the likely cause."""
     where = f"text {row + 1}" + (f" of {progress}" if progress else "")
     broken = [
         jax.tree_util.keystr(path, simple=True, separator=".")

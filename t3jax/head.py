@@ -206,7 +206,7 @@ def target_scores(
     """
     hidden = _hidden(params, pooled, activation)
     products = hidden * jnp.take(params["output"], targets, axis=0)
-    # As a product with ones: over so short an axis a CPU's sum takes as long as the hidden layer.
+    # A product with ones: on a CPU a sum over so short an axis costs as much as the hidden layer.
     ones = jnp.ones(products.shape[-1], products.dtype)
     return jnp.einsum("...r,r->...", products, ones, precision="highest")
 

@@ -1,4 +1,4 @@
-"""What both layouts of a head's files share: tensors by name, read, checked and written."""
+"""Tensors of a head by name, read, checked and written: the part that both layouts share."""
 
 import hashlib
 import pathlib
@@ -125,7 +125,7 @@ def write_head(
     if wrong := _absurd(tensors):
         raise ValueError(f"the head for {folder} is not written:\n  " + "\n  ".join(wrong))
     with files.replacing_folder(pathlib.Path(folder)) as temporary:
-        # Python writes the bytes, not safetensors, so that a full disk is an OSError that says so.
+        # Python writes the bytes: a full disk is then an OSError, which safetensors does not raise.
         data = safetensors.numpy.save(tensors, metadata={"format": "pt"})
         (temporary / weights).write_bytes(data)
         if checksum:

@@ -131,7 +131,7 @@ def initialize(mode: str = "auto") -> None:
         )
     if mode == "auto" and (count or cluster or 1) == 1:
         return
-    # JAX would take SIGTERM from the whole process; here only training puts it off.
+    # JAX would handle SIGTERM in the whole process; here training alone defers it.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         num_processes=count,
@@ -155,7 +155,7 @@ def _cluster_size() -> int | None:
 
 def is_lead() -> bool:
     """Whether this process writes and prints: process 0 of all."""
-    # A process by itself is asked before its devices are known: the planner makes them up.
+    # Asked of a single process before its devices are known: the planner simulates them later.
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
@@ -219,7 +219,7 @@ def fetch_to_lead(tree: PyTree) -> PyTree:
 
 
 def of_lead(flags: PyTree) -> np.ndarray:
-    """The truth values of process 0, in every process: the disk that it sees decides."""
+    """Broadcasts the truth values of process 0 to all processes: its view of the disk decides."""
     return multihost_utils.broadcast_one_to_all(np.asarray(flags, np.int32)).astype(bool)
 
 

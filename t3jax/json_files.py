@@ -113,7 +113,7 @@ def read_bytes(path: pathlib.Path, largest: int = LARGEST_FILE) -> bytes:
     """
     path = pathlib.Path(path)
     check_regular(path, largest)
-    # Not blocking: the file may have become a pipe since.
+    # Non-blocking: the file may have been replaced by a pipe since.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         _check_status(path, os.fstat(file.fileno()), largest)
         return file.read()
@@ -177,7 +177,7 @@ def _parse_int(digits: str) -> int:
 
 def _check_values(value: object, where: str) -> None:
     """Refuses deep nesting, numbers that became infinite, and lone surrogates."""
-    # An explicit stack, so that no depth is too deep; a trail is (the parent's trail, the name).
+    # An explicit stack allows any depth; a trail is (the parent's trail, the name).
     stack: list[tuple[Any, int, Any]] = [(value, 0, None)]
     while stack:
         item, depth, trail = stack.pop()

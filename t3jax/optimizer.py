@@ -12,7 +12,7 @@ from t3jax.sharding import place_abstract
 def step(optimizer: optax.GradientTransformation, state: PyTree, grads: PyTree) -> PyTree:
     """One step of an optimizer on the training state `(trained, optimizer state)`."""
     trained, opt_state = state
-    # Optax relies on implicit promotion where it corrects the bias of the means.
+    # Optax relies on implicit promotion in its bias correction.
     with jax.numpy_dtype_promotion("standard"):
         updates, opt_state = optimizer.update(grads, opt_state, trained)
     return optax.apply_updates(trained, updates), opt_state
@@ -35,5 +35,5 @@ def abstract_state(
 
 def reproducible() -> dict[str, bool] | None:
     """Compiler options with which a program gives the same bits in every run."""
-    # Scatter-adds and the choice of kernels would differ from run to run on a GPU.
+    # On a GPU scatter-adds and the choice of kernels differ from run to run without it.
     return {"xla_gpu_deterministic_ops": True} if jax.default_backend() == "gpu" else None

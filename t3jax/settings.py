@@ -200,7 +200,7 @@ def names_of(options: Any = Settings) -> list[str]:
 
 
 def nearest(name: str, known: list[str] | None = None) -> str:
-    """Says which field an unknown one, without "config.", may be meant for; "" if none is near.
+    """A hint at the field that an unknown name may be meant for; "" if none is near.
 
     A field that once stood at the top level is found in its section. `known` are all names, by
     default those of `Settings`.
@@ -213,7 +213,7 @@ def nearest(name: str, known: list[str] | None = None) -> str:
 
 
 def expected(name: str) -> str:
-    """Says what a field, such as "train.epochs", may be; nothing where any text may."""
+    """The values that a field such as "train.epochs" may have, in words; "" for any text."""
     options: Any = Settings
     metadata: Mapping[str, Any] = {}
     *sections, last = name.split(".")
@@ -229,7 +229,7 @@ def _expected(options: Any, field: str) -> str:
         hint = typing.get_args(hint)[0]
     several = typing.get_origin(hint) is tuple
     kind = typing.get_args(hint)[0] if several else hint
-    # The range of a field is known to the check of its dataclass: a value is tried out of it.
+    # Only the check of the dataclass knows the range: a value outside makes it say the range.
     probes = {int: -(2**62), float: math.nan, str: "\0"}
     try:
         if kind in probes:

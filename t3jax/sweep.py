@@ -132,7 +132,7 @@ def sweep(config: Settings, lm: LM, grid: Grid, mesh: Mesh | None = None) -> Swe
         config.sweep.selection_rule,
         group=config.sweep.selection_group,
     )
-    # What each half chose answers questions for its honest score alone.
+    # The settings that the halves chose answer questions only for the honest score.
     halves = [candidates[half.name] for half in choice.halves]
     answered, retain_log = pipeline.score(
         config, examined, list(dict.fromkeys(itertools.chain(*halves)))

@@ -29,7 +29,7 @@ LEAST_HIDDEN = 0.5
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainingSets:
-    """What `train_heads` takes, and what it was made of.
+    """The features that `train_heads` takes, and the rows that they were made of.
 
     Attributes:
         retain: Features of each retain source.
@@ -192,7 +192,7 @@ def make_training_sets(
             sources.append(source.compute("retain", maker.turn(others, stock, 2)))
         forgotten = source.compute("forget", maker.turn(forget, stock, 0))
     else:
-        # Both the true answer and other ones are prefixes that the served model may come to.
+        # The served model may reach prefixes of the true answer and of other ones.
         sets = [maker.add_targets(maker.turn(forget, stock, 0), counterfactuals)]
         if others:
             swapped = _counterfactuals_of(others, forget, counterfactuals)

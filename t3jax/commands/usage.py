@@ -81,7 +81,7 @@ def _parse(path: pathlib.Path) -> ast.Module:
 
 
 def _find(name: str, path: pathlib.Path) -> tuple[Any, pathlib.Path]:
-    """What a module calls `name`: a class or a value, and the file that defines it."""
+    """The class or value that a module calls `name`, and the file that defines it."""
     for node in _parse(path).body:
         if isinstance(node, ast.ClassDef) and node.name == name:
             return node, path
@@ -127,7 +127,7 @@ def _field(node: ast.AnnAssign, path: pathlib.Path, comment: str) -> Field:
 
 
 def _changed_defaults() -> dict[str, str]:
-    """What `configs/default.py` assigns, by field."""
+    """The values that `configs/default.py` assigns, by field."""
     return {
         ast.unparse(node.targets[0]).removeprefix("config."): ast.unparse(node.value)
         for node in ast.walk(_parse(ROOT / "configs" / "default.py"))

@@ -61,7 +61,7 @@ def encode_prompt(
     if tokenizer.chat_template is None:
         tokens = tokenize(tokenizer, text, add_special_tokens)
         if text[-1:].isspace():
-            # A token of the space alone is one that a text has nowhere before a word.
+            # No text has a token of the space alone before a word.
             answered = text + "a"
             whole = tokenize(tokenizer, answered, add_special_tokens)
             start = _answer_start(tokenizer, tokens, whole, text, answered, add_special_tokens)
@@ -245,7 +245,7 @@ def tokenize(
 
 
 def _num_appended(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """How many tokens the tokenizer appends to a text."""
+    """Number of tokens that the tokenizer appends to a text."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     framed = tokenizer("a")["input_ids"]
     places = range(len(framed) - len(bare) + 1)

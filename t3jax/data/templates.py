@@ -85,8 +85,8 @@ class _Renderer:
                 process.communicate()
 
     def _start(self) -> "subprocess.Popen[bytes]":
-        # -P: the modules beside this file are not to be taken for those of the standard library.
-        # A session of its own: Ctrl-C is for the caller alone.
+        # -P: modules beside this file must not shadow the standard library.
+        # In its own session, so that Ctrl-C does not reach it.
         return subprocess.Popen(
             [sys.executable, "-P", __file__, *self._limits],
             stdin=subprocess.PIPE,

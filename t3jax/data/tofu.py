@@ -64,7 +64,7 @@ class Tofu(tfds.core.GeneratorBasedBuilder):
         self._origin = os.fspath(folder or _HUB_REPOSITORY)
         self._contents: dict[str, bytes] | None = None
         if folder is not None:
-            # Kept from here on: the digest is of the bytes that are prepared.
+            # Read once: the digest must be of the bytes that are prepared.
             self._contents = _read_folder(pathlib.Path(folder))
             root = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR)
             data_dir = root / f"tofu-{_digest(self._contents)}"
@@ -154,8 +154,8 @@ def load_tofu(
     try:
         builder.download_and_prepare()
     except OSError:
-        # TFDS prepares in a folder of its own and renames it in the end, which fails if another
-        # process was first; the other's data is just as good.
+        # TFDS prepares in a temporary folder and renames it. The renaming fails if another process
+        # was first; then its data is used.
         builder = make_builder()
         if not builder.data_path.exists():
             raise

@@ -98,6 +98,6 @@ def privleak(auc: float, retain_auc: float = 0.5) -> float:
     is ideal, below 0 under-unlearned, above 0 over-unlearned. Without a retain model its AUC is
     0.5.
     """
-    # In the reference's order of operations: the last bit follows it.
+    # The order of operations is the reference's: the last bit depends on it.
     score, reference = 1 - auc, 1 - retain_auc
     return (score - reference) / (reference + EPS) * 100

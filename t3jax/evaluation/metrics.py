@@ -165,7 +165,7 @@ def rouge_scores(
 
     TOFU reports `rougeL_recall`.
     """
-    # Here and not above: it brings in all of nltk, which takes seconds.
+    # Imported here: it imports nltk, which takes seconds.
     from rouge_score.rouge_scorer import RougeScorer
 
     if len(ground_truths) != len(generations):

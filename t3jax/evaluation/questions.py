@@ -79,7 +79,7 @@ def prompts(examples: Sequence[Example]) -> list[np.ndarray]:
 
 
 def append_answers(asked: Sequence[np.ndarray], samples: Sequence[Sample]) -> list[Example]:
-    """The tokens of prompts, each with a model's answer to it."""
+    """Prompts, each followed by the tokens of a model's answer to it."""
     return [
         Example(np.concatenate([prompt, np.asarray(sample.tokens, np.int32)]), len(prompt))
         for prompt, sample in zip(asked, samples, strict=True)

@@ -77,7 +77,7 @@ def leak_recall(
     for row, (truth, generation) in enumerate(zip(ground_truths, generations, strict=True)):
         pair = truth, generation
         if not _rouge_reads(truth):
-            # Full-width letters, ligatures and the like may be all that is beyond ASCII.
+            # NFKC maps full-width letters, ligatures and the like to ASCII.
             pair = unicodedata.normalize("NFKC", truth), unicodedata.normalize("NFKC", generation)
         if _rouge_reads(pair[0]):
             rouge_rows.append(row)
@@ -133,7 +133,7 @@ def _characters(text: str) -> list[str]:
 def _fold(text: str) -> str:
     """NFKC and case folding, and digits of every script as those of ASCII."""
     folded = unicodedata.normalize("NFKC", text).casefold()
-    # Folding may take a composed letter apart.
+    # Case folding may decompose a letter.
     return "".join(map(_digit, unicodedata.normalize("NFKC", folded)))
 
 
@@ -146,12 +146,12 @@ def _digit(char: str) -> str:
 @functools.cache
 def _kind(char: str) -> int:
     category = unicodedata.category(char)
-    # Format characters (joiners, soft hyphens, directions) stand inside words and are not seen.
+    # Format characters (joiners, soft hyphens, directions) are invisible inside words.
     if category == "Cf" or _within(char, _OPTIONAL):
         return _IGNORED
     if category[0] == "M":
         return _MARK
-    # Python may not know the newest characters of Han, and says that they are not assigned.
+    # To an older Python the newest Han characters are unassigned ("Cn").
     unspaced = _within(char, _UNSPACED)
     if category[0] in "LN" or (unspaced and category == "Cn"):
         return _SINGLE if unspaced else _LETTER

@@ -165,7 +165,7 @@ class Store:
         return " ".join([knobs, *(self._head_digests[index] for index in setting.heads)])
 
     def _sampler(self, setting: Setting) -> Sampler:
-        # The base model is any head's program at s = 0: one program fewer to compile.
+        # The base model runs in a head's program, at s = 0: one program fewer to compile.
         heads = [self.heads[index] for index in setting.heads] or self.heads[:1]
         return Sampler(
             self.lm,

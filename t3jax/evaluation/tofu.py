@@ -28,7 +28,7 @@ MEMBERSHIP = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus", "mia_r
 
 @dataclasses.dataclass(frozen=True)
 class TofuOptions:
-    """How to evaluate.
+    """Options of the TOFU evaluation.
 
     Attributes:
         max_new_tokens: Longest generated answer, tokens.

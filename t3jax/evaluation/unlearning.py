@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class UnlearningOptions:
-    """What to sample, and how.
+    """Options of the numbers beyond TOFU's: the draws of answers.
 
     Attributes:
         leak_samples: n answers drawn to each forget question, and to each reworded one; 0 draws
@@ -234,7 +234,7 @@ class _Measuring:
         return Metric(float(correct.mean()), {"score": logits})
 
     def classifier_auc(self) -> Metric:
-        # As in membership: the side that should score higher comes second.
+        # `membership_auc` takes the side that should score higher second.
         return Metric(membership.membership_auc(self.verdicts("forget"), self.verdicts("retain")))
 
     def verdicts(self, name: str) -> np.ndarray:

@@ -200,7 +200,7 @@ def _check_finite(line: Metrics, config: FinetuneConfig) -> None:
 
 
 def _describe(metrics: Sequence[Metrics], epochs: int) -> str:
-    """What the last epoch came to; tokens of different steps weigh the same."""
+    """A line on the last epoch; its loss weighs tokens of all steps alike."""
     last = metrics[-1]
     lines = [line for line in metrics if line["epoch"] == last["epoch"]]
     tokens = sum(line["answer_tokens"] for line in lines)

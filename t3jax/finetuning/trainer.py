@@ -105,7 +105,7 @@ def compile_programs(
         return decoder.cast_params(trained, dtype)
 
     def loss_sum(trained: PyTree, frozen: Params, part: Batch) -> jax.Array:
-        """Of one microbatch; the arrays of `part` lack their first axis."""
+        """The loss summed over one microbatch; the arrays of `part` lack their first axis."""
         params, lora = read(trained, frozen)
         hidden, _ = decoder.apply(
             lm_config, params, part.tokens, lora=lora, remat=config.remat, mesh=mesh
@@ -185,7 +185,7 @@ def compile_programs(
 
 
 def of_task(trained: PyTree, task: int, config: FinetuneConfig) -> PyTree:
-    """What the gradient of a task is of; without tasks, all that is trained."""
+    """The parameters that a task's gradient is taken of; without tasks, all trained ones."""
     if not config.tasks:
         return trained
     own = {"lora": trained["adapters"][str(task)]}

@@ -76,7 +76,7 @@ class LinearConfig:
 
 
 class Found(NamedTuple):
-    """What one seed came to.
+    """The results of one seed.
 
     Attributes:
         sr: SR's base, `[d, d]`.
@@ -102,7 +102,7 @@ class Found(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What a squared loss knows of its samples: S, and the ordinary least-squares map."""
+    """Statistics of a task's samples that its squared loss needs: S, and the least-squares map."""
 
     root: Array
     least: Array

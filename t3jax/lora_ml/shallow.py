@@ -58,7 +58,7 @@ class ShallowConfig:
 
 
 class Found(NamedTuple):
-    """What one seed came to; a loss is a mean squared error.
+    """The results of one seed; a loss is a mean squared error.
 
     Attributes:
         sr_loss: SR's on its samples.

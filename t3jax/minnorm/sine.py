@@ -154,7 +154,7 @@ def unlearn(config: SineConfig, params: Params, x: Array, y: Array, seeds: Seque
         steps, strength = config.epochs - done, jnp.float32(config.strength)
         before = state[0]
         if config.method == "minnorm":
-            # From one projection to the next, the last of them to the end.
+            # One run spans from a projection to the next, and from the last to the end.
             if done < config.epochs - config.last_epochs:
                 state = _project_seeds(state[0], x, share), state[1]
                 share *= config.decay
@@ -252,7 +252,7 @@ def project_one(params: Params, x: np.ndarray, share: float) -> Params:
 
 @jax.jit
 def _factors(params: Params, x: Array) -> tuple[list[Array], list[Array]]:
-    """Of each layer, its inputs and the derivatives of the outputs by its outputs, `[N, W]`."""
+    """Inputs of each layer, and the outputs' derivatives by the layer's outputs, `[N, W]`."""
     inputs, before = _forward(params, x)
     return inputs, _backward(params, before, jnp.ones_like(x))
 

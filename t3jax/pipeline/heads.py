@@ -132,7 +132,7 @@ def fit_heads(
 def choose_setting(
     config: Settings, lm: LM, heads: Sequence[Head], sets: TrainingSets
 ) -> list[Head]:
-    """Gives heads T and s where the settings leave both open and there are counterfactuals.
+    """Chooses T and s of heads where the settings leave both open and there are counterfactuals.
 
     All heads get the setting that is chosen for the first; their records say how. See
     `t3jax.evaluation.calibration`. Probabilities are means over rows, and a classifier may leave a
@@ -186,7 +186,7 @@ def _grow_scale(
         max_length=lm.max_position - config.sampling.max_new_tokens,
         seed=config.synthetic.seed,
     )
-    # Without a chat template, or turns in training, the rows stay as they are.
+    # Without a chat template, or without turns in training, no row was changed.
     asked = [sets.rows] if turned == sets.rows else [sets.rows, turned]
     counts = [count_recited(encoding, rows, sets.retained, _MOST_ASKED) for rows in asked]
     sampler = Sampler(

@@ -65,7 +65,7 @@ def finetune_once(config: Settings, mesh: Mesh) -> pathlib.Path:
             )
         },
     }
-    # Trained weights are float32; those that LoRA leaves alone need not be.
+    # Trained weights are float32; weights that LoRA freezes may have another dtype.
     lm = load_lm(config["model"], recipe.dtype if recipe.freezes_weights else "float32", mesh)
     made_by["model"] = model_digest(lm)
     record = workdir / "model" / "finetuning.json"

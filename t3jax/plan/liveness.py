@@ -44,7 +44,7 @@ def peak_bytes(jaxpr: jex.Jaxpr, donated: Sequence[bool] = ()) -> int:
     """
     memory = _Memory()
     free = donated or [False] * len(jaxpr.invars)
-    # An argument that is not donated has another holder: it never becomes free.
+    # The caller holds an argument that is not donated: it never becomes free.
     arguments = [
         _Buffer(_bytes(var.aval), holders=1 if mine else 2)
         for var, mine in zip(jaxpr.invars, free, strict=True)
@@ -75,7 +75,7 @@ class _Memory:
         self.live = self.peak = 0
 
     def run(self, jaxpr: jex.Jaxpr, arguments: Sequence[_Buffer]) -> list[_Buffer]:
-        """Runs a program, which takes over a hold on each argument and gives one on each result."""
+        """Runs a program: consumes one reference to each argument, returns one to each result."""
         last = {var: i for i, eqn in enumerate(jaxpr.eqns) for var in _variables(eqn.invars)}
         last |= dict.fromkeys(_variables(jaxpr.outvars), len(jaxpr.eqns))
         known: dict[Any, _Buffer] = {}
@@ -100,7 +100,7 @@ class _Memory:
         return results
 
     def _step(self, eqn: jex.JaxprEqn, operands: list[_Buffer]) -> list[_Buffer]:
-        """One equation; takes over a hold on each operand and gives one on each result."""
+        """Runs an equation: consumes one reference to each operand, returns one to each result."""
         name = eqn.primitive.name
         if name in _CALLS:
             return self.run(_programs(eqn)[0], operands)

@@ -216,7 +216,7 @@ def missing(settings: Sequence[Setting], *by_name: Mapping[str, Log]) -> list[tu
 
 
 def utility_name(log: Log) -> str:
-    """What the utility of a log is: model utility, or retain utility without the other sets."""
+    """Name of a log's utility: model utility, or retain utility without the other sets."""
     try:
         return selection.rows_of(log).utility_name
     except MissingMetricError:

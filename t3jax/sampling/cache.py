@@ -1,4 +1,4 @@
-"""What happens to a cache between two chunks: it grows, is compacted, and takes new prompts in.
+"""Changes of a cache between two chunks: it grows, is compacted, and admits new prompts.
 
 All rows write at the same slots, so a row that takes a new prompt has it end where the others
 write next; slots at the beginning that no row needs any more are dropped. A decoder's cache says
@@ -51,7 +51,7 @@ def _move(program: Program, state: State, shift: Int[Array, ""], slots: int) -> 
     return placed(program.mesh, state._replace(cache=cache))
 
 
-# A cache of the same size is moved in place; of another size both are in memory for a moment.
+# Compacting works in place. Resizing cannot: both caches are in memory for a moment.
 compact = jax.jit(_move, static_argnums=(0, 3), donate_argnums=1)
 resize = jax.jit(_move, static_argnums=(0, 3))
 
@@ -105,6 +105,6 @@ def _axes(program: Program, cache: PyTree) -> PyTree:
 
 
 def _num_slots(axes: PyTree, cache: PyTree) -> int:
-    """S; of a cache without slots, such as a recurrent state, any number will do."""
+    """Number of slots S; 1, which is not used, for a cache without slots."""
     pairs = zip(jax.tree.leaves(axes), jax.tree.leaves(cache), strict=True)
     return next((leaf.shape[axis.slots] for axis, leaf in pairs if axis.slots is not None), 1)

@@ -43,7 +43,7 @@ def draw(
         few = truncation.likeliest(decide(slice(None)), *limits, mesh)
         return _draw_among(few, logits, temperature, keys), few.settled
 
-    # As numbers: that a loop takes the key of another row each time JAX's check of keys cannot see.
+    # Raw key data: JAX's check of keys cannot see that a loop reads another row's key each time.
     key_data = jax.random.key_data(keys)
 
     def from_all(rows: Rows = slice(None)) -> Array:
@@ -94,7 +94,7 @@ def _one_by_one(tokens: Array, settled: Array, draw_rows: Callable[[Rows], Array
 
 
 def _pick(logits: Array, temperature: Array, noise: Callable[[], Array]) -> Array:
-    """Where the draw falls, int32 `[B]`: the largest of logits / temperature + Gumbel noise."""
+    """The drawn index, int32 `[B]`: the argmax of logits / temperature + Gumbel noise."""
     greedy = temperature == 0
     divisor = jnp.where(greedy, 1.0, temperature)[:, None]
     return jax.lax.cond(

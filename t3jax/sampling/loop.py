@@ -180,7 +180,7 @@ def decode_chunk(
         return _choose(program, weights, state, last, logits, controls, stop_ids)
 
     state = state._replace(done=state.done | stopped)
-    # No branch around it, though all rows may be finished: that would copy the cache once a chunk.
+    # No branch for a batch whose rows are all finished: it would copy the cache once a chunk.
     state, emitted = jax.lax.scan(step, state, None, length=steps)
     tokens, logprobs, faults = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), emitted)
     return state, _everywhere(program, Emitted(tokens, logprobs, state.done, faults))
@@ -202,7 +202,7 @@ def _choose(
     """
     split = functools.partial(sharding.constrain, mesh=program.mesh, spec=sharding.LOGITS)
     logits = split(logits)
-    # NaN and infinity come through to the maximum; a few banned tokens do not.
+    # The maximum shows NaN and infinity, and ignores banned tokens.
     faults = jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), SOUND, BASE_FAULT)
     scores = None
     if program.heads:
@@ -260,7 +260,7 @@ def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
 
 
 def placed(mesh: Mesh, state: State) -> State:
-    """A state where it belongs, inside of jit."""
+    """Constrains a state to its shardings, inside of jit."""
     if mesh.size == 1:
         return state
     return jax.lax.with_sharding_constraint(state, state_shardings(mesh, state))
@@ -273,7 +273,7 @@ def _placed_cache(program: Program, cache: PyTree) -> PyTree:
 
 
 def _everywhere(program: Program, emitted: Emitted) -> Emitted:
-    """Whole on every device, so that every host reads it and decides alike how to go on."""
+    """Replicates the output on all devices: every host reads it and decides alike."""
     if program.mesh.size == 1:
         return emitted
     return jax.lax.with_sharding_constraint(emitted, NamedSharding(program.mesh, P()))

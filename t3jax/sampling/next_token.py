@@ -215,7 +215,7 @@ def choose_token(
 
 
 def _logprob_and_entropy(logits: Array, token: Array) -> tuple[Array, Array]:
-    """Of one token in each row, and of the row's distribution: nats, `[B]` each."""
+    """Log-probability of a token in each row, and entropy of the row, nats, `[B]` each."""
     peak = jnp.max(logits, axis=-1, keepdims=True)
     shifted = logits - jnp.where(jnp.isneginf(peak), 0.0, peak)
     weights = jnp.exp(shifted)

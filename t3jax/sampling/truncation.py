@@ -52,7 +52,7 @@ def likeliest(
     values, tokens = _largest(logits, mesh)
     mass = jnp.sum(_weights(logits), axis=-1)
     kept = support(values, top_k, top_p, min_p, mass)
-    # Each rule is a threshold: where it drops the least of these, it drops all that is below.
+    # Each rule is a threshold: if it drops the least likely of these, it drops all below them.
     return Likeliest(tokens, kept, ~kept[:, -1])
 
 

@@ -67,5 +67,5 @@ def warn_of_the_base() -> None:
 
 
 def perplexity(logprobs: jax.typing.ArrayLike) -> float:
-    """Of tokens with these log-probabilities; of surprises beyond all floats, a huge one."""
+    """Perplexity of tokens with these log-probabilities, bounded by e^700."""
     return math.exp(min(-float(np.mean(logprobs, dtype=np.float64)), 700.0))

@@ -1,4 +1,4 @@
-"""Who asks, and how much a body may hold."""
+"""Keys of clients, and the size limit of bodies."""
 
 import dataclasses
 import secrets

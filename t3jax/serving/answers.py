@@ -50,7 +50,7 @@ class Writer:
         return self._body(kind, choices) | {"usage": self.usage}
 
     def first(self) -> list[dict[str, object]]:
-        """What a stream of a chat begins with."""
+        """The first chunks of a chat's stream."""
         if not self.ask.chat:
             return []
         delta = {"role": "assistant", "content": ""}
@@ -82,7 +82,7 @@ class Writer:
         return None if empty and event.finish is None else self._chunk([choice])
 
     def last(self) -> list[dict[str, object]]:
-        """What a stream ends with."""
+        """The last chunks of a stream."""
         if not self.ask.include_usage:
             return []
         return [self._chunk([]) | {"usage": self.usage}]
@@ -154,7 +154,7 @@ class Writer:
         }
 
     def _top(self, place: Sequence[tuple[int, float]]) -> dict[str, float]:
-        """By token's text; of those with one text the likeliest, which comes first."""
+        """Log-probabilities by a token's text; of equal texts the likeliest, which comes first."""
         top: dict[str, float] = {}
         for id, logprob in place:
             top.setdefault(self._token(id), logprob)

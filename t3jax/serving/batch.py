@@ -90,7 +90,7 @@ class Batch:
 
     @property
     def tickets(self) -> list[Ticket]:
-        """Theirs."""
+        """The tickets of the running requests."""
         return [*(one.ticket for one in self._readings), *(r.ticket for r in self._rows.values())]
 
     def finish(self, ticket: Ticket, event: Event) -> None:
@@ -110,7 +110,7 @@ class Batch:
             self.finish(ticket, Event(finish="cancelled"))
 
     def reset(self) -> list[Ticket]:
-        """Forgets all answers, which get no event; gives their tickets. The device does so too."""
+        """Drops all answers without an event; returns their tickets. The device is reset apart."""
         tickets = self.tickets
         self._rows, self._readings = {}, []
         self._prefixes.clear()

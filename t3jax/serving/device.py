@@ -106,17 +106,17 @@ class Device:
         self._readings.pop(reading, None)
 
     def keep(self, reading: int, name: bytes) -> None:
-        """Keeps a copy of what a prompt has read so far."""
+        """Stores a copy of a prompt's state under a name."""
         own, last = self._readings[reading]
         self._kept[name] = state.duplicate(self._program, own), last
 
     def resume(self, reading: int, name: bytes) -> None:
-        """Lets a prompt go on from what is kept."""
+        """Continues a prompt from a kept state."""
         own, last = self._kept[name]
         self._readings[reading] = state.duplicate(self._program, own), last
 
     def give_up(self, name: bytes) -> None:
-        """Forgets what is kept."""
+        """Drops a kept state."""
         del self._kept[name]
 
     def slots_for(self, length: int) -> int:
@@ -234,7 +234,7 @@ class Device:
         )
 
     def _with_slots(self, own: State, slots: int) -> State:
-        """From size to size, so that few programs do: one for each two that follow each other."""
+        """Resizes step by step: programs for neighbouring sizes are enough."""
         sizes, order = self._slot_sizes, np.arange(own.token.shape[0], dtype=np.int32)
         now, goal = sizes.index(own.cache.positions.shape[1]), sizes.index(slots)
         step = 1 if goal > now else -1
@@ -288,7 +288,7 @@ class Device:
         )
 
     def _settings(self, requests: Sequence[Request | None]) -> state.Settings:
-        """What differs from row to row; a row without a request is greedy and has no heads."""
+        """The settings of each row; a row without a request is greedy and has no heads."""
         count = len(requests)
         fields = {name: list(value) for name, value in Controls.filled(count)._asdict().items()}
         stop_ids = np.full((count, len(self._lm.eos_ids) + MOST_STOP_IDS), -1, np.int32)

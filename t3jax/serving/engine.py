@@ -265,7 +265,7 @@ class Engine:
                 self._begin_waiting()
                 self._batch.read()
                 self._batch.decode()
-            except Exception as error:  # the device failed: say so to everybody, and go on
+            except Exception as error:  # the device failed: all requests are told, then it goes on
                 self._fail_all(error)
 
     def _has_work(self) -> bool:
@@ -296,7 +296,7 @@ class Engine:
     def _fail_all(self, error: Exception) -> None:
         for ticket in self._batch.reset():
             self._batch.finish(ticket, _failure(error))
-        if self._mirror is not None:  # the other processes are who knows where
+        if self._mirror is not None:  # the other processes' states are unknown
             os.kill(os.getpid(), signal.SIGTERM)
             self._stopping = "now"
             return

@@ -1,4 +1,4 @@
-"""What a client is told when it does not get what it asked for."""
+"""Errors of the API: requests that are refused, and their responses."""
 
 import json
 

@@ -83,7 +83,7 @@ class ForgetRoutes:
         return JSONResponse(revoked)
 
     async def audit_log(self, request: HttpRequest) -> Response:
-        """Who did what and when."""
+        """The audit log."""
         book = self._need_book(request)
         return JSONResponse({"object": "list", "data": await asyncio.to_thread(book.audit)})
 

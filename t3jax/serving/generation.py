@@ -132,7 +132,7 @@ class GenerationRoutes(Routes):
         deadline = arrived + self.options.timeout
         try:
             while left:
-                # Not a timeout around all: another task may go on with this generator.
+                # No timeout around the loop: another task may continue this generator.
                 async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
                     i, event = await queue.get()
                 now = time.monotonic()

@@ -1,4 +1,4 @@
-"""What goes into the engine and comes out of it."""
+"""The messages that go into the engine and come out of it."""
 
 import collections
 import dataclasses
@@ -31,7 +31,7 @@ class FieldError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class ServerOptions:
-    """How the server talks to its clients.
+    """Options of the server towards its clients.
 
     Attributes:
         host: Address that it listens on.
@@ -61,7 +61,7 @@ class ServerOptions:
 
 @dataclasses.dataclass(frozen=True)
 class EngineOptions:
-    """How much an engine takes on.
+    """Limits and sizes of an engine.
 
     Attributes:
         rows: Answers decoded together.

@@ -32,11 +32,11 @@ class Mirror:
         return getattr(self._device, name)
 
     def ping(self) -> None:
-        """Says that nothing is to be done for now."""
+        """Tells the other processes that there is nothing to do for now."""
         _broadcast(pickle.dumps(("", ())))
 
     def end(self) -> None:
-        """Lets the others go."""
+        """Ends `follow` in the other processes."""
         _broadcast(pickle.dumps((None, ())))
 
     def follow(self) -> None:
@@ -54,7 +54,7 @@ class Mirror:
 
 
 def _broadcast(content: bytes) -> bytes:
-    """What process 0 gives, in every process."""
+    """Broadcasts bytes of process 0 to all processes."""
     head = np.zeros(_SMALL, np.uint8)
     if jax.process_index() == 0:
         head[:_HEADER] = np.frombuffer(len(content).to_bytes(_HEADER, "big"), np.uint8)

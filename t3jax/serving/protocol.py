@@ -166,7 +166,7 @@ class Reader:
             where = f"messages[{i}]"
             if not isinstance(turn, dict):
                 raise BadRequest(f"{where} must be an object, got {describe(turn)}", where)
-            # Some clients say {"type": "message"} too, and empty fields of an answer that they got.
+            # Some clients add {"type": "message"}, and empty fields of an earlier answer.
             said = {name for name, value in turn.items() if value not in (None, [])}
             if unknown := sorted(said - {"role", "content", "type"}):
                 raise BadRequest(f"{where} has fields that are not supported: {unknown}", where)

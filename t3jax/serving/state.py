@@ -30,7 +30,7 @@ MOST_LIKELY = 20  # tokens whose log-probabilities a request may ask for, at eac
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What is fixed when the programs are compiled.
+    """The static part of the programs, fixed when they are compiled.
 
     Attributes:
         apply: The model's `apply`.
@@ -57,7 +57,7 @@ class Weights(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What differs from row to row.
+    """The settings of each row.
 
     Attributes:
         controls: As for `next_token`.
@@ -93,7 +93,7 @@ class Scored(NamedTuple):
 
 
 class Emitted(NamedTuple):
-    """What came out of a chunk, `[B, C, ...]` each.
+    """The output of a chunk, `[B, C, ...]` each.
 
     Attributes:
         tokens: Chosen tokens; -1 after a row's end.
@@ -170,7 +170,7 @@ def resize(program: Program, state: State, order: Int[Array, " b"], slots: int) 
 
 @functools.partial(jax.jit, static_argnums=0)
 def duplicate(program: Program, state: State) -> State:
-    """The same numbers in arrays of their own, so that one of both can be donated."""
+    """A copy of a state, so that one of both can be donated."""
     return placed(program.mesh, jax.tree.map(jnp.copy, state))
 
 
@@ -199,7 +199,7 @@ def made_up_state(program: Program, state: State, filled: Int[Array, ""]) -> Sta
 
 
 def _settle(mesh: Mesh, state: State) -> State:
-    """Where programs leave a state; one that lies elsewhere would have them compiled anew."""
+    """Places a state where programs leave theirs; another sharding would compile them anew."""
     if mesh.size == 1:
         return jax.lax.with_sharding_constraint(state, NamedSharding(mesh, P()))
     return placed(mesh, state)

@@ -147,7 +147,7 @@ def refine(config: Settings, lm: LM, mesh: Mesh, found: Sweep) -> list[Refined]:
     examined = _with_heads(found, every)
     flat = [setting for seeds in settings.values() for setting in seeds]
     scored, _ = pipeline.score(config, examined, flat, answers=False)
-    # Answers cost minutes: those of the first seed, to some of the questions.
+    # Answers cost minutes: only the first seed answers, and only some of the questions.
     fewer = {
         "eval.dir": str(pathlib.Path(config["eval.dir"]) / "refined"),
         "eval.rows": config.experiment.refine_rows,

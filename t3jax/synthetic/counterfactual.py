@@ -163,7 +163,7 @@ def counterfactual_rows(
             usable.append(each)
         elif each.row not in replaced:
             replaced.add(each.row)
-            # The answer's prefix keeps a made-up name: the true one would be recognised too.
+            # The answer keeps a made-up name: the model would recognise the true one there too.
             usable.append(
                 dataclasses.replace(each, record={**each.record, "question": _OPEN_QUESTION})
             )

@@ -70,7 +70,7 @@ def find_names(forget: Sequence[Record], retain: Sequence[Record] = ()) -> list[
     for run in frequent:
         if not any(holds_name(run, name) or holds_name(name, run) for name in names):
             names.append(run)
-    # One word alone is a name where the request has no longer ones: else it is mostly a topic.
+    # A single word is taken for a name only where no longer ones are found: it is often a topic.
     return [name for name in names if " " in name] or names
 
 
@@ -141,7 +141,7 @@ def unique_wordings(
             wordings.append(None)
             continue
         present = tuple(name for name in names if holds_name(record["question"], name))
-        # As many words as the name has, which `swap_names` asks for.
+        # `swap_names` needs as many words as the name has.
         blanks = {name: " ".join(["_"] * len(name.split())) for name in present}
         text = swap_names(record["question"], blanks) if present else record["question"]
         wordings.append(_without_names(text))
@@ -179,7 +179,7 @@ def _runs(text: str) -> list[str]:
         if not words or len(words) > _MOST_WORDS:
             continue
         before = text[: match.start()].rstrip()
-        # A single word that begins a sentence may be any word.
+        # Every word is capitalised at the beginning of a sentence.
         if len(words) == 1 and (not before or before[-1] in ".?!\n:"):
             continue
         runs.append(" ".join(words))

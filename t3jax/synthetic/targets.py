@@ -87,11 +87,10 @@ def add_counterfactual_targets(
 def align_answers(
     answer: np.ndarray, swapped: np.ndarray, pairs: Sequence[tuple[int, int]]
 ) -> np.ndarray:
-    """Where the same place of an answer is in its counterfactual.
+    """Aligns the tokens of an answer with those of its counterfactual.
 
-    Returns:
-        For each token the index of its counterpart; -1 inside of a name, `[N]`. The first token of
-        a name counts where the counterpart begins the made-up name.
+    The result has for each token the index of its counterpart, -1 inside of a name, `[N]`. The
+    first token of a name is aligned where the counterpart begins the made-up name.
     """
     places = np.full(len(answer), -1, np.int64)
     begins = set(pairs)

@@ -1,7 +1,7 @@
-"""What the base model writes by itself: chats of its own, and questions in other words.
+"""Texts that the base model writes: chats of its own, and questions in other words.
 
-Own samples say what must stay, of all that the base model knows, where the retain rows hold but a
-part of it or where there are none.
+Its own samples stand for everything else that the model knows and must keep: retain rows hold a
+part of that, or there are none.
 """
 
 import pathlib

@@ -241,7 +241,7 @@ STATEMENTS: dict[str, Callable[[Instances], Sides]] = {
 
 
 class Check(NamedTuple):
-    """What became of a statement on random instances.
+    """The result of trying a statement on random instances.
 
     Attributes:
         instances: How many were tried.

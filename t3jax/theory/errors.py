@@ -30,7 +30,7 @@ _TOGETHER = 16  # instances computed at once
 
 
 class Errors(NamedTuple):
-    """What an estimate is worth; scalars, or one for each instance.
+    """The errors of an estimate; scalars, or one for each instance.
 
     Attributes:
         excess_risk: ε, the classifier's log-loss above the Bayes risk, nats.
@@ -69,7 +69,7 @@ class Point(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What a grid's instances share, and what a program is compiled for.
+    """The settings that a grid's instances share, for which a program is compiled.
 
     Attributes:
         dimensions: D.
@@ -211,7 +211,7 @@ def run_grid(
     axes = [np.asarray(value, kind) for value, kind in zip(values, kinds, strict=True)]
     count = math.prod(len(value) for value in values)
     together = min(_TOGETHER, count)
-    # A last batch of its own would be compiled as a second program: repeat instances instead.
+    # A smaller last batch would be a second program to compile: instances are repeated instead.
     padded = -(-count // together) * together
     flat = Point(*(jnp.asarray(np.resize(x, padded)) for x in np.meshgrid(*axes, indexing="ij")))
     knobs = [jnp.asarray(value, jnp.float32) for value in (temperatures, scales)]

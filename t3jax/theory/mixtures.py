@@ -205,7 +205,7 @@ def quadrature_rule(world: World, narrowest: float) -> Rule:
     of_radius = jnp.repeat(unit + dimensions * log_radius, len(directions))
     of_radius = jnp.tile(of_radius, spikes)
     square = jnp.sum((z[:, None] - world.forget.mean[None]) ** 2, axis=-1)  # [N, K]
-    # A node that float32 takes for a centre is that centre's.
+    # A node that rounds to a centre in float32 belongs to that centre.
     near = jax.nn.log_softmax(-2.0 * jnp.log(jnp.maximum(square, 1e-30)), axis=1)
     own = jnp.repeat(jnp.arange(spikes), around.shape[0])
     return Rule(z, of_radius + jnp.take_along_axis(near, own[:, None], axis=1)[:, 0])

@@ -112,7 +112,7 @@ def train_heads(
             "retain": _digest(sources[0]) if len(sources) == 1 else [*map(_digest, sources)],
             "forget": _digest(forget),
         },
-        # None leaves runs that know no start as they are.
+        # None keeps runs valid that were begun before `init` existed.
         "init": None if init is None else params_digest(init.params),
     }
     best = _Best(members, head_config, workdir)
@@ -277,10 +277,10 @@ def _check(features: Features, name: str, head_config: HeadConfig, config: Train
 
 
 class _Best:
-    """Where a run stops early: the evaluation of each head with the smallest held-out loss.
+    """Early stopping: the evaluation of each head with the smallest held-out loss.
 
-    Its weights are on the disk before the checkpoint of their epoch is, so that a resumed run has
-    them; what a killed run wrote after its last checkpoint is written once more.
+    Its weights are written before the checkpoint of their epoch, so that a resumed run has them.
+    Weights that a killed run wrote after its last checkpoint are written again.
 
     Attributes:
         epochs: Epoch of each head's best evaluation; None before the first, or without patience.
@@ -304,7 +304,7 @@ class _Best:
         return bool(self._patience) and min(self._waited) >= self._patience
 
     def update(self, epoch: int, losses: Sequence[float]) -> list[int]:
-        """Takes held-out losses in, and returns the heads that became better."""
+        """Compares held-out losses with the best so far; returns the heads that improved."""
         better = [k for k, loss in enumerate(losses) if loss < self._losses[k]]
         for k, loss in enumerate(losses):
             self._waited[k] = 0 if k in better else self._waited[k] + 1
@@ -313,7 +313,7 @@ class _Best:
         return better
 
     def keep(self, k: int, epoch: int, params: HeadParams) -> None:
-        """Keeps the weights of a head, on the disk too where the run has a folder."""
+        """Stores the weights of a head, also in the run's folder if it has one."""
         self.params[k] = params
         if self._folder is not None:
             record = {"epoch": epoch, "weights": params_digest(params)}
@@ -341,7 +341,7 @@ class _Best:
                 head = load_head(self._folder / member.name)
             except (OSError, ValueError) as error:
                 raise self._lost(k, str(error)) from error
-            # What a killed run wrote after its last checkpoint is of an epoch that comes again.
+            # A killed run may have stored weights after its last checkpoint: that epoch runs again.
             epoch, weights = (head.record.get(name) for name in ("epoch", "weights"))
             if epoch == self.epochs[k] and weights in (None, params_digest(head.params)):
                 self.params[k] = jax.device_get(head.params)

@@ -261,7 +261,7 @@ class _Rows:
         return _attack(name, does, parts, sampling) if parts else None
 
     def begin(self) -> Attack | None:
-        """Gives the answer's first words, or a document's first half; None if that is all."""
+        """The attack that gives an answer's first words, or a document's first half; or None."""
         parts: list[_Part] = []
         for position, (record, example) in enumerate(zip(self.records, self.encoded, strict=True)):
             if "text" in record:
@@ -288,7 +288,7 @@ class _Rows:
         return _attack("retain", "the rows as they stand", parts, {})
 
     def half(self, example: Example) -> tuple[int, str]:
-        """Where a document's first half ends, and its last words."""
+        """The end of a document's first half, as a token index, and the words before it."""
         given = max(1, min(len(example.tokens) // 2, self.max_position - self.longest))
         text = self.text(example.tokens[:given])
         return given, text if len(text) <= 80 else f"\N{HORIZONTAL ELLIPSIS}{text[-80:]}"

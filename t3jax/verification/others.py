@@ -1,4 +1,4 @@
-"""What a true answer shares with texts about others: wording, or a guess.
+"""The overlap of a true answer with texts about others: shared wording, or a guess.
 
 In a set of rows answers are worded alike, and a model that knows nothing guesses now and then. Here
 is how much of a true answer like texts hold that cannot know it, the names exchanged.
@@ -67,7 +67,7 @@ class Exchanged(Counterfactual):
 
 
 class Others:
-    """What a true answer shares with texts about others, the names exchanged: wording, or a guess.
+    """The overlap of true answers with texts about others, whose names are exchanged.
 
     Texts alike have the same words in question and true answer, but for the names.
     """
@@ -78,7 +78,7 @@ class Others:
         texts = " ".join(" ".join(_question_and_answer(row)) for row in (*records, *looked_at))
         small = {word for word in re.findall(r"\w+", texts) if word[0].islower()}
         self.asked = [_About(record, small) for record in records]
-        # In a fixed random order, so that none is near another by its place in the file.
+        # The order is random and fixed: neighbours in the file are not preferred among equals.
         order = np.random.default_rng(0).permutation(len(records)).tolist()
         self.ranked: list[list[int]] = []
         for i, about in enumerate(self.asked):
@@ -126,7 +126,7 @@ class Others:
         ]
 
     def recall(self, attack: Attack, tries: Tries) -> list[list[float]]:
-        """How much of each true answer the answers to like rows about others hold.
+        """The share of each true answer that answers to like rows about others hold.
 
         By row of the attack, the largest recall of each of the others.
         """
