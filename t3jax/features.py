@@ -132,15 +132,7 @@ def load_or_compute_features(
                 pooled = np.memmap(temporary / _POOLED, jnp.dtype(dtype), "r+", shape=shape)
             _compute(lm, examples, starts, kind, pooled, tokens_per_batch, progress)
             if temporary is not None:
-                description = {
-                    "checksum": checked.file_checksum(temporary / _POOLED),
-                    "tokens": shape[0],
-                    "width": shape[1],
-                    "kind": kind,
-                    "dtype": dtype,
-                    "model": lm.name,
-                }
-                checked.write_json(temporary / _DESCRIPTION, description)
+                _describe(temporary, shape, kind=kind, dtype=dtype, model=lm.name)
     hosts.wait_for(folder)
     targets = np.concatenate([example.tokens[example.answer_start :] for example in examples])
     pooled = np.memmap(folder / _POOLED, jnp.dtype(dtype), "r", shape=shape)
@@ -206,6 +198,13 @@ def _compute(
     )
     if pooled is not None:
         pooled.flush()
+
+
+def _describe(folder: pathlib.Path, shape: tuple[int, int], **fields: str) -> None:
+    tokens, width = shape
+    checksum = checked.file_checksum(folder / _POOLED)
+    description = {"checksum": checksum, "tokens": tokens, "width": width, **fields}
+    checked.write_json(folder / _DESCRIPTION, description)
 
 
 def _not_finite(lm: LM, row: int, progress: str | None) -> str:

@@ -233,11 +233,7 @@ def _choose(
         program.mesh,
     )
     logprobs = token_logprobs(
-        logits,
-        guided,
-        token,
-        has_head=scores is not None,
-        with_logprobs=program.with_logprobs,
+        logits, guided, token, has_head=bool(program.heads), with_logprobs=program.with_logprobs
     )
     ended = state.done | jnp.any(token[:, None] == stop_ids[None, :], axis=-1)
     chosen = jnp.where(state.done, -1, token)
