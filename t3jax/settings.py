@@ -12,7 +12,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from t3jax.data.chat import PromptFormat
 from t3jax.evaluation.unlearning import UnlearningOptions
@@ -25,8 +25,8 @@ from t3jax.ranges import (
     REFINEMENTS,
     SEED,
     Numbers,
+    Ranged,
     Words,
-    check_ranges,
     whole,
 )
 from t3jax.sampling.sampler import SamplingOptions
@@ -53,7 +53,7 @@ def _section(options: type, prefix: str = "", without: tuple[str, ...] = ()) -> 
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(Ranged):
     """All settings: the fields that are typed most, and the sections.
 
     A relative path is one from the working folder.
@@ -114,15 +114,15 @@ class Settings:
     prompts: str | None = None
     output: str | None = None
     base_only: bool = False
-    base_temperature: float | None = None
-    guidance_scale: float | None = None
-    forget_fraction: float | None = None
-    refinements: str = "plain"
-    seeds: tuple[int, ...] = (1,)
-    rows: int = 16
-    max_length: int | None = None
-    mesh: tuple[int, ...] = (-1, 1, 1)
-    dtype: str | None = None
+    base_temperature: Annotated[float | None, BASE_TEMPERATURE] = None
+    guidance_scale: Annotated[float | None, GUIDANCE_SCALE] = None
+    forget_fraction: Annotated[float | None, Numbers(0, 1, above=True, below=True)] = None
+    refinements: Annotated[str, Words(REFINEMENTS, "-")] = "plain"
+    seeds: Annotated[tuple[int, ...], SEED] = (1,)
+    rows: Annotated[int, whole(1, 2**16)] = 16
+    max_length: Annotated[int | None, whole(2)] = None
+    mesh: Annotated[tuple[int, ...], whole(-1, 2**20)] = (-1, 1, 1)
+    dtype: Annotated[str | None, Words((*DTYPES, "int8"))] = None
     sampling: SamplingOptions = _section(SamplingOptions)
     classifier: ClassifierOptions = _section(ClassifierOptions)
     train: TrainConfig = _section(TrainConfig)
@@ -142,18 +142,7 @@ class Settings:
     serve: ServeSection = _section(ServeSection)
 
     def __post_init__(self):
-        check_ranges(
-            self,
-            base_temperature=BASE_TEMPERATURE,
-            guidance_scale=GUIDANCE_SCALE,
-            forget_fraction=Numbers(0, 1, above=True, below=True),
-            refinements=Words(REFINEMENTS, "-"),
-            seeds=SEED,
-            rows=whole(1, 2**16),
-            max_length=whole(2),
-            mesh=whole(-1, 2**20),
-            dtype=Words((*DTYPES, "int8")),
-        )
+        super().__post_init__()
         if len(self.mesh) != 3:
             raise ValueError(f"mesh = {self.mesh!r}: expected three numbers")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):

@@ -24,14 +24,14 @@ References:
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from t3jax import hosts
-from t3jax.ranges import SHARE, check_ranges, whole
+from t3jax.ranges import SHARE, Ranged, whole
 
 # Of the largest singular value: gradients are computed in float32, so what is smaller is rounding.
 _RANK_TOLERANCE = 1e-6
@@ -41,7 +41,7 @@ Output = Callable[[Any, Any, Any], Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class MinNormConfig:
+class MinNormConfig(Ranged):
     """When the parameters are projected, and how far.
 
     Attributes:
@@ -52,21 +52,11 @@ class MinNormConfig:
         last_epochs: Epochs at the end that project no more.
     """
 
-    n_pert: int = 50
-    share: float = 0.1
-    decay: float = 0.9
-    every: int = 1
-    last_epochs: int = 2
-
-    def __post_init__(self):
-        check_ranges(
-            self,
-            n_pert=whole(1, 2**12),
-            share=SHARE,
-            decay=SHARE,
-            every=whole(1),
-            last_epochs=whole(0),
-        )
+    n_pert: Annotated[int, whole(1, 2**12)] = 50
+    share: Annotated[float, SHARE] = 0.1
+    decay: Annotated[float, SHARE] = 0.9
+    every: Annotated[int, whole(1)] = 1
+    last_epochs: Annotated[int, whole(0)] = 2
 
     def share_at(self, step: int, steps_per_epoch: int, epochs: int) -> float:
         """The share that a step's projection takes away, 0 for a step without one.

@@ -3,10 +3,11 @@
 import collections
 import dataclasses
 from collections.abc import Callable
+from typing import Annotated
 
 import numpy as np
 
-from t3jax.ranges import COUNT, RANK, Numbers, check_ranges, whole
+from t3jax.ranges import COUNT, RANK, Numbers, Ranged, whole
 from t3jax.sampling.sampler import SamplingOptions
 
 MOST_STOP_IDS = 8  # of a request, beside the model's own
@@ -30,7 +31,7 @@ class FieldError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class ServerOptions:
+class ServerOptions(Ranged):
     """Options of the server towards its clients.
 
     Attributes:
@@ -43,24 +44,15 @@ class ServerOptions:
     """
 
     host: str = "127.0.0.1"
-    port: int = 8000
+    port: Annotated[int, whole(0, 2**16 - 1)] = 8000
     model_name: str | None = None
-    timeout: float = 300.0
-    max_body: int = 2**20
-    max_rows_body: int = 2**25
-
-    def __post_init__(self):
-        check_ranges(
-            self,
-            port=whole(0, 2**16 - 1),
-            timeout=Numbers(0, 10**6, above=True),
-            max_body=whole(2**10, 2**31),
-            max_rows_body=whole(2**10, 2**31),
-        )
+    timeout: Annotated[float, Numbers(0, 10**6, above=True)] = 300.0
+    max_body: Annotated[int, whole(2**10, 2**31)] = 2**20
+    max_rows_body: Annotated[int, whole(2**10, 2**31)] = 2**25
 
 
 @dataclasses.dataclass(frozen=True)
-class EngineOptions:
+class EngineOptions(Ranged):
     """Limits and sizes of an engine.
 
     Attributes:
@@ -75,27 +67,17 @@ class EngineOptions:
         prefixes: Tokens of prompts that begin alike whose states are kept; 0: none are.
     """
 
-    rows: int = 16
-    chunk: int = 8
-    piece: int = 128
-    max_length: int | None = None
-    queue: int = 256
-    heads: int = 8
-    rank: int = 200
-    prefixes: int = 4096
+    rows: Annotated[int, whole(1, 2**12)] = 16
+    chunk: Annotated[int, whole(1, 2**10)] = 8
+    piece: Annotated[int, whole(1, 2**14)] = 128
+    max_length: Annotated[int | None, whole(2, 2**20)] = None
+    queue: Annotated[int, COUNT] = 256
+    heads: Annotated[int, whole(1, 2**8)] = 8
+    rank: Annotated[int, RANK] = 200
+    prefixes: Annotated[int, whole(0, 2**24)] = 4096
 
     def __post_init__(self):
-        check_ranges(
-            self,
-            rows=whole(1, 2**12),
-            chunk=whole(1, 2**10),
-            piece=whole(1, 2**14),
-            max_length=whole(2, 2**20),
-            queue=COUNT,
-            heads=whole(1, 2**8),
-            rank=RANK,
-            prefixes=whole(0, 2**24),
-        )
+        super().__post_init__()
         if self.piece not in (SHORT_PIECE << i for i in range(10)):
             raise ValueError(f"piece = {self.piece}: expected {SHORT_PIECE}, 64, 128, ...")
 
