@@ -169,7 +169,7 @@ def place(tree: PyTree, shardings: PyTree) -> PyTree:
     return jax.tree.map(_place, tree, jax.tree.broadcast(shardings, tree))
 
 
-def _place(leaf: jax.Array | np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+def _place(leaf: jax.typing.ArrayLike, sharding: jax.sharding.Sharding) -> jax.Array:
     if isinstance(leaf, jax.Array):
         if not leaf.is_fully_addressable:
             return jax.device_put(leaf, sharding)

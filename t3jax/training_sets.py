@@ -102,7 +102,7 @@ class FeatureMaker:
         self,
         rows: Sequence[Record],
         others: Sequence[Record],
-        share: float,
+        share: int | float,
         seed: tuple[int, ...],
     ) -> list[Record]:
         """Puts a share of the rows behind earlier turns, made of others."""

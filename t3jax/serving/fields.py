@@ -6,6 +6,8 @@ from typing import Any
 from t3jax.json_files import parse_json
 from t3jax.serving.errors import KINDS, BadRequest, describe
 
+Number = int | float
+
 # Fields of the API that do nothing at these values, and that nothing here does at others.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,),
@@ -73,14 +75,19 @@ class Fields:
         """A whole number in a range."""
         return self._within(name, self.take(name, int), otherwise, low, high)
 
-    def number(self, name: str, otherwise: float | None, low: float, high: float) -> Any:
+    def number(self, name: str, otherwise: Number | None, low: Number, high: Number) -> Any:
         """A number in a range, as a float."""
         value = self._within(name, self.take(name, (int, float)), otherwise, low, high)
         return None if value is None else float(value)
 
     def _within(
-        self, name: str, value: float | None, otherwise: float | None, low: float, high: float
-    ) -> float | None:
+        self,
+        name: str,
+        value: Number | None,
+        otherwise: Number | None,
+        low: Number,
+        high: Number,
+    ) -> Number | None:
         if value is None:
             return otherwise
         if not low <= value <= high:  # NaN too
