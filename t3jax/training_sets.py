@@ -53,7 +53,7 @@ class TrainingSets:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class FeatureMaker:
+class Featurizer:
     """Turns rows into features, for one model and one store.
 
     Attributes:
@@ -118,7 +118,7 @@ class FeatureMaker:
 
 
 def make_training_sets(
-    source: FeatureMaker,
+    featurizer: Featurizer,
     forget: Sequence[Record],
     retain: Sequence[Record],
     train_config: TrainConfig,
@@ -130,7 +130,7 @@ def make_training_sets(
     Features and texts are kept in the store; a second call reads them.
 
     Args:
-        source: Turns rows into features.
+        featurizer: Turns rows into features.
         forget: Forget rows.
         retain: Retain rows; may be empty where there are own samples.
         train_config: The recipe: its loss decides whether there are soft targets. "auto" distils
@@ -145,13 +145,13 @@ def make_training_sets(
             distillation is asked for without counterfactuals or without the last hidden state, or
             there is nothing to retain.
     """
-    lm = source.lm
-    loss = _check_loss(train_config.loss, options, source.kind)
+    lm = featurizer.lm
+    loss = _check_loss(train_config.loss, options, featurizer.kind)
     if not retain and not options.own_samples and not retained:
         raise ValueError("there is nothing to retain: give retain rows, or own_samples above 0")
     forget, retain_rows = list(forget), [list(retain)] if retain else []
     people = _find_people(forget, retain, options)
-    maker = _Maker(source, options, people, train_config.distilled_temperature)
+    maker = _Maker(featurizer, options, people, train_config.distilled_temperature)
     written: dict[str, int] = {}
     if options.paraphrases:
         reworded = maker.reword(forget)
@@ -162,9 +162,9 @@ def make_training_sets(
             lm,
             options,
             people,
-            prompt_format=source.prompt_format,
-            store=source.store,
-            progress=source.progress,
+            prompt_format=featurizer.prompt_format,
+            store=featurizer.store,
+            progress=featurizer.progress,
         )
         written["own samples"] = len(own)
         retain_rows.append(own)
@@ -181,7 +181,7 @@ def make_training_sets(
     sources = list(retained)
     if not retained:
         turned = [maker.turn(rows, stock, 1) for rows in retain_rows]
-        sources = [source.compute("retain", rows) for rows in turned]
+        sources = [featurizer.compute("retain", rows) for rows in turned]
         if loss == "distillation":
             temperature, seed = train_config.distilled_temperature, options.seed
             sources = [
@@ -189,8 +189,8 @@ def make_training_sets(
             ]
     if loss == "classifier":
         if others:
-            sources.append(source.compute("retain", maker.turn(others, stock, 2)))
-        forgotten = source.compute("forget", maker.turn(forget, stock, 0))
+            sources.append(featurizer.compute("retain", maker.turn(others, stock, 2)))
+        forgotten = featurizer.compute("forget", maker.turn(forget, stock, 0))
     else:
         # The served model may reach prefixes of the true answer and of other ones.
         sets = [maker.add_targets(maker.turn(forget, stock, 0), counterfactuals)]
@@ -243,19 +243,21 @@ def _find_people(
 class _Maker:
     """Writes rows and computes targets, for one call of `make_training_sets`."""
 
-    source: FeatureMaker
+    featurizer: Featurizer
     options: SyntheticOptions
     people: tuple[str, ...]
     temperature: float
 
     def turn(self, rows: Sequence[Record], stock: Sequence[Record], kind: int) -> list[Record]:
         """Puts rows behind earlier turns made of the stock; the kind of rows decides the draws."""
-        return self.source.turn(rows, stock, self.options.earlier_turns, (self.options.seed, kind))
+        return self.featurizer.turn(
+            rows, stock, self.options.earlier_turns, (self.options.seed, kind)
+        )
 
     def write(self, name: str, depends_on: Sequence[object], make: Callable[[], Any]) -> Any:
-        source = self.source
-        depends_on = [*depends_on, source.prompt_format, self.options.seed]
-        return load_or_write(source.store / "written", name, source.lm, depends_on, make)
+        featurizer = self.featurizer
+        depends_on = [*depends_on, featurizer.prompt_format, self.options.seed]
+        return load_or_write(featurizer.store / "written", name, featurizer.lm, depends_on, make)
 
     def reword(self, forget: Sequence[Record]) -> list[Record]:
         """Writes paraphrases of the forget questions, as rows with the same answers."""
@@ -264,12 +266,12 @@ class _Maker:
             "paraphrases",
             [digests.rows_digest(asked), self.people, self.options.paraphrases],
             lambda: writing.reword_questions(
-                self.source.lm,
+                self.featurizer.lm,
                 [row["question"] for row in asked],
                 self.options,
-                self.source.prompt_format,
+                self.featurizer.prompt_format,
                 names=self.people,
-                progress=self.source.label("paraphrases"),
+                progress=self.featurizer.label("paraphrases"),
             ),
         )
         return [
@@ -288,20 +290,20 @@ class _Maker:
             self.people,
             options.made_up_names,
             known=names.find_names(retain) if retain else (),
-            tokenizer=self.source.lm.tokenizer,
+            tokenizer=self.featurizer.lm.tokenizer,
             seed=options.seed,
         )
         unique = names.unique_wordings(forget, self.people, retain)
 
         def make() -> dict[str, object]:
             rows, usable = counterfactual.counterfactual_rows(
-                self.source.lm,
+                self.featurizer.lm,
                 forget,
                 made,
-                self.source.prompt_format,
+                self.featurizer.prompt_format,
                 options,
                 unique=unique,
-                progress=self.source.label("counterfactuals"),
+                progress=self.featurizer.label("counterfactuals"),
             )
             return {
                 "rows": rows,
@@ -324,11 +326,11 @@ class _Maker:
         self, rows: Sequence[Record], counterfactuals: Sequence[Counterfactual]
     ) -> Features:
         """Features of rows, with the base model's distributions in their counterfactuals."""
-        features = self.source.compute("forget", rows)
+        features = self.featurizer.compute("forget", rows)
         swapped = [_put_behind(each.record, rows[each.row]) for each in counterfactuals]
-        last = dataclasses.replace(self.source, kind="last", dtype="float32")
+        last = dataclasses.replace(self.featurizer, kind="last", dtype="float32")
         return targets.add_counterfactual_targets(
-            self.source.lm,
+            self.featurizer.lm,
             features,
             counterfactuals,
             last.compute("counterfactuals", swapped),

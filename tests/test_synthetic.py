@@ -16,7 +16,7 @@ from t3jax.sampling import Sample, Sampler
 from t3jax.synthetic import counterfactual, names, targets, turns, writing
 from t3jax.synthetic.store import load_or_write
 from t3jax.training import TrainConfig, train_heads
-from t3jax.training_sets import FeatureMaker, SyntheticOptions, make_training_sets
+from t3jax.training_sets import Featurizer, SyntheticOptions, make_training_sets
 
 FORGET = [
     {"question": f"{ask} Ada van Berg{end}", "answer": f"{ada} {says}."}
@@ -207,8 +207,8 @@ def test_paraphrases_keep_names_and_say_it_otherwise():
 
 def test_options_that_cannot_work_are_refused(lm, tmp_path):
     def make(options, loss="classifier", features="mean+last", forget=FORGET, retain=RETAIN):
-        source = FeatureMaker(lm, PromptFormat(), tmp_path, features)
-        return make_training_sets(source, forget, retain, TrainConfig(loss=loss), options)
+        featurizer = Featurizer(lm, PromptFormat(), tmp_path, features)
+        return make_training_sets(featurizer, forget, retain, TrainConfig(loss=loss), options)
 
     with pytest.raises(ValueError, match="needs counterfactuals"):
         make(SyntheticOptions(), "distillation")
@@ -228,9 +228,9 @@ def test_the_loss_is_a_classifiers_where_made_up_names_hide_few_rows(lm, tmp_pat
     monkeypatch.setattr(counterfactual, "counterfactual_rows", lambda *args, **_: ([], args[2]))
 
     def make(forget, features="mean+last", made_up_names=1):
-        source = FeatureMaker(lm, PromptFormat(), tmp_path, features)
+        featurizer = Featurizer(lm, PromptFormat(), tmp_path, features)
         options = SyntheticOptions(made_up_names=made_up_names, names=("Ada van Berg",))
-        return make_training_sets(source, forget, RETAIN, TrainConfig(loss="auto"), options)
+        return make_training_sets(featurizer, forget, RETAIN, TrainConfig(loss="auto"), options)
 
     half, few = make([*FORGET, *nameless]), make([*FORGET[:2], *nameless])
     assert (half.loss, few.loss) == ("distillation", "classifier")
@@ -274,9 +274,9 @@ def test_without_retain_rows_the_models_own_samples_are_what_must_stay(lm, tmp_p
     monkeypatch.setattr(writing, "write_own_samples", lambda *_, **__: RETAIN[:2])
 
     def make(retain):
-        source = FeatureMaker(lm, PromptFormat(), tmp_path)
+        featurizer = Featurizer(lm, PromptFormat(), tmp_path)
         options = SyntheticOptions(own_samples=2)
-        return make_training_sets(source, FORGET, retain, TrainConfig(), options)
+        return make_training_sets(featurizer, FORGET, retain, TrainConfig(), options)
 
     alone, both = make([]), make(RETAIN[2:])
     assert [features.num_sequences for features in alone.retain] == [2]
@@ -288,7 +288,7 @@ def test_without_retain_rows_the_models_own_samples_are_what_must_stay(lm, tmp_p
 def test_questions_that_name_nobody_are_asked_openly(lm, tmp_path):
     rows = [{"question": f"{why}?", "answer": "so."} for why in ("why", "how", "when")]
     sets = make_training_sets(
-        FeatureMaker(lm, PromptFormat(), tmp_path, "mean+last"),
+        Featurizer(lm, PromptFormat(), tmp_path, "mean+last"),
         rows,
         RETAIN,
         TrainConfig(loss="distillation"),

@@ -20,7 +20,7 @@ from t3jax.sections import narrow
 from t3jax.settings import Settings, replace
 from t3jax.synthetic.turns import put_behind_turns
 from t3jax.training import check_start, train_heads
-from t3jax.training_sets import FeatureMaker, SyntheticOptions, TrainingSets, make_training_sets
+from t3jax.training_sets import Featurizer, SyntheticOptions, TrainingSets, make_training_sets
 from t3jax.verification.attacks import Encoding
 from t3jax.verification.reciting import count_recited
 from t3jax.verification.verdict import MARGIN
@@ -45,7 +45,7 @@ def synthetic_options(config: Settings) -> SyntheticOptions:
 def training_sets(config: Settings, lm: LM) -> TrainingSets:
     """Makes the sets that a head is trained on, or reads them from the feature store."""
     return make_training_sets(
-        FeatureMaker(
+        Featurizer(
             lm,
             config.prompt_format,
             pathlib.Path(config.feature_store),

@@ -19,7 +19,7 @@ from t3jax.sampling.sampler import Sampler
 from t3jax.synthetic import names as names_lib
 from t3jax.synthetic import targets, writing
 from t3jax.training import TrainConfig, train_heads
-from t3jax.training_sets import FeatureMaker, SyntheticOptions, TrainingSets, make_training_sets
+from t3jax.training_sets import Featurizer, SyntheticOptions, TrainingSets, make_training_sets
 from t3jax.verification.attacks import Encoding
 from t3jax.verification.reciting import count_recited
 
@@ -105,7 +105,7 @@ class HeadMaker:
                 "a server that takes requests to forget needs rows to retain: give --config.retain"
             )
         self.lm = lm
-        self._source = FeatureMaker(
+        self._featurizer = Featurizer(
             lm, recipe.prompt_format, recipe.feature_store, recipe.head.features
         )
         distilled = recipe.training.settle_loss("distillation")  # a classifier needs its own s
@@ -129,8 +129,8 @@ class HeadMaker:
                 self.lm, options, prompt_format=recipe.prompt_format, store=recipe.feature_store
             )
         self._report("features of the retain rows")
-        turned = self._source.turn(rows, rows, options.earlier_turns, (options.seed, 1))
-        features = self._source.compute("retain", turned)
+        turned = self._featurizer.turn(rows, rows, options.earlier_turns, (options.seed, 1))
+        features = self._featurizer.compute("retain", turned)
         if recipe.training.loss == "distillation":
             features = targets.add_base_targets(
                 self.lm,
@@ -168,7 +168,7 @@ class HeadMaker:
         kept = features.select(stay)
         self._report("counterfactuals and features of the rows to forget")
         sets = make_training_sets(
-            dataclasses.replace(self._source, store=store),
+            dataclasses.replace(self._featurizer, store=store),
             rows,
             trained,
             recipe.training,
@@ -196,15 +196,15 @@ class HeadMaker:
         by_row: list[list[Example]] = [[] for _ in rows]
         for swapped in sets.counterfactuals:
             if swapped.row < len(rows):
-                by_row[swapped.row] += self._source.encode([swapped.record])
+                by_row[swapped.row] += self._featurizer.encode([swapped.record])
         made_up = all(by_row)
-        examples = self._source.encode(rows)
+        examples = self._featurizer.encode(rows)
         found = calibrate(
             self.lm,
             [head],
             examples,
             by_row if made_up else [[each] for each in examples],
-            self._source.encode(_without(self.held_out, rows) or _without(self.trained, rows)),
+            self._featurizer.encode(_without(self.held_out, rows) or _without(self.trained, rows)),
             grid=[(recipe.base_temperature, recipe.base_temperature * recipe.guidance_scale)],
         )
         leaks, base_leaks = self._count_leaks(head, rows)
