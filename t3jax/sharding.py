@@ -122,7 +122,8 @@ def gather_weights(mesh: Mesh | None, params: PyTree, after: jax.Array) -> PyTre
 def lookup(mesh: Mesh | None, table: jax.Array, ids: jax.Array) -> jax.Array:
     """Rows `[B, T, D]` of a table `[V, D]` for ids `[B, T]`, inside of jit.
 
-    Along `fsdp` the ids go to the columns and what they find to the rows: the table stays.
+    Along `fsdp` the ids are looked up in the local columns, and the result is resharded to rows:
+    the table is not gathered.
     """
     ids = constrain(ids, mesh, [DATA])
     found = jnp.take(table, ids, axis=0)

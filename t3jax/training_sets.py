@@ -133,9 +133,9 @@ def make_training_sets(
         featurizer: Turns rows into features.
         forget: Forget rows.
         retain: Retain rows; may be empty where there are own samples.
-        train_config: The recipe: its loss decides whether there are soft targets. "auto" distils
-            where made-up names hide whom at least half of the forget rows are about, and trains a
-            classifier on the same texts elsewhere.
+        train_config: The recipe: its loss decides whether there are soft targets. "auto" distils if
+            made-up names hide the person in at least half of the forget rows; otherwise it trains a
+            classifier on the same texts.
         options: What the base model writes.
         retained: Features of retain sources, with targets where the loss is distillation. They
             stand for the features of the retain rows, which are then read for their names alone.

@@ -5,7 +5,7 @@
 
 With `--config.serve.requests=FOLDER` and T3JAX_SERVER_KEY in the environment it takes requests to
 forget while it answers: each becomes a head that is on for everybody until it is revoked. Ctrl-C
-and SIGTERM end it after the answers at hand. See docs/serving.md.
+and SIGTERM end it after the running answers. See docs/serving.md.
 """
 
 import os

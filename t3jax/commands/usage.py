@@ -1,7 +1,7 @@
 """The text of `--help`: fields with comments and defaults, read from the source.
 
-Comments are the attributes in the docstrings of the dataclasses, and defaults what stands there or
-in `configs/default.py`. Nothing is imported, since that takes seconds.
+Comments are the attributes in the docstrings of the dataclasses. Defaults are those of the
+dataclasses or of `configs/default.py`. Nothing is imported, since that takes seconds.
 """
 
 import ast

@@ -3,7 +3,7 @@
 A template is a program that comes with a model. Jinja's sandbox keeps it from files and from
 Python, not from nested loops or from texts that double: no check of its parts bounds those, limits
 of the operating system do. The process starts with the first text, stays for the next ones, and
-ends with this one. What it renders is what transformers renders.
+ends with this one. The rendered text equals that of transformers.
 """
 
 import atexit

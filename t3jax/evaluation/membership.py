@@ -92,7 +92,7 @@ def membership_auc(
 
 
 def privleak(auc: float, retain_auc: float = 0.5) -> float:
-    """How far membership inference is from what it is on the retain model, in percent.
+    """Distance of membership inference from that on the retain model, in percent.
 
     `100 · ((1 - auc) - (1 - retain_auc)) / ((1 - retain_auc) + 1e-10)` of the AUC of `mia_min_k`: 0
     is ideal, below 0 under-unlearned, above 0 over-unlearned. Without a retain model its AUC is

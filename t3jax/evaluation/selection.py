@@ -48,7 +48,7 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """How well a setting forgets, and what it keeps.
+    """Forget quality and utility of a setting.
 
     Attributes:
         quality: The test of the forget rows against the retain model's.

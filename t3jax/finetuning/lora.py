@@ -1,7 +1,7 @@
 """Low-rank updates (LoRA): a linear layer multiplies by W + s B A, and only A and B are trained.
 
 While training the sum is never formed: the decoder adds s B (A x) to W x, which costs neither a
-second copy of the weights nor their full gradients. What is saved is merged.
+second copy of the weights nor their full gradients. The saved weights are merged.
 
 Axes: R rank.
 

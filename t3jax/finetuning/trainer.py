@@ -1,8 +1,8 @@
 """The compiled programs of fine-tuning: gradient and update, and the loss of held-out rows.
 
-What is trained (all weights, or LoRA's factors) and its moments are float32, and split over the
-mesh as the weights are. They are cast once a step to the dtype of the forward and backward pass;
-gradients are summed in float32.
+The trained parameters (all weights, or LoRA's factors) and their moments are float32, and split
+over the mesh as the weights are. They are cast once a step to the dtype of the forward and backward
+pass; gradients are summed in float32.
 
 With tasks (LoRA-ML) what is trained is `{"base": all weights, "adapters": {"0": factors, ...}}`. A
 gradient is taken for one task after the other, of its batch and `{"base": ..., "lora": factors}`.
@@ -38,7 +38,7 @@ Params = decoder.Params
 
 
 class Programs(NamedTuple):
-    """What is compiled for a model and a recipe; a state is `(trained, optimizer state)`.
+    """The compiled programs of a model and a recipe; a state is `(trained, optimizer state)`.
 
     Attributes:
         abstract_state: The state as shapes with shardings.

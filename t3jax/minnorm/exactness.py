@@ -23,9 +23,9 @@ from t3jax.minnorm.projection import span_coefficients
 def loss_gradient(rng: np.random.Generator) -> float:
     """Theorem 1: where all points are interpolated, every gradient of a squared loss is 0.
 
-    They are those of a two-layer perceptron's retain and forget losses, of which descent, ascent
-    and their sums are made. The largest entry is returned, over the gradient of the same losses for
-    labels that are off by 1.
+    The losses are a two-layer perceptron's retain and forget losses; descent, ascent and their sums
+    are made of their gradients. The largest entry is returned, over the gradient of the same losses
+    for labels that are off by 1.
     """
     x, y, retained = _points(rng)
     inner = rng.normal(size=(2 * len(x), x.shape[1]))

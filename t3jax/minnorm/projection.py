@@ -1,4 +1,4 @@
-"""The simplest nearby model with the same outputs on what is retained, to first order.
+"""The simplest nearby model with the same outputs on the retain set, to first order.
 
 A change of the parameters that stands at right angles to the gradients g_1, ..., g_N of the outputs
 on retain points leaves those outputs alone, to first order. Among such changes, the one with the

@@ -62,7 +62,7 @@ def training_sets(config: Settings, lm: LM) -> TrainingSets:
 
 
 def settle_loss(config: Settings, sets: TrainingSets) -> Settings:
-    """Puts the loss that the sets are made for in the place of "auto"."""
+    """Replaces the loss "auto" by the one that the sets are made for."""
     if config.train.loss == "auto":
         why = "" if sets.loss == "distillation" else ": made-up names hide too few of the rows"
         print(f"loss: {sets.loss}{why}")

@@ -1,4 +1,4 @@
-"""Devices and models that need not be at hand to be planned for."""
+"""Devices and models that can be planned for without having them."""
 
 import pathlib
 

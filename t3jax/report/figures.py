@@ -51,7 +51,7 @@ class Point(NamedTuple):
     """A setting in the trade-off.
 
     Attributes:
-        label: What stands beside it; empty for none.
+        label: Text beside it; empty for none.
         kind: A key of `STYLES`.
         quality: Forget quality, p.
         utility: Model or retain utility.

@@ -25,7 +25,7 @@ class Cell(NamedTuple):
 
     Attributes:
         text: The number; a dash where it is missing.
-        note: What stands beside it, small: its interval, for instance.
+        note: A small text beside it, such as its interval.
     """
 
     text: str
@@ -37,7 +37,7 @@ class Row(NamedTuple):
 
     Attributes:
         label: The setting's name.
-        kind: What it is: base, unlearned, one of the controls, retain model.
+        kind: Base, unlearned, one of the controls, or retain model.
         cells: One for each column.
     """
 

@@ -20,7 +20,7 @@ from t3jax.serving.requests import RequestBook
 
 
 def main() -> None:
-    """Reads the command line; what is wrong is one line and status 1."""
+    """Reads the command line; errors are one line and status 1."""
     parser = argparse.ArgumentParser(
         prog="python -m t3jax.serving",
         description=__doc__,

@@ -86,7 +86,7 @@ def make_app(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _About(Routes):
-    """Routes that need no answer of the model, and what is said of errors."""
+    """Routes that need no answer of the model, and the responses to errors."""
 
     started: int = dataclasses.field(default_factory=lambda: int(time.time()))
 

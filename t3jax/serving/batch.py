@@ -1,7 +1,7 @@
 """The answers at work: prompts that are read, rows that decode, and what they say.
 
 A prompt is read in pieces, so that a long one does not stall the others for its whole length, and
-then joins the batch. Events go out here; who waits and what is switched is the engine's business.
+then joins the batch. Events go out here; the queue and the switching of heads are the engine's.
 """
 
 import collections
@@ -99,7 +99,7 @@ class Batch:
         ticket.on_event(event)
 
     def drop_cancelled(self) -> None:
-        """Frees the rows of requests that nobody waits for."""
+        """Frees the rows of cancelled requests."""
         gone = [ticket for ticket in self.tickets if ticket.cancelled]
         for one in self._readings:
             if one.ticket.cancelled:
@@ -155,7 +155,7 @@ class Batch:
     # ---- reading
 
     def _resume(self, reading: _Reading) -> None:
-        """Goes on from the longest beginning that is kept, if that is longer than what is read."""
+        """Continues from the longest kept beginning, if it is longer than what was read."""
         request = reading.ticket.request
         if request.scores_prompt:
             return  # the tokens of a kept beginning have no scores
@@ -211,7 +211,7 @@ class Batch:
         rows: Mapping[int, int],
         prompt_scores: Scores | None = None,
     ) -> None:
-        """Hands out what is new, and frees rows that are done."""
+        """Sends events with the new tokens, and frees rows that are done."""
         tokens, scored, changed_by, faults, done = jax.tree.map(np.asarray, tuple(emitted))
         for i, number in rows.items():
             row = self._rows[number]

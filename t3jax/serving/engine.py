@@ -107,7 +107,7 @@ class Engine:
         self._thread.start()
 
     def stop(self, drain: bool = True) -> None:
-        """Takes no more requests; answers those at hand, or cancels them, and ends the thread."""
+        """Refuses new requests, answers or cancels the running ones, and ends the thread."""
         with self._wake:
             self._stopping = "drain" if drain else "now"
             self._wake.notify_all()
@@ -203,7 +203,7 @@ class Engine:
             self._wake.notify_all()
 
     def install(self, name: str, head: Head, active: bool = True) -> None:
-        """Puts a head in, or in the place of the one of this name, from the next chunk on.
+        """Adds a head, or replaces the one of this name, from the next chunk on.
 
         An active head is on for everybody.
 

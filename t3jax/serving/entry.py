@@ -1,4 +1,4 @@
-"""A request to forget: what is known of it, and how it is read from what a client sends."""
+"""A request to forget: its record, and how it is read from a body."""
 
 import dataclasses
 import datetime

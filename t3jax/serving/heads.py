@@ -50,7 +50,7 @@ class HeadSet:
         check_shape(self.stack, head.config)
 
     def install(self, name: str, head: Head, active: bool) -> None:
-        """Puts a head in, or in the place of the one of this name.
+        """Adds a head, or replaces the one of this name.
 
         Raises:
             ValueError: If there is no free place.

@@ -57,7 +57,8 @@ class EngineOptions(Ranged):
 
     Attributes:
         rows: Answers decoded together.
-        chunk: Steps between two looks of the host; divides no answer, but what comes at once.
+        chunk: Steps between two looks of the host; answers do not depend on it, their pieces in a
+            stream do.
         piece: Tokens of a prompt that are read at a time: 32 times a power of two.
         max_length: Longest prompt and answer together, tokens; None: the model's context, at most
             2,048.
@@ -146,7 +147,7 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """What comes out for a request.
+    """An event of a request.
 
     Attributes:
         text: New text.

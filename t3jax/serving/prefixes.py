@@ -1,8 +1,9 @@
 """Which beginnings of prompts are kept read, so that those to come need not read them again.
 
 A system prompt is the beginning of many prompts, and several answers to one prompt share all of it.
-A beginning ends where a piece ends, and is kept from the second time on: what comes once costs
-nothing. The least recently used are given up first. The states themselves are the device's.
+A beginning ends where a piece ends, and is kept from the second time on: a beginning that comes
+once costs nothing. The least recently used are given up first. The states themselves are the
+device's.
 """
 
 import collections

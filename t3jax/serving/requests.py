@@ -203,7 +203,7 @@ class RequestBook:
         return self._audit.read()
 
     def wait(self, timeout: int | float | None = None, id: str | None = None) -> bool:
-        """Waits until a request, or all, neither wait nor train; False after so many seconds."""
+        """Waits until a request, or all, neither wait nor train; False after `timeout` seconds."""
 
         def done() -> bool:
             entries = self._entries.values() if id is None else [self._entries[id]]

@@ -1,7 +1,7 @@
 """From rows to forget to a head that is checked, with a model that is loaded already.
 
-The features of what is retained are computed once for all requests. What is made of the rows to
-forget (features, counterfactuals) lies in a folder of the request, to be deleted with them.
+The features of the retain rows are computed once for all requests. Features and counterfactuals of
+the rows to forget lie in a folder of the request, and are deleted with them.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ class HeadRecipe:
         synthetic: What the base model writes for it; names are those of each request.
         prompt_format: How a question becomes a prompt.
         retain: Rows to retain.
-        feature_store: Folder for what is retained.
+        feature_store: Folder for the features of the retain rows.
         seed: Seed of the training.
         base_temperature: T that heads are served with.
         guidance_scale: s that heads are served with.

@@ -39,8 +39,8 @@ class Counterfactual:
     Attributes:
         row: Index of the forget row.
         record: The row with its names swapped: question and answer, or text.
-        pairs: The made-up name in the place of each name; empty where the row names nobody and its
-            question was replaced by an open one.
+        pairs: The made-up name for each name; empty where the row holds no name and its question
+            was replaced by an open one.
     """
 
     row: int

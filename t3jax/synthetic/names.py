@@ -83,10 +83,10 @@ def make_names(
     first_names: Sequence[str] = (),
     last_names: Sequence[str] = (),
 ) -> list[str]:
-    """Makes up different people who are nobody in the data.
+    """Makes up different people who do not occur in the data.
 
-    A made-up name has as many words as the name it stands for. Its words come from the names at
-    hand, recombined, and from a stock of this module where those are few. `known` are names and
+    A made-up name has as many words as the name it stands for. Its words are recombined from the
+    given names, and come from a stock of this module where those are few. `known` are names and
     words that must not be used; `first_names` and `last_names` are words for the first place and
     for the others.
     """
@@ -130,7 +130,7 @@ def swap_names(text: str, pairs: Mapping[str, str]) -> str:
 def unique_wordings(
     forget: Sequence[Record], names: Sequence[str], retain: Sequence[Record] = ()
 ) -> set[int]:
-    """Finds the forget questions whose wording, names left out, is nobody else's.
+    """Finds the forget questions whose wording, without the names, no other question has.
 
     A base model that has learned such a question by heart may recognise it without the name.
     """

@@ -12,7 +12,7 @@ class SyntheticOptions(Ranged):
 
     Attributes:
         own_samples: Chats of its own that it writes, a second retain source; 0: none.
-        openings: Questions that it answers in the place of its own; None: it asks by itself.
+        openings: Questions that it answers instead of its own; None: it asks itself.
         made_up_names: Made-up people for each forget row; 0: no counterfactuals.
         names: Names of the request; empty: those that `find_names` finds.
         paraphrases: Paraphrases of each forget question that it writes; 0: none.

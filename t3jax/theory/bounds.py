@@ -2,7 +2,7 @@
 
 A mixture lives on A atoms; atom i has reference measure m_i, and p_r, p_f and p are densities with
 respect to it, so that an atom of small measure is a spike. Each statement returns both of its
-sides: what is proved is that the left one is at most the right one. An identity returns its
+sides: the statement says that the left one is at most the right one. An identity returns its
 deviation, and what rounding allows. Proofs are in docs/theory.md and not here.
 
 Axes: I instances, A atoms.

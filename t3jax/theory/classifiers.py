@@ -1,6 +1,6 @@
 """Classifiers of retain against forget: one of a known excess risk, and two trained on samples.
 
-A classifier is what it says of points: the logit g of P(retain | z). Training is over a fixed
+A classifier is a function from points to the logit g of P(retain | z). Training is over a fixed
 number of samples of which the first n count, so that sample sizes share one program.
 
 Axes: N samples or nodes, D dimensions, P features, H hidden width.

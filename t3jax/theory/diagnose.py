@@ -243,8 +243,8 @@ def held_out_loss(
 def diagnose_head(config: Settings) -> Diagnosis:
     """Scores held-out rows under the model and the head of a config, and diagnoses the head.
 
-    The head is served at its own s, unless the config gives one. `eval.retain_model` adds what is
-    measured. Scores are kept in `eval.dir`.
+    The head is served at its own s, unless the config gives one. `eval.retain_model` adds the
+    measured errors. Scores are kept in `eval.dir`.
 
     Raises:
         ValueError: If a field is missing, there are several heads or a distilled one, or rows are

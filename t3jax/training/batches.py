@@ -2,10 +2,10 @@
 
 Sequences are ragged and never padded one by one: the host plans each epoch as rows of the feature
 array, and one step gathers the rows of its batch. Tokens are dealt out to the devices one by one:
-each has its share of every sequence, and of a batch it reads what it has. Features never travel. An
-epoch is one pass over the forget sequences, each paired with a retain sequence drawn at random.
-Where retain sequences come from more than one source (retain rows, the base model's own samples),
-each source is drawn from equally often.
+each has a share of every sequence, and reads its share of a batch. Features never travel. An epoch
+is one pass over the forget sequences, each paired with a retain sequence drawn at random. Where
+retain sequences come from more than one source (retain rows, the base model's own samples), each
+source is drawn from equally often.
 
 Axes: K members, S seeds of theirs, P parts into which the mesh splits rows, N answer tokens of a
 part, D features, U tokens of the vocabulary that are trained, M tokens of a batch in a part.

@@ -349,7 +349,7 @@ class _Best:
                 raise self._lost(k, "its epoch or its checksum is another one")
 
     def check(self) -> None:
-        """Raises ValueError if the weights of a best evaluation are not at hand at the end."""
+        """Raises ValueError if the weights of a best evaluation are missing at the end."""
         for k, epoch in enumerate(self.epochs):
             if epoch is not None and self.params[k] is None:
                 raise self._lost(k, "it holds a later epoch's")

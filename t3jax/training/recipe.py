@@ -77,7 +77,7 @@ class TrainConfig(Ranged):
     checkpoint_every: Annotated[int, whole(1)] = 20
 
     def settle_loss(self, loss: str) -> "TrainConfig":
-        """The recipe with a loss in the place of "auto"."""
+        """The recipe with "auto" replaced by a loss."""
         return dataclasses.replace(self, loss=loss) if self.loss == "auto" else self
 
     def __post_init__(self):

@@ -22,7 +22,7 @@ _LOOKED_INTO = 2000  # characters of a document at most
 
 
 def name_of(question: str, answer: str) -> str | None:
-    """Whom a question is about: its longest run of capitalised words that the answer repeats.
+    """The name that a question is about: its longest capitalised run that the answer repeats.
 
     None if there is no such run.
     """
@@ -108,7 +108,7 @@ class Others:
         return np.array(shared, np.float64)
 
     def exchange(self, records: Sequence[Record]) -> list["Exchanged"]:
-        """The rows that name somebody, asked about those whom the like retain rows are about."""
+        """The rows that hold a name, with it replaced by the names of the like retain rows."""
         return [
             Exchanged(
                 row,
@@ -149,10 +149,10 @@ class Others:
 
 
 class _About:
-    """Whom a row is about, and in which words.
+    """The name that a row is about, and its words.
 
-    What stands anywhere in small letters is no part of a name that separates one from another, such
-    as the small words of a title.
+    Words that occur in small letters anywhere, such as the small words of a title, do not count as
+    parts of a name.
     """
 
     def __init__(self, record: Record, small: Set[str]):
