@@ -139,7 +139,7 @@ def _check_status(path: pathlib.Path, status: os.stat_result, largest: int | Non
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{path}: {_kind_of_file(status.st_mode)}, expected a regular file")
     if largest is not None and status.st_size > largest:
-        raise ValueError(f"{path}: {_too_large(largest)}")
+        raise ValueError(f"{path}: larger than {largest / 2**20:.3g} MiB, the most that is read")
 
 
 def show_json(value: object) -> str:
@@ -313,7 +313,3 @@ def _kind_of_file(mode: int) -> str:
 
 def _too_deep() -> str:
     return f"nested too deeply, expected at most {DEEPEST} levels"
-
-
-def _too_large(largest: int) -> str:
-    return f"larger than {largest / 2**20:.3g} MiB, the most that is read"

@@ -11,8 +11,7 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
-import scipy.stats
-from jaxtyping import Float
+from scipy.stats import ks_2samp
 
 from t3jax.data import Example, evenly_spread
 from t3jax.evaluation.metrics import probability
@@ -156,7 +155,7 @@ def calibrate(
             Calibrated(
                 settings[i].base_temperature,
                 settings[i].guidance_scale,
-                float(np.mean([_distance(of_seed, level) for of_seed in forgotten[served]])),
+                float(np.mean([ks_2samp(seed, level).statistic for seed in forgotten[served]])),
                 float(np.mean(forgotten[served])),
                 float(np.mean(retained[served])) / retained[0],
                 *settings[i].heads,
@@ -168,7 +167,3 @@ def calibrate(
         float(level.mean()),
         float(forgotten[0].mean()),
     )
-
-
-def _distance(a: Float[np.ndarray, " rows"], b: Float[np.ndarray, " rows"]) -> float:
-    return float(scipy.stats.ks_2samp(a, b).statistic)

@@ -160,8 +160,8 @@ def collect(
 
 def summarize(log: Log) -> dict[str, int | float]:
     """The headline aggregates of a log, those that are missing left out."""
-    values = {name: log.aggregate(name) for name in SUMMARY_METRICS}
-    return {name: value for name, value in values.items() if value is not None}
+    aggregates = log.aggregates
+    return {name: aggregates[name] for name in SUMMARY_METRICS if name in aggregates}
 
 
 def missing_reasons(log: Log) -> dict[str, str]:

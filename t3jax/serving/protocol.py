@@ -91,7 +91,10 @@ class Reader:
                     f"{name} decides what is unlearned and needs the server key", name, 403
                 )
         self.check_model(fields)
-        prompts = self._messages(fields) if chat else self._prompts(fields)
+        if chat:
+            prompts = [self.encode_messages(fields.take("messages", list))]
+        else:
+            prompts = self._prompts(fields)
         count = fields.whole("n", 1, 1, MOST_ANSWERS)
         if count * len(prompts) > MOST_ANSWERS:
             raise BadRequest(f"prompts times n may be {MOST_ANSWERS} at most", "n")
@@ -190,9 +193,6 @@ class Reader:
             return encode_chat(self.lm.tokenizer, turns, self.prompt_format)
         except ValueError as error:
             raise BadRequest(str(error), "messages") from None
-
-    def _messages(self, fields: Fields) -> list[np.ndarray]:
-        return [self.encode_messages(fields.take("messages", list))]
 
     def _prompts(self, fields: Fields) -> list[np.ndarray]:
         prompt = fields.take("prompt", (str, list))
