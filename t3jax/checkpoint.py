@@ -27,6 +27,7 @@ import os
 import pathlib
 import shutil
 import sys
+import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -163,18 +164,23 @@ class RunFolder:
         self._terminated: Callable[[], bool] = self._open.enter_context(hosts.deferred_sigterm())
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None:
         try:
             # A failed save raises again here; it must not hide the first error.
-            with contextlib.suppress(*([Exception] if any(error) else [])):
+            with contextlib.suppress(*([Exception] if error is not None else [])):
                 self._checkpoints.close()
-            if any(error) and hosts.is_lead():
+            if error is not None and hosts.is_lead():
                 checkpoints = self._folder / "checkpoints"
                 _remove_cut_short(checkpoints)
                 # Once more at exit, when the writing threads have ended.
                 atexit.register(_remove_cut_short, checkpoints)
         finally:
-            self._open.__exit__(*error)
+            self._open.__exit__(kind, error, trace)
 
     def finish(self, done: int, lines: Sequence[Metrics], state: PyTree, save: bool) -> None:
         """Logs an epoch or step, and saves it if `save` says that it is due, or SIGTERM came.

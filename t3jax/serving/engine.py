@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
@@ -35,6 +35,8 @@ from t3jax.serving.messages import (
     Ticket,
 )
 from t3jax.serving.mirror import IDLE_SECONDS, Mirror
+
+T = TypeVar("T")
 
 
 class Engine:
@@ -221,11 +223,11 @@ class Engine:
         """Takes a head out."""
         self.call(lambda: self._heads.remove(name))
 
-    def call(self, command: Callable[[], Any]) -> Any:
+    def call(self, command: Callable[[], T]) -> T:
         """Runs something between two chunks, in the engine's thread, and waits for it."""
         if threading.current_thread() is self._thread or not self._thread.is_alive():
             return command()
-        future: concurrent.futures.Future = concurrent.futures.Future()
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
         with self._wake:
             self._commands.append((command, future))
             self._wake.notify_all()
