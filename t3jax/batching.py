@@ -1,8 +1,8 @@
 """Texts of like length together, through the model, batch after batch.
 
-What features and scoring share: lengths are rounded up so that few programs are compiled, texts are
-padded on the right, and one batch is always under way while the host takes care of the one before.
-The computation is the caller's. Axes: B batch, T time.
+Features and scoring share this: lengths are rounded up so that few programs are compiled, texts are
+padded on the right, and the device computes one batch while the host handles the one before. The
+computation is the caller's. Axes: B batch, T time.
 """
 
 import collections

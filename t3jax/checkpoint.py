@@ -5,9 +5,9 @@
     metrics.jsonl   one line for each epoch or step, and each head
     tensorboard/    the same for TensorBoard
 
-A run may be killed at any moment. The last checkpoint that was saved whole is restored, on whatever
-devices there are now; the metrics are cut back to it. Metrics are on the disk before the
-checkpoint of their epoch or step is. SIGTERM saves the epoch or step that is under way.
+A run may be killed at any moment. The last whole checkpoint is restored, on any number of devices,
+and the metrics are cut back to it. Metrics are written before the checkpoint of their epoch or
+step. SIGTERM saves the current epoch or step.
 
 A checkpoint holds a digest of its state and of the metrics up to it, with which the restored ones
 are compared: where bytes have changed on the disk the run goes on from the checkpoint before,

@@ -1,7 +1,8 @@
 """Settings of the commands: a tree of frozen dataclasses, and the one place where a config is read.
 
 `Settings` holds what a user types most; its sections are the library's own options where there are
-such. A default stands in the dataclass, a range in its check, a comment in its docstring.
+such. The dataclass holds a field's default, its annotation the range, and its docstring the
+comment.
 """
 
 import dataclasses

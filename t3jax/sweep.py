@@ -2,7 +2,7 @@
 
 Scoring given texts costs seconds a setting, answering questions minutes. So every setting of the
 grid is scored, the choice is made on that, and only the chosen setting and its controls answer.
-Seeds are not chosen among: a setting is worth what its median seed is.
+No seed is chosen: a setting is scored by its median seed.
 """
 
 import dataclasses

@@ -1,9 +1,9 @@
 """Rows of text from files: question-answer pairs, plain documents, prompts.
 
-A source is a file of JSON (one list of objects) or of JSON-lines (one object a line; which of the
-two is seen from the content, not from the name), or a folder of such files. Every row is checked
-when it is read, and an error names the file and the line. Nothing here knows about tokens, and
-nothing is ever shortened, skipped or repaired. Only regular files are read: a pipe would block.
+A source is a file of JSON (one list of objects) or of JSON-lines (one object a line; the content
+decides which of the two it is, not the name), or a folder of such files. Every row is checked when
+it is read, and an error names the file and the line. Nothing here knows about tokens, and nothing
+is ever shortened, skipped or repaired. Only regular files are read: a pipe would block.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Where rows come from: files, splits of TOFU, slices and sums of them, as one line of text."""
+"""Sources of rows as one line of text: files, splits of TOFU, slices and sums of them."""
 
 import os
 import pathlib

@@ -1,8 +1,8 @@
 """Chat templates, rendered in a process of their own with bounds on time and memory.
 
 A template is a program that comes with a model. Jinja's sandbox keeps it from files and from
-Python, not from nested loops or from texts that double: no check of its parts bounds those, limits
-of the operating system do. The process starts with the first text, stays for the next ones, and
+Python, not from nested loops or from texts that double. Limits of the operating system bound those;
+no check of its parts does. The process starts with the first text, stays for the next ones, and
 ends with this one. The rendered text equals that of transformers.
 """
 

@@ -3,7 +3,7 @@
 `aggregate` is the one place that turns a log's rows into a metric's number: the evaluation fills
 its logs with it, and `recompute.py` compares its numbers with those stored in any log. The
 results of the model's forward pass (losses, token-wise scores, generated text) are taken as they
-are. A number that is asked for again is looked up.
+are. Numbers are computed once and cached with the log.
 """
 
 import itertools

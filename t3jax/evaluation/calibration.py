@@ -1,9 +1,9 @@
 """T and s without a retain-only model: the base model under made-up names stands in for it.
 
-Nobody with a request to forget has a model that never saw the forget rows. The base model, asked
-the same questions about people who do not exist, gives their answers the probability that such a
-model would. The setting to serve is the one whose probabilities of the forget answers are
-distributed most like those, where the retain answers keep theirs.
+A request to forget comes without a model that never saw the forget rows. The base model, asked the
+same questions about people who do not exist, gives their answers the probability that such a model
+would. The setting to serve is the one whose probabilities of the forget answers are distributed
+most like those, where the retain answers keep theirs.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Membership inference on forget rows against holdout rows: scores, their AUC, and privleak.
 
-A score is lower for what the model is likelier to have been trained on. Definitions, arrays and
-axes are those of `metrics.py`.
+A low score means that the model was likely trained on the row. Definitions, arrays and axes are
+those of `metrics.py`.
 
 References:
     OpenUnlearning, arXiv 2506.12618.

@@ -1,4 +1,4 @@
-"""How much of the right answer a generated one gives away, in any script.
+"""Recall of the right answer in a generated one, in any script.
 
 ROUGE's tokenizer knows ASCII letters and digits alone. A Chinese or Russian answer has no tokens
 for it and scores 0, recited or not. Here text that ROUGE cannot read is cut into words and

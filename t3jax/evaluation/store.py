@@ -1,9 +1,10 @@
 """Scores and answers of a model, computed once and kept on disk.
 
-An evaluation asks for scores and answers by setting; what an earlier run finished is read. A file's
-name carries a digest of all that it depends on (model, heads, T and s, tokens, options, code; see
-`t3jax.digests`): a change of any of them computes anew, and a file appears whole or not at all, so
-that a run that was killed goes on where it was. A file whose bytes have changed is computed anew.
+An evaluation asks for scores and answers by setting, and reads those that an earlier run finished.
+A file's name holds a digest of all that it depends on (model, heads, T and s, tokens, options,
+code; see `t3jax.digests`): a change of any of them computes anew, and a file appears whole or not
+at all, so that a run that was killed goes on where it was. A file whose bytes have changed is
+computed anew.
 """
 
 import dataclasses

@@ -2,8 +2,8 @@
 
 Does the forget set leak when many answers are drawn? Are answers still language? Does the head
 separate the two sets? How far is the served distribution from the retain model's? `measure` runs
-the model for these questions and writes the numbers as a log; the functions that make them of
-answers and scores are in `answers.py`.
+the model for these questions and writes the numbers as a log; `answers.py` has the functions that
+compute them from answers and scores.
 """
 
 import dataclasses

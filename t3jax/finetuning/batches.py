@@ -1,4 +1,4 @@
-"""What a step of fine-tuning reads: which rows, and their tokens and labels as arrays.
+"""The batches of fine-tuning: the rows of each step, and their tokens and labels as arrays.
 
 Axes: M microbatches, B rows of one, T time, S shards (devices along `data`), A scored tokens of a
 shard.

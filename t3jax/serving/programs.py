@@ -2,7 +2,7 @@
 
 A prompt is read alone, in pieces whose sizes follow from its length, and a batch is decoded with
 one of two numbers of rows, whose steps give the same bits. So a request gets the same numbers
-whoever is beside it.
+whatever the other requests are.
 
 Axes: as in `state`, and T tokens of a piece.
 """

@@ -1,7 +1,7 @@
 """The state of a server's batch: what it holds, and how rows and slots are made and moved.
 
-Every row has a cursor of its own and starts at slot 0, and all shapes are fixed. What differs from
-row to row is traced: settings, which heads are on, where it stops, how long it may get.
+Every row has a cursor of its own and starts at slot 0, and all shapes are fixed. All that differs
+from row to row is traced: settings, heads that are on, stop tokens, longest answer.
 
 Axes: B batch, b rows that join or are left, S cache slots, D features, H places for heads, V
 vocabulary, n stop tokens, K likeliest tokens, C steps of a chunk.

@@ -1,4 +1,4 @@
-"""From rows to forget to a head that is checked, with a model that is loaded already.
+"""Makes heads from rows to forget and checks them, with a model that is already loaded.
 
 The features of the retain rows are computed once for all requests. Features and counterfactuals of
 the rows to forget lie in a folder of the request, and are deleted with them.

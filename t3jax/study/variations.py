@@ -1,7 +1,7 @@
 """Variations of the chosen setting: one thing changed at a time, all else as it was chosen.
 
 T and s come from the sweep, whose scores are there. Heads of other ranks, epochs and retain sets
-are trained; so are those of the refinements that are a matter of training. Nothing here chooses.
+are trained, and those of refinements that change the training. Nothing here chooses.
 """
 
 import dataclasses

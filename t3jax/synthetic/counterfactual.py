@@ -1,6 +1,6 @@
 """Counterfactual rows: the questions of a request, asked about people who do not exist.
 
-The base model, asked about a made-up name, answers as a model would that never saw the request. Its
+Asked about a made-up name, the base model answers like a model that never saw the forget rows. Its
 answers, with the names swapped back, are examples of *other* answers in the *same* context, which
 the forget and the retain rows do not hold.
 """

@@ -1,7 +1,7 @@
 """People's names in rows of text: found, made up, swapped.
 
-A name is a run of capitalised words. Scripts without capitals have no names that could be found:
-name them yourself. Nothing here knows about tokens or models.
+A name is a run of capitalised words. No names are found in scripts without capitals: give them as
+`names`. Nothing here knows about tokens or models.
 """
 
 import collections

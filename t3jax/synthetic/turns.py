@@ -1,7 +1,8 @@
 """Earlier turns: rows that stand behind a system text or an exchange of a conversation.
 
-A turn before a question moves the features of all that follows. A head that was trained on single
-questions alone then no longer knows what it is to forget. Nothing is written by a model here.
+A turn before a question changes the features of everything that follows. A head that was trained on
+single questions alone then no longer recognises the forget rows. Nothing is written by a model
+here.
 """
 
 import functools

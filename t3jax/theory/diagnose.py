@@ -1,4 +1,4 @@
-"""What docs/theory.md makes of a trained head: its excess risk, the base's peak, a T to serve.
+"""Applies docs/theory.md to a trained head: its excess risk, the base's peak, a T to serve.
 
     python -m t3jax.theory.diagnose --config=configs/demo_paper.py
 

@@ -7,7 +7,7 @@ f_t(x_<=t) is P(retain | the first t tokens). A language model can serve the sec
 statements about p and f are of the first. Docs/theory.md proves when the two are the same.
 
 Distributions of sequences are arrays with an axis for each token, `[V, ..., V]`, in float64; a
-classifier is a list of L arrays, of which number t has t axes.
+classifier is a list of L arrays, and array t has t axes.
 
 Axes: V tokens, L length of a sequence.
 

@@ -1,4 +1,4 @@
-"""What a run reads: tokens on the device, held-out sequences, and the rows of every batch.
+"""The data of a run: tokens on the device, held-out sequences, and the rows of every batch.
 
 Sequences are ragged and never padded one by one: the host plans each epoch as rows of the feature
 array, and one step gathers the rows of its batch. Tokens are dealt out to the devices one by one:

@@ -1,6 +1,6 @@
 """Trains heads on frozen features, several at once, and leaves them in a folder.
 
-Features, targets and nothing else of the base model are needed; they stay on the device.
+Training needs features and targets, and nothing else of the base model; they stay on the device.
 """
 
 import dataclasses

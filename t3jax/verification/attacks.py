@@ -1,6 +1,7 @@
 """Ways of asking for forgotten text: other draws, other words, a beginning given.
 
-An attack is prompts with the true answers that must not come. Nothing here runs a model.
+An attack is a set of prompts, with the true answers that must not be given. Nothing here runs a
+model.
 """
 
 import dataclasses

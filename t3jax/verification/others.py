@@ -1,7 +1,7 @@
 """The overlap of a true answer with texts about others: shared wording, or a guess.
 
-In a set of rows answers are worded alike, and a model that knows nothing guesses now and then. Here
-is how much of a true answer like texts hold that cannot know it, the names exchanged.
+In a set of rows answers are worded alike, and a model that knows nothing guesses now and then. This
+module measures the share of a true answer that such texts hold, with the names exchanged.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""How many rows a head still recites: a quick check while its setting is chosen."""
+"""The share of rows that a head still recites: a quick check while its setting is chosen."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
