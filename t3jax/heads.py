@@ -2,8 +2,8 @@
 
 python -m t3jax.heads FOLDER...
 
-Descriptions, cards and the first bytes of the weights are read, and no weights. A damaged head is
-said to be so, and the exit status is then 1; it is 2 if there is no head at all.
+It reads descriptions, cards and the headers of the weights, and no weights. A damaged head is
+reported, and the exit status is then 1; it is 2 if there is no head at all.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Several processes as one program: joining, arrays over all of them, who writes, when to stop.
 
-Every process runs the same script. The conditions by which it goes on (loop bounds, files on
-the disk, SIGTERM) must be the same everywhere, or the collective operations of one wait for ever
-for those of another. In a single process, which is the usual case, nothing here communicates.
+Every process runs the same script. All conditions on its way (loop bounds, files on the disk,
+SIGTERM) must be the same in every process: otherwise one waits for ever in a collective operation
+for another. In a single process, which is the usual case, nothing here communicates.
 """
 
 import contextlib

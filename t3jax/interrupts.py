@@ -1,6 +1,6 @@
 """Ends a script at once at Ctrl-C or SIGTERM while it still imports; `t3jax.cli.run` does it later.
 
-Imports take seconds, and what Python prints of an interrupted one is a page.
+Imports take seconds, and an interrupted one prints a page of traceback.
 """
 
 import os

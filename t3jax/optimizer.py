@@ -1,4 +1,4 @@
-"""A step of the optimizer, and its state, as the trainers of heads and of language models share."""
+"""A step of the optimizer, and its state: shared by the trainers of heads and language models."""
 
 import jax
 import optax

@@ -1,6 +1,6 @@
-"""Sections of `Settings` that are no options of one function of the library: dataclasses of fields.
+"""Sections of `Settings` that are not the options of a single function of the library.
 
-Those that the library takes as they are, such as `SamplingOptions`, stand beside what takes them.
+Options of a single function, such as `SamplingOptions`, stand beside that function.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """The exactness theorems of MinNorm-OG on random instances, in float64.
 
-Each function draws one instance, lets the first-order problem be solved, and returns how far it is
-from the answer that is known otherwise: 0 up to rounding. The first-order problem is
+Each function draws one instance, solves the first-order problem, and returns the distance from the
+answer that is known in another way: 0 up to rounding. The first-order problem is
 
     minimise R(theta + delta)   where delta is at right angles to every retain point's gradient.
 

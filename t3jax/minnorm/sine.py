@@ -1,4 +1,4 @@
-"""The sine wave with poisoned points: how near a few epochs come to the truth, method by method.
+"""The sine wave with poisoned points: the error of each method after a few epochs.
 
 A perceptron with two hidden layers is fitted to 50 points of a sine wave and to 5 points that say
 1.5. The 5 are to be forgotten. A method has some epochs, each one step on all retain points, and is

@@ -1,4 +1,4 @@
-"""Heads as settings ask for them: what they are trained on, how, and how they are served."""
+"""Heads as settings ask for them: their training sets, their training, their T and s."""
 
 import dataclasses
 import pathlib

@@ -1,10 +1,10 @@
-"""How much memory a program needs while it runs, from its jaxpr: nothing is compiled.
+"""The peak memory of a program, estimated from its jaxpr: nothing is compiled.
 
 A jaxpr is walked in its own order. A value lives from the equation that computes it to its last
 use. Reshaping, broadcasting and casting cost nothing, since compilers do them where the result is
-read; an elementwise result takes the place of an operand of its size that is not needed any more,
-as do updates of slices and what a loop carries. Other fusions, padding, layouts and
-reordering of compilers are not seen. docs/planning.md compares with compilers.
+read; an elementwise result reuses the memory of an operand of its size that is no longer needed, as
+do updates of slices and the carry of a loop. Other fusions, padding, layouts and reordering by
+compilers are not modelled. docs/planning.md compares with compilers.
 """
 
 import collections

@@ -1,4 +1,4 @@
-"""How much memory a job takes on each device, before anything is loaded.
+"""The memory of a job on each device, before anything is loaded.
 
 The arrays that a stage keeps (weights, cache, features, optimizer state) are summed over a device's
 shards: exact. Temporary arrays are estimated from the program that one device runs, see

@@ -1,6 +1,6 @@
 """The report's numbers as plain data: from logs to what the template shows.
 
-No number is computed here that `evaluation` does not define; this is choosing, rounding and naming.
+All numbers are defined in `evaluation`; this module chooses, rounds and names them.
 """
 
 from collections.abc import Callable, Mapping, Sequence

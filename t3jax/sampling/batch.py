@@ -1,8 +1,8 @@
 """Decoding many prompts in one batch: a row that is finished takes the next prompt.
 
-The host's side of the loop, on token ids. It looks at the new tokens after each chunk; a row that
-ended waits until a few have, then they are given to prompts that wait, which are read together.
-Prompts come in order of length, the longest first, so that each fits where the batch has got to.
+The host's side of the loop, on token ids. It reads the new tokens after each chunk. When a few rows
+have ended, they are given to waiting prompts, which are read together. The longest prompts come
+first, so that each later one fits into the slots that the batch has filled.
 """
 
 import collections

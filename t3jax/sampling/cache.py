@@ -1,10 +1,9 @@
 """Changes of a cache between two chunks: it grows, is compacted, and admits new prompts.
 
-All rows write at the same slots, so a row that takes a new prompt has it end where the others
-write next; slots at the beginning that no row needs any more are dropped. A decoder's cache says
-which axes are rows and slots. That of a model of the user's own is a tree of arrays of
-`init_cache(rows, slots)`: there it is seen from the shapes that this gives, and a scalar counts
-slots. Axes: B batch, b new prompts, P their slots, S cache slots.
+All rows write to the same slot, so a new prompt ends where the other rows write next; slots at the
+beginning that no row needs are dropped. A decoder's cache says which axes are rows and slots. The
+cache of a user's own model is a tree of arrays from `init_cache(rows, slots)`: its axes are found
+from shapes, and a scalar counts slots. Axes: B batch, b new prompts, P their slots, S cache slots.
 """
 
 import functools

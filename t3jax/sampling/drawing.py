@@ -2,8 +2,8 @@
 
 A draw is the largest of logits / temperature + Gumbel noise. On a CPU a row whose support lies
 among its likeliest tokens is drawn from those: noise for a few tokens costs less than noise for a
-vocabulary. The others are drawn from all tokens; a row's draw is the same whoever is beside it. An
-accelerator has the noise sooner than it has found the likeliest, and draws from all.
+vocabulary. The others are drawn from all tokens; a row's draw does not depend on the other rows. On
+an accelerator noise costs less than finding the likeliest tokens, and all rows draw from all.
 
 Axes: B batch, b some of its rows, V vocabulary, F few.
 """

@@ -1,8 +1,8 @@
 """The decoding loop: prefill once, then jitted chunks of a `lax.scan` with a donated state.
 
 Nothing here knows text. A draw depends on the row's key and the absolute step only, so neither the
-chunk size nor who else is in the batch changes it, up to rounding. Axes: B batch, P prompt slots,
-C steps of a chunk, S cache slots, V vocabulary.
+chunk size nor the other rows change it, up to rounding. Axes: B batch, P prompt slots, C steps of a
+chunk, S cache slots, V vocabulary.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Warnings about answers: no language, nothing said, a truncation that brings the text back."""
+"""Warnings about answers: absurd or empty ones, a truncation that brings the text back."""
 
 import functools
 import math

@@ -6,8 +6,8 @@
     python -m t3jax.serving FOLDER --off ID
     python -m t3jax.serving FOLDER --revoke ID   # deletes its head and rows
 
-No model is loaded. A server that is started with the folder serves what it says. While one runs, it
-holds the folder: use its `/v1/forget_requests` then.
+No model is loaded. A server that is started with the folder serves the heads that are on. A running
+server locks the folder: use its `/v1/forget_requests` then.
 """
 
 import argparse

@@ -1,9 +1,8 @@
 """The HTTP server: its routes; the work is the engine's.
 
-A body goes through `generation.py`, which has `protocol.py` read it, gives the engine its requests,
-and has `answers.py` write what comes out. Whoever has no server key gets answers of the unlearned
-model and nothing else: no head off, no other T or s, no number of the base model. See
-`docs/serving.md`.
+`generation.py` takes a body: `protocol.py` reads it, the engine gets its requests, and `answers.py`
+writes the answers. A client without the server key gets answers of the unlearned model and nothing
+else: no head off, no other T or s, no number of the base model. See `docs/serving.md`.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""The answers at work: prompts that are read, rows that decode, and what they say.
+"""The running answers: prompts that are read, rows that decode, and their events.
 
 A prompt is read in pieces, so that a long one does not stall the others for its whole length, and
 then joins the batch. Events go out here; the queue and the switching of heads are the engine's.

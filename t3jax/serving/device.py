@@ -1,9 +1,9 @@
 """The device's side of an engine: its programs, and the states that live between their calls.
 
-A prompt is read in a state of its own, which has a number until it joins the batch. All that comes
-in and goes out is small and the host's. The batch has as many slots as its longest row needs, in
-powers of two, and few rows while few answers are decoded, where that gives the same bits. Axes as
-in `state`.
+A prompt is read in a state of its own, which has a number until it joins the batch. Arguments and
+results of all calls are small and on the host. The batch has as many slots as its longest row
+needs, in powers of two, and few rows while few answers are decoded, where that gives the same bits.
+Axes as in `state`.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """Several hosts: process 0 decides, and every process computes.
 
-The engine runs in process 0. Each call of its device, whose arguments are small and the host's, is
-sent to the other processes first, so that all of them run the same programs in the same order.
+The engine runs in process 0. Each call of its device is sent to the other processes first, so that
+all of them run the same programs in the same order. The arguments are small and on the host.
 """
 
 import pickle

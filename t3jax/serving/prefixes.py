@@ -1,4 +1,4 @@
-"""Which beginnings of prompts are kept read, so that those to come need not read them again.
+"""A cache of beginnings of prompts that were read, so that later prompts need not read them.
 
 A system prompt is the beginning of many prompts, and several answers to one prompt share all of it.
 A beginning ends where a piece ends, and is kept from the second time on: a beginning that comes
