@@ -14,8 +14,13 @@ import tiny
 
 from t3jax import make_mesh
 from t3jax.data import Example
-from t3jax.finetuning import FinetuneConfig, init_lora, merge_lora
-from t3jax.finetuning.run import merge, train
+from t3jax.finetuning import (
+    FinetuneConfig,
+    init_lora,
+    merge_lora,
+    merge_weights,
+    train_weights,
+)
 from t3jax.lm import from_params, load_config, load_lm, save_hf
 from t3jax.lm.adapter import CONFIG, save_adapter
 from t3jax.lm.model import check_weights
@@ -153,8 +158,8 @@ def test_what_fine_tuning_learns_is_an_adapter(folder):
     params = load_lm(folder / "base", "float32").params
     mesh = make_mesh(devices=jax.devices()[:1])
     options = {"validation": (), "workdir": None, "mesh": mesh, "progress": None}
-    lora = train(tiny.CONFIG, params, rows, recipe, **options)
-    trained = merge(params, lora, recipe, mesh)
+    lora = train_weights(tiny.CONFIG, params, rows, recipe, **options)
+    trained = merge_weights(params, lora, recipe, mesh)
     factors, base = jax.device_get(lora), str(folder / "base")
     save_adapter(folder / "adapter", tiny.CONFIG, factors, 2, recipe.lora_alpha, base)
     chex.assert_trees_all_close(load_lm(folder / "adapter", "float32").params, trained, atol=1e-6)

@@ -64,7 +64,7 @@ def finetune(
 
     Returns:
         The trained parameter tree, placed on the mesh: float32, or with LoRA merged into `params`
-        and of their dtype.
+        and of their dtype. `train_weights` returns LoRA's factors.
 
     Raises:
         ValueError: If there are no examples, or not of as many tasks as the recipe says, a text is
@@ -78,7 +78,7 @@ def finetune(
     config = FinetuneConfig() if config is None else config
     if mesh is None:
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    trained = train(
+    trained = train_weights(
         lm_config,
         params,
         examples,
@@ -88,11 +88,11 @@ def finetune(
         mesh=mesh,
         progress=progress,
     )
-    return merge(params, trained, config, mesh)
+    return merge_weights(params, trained, config, mesh)
 
 
-def merge(params: Params, trained: Params, config: FinetuneConfig, mesh: Mesh) -> Params:
-    """The parameter tree of the model that a run trained, from what `train` returns."""
+def merge_weights(params: Params, trained: Params, config: FinetuneConfig, mesh: Mesh) -> Params:
+    """The parameter tree of the model that a run trained, from what `train_weights` returns."""
     if config.tasks:
         return trained["base"]
     if config.lora_rank:
@@ -101,7 +101,7 @@ def merge(params: Params, trained: Params, config: FinetuneConfig, mesh: Mesh) -
     return trained
 
 
-def train(
+def train_weights(
     lm_config: LMConfig,
     params: Params,
     examples: Sequence[Example] | Sequence[Sequence[Example]],

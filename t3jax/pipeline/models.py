@@ -12,8 +12,7 @@ from jax.sharding import Mesh
 from t3jax import checked, data, files, hosts
 from t3jax.data.records import Record
 from t3jax.digests import model_digest, rows_digest
-from t3jax.finetuning import FinetuneConfig
-from t3jax.finetuning.run import merge, train
+from t3jax.finetuning import FinetuneConfig, merge_weights, train_weights
 from t3jax.lm import LM, LMConfig, default_dtype, load_config, load_lm, save_hf
 from t3jax.lm.adapter import save_adapter
 from t3jax.lm.decoder import Lora
@@ -74,7 +73,7 @@ def finetune_once(config: Settings, mesh: Mesh) -> pathlib.Path:
         return record.parent
     lm_config = load_config(config["model"])
     tasks = [encode(config, lm, source) for source in config.finetune.data]
-    trained = train(
+    trained = train_weights(
         lm_config,
         lm.params,
         tasks if recipe.tasks else list(itertools.chain(*tasks)),
@@ -90,7 +89,7 @@ def finetune_once(config: Settings, mesh: Mesh) -> pathlib.Path:
         lora = hosts.fetch(trained)
         if hosts.is_lead():
             _write_adapter(workdir / "adapter", lm_config, lora, recipe, config["model"])
-    params = merge(lm.params, trained, recipe, mesh)
+    params = merge_weights(lm.params, trained, recipe, mesh)
     dtype = params["embed"]["weight"].dtype
     params = hosts.fetch_to_lead(params)
     if hosts.is_lead():
