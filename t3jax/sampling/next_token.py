@@ -148,22 +148,13 @@ def next_token(
     refinements: Refinements = PLAIN,
     mesh: Mesh | None = None,
 ) -> tuple[Int[Array, " B"], Guided]:
-    """Chooses the next token of each row.
+    """Chooses the next token of each row; returns the distributions that it is drawn from too.
 
-    Args:
-        logits: Base logits, float32 `[B, V]`.
-        scores: Classifier logits g(v), `[B, V]`; None for the base model without a head, which
-            refinements then do not change.
-        controls: The knobs, one value for each row.
-        keys: A PRNG key for each row, used up here.
-        seen: Tokens already in the text, for the repetition penalty, `[B, V]`.
-        truncate_on: "guided", "base" or "tilted": the distribution that decides the support.
-            Without a head "guided" is "base".
-        refinements: Which are on.
-        mesh: Where the arrays live; None is one device.
-
-    Returns:
-        The tokens, int32 `[B]`, and the distributions that they are drawn from.
+    Logits and scores are those of the base model and of the classifier, g(v). Without scores, for
+    the base model without a head, refinements change nothing and "guided" is "base". `controls`
+    hold one value for each row, and a row's key is used up here. `seen` marks tokens already in the
+    text, for the repetition penalty. `truncate_on` is the distribution that decides the support:
+    "guided", "base" or "tilted". Without a mesh the arrays live on one device.
     """
     guided = guide(logits, scores, controls, seen, refinements)
     if scores is None and truncate_on == "guided":

@@ -119,10 +119,10 @@ def counterfactual_rows(
     back; or one of a unique wording whose answer has, a token, at least `KNOWS` times the
     probability that it has under the true name.
 
-    Returns:
-        The forget questions with another answer each, a draw from the whole distribution that does
-        not recite: at most as many as there are true ones, since some do not end. And the
-        counterfactuals, with the open question where a row was recognised.
+    The first result are the forget questions with another answer each, a draw from the whole
+    distribution that does not recite. They are at most as many as the true ones, since some draws
+    do not end. The second are the counterfactuals, with the open question where a row was
+    recognised.
     """
     asked = [each for each in counterfactuals if each.pairs and "question" in each.record]
     if not asked:
