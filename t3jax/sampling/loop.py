@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from t3jax import head as head_lib
 from t3jax import pooling, sharding
@@ -202,8 +202,6 @@ def _choose(
     """
     split = functools.partial(sharding.constrain, mesh=program.mesh, spec=sharding.LOGITS)
     logits = split(logits)
-    # The maximum shows NaN and infinity, and ignores banned tokens.
-    faults = jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), SOUND, BASE_FAULT)
     scores = None
     if program.heads:
         mean = state.pooled.mean
@@ -219,8 +217,7 @@ def _choose(
             program.refinements.combine,
         )
         scores = split(scores)
-        sound = jnp.all(jnp.isfinite(scores), axis=-1)
-        faults = jnp.where(sound | (faults == BASE_FAULT), faults, HEAD_FAULT)
+    faults = find_faults(logits, scores)
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.step)
     token, guided = next_token(
         logits,
@@ -237,13 +234,24 @@ def _choose(
     )
     ended = state.done | jnp.any(token[:, None] == stop_ids[None, :], axis=-1)
     chosen = jnp.where(state.done, -1, token)
-    state = state._replace(
-        token=token,
-        done=ended,
-        step=state.step + 1,
-        seen=jax.vmap(lambda row, id: row.at[id].set(True))(state.seen, token),
-    )
-    return placed(program.mesh, state), (chosen, logprobs, faults.astype(jnp.int8))
+    return advance(program.mesh, state, token, ended), (chosen, logprobs, faults)
+
+
+def find_faults(logits: Float[Array, "B V"], scores: Float[Array, "B V"] | None) -> Array:
+    """Faults of base logits and of the heads' scores, int8 `[B]`; see `Emitted`."""
+    # The maximum shows NaN and infinity, and ignores banned tokens.
+    faults = jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), SOUND, BASE_FAULT)
+    if scores is not None:
+        sound = jnp.all(jnp.isfinite(scores), axis=-1)
+        faults = jnp.where(sound | (faults == BASE_FAULT), faults, HEAD_FAULT)
+    return faults.astype(jnp.int8)
+
+
+def advance(mesh: Mesh, state: State, token: Array, ended: Array) -> State:
+    """The state after a token of each row is chosen, which the model has not read yet."""
+    seen = jax.vmap(lambda row, id: row.at[id].set(True))(state.seen, token)
+    state = state._replace(token=token, done=ended, step=state.step + 1, seen=seen)
+    return placed(mesh, state)
 
 
 def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from t3jax import pooling
-from t3jax.sampling.loop import BASE_FAULT, HEAD_FAULT, SOUND, State, placed
+from t3jax.sampling.loop import State, advance, find_faults, placed
 from t3jax.sampling.next_token import Guided, choose_token, guide
 from t3jax.serving.stack import FEATURES_READ, blame, combined_scores
 from t3jax.serving.state import MOST_LIKELY, Emitted, Program, Scored, Settings, Weights, everywhere
@@ -110,10 +110,7 @@ def _choose(
     logits = program.unembed(weights.params, last)
     features = pooling.prefix_features(state.pooled.mean, last, FEATURES_READ)
     scores, hiddens = combined_scores(weights.stack, features, settings.on)
-    faults = jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), SOUND, BASE_FAULT)
-    sound = jnp.all(jnp.isfinite(scores), axis=-1)
-    faults = jnp.where(sound | (faults == BASE_FAULT), faults, HEAD_FAULT)
-
+    faults = find_faults(logits, scores)
     guided = guide(logits, scores, settings.controls, state.seen, program.refinements)
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.step)
     token = choose_token(guided, settings.controls, keys, program.truncate_on, program.mesh)
@@ -123,16 +120,10 @@ def _choose(
     changed = expected != jnp.argmax(guided.served, axis=-1)
     changed_by = jnp.where(changed, blame(weights.stack, hiddens, settings.on, expected), -1)
 
-    step = state.step + 1
     stops = jnp.any(token[:, None] == settings.stop_ids, axis=-1)
+    ended = state.done | stops | (state.step + 1 >= settings.limit)
     chosen = jnp.where(state.done, -1, token)
-    state = state._replace(
-        token=token,
-        done=state.done | stops | (step >= settings.limit),
-        step=step,
-        seen=jax.vmap(lambda row, id: row.at[id].set(True))(state.seen, token),
-    )
-    return placed(program.mesh, state), (chosen, scored, changed_by, faults.astype(jnp.int8))
+    return advance(program.mesh, state, token, ended), (chosen, scored, changed_by, faults)
 
 
 def _score(
