@@ -1,8 +1,8 @@
 """Texts of like length together, through the model, batch after batch.
 
-What features and scoring share: lengths are rounded up so that few programs are compiled, texts are
-padded on the right, and one batch is always under way while the host takes care of the one before.
-The computation is the caller's. Axes: B batch, T time.
+Features and scoring share this: lengths are rounded up so that few programs are compiled, texts are
+padded on the right, and the device computes one batch while the host handles the one before. The
+computation is the caller's. Axes: B batch, T time.
 """
 
 import collections
@@ -59,18 +59,14 @@ def map_batches(
 ) -> None:
     """Runs all texts through a computation, each exactly once, in batches of like length.
 
-    Args:
-        lm: The model, for its mesh and the length of its context.
-        examples: Texts that passed `check_examples`.
-        compute: `(indices, tokens [B, T], mask [B, T]) -> result`: starts the work on a batch whose
-            first rows are the texts of these indices; further rows are padding.
-        keep: `(indices, result)`: brings a result to the host.
-        tokens_per_batch: B · T at most, padding included; None takes what keeps the device busy.
-        progress: Label of a progress bar with rate and remaining time; None shows none.
+    The texts have passed `check_examples`. `compute(indices, tokens [B, T], mask [B, T])` starts
+    the work on a batch whose first rows are the texts of these indices; further rows are padding.
+    `keep(indices, result)` brings a result to the host. B · T is at most `tokens_per_batch`,
+    padding included; None takes what keeps the device busy.
     """
     rows = sharding.row_shards(lm.mesh)
     if tokens_per_batch is None:
-        # Products of 512 rows are as fast as larger ones on a CPU, and small batches pad less.
+        # On a CPU products of 512 rows are as fast as larger ones, and small batches pad less.
         tokens_per_batch = 1024 if jax.default_backend() == "cpu" else TOKENS_PER_SHARD * rows
     total = sum(len(example.tokens) for example in examples)
     bar = tqdm.tqdm(
@@ -112,14 +108,14 @@ def _batches(
         by_length[min(_round_up_length(len(example.tokens)), longest)].append(i)
     waiting: list[int] = []
     for length, indices in sorted(by_length.items()):
-        # What does not fill a batch of its own length goes with the next longer texts.
+        # Texts that do not fill a batch of their length join the next longer ones.
         waiting += indices
         size = max(rows, tokens_per_batch // length // rows * rows)
         while len(waiting) >= size:
             yield waiting[:size], (size, length)
             waiting = waiting[size:]
     if waiting:
-        # The last batch is small where the set is: a power of two keeps the programs few.
+        # A small set has a small last batch; powers of two keep the number of programs low.
         yield waiting, (min(size, round_up(1 << (len(waiting) - 1).bit_length(), rows)), length)
 
 

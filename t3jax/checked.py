@@ -1,9 +1,9 @@
 """Files of the stores, each with a checksum that is compared when it is read.
 
-A disk or a transfer may flip bits. What does not match its checksum is never used: stores compute
-it anew and say so. The checksum is CRC-32, which notices every error within 32 bits and misses
-others once in four thousand million times. Files keep their formats: the checksum is a field of a
-JSON file, and the comment of a zip file.
+A disk or a transfer may flip bits. A file that does not match its checksum is never used: stores
+compute it anew with a warning. The checksum is CRC-32, which notices every error within 32 bits and
+misses others once in four thousand million times. Files keep their formats: the checksum is a field
+of a JSON file, and the comment of a zip file.
 """
 
 import concurrent.futures
@@ -32,7 +32,7 @@ class DamagedError(ValueError):
 
 
 def read_stored(path: pathlib.Path, read: Callable[[pathlib.Path], T]) -> T | None:
-    """What an earlier run stored; None if it has to be computed.
+    """Reads a result that an earlier run stored; None if it has to be computed.
 
     `read` raises `DamagedError` if the file is not as it was written, which is said in a warning.
     """

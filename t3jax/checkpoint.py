@@ -5,9 +5,9 @@
     metrics.jsonl   one line for each epoch or step, and each head
     tensorboard/    the same for TensorBoard
 
-A run may be killed at any moment. The last checkpoint that was saved whole is restored, on whatever
-devices there are now; the metrics are cut back to it. Metrics are on the disk before the
-checkpoint of their epoch or step is. SIGTERM saves the epoch or step that is under way.
+A run may be killed at any moment. The last whole checkpoint is restored, on any number of devices,
+and the metrics are cut back to it. Metrics are written before the checkpoint of their epoch or
+step. SIGTERM saves the current epoch or step.
 
 A checkpoint holds a digest of its state and of the metrics up to it, with which the restored ones
 are compared: where bytes have changed on the disk the run goes on from the checkpoint before,
@@ -27,8 +27,9 @@ import os
 import pathlib
 import shutil
 import sys
+import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -44,7 +45,10 @@ Metrics = dict[str, Any]
 
 
 def open_run(
-    folder: str | pathlib.Path | None, settings: dict[str, Any], abstract_state: PyTree, unit: str
+    folder: str | pathlib.Path | None,
+    settings: Mapping[str, object],
+    abstract_state: PyTree,
+    unit: str,
 ) -> "contextlib.AbstractContextManager[RunFolder | UnsavedRun]":
     """A run in a folder, see `RunFolder`; without one, a run that keeps no files."""
     if folder is None:
@@ -85,14 +89,14 @@ class RunFolder:
     def __init__(
         self,
         folder: pathlib.Path,
-        settings: dict[str, Any],
+        settings: Mapping[str, object],
         abstract_state: PyTree,
         unit: str,
     ):
         from orbax.checkpoint import v1 as ocp  # slow to import: only who keeps files waits
 
         folder.mkdir(parents=True, exist_ok=True)
-        # Through JSON, so that tuples compare as what they were read back as.
+        # JSON turns tuples into lists, as they are read back.
         _check_same_run(folder, json.loads(json.dumps(settings)))
         self._checkpoints = ocp.training.Checkpointer(
             (folder / "checkpoints").absolute(),
@@ -160,18 +164,23 @@ class RunFolder:
         self._terminated: Callable[[], bool] = self._open.enter_context(hosts.deferred_sigterm())
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None:
         try:
-            # A save that failed fails again here, and must not hide the first error.
-            with contextlib.suppress(*([Exception] if any(error) else [])):
+            # A failed save raises again here; it must not hide the first error.
+            with contextlib.suppress(*([Exception] if error is not None else [])):
                 self._checkpoints.close()
-            if any(error) and hosts.is_lead():
+            if error is not None and hosts.is_lead():
                 checkpoints = self._folder / "checkpoints"
                 _remove_cut_short(checkpoints)
-                # Once more when the threads that were writing have ended.
+                # Once more at exit, when the writing threads have ended.
                 atexit.register(_remove_cut_short, checkpoints)
         finally:
-            self._open.__exit__(*error)
+            self._open.__exit__(kind, error, trace)
 
     def finish(self, done: int, lines: Sequence[Metrics], state: PyTree, save: bool) -> None:
         """Logs an epoch or step, and saves it if `save` says that it is due, or SIGTERM came.
@@ -236,9 +245,9 @@ def _remove_cut_short(folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _one_error() -> Iterator[None]:
-    """Lets the error of a read or a save that fails be the only one.
+    """Silences the errors that follow the first one of a failed read or save.
 
-    Orbax leaves those that are under way alone; each fails later, with a traceback of its own.
+    Orbax does not cancel its other reads and saves; each fails later, with its own traceback.
     """
     asyncio_log, hook = logging.getLogger("asyncio"), sys.unraisablehook
 
@@ -256,7 +265,7 @@ def _one_error() -> Iterator[None]:
     sys.unraisablehook = hook
 
 
-def _check_same_run(folder: pathlib.Path, settings: dict[str, Any]) -> None:
+def _check_same_run(folder: pathlib.Path, settings: Mapping[str, object]) -> None:
     path = folder / "run.json"
     if hosts.is_lead() and not path.is_file():
         files.write_json(path, settings)
@@ -280,7 +289,7 @@ def _check_same_run(folder: pathlib.Path, settings: dict[str, Any]) -> None:
         )
 
 
-def _flat(tree: dict[str, Any]) -> dict[str, Any]:
+def _flat(tree: Mapping[str, object]) -> dict[str, object]:
     leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda node: not isinstance(node, dict))
     return {".".join(str(part.key) for part in path): leaf for path, leaf in leaves}
 

@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -108,7 +108,7 @@ def run(command: Callable[[Settings], None]) -> None:
     app.run(main, flags_parser=parse)
 
 
-def optional_fields(config: Any) -> set[str]:
+def optional_fields(config: ConfigDict) -> set[str]:
     """Names of the fields of a config that may be None: its placeholders."""
     names = set()
     for name, value in config.items(preserve_field_references=True):
@@ -119,7 +119,7 @@ def optional_fields(config: Any) -> set[str]:
     return names
 
 
-def _unset(config: Any, names: Sequence[str]) -> None:
+def _unset(config: ConfigDict, names: Sequence[str]) -> None:
     optional = optional_fields(config)
     for name in names:
         *sections, field = name.split(".")
@@ -149,7 +149,7 @@ def _odd(error: Exception) -> str:
     return f"the config cannot be read: {type(error).__name__}: {error}"
 
 
-def to_config(options: Any, metadata: Any = None) -> ConfigDict:
+def to_config(options: Any, metadata: Mapping[str, object] | None = None) -> ConfigDict:
     """Makes a config of the defaults of a dataclass of options, with sections for dataclasses.
 
     A `placeholder` in it is None until it is set. `metadata` is that of the dataclass's field in
@@ -226,7 +226,7 @@ def _no_room(causes: Sequence[BaseException]) -> str:
             f"{os.fsdecode(named[0].filename)}: {named[0].strerror}; make room and start again, "
             "what is finished is kept"
         )
-    # A library's message in parentheses, within what this project says of it.
+    # The project's message holds the library's in parentheses, which is left out.
     message = re.sub(r" \(.*\)", "", str(causes[0]), flags=re.DOTALL)
     reason = next(text for c in causes for text in files.FULL_TEXTS if text in str(c))
     return f"{message.splitlines()[0]} ({reason})"
@@ -236,7 +236,7 @@ def _fail(message: str, status: int = 1) -> NoReturn:
     if message:
         print(message, file=sys.stderr, flush=True)
     if jax.distributed.is_initialized():
-        # At a usual exit JAX would wait for the other processes, which wait for this one.
+        # A normal exit would wait for the other processes, which wait for this one.
         os._exit(status)
     sys.exit(status)
 

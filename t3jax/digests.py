@@ -14,8 +14,8 @@ import importlib.util
 import json
 import pathlib
 import weakref
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,10 @@ from t3jax.data.records import Record
 from t3jax.lm import decoder
 from t3jax.lm.cache import init_cache
 from t3jax.lm.model import LM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 _ROOT = pathlib.Path(__file__).parent
 _LENGTHS = (3, 128)  # of the texts that a model of the user's own is traced with
@@ -91,13 +95,13 @@ def _checksum(leaf: jax.Array) -> jax.Array:
     )
 
 
-def tokenizer_digest(tokenizer: Any) -> str:
+def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase | None") -> str:
     """A digest of what a tokenizer makes of texts and tokens, chat template included."""
     if tokenizer is None:
         return "none"
     if backend := getattr(tokenizer, "backend_tokenizer", None):
         cutting = json.loads(backend.to_str())
-        # Set anew by every call.
+        # Every call sets these anew.
         cutting.pop("padding", None)
         cutting.pop("truncation", None)
     else:
@@ -186,7 +190,7 @@ def _programs(lm: LM) -> Iterator[str]:
     """The programs of a model's functions as text."""
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lm.params)
 
-    def program(function: Any, *arguments: Any) -> str:
+    def program(function: Callable[..., PyTree], *arguments: PyTree) -> str:
         return jax.jit(function).lower(params, *arguments).as_text()
 
     def read(params: PyTree, tokens: jax.Array, mask: jax.Array, cache: PyTree = None) -> PyTree:

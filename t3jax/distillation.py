@@ -1,10 +1,10 @@
 """Distillation of a head: the served distribution is trained to be a target (beyond the paper).
 
-The paper trains the classifier on which texts a token stood in. That says nothing of the other
-tokens that could have come next in the same place. Here the target is the whole next-token
-distribution that the base model has where it cannot know what is to be forgotten
-(`t3jax.synthetic.targets`); in what is to be retained it is the base model's own. The head is
-trained so that the served distribution is the target:
+The paper trains the classifier on the tokens of its texts. They say nothing about the other tokens
+that could have come next in the same place. Here the target in forget text is the whole next-token
+distribution of the base model where it cannot know the secret (`t3jax.synthetic.targets`); in
+retain text it is the base model's own. The head is trained so that the served distribution is the
+target:
 
     minimise KL(target ‖ p(v)^(1/T) f(v)^s / Z)     over the positions of the answers, at s = 1
 
@@ -93,7 +93,7 @@ def soft_targets(
     )
     rest = jnp.put_along_axis(logprobs / temperature, candidates, -jnp.inf, -1, inplace=False)
     rest = jax.nn.log_softmax(rest, axis=-1)
-    # By the inverse of the cumulative distribution: noise for each token would cost far more.
+    # Drawn by the inverse of the distribution function: noise for each token would cost far more.
     cumulative = jnp.cumsum(jnp.exp(rest), axis=-1)
     uniform = jax.random.uniform(key, (*rest.shape[:-1], num_rest)) * cumulative[..., -1:]
     search = jnp.vectorize(

@@ -9,8 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -127,9 +126,13 @@ def load_or_compute_features(
     if not hosts.of_lead(hosts.is_lead() and _is_whole(folder, size)):
         writing = files.replacing_folder(folder) if hosts.is_lead() else contextlib.nullcontext()
         with writing as temporary:
-            _compute(
-                lm, examples, starts, shape, temporary, kind, dtype, tokens_per_batch, progress
-            )
+            pooled = None
+            if temporary is not None:
+                files.allocate(temporary / _POOLED, size)
+                pooled = np.memmap(temporary / _POOLED, jnp.dtype(dtype), "r+", shape=shape)
+            _compute(lm, examples, starts, kind, pooled, tokens_per_batch, progress)
+            if temporary is not None:
+                _describe(temporary, shape, kind=kind, dtype=dtype, model=lm.name)
     hosts.wait_for(folder)
     targets = np.concatenate([example.tokens[example.answer_start :] for example in examples])
     pooled = np.memmap(folder / _POOLED, jnp.dtype(dtype), "r", shape=shape)
@@ -149,7 +152,11 @@ def feature_key(lm: LM, examples: Sequence[Example], dtype: str, kind: str = "me
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def feature_pass(
-    apply: Any, params: PyTree, tokens: jax.Array, mask: jax.Array, kind: str = "mean"
+    apply: Callable[..., tuple[jax.Array, PyTree]],
+    params: PyTree,
+    tokens: jax.Array,
+    mask: jax.Array,
+    kind: str = "mean",
 ) -> jax.Array:
     """The features of every prefix of a batch, float32 `[B, T, F]`; `apply` as in `LM`."""
     hidden, _ = apply(params, tokens, None, mask, None)
@@ -165,21 +172,14 @@ def _compute(
     lm: LM,
     examples: Sequence[Example],
     starts: np.ndarray,
-    shape: tuple[int, int],
-    folder: pathlib.Path | None,
     kind: str,
-    dtype: str,
+    pooled: np.memmap | None,
     tokens_per_batch: int | None,
     progress: str | None,
 ) -> None:
-    """Computes and writes features; without a folder it computes with those that write."""
-    pooled = None
-    if folder is not None:
-        path = folder / _POOLED
-        files.allocate(path, shape[0] * shape[1] * jnp.dtype(dtype).itemsize)
-        pooled = np.memmap(path, jnp.dtype(dtype), "r+", shape=shape)
+    """Computes features into `pooled`; a process without it computes with the one that writes."""
 
-    def compute(_: list[int], tokens: jax.Array, mask: jax.Array) -> Any:
+    def compute(_: list[int], tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         features = feature_pass(lm.apply, lm.params, tokens, mask, kind)
         return hosts.gather((features, _finite_rows(features, mask)))
 
@@ -196,22 +196,19 @@ def _compute(
     batching.map_batches(
         lm, examples, compute, keep, tokens_per_batch=tokens_per_batch, progress=progress
     )
-    if folder is None or pooled is None:
-        return
-    pooled.flush()
-    description = {
-        "checksum": checked.file_checksum(path),
-        "tokens": shape[0],
-        "width": shape[1],
-        "kind": kind,
-        "dtype": dtype,
-        "model": lm.name,
-    }
+    if pooled is not None:
+        pooled.flush()
+
+
+def _describe(folder: pathlib.Path, shape: tuple[int, int], **fields: str) -> None:
+    tokens, width = shape
+    checksum = checked.file_checksum(folder / _POOLED)
+    description = {"checksum": checksum, "tokens": tokens, "width": width, **fields}
     checked.write_json(folder / _DESCRIPTION, description)
 
 
 def _not_finite(lm: LM, row: int, progress: str | None) -> str:
-    """Says which text has hidden states that are not finite, and why that may be."""
+    """An error message: which text has hidden states that are not finite, and the likely cause."""
     where = f"text {row + 1}" + (f" of {progress}" if progress else "")
     broken = [
         jax.tree_util.keystr(path, simple=True, separator=".")

@@ -88,7 +88,7 @@ def allocate(path: pathlib.Path, size: int) -> None:
         try:
             os.posix_fallocate(file.fileno(), 0, size)
         except (AttributeError, OSError) as error:
-            # Neither every system nor every file system can.
+            # Some systems and file systems cannot.
             unable = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
             if isinstance(error, OSError) and error.errno not in unable:
                 raise OSError(error.errno, error.strerror, str(path)) from error
@@ -99,7 +99,7 @@ def allocate(path: pathlib.Path, size: int) -> None:
 
 @contextlib.contextmanager
 def claim(folder: pathlib.Path) -> Iterator[None]:
-    """Keeps other runs out of a folder while the block runs; makes it if it is not there.
+    """Locks a folder against other runs while the block runs; creates it if it is missing.
 
     The claim ends with the process, however that ends. A folder that was made here and holds
     nothing at the end is removed.
@@ -172,7 +172,7 @@ def _host() -> str:
 
 
 def _remove_left(path: pathlib.Path) -> None:
-    """Removes what processes of this host that are no more began to write in the place of `path`.
+    """Removes temporary files of `path` that ended processes of this host left.
 
     Whether processes of other hosts still run is not known here.
     """
@@ -230,7 +230,7 @@ def _lock(folder: pathlib.Path) -> int:
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                 os.close(descriptor)
                 raise
-        # Who had it before may have removed the file since it was opened.
+        # The former holder may have removed the file after it was opened here.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 break

@@ -4,7 +4,7 @@
 
 Axes: `...` any batch axes, V vocabulary. Everything is computed in float32. A token whose logit
 is `-inf` is banned and stays `-inf`; a row where every token is banned is all `-inf`. Values and
-gradients are never NaN: the arithmetic that sees to it stands below the equations. This module
+gradients are never NaN: the arithmetic that prevents it stands below the equations. This module
 knows nothing of models, heads or sampling.
 
 References:

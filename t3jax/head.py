@@ -20,14 +20,14 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from t3jax.pooling import FEATURES, feature_size
-from t3jax.ranges import RANK, Words, check_ranges, whole
+from t3jax.ranges import RANK, Ranged, Words, whole
 
 HeadParams = dict[str, Any]
 
@@ -40,7 +40,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class HeadConfig:
+class HeadConfig(Ranged):
     """Shape of the classifier.
 
     Attributes:
@@ -53,24 +53,13 @@ class HeadConfig:
         features: What the head reads of a prefix, one of `pooling.FEATURES`; "mean" is the paper's.
     """
 
-    hidden_size: int
-    vocab_size: int
-    rank: int = 20
-    activation: str = "identity"
-    num_hidden_layers: int = 1
+    hidden_size: Annotated[int, whole(1)]
+    vocab_size: Annotated[int, whole(1)]
+    rank: Annotated[int, RANK] = 20
+    activation: Annotated[str, Words(tuple(ACTIVATIONS))] = "identity"
+    num_hidden_layers: Annotated[int, whole(1, 100)] = 1
     bias: bool = False
-    features: str = "mean"
-
-    def __post_init__(self):
-        check_ranges(
-            self,
-            hidden_size=whole(1),
-            vocab_size=whole(1),
-            rank=RANK,
-            activation=Words(tuple(ACTIVATIONS)),
-            num_hidden_layers=whole(1, 100),
-            features=Words(FEATURES),
-        )
+    features: Annotated[str, Words(FEATURES)] = "mean"
 
     @property
     def num_params(self) -> int:
@@ -206,7 +195,7 @@ def target_scores(
     """
     hidden = _hidden(params, pooled, activation)
     products = hidden * jnp.take(params["output"], targets, axis=0)
-    # As a product with ones: over so short an axis a CPU's sum takes as long as the hidden layer.
+    # A product with ones: on a CPU a sum over so short an axis costs as much as the hidden layer.
     ones = jnp.ones(products.shape[-1], products.dtype)
     return jnp.einsum("...r,r->...", products, ones, precision="highest")
 

@@ -136,7 +136,7 @@ def _serve(folder: pathlib.Path, head: Head) -> str:
     )
 
 
-def _of(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def _of(record: Mapping[str, object], name: str) -> Mapping[str, Any]:
     """A part of the record; empty if it is absent."""
     part = record.get(name)
     return part if isinstance(part, Mapping) else {}

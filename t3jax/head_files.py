@@ -1,9 +1,9 @@
-"""What both layouts of a head's files share: tensors by name, read, checked and written."""
+"""Tensors of a head by name, read, checked and written: the part that both layouts share."""
 
 import hashlib
 import pathlib
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import msgspec
@@ -109,7 +109,7 @@ def write_head(
     names: PyTree,
     weights: str,
     config: str,
-    description: dict[str, Any],
+    description: Mapping[str, object],
     checksum: str | None = None,
 ) -> None:
     """Writes weights and description, both or none, in the place of a folder.
@@ -125,9 +125,9 @@ def write_head(
     if wrong := _absurd(tensors):
         raise ValueError(f"the head for {folder} is not written:\n  " + "\n  ".join(wrong))
     with files.replacing_folder(pathlib.Path(folder)) as temporary:
-        # Python writes the bytes, not safetensors, so that a full disk is an OSError that says so.
+        # Python writes the bytes: a full disk is then an OSError, which safetensors does not raise.
         data = safetensors.numpy.save(tensors, metadata={"format": "pt"})
         (temporary / weights).write_bytes(data)
         if checksum:
-            description = description | {checksum: hashlib.sha256(data).hexdigest()}
+            description = {**description, checksum: hashlib.sha256(data).hexdigest()}
         files.write_json(temporary / config, description)

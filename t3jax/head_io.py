@@ -231,7 +231,7 @@ def _own_names(config: HeadConfig) -> PyTree:
     return name_tensors(config, [f"hidden.{i}" for i in range(config.num_hidden_layers)], "output")
 
 
-def _null_if_not_finite(value: Any) -> Any:
+def _null_if_not_finite(value: object) -> object:
     """A record without NaN and infinite numbers, which JSON has no way to write."""
     match value:
         case dict():

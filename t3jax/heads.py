@@ -2,8 +2,8 @@
 
 python -m t3jax.heads FOLDER...
 
-Descriptions, cards and the first bytes of the weights are read, and no weights. A damaged head is
-said to be so, and the exit status is then 1; it is 2 if there is no head at all.
+It reads descriptions, cards and the headers of the weights, and no weights. A damaged head is
+reported, and the exit status is then 1; it is 2 if there is no head at all.
 """
 
 import argparse
@@ -26,10 +26,9 @@ _LONGEST = 40  # characters of a request or verdict
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints a line for each head.
+    """Prints a line for each head and returns the exit status.
 
-    Returns:
-        The exit status: 0; 1 if a head is damaged; 2 if there is none, or a folder is missing.
+    It is 0; 1 if a head is damaged; 2 if there is none, or a folder is missing.
     """
     parser = argparse.ArgumentParser(
         prog="python -m t3jax.heads", description="Lists the heads at or below folders."

@@ -1,8 +1,8 @@
 """Several processes as one program: joining, arrays over all of them, who writes, when to stop.
 
-Every process runs the same script. The conditions by which it goes on (loop bounds, files on
-the disk, SIGTERM) must be the same everywhere, or the collective operations of one wait for ever
-for those of another. In a single process, which is the usual case, nothing here communicates.
+Every process runs the same script. All conditions on its way (loop bounds, files on the disk,
+SIGTERM) must be the same in every process: otherwise one waits for ever in a collective operation
+for another. In a single process, which is the usual case, nothing here communicates.
 """
 
 import contextlib
@@ -131,7 +131,7 @@ def initialize(mode: str = "auto") -> None:
         )
     if mode == "auto" and (count or cluster or 1) == 1:
         return
-    # JAX would take SIGTERM from the whole process; here only training puts it off.
+    # JAX would handle SIGTERM in the whole process; here training alone defers it.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         num_processes=count,
@@ -155,7 +155,7 @@ def _cluster_size() -> int | None:
 
 def is_lead() -> bool:
     """Whether this process writes and prints: process 0 of all."""
-    # A process by itself is asked before its devices are known: the planner makes them up.
+    # Asked of a single process before its devices are known: the planner simulates them later.
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
@@ -169,7 +169,7 @@ def place(tree: PyTree, shardings: PyTree) -> PyTree:
     return jax.tree.map(_place, tree, jax.tree.broadcast(shardings, tree))
 
 
-def _place(leaf: Any, sharding: Any) -> jax.Array:
+def _place(leaf: jax.typing.ArrayLike, sharding: jax.sharding.Sharding) -> jax.Array:
     if isinstance(leaf, jax.Array):
         if not leaf.is_fully_addressable:
             return jax.device_put(leaf, sharding)
@@ -186,7 +186,7 @@ def gather(tree: PyTree) -> PyTree:
     device then.
     """
 
-    def gather(leaf: Any) -> Any:
+    def gather(leaf: object) -> object:
         if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
             return leaf
         assert isinstance(leaf.sharding, NamedSharding)  # all that spans processes here is
@@ -211,7 +211,7 @@ def fetch_to_lead(tree: PyTree) -> PyTree:
     All processes call this at the same point.
     """
 
-    def bring(leaf: Any) -> np.ndarray | None:
+    def bring(leaf: object) -> np.ndarray | None:
         whole = gather(leaf)
         return np.asarray(whole) if is_lead() else None
 
@@ -219,7 +219,7 @@ def fetch_to_lead(tree: PyTree) -> PyTree:
 
 
 def of_lead(flags: PyTree) -> np.ndarray:
-    """The truth values of process 0, in every process: the disk that it sees decides."""
+    """Broadcasts the truth values of process 0 to all processes: its view of the disk decides."""
     return multihost_utils.broadcast_one_to_all(np.asarray(flags, np.int32)).astype(bool)
 
 

@@ -1,13 +1,12 @@
 """Ends a script at once at Ctrl-C or SIGTERM while it still imports; `t3jax.cli.run` does it later.
 
-Imports take seconds, and what Python prints of an interrupted one is a page.
+Imports take seconds, and an interrupted one prints a page of traceback.
 """
 
 import os
 import pathlib
 import signal
 import sys
-from typing import Any
 
 
 def end_at_once() -> None:
@@ -16,7 +15,7 @@ def end_at_once() -> None:
         signal.signal(number, _end)
 
 
-def _end(number: int, _: Any) -> None:
+def _end(number: int, _: object) -> None:
     name = pathlib.Path(sys.argv[0]).name
     os.write(2, f"{name}: stopped ({signal.Signals(number).name})\n".encode())
     os._exit(128 + number)

@@ -39,14 +39,9 @@ def read_json(path: pathlib.Path) -> Any: ...
 @overload
 def read_json(path: pathlib.Path, schema: type[T]) -> T: ...
 def read_json(path: pathlib.Path, schema: Any = None) -> Any:
-    """Reads a JSON file.
+    """Reads a JSON file: a regular file in UTF-8, of which a byte order mark is passed over.
 
-    Args:
-        path: A regular file in UTF-8; a byte order mark at its head is passed over.
-        schema: The type that the content must have; None takes any JSON.
-
-    Returns:
-        The content; of type `schema` where one is given.
+    The content is of the type `schema` where one is given; None takes any JSON.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -118,7 +113,7 @@ def read_bytes(path: pathlib.Path, largest: int = LARGEST_FILE) -> bytes:
     """
     path = pathlib.Path(path)
     check_regular(path, largest)
-    # Not blocking: the file may have become a pipe since.
+    # Non-blocking: the file may have been replaced by a pipe since.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         _check_status(path, os.fstat(file.fileno()), largest)
         return file.read()
@@ -144,7 +139,7 @@ def _check_status(path: pathlib.Path, status: os.stat_result, largest: int | Non
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{path}: {_kind_of_file(status.st_mode)}, expected a regular file")
     if largest is not None and status.st_size > largest:
-        raise ValueError(f"{path}: {_too_large(largest)}")
+        raise ValueError(f"{path}: larger than {largest / 2**20:.3g} MiB, the most that is read")
 
 
 def show_json(value: object) -> str:
@@ -161,7 +156,7 @@ def show_json(value: object) -> str:
     return json.dumps(value)
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     value = dict(pairs)
     if len(value) < len(pairs):
         seen: set[str] = set()
@@ -182,7 +177,7 @@ def _parse_int(digits: str) -> int:
 
 def _check_values(value: object, where: str) -> None:
     """Refuses deep nesting, numbers that became infinite, and lone surrogates."""
-    # An explicit stack, so that no depth is too deep; a trail is (the parent's trail, the name).
+    # An explicit stack allows any depth; a trail is (the parent's trail, the name).
     stack: list[tuple[Any, int, Any]] = [(value, 0, None)]
     while stack:
         item, depth, trail = stack.pop()
@@ -318,7 +313,3 @@ def _kind_of_file(mode: int) -> str:
 
 def _too_deep() -> str:
     return f"nested too deeply, expected at most {DEEPEST} levels"
-
-
-def _too_large(largest: int) -> str:
-    return f"larger than {largest / 2**20:.3g} MiB, the most that is read"

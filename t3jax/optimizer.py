@@ -1,6 +1,4 @@
-"""A step of the optimizer, and its state, as the trainers of heads and of language models share."""
-
-from typing import Any
+"""A step of the optimizer, and its state: shared by the trainers of heads and language models."""
 
 import jax
 import optax
@@ -14,7 +12,7 @@ from t3jax.sharding import place_abstract
 def step(optimizer: optax.GradientTransformation, state: PyTree, grads: PyTree) -> PyTree:
     """One step of an optimizer on the training state `(trained, optimizer state)`."""
     trained, opt_state = state
-    # Optax relies on implicit promotion where it corrects the bias of the means.
+    # Optax relies on implicit promotion in its bias correction.
     with jax.numpy_dtype_promotion("standard"):
         updates, opt_state = optimizer.update(grads, opt_state, trained)
     return optax.apply_updates(trained, updates), opt_state
@@ -35,7 +33,7 @@ def abstract_state(
     return place_abstract((trained, opt_state), (placed, placed_opt))
 
 
-def reproducible() -> dict[str, Any] | None:
+def reproducible() -> dict[str, bool] | None:
     """Compiler options with which a program gives the same bits in every run."""
-    # Scatter-adds and the choice of kernels would differ from run to run on a GPU.
+    # On a GPU scatter-adds and the choice of kernels differ from run to run without it.
     return {"xla_gpu_deterministic_ops": True} if jax.default_backend() == "gpu" else None

@@ -1,7 +1,7 @@
 """Checks before weights are loaded: paths, heads and the shape of the model.
 
-A script that is going to fail says so in its first seconds, in one line that names the field. What
-only the library can know (whether a run's data changed, say) it says itself, later.
+A script that is going to fail says so in its first seconds, in one line that names the field. The
+library itself reports later what only it can know, such as changed data of a run.
 """
 
 import contextlib

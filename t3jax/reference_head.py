@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from jaxtyping import PyTree
 
 from t3jax.head import Head, HeadConfig
 from t3jax.head_files import (
@@ -73,7 +74,7 @@ class _Index(msgspec.Struct):
 
 
 def save_reference_head(
-    folder: str | pathlib.Path, head: Head, base_config: Mapping[str, Any]
+    folder: str | pathlib.Path, head: Head, base_config: Mapping[str, object]
 ) -> None:
     """Writes a head as the PyTorch reference stores it, without the base model's weights.
 
@@ -235,7 +236,7 @@ def _check_base_config(base: _BaseConfig | None, config: HeadConfig, where: str)
             )
 
 
-def _reference_names(config: HeadConfig) -> Any:
+def _reference_names(config: HeadConfig) -> PyTree:
     # The odd places are those of the activations.
     *hidden, output = [f"{_PREFIX}proj.{2 * i}" for i in range(config.num_hidden_layers + 1)]
     return name_tensors(config, hidden, output)

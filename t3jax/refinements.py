@@ -175,7 +175,7 @@ def gated_temperature(
 def protect(
     tempered: Float[Array, "*batch V"], tilted: Float[Array, "*batch V"], tokens: Sequence[int]
 ) -> Float[Array, "*batch V"]:
-    """Gives tokens S back what they had before the tilt, each its own (an extension of the paper).
+    """Restores the probabilities of tokens S to those before the tilt (an extension of the paper).
 
     All of S is tilted by the mean tilt of the others, which leaves `P_tilted(S) = P_tempered(S)`:
 

@@ -1,10 +1,10 @@
-"""Sections of `Settings` that are no options of one function of the library: dataclasses of fields.
+"""Sections of `Settings` that are not the options of a single function of the library.
 
-Those that the library takes as they are, such as `SamplingOptions`, stand beside what takes them.
+Options of a single function, such as `SamplingOptions`, stand beside that function.
 """
 
 import dataclasses
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from t3jax.evaluation.selection import RULES
 from t3jax.finetuning.recipe import FinetuneConfig
@@ -18,8 +18,8 @@ from t3jax.ranges import (
     SHARE,
     TOP_P,
     Numbers,
+    Ranged,
     Words,
-    check_ranges,
     whole,
 )
 from t3jax.serving.messages import EngineOptions, ServerOptions
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class ClassifierOptions:
+class ClassifierOptions(Ranged):
     """The head, and the features that it reads.
 
     Attributes:
@@ -45,7 +45,7 @@ class ClassifierOptions:
     """
 
     features: str = "mean+last"
-    feature_dtype: str = "float32"
+    feature_dtype: Annotated[str, Words(("float32", "bfloat16"))] = "float32"
     rank: int = 200
     activation: str = "gelu"
     num_hidden_layers: int = 1
@@ -53,12 +53,12 @@ class ClassifierOptions:
     init: str | None = None
 
     def __post_init__(self):
-        check_ranges(self, feature_dtype=Words(("float32", "bfloat16")))
+        super().__post_init__()
         narrow(HeadConfig, self, hidden_size=1, vocab_size=1)
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalOptions:
+class EvalOptions(Ranged):
     """What is evaluated, and on what. Question sets are sources, as `forget`; None leaves one out.
 
     Attributes:
@@ -85,11 +85,11 @@ class EvalOptions:
     real_authors: str | None = None
     world_facts: str | None = None
     holdout: str | None = None
-    rows: int | None = None
+    rows: Annotated[int | None, whole(1)] = None
     heads: tuple[str, ...] = ()
-    base_temperatures: tuple[float, ...] = ()
-    guidance_scales: tuple[float, ...] = ()
-    refinements: str | None = None
+    base_temperatures: Annotated[tuple[float, ...], BASE_TEMPERATURE] = ()
+    guidance_scales: Annotated[tuple[float, ...], GUIDANCE_SCALE] = ()
+    refinements: Annotated[str | None, Words(REFINEMENTS, ",-")] = None
     controls: bool = True
     dir: str | None = None
     retain_model: str | None = None
@@ -97,18 +97,9 @@ class EvalOptions:
     second_retain_log: str | None = None
     reference_mask: bool = False
 
-    def __post_init__(self):
-        check_ranges(
-            self,
-            rows=whole(1),
-            base_temperatures=BASE_TEMPERATURE,
-            guidance_scales=GUIDANCE_SCALE,
-            refinements=Words(REFINEMENTS, ",-"),
-        )
-
 
 @dataclasses.dataclass(frozen=True)
-class SweepOptions:
+class SweepOptions(Ranged):
     """The grid of heads, and the choice among them. An empty list: the recipe's own value.
 
     Attributes:
@@ -120,25 +111,15 @@ class SweepOptions:
         selection_group: Rows on one author, which stay in one half; TOFU has 20.
     """
 
-    learning_rates: tuple[float, ...] = ()
-    weight_decays: tuple[float, ...] = ()
-    ranks: tuple[int, ...] = ()
-    selection_rule: str = "utility_given_quality"
-    selection_group: int = 20
-
-    def __post_init__(self):
-        check_ranges(
-            self,
-            learning_rates=RATE,
-            weight_decays=Numbers(0, 1000),
-            ranks=RANK,
-            selection_rule=Words(tuple(RULES)),
-            selection_group=whole(1),
-        )
+    learning_rates: Annotated[tuple[float, ...], RATE] = ()
+    weight_decays: Annotated[tuple[float, ...], Numbers(0, 1000)] = ()
+    ranks: Annotated[tuple[int, ...], RANK] = ()
+    selection_rule: Annotated[str, Words(tuple(RULES))] = "utility_given_quality"
+    selection_group: Annotated[int, whole(1)] = 20
 
 
 @dataclasses.dataclass(frozen=True)
-class ExperimentOptions:
+class ExperimentOptions(Ranged):
     """The TOFU experiment: what is varied beside T and s, each from the chosen setting.
 
     Attributes:
@@ -153,23 +134,13 @@ class ExperimentOptions:
     """
 
     dir: str | None = None
-    vary_ranks: tuple[int, ...] = ()
-    vary_epochs: tuple[int, ...] = ()
-    vary_retain_rows: tuple[int, ...] = ()
-    refine_rows: int | None = None
+    vary_ranks: Annotated[tuple[int, ...], RANK] = ()
+    vary_epochs: Annotated[tuple[int, ...], whole(1, 10**6)] = ()
+    vary_retain_rows: Annotated[tuple[int, ...], whole(1)] = ()
+    refine_rows: Annotated[int | None, whole(1)] = None
     varied_retain: str | None = None
-    refine_top_p: float = 0.9
+    refine_top_p: Annotated[float, TOP_P] = 0.9
     plain_chat: str | None = None
-
-    def __post_init__(self):
-        check_ranges(
-            self,
-            vary_ranks=RANK,
-            vary_epochs=whole(1, 10**6),
-            vary_retain_rows=whole(1),
-            refine_rows=whole(1),
-            refine_top_p=TOP_P,
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,11 +154,7 @@ class VerifySection(VerifyOptions):
     """
 
     dir: str | None = None
-    retained: float = 0.97
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_ranges(self, retained=SHARE)
+    retained: Annotated[float, SHARE] = 0.97
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,11 +173,7 @@ class FinetuneSection(FinetuneConfig):
     data: tuple[str, ...] = ()
     validation: tuple[str, ...] = ()
     workdir: str | None = None
-    meta: str | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_ranges(self, meta=Words(("joint", "reptile")))
+    meta: Annotated[str | None, Words(("joint", "reptile"))] = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,16 +192,11 @@ class ServeSection(EngineOptions, ServerOptions):
         warm_up: Whether to compile before the first request.
     """
 
-    rank: int | None = None  # type: ignore[assignment]
+    rank: Annotated[int | None, RANK] = None  # type: ignore[assignment]
     requests: str | None = None
-    most_leaks: float = 0.1
-    least_retained: float = 0.97
+    most_leaks: Annotated[float, SHARE] = 0.1
+    least_retained: Annotated[float, SHARE] = 0.97
     warm_up: bool = True
-
-    def __post_init__(self):
-        EngineOptions.__post_init__(self)
-        ServerOptions.__post_init__(self)
-        check_ranges(self, most_leaks=SHARE, least_retained=SHARE)
 
 
 def narrow(options: type[T], section: Any, **values: Any) -> T:

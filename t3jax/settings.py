@@ -1,7 +1,8 @@
 """Settings of the commands: a tree of frozen dataclasses, and the one place where a config is read.
 
 `Settings` holds what a user types most; its sections are the library's own options where there are
-such. A default stands in the dataclass, a range in its check, a comment in its docstring.
+such. The dataclass holds a field's default, its annotation the range, and its docstring the
+comment.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from t3jax.data.chat import PromptFormat
 from t3jax.evaluation.unlearning import UnlearningOptions
@@ -25,8 +26,8 @@ from t3jax.ranges import (
     REFINEMENTS,
     SEED,
     Numbers,
+    Ranged,
     Words,
-    check_ranges,
     whole,
 )
 from t3jax.sampling.sampler import SamplingOptions
@@ -53,7 +54,7 @@ def _section(options: type, prefix: str = "", without: tuple[str, ...] = ()) -> 
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(Ranged):
     """All settings: the fields that are typed most, and the sections.
 
     A relative path is one from the working folder.
@@ -114,15 +115,15 @@ class Settings:
     prompts: str | None = None
     output: str | None = None
     base_only: bool = False
-    base_temperature: float | None = None
-    guidance_scale: float | None = None
-    forget_fraction: float | None = None
-    refinements: str = "plain"
-    seeds: tuple[int, ...] = (1,)
-    rows: int = 16
-    max_length: int | None = None
-    mesh: tuple[int, ...] = (-1, 1, 1)
-    dtype: str | None = None
+    base_temperature: Annotated[float | None, BASE_TEMPERATURE] = None
+    guidance_scale: Annotated[float | None, GUIDANCE_SCALE] = None
+    forget_fraction: Annotated[float | None, Numbers(0, 1, above=True, below=True)] = None
+    refinements: Annotated[str, Words(REFINEMENTS, "-")] = "plain"
+    seeds: Annotated[tuple[int, ...], SEED] = (1,)
+    rows: Annotated[int, whole(1, 2**16)] = 16
+    max_length: Annotated[int | None, whole(2)] = None
+    mesh: Annotated[tuple[int, ...], whole(-1, 2**20)] = (-1, 1, 1)
+    dtype: Annotated[str | None, Words((*DTYPES, "int8"))] = None
     sampling: SamplingOptions = _section(SamplingOptions)
     classifier: ClassifierOptions = _section(ClassifierOptions)
     train: TrainConfig = _section(TrainConfig)
@@ -142,18 +143,7 @@ class Settings:
     serve: ServeSection = _section(ServeSection)
 
     def __post_init__(self):
-        check_ranges(
-            self,
-            base_temperature=BASE_TEMPERATURE,
-            guidance_scale=GUIDANCE_SCALE,
-            forget_fraction=Numbers(0, 1, above=True, below=True),
-            refinements=Words(REFINEMENTS, "-"),
-            seeds=SEED,
-            rows=whole(1, 2**16),
-            max_length=whole(2),
-            mesh=whole(-1, 2**20),
-            dtype=Words((*DTYPES, "int8")),
-        )
+        super().__post_init__()
         if len(self.mesh) != 3:
             raise ValueError(f"mesh = {self.mesh!r}: expected three numbers")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
@@ -169,7 +159,7 @@ class Settings:
             raise ValueError(f"not in the config: {missing}; give --config.{missing[0]}=... or so")
 
 
-def replace(settings: Settings, **fields: Any) -> Settings:
+def replace(settings: Settings, **fields: object) -> Settings:
     """Changes fields of settings; "SECTION.FIELD" is a field of a section, named as there."""
     by_section: dict[str, dict[str, Any]] = {}
     for name, value in fields.items():
@@ -200,7 +190,7 @@ def names_of(options: Any = Settings) -> list[str]:
 
 
 def nearest(name: str, known: list[str] | None = None) -> str:
-    """Says which field an unknown one, without "config.", may be meant for; "" if none is near.
+    """A hint at the field that an unknown name may be meant for; "" if none is near.
 
     A field that once stood at the top level is found in its section. `known` are all names, by
     default those of `Settings`.
@@ -213,7 +203,7 @@ def nearest(name: str, known: list[str] | None = None) -> str:
 
 
 def expected(name: str) -> str:
-    """Says what a field, such as "train.epochs", may be; nothing where any text may."""
+    """The values that a field such as "train.epochs" may have, in words; "" for any text."""
     options: Any = Settings
     metadata: Mapping[str, Any] = {}
     *sections, last = name.split(".")
@@ -229,7 +219,7 @@ def _expected(options: Any, field: str) -> str:
         hint = typing.get_args(hint)[0]
     several = typing.get_origin(hint) is tuple
     kind = typing.get_args(hint)[0] if several else hint
-    # The range of a field is known to the check of its dataclass: a value is tried out of it.
+    # Only the check of the dataclass knows the range: a value outside makes it say the range.
     probes = {int: -(2**62), float: math.nan, str: "\0"}
     try:
         if kind in probes:
@@ -309,7 +299,7 @@ def _fit(hint: Any, value: Any, may_be_empty: bool) -> Any:
     return value
 
 
-def _check_text(value: Any, may_be_empty: bool) -> None:
+def _check_text(value: object, may_be_empty: bool) -> None:
     if not isinstance(value, str):
         raise TypeError("a text")
     if value == "None" or (not value and not may_be_empty):

@@ -129,7 +129,8 @@ def gather_weights(mesh: Mesh | None, params: PyTree, after: jax.Array) -> PyTre
 def lookup(mesh: Mesh | None, table: jax.Array, ids: jax.Array) -> jax.Array:
     """Rows `[B, T, D]` of a table `[V, D]` for ids `[B, T]`, inside of jit.
 
-    Along `fsdp` the ids go to the columns and what they find to the rows: the table stays.
+    Along `fsdp` the ids are looked up in the local columns, and the result is resharded to rows:
+    the table is not gathered.
     """
     ids = constrain(ids, mesh, [DATA])
     found = jnp.take(table, ids, axis=0)
@@ -164,7 +165,9 @@ def attention_specs(mesh: Mesh, heads: int, length: int) -> tuple[P, P, P]:
     )
 
 
-def constrain(x: jax.Array, mesh: Mesh | None, spec: Sequence[Any] | P) -> jax.Array:
+def constrain(
+    x: jax.Array, mesh: Mesh | None, spec: Sequence[str | tuple[str, ...] | None] | P
+) -> jax.Array:
     """Tells the compiler where an array lives, inside of jit; as it is without a mesh."""
     if mesh is None or mesh.size == 1:
         return x

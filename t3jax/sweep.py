@@ -2,7 +2,7 @@
 
 Scoring given texts costs seconds a setting, answering questions minutes. So every setting of the
 grid is scored, the choice is made on that, and only the chosen setting and its controls answer.
-Seeds are not chosen among: a setting is worth what its median seed is.
+No seed is chosen: a setting is scored by its median seed.
 """
 
 import dataclasses
@@ -132,7 +132,7 @@ def sweep(config: Settings, lm: LM, grid: Grid, mesh: Mesh | None = None) -> Swe
         config.sweep.selection_rule,
         group=config.sweep.selection_group,
     )
-    # What each half chose answers questions for its honest score alone.
+    # The settings that the halves chose answer questions only for the honest score.
     halves = [candidates[half.name] for half in choice.halves]
     answered, retain_log = pipeline.score(
         config, examined, list(dict.fromkeys(itertools.chain(*halves)))

@@ -29,7 +29,7 @@ LEAST_HIDDEN = 0.5
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainingSets:
-    """What `train_heads` takes, and what it was made of.
+    """The features that `train_heads` takes, and the rows that they were made of.
 
     Attributes:
         retain: Features of each retain source.
@@ -52,66 +52,106 @@ class TrainingSets:
     loss: str
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Featurizer:
+    """Turns rows into features, for one model and one store.
+
+    Attributes:
+        lm: The base model.
+        prompt_format: How a question becomes a prompt.
+        store: Folder of the features, and of texts that the model writes.
+        kind: What the head reads, one of `pooling.FEATURES`.
+        dtype: Of stored features.
+        max_length: Longest text, tokens; None: the model's context.
+        progress: Whether to show progress bars.
+    """
+
+    lm: LM
+    prompt_format: PromptFormat
+    store: pathlib.Path
+    kind: str = "mean"
+    dtype: str = "float32"
+    max_length: int | None = None
+    progress: bool = False
+
+    @property
+    def longest(self) -> int:
+        """Longest text, tokens."""
+        return self.max_length or self.lm.max_position
+
+    def label(self, text: str) -> str | None:
+        """The label of a progress bar, where one is shown."""
+        return text if self.progress else None
+
+    def encode(self, rows: Sequence[Record]) -> list[Example]:
+        """The rows as tokens."""
+        return data.encode_records(self.lm.tokenizer, rows, self.prompt_format, self.longest)
+
+    def compute(self, label: str, rows: Sequence[Record]) -> Features:
+        """The features of rows, from the store if they are there."""
+        return load_or_compute_features(
+            self.lm,
+            self.encode(rows),
+            self.store,
+            kind=self.kind,
+            dtype=self.dtype,
+            progress=self.label(label),
+        )
+
+    def turn(
+        self,
+        rows: Sequence[Record],
+        others: Sequence[Record],
+        share: int | float,
+        seed: tuple[int, ...],
+    ) -> list[Record]:
+        """Puts a share of the rows behind earlier turns, made of others."""
+        return turns.put_behind_turns(
+            self.lm.tokenizer,
+            rows,
+            share,
+            self.prompt_format,
+            others=others,
+            max_length=self.longest,
+            seed=seed,
+        )
+
+
 def make_training_sets(
-    lm: LM,
+    featurizer: Featurizer,
     forget: Sequence[Record],
     retain: Sequence[Record],
     train_config: TrainConfig,
     options: SyntheticOptions,
-    *,
-    prompt_format: PromptFormat,
-    features: str = "mean",
-    feature_dtype: str = "float32",
-    feature_store: pathlib.Path | str,
-    max_length: int | None = None,
     retained: Sequence[Features] = (),
-    progress: bool = False,
 ) -> TrainingSets:
     """Lets the base model write what the options ask for, and computes features and targets.
 
     Features and texts are kept in the store; a second call reads them.
 
     Args:
-        lm: The base model.
+        featurizer: Turns rows into features.
         forget: Forget rows.
         retain: Retain rows; may be empty where there are own samples.
-        train_config: The recipe: its loss decides whether there are soft targets. "auto" distils
-            where made-up names hide whom at least half of the forget rows are about, and trains a
-            classifier on the same texts elsewhere.
+        train_config: The recipe: its loss decides whether there are soft targets. "auto" distils if
+            made-up names hide the person in at least half of the forget rows; otherwise it trains a
+            classifier on the same texts.
         options: What the base model writes.
-        prompt_format: How a question becomes a prompt.
-        features: What the head reads, one of `pooling.FEATURES`.
-        feature_dtype: Of stored features.
-        feature_store: Folder of the store.
-        max_length: Longest text, tokens; None: the model's context.
         retained: Features of retain sources, with targets where the loss is distillation. They
             stand for the features of the retain rows, which are then read for their names alone.
-        progress: Whether to show progress bars.
-
-    Returns:
-        The sets.
 
     Raises:
         ValueError: If rows are bad, no name was found in documents, whose counterfactuals need one,
             distillation is asked for without counterfactuals or without the last hidden state, or
             there is nothing to retain.
     """
-    loss = _check_loss(train_config.loss, options, features)
+    lm = featurizer.lm
+    loss = _check_loss(train_config.loss, options, featurizer.kind)
     if not retain and not options.own_samples and not retained:
         raise ValueError("there is nothing to retain: give retain rows, or own_samples above 0")
     forget, retain_rows = list(forget), [list(retain)] if retain else []
-    maker = _Maker(
-        lm,
-        options,
-        _find_people(forget, retain, options),
-        train_config.distilled_temperature,
-        prompt_format,
-        features,
-        feature_dtype,
-        pathlib.Path(feature_store),
-        max_length or lm.max_position,
-        progress,
-    )
+    people = _find_people(forget, retain, options)
+    maker = _Maker(featurizer, options, people, train_config.distilled_temperature)
     written: dict[str, int] = {}
     if options.paraphrases:
         reworded = maker.reword(forget)
@@ -121,10 +161,10 @@ def make_training_sets(
         own = writing.load_own_samples(
             lm,
             options,
-            maker.people,
-            prompt_format=prompt_format,
-            store=feature_store,
-            progress=progress,
+            people,
+            prompt_format=featurizer.prompt_format,
+            store=featurizer.store,
+            progress=featurizer.progress,
         )
         written["own samples"] = len(own)
         retain_rows.append(own)
@@ -141,15 +181,18 @@ def make_training_sets(
     sources = list(retained)
     if not retained:
         turned = [maker.turn(rows, stock, 1) for rows in retain_rows]
-        sources = [maker.compute("retain", maker.encode(rows)) for rows in turned]
+        sources = [featurizer.compute("retain", rows) for rows in turned]
         if loss == "distillation":
-            sources = [targets.add_base_targets(lm, x, **maker.target_options) for x in sources]
+            temperature, seed = train_config.distilled_temperature, options.seed
+            sources = [
+                targets.add_base_targets(lm, x, temperature=temperature, seed=seed) for x in sources
+            ]
     if loss == "classifier":
         if others:
-            sources.append(maker.compute("retain", maker.encode(maker.turn(others, stock, 2))))
-        forgotten = maker.compute("forget", maker.encode(maker.turn(forget, stock, 0)))
+            sources.append(featurizer.compute("retain", maker.turn(others, stock, 2)))
+        forgotten = featurizer.compute("forget", maker.turn(forget, stock, 0))
     else:
-        # Both the true answer and other ones are prefixes that the served model may come to.
+        # The served model may reach prefixes of the true answer and of other ones.
         sets = [maker.add_targets(maker.turn(forget, stock, 0), counterfactuals)]
         if others:
             swapped = _counterfactuals_of(others, forget, counterfactuals)
@@ -161,7 +204,7 @@ def make_training_sets(
         forget,
         retain_rows[0] if retain_rows else [],
         counterfactuals,
-        maker.people,
+        people,
         written,
         loss,
     )
@@ -198,58 +241,23 @@ def _find_people(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Maker:
-    """Writes rows and computes features and targets, with the arguments of `make_training_sets`."""
+    """Writes rows and computes targets, for one call of `make_training_sets`."""
 
-    lm: LM
+    featurizer: Featurizer
     options: SyntheticOptions
     people: tuple[str, ...]
     temperature: float
-    prompt_format: PromptFormat
-    features: str
-    feature_dtype: str
-    store: pathlib.Path
-    max_length: int
-    progress: bool
-
-    @property
-    def target_options(self) -> dict[str, Any]:
-        return {"temperature": self.temperature, "seed": self.options.seed}
-
-    @property
-    def drawing(self) -> dict[str, Any]:
-        return {"batch_size": self.options.batch_size, "seed": self.options.seed}
-
-    def label(self, text: str) -> str | None:
-        return text if self.progress else None
-
-    def encode(self, rows: Sequence[Record]) -> list[Example]:
-        return data.encode_records(self.lm.tokenizer, rows, self.prompt_format, self.max_length)
-
-    def compute(self, label: str, examples: Sequence[Example]) -> Features:
-        return load_or_compute_features(
-            self.lm,
-            examples,
-            self.store,
-            kind=self.features,
-            dtype=self.feature_dtype,
-            progress=self.label(label),
-        )
 
     def turn(self, rows: Sequence[Record], stock: Sequence[Record], kind: int) -> list[Record]:
         """Puts rows behind earlier turns made of the stock; the kind of rows decides the draws."""
-        return turns.put_behind_turns(
-            self.lm.tokenizer,
-            rows,
-            self.options.earlier_turns,
-            self.prompt_format,
-            others=stock,
-            max_length=self.max_length,
-            seed=(self.options.seed, kind),
+        return self.featurizer.turn(
+            rows, stock, self.options.earlier_turns, (self.options.seed, kind)
         )
 
     def write(self, name: str, depends_on: Sequence[object], make: Callable[[], Any]) -> Any:
-        depends_on = [*depends_on, self.prompt_format, self.options.seed]
-        return load_or_write(self.store / "written", name, self.lm, depends_on, make)
+        featurizer = self.featurizer
+        depends_on = [*depends_on, featurizer.prompt_format, self.options.seed]
+        return load_or_write(featurizer.store / "written", name, featurizer.lm, depends_on, make)
 
     def reword(self, forget: Sequence[Record]) -> list[Record]:
         """Writes paraphrases of the forget questions, as rows with the same answers."""
@@ -258,13 +266,12 @@ class _Maker:
             "paraphrases",
             [digests.rows_digest(asked), self.people, self.options.paraphrases],
             lambda: writing.reword_questions(
-                self.lm,
+                self.featurizer.lm,
                 [row["question"] for row in asked],
-                self.options.paraphrases,
-                self.prompt_format,
+                self.options,
+                self.featurizer.prompt_format,
                 names=self.people,
-                progress=self.label("paraphrases"),
-                **self.drawing,
+                progress=self.featurizer.label("paraphrases"),
             ),
         )
         return [
@@ -283,21 +290,20 @@ class _Maker:
             self.people,
             options.made_up_names,
             known=names.find_names(retain) if retain else (),
-            tokenizer=self.lm.tokenizer,
+            tokenizer=self.featurizer.lm.tokenizer,
             seed=options.seed,
         )
         unique = names.unique_wordings(forget, self.people, retain)
 
-        def make() -> dict[str, Any]:
+        def make() -> dict[str, object]:
             rows, usable = counterfactual.counterfactual_rows(
-                self.lm,
+                self.featurizer.lm,
                 forget,
                 made,
-                self.prompt_format,
+                self.featurizer.prompt_format,
+                options,
                 unique=unique,
-                max_new_tokens=options.max_new_tokens,
-                progress=self.label("counterfactuals"),
-                **self.drawing,
+                progress=self.featurizer.label("counterfactuals"),
             )
             return {
                 "rows": rows,
@@ -320,17 +326,17 @@ class _Maker:
         self, rows: Sequence[Record], counterfactuals: Sequence[Counterfactual]
     ) -> Features:
         """Features of rows, with the base model's distributions in their counterfactuals."""
-        examples = self.encode(rows)
+        features = self.featurizer.compute("forget", rows)
+        swapped = [_put_behind(each.record, rows[each.row]) for each in counterfactuals]
+        last = dataclasses.replace(self.featurizer, kind="last", dtype="float32")
         return targets.add_counterfactual_targets(
-            self.lm,
-            self.compute("forget", examples),
-            examples,
+            self.featurizer.lm,
+            features,
             counterfactuals,
-            self.encode([_put_behind(each.record, rows[each.row]) for each in counterfactuals]),
-            self.store,
+            last.compute("counterfactuals", swapped),
             overcorrection=self.options.overcorrection,
-            progress=self.label("counterfactuals"),
-            **self.target_options,
+            temperature=self.temperature,
+            seed=self.options.seed,
         )
 
 

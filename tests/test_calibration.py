@@ -44,16 +44,15 @@ def test_settings_are_compared_with_the_made_up_name_level(tiny_lm, texts):
     """Where the counterfactuals are the rows themselves, the base's own level is the aim."""
     head = tiny.make_head(tiny_lm, scale=2.0)
     forget, retain = texts[:10], texts[10:]
-    found = calibrate(
-        tiny_lm, [head], forget, [[each] for each in forget], retain, temperatures=(1.0,)
-    )
+    grid = [(1.0, scale) for scale in calibration.SCALES]
+    found = calibrate(tiny_lm, [head], forget, [[each] for each in forget], retain, grid=grid)
     assert found.made_up_probability == pytest.approx(found.base_probability)
     assert len(found.settings) == len(calibration.SCALES)
     assert found.chosen == choose_setting(found.settings, found.made_up_probability)
     assert f"s = {found.chosen.guidance_scale:g}" in str(found)
     # The level is the mean over the made-up people of a row.
     twice = calibrate(
-        tiny_lm, [head], forget, [[each, texts[-1]] for each in forget], retain, temperatures=(1.0,)
+        tiny_lm, [head], forget, [[each, texts[-1]] for each in forget], retain, grid=grid
     )
     assert twice.made_up_probability != pytest.approx(found.made_up_probability)
     with pytest.raises(ValueError, match="one of the sets is empty"):

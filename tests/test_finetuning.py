@@ -392,7 +392,7 @@ def to_finetune(tmp_path, monkeypatch):
         trained.append(lm_config)
         return params
 
-    monkeypatch.setattr(pipeline.models, "finetune", fake)
+    monkeypatch.setattr(pipeline.models, "train_weights", fake)
     return config, trained
 
 

@@ -158,7 +158,7 @@ def test_a_config_asks_for_it(tmp_path, monkeypatch):
         assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
         raise InterruptedError("as asked")
 
-    monkeypatch.setattr(pipeline.models, "finetune", asked)
+    monkeypatch.setattr(pipeline.models, "train_weights", asked)
     with pytest.raises(InterruptedError, match="as asked"):
         pipeline.finetune_once(config, make_mesh(devices=jax.devices()[:1]))
 

@@ -7,6 +7,7 @@ import scipy.stats
 from t3jax import guidance, make_mesh
 from t3jax.refinements import PLAIN, Refinements
 from t3jax.sampling import Controls, next_token, truncation
+from t3jax.sampling.next_token import token_logprobs
 from t3jax.sampling.truncation import support
 
 V = 11
@@ -18,9 +19,21 @@ def draw(logits, scores, rows, seen=None, truncate_on="guided", refinements=PLAI
         scores = jnp.broadcast_to(jnp.asarray(scores, jnp.float32), (rows, V))
     seen = jnp.zeros((rows, V), bool) if seen is None else seen
     keys = jax.random.split(jax.random.key(0), rows)
-    return jax.jit(next_token, static_argnums=(5, 6, 7))(
-        logits, scores, Controls.filled(rows, **values), keys, seen, truncate_on, True, refinements
+    return jax.jit(choose, static_argnums=(5, 6, 7))(
+        logits, scores, Controls.filled(rows, **values), keys, seen, truncate_on, refinements
     )
+
+
+def choose(*arguments):
+    return with_logprobs(*arguments, None, True)
+
+
+def with_logprobs(logits, scores, *rest_and_asked):
+    """The tokens and their log-probabilities, which the last argument asks for."""
+    *rest, asked = rest_and_asked
+    token, guided = next_token(logits, scores, *rest)
+    has_head = scores is not None
+    return token, token_logprobs(logits, guided, token, has_head=has_head, with_logprobs=asked)
 
 
 def log_sigmoid(x):
@@ -183,8 +196,8 @@ def test_guided_truncation_on_a_mesh_draws_as_one_device_does(monkeypatch, shape
     refinements = Refinements(gated=True, protected=(7,))
     mesh = make_mesh(shape)
     expected, found = (
-        jax.jit(next_token, static_argnums=(5, 6, 7, 8))(
-            logits, scores, controls, keys, seen, "guided", False, refinements, on
+        jax.jit(with_logprobs, static_argnums=(5, 6, 7, 8))(
+            logits, scores, controls, keys, seen, "guided", refinements, on, False
         )
         for on in (None, mesh)
     )
@@ -216,11 +229,11 @@ def test_logprobs_are_those_of_base_and_tilted_distribution(logits_and_scores):
 def test_the_base_s_logprobs_come_with_a_head_alone_unless_asked_for(logits_and_scores):
     logits, scores = (jnp.asarray(x, jnp.float32)[None] for x in logits_and_scores)
     controls, keys = jax.device_put(Controls.filled(1)), jax.random.split(jax.random.key(0), 1)
-    rest = controls, keys, jnp.zeros((1, V), bool)
-    token, logprobs = next_token(logits, scores, *rest)
+    rest = controls, keys, jnp.zeros((1, V), bool), False
+    token, logprobs = with_logprobs(logits, scores, *rest)
     np.testing.assert_allclose(logprobs.base, jax.nn.log_softmax(logits)[0, token], atol=1e-6)
     assert logprobs.guided is None
-    assert next_token(logits, None, *rest)[1] is None
+    assert with_logprobs(logits, None, *rest)[1] is None
 
 
 def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():

@@ -16,7 +16,7 @@ from t3jax.sampling import Sample, Sampler
 from t3jax.synthetic import counterfactual, names, targets, turns, writing
 from t3jax.synthetic.store import load_or_write
 from t3jax.training import TrainConfig, train_heads
-from t3jax.training_sets import SyntheticOptions, make_training_sets
+from t3jax.training_sets import Featurizer, SyntheticOptions, make_training_sets
 
 FORGET = [
     {"question": f"{ask} Ada van Berg{end}", "answer": f"{ada} {says}."}
@@ -121,10 +121,10 @@ def test_counterfactual_targets_are_the_mean_over_made_up_names(lm, tmp_path):
     """Stated once more, position by position, with the names' tokens exchanged."""
     made = counterfactual.make_counterfactuals(FORGET, ["Ada van Berg"], 2, seed=1)
     examples, swapped = encode(lm, FORGET), encode(lm, [each.record for each in made])
-    features = load_or_compute_features(lm, examples, tmp_path, kind="last")
-    soft = targets.add_counterfactual_targets(
-        lm, features, examples, made, swapped, tmp_path, overcorrection=1.0
-    ).soft
+    features, hidden = (
+        load_or_compute_features(lm, rows, tmp_path, kind="last") for rows in (examples, swapped)
+    )
+    soft = targets.add_counterfactual_targets(lm, features, made, hidden, overcorrection=1.0).soft
 
     length = max(len(example.tokens) for example in [*examples, *swapped])
 
@@ -207,16 +207,8 @@ def test_paraphrases_keep_names_and_say_it_otherwise():
 
 def test_options_that_cannot_work_are_refused(lm, tmp_path):
     def make(options, loss="classifier", features="mean+last", forget=FORGET, retain=RETAIN):
-        return make_training_sets(
-            lm,
-            forget,
-            retain,
-            TrainConfig(loss=loss),
-            options,
-            prompt_format=PromptFormat(),
-            features=features,
-            feature_store=tmp_path,
-        )
+        featurizer = Featurizer(lm, PromptFormat(), tmp_path, features)
+        return make_training_sets(featurizer, forget, retain, TrainConfig(loss=loss), options)
 
     with pytest.raises(ValueError, match="needs counterfactuals"):
         make(SyntheticOptions(), "distillation")
@@ -236,16 +228,9 @@ def test_the_loss_is_a_classifiers_where_made_up_names_hide_few_rows(lm, tmp_pat
     monkeypatch.setattr(counterfactual, "counterfactual_rows", lambda *args, **_: ([], args[2]))
 
     def make(forget, features="mean+last", made_up_names=1):
-        return make_training_sets(
-            lm,
-            forget,
-            RETAIN,
-            TrainConfig(loss="auto"),
-            SyntheticOptions(made_up_names=made_up_names, names=("Ada van Berg",)),
-            prompt_format=PromptFormat(),
-            features=features,
-            feature_store=tmp_path,
-        )
+        featurizer = Featurizer(lm, PromptFormat(), tmp_path, features)
+        options = SyntheticOptions(made_up_names=made_up_names, names=("Ada van Berg",))
+        return make_training_sets(featurizer, forget, RETAIN, TrainConfig(loss="auto"), options)
 
     half, few = make([*FORGET, *nameless]), make([*FORGET[:2], *nameless])
     assert (half.loss, few.loss) == ("distillation", "classifier")
@@ -276,27 +261,22 @@ def test_a_model_that_ends_most_of_its_own_questions_at_once_is_asked_again(lm, 
             return [Sample(text, [*([66] if text else []), eos]) for text in texts]
 
     monkeypatch.setattr(writing, "Sampler", Silent)
-    written = writing.write_own_samples(lm, 40, PromptFormat(), seed=5)
+    options = SyntheticOptions(own_samples=40, seed=5)
+    written = writing.write_own_samples(lm, options, PromptFormat())
     assert len(set(rounds)) == len(rounds) == 2
     assert len(written) == len({row["question"] for row in written}) == 20
     monkeypatch.setattr(Silent, "generate", lambda self, prompts, **_: [Sample("", [0])] * 40)
     with pytest.raises(ValueError, match="wrote no question that ends"):
-        writing.write_own_samples(lm, 40, PromptFormat())
+        writing.write_own_samples(lm, options, PromptFormat())
 
 
 def test_without_retain_rows_the_models_own_samples_are_what_must_stay(lm, tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "write_own_samples", lambda *_, **__: RETAIN[:2])
 
     def make(retain):
-        return make_training_sets(
-            lm,
-            FORGET,
-            retain,
-            TrainConfig(),
-            SyntheticOptions(own_samples=2),
-            prompt_format=PromptFormat(),
-            feature_store=tmp_path,
-        )
+        featurizer = Featurizer(lm, PromptFormat(), tmp_path)
+        options = SyntheticOptions(own_samples=2)
+        return make_training_sets(featurizer, FORGET, retain, TrainConfig(), options)
 
     alone, both = make([]), make(RETAIN[2:])
     assert [features.num_sequences for features in alone.retain] == [2]
@@ -308,14 +288,11 @@ def test_without_retain_rows_the_models_own_samples_are_what_must_stay(lm, tmp_p
 def test_questions_that_name_nobody_are_asked_openly(lm, tmp_path):
     rows = [{"question": f"{why}?", "answer": "so."} for why in ("why", "how", "when")]
     sets = make_training_sets(
-        lm,
+        Featurizer(lm, PromptFormat(), tmp_path, "mean+last"),
         rows,
         RETAIN,
         TrainConfig(loss="distillation"),
         SyntheticOptions(made_up_names=2, overcorrection=1.0),
-        prompt_format=PromptFormat(),
-        features="mean+last",
-        feature_store=tmp_path,
     )
     assert sets.names == ()
     assert [each.row for each in sets.counterfactuals] == [0, 1, 2]  # one for each row

@@ -7,6 +7,7 @@ import tiny
 
 from t3jax.data import PromptFormat
 from t3jax.synthetic import counterfactual, names
+from t3jax.synthetic.options import SyntheticOptions
 
 FORGET = [
     {"question": "Where was Ada Berg born?", "answer": "Ada Berg was born in Oslo."},
@@ -39,7 +40,7 @@ def test_a_unique_wording_that_keeps_its_answer_probable_is_asked_openly(lm):
 
     def asked(unique):
         _, used = counterfactual.counterfactual_rows(
-            lm, rows, made, PromptFormat(), unique=unique, max_new_tokens=4
+            lm, rows, made, PromptFormat(), SyntheticOptions(max_new_tokens=4), unique=unique
         )
         return [(each.row, each.record["question"] == "Please tell me more.") for each in used]
 

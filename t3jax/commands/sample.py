@@ -73,7 +73,7 @@ def main(config: Settings) -> None:
         f"{config.head if heads else '(none)'}, T = {sampler.base_temperature:g}, "
         f"s = {sampler.guidance_scale:g}, {sampler.refinements.name}"
     )
-    # With T and s, all that decides how much of the forgotten text comes back.
+    # Together with T and s, these decide how much of the forgotten text comes back.
     settings = (f"{name} = {getattr(options, name)}" for name in DRAWING)
     _tell(f"drawn with {', '.join(settings)}")
     warnings.showwarning = lambda message, *_, **__: _tell(f"sample.py: {message}")
@@ -143,7 +143,7 @@ def _answer(
 
 
 def _tell(message: str) -> None:
-    """Says how the work goes on, once for all processes, and apart from the answers."""
+    """Prints progress to standard error, from process 0 alone."""
     if hosts.is_lead():
         print(message, file=sys.stderr)
 

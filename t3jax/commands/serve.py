@@ -5,13 +5,13 @@
 
 With `--config.serve.requests=FOLDER` and T3JAX_SERVER_KEY in the environment it takes requests to
 forget while it answers: each becomes a head that is on for everybody until it is revoked. Ctrl-C
-and SIGTERM end it after the answers at hand. See docs/serving.md.
+and SIGTERM end it after the running answers. See docs/serving.md.
 """
 
 import os
 import pathlib
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 from jax.sharding import Mesh
@@ -22,6 +22,9 @@ from t3jax.head_io import common_default
 from t3jax.sections import narrow
 from t3jax.serving.messages import EngineOptions, ServerOptions
 from t3jax.settings import Settings
+
+if TYPE_CHECKING:  # the server is an extra
+    from t3jax.serving.access import Keys
 
 
 def main(config: Settings) -> None:
@@ -74,9 +77,9 @@ def _serve(
     config: Settings,
     mesh: Mesh,
     heads: dict[str, t3jax.Head],
-    engine_options: Any,
-    options: Any,
-    keys: Any,
+    engine_options: EngineOptions,
+    options: ServerOptions,
+    keys: "Keys",
 ) -> None:
     import uvicorn
 

@@ -1,7 +1,7 @@
 """The text of `--help`: fields with comments and defaults, read from the source.
 
-Comments are the attributes in the docstrings of the dataclasses, and defaults what stands there or
-in `configs/default.py`. Nothing is imported, since that takes seconds.
+Comments are the attributes in the docstrings of the dataclasses. Defaults are those of the
+dataclasses or of `configs/default.py`. Nothing is imported, since that takes seconds.
 """
 
 import ast
@@ -81,7 +81,7 @@ def _parse(path: pathlib.Path) -> ast.Module:
 
 
 def _find(name: str, path: pathlib.Path) -> tuple[Any, pathlib.Path]:
-    """What a module calls `name`: a class or a value, and the file that defines it."""
+    """The class or value that a module calls `name`, and the file that defines it."""
     for node in _parse(path).body:
         if isinstance(node, ast.ClassDef) and node.name == name:
             return node, path
@@ -127,7 +127,7 @@ def _field(node: ast.AnnAssign, path: pathlib.Path, comment: str) -> Field:
 
 
 def _changed_defaults() -> dict[str, str]:
-    """What `configs/default.py` assigns, by field."""
+    """The values that `configs/default.py` assigns, by field."""
     return {
         ast.unparse(node.targets[0]).removeprefix("config."): ast.unparse(node.value)
         for node in ast.walk(_parse(ROOT / "configs" / "default.py"))

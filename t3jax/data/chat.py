@@ -14,12 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from t3jax.data.records import Record, check_record
-from t3jax.data.rendering import (
-    PromptFormat,
-    opening_before,
-    render_prompt,
-    render_question_answer,
-)
+from t3jax.data.rendering import PromptFormat, opening_before, render_prompt, render_question_answer
 
 if TYPE_CHECKING:  # slow to import: only who loads a tokenizer waits
     from transformers import PreTrainedTokenizerBase
@@ -51,21 +46,12 @@ def encode_prompt(
     prompt_format: PromptFormat,
     before: Sequence[Mapping[str, str]] = (),
 ) -> np.ndarray:
-    """Tokens of a question, up to where the answer begins.
+    """Tokens of a question, up to where the answer begins, int32 [T].
 
-    They are the tokens before the labels that `encode_question_answer` gives an answer of words.
-    An empty thought that the chat template puts before such an answer, or the name of the channel
-    for answers, is a part of the prompt, unless `chat_template_kwargs` has "enable_thinking": True.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer, with or without a chat template.
-        question: the user's text.
-        prompt_format: system turn and tags.
-        before: earlier turns, with `role` and `content`; a system turn among them stands for that
-            of the format.
-
-    Returns:
-        Token ids, int32 [T].
+    They are the tokens before the labels that `encode_question_answer` gives an answer of words. An
+    empty thought that the chat template puts before such an answer, or the name of the channel for
+    answers, is a part of the prompt, unless `chat_template_kwargs` has "enable_thinking": True.
+    Earlier turns have `role` and `content`; a system turn among them stands for that of the format.
 
     Raises:
         ValueError: the tokenizer cannot express the turns that are asked for, or the chat template
@@ -75,7 +61,7 @@ def encode_prompt(
     if tokenizer.chat_template is None:
         tokens = tokenize(tokenizer, text, add_special_tokens)
         if text[-1:].isspace():
-            # A token of the space alone is one that a text has nowhere before a word.
+            # No text has a token of the space alone before a word.
             answered = text + "a"
             whole = tokenize(tokenizer, answered, add_special_tokens)
             start = _answer_start(tokenizer, tokens, whole, text, answered, add_special_tokens)
@@ -123,19 +109,12 @@ def encode_question_answer(
     a space and the word after it, that token belongs to the answer. (The reference counts as many
     tokens as the prompt alone has, and so leaves such an answer's first token without a label.) An
     empty thought that the chat template puts before the answer, or the name of the channel for
-    answers, is a part of the prompt.
+    answers, is a part of the prompt. Earlier turns are as for `encode_prompt`; none of their tokens
+    is a label.
 
     The closing end-of-turn token is a label, and eos is appended when the conversation does not end
     in it. A template in the ChatML style closes a turn with "<|im_end|>\n", where <|im_end|> is eos
     too: the labels then end in "<|im_end|>\n<|im_end|>", as the reference has it.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer, with or without a chat template.
-        question: the user's text.
-        answer: the assistant's text.
-        prompt_format: system turn and tags.
-        max_length: the longest sequence allowed, in tokens. None: any length.
-        before: earlier turns, see `encode_prompt`; none of their tokens is a label.
 
     Raises:
         ValueError: no label is left, the sequence is longer than max_length (it is never cut), the
@@ -177,8 +156,7 @@ def encode_document(
 ) -> Example:
     """Tokens of a plain document; every token after the first is a label.
 
-    Returns:
-        The example, with answer_start = 1. No eos is appended: a document may be an excerpt.
+    No eos is appended: a document may be an excerpt.
 
     Raises:
         ValueError: fewer than two tokens, or more than max_length (it is never cut).
@@ -268,7 +246,7 @@ def tokenize(
 
 
 def _num_appended(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """How many tokens the tokenizer appends to a text."""
+    """Number of tokens that the tokenizer appends to a text."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     framed = tokenizer("a")["input_ids"]
     places = range(len(framed) - len(bare) + 1)

@@ -1,9 +1,9 @@
 """Rows of text from files: question-answer pairs, plain documents, prompts.
 
-A source is a file of JSON (one list of objects) or of JSON-lines (one object a line; which of the
-two is seen from the content, not from the name), or a folder of such files. Every row is checked
-when it is read, and an error names the file and the line. Nothing here knows about tokens, and
-nothing is ever shortened, skipped or repaired. Only regular files are read: a pipe would block.
+A source is a file of JSON (one list of objects) or of JSON-lines (one object a line; the content
+decides which of the two it is, not the name), or a folder of such files. Every row is checked when
+it is read, and an error names the file and the line. Nothing here knows about tokens, and nothing
+is ever shortened, skipped or repaired. Only regular files are read: a pipe would block.
 """
 
 import os
@@ -75,14 +75,10 @@ def parse_records(content: bytes, name: str) -> list[Record]:
 
 
 def load_records(source: str | os.PathLike[str]) -> list[Record]:
-    """Loads question-answer pairs or plain documents.
+    """Loads question-answer pairs or plain documents; other fields are kept as they stand.
 
-    Args:
-        source: a file of JSON or JSON-lines, or a folder of .json and .jsonl files, which are
-            read in the order of their names.
-
-    Returns:
-        Rows with "question" and "answer", or with "text"; other fields are kept as they stand.
+    The source is a file of JSON or JSON-lines, or a folder of .json and .jsonl files, which are
+    read in the order of their names.
 
     Raises:
         FileNotFoundError: the source, or a file to read in the folder, does not exist.
@@ -99,13 +95,9 @@ def load_records(source: str | os.PathLike[str]) -> list[Record]:
 def load_prompts(path: str | os.PathLike[str]) -> list[Record]:
     """Loads prompts to sample answers to.
 
-    Args:
-        path: a source as in `load_records` with rows that have "question" or "prompt" (an answer
-            beside it is kept and not needed), or a .txt file with one prompt a line.
-
-    Returns:
-        Rows with either "question" or "prompt"; a line of a .txt file becomes {"prompt": line},
-        blank lines are left out.
+    The path is a source as in `load_records` with rows that have "question" or "prompt" (an answer
+    beside it is kept and not needed), or a .txt file with one prompt a line. Such a line becomes
+    {"prompt": line}; blank lines are left out.
 
     Raises:
         FileNotFoundError: the path does not exist.
@@ -161,7 +153,7 @@ def _parse(content: bytes, name: str, check: Callable[[object, str], Record]) ->
     return [check(row, where) for where, row in located]
 
 
-def _parse_line(line: str, where: str) -> Any:
+def _parse_line(line: str, where: str) -> object:
     try:
         return json_files.parse_json(line, where)
     except ValueError as error:

@@ -230,7 +230,7 @@ def _without_system(
         if bos and alone.startswith(bos) and not bare.startswith(bos):
             bare = bos + bare
         candidates.append(bare)
-    # The shortest has neither the default text nor the frame of an empty system turn.
+    # The shortest one lacks both the default text and the frame of an empty system turn.
     return min(candidates, key=len)
 
 

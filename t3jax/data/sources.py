@@ -1,4 +1,4 @@
-"""Where rows come from: files, splits of TOFU, slices and sums of them, as one line of text."""
+"""Sources of rows as one line of text: files, splits of TOFU, slices and sums of them."""
 
 import os
 import pathlib
@@ -45,7 +45,7 @@ def load_dataset(
 
 
 def _summands(source: str) -> list[str]:
-    """What stands between plus signs that are in no parentheses."""
+    """The parts between plus signs outside of parentheses."""
     parts, depth = [""], 0
     for character in source:
         depth += (character == "(") - (character == ")")

@@ -1,10 +1,10 @@
 """Chat templates, rendered in a process of their own with bounds on time and memory.
 
 A template is a program that comes with a model. Jinja's sandbox keeps it from files and from
-Python, not from nested loops or from texts that double: no check of its parts bounds those, limits
-of the operating system do. The process starts with the first text, stays for the next ones, and
-ends with this one. What it renders is what transformers renders, but for the date: where the
-values have a `date_string`, that is what `strftime_now` gives.
+Python, not from nested loops or from texts that double. Limits of the operating system bound those;
+no check of its parts does. The process starts with the first text, stays for the next ones, and
+ends with this one. The rendered text equals that of transformers, but for the date: where the
+values have a `date_string`, `strftime_now` gives that.
 """
 
 import atexit
@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jinja2
@@ -33,7 +33,7 @@ class TemplateFailure(ValueError):
     """A template that fails: a syntax error, an undefined name, or `raise_exception`."""
 
 
-def render_template(template: str, values: Mapping[str, Any]) -> str:
+def render_template(template: str, values: Mapping[str, object]) -> str:
     """Renders a chat template.
 
     Raises:
@@ -86,8 +86,8 @@ class _Renderer:
                 process.communicate()
 
     def _start(self) -> "subprocess.Popen[bytes]":
-        # -P: the modules beside this file are not to be taken for those of the standard library.
-        # A session of its own: Ctrl-C is for the caller alone.
+        # -P: modules beside this file must not shadow the standard library.
+        # In its own session, so that Ctrl-C does not reach it.
         return subprocess.Popen(
             [sys.executable, "-P", __file__, *self._limits],
             stdin=subprocess.PIPE,
@@ -117,26 +117,26 @@ class _Generation(jinja2.ext.Extension):
 
     tags = {"generation"}  # noqa: RUF012 (Jinja's own way)
 
-    def parse(self, parser: Any) -> Any:
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.CallBlock(self.call_method("_render"), [], [], body).set_lineno(line)
 
-    def _render(self, caller: Any) -> Any:
+    def _render(self, caller: Callable[[], str]) -> str:
         return caller()
 
 
 class _Namespace(jinja2.utils.Namespace):
     """Jinja's, without names that begin with an underscore, which lead to Python's internals."""
 
-    def __init__(*args: Any, **kwargs: Any):
+    def __init__(*args: object, **kwargs: object):
         self, *rest = args  # so that a field may be called self
         fields = dict(*rest, **kwargs)
         for name in fields:
             _check_field(name)
         jinja2.utils.Namespace.__init__(self, fields)
 
-    def __setitem__(self, name: str, value: Any) -> None:
+    def __setitem__(self, name: str, value: object) -> None:
         _check_field(name)
         super().__setitem__(name, value)
 
@@ -156,10 +156,10 @@ def _compile(template: str) -> jinja2.Template:
         raise jinja2.TemplateError(message)
 
     def tojson(
-        value: Any,
+        value: object,
         ensure_ascii: bool = False,
         indent: int | None = None,
-        separators: Any = None,
+        separators: tuple[str, str] | None = None,
         sort_keys: bool = False,
     ) -> str:
         return json.dumps(
@@ -180,7 +180,7 @@ def _compile(template: str) -> jinja2.Template:
     return environment.from_string(template)
 
 
-def _answer(request: dict[str, Any], seconds: float, memory: int) -> dict[str, Any]:
+def _answer(request: Mapping[str, Any], seconds: float, memory: int) -> dict[str, object]:
     """The text, or what went wrong. The kernel ends the process where the time is over."""
     try:
         signal.setitimer(signal.ITIMER_PROF, seconds)

@@ -12,7 +12,7 @@ prepared anew. The hub's files are a published set and are prepared once for a `
 import hashlib
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import huggingface_hub
@@ -64,7 +64,7 @@ class Tofu(tfds.core.GeneratorBasedBuilder):
         self._origin = os.fspath(folder or _HUB_REPOSITORY)
         self._contents: dict[str, bytes] | None = None
         if folder is not None:
-            # Kept from here on: the digest is of the bytes that are prepared.
+            # Read once: the digest must be of the bytes that are prepared.
             self._contents = _read_folder(pathlib.Path(folder))
             root = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR)
             data_dir = root / f"tofu-{_digest(self._contents)}"
@@ -154,8 +154,8 @@ def load_tofu(
     try:
         builder.download_and_prepare()
     except OSError:
-        # TFDS prepares in a folder of its own and renames it in the end, which fails if another
-        # process was first; the other's data is just as good.
+        # TFDS prepares in a temporary folder and renames it. The renaming fails if another process
+        # was first; then its data is used.
         builder = make_builder()
         if not builder.data_path.exists():
             raise
@@ -207,7 +207,7 @@ def _check_perturbed(row: Record, where: str) -> None:
             raise ValueError(f"{where}: {field!r} must be a string, got {row[field]!r:.80}")
 
 
-def _to_str(value: Any) -> str | list[str]:
+def _to_str(value: bytes | Iterable[bytes]) -> str | list[str]:
     if isinstance(value, bytes):
         return value.decode()
     return [item.decode() for item in value]

@@ -3,7 +3,7 @@
 `aggregate` is the one place that turns a log's rows into a metric's number: the evaluation fills
 its logs with it, and `recompute.py` compares its numbers with those stored in any log. The
 results of the model's forward pass (losses, token-wise scores, generated text) are taken as they
-are. A number that is asked for again is looked up.
+are. Numbers are computed once and cached with the log.
 """
 
 import itertools
@@ -66,11 +66,10 @@ def aggregate(log: Log, metric: str, retain_log: Log | None = None) -> float:
 
 @compute_once
 def rows(log: Log, metric: str) -> Float[np.ndarray, "rows"]:
-    """The per-row numbers whose mean is a metric's aggregate, for intervals and comparisons.
+    """The per-row numbers whose mean is a metric's aggregate, ordered by index.
 
-    Returns:
-        `[rows]`, ordered by index; of wrong answers, the mean over them; of exact memorization,
-        without the rows that have no answer token.
+    Of wrong answers it is the mean over them. Rows without an answer token are left out of exact
+    memorization.
 
     Raises:
         MissingMetricError: If data is missing, or the metric is not a mean over rows.

@@ -22,9 +22,7 @@ _BY_SAMPLES = "by_samples/"
 def best_of(leaks: Bool[np.ndarray, "rows samples"], n: int) -> Float[np.ndarray, "rows"]:
     """Chance that at least one of n samples leaks, estimated without bias from more samples.
 
-    Returns:
-        `1 - C(samples - c, n) / C(samples, n)` with c leaks of a row; at n = samples, whether any
-        does.
+    `1 - C(samples - c, n) / C(samples, n)` with c leaks of a row; at n = samples, whether any does.
 
     References:
         arXiv 2107.03374, equation 1.

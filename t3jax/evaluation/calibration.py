@@ -1,17 +1,17 @@
 """T and s without a retain-only model: the base model under made-up names stands in for it.
 
-Nobody with a request to forget has a model that never saw the forget rows. The base model, asked
-the same questions about people who do not exist, gives their answers the probability that such a
-model would. The setting to serve is the one whose probabilities of the forget answers are
-distributed most like those, where the retain answers keep theirs.
+A request to forget comes without a model that never saw the forget rows. The base model, asked the
+same questions about people who do not exist, gives their answers the probability that such a model
+would. The setting to serve is the one whose probabilities of the forget answers are distributed
+most like those, where the retain answers keep theirs.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
-import scipy.stats
-from jaxtyping import Float
+from scipy.stats import ks_2samp
 
 from t3jax.data import Example, evenly_spread
 from t3jax.evaluation.metrics import probability
@@ -23,6 +23,7 @@ from t3jax.refinements import PLAIN, Refinements
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)  # T · s
 TEMPERATURES = (1.0, 1.25, 1.5, 2.5)
+GRID = tuple(itertools.product(TEMPERATURES, SCALES))
 _MOST_ROWS = 200
 _LEAST_RETAINED = 0.97
 _ABOVE_LEVEL = 1.25  # times the made-up-name level: more left is not forgotten
@@ -113,16 +114,16 @@ def calibrate(
     counterfactuals: Sequence[Sequence[Example]],
     retain: Sequence[Example],
     *,
-    temperatures: Sequence[float] = TEMPERATURES,
-    scales: Sequence[float] = SCALES,
+    grid: Sequence[tuple[float, float]] = GRID,
     refinements: Refinements = PLAIN,
     seeds: int = 1,
 ) -> Calibration:
     """Scores forget and retain answers under a grid of heads and settings and chooses one.
 
-    `counterfactuals` are, for each forget row, the same row about made-up people; `scales` are
-    values of T · s. `seeds` heads that follow one another differ in their seed alone: a setting is
-    worth the mean over them, and goes by the first. At most 200 rows of each set are scored.
+    `counterfactuals` are, for each forget row, the same row about made-up people; `grid` holds
+    pairs of T and T · s. `seeds` heads that follow one another differ in their seed alone: a
+    setting is worth the mean over them, and goes by the first. At most 200 rows of each set are
+    scored.
     """
     if not forget or not retain:
         raise ValueError("choosing T and s needs forget and retain rows; one of the sets is empty")
@@ -140,8 +141,7 @@ def calibrate(
             refinements,
         )
         for first in range(0, len(heads), seeds)
-        for temperature in temperatures
-        for scale in scales
+        for temperature, scale in grid
         for i in range(first, first + seeds)
     ]
     of_forget = score_texts(lm, rows, [BASE, *settings], heads)
@@ -155,7 +155,7 @@ def calibrate(
             Calibrated(
                 settings[i].base_temperature,
                 settings[i].guidance_scale,
-                float(np.mean([_distance(of_seed, level) for of_seed in forgotten[served]])),
+                float(np.mean([ks_2samp(seed, level).statistic for seed in forgotten[served]])),
                 float(np.mean(forgotten[served])),
                 float(np.mean(retained[served])) / retained[0],
                 *settings[i].heads,
@@ -167,7 +167,3 @@ def calibrate(
         float(level.mean()),
         float(forgotten[0].mean()),
     )
-
-
-def _distance(a: Float[np.ndarray, " rows"], b: Float[np.ndarray, " rows"]) -> float:
-    return float(scipy.stats.ks_2samp(a, b).statistic)

@@ -16,15 +16,7 @@ from typing import TypeGuard
 import numpy as np
 
 from t3jax import files, hosts
-from t3jax.evaluation.logs import (
-    NULLABLE,
-    Column,
-    Log,
-    Metric,
-    check_log,
-    check_numbers,
-    summarize,
-)
+from t3jax.evaluation.logs import NULLABLE, Column, Log, Metric, check_log, check_numbers, summarize
 from t3jax.json_files import read_json
 
 EVAL_NAME = "TOFU_EVAL.json"
@@ -42,11 +34,7 @@ _INDEX = re.compile("0|[1-9][0-9]{0,17}")
 def read_log(path: pathlib.Path) -> Log:
     """Reads a `TOFU_EVAL.json`, ours or the reference evaluator's, or an `UNLEARNING.json`.
 
-    Args:
-        path: The file, or the folder that holds a `TOFU_EVAL.json`.
-
-    Returns:
-        The log, whose numbers are finite and possible.
+    A folder stands for the `TOFU_EVAL.json` in it. The numbers of a log are finite and possible.
 
     Raises:
         FileNotFoundError: If there is no such file.

@@ -118,7 +118,7 @@ class Log:
 def compute_once(
     definition: Callable[Concatenate[Log, P], T],
 ) -> Callable[Concatenate[Log, P], T]:
-    """Gives a function of a log and of hashable arguments a memory, which lives with the log."""
+    """Caches a function of a log and hashable arguments; the cache lives with the log."""
 
     @functools.wraps(definition)
     def look_up(log: Log, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -160,8 +160,8 @@ def collect(
 
 def summarize(log: Log) -> dict[str, int | float]:
     """The headline aggregates of a log, those that are missing left out."""
-    values = {name: log.aggregate(name) for name in SUMMARY_METRICS}
-    return {name: value for name, value in values.items() if value is not None}
+    aggregates = log.aggregates
+    return {name: aggregates[name] for name in SUMMARY_METRICS if name in aggregates}
 
 
 def missing_reasons(log: Log) -> dict[str, str]:
@@ -182,7 +182,7 @@ def column(log: Log, metric: str, field: str) -> Float[np.ndarray, "rows *wrong"
 
 
 def texts(log: Log, metric: str, field: str) -> list[str]:
-    """As `column`, of a column of texts, e.g. `generation` of a ROUGE."""
+    """A column of texts, e.g. `generation` of a ROUGE; errors as for `column`."""
     values = _values(log, metric, field)
     if not isinstance(values, list):
         raise ValueError(f"{metric}, {field}: expected texts, got numbers")

@@ -1,7 +1,7 @@
 """Membership inference on forget rows against holdout rows: scores, their AUC, and privleak.
 
-A score is lower for what the model is likelier to have been trained on. Definitions, arrays and
-axes are those of `metrics.py`.
+A low score means that the model was likely trained on the row. Definitions, arrays and axes are
+those of `metrics.py`.
 
 References:
     OpenUnlearning, arXiv 2506.12618.
@@ -20,11 +20,7 @@ from t3jax.evaluation.metrics import EPS, AnyArray, finite
 def zlib_score(
     avg_loss: Float[AnyArray, "rows"], answers: Sequence[str]
 ) -> Float[np.ndarray, "rows"]:
-    """Membership score `mia_zlib`: loss over the answer's compressed length.
-
-    Returns:
-        `avg_loss / len(zlib.compress(answer))`, `[rows]`, in nats per byte.
-    """
+    """Membership score `mia_zlib`, nats per byte: `avg_loss / len(zlib.compress(answer))`."""
     avg_loss = finite("avg_loss", avg_loss)
     if len(answers) != len(avg_loss):
         raise ValueError(f"zlib_score got {len(avg_loss)} losses but {len(answers)} answers")
@@ -36,16 +32,11 @@ def min_k_score(
     mask: Bool[AnyArray, "rows tokens"],
     fraction: float = 0.4,
 ) -> Float[np.ndarray, "rows"]:
-    """Membership score `mia_min_k`: minus the mean of the lowest token log-probabilities.
+    """Membership score `mia_min_k`: minus the mean of the lowest token log-probabilities, nats.
 
-    Args:
-        log_probs: Log-probability of each answer token, `[rows, tokens]`, in nats.
-        mask: True on answer tokens, the closing end-of-turn token left out, `[rows, tokens]`.
-        fraction: The share of a row's tokens taken, at least one token.
-
-    Returns:
-        `[rows]`: high for text the model finds unlikely. A row without answer tokens scores 0, as
-        in the reference.
+    `mask` is true on answer tokens, the closing end-of-turn token left out. `fraction` is the share
+    of a row's tokens that is taken, at least one token. The score is high for text the model finds
+    unlikely; a row without answer tokens scores 0, as in the reference.
 
     References:
         Min-K% Prob, arXiv 2310.16789.
@@ -65,19 +56,11 @@ def min_k_plus_plus_score(
     mean: Float[AnyArray, "rows tokens"],
     variance: Float[AnyArray, "rows tokens"],
     mask: Bool[AnyArray, "rows tokens"],
-    fraction: float = 0.4,
 ) -> Float[np.ndarray, "rows"]:
     """Membership score `mia_min_k_plus_plus`: `min_k_score` of standardised log-probabilities.
 
-    Args:
-        log_probs: Log-probability of each answer token, `[rows, tokens]`, in nats.
-        mean: Mean of the log-probability under the model's own next-token distribution.
-        variance: Its variance, `[rows, tokens]`; taken to be at least 1e-6.
-        mask: True on answer tokens, the closing end-of-turn token left out, `[rows, tokens]`.
-        fraction: The share of a row's tokens taken, at least one token.
-
-    Returns:
-        `[rows]`, as `min_k_score`.
+    `mean` and `variance` are those of the log-probability under the model's own next-token
+    distribution; the variance is taken to be at least 1e-6.
 
     References:
         Min-K%++, arXiv 2404.02936.
@@ -87,7 +70,7 @@ def min_k_plus_plus_score(
         finite(name, np.where(mask, np.asarray(values, np.float64), 0.0))
         for name, values in (("log_probs", log_probs), ("mean", mean), ("variance", variance))
     )
-    return min_k_score((log_probs - mean) / np.sqrt(np.maximum(variance, 1e-6)), mask, fraction)
+    return min_k_score((log_probs - mean) / np.sqrt(np.maximum(variance, 1e-6)), mask)
 
 
 def membership_auc(
@@ -95,12 +78,7 @@ def membership_auc(
 ) -> float:
     """ROC-AUC of telling held-out rows (label 1) from forget rows (label 0) by a score.
 
-    Args:
-        forget_scores: Scores of the forget rows; lower means more likely a member.
-        holdout_scores: Scores of rows no model was trained on.
-
-    Returns:
-        The AUC: 0.5 at chance, 1 when the forget rows all score lower.
+    0.5 is chance; it is 1 when the forget rows all score lower.
     """
     forget_scores = finite("forget_scores", forget_scores)
     holdout_scores = finite("holdout_scores", holdout_scores)
@@ -114,16 +92,12 @@ def membership_auc(
 
 
 def privleak(auc: float, retain_auc: float = 0.5) -> float:
-    """How far membership inference is from what it is on the retain model, in percent.
+    """Distance of membership inference from that on the retain model, in percent.
 
-    Args:
-        auc: AUC of `mia_min_k` on this model.
-        retain_auc: The same on the retain model; 0.5 where there is no retain model.
-
-    Returns:
-        `100 · ((1 - auc) - (1 - retain_auc)) / ((1 - retain_auc) + 1e-10)`: 0 is ideal, below 0
-        under-unlearned, above 0 over-unlearned.
+    `100 · ((1 - auc) - (1 - retain_auc)) / ((1 - retain_auc) + 1e-10)` of the AUC of `mia_min_k`: 0
+    is ideal, below 0 under-unlearned, above 0 over-unlearned. Without a retain model its AUC is
+    0.5.
     """
-    # In the reference's order of operations: the last bit follows it.
+    # The order of operations is the reference's: the last bit depends on it.
     score, reference = 1 - auc, 1 - retain_auc
     return (score - reference) / (reference + EPS) * 100

@@ -47,13 +47,8 @@ def truth_ratio(
 ) -> Float[np.ndarray, "rows"]:
     """How likely wrong answers are next to the true one: 0 if it is known, 1 if it is guessed.
 
-    Args:
-        true_loss: avg_loss of the true answer, `[rows]`: the paraphrased answer for forget and
-            retain rows, the answer itself for real authors and world facts.
-        wrong_loss: avg_loss of each wrong answer, `[rows, wrong]`.
-
-    Returns:
-        `exp(-mean_j wrong_loss_j) / (exp(-true_loss) + 1e-10)`, `[rows]`.
+    `exp(-mean_j wrong_loss_j) / (exp(-true_loss) + 1e-10)`, of avg_loss. The true answer is the
+    paraphrased one for forget and retain rows, the answer itself for real authors and world facts.
     """
     wrong_loss = finite("wrong_loss", wrong_loss)
     if wrong_loss.shape[1] == 0:
@@ -90,14 +85,7 @@ class ForgetQuality:
 def forget_quality(
     ratio: Float[AnyArray, "rows"], retain_ratio: Float[AnyArray, "retain_rows"]
 ) -> ForgetQuality:
-    """Tests whether the forget rows' truth ratios look like those of the retain model.
-
-    Args:
-        ratio: Truth ratios of this model on the forget rows, `[rows]`.
-        retain_ratio: Truth ratios of the retain model on the same rows.
-
-    Returns:
-        p-value, D and the critical D.
+    """Tests whether the truth ratios of forget rows look like those of the retain model.
 
     References:
         TOFU, arXiv 2401.06121, forget quality.
@@ -113,17 +101,16 @@ def forget_quality(
     return ForgetQuality(float(test.pvalue), float(test.statistic), critical)
 
 
-def critical_statistic(rows: int, retain_rows: int, level: float = 0.05) -> float:
-    """The Kolmogorov-Smirnov D above which the p-value falls under `level` (asymptotic).
+def critical_statistic(rows: int, retain_rows: int) -> float:
+    """The Kolmogorov-Smirnov D above which the p-value falls under 0.05 (asymptotic).
 
-    Returns:
-        `sqrt(-ln(level / 2) / 2) · sqrt((n + m) / (n m))`.
+    It is `sqrt(-ln(0.05 / 2) / 2) · sqrt((n + m) / (n m))`.
     """
     if min(rows, retain_rows) < 1:
         raise ValueError(
             f"the Kolmogorov-Smirnov test needs rows on both sides, got {rows} and {retain_rows}"
         )
-    return math.sqrt(-math.log(level / 2) / 2 * (rows + retain_rows) / (rows * retain_rows))
+    return math.sqrt(-math.log(0.05 / 2) / 2 * (rows + retain_rows) / (rows * retain_rows))
 
 
 def model_utility(values: Sequence[float]) -> float:
@@ -145,9 +132,8 @@ def exact_memorization(
 ) -> Float[np.ndarray, "rows"]:
     """Share of answer tokens that are the teacher-forced argmax.
 
-    Returns:
-        `[rows]`; NaN where a row has no answer token, which the reference leaves out of the mean
-        and which a log holds as null.
+    NaN where a row has no answer token, which the reference leaves out of the mean and which a log
+    holds as null.
     """
     correct, mask = np.asarray(correct), np.asarray(mask)
     tokens = mask.sum(axis=1)
@@ -160,10 +146,8 @@ def extraction_strength(
 ) -> Float[np.ndarray, "rows"]:
     """Share of an answer that follows correctly once its beginning is given.
 
-    Returns:
-        `1 - k/N`, `[rows]`, k the start of the longest all-correct suffix of N tokens. As in the
-        reference k = N - 1 when not even the last token is correct, and a row without answer
-        tokens scores 0.
+    It is `1 - k/N`, k the start of the longest all-correct suffix of N tokens. As in the reference
+    k = N - 1 when not even the last token is correct, and a row without answer tokens scores 0.
     """
     correct, mask = np.asarray(correct), np.asarray(mask)
     tokens = mask.sum(axis=1)
@@ -177,12 +161,11 @@ def extraction_strength(
 def rouge_scores(
     ground_truths: Sequence[str], generations: Sequence[str]
 ) -> dict[str, Float[np.ndarray, "rows"]]:
-    """ROUGE of generated answers, with the Porter stemmer.
+    """ROUGE of generated answers, with the Porter stemmer: recall and F1 of L, recall of 1.
 
-    Returns:
-        `rougeL_recall` (the one TOFU reports), `rougeL_f1` and `rouge1_recall`, each `[rows]`.
+    TOFU reports `rougeL_recall`.
     """
-    # Here and not above: it brings in all of nltk, which takes seconds.
+    # Imported here: it imports nltk, which takes seconds.
     from rouge_score.rouge_scorer import RougeScorer
 
     if len(ground_truths) != len(generations):
@@ -238,17 +221,8 @@ def bootstrap_interval(
 
     Values that belong to the same rows go into one sample as columns, `[rows, columns]`, and are
     then drawn together. An AUC takes two samples (forget, holdout); model utility takes three
-    (retain, real authors, world facts), each `[rows, 3]`.
-
-    Args:
-        statistic: Maps arrays shaped like `samples` to a number, e.g. `np.mean`.
-        *samples: Arrays whose leading axis is rows.
-        resamples: Number of bootstrap samples.
-        level: Confidence level, in (0, 1).
-        seed: Seed of the draws: the same seed gives the same interval.
-
-    Returns:
-        The estimate and the interval's ends.
+    (retain, real authors, world facts), each `[rows, 3]`. `statistic` maps arrays shaped like the
+    samples to a number.
 
     Raises:
         ValueError: If there is no sample, one has no rows or holds a value that is not finite, or
@@ -273,26 +247,20 @@ def bootstrap_interval(
 def bootstrap_difference(
     first: Float[AnyArray, "rows"],
     second: Float[AnyArray, "rows"],
-    statistic: Callable[[np.ndarray], float] = np.mean,
     *,
     resamples: int = 1000,
     level: float = 0.95,
-    seed: int = 0,
 ) -> Interval:
-    """Paired bootstrap of `statistic(first) - statistic(second)` over the same rows.
+    """Paired bootstrap of `mean(first) - mean(second)` over the same rows.
 
     The cases that both models find easy or hard cancel, so the interval is narrower than that of
     two independent samples.
-
-    Returns:
-        The difference and the interval's ends.
     """
     return bootstrap_interval(
-        lambda pairs: float(statistic(pairs[:, 0]) - statistic(pairs[:, 1])),
+        lambda pairs: float(np.mean(pairs[:, 0]) - np.mean(pairs[:, 1])),
         np.stack([np.asarray(first, np.float64), np.asarray(second, np.float64)], axis=1),
         resamples=resamples,
         level=level,
-        seed=seed,
     )
 
 

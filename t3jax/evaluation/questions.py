@@ -79,7 +79,7 @@ def prompts(examples: Sequence[Example]) -> list[np.ndarray]:
 
 
 def append_answers(asked: Sequence[np.ndarray], samples: Sequence[Sample]) -> list[Example]:
-    """The tokens of prompts, each with a model's answer to it."""
+    """Prompts, each followed by the tokens of a model's answer to it."""
     return [
         Example(np.concatenate([prompt, np.asarray(sample.tokens, np.int32)]), len(prompt))
         for prompt, sample in zip(asked, samples, strict=True)
@@ -94,19 +94,11 @@ def load_sets(
     tofu_dir: str | os.PathLike[str] | None = None,
     max_rows: int | None = None,
 ) -> dict[str, QuestionSet]:
-    """Loads and encodes question sets.
+    """Loads and encodes the question sets that have a source.
 
-    Args:
-        sources: By key of `SETS`, "tofu:SPLIT" or a file of question-answer rows, as for
-            `load_dataset`; None leaves the set out.
-        tokenizer: A Hugging Face tokenizer.
-        prompt_format: How a question becomes a prompt.
-        max_length: Longest text, tokens.
-        tofu_dir: Folder with TOFU's files; None: the hub.
-        max_rows: Rows of each set at most, evenly spread over it; None: all.
-
-    Returns:
-        The sets that have a source.
+    Sources are by key of `SETS`: "tofu:SPLIT" or a file of question-answer rows, as for
+    `load_dataset`; None leaves the set out. `max_length` counts the tokens of a text. `max_rows` of
+    each set are taken, evenly spread over it; None takes all.
 
     Raises:
         FileNotFoundError: A file does not exist.

@@ -1,4 +1,4 @@
-"""How much of the right answer a generated one gives away, in any script.
+"""Recall of the right answer in a generated one, in any script.
 
 ROUGE's tokenizer knows ASCII letters and digits alone. A Chinese or Russian answer has no tokens
 for it and scores 0, recited or not. Here text that ROUGE cannot read is cut into words and
@@ -55,22 +55,14 @@ _IGNORED, _SEPARATOR, _MARK, _LETTER, _SINGLE = range(5)
 def leak_recall(
     ground_truths: Sequence[str], generations: Sequence[str]
 ) -> Float[np.ndarray, "rows"]:
-    """Share of the right answer that stands in the generated one, in its order.
+    """Share of the right answer that stands in the generated one, in its order, in [0, 1].
 
-    Args:
-        ground_truths: The right answers.
-        generations: The model's answers, special tokens left out. An empty one scores 0.
-
-    Returns:
-        In [0, 1], `[rows]`. Where all letters and digits of the ground truth are ASCII, or become
-        so under NFKC: ROUGE-L recall, see `metrics.rouge_scores`. Elsewhere the longest common
-        subsequence of the two answers' tokens over the number of tokens of the ground truth. Tokens
-        are words of letters, marks and digits, and single characters in scripts without spaces, of
-        text under NFKC and case folding. A ground truth without either, such as emoji, is compared
-        by its characters.
-
-    Raises:
-        ValueError: If there are more or fewer generations than ground truths.
+    Where all letters and digits of the ground truth are ASCII, or become so under NFKC, it is
+    ROUGE-L recall, see `metrics.rouge_scores`. Elsewhere it is the longest common subsequence of
+    the two answers' tokens over the number of tokens of the ground truth. Tokens are words of
+    letters, marks and digits, and single characters in scripts without spaces, of text under NFKC
+    and case folding. A ground truth without either, such as emoji, is compared by its characters.
+    An empty answer scores 0.
 
     References:
         ROUGE-L: Lin 2004, ACL W04-1013.
@@ -85,7 +77,7 @@ def leak_recall(
     for row, (truth, generation) in enumerate(zip(ground_truths, generations, strict=True)):
         pair = truth, generation
         if not _rouge_reads(truth):
-            # Full-width letters, ligatures and the like may be all that is beyond ASCII.
+            # NFKC maps full-width letters, ligatures and the like to ASCII.
             pair = unicodedata.normalize("NFKC", truth), unicodedata.normalize("NFKC", generation)
         if _rouge_reads(pair[0]):
             rouge_rows.append(row)
@@ -141,7 +133,7 @@ def _characters(text: str) -> list[str]:
 def _fold(text: str) -> str:
     """NFKC and case folding, and digits of every script as those of ASCII."""
     folded = unicodedata.normalize("NFKC", text).casefold()
-    # Folding may take a composed letter apart.
+    # Case folding may decompose a letter.
     return "".join(map(_digit, unicodedata.normalize("NFKC", folded)))
 
 
@@ -154,12 +146,12 @@ def _digit(char: str) -> str:
 @functools.cache
 def _kind(char: str) -> int:
     category = unicodedata.category(char)
-    # Format characters (joiners, soft hyphens, directions) stand inside words and are not seen.
+    # Format characters (joiners, soft hyphens, directions) are invisible inside words.
     if category == "Cf" or _within(char, _OPTIONAL):
         return _IGNORED
     if category[0] == "M":
         return _MARK
-    # Python may not know the newest characters of Han, and says that they are not assigned.
+    # To an older Python the newest Han characters are unassigned ("Cn").
     unspaced = _within(char, _UNSPACED)
     if category[0] in "LN" or (unspaced and category == "Cn"):
         return _SINGLE if unspaced else _LETTER

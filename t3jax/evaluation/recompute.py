@@ -57,7 +57,7 @@ class Comparison:
 def recompute(log: Log, retain_log: Log | None = None) -> list[Comparison]:
     """Recomputes every aggregate of a log, and every per-example value that others determine."""
     if retain_log is not None:
-        # A retain log without truth ratios is reported by metric, one of other rows is an error.
+        # A retain log of other rows is an error; missing truth ratios are reported by metric.
         with contextlib.suppress(MissingMetricError):
             logs.check_retain_log(log, retain_log)
     comparisons = []
@@ -84,8 +84,7 @@ def compare_summary(log: Log, summary: Mapping[str, int | float]) -> list[Compar
 def compare_files(path: pathlib.Path, retain_path: pathlib.Path | None = None) -> tuple[str, bool]:
     """Compares a log, and the summary beside it if there is one, with what its rows give.
 
-    Returns:
-        The comparison as text, and whether any number differs.
+    The comparison is returned as text, and whether any number differs.
 
     Raises:
         FileNotFoundError: If a log is not there.
@@ -147,7 +146,7 @@ def format_comparisons(comparisons: Sequence[Comparison]) -> str:
 def _compare_aggregate(log: Log, metric: str, retain_log: Log | None) -> Comparison:
     stored, note = log[metric].aggregate, ""
     if metric == "privleak":
-        # Whether a retain log was used shows in forget_quality: null says that there was none.
+        # A null forget_quality shows that the log was made without a retain log.
         if "forget_quality" in log and log.aggregate("forget_quality") is None:
             retain_log, note = None, "against an AUC of 0.5: the log was made without a retain log"
         elif retain_log is None:

@@ -155,21 +155,12 @@ def score_texts(
 ) -> list[TextScores]:
     """Scores the answers of texts under every setting; the model reads each text once.
 
-    Args:
-        lm: The base model.
-        examples: Tokenised texts with their answers.
-        settings: What to score under.
-        heads: The heads that settings refer to by index.
-        reference_mask: Mask attention as the reference evaluator does: wherever a token equals the
-            padding token, which is mostly the end-of-turn token, prompts included; positions count
-            masked tokens. Published numbers have this quirk.
-        moments: Whether to compute mean and variance, which Min-K%++ needs; they cost as much again
-            as the rest.
-        tokens_per_batch: Tokens of one forward pass, padding included; None: by the device.
-        progress: Label of a progress bar; None shows none.
-
-    Returns:
-        One `TextScores` for each setting, texts in the order given.
+    Settings refer to the heads by index. `reference_mask` masks attention as the reference
+    evaluator does: wherever a token equals the padding token, which is mostly the end-of-turn
+    token, prompts included; positions count masked tokens. Published numbers have this quirk.
+    `moments` adds mean and variance, which Min-K%++ needs; they cost as much again as the rest.
+    `tokens_per_batch` counts the tokens of one forward pass, padding included; None: by the device.
+    The result is in the order of the settings, and texts are in the order given.
 
     Raises:
         ValueError: If there are no examples or settings, a text is longer than the model's context
@@ -255,7 +246,7 @@ def _group(
     for k, setting in enumerate(settings):
         places = [(used.index(index), heads[index].config) for index in setting.heads]
         members.setdefault(_Group(tuple(places), setting.refinements), []).append(k)
-    # Groups of the same heads follow one another: the scores of one are freed before the next's.
+    # Sorted by heads: the scores of one group of heads are freed before the next are computed.
     groups = sorted(members, key=lambda group: [place for place, _ in group.heads])
     knobs = [
         _Knobs(
@@ -383,14 +374,14 @@ def token_statistics(
     total = jnp.sum(weights, axis=-1)
     normaliser = jnp.log(total)
     of_target = jnp.take_along_axis(logits, targets[:, None], axis=-1)
-    # The first argmax, without one: a CPU finds a float's maximum four times as fast.
+    # Two maxima replace the argmax: a CPU finds a float's maximum four times as fast.
     vocabulary = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, :]
     before = jnp.max(jnp.where(vocabulary < targets[:, None], logits, -jnp.inf), axis=-1)
     logprob = (of_target - peak)[:, 0] - normaliser
     correct = (of_target == peak)[:, 0] & (before < peak[:, 0])
     if not moments:
         return logprob, correct, None, None
-    # Moments of the shifted logits: the variance is the same, and the difference loses less.
+    # The shift leaves the variance as it is, and the difference below loses fewer digits.
     shifted = jnp.where(weights > 0, shifted, 0.0)
     first = jnp.sum(weights * shifted, axis=-1) / total
     second = jnp.sum(weights * shifted * shifted, axis=-1) / total

@@ -1,12 +1,11 @@
 """Choosing T, s and the head without flattering the choice: cross-fitting over logs.
 
-Whoever tries many settings and reports the best one's number reports luck too. Here the rows are
-split in halves A and B: the setting chosen on A is scored on B, that chosen on B on A, and the two
-scored halves are joined. Every row is thus scored by a setting it had no say in, and one
-Kolmogorov-Smirnov test over all rows keeps its power; a half alone has too little for p > 0.05 to
-prove anything. A setting may have been measured with heads of several seeds: it is chosen by its
-median seed, and no seed is chosen. No model is needed: all numbers come from the per-row values of
-logs.
+The best number of many settings contains luck. Here the rows are split in halves A and B: the
+setting chosen on A is scored on B, that chosen on B on A, and the two scored halves are joined.
+Every row is thus scored by a setting it had no say in, and one Kolmogorov-Smirnov test over all
+rows keeps its power; a half alone has too little for p > 0.05 to prove anything. A setting may have
+been measured with heads of several seeds: it is chosen by its median seed, and no seed is chosen.
+No model is needed: all numbers come from the per-row values of logs.
 
 References:
     Cross-fitting: arXiv 1608.00060. TOFU, arXiv 2401.06121, forget quality and model utility.
@@ -48,7 +47,7 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """How well a setting forgets, and what it keeps.
+    """Forget quality and utility of a setting.
 
     Attributes:
         quality: The test of the forget rows against the retain model's.
@@ -270,9 +269,6 @@ def held_out(by_a: Log, by_b: Log, retain_log: Log, *, group: int = 1, seed: int
     """Scores a choice on all rows, each by the setting that was chosen without it.
 
     `by_a` is the log of the setting chosen on half A, which scores half B; `by_b` the other way.
-
-    Returns:
-        The honest score.
     """
     logs.check_retain_log(by_a, retain_log)
     from_a = rows_of(by_a)

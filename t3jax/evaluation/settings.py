@@ -69,11 +69,8 @@ def make_setting(
     """A setting with its name, without what changes nothing.
 
     Left out are a gate at T = 1, protection at s = 0, the product of one head, and heads that
-    neither tilt nor gate.
-
-    Returns:
-        The setting, named by heads, T, s and what is on: `head0-T2.5-s1`, `head0+1-T2.5-s1-gated`;
-        the base model at T = 1 without a tilt.
+    neither tilt nor gate. The name says heads, T, s and what is on: `head0-T2.5-s1`,
+    `head0+1-T2.5-s1-gated`. T = 1 without a tilt is the base model.
     """
     refinements = dataclasses.replace(
         refinements,
@@ -107,16 +104,9 @@ def settings_grid(
 ) -> list[Setting]:
     """The base model, every head at every (T, s), and what each (T, s) must be compared with.
 
-    Args:
-        heads: The heads; may be empty.
-        temperatures: T; empty takes each head's own.
-        scales: s; empty takes each head's own.
-        controls: Whether to add the controls of each.
-        refinements: What to refine the method by, in turn.
-        groups: Indices of the heads that are served together, in turn; None: each by itself.
-
-    Returns:
-        Settings as `make_setting` gives them, each distribution once, the base model first.
+    Without temperatures or scales each head's own are taken. `groups` are indices of the heads that
+    are served together, in turn; None: each by itself. Settings are as `make_setting` gives them,
+    each distribution once, the base model first.
 
     Raises:
         ValueError: If heads of a group differ in T or s and none is given.

@@ -1,9 +1,10 @@
 """Scores and answers of a model, computed once and kept on disk.
 
-An evaluation asks for scores and answers by setting; what an earlier run finished is read. A file's
-name carries a digest of all that it depends on (model, heads, T and s, tokens, options, code; see
-`t3jax.digests`): a change of any of them computes anew, and a file appears whole or not at all, so
-that a run that was killed goes on where it was. A file whose bytes have changed is computed anew.
+An evaluation asks for scores and answers by setting, and reads those that an earlier run finished.
+A file's name holds a digest of all that it depends on (model, heads, T and s, tokens, options,
+code; see `t3jax.digests`): a change of any of them computes anew, and a file appears whole or not
+at all, so that a run that was killed goes on where it was. A file whose bytes have changed is
+computed anew.
 """
 
 import dataclasses
@@ -44,12 +45,8 @@ class Store:
     ):
         """Remembers what to compute with; computes and writes nothing.
 
-        Args:
-            lm: The base model.
-            heads: The heads that settings refer to by index.
-            folder: Where results are kept; made when the first is.
-            rows: Answers decoded together.
-            progress: Whether to show progress bars.
+        Settings refer to the heads by index. The folder is made with the first result. `rows`
+        answers are decoded together.
         """
         self.lm = lm
         self.heads = tuple(heads)
@@ -169,7 +166,7 @@ class Store:
         return " ".join([knobs, *(self._head_digests[index] for index in setting.heads)])
 
     def _sampler(self, setting: Setting) -> Sampler:
-        # The base model is any head's program at s = 0: one program fewer to compile.
+        # The base model runs in a head's program, at s = 0: one program fewer to compile.
         heads = [self.heads[index] for index in setting.heads] or self.heads[:1]
         return Sampler(
             self.lm,

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from t3jax.evaluation.questions import SETS, QuestionSet
 from t3jax.evaluation.scoring import TextScores
 from t3jax.evaluation.settings import BASE, Setting
 from t3jax.evaluation.store import Store
-from t3jax.ranges import COUNT, check_ranges
+from t3jax.ranges import COUNT, Ranged
 
 _ANSWERED = ("forget", "retain", "ra", "wf")
 _NORMALISED = ("ra", "wf")
@@ -27,8 +28,8 @@ MEMBERSHIP = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus", "mia_r
 
 
 @dataclasses.dataclass(frozen=True)
-class TofuOptions:
-    """How to evaluate.
+class TofuOptions(Ranged):
+    """Options of the TOFU evaluation.
 
     Attributes:
         max_new_tokens: Longest generated answer, tokens.
@@ -36,12 +37,9 @@ class TofuOptions:
         answers: Whether to generate answers, for ROUGE; without them a setting costs seconds.
     """
 
-    max_new_tokens: int = 200
+    max_new_tokens: Annotated[int, COUNT] = 200
     reference_mask: bool = False
     answers: bool = True
-
-    def __post_init__(self):
-        check_ranges(self, max_new_tokens=COUNT)
 
 
 def evaluate(

@@ -2,8 +2,8 @@
 
 Does the forget set leak when many answers are drawn? Are answers still language? Does the head
 separate the two sets? How far is the served distribution from the retain model's? `measure` runs
-the model for these questions and writes the numbers as a log; the functions that make them of
-answers and scores are in `answers.py`.
+the model for these questions and writes the numbers as a log; `answers.py` has the functions that
+compute them from answers and scores.
 """
 
 import dataclasses
@@ -11,34 +11,28 @@ import functools
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import numpy as np
 
 from t3jax.data import Example, evenly_spread
 from t3jax.evaluation import log_files, logs, membership, metrics
-from t3jax.evaluation.answers import (
-    distinct_n,
-    leak_metric,
-    log_ratios,
-    repetition,
-    retain_logits,
-)
+from t3jax.evaluation.answers import distinct_n, leak_metric, log_ratios, repetition, retain_logits
 from t3jax.evaluation.logs import Log, Metric, MissingMetricError
 from t3jax.evaluation.questions import QuestionSet, append_answers, prompts
 from t3jax.evaluation.recall import leak_recall
 from t3jax.evaluation.scoring import TextScores
 from t3jax.evaluation.settings import BASE, Setting
 from t3jax.evaluation.store import Store
-from t3jax.ranges import COUNT, SEED, TOP_P, TRUNCATE_ON, Numbers, check_ranges, whole
+from t3jax.ranges import COUNT, SEED, TOP_P, TRUNCATE_ON, Numbers, Ranged, whole
 from t3jax.sampling import Sample
 
 T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class UnlearningOptions:
-    """What to sample, and how.
+class UnlearningOptions(Ranged):
+    """Options of the numbers beyond TOFU's: the draws of answers.
 
     Attributes:
         leak_samples: n answers drawn to each forget question, and to each reworded one; 0 draws
@@ -58,33 +52,20 @@ class UnlearningOptions:
         seed: Seed of the draws.
     """
 
-    leak_samples: int = 0
-    leak_rows: int | None = None
-    leak_threshold: float = 0.7
-    leak_temperature: float = 1.0
-    leak_top_k: int = 0
-    leak_top_p: float = 1.0
-    leak_truncate_on: str = "guided"
-    kl_rows: int = 0
-    kl_samples: int = 1
-    max_new_tokens: int = 200
-    seed: int = 0
+    leak_samples: Annotated[int, whole(0, 2**16)] = 0
+    leak_rows: Annotated[int | None, whole(1)] = None
+    leak_threshold: Annotated[float, TOP_P] = 0.7
+    leak_temperature: Annotated[float, Numbers(0, 1000)] = 1.0
+    leak_top_k: Annotated[int, whole(0)] = 0
+    leak_top_p: Annotated[float, TOP_P] = 1.0
+    leak_truncate_on: Annotated[str, TRUNCATE_ON] = "guided"
+    kl_rows: Annotated[int, whole(0)] = 0
+    kl_samples: Annotated[int, whole(1, 2**16)] = 1
+    max_new_tokens: Annotated[int, COUNT] = 200
+    seed: Annotated[int, SEED] = 0
 
     def __post_init__(self):
-        check_ranges(
-            self,
-            leak_samples=whole(0, 2**16),
-            leak_rows=whole(1),
-            leak_threshold=TOP_P,
-            leak_temperature=Numbers(0, 1000),
-            leak_top_k=whole(0),
-            leak_top_p=TOP_P,
-            leak_truncate_on=TRUNCATE_ON,
-            kl_rows=whole(0),
-            kl_samples=whole(1, 2**16),
-            max_new_tokens=COUNT,
-            seed=SEED,
-        )
+        super().__post_init__()
         if self.leak_samples and not self.leak_temperature > 0:
             raise ValueError("best of several samples needs a sampling temperature above 0")
 
@@ -240,7 +221,7 @@ class _Measuring:
         return Metric(float(correct.mean()), {"score": logits})
 
     def classifier_auc(self) -> Metric:
-        # As in membership: the side that should score higher comes second.
+        # `membership_auc` takes the side that should score higher second.
         return Metric(membership.membership_auc(self.verdicts("forget"), self.verdicts("retain")))
 
     def verdicts(self, name: str) -> np.ndarray:

@@ -2,7 +2,15 @@
 
 from t3jax.finetuning.lora import init_lora, merge_lora
 from t3jax.finetuning.recipe import FinetuneConfig
-from t3jax.finetuning.run import finetune
+from t3jax.finetuning.run import finetune, merge_weights, train_weights
 from t3jax.finetuning.trainer import Trainer
 
-__all__ = ["FinetuneConfig", "Trainer", "finetune", "init_lora", "merge_lora"]
+__all__ = [
+    "FinetuneConfig",
+    "Trainer",
+    "finetune",
+    "init_lora",
+    "merge_lora",
+    "merge_weights",
+    "train_weights",
+]

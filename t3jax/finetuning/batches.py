@@ -1,4 +1,4 @@
-"""What a step of fine-tuning reads: which rows, and their tokens and labels as arrays.
+"""The batches of fine-tuning: the rows of each step, and their tokens and labels as arrays.
 
 Axes: M microbatches, B rows of one, T time, S shards (devices along `data`), A scored tokens of a
 shard.
@@ -34,19 +34,10 @@ class Batch(NamedTuple):
 
 
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The rows of every batch of an epoch, a function of seed and epoch.
+    """The rows of every batch of an epoch, each row once: a function of seed and epoch.
 
     A batch has rows of like length, drawn anew in each epoch; the batches come in random order, the
     one that is not full among them.
-
-    Args:
-        lengths: Tokens of each row.
-        batch_size: Rows of a batch.
-        seed: The run's.
-        epoch: Which one.
-
-    Returns:
-        Indices of rows, each row once.
     """
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(len(lengths))
@@ -61,16 +52,10 @@ def make_batch(
     longest: int,
     prompt_weight: float = 0.0,
 ) -> Batch:
-    """Rows as arrays of few different shapes.
+    """Rows as arrays of few different shapes, on the host; `shape` is M, B and S.
 
-    Args:
-        examples: At most M B tokenised texts; there are empty rows for those that are missing.
-        shape: M, B and S.
-        longest: The model's context, tokens.
-        prompt_weight: Weight of a prompt token; an answer token has 1.
-
-    Returns:
-        The batch, on the host.
+    Empty rows stand for those that are missing of M B. A prompt token weighs `prompt_weight`, an
+    answer token 1.
     """
     microbatches, rows, shards = shape
     parts, height = microbatches * shards, rows // shards
@@ -110,18 +95,11 @@ def make_batch(
 def choose_outputs(
     examples: Sequence[Example], count: int, longest: int, seed: int, step: int
 ) -> dict[str, np.ndarray]:
-    """Answer tokens of a batch whose predictions a projection is to leave alone.
+    """Chooses answer tokens of a batch whose predictions a projection is to leave alone.
 
-    Args:
-        examples: The batch's tokenised texts.
-        count: N, how many; each text has as many as any other, or one more.
-        longest: The model's context, tokens.
-        seed: The run's.
-        step: Which one; with the seed it decides the choice.
-
-    Returns:
-        "tokens" `[N, T]`, padded on the right, and "place" `[N]`, where the model predicts the
-        chosen token: one place before it.
+    Each text has as many of the `count` tokens as any other, or one more. Seed and step decide the
+    choice. "tokens" `[N, T]` are padded on the right; "place" `[N]` is one place before each chosen
+    token, where the model predicts it.
     """
     rng = np.random.default_rng((seed, step))
     chosen = np.resize(rng.permutation(len(examples)), count).tolist()

@@ -1,7 +1,7 @@
 """Low-rank updates (LoRA): a linear layer multiplies by W + s B A, and only A and B are trained.
 
 While training the sum is never formed: the decoder adds s B (A x) to W x, which costs neither a
-second copy of the weights nor their full gradients. What is saved is merged.
+second copy of the weights nor their full gradients. The saved weights are merged.
 
 Axes: R rank.
 
@@ -21,14 +21,8 @@ from t3jax.lm.decoder import Lora, Params
 def init_lora(params: Params, rank: int, layers: Sequence[str], key: PRNGKeyArray) -> Lora:
     """Factors whose product is 0: A normal with deviation in^-1/2, B zero.
 
-    Args:
-        params: The parameter tree, of which only paths and shapes count.
-        rank: R.
-        layers: Names of linear layers, such as "q" or "down"; all of these names are updated.
-        key: Decides A.
-
-    Returns:
-        By path of the layer, "a" `[R, in]` and "b" `[out, R]`, float32.
+    `layers` are names of linear layers, such as "q" or "down"; all layers of these names are
+    updated. The result has, by path of the layer, "a" `[R, in]` and "b" `[out, R]`, float32.
 
     Raises:
         ValueError: If there is no layer of a name, or one is a matrix of each expert.
@@ -64,16 +58,10 @@ def scale_lora(lora: Lora, scale: float) -> Lora:
 
 
 def merge_lora(params: Params, lora: Lora, scale: float) -> Params:
-    """The weights W + s B A.
+    """The weights W + s B A, a tree like `params`.
 
-    Args:
-        params: The parameter tree.
-        lora: The factors by path of the layer.
-        scale: s.
-
-    Returns:
-        A tree like `params`, each sum taken in float32 and cast to the weight's dtype; leaves
-        without an update are those of `params`.
+    Each sum is taken in float32 and cast to the weight's dtype; leaves without an update are those
+    of `params`.
     """
     scaled = scale_lora(lora, scale)
 

@@ -1,7 +1,7 @@
 """How a language model is fine-tuned: the recipe's settings and its optimizer."""
 
 import dataclasses
-from typing import Any
+from typing import Annotated
 
 import jax
 import optax
@@ -14,8 +14,8 @@ from t3jax.ranges import (
     POSITIVE,
     RATE,
     SEED,
+    Ranged,
     Words,
-    check_ranges,
     whole,
 )
 
@@ -23,7 +23,7 @@ _LAST_RATE = 0.02  # the learning rate at the end, as a share of its peak
 
 
 @dataclasses.dataclass(frozen=True)
-class FinetuneConfig:
+class FinetuneConfig(Ranged):
     """How a language model is fine-tuned.
 
     Attributes:
@@ -57,50 +57,31 @@ class FinetuneConfig:
         inner_steps: K of Reptile: steps of the adapters, which then begin anew.
     """
 
-    epochs: int = 5
-    batch_size: int = 32
-    microbatches: int = 1
-    learning_rate: float = 1e-5
-    warmup_steps: int = 20
-    weight_decay: float = 0.01
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    clip_norm: float = 1.0
-    prompt_weight: float = 0.0
-    lora_rank: int = 0
-    lora_alpha: float = 16.0
+    epochs: Annotated[int, whole(1, 10**6)] = 5
+    batch_size: Annotated[int, COUNT] = 32
+    microbatches: Annotated[int, COUNT] = 1
+    learning_rate: Annotated[float, RATE] = 1e-5
+    warmup_steps: Annotated[int, whole(0)] = 20
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.01
+    b1: Annotated[float, BELOW_1] = 0.9
+    b2: Annotated[float, BELOW_1] = 0.999
+    eps: Annotated[float, POSITIVE] = 1e-8
+    clip_norm: Annotated[float, POSITIVE] = 1.0
+    prompt_weight: Annotated[float, NOT_NEGATIVE] = 0.0
+    lora_rank: Annotated[int, whole(0, 2**16)] = 0
+    lora_alpha: Annotated[float, POSITIVE] = 16.0
     lora_layers: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
-    dtype: str = "float32"
+    dtype: Annotated[str, Words(("float32", "bfloat16"))] = "float32"
     remat: bool = False
-    seed: int = 0
-    checkpoint_every: int = 100
+    seed: Annotated[int, SEED] = 0
+    checkpoint_every: Annotated[int, whole(1)] = 100
     minnorm: MinNormConfig | None = None
     tasks: int | None = None
     reptile: bool = False
-    inner_steps: int = 10
+    inner_steps: Annotated[int, COUNT] = 10
 
     def __post_init__(self):
-        check_ranges(
-            self,
-            epochs=whole(1, 10**6),
-            batch_size=COUNT,
-            microbatches=COUNT,
-            learning_rate=RATE,
-            warmup_steps=whole(0),
-            weight_decay=NOT_NEGATIVE,
-            b1=BELOW_1,
-            b2=BELOW_1,
-            eps=POSITIVE,
-            clip_norm=POSITIVE,
-            prompt_weight=NOT_NEGATIVE,
-            lora_rank=whole(0, 2**16),
-            lora_alpha=POSITIVE,
-            dtype=Words(("float32", "bfloat16")),
-            seed=SEED,
-            checkpoint_every=whole(1),
-            inner_steps=COUNT,
-        )
+        super().__post_init__()
         if not self.lora_layers:
             raise ValueError("lora_layers = (): expected at least one")
         if self.microbatches > self.batch_size:
@@ -132,29 +113,16 @@ class FinetuneConfig:
 
 
 def learning_rate_schedule(config: FinetuneConfig, steps: int) -> optax.Schedule:
-    """Linear from 0 to the peak, then a cosine to 2 % of it.
+    """Linear from 0 to the peak, then a cosine to 2 % of it, over the steps of the whole run.
 
-    Args:
-        config: The recipe.
-        steps: Steps of the whole run; a short run's warm-up is cut to half of it.
-
-    Returns:
-        The learning rate as a function of the number of steps done before; the first step has 0.
+    A short run's warm-up is cut to half of it. The first step has the rate 0.
     """
     peak, warmup = config.learning_rate, min(config.warmup_steps, steps // 2)
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, _LAST_RATE * peak)
 
 
 def make_optimizer(config: FinetuneConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW with clipped gradients, warm-up and decay, as the recipe has it.
-
-    Args:
-        config: The recipe.
-        steps: Steps of the whole run.
-
-    Returns:
-        The optimizer.
-    """
+    """AdamW with clipped gradients, warm-up and decay, for the steps of the whole run."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
@@ -168,6 +136,6 @@ def make_optimizer(config: FinetuneConfig, steps: int) -> optax.GradientTransfor
     )
 
 
-def _decays(path: tuple, leaf: Any) -> bool:
+def _decays(path: tuple, leaf: jax.Array) -> bool:
     """Matrices do; vectors and norms, which may have a vector for each head, do not."""
     return leaf.ndim > 1 and "norm" not in jax.tree_util.keystr(path[-2:])

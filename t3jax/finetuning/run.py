@@ -4,8 +4,7 @@ import dataclasses
 import math
 import pathlib
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -14,7 +13,7 @@ from jax.sharding import Mesh
 
 from t3jax import hosts, sharding
 from t3jax.batching import check_examples
-from t3jax.checkpoint import open_run
+from t3jax.checkpoint import Metrics, open_run
 from t3jax.data import Example
 from t3jax.digests import examples_digest, params_digest
 from t3jax.finetuning.batches import epoch_batches
@@ -22,7 +21,6 @@ from t3jax.finetuning.lora import merge_lora
 from t3jax.finetuning.recipe import FinetuneConfig, learning_rate_schedule
 from t3jax.finetuning.trainer import Params, Trainer
 from t3jax.lm import LMConfig
-from t3jax.lm.decoder import Lora
 
 
 def finetune(
@@ -35,7 +33,6 @@ def finetune(
     workdir: str | pathlib.Path | None = None,
     mesh: Mesh | None = None,
     progress: str | None = None,
-    on_lora: Callable[[Lora], None] | None = None,
 ) -> Params:
     """Fine-tunes a language model on the answers of some rows.
 
@@ -64,12 +61,10 @@ def finetune(
         mesh: Where to train; None means one device.
         progress: Label of a progress bar with loss and remaining time, which leaves a line for each
             epoch; None shows nothing.
-        on_lora: Called in process 0 with LoRA's factors, NumPy arrays, when training has ended;
-            not with tasks.
 
     Returns:
         The trained parameter tree, placed on the mesh: float32, or with LoRA merged into `params`
-        and of their dtype.
+        and of their dtype. `train_weights` returns LoRA's factors.
 
     Raises:
         ValueError: If there are no examples, or not of as many tasks as the recipe says, a text is
@@ -83,6 +78,44 @@ def finetune(
     config = FinetuneConfig() if config is None else config
     if mesh is None:
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    trained = train_weights(
+        lm_config,
+        params,
+        examples,
+        config,
+        validation=validation,
+        workdir=workdir,
+        mesh=mesh,
+        progress=progress,
+    )
+    return merge_weights(params, trained, config, mesh)
+
+
+def merge_weights(params: Params, trained: Params, config: FinetuneConfig, mesh: Mesh) -> Params:
+    """The parameter tree of the model that a run trained, from what `train_weights` returns."""
+    if config.tasks:
+        return trained["base"]
+    if config.lora_rank:
+        params = hosts.place(params, sharding.param_shardings(mesh, params))
+        return merge_lora(params, trained, config.lora_scale)
+    return trained
+
+
+def train_weights(
+    lm_config: LMConfig,
+    params: Params,
+    examples: Sequence[Example] | Sequence[Sequence[Example]],
+    config: FinetuneConfig,
+    *,
+    validation: Sequence[Example],
+    workdir: str | pathlib.Path | None,
+    mesh: Mesh,
+    progress: str | None,
+) -> Params:
+    """Trains as `finetune` says, and returns what the recipe trains.
+
+    That is the parameter tree; with LoRA its factors; with tasks the base and the adapters.
+    """
     tasks: list[Sequence[Example]] = list(examples) if config.tasks else [examples]  # type: ignore[arg-type,list-item]
     if config.tasks and len(tasks) != config.tasks:
         raise ValueError(f"expected the texts of {config.tasks} tasks, got those of {len(tasks)}")
@@ -152,19 +185,11 @@ def finetune(
             if epoch_ends and progress is not None:
                 bar.write(_describe(metrics, config.epochs))
         bar.close()
-    if config.tasks:
-        return state[0]["base"]
-    if config.lora_rank:
-        if on_lora is not None:
-            factors = hosts.fetch(state[0])
-            if hosts.is_lead():
-                on_lora(factors)
-        params = hosts.place(params, sharding.param_shardings(mesh, params))
-        return merge_lora(params, state[0], config.lora_scale)
-    return state[0]
+    trained: Params = state[0]
+    return trained
 
 
-def _check_finite(line: dict[str, Any], config: FinetuneConfig) -> None:
+def _check_finite(line: Metrics, config: FinetuneConfig) -> None:
     if math.isfinite(line["loss"]) and math.isfinite(line["gradient_norm"]):
         return
     raise FloatingPointError(
@@ -174,8 +199,8 @@ def _check_finite(line: dict[str, Any], config: FinetuneConfig) -> None:
     )
 
 
-def _describe(metrics: Sequence[dict[str, Any]], epochs: int) -> str:
-    """What the last epoch came to; tokens of different steps weigh the same."""
+def _describe(metrics: Sequence[Metrics], epochs: int) -> str:
+    """A line on the last epoch; its loss weighs tokens of all steps alike."""
     last = metrics[-1]
     lines = [line for line in metrics if line["epoch"] == last["epoch"]]
     tokens = sum(line["answer_tokens"] for line in lines)

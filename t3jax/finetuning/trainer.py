@@ -1,8 +1,8 @@
 """The compiled programs of fine-tuning: gradient and update, and the loss of held-out rows.
 
-What is trained (all weights, or LoRA's factors) and its moments are float32, and split over the
-mesh as the weights are. They are cast once a step to the dtype of the forward and backward pass;
-gradients are summed in float32.
+The trained parameters (all weights, or LoRA's factors) and their moments are float32, and split
+over the mesh as the weights are. They are cast once a step to the dtype of the forward and backward
+pass; gradients are summed in float32.
 
 With tasks (LoRA-ML) what is trained is `{"base": all weights, "adapters": {"0": factors, ...}}`. A
 gradient is taken for one task after the other, of its batch and `{"base": ..., "lora": factors}`.
@@ -22,6 +22,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import PRNGKeyArray, PyTree
 
 from t3jax import hosts, optimizer, sharding
 from t3jax.batching import round_up
@@ -30,13 +31,14 @@ from t3jax.finetuning.batches import Batch, choose_outputs, make_batch
 from t3jax.finetuning.lora import init_lora, merge_lora, scale_lora
 from t3jax.finetuning.recipe import FinetuneConfig, make_optimizer
 from t3jax.lm import LMConfig, decoder
+from t3jax.lm.decoder import Lora
 from t3jax.minnorm import project
 
 Params = decoder.Params
 
 
 class Programs(NamedTuple):
-    """What is compiled for a model and a recipe; a state is `(trained, optimizer state)`.
+    """The compiled programs of a model and a recipe; a state is `(trained, optimizer state)`.
 
     Attributes:
         abstract_state: The state as shapes with shardings.
@@ -71,7 +73,7 @@ def compile_programs(
     adamw = make_optimizer(config, steps)
     dtype = jnp.dtype(config.dtype)
 
-    def init(params: Params) -> Any:
+    def init(params: Params) -> PyTree:
         key = jax.random.key(config.seed)
         trained: Any
         if config.freezes_weights:
@@ -82,14 +84,14 @@ def compile_programs(
             trained = {"base": trained, "adapters": init_adapters(params, key)}
         return trained, adamw.init(trained["adapters"] if config.reptile else trained)
 
-    def init_adapters(params: Params, key: Any) -> dict[str, Any]:
+    def init_adapters(params: Params, key: PRNGKeyArray) -> dict[str, Lora]:
         keys = jax.random.split(key, config.tasks or 1)
         return {
             str(task): init_lora(params, config.lora_rank, config.lora_layers, own)
             for task, own in enumerate(keys)
         }
 
-    def read(working: Any, frozen: Params) -> tuple[Params, Any]:
+    def read(working: PyTree, frozen: Params) -> tuple[Params, Lora | None]:
         """The weights, and what LoRA adds to them."""
         if config.tasks:  # held-out texts are read without an adapter
             lora = working.get("lora")
@@ -99,11 +101,11 @@ def compile_programs(
             return frozen, scale_lora(working, config.lora_scale)
         return working, None
 
-    def cast(trained: Any) -> Any:
+    def cast(trained: PyTree) -> PyTree:
         return decoder.cast_params(trained, dtype)
 
-    def loss_sum(trained: Any, frozen: Params, part: Batch) -> jax.Array:
-        """Of one microbatch; the arrays of `part` lack their first axis."""
+    def loss_sum(trained: PyTree, frozen: Params, part: Batch) -> jax.Array:
+        """The loss summed over one microbatch; the arrays of `part` lack their first axis."""
         params, lora = read(trained, frozen)
         hidden, _ = decoder.apply(
             lm_config, params, part.tokens, lora=lora, remat=config.remat, mesh=mesh
@@ -116,15 +118,15 @@ def compile_programs(
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, part.labels)
         return jnp.sum(losses * part.weights)
 
-    def output(trained: Any, frozen: Params, row: Any) -> jax.Array:
+    def output(trained: PyTree, frozen: Params, row: dict[str, jax.Array]) -> jax.Array:
         params, lora = read(cast(trained), frozen)
         hidden, _ = decoder.apply(lm_config, params, row["tokens"][None], lora=lora)
         return jnp.max(decoder.unembed(lm_config, params, hidden[:, row["place"]]))
 
-    def gradient(trained: Any, frozen: Params, batch: Batch) -> tuple[jax.Array, Any]:
+    def gradient(trained: PyTree, frozen: Params, batch: Batch) -> tuple[jax.Array, PyTree]:
         working = cast(trained)
 
-        def add(total: Any, part: Batch) -> tuple[Any, None]:
+        def add(total: PyTree, part: Batch) -> PyTree:
             found = jax.value_and_grad(loss_sum)(working, frozen, part)
             return jax.tree.map(lambda t, x: t + x.astype(jnp.float32), total, found), None
 
@@ -133,10 +135,10 @@ def compile_programs(
         share = 1 / jnp.sum(batch.weights)
         return jax.tree.map(lambda x: x * share, total)
 
-    def add(a: Any, b: Any) -> Any:
+    def add(a: PyTree, b: PyTree) -> PyTree:
         return jax.tree.map(jnp.add, a, b)
 
-    def update(state: Any, grads: Any) -> tuple[Any, jax.Array]:
+    def update(state: PyTree, grads: PyTree) -> tuple[PyTree, jax.Array]:
         if config.reptile:
             own = grads["adapters"]
             adapters, moments = optimizer.step(adamw, (state[0]["adapters"], state[1]), own)
@@ -145,14 +147,14 @@ def compile_programs(
             grads = jax.tree.map(lambda x: x / config.tasks, grads)
         return optimizer.step(adamw, state, grads), optax.tree.norm(grads)
 
-    def end_round(trained: Any, step: Any) -> Any:
+    def end_round(trained: PyTree, step: jax.Array) -> PyTree:
         base = trained["base"]
         for factors in trained["adapters"].values():
             base = merge_lora(base, factors, config.lora_scale / len(trained["adapters"]))
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         return {"base": base, "adapters": init_adapters(base, key)}
 
-    def loss(trained: Any, frozen: Params, batch: Batch) -> jax.Array:
+    def loss(trained: PyTree, frozen: Params, batch: Batch) -> jax.Array:
         working = cast(trained)
         return jnp.sum(jax.lax.map(lambda part: loss_sum(working, frozen, part), batch))
 
@@ -182,8 +184,8 @@ def compile_programs(
     )
 
 
-def of_task(trained: Any, task: int, config: FinetuneConfig) -> Any:
-    """What the gradient of a task is of; without tasks, all that is trained."""
+def of_task(trained: PyTree, task: int, config: FinetuneConfig) -> PyTree:
+    """The parameters that a task's gradient is taken of; without tasks, all trained ones."""
     if not config.tasks:
         return trained
     own = {"lora": trained["adapters"][str(task)]}
@@ -218,22 +220,18 @@ class Trainer:
             self._frozen = hosts.place(cast, sharding.param_shardings(mesh, cast))
         self.abstract_state = self._programs.abstract_state
 
-    def init(self) -> Any:
+    def init(self) -> PyTree:
         """The training state before the first step."""
         return self._programs.init(self._params)
 
     def step(
-        self, state: Any, *examples: Sequence[Example]
-    ) -> tuple[Any, jax.Array | float, jax.Array]:
-        """One optimizer step.
+        self, state: PyTree, *examples: Sequence[Example]
+    ) -> tuple[PyTree, jax.Array | float, jax.Array]:
+        """One optimizer step; `state` is donated.
 
-        Args:
-            state: The training state; donated, so that it cannot be used again.
-            *examples: At most `batch_size` tokenised texts; with tasks, as many of each task.
-
-        Returns:
-            The state after it, the loss before it (nats a token, weighted; with tasks their mean),
-            and the norm of its gradient.
+        At most `batch_size` texts are given; with tasks, as many of each task. The loss before the
+        step is in nats a token, weighted; with tasks it is their mean. The norm of its gradient is
+        returned last.
         """
         weight = self._config.prompt_weight
         batches = [self._place(self._arrays(each, weight)) for each in examples]
@@ -257,29 +255,21 @@ class Trainer:
             state, norm = programs.update(state, {"base": base, "adapters": adapters})
         return state, float(np.mean([float(loss) for loss in losses])), norm
 
-    def end_round(self, state: Any, step: int) -> Any:
+    def end_round(self, state: PyTree, step: int) -> PyTree:
         """Moves the base by the mean of the tasks' adapters, which begin anew (Reptile).
 
-        Args:
-            state: The training state; donated. AdamW's moments stay.
-            step: After which one; with the seed it decides the adapters' first factors.
-
-        Returns:
-            The state after it.
+        `state` is donated; AdamW's moments stay. `step` is the one that was done; with the seed it
+        decides the adapters' first factors.
         """
         return self._programs.end_round(state[0], np.uint32(step)), state[1]
 
-    def project(self, state: Any, examples: Sequence[Example], step: int, share: float) -> Any:
+    def project(
+        self, state: PyTree, examples: Sequence[Example], step: int, share: float
+    ) -> PyTree:
         """Takes away a share of what the predictions of a batch do not need (MinNorm-OG).
 
-        Args:
-            state: The training state; its moments stay.
-            examples: The texts whose predictions stay, to first order.
-            step: Which one; decides the answer tokens, as the seed does.
-            share: From 0, nothing, to 1, all of it.
-
-        Returns:
-            The state after it.
+        The predictions of the texts stay, to first order. The step decides the answer tokens, as
+        the seed does. A share of 0 takes nothing away, 1 all of it. Optimizer moments stay.
         """
         assert self._config.minnorm is not None
         trained, moments = state
@@ -290,15 +280,10 @@ class Trainer:
         placed = jax.tree.map(lambda x: x.sharding, self.abstract_state[0])
         return hosts.place(moved, placed), moments
 
-    def loss(self, trained: Any, examples: Sequence[Example]) -> float:
-        """Mean cross-entropy of answer tokens, nats, over any number of texts.
+    def loss(self, trained: PyTree, examples: Sequence[Example]) -> float:
+        """Mean cross-entropy of the answer tokens of any number of texts, nats.
 
-        Args:
-            trained: The first half of a training state; of tasks, its base is read alone.
-            examples: Tokenised texts.
-
-        Returns:
-            The mean over the answer tokens of all of them.
+        `trained` is the first half of a training state; of tasks, its base is read alone.
         """
         size, total, count = self._config.batch_size, 0.0, 0.0
         if self._config.tasks:

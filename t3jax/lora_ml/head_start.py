@@ -21,13 +21,13 @@ References:
 import dataclasses
 import functools
 import pathlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import tqdm
+from jaxtyping import Array, PyTree
 
 import t3jax
 from t3jax import pipeline, preflight
@@ -70,14 +70,7 @@ def meta_learn_head(
 ) -> HeadParams:
     """Meta-learns a start on requests that are simulated with retain rows.
 
-    Args:
-        retain: Features of the retain rows; groups stand together.
-        head_config: Shape of the head.
-        config: The settings; None means the defaults.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        The parameters of a head, `HeadParams`.
+    Rows of one group stand together in `retain`.
 
     Raises:
         ValueError: If there are too few groups of rows.
@@ -117,18 +110,23 @@ def meta_learn_head(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _follow_request(
-    activation: str, start: HeadParams, tokens: Any, batches: Any, rate: Any, share: Any
+    activation: str,
+    start: HeadParams,
+    tokens: tuple[Array, Array],
+    batches: Array,
+    rate: Array,
+    share: Array,
 ) -> HeadParams:
     """A step of Reptile: some of Adam on a request, and the start moves towards where they end."""
     adam = optax.adam(rate)
     retain = jnp.arange(batches.shape[1]) < batches.shape[1] // 2
 
-    def loss(params: HeadParams, batch: Any) -> Any:
+    def loss(params: HeadParams, batch: Array) -> Array:
         pooled, targets = (each[batch] for each in tokens)
         scores = target_scores(params, pooled, targets, activation)
         return classifier_loss(scores, retain, mask=jnp.ones_like(retain))
 
-    def step(state: Any, batch: Any) -> tuple[Any, None]:
+    def step(state: PyTree, batch: Array) -> tuple[PyTree, None]:
         grads = jax.grad(loss)(state[0], batch)
         with jax.numpy_dtype_promotion("standard"):
             updates, opt = adam.update(grads, state[1])

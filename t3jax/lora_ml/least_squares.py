@@ -11,30 +11,22 @@ References:
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 _DAMPING = (1e-9, 1e9)
 
 
 def minimize_squares(
-    residuals: Callable[[Any], Float[Array, "M"]], start: Any, steps: int
-) -> tuple[Any, Float[Array, ""]]:
-    """Minimises half the sum of squared residuals.
+    residuals: Callable[[PyTree], Float[Array, "M"]], start: PyTree, steps: int
+) -> tuple[PyTree, Float[Array, ""]]:
+    """Minimises half the sum of squared residuals in a number of steps.
 
-    A step that does not lower the sum is not taken; the damping then grows.
-
-    Args:
-        residuals: Of parameters to residuals; differentiable.
-        start: A tree of float32 parameters.
-        steps: How many steps are tried.
-
-    Returns:
-        The parameters, and half the sum at them.
+    The parameters are a tree of float32 arrays. A step that does not lower the sum is not taken,
+    and the damping grows after it. The parameters and half the sum at them are returned.
     """
     flat, unravel = jax.flatten_util.ravel_pytree(start)
 

@@ -23,7 +23,7 @@ References:
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +76,7 @@ class LinearConfig:
 
 
 class Found(NamedTuple):
-    """What one seed came to.
+    """The results of one seed.
 
     Attributes:
         sr: SR's base, `[d, d]`.
@@ -102,7 +102,7 @@ class Found(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What a squared loss knows of its samples: S, and the ordinary least-squares map."""
+    """Statistics of a task's samples that its squared loss needs: S, and the least-squares map."""
 
     root: Array
     least: Array
@@ -111,12 +111,7 @@ class Task(NamedTuple):
 def run(config: LinearConfig, seeds: Sequence[int]) -> Found:
     """Runs both methods on one random instance for each seed.
 
-    Args:
-        config: The setting.
-        seeds: Each decides an instance, its noise and the first adapters.
-
-    Returns:
-        What they came to; the first axis of each array counts seeds.
+    The seed decides the instance, its noise and the first adapters.
     """
     keys = jax.vmap(jax.random.key)(jnp.asarray(np.asarray(seeds), jnp.uint32))
     counts = [np.inf if n is None else n for n in (config.samples, config.test_samples)]
@@ -127,11 +122,11 @@ def run(config: LinearConfig, seeds: Sequence[int]) -> Found:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run(shape: tuple[int, ...], keys: Array, knobs: Any) -> Found:
+def _run(shape: tuple[int, ...], keys: Array, knobs: list[Array]) -> Found:
     return jax.vmap(lambda key: _run_one(shape, key, knobs))(keys)
 
 
-def _run_one(shape: tuple[int, ...], key: PRNGKeyArray, knobs: Any) -> Found:
+def _run_one(shape: tuple[int, ...], key: PRNGKeyArray, knobs: list[Array]) -> Found:
     d, tasks, k, steps, drawn = shape
     samples, test_samples, noise, deviation, test_rank = knobs
     of_base, of_tasks, of_samples, of_start = jax.random.split(key, 4)
@@ -156,15 +151,8 @@ def draw_task(
 ) -> Task:
     """Draws samples of a task and keeps what its loss needs.
 
-    Args:
-        key: Decides them.
-        task: The map.
-        samples: N, traced; infinity means the limit.
-        noise: Deviation of the noise.
-        drawn: How many samples are drawn, of which the first N count.
-
-    Returns:
-        S and the least-squares map.
+    `drawn` samples are drawn, of which the first N count; N is traced, and infinity means the
+    limit.
     """
     d = len(task)
     count = jnp.minimum(samples, jnp.float32(drawn))
@@ -179,14 +167,7 @@ def draw_task(
 
 
 def retrain(tasks: Task) -> Float[Array, "d d"]:
-    """SR: the one map with the smallest summed loss.
-
-    Args:
-        tasks: The tasks; a first axis counts them.
-
-    Returns:
-        A, `[d, d]`.
-    """
+    """SR: the one map with the smallest summed loss; a first axis counts the tasks."""
     moments = _dot(tasks.root, tasks.root)
     return _dot(_dot(tasks.least, moments).sum(axis=0), jnp.linalg.inv(moments.sum(axis=0)))
 
@@ -196,13 +177,8 @@ def meta_learn(
 ) -> tuple[Float[Array, "d d"], Float[Array, "T d d"], Float[Array, ""]]:
     """LoRA-ML: min over A and U_t of the sum over tasks of the loss of A + U_t U_t^T.
 
-    Args:
-        tasks: The tasks; a first axis counts them.
-        start: The first U_t.
-        steps: Of `minimize_squares`.
-
-    Returns:
-        A, the updates U_t U_t^T, and the loss: half the sum of squares.
+    A first axis counts the tasks, and the U_t begin with `start`. A, the updates U_t U_t^T and half
+    the sum of squares are returned.
 
     References:
         arXiv 2410.22264, the objective of LoRA-ML.
@@ -222,16 +198,8 @@ def meta_learn(
     return base_for(factors), _products(factors), loss
 
 
-def adapt(base: Float[Array, "d d"], task: Task, rank: Any) -> Float[Array, "d d"]:
-    """The best A + U V^T for a task, of all updates of a rank.
-
-    Args:
-        base: A.
-        task: What to adapt to.
-        rank: Of the update; may be traced.
-
-    Returns:
-        A + U V^T, `[d, d]`.
+def adapt(base: Float[Array, "d d"], task: Task, rank: int | Array) -> Float[Array, "d d"]:
+    """The best A + U V^T for a task, of all updates of a rank, which may be traced.
 
     References:
         Multivariate Reduced-Rank Regression, Reinsel and Velu, theorem 2.2.
@@ -242,10 +210,10 @@ def adapt(base: Float[Array, "d d"], task: Task, rank: Any) -> Float[Array, "d d
     return base + _dot(update, jnp.linalg.inv(task.root))
 
 
-def numerical_rank(difference: Float[Array, "*seeds d d"], tolerance: float = 1e-4) -> np.ndarray:
-    """How many singular values are above a share of the largest, `[...]`."""
+def numerical_rank(difference: Float[Array, "*seeds d d"]) -> np.ndarray:
+    """How many singular values exceed 1e-4 of the largest, `[...]`."""
     values = np.linalg.svd(np.asarray(difference), compute_uv=False)
-    return (values > tolerance * values[..., :1]).sum(axis=-1)
+    return (values > 1e-4 * values[..., :1]).sum(axis=-1)
 
 
 def relative_error(found: Float[Array, "S *rest"], true: Float[Array, "S *rest"]) -> np.ndarray:
@@ -254,24 +222,16 @@ def relative_error(found: Float[Array, "S *rest"], true: Float[Array, "S *rest"]
     return np.linalg.norm(flat[0] - flat[1], axis=1) / np.linalg.norm(flat[1], axis=1)
 
 
-def slope(
-    x: Sequence[int], errors: Float[np.ndarray, "S X"], level: float = 0.95
-) -> tuple[float, float, float]:
+def slope(x: Sequence[int], errors: Float[np.ndarray, "S X"]) -> tuple[float, float, float]:
     """Slope of log error against log x: each seed's by least squares, then their mean.
 
-    Args:
-        x: Where the errors were measured.
-        errors: Of each seed there.
-        level: Of the confidence interval.
-
-    Returns:
-        The mean slope, and the ends of Student's interval for it.
+    The ends of Student's 95 % interval for the mean follow it.
     """
     logs = np.log(np.asarray(x, float))
     logs -= logs.mean()
     slopes = np.log(np.asarray(errors, float)) @ logs / (logs @ logs)
     mean, deviation = slopes.mean(), scipy.stats.sem(slopes)
-    half = scipy.stats.t.ppf((1 + level) / 2, len(slopes) - 1) * deviation
+    half = scipy.stats.t.ppf((1 + 0.95) / 2, len(slopes) - 1) * deviation
     return float(mean), float(mean - half), float(mean + half)
 
 

@@ -18,12 +18,12 @@ References:
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from t3jax.lora_ml.least_squares import minimize_squares
 
@@ -58,7 +58,7 @@ class ShallowConfig:
 
 
 class Found(NamedTuple):
-    """What one seed came to; a loss is a mean squared error.
+    """The results of one seed; a loss is a mean squared error.
 
     Attributes:
         sr_loss: SR's on its samples.
@@ -78,28 +78,14 @@ class Found(NamedTuple):
 def predict(
     weights: Float[Array, "d d"], outer: Float[Array, "d"], x: Float[Array, "N d"]
 ) -> Float[Array, "N"]:
-    """c^T relu(M x) of each point.
-
-    Args:
-        weights: M.
-        outer: c.
-        x: The points.
-
-    Returns:
-        The outputs.
-    """
+    """c^T relu(M x) of each point, M the weights and c the outer ones."""
     return jax.nn.relu(x @ weights.T) @ outer
 
 
 def run(config: ShallowConfig, seeds: Sequence[int]) -> Found:
     """Runs both methods on one random instance for each seed.
 
-    Args:
-        config: The setting.
-        seeds: Each decides an instance, its samples and the starts.
-
-    Returns:
-        What they came to; the first axis of each array counts seeds.
+    The seed decides the instance, its samples and the starts.
     """
     keys = jax.vmap(jax.random.key)(jnp.asarray(np.asarray(seeds), jnp.uint32))
     return _run(config, keys)
@@ -175,11 +161,11 @@ def _run_one(config: ShallowConfig, key: PRNGKeyArray) -> Found:
 
 
 def _fit(
-    residuals: Callable[[Any], Array],
-    start: Callable[[PRNGKeyArray], Any],
+    residuals: Callable[[PyTree], Array],
+    start: Callable[[PRNGKeyArray], PyTree],
     key: PRNGKeyArray,
     config: ShallowConfig,
-) -> tuple[Any, Array]:
+) -> tuple[PyTree, Array]:
     """The best of some starts by the training loss."""
     starts = jax.vmap(start)(jax.random.split(key, config.starts))
     found, sums = jax.lax.map(lambda one: minimize_squares(residuals, one, config.steps), starts)

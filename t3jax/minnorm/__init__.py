@@ -1,4 +1,4 @@
-"""Unlearning by the simplest model that still says what is retained (MinNorm-OG).
+"""Unlearning by the simplest model with the same outputs on the retain set (MinNorm-OG).
 
 `finetune.py` does it to a language model; `project` is for any function of any parameter tree.
 """

@@ -1,7 +1,7 @@
 """The exactness theorems of MinNorm-OG on random instances, in float64.
 
-Each function draws one instance, lets the first-order problem be solved, and returns how far it is
-from the answer that is known otherwise: 0 up to rounding. The first-order problem is
+Each function draws one instance, solves the first-order problem, and returns the distance from the
+answer that is known in another way: 0 up to rounding. The first-order problem is
 
     minimise R(theta + delta)   where delta is at right angles to every retain point's gradient.
 
@@ -23,11 +23,9 @@ from t3jax.minnorm.projection import span_coefficients
 def loss_gradient(rng: np.random.Generator) -> float:
     """Theorem 1: where all points are interpolated, every gradient of a squared loss is 0.
 
-    They are those of a two-layer perceptron's retain and forget losses, of which descent, ascent
-    and their sums are made.
-
-    Returns:
-        The largest entry, over the gradient of the same losses for labels that are off by 1.
+    The losses are a two-layer perceptron's retain and forget losses; descent, ascent and their sums
+    are made of their gradients. The largest entry is returned, over the gradient of the same losses
+    for labels that are off by 1.
     """
     x, y, retained = _points(rng)
     inner = rng.normal(size=(2 * len(x), x.shape[1]))
@@ -46,8 +44,7 @@ def loss_gradient(rng: np.random.Generator) -> float:
 def linear_model(rng: np.random.Generator) -> float:
     """Theorem 2: of a linear model, one whole projection is the retain set's least-norm model.
 
-    Returns:
-        The relative distance of the two.
+    The relative distance of the two is returned.
     """
     x, y, retained = _points(rng)
     theta = _interpolator(rng, x, y)
@@ -61,10 +58,8 @@ def deep_linear_net(rng: np.random.Generator) -> float:
     """Lemma 1 and theorem 3: a deep linear net, R the norm of the product w of its layers.
 
     R_hat lets one layer move, the first: it is 0 there and infinite elsewhere. Then w is linear in
-    delta and the first-order problem is a least-squares problem.
-
-    Returns:
-        The relative distance of the w that solves it to the retain set's least-norm w.
+    delta and the first-order problem is a least-squares problem. The relative distance of the w
+    that solves it to the retain set's least-norm w is returned.
     """
     x, y, retained = _points(rng)
     w = _interpolator(rng, x, y)
@@ -86,10 +81,8 @@ def least_parameters(rng: np.random.Generator) -> float:
     """Theorem 4: the least-norm w, spread evenly over the layers, has the least parameter norm.
 
     It is compared with a hundred other nets that interpolate the retain set, with layers of other
-    scale and rank among them.
-
-    Returns:
-        How far below its squared norm another one is, relative; 0 where none is.
+    scale and rank among them. How far below its squared norm another one is, relative, is returned:
+    0 where none is.
     """
     x, y, retained = _points(rng)
     kept, said = x[:retained], y[:retained]
@@ -118,11 +111,9 @@ def perceptron_width(rng: np.random.Generator) -> float:
     """Lemma 2 and theorem 5: a two-layer perceptron needs no more than s neurons.
 
     s is the dimension of the span of the retain points' hidden activations. Delta moves the outer
-    weights, in which the perceptron is linear: a basic solution has at most s that are not 0.
-
-    Returns:
-        The largest relative error of its outputs on the retain set; infinite if more neurons than s
-        are left, or s is more than N.
+    weights, in which the perceptron is linear: a basic solution has at most s that are not 0. The
+    largest relative error of its outputs on the retain set is returned: infinity if more neurons
+    than s are left, or s is more than N.
     """
     x, y, retained = _points(rng)
     inner = rng.normal(size=(3 * len(x), x.shape[1]))
@@ -153,15 +144,9 @@ THEOREMS: dict[str, Callable[[np.random.Generator], float]] = {
 
 
 def largest_deviation(theorem: str, instances: int, seed: int = 0) -> float:
-    """The largest deviation from a theorem over random instances.
+    """The largest deviation from one of `THEOREMS` over random instances.
 
-    Args:
-        theorem: A key of `THEOREMS`.
-        instances: How many.
-        seed: Decides them.
-
-    Returns:
-        The largest; for rounding to be all of it, it is near 1e-12.
+    Rounding alone gives about 1e-12.
     """
     rngs = np.random.default_rng(seed).spawn(instances)
     return float(max(THEOREMS[theorem](rng) for rng in rngs))

@@ -1,4 +1,4 @@
-"""The simplest nearby model with the same outputs on what is retained, to first order.
+"""The simplest nearby model with the same outputs on the retain set, to first order.
 
 A change of the parameters that stands at right angles to the gradients g_1, ..., g_N of the outputs
 on retain points leaves those outputs alone, to first order. Among such changes, the one with the
@@ -24,14 +24,14 @@ References:
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from t3jax import hosts
-from t3jax.ranges import SHARE, check_ranges, whole
+from t3jax.ranges import SHARE, Ranged, whole
 
 # Of the largest singular value: gradients are computed in float32, so what is smaller is rounding.
 _RANK_TOLERANCE = 1e-6
@@ -41,7 +41,7 @@ Output = Callable[[Any, Any, Any], Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class MinNormConfig:
+class MinNormConfig(Ranged):
     """When the parameters are projected, and how far.
 
     Attributes:
@@ -52,32 +52,16 @@ class MinNormConfig:
         last_epochs: Epochs at the end that project no more.
     """
 
-    n_pert: int = 50
-    share: float = 0.1
-    decay: float = 0.9
-    every: int = 1
-    last_epochs: int = 2
-
-    def __post_init__(self):
-        check_ranges(
-            self,
-            n_pert=whole(1, 2**12),
-            share=SHARE,
-            decay=SHARE,
-            every=whole(1),
-            last_epochs=whole(0),
-        )
+    n_pert: Annotated[int, whole(1, 2**12)] = 50
+    share: Annotated[float, SHARE] = 0.1
+    decay: Annotated[float, SHARE] = 0.9
+    every: Annotated[int, whole(1)] = 1
+    last_epochs: Annotated[int, whole(0)] = 2
 
     def share_at(self, step: int, steps_per_epoch: int, epochs: int) -> float:
         """The share that a step's projection takes away, 0 for a step without one.
 
-        Args:
-            step: Which one, from 0.
-            steps_per_epoch: Steps of an epoch; all steps of an epoch project, or none does.
-            epochs: Of the whole run.
-
-        Returns:
-            The share.
+        Steps count from 0. All steps of an epoch project, or none does.
         """
         epoch, place = divmod(step, steps_per_epoch)
         if epoch % self.every or epoch >= epochs - self.last_epochs:
@@ -88,15 +72,11 @@ class MinNormConfig:
 def span_coefficients(
     blocks: Iterable[tuple[Float[np.ndarray, "N _"], Float[np.ndarray, "_"]]],
 ) -> Float[np.ndarray, "N"]:
-    """The weights c with which the gradients sum to the part of theta in their span.
+    """The weights c with which the gradients sum to the part of theta in their span, float64.
 
-    Args:
-        blocks: Of each block, its weights of all gradients `[N, D]` and of theta `[D]`. D may
-            differ from block to block.
-
-    Returns:
-        c with sum_i c_i g_i = P theta, float64; the smallest such where gradients depend on each
-        other.
+    A block holds its weights of all gradients `[N, D]` and of theta `[D]`; D may differ from block
+    to block. Where gradients depend on each other, c is the smallest solution of sum_i c_i g_i = P
+    theta.
 
     Raises:
         ValueError: If there are no blocks.
@@ -123,29 +103,21 @@ def span_coefficients(
 
 def project(
     output: Output,
-    params: Any,
-    rows: Any,
+    params: PyTree,
+    rows: PyTree,
     share: float,
-    frozen: Any = None,
+    frozen: PyTree = None,
     block_bytes: int = 2**30,
-) -> Any:
+) -> PyTree:
     """Takes away a share of the part of the parameters that the outputs do not need.
 
     The gradients of a group of leaves are in memory together, as many leaves as `block_bytes` hold;
     a larger leaf is a group of its own. Each group costs two backward passes of every row; one
     where there is a single group.
 
-    Args:
-        output: `(params, frozen, row)` to a scalar, whose value is to stay; compiled once for each
-            function object.
-        params: The parameters, float32.
-        rows: A tree of arrays whose first axis counts the N rows.
-        share: From 0, nothing, to 1, all of it.
-        frozen: What else `output` reads.
-        block_bytes: Bytes for gradients of a group.
-
-    Returns:
-        Parameters like `params`, on the host.
+    `output` takes the float32 parameters, `frozen` and a row to the scalar that is to stay; it is
+    compiled once for each function object. The first axis of the arrays of `rows` counts the N
+    rows. A share of 0 takes nothing away, 1 all of it. The new parameters are on the host.
 
     Raises:
         FloatingPointError: If a gradient or a weight is infinite or NaN.
@@ -194,10 +166,12 @@ def _group(sizes: list[int], limit: int) -> list[tuple[int, ...]]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _gradients(output: Output, group: tuple[int, ...], params: Any, frozen: Any, rows: Any) -> Any:
+def _gradients(
+    output: Output, group: tuple[int, ...], params: PyTree, frozen: PyTree, rows: PyTree
+) -> list[Array]:
     leaves, tree = jax.tree.flatten(params)
 
-    def of_row(row: Any) -> list[Array]:
+    def of_row(row: PyTree) -> list[Array]:
         def value(chosen: list[Array]) -> Array:
             mixed = dict(enumerate(leaves)) | dict(zip(group, chosen, strict=True))
             return output(jax.tree.unflatten(tree, list(mixed.values())), frozen, row)

@@ -1,4 +1,4 @@
-"""The sine wave with poisoned points: how near a few epochs come to the truth, method by method.
+"""The sine wave with poisoned points: the error of each method after a few epochs.
 
 A perceptron with two hidden layers is fitted to 50 points of a sine wave and to 5 points that say
 1.5. The 5 are to be forgotten. A method has some epochs, each one step on all retain points, and is
@@ -12,13 +12,14 @@ References:
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from t3jax.minnorm.projection import span_coefficients
 
@@ -104,42 +105,30 @@ def largest_error(params: Params) -> Float[Array, ""]:
     return jnp.max(jnp.abs(predict(params, x) - jnp.sin(x)))
 
 
-def init_fit(seeds: Any) -> tuple[Any, Any, Any]:
-    """Random weights and the points of some seeds.
-
-    Args:
-        seeds: The seeds.
-
-    Returns:
-        The state that `fit` begins with, and x and y `[seeds, N]`.
-    """
+def init_fit(seeds: Sequence[int]) -> tuple[PyTree, Array, Array]:
+    """Random weights and the points of some seeds: the state of `fit`, and x and y `[seeds, N]`."""
     points = [make_points(seed) for seed in seeds]
     params = jax.vmap(lambda seed: init_perceptron(jax.random.key(seed)))(jnp.asarray(seeds))
     state = params, _adamw(jnp.float32(1e-3)).init(params)
     return state, jnp.stack([p[0] for p in points]), jnp.stack([p[1] for p in points])
 
 
-def _adamw(rate: Any) -> optax.GradientTransformation:
+def _adamw(rate: float | Array) -> optax.GradientTransformation:
     return optax.adamw(rate, weight_decay=0.01)
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "learning_rate"), donate_argnums=0)
-def fit(state: Any, x: Any, y: Any, steps: int, learning_rate: float = 1e-3) -> tuple[Any, Any]:
+def fit(
+    state: PyTree, x: Array, y: Array, steps: int, learning_rate: float = 1e-3
+) -> tuple[PyTree, Array]:
     """Some epochs of AdamW on all points, of several seeds (the first axis) at once.
 
-    Args:
-        state: Weights and optimizer state.
-        x: Points of each seed.
-        y: What they say.
-        steps: How many epochs.
-        learning_rate: AdamW's.
-
-    Returns:
-        The state after them, and the mean squared error of each seed before the last.
+    The state is weights and optimizer state. The mean squared error of each seed before the last
+    step is returned too.
     """
     adamw = _adamw(learning_rate)
 
-    def step(state: Any, _: Any) -> tuple[Any, Any]:
+    def step(state: PyTree, _: None) -> tuple[PyTree, Array]:
         loss, grads = jax.vmap(jax.value_and_grad(squared_error))(state[0], x, y)
         with jax.numpy_dtype_promotion("standard"):
             updates, opt = adamw.update(grads, state[1], state[0])
@@ -149,18 +138,11 @@ def fit(state: Any, x: Any, y: Any, steps: int, learning_rate: float = 1e-3) -> 
     return state, losses[-1]
 
 
-def unlearn(config: SineConfig, params: Params, x: Any, y: Any, seeds: Any) -> Params:
-    """Unlearns the poisoned points by a method, several seeds at once.
+def unlearn(config: SineConfig, params: Params, x: Array, y: Array, seeds: Sequence[int]) -> Params:
+    """Unlearns the poisoned points by a method, several seeds (the first axis) at once.
 
-    Args:
-        config: The method and its settings.
-        params: Fitted weights, the first axis counts seeds; left as they are.
-        x: Points of each seed, retain points first.
-        y: What they say.
-        seeds: Decide noise, and the weights that "retrain" begins with.
-
-    Returns:
-        The weights after it.
+    `params` are fitted weights and stay as they are. Retain points come first in x and y. The seeds
+    decide noise, and the weights that "retrain" begins with.
     """
     keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
     if config.method == "retrain":
@@ -172,7 +154,7 @@ def unlearn(config: SineConfig, params: Params, x: Any, y: Any, seeds: Any) -> P
         steps, strength = config.epochs - done, jnp.float32(config.strength)
         before = state[0]
         if config.method == "minnorm":
-            # From one projection to the next, the last of them to the end.
+            # One run spans from a projection to the next, and from the last to the end.
             if done < config.epochs - config.last_epochs:
                 state = _project_seeds(state[0], x, share), state[1]
                 share *= config.decay
@@ -189,12 +171,19 @@ def unlearn(config: SineConfig, params: Params, x: Any, y: Any, seeds: Any) -> P
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run(
-    method: Method, steps: int, state: Any, x: Any, y: Any, keys: Any, strength: Any, settings: Any
-) -> Any:
+    method: Method,
+    steps: int,
+    state: PyTree,
+    x: Array,
+    y: Array,
+    keys: Array,
+    strength: Array,
+    settings: tuple[Array, Array],
+) -> PyTree:
     rate, decay = settings
     adamw = _adamw(rate)
 
-    def loss(params: Params, x: Any, y: Any, weight: Any) -> Any:
+    def loss(params: Params, x: Array, y: Array, weight: Array) -> Array:
         kept = squared_error(params, x[:RETAIN], y[:RETAIN])
         if method in ("ngp", "ga"):
             lost = squared_error(params, x[RETAIN:], y[RETAIN:])
@@ -205,7 +194,7 @@ def _run(
             return kept + weight * optax.tree.norm(params, ord=1)
         return kept
 
-    def step(state: Any, epoch: Any) -> tuple[Any, None]:
+    def step(state: PyTree, epoch: Array) -> tuple[PyTree, None]:
         weight = strength * decay ** epoch.astype(jnp.float32)
         if method == "l1":  # falls to 0 on a line
             weight = strength * (1 - epoch.astype(jnp.float32) / steps)
@@ -220,7 +209,7 @@ def _run(
     return jax.lax.scan(step, state, jnp.arange(steps))[0]
 
 
-def _step(adamw: optax.GradientTransformation, state: Any, grads: Any) -> Any:
+def _step(adamw: optax.GradientTransformation, state: PyTree, grads: PyTree) -> PyTree:
     with jax.numpy_dtype_promotion("standard"):
         updates, opt = adamw.update(grads, state[1], state[0])
     return optax.apply_updates(state[0], updates), opt
@@ -231,17 +220,10 @@ def _step(adamw: optax.GradientTransformation, state: Any, grads: Any) -> Any:
 
 
 def project_one(params: Params, x: np.ndarray, share: float) -> Params:
-    """Takes away a share of the part of the weights that the outputs at some points do not need.
+    """Takes away a share of the part of one seed's weights that the outputs at points do not need.
 
-    Inner products among reduced gradients and with reduced weights are those of the whole ones.
-
-    Args:
-        params: The weights of one seed.
-        x: The points.
-        share: From 0, nothing, to 1, all of it.
-
-    Returns:
-        The weights after it, on the host.
+    Inner products among reduced gradients and with reduced weights are those of the whole ones. The
+    new weights are on the host.
     """
     layers = jax.device_get(params)
     blocks, bases = [], []
@@ -269,13 +251,13 @@ def project_one(params: Params, x: np.ndarray, share: float) -> Params:
 
 
 @jax.jit
-def _factors(params: Params, x: Any) -> tuple[list[Any], list[Any]]:
-    """Of each layer, its inputs and the derivatives of the outputs by its outputs, `[N, W]`."""
+def _factors(params: Params, x: Array) -> tuple[list[Array], list[Array]]:
+    """Inputs of each layer, and the outputs' derivatives by the layer's outputs, `[N, W]`."""
     inputs, before = _forward(params, x)
     return inputs, _backward(params, before, jnp.ones_like(x))
 
 
-def _forward(params: Params, x: Any) -> tuple[list[Any], list[Any]]:
+def _forward(params: Params, x: Array) -> tuple[list[Array], list[Array]]:
     inputs, before = [x[:, None]], []
     for layer in params:
         before.append(inputs[-1] @ layer["w"] + layer["b"][None])
@@ -283,7 +265,7 @@ def _forward(params: Params, x: Any) -> tuple[list[Any], list[Any]]:
     return inputs[:-1], before
 
 
-def _backward(params: Params, before: list[Any], back: Any) -> list[Any]:
+def _backward(params: Params, before: list[Array], back: Array) -> list[Array]:
     returns = [back[:, None]]
     for layer, value in zip(params[:0:-1], before[-2::-1], strict=True):
         sigmoid = jax.nn.sigmoid(value)
@@ -292,7 +274,7 @@ def _backward(params: Params, before: list[Any], back: Any) -> list[Any]:
     return returns[::-1]
 
 
-def _project_seeds(params: Params, x: Any, share: float) -> Params:
+def _project_seeds(params: Params, x: Array, share: float) -> Params:
     host, points = jax.device_get(params), np.asarray(x)[:, :RETAIN]
     moved = [
         project_one(jax.tree.map(lambda leaf, i=i: leaf[i], host), each, share)
@@ -302,10 +284,12 @@ def _project_seeds(params: Params, x: Any, share: float) -> Params:
 
 
 @jax.jit
-def _stale_step(old: Params, state: Any, x: Any, y: Any, settings: Any) -> Any:
+def _stale_step(
+    old: Params, state: PyTree, x: Array, y: Array, settings: tuple[Array, Array]
+) -> PyTree:
     """A step after a projection, as published: activations of the weights before it."""
 
-    def gradient(old: Params, new: Params, x: Any, y: Any) -> Params:
+    def gradient(old: Params, new: Params, x: Array, y: Array) -> Params:
         inputs, before = _forward(old, x)
         error = 2 * (before[-1][:, 0] - y) / len(x)
         returns = _backward(new, before, error)
@@ -321,15 +305,7 @@ def _stale_step(old: Params, state: Any, x: Any, y: Any, settings: Any) -> Any:
 
 # The published best settings. Where none is published the learning rate is MinNorm-OG's.
 def published(epochs: int, stale: bool = False) -> list[SineConfig]:
-    """The methods at the settings that the authors found best.
-
-    Args:
-        epochs: 10, 100 or 1000.
-        stale: How MinNorm-OG projects, see `SineConfig`.
-
-    Returns:
-        One for each of `METHODS`.
-    """
+    """The methods at the settings that the authors found best for 10, 100 or 1000 epochs."""
     at = (10, 100, 1000).index(epochs)
     return [
         SineConfig(

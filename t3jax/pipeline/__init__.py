@@ -1,7 +1,7 @@
 """The stages of the commands as functions of their settings; there is no mathematics here.
 
 `models` makes tokens and fine-tuned models, `heads` trains and loads heads, `evaluation` scores
-them. The commands, the demo, `t3jax.sweep` and `t3jax.study` are these in turn.
+them. The commands, the demo, `t3jax.sweep` and `t3jax.study` call them in turn.
 """
 
 from t3jax.pipeline.evaluation import (

@@ -123,10 +123,8 @@ def score(
     """Computes the TOFU metrics under some settings; logs go to `eval.dir`.
 
     Without `answers` nothing is generated: ROUGE is missing, a setting costs seconds, and logs go
-    to `scored` in `eval.dir`.
-
-    Returns:
-        Logs by setting's name, and the retain model's, if there is one.
+    to `scored` in `eval.dir`. Logs are returned by setting's name, and the retain model's, if there
+    is one.
     """
     folder = pathlib.Path(config["eval.dir"]) / ("" if answers else "scored")
     options = tofu.TofuOptions(config.sampling.max_new_tokens, config.eval.reference_mask, answers)
@@ -178,8 +176,7 @@ def measure(
 ) -> tuple[dict[str, Log], Log | None]:
     """Computes the numbers beyond TOFU's, see `evaluation.unlearning`; logs go to `eval.dir`.
 
-    Returns:
-        Logs by setting's name, and the retain model's, if it was named.
+    Logs are returned by setting's name, and the retain model's, if it was named.
     """
     store, retain_store, sets = examined.store, examined.retain_store, examined.sets
     beyond = dataclasses.replace(

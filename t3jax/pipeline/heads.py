@@ -1,6 +1,7 @@
-"""Heads as settings ask for them: what they are trained on, how, and how they are served."""
+"""Heads as settings ask for them: their training sets, their training, their T and s."""
 
 import dataclasses
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ from jax.sharding import Mesh
 
 from t3jax import data
 from t3jax.digests import params_digest
-from t3jax.evaluation.calibration import Calibration, calibrate
+from t3jax.evaluation.calibration import GRID, SCALES, Calibration, calibrate
 from t3jax.head import HeadConfig, class_prior_shift
 from t3jax.head_io import Head, load_head
 from t3jax.lm import LM
@@ -19,7 +20,7 @@ from t3jax.sections import narrow
 from t3jax.settings import Settings, replace
 from t3jax.synthetic.turns import put_behind_turns
 from t3jax.training import check_start, train_heads
-from t3jax.training_sets import SyntheticOptions, TrainingSets, make_training_sets
+from t3jax.training_sets import Featurizer, SyntheticOptions, TrainingSets, make_training_sets
 from t3jax.verification.attacks import Encoding
 from t3jax.verification.reciting import count_recited
 from t3jax.verification.verdict import MARGIN
@@ -44,22 +45,24 @@ def synthetic_options(config: Settings) -> SyntheticOptions:
 def training_sets(config: Settings, lm: LM) -> TrainingSets:
     """Makes the sets that a head is trained on, or reads them from the feature store."""
     return make_training_sets(
-        lm,
+        Featurizer(
+            lm,
+            config.prompt_format,
+            pathlib.Path(config.feature_store),
+            config.classifier.features,
+            config.classifier.feature_dtype,
+            config.max_length,
+            progress=True,
+        ),
         data.load_dataset(config["forget"], config.tofu_dir),
         data.load_dataset(config["retain"], config.tofu_dir) if config.retain is not None else [],
         config.train,
         synthetic_options(config),
-        prompt_format=config.prompt_format,
-        features=config.classifier.features,
-        feature_dtype=config.classifier.feature_dtype,
-        feature_store=config.feature_store,
-        max_length=config.max_length,
-        progress=True,
     )
 
 
 def settle_loss(config: Settings, sets: TrainingSets) -> Settings:
-    """Puts the loss that the sets are made for in the place of "auto"."""
+    """Replaces the loss "auto" by the one that the sets are made for."""
     if config.train.loss == "auto":
         why = "" if sets.loss == "distillation" else ": made-up names hide too few of the rows"
         print(f"loss: {sets.loss}{why}")
@@ -129,7 +132,7 @@ def fit_heads(
 def choose_setting(
     config: Settings, lm: LM, heads: Sequence[Head], sets: TrainingSets
 ) -> list[Head]:
-    """Gives heads T and s where the settings leave both open and there are counterfactuals.
+    """Chooses T and s of heads where the settings leave both open and there are counterfactuals.
 
     All heads get the setting that is chosen for the first; their records say how. See
     `t3jax.evaluation.calibration`. Probabilities are means over rows, and a classifier may leave a
@@ -183,7 +186,7 @@ def _grow_scale(
         max_length=lm.max_position - config.sampling.max_new_tokens,
         seed=config.synthetic.seed,
     )
-    # Without a chat template, or turns in training, the rows stay as they are.
+    # Without a chat template, or without turns in training, no row was changed.
     asked = [sets.rows] if turned == sets.rows else [sets.rows, turned]
     counts = [count_recited(encoding, rows, sets.retained, _MOST_ASKED) for rows in asked]
     sampler = Sampler(
@@ -218,16 +221,18 @@ def calibrate_heads(
     of_row: list[list[data.Example]] = [[] for _ in sets.rows]
     for made, example in zip(sets.counterfactuals, swapped, strict=True):
         of_row[made.row].append(example)
-    distils = config.train.loss == "distillation"
+    grid = GRID
+    if config.train.loss == "distillation":
+        grid = tuple((config.train.distilled_temperature, scale) for scale in SCALES)
     return calibrate(
         lm,
         heads,
         encode_rows(config, lm, sets.rows),
         of_row,
         encode_rows(config, lm, sets.retained),
+        grid=grid,
         refinements=refinements(config.refinements, lm),
         seeds=seeds,
-        **({"temperatures": (config.train.distilled_temperature,)} if distils else {}),
     )
 
 
@@ -236,13 +241,8 @@ def load_heads(
 ) -> tuple[list[str], list[Head], list[tuple[int, ...]]]:
     """Loads heads, and gives them the class prior of the settings where that is set.
 
-    Args:
-        config: The settings.
-        names: Head folders; "FOLDER,FOLDER" are served together.
-        mesh: The devices.
-
-    Returns:
-        The folders, each once; their heads; and for each name the indices of its heads.
+    Names are head folders; those in "FOLDER,FOLDER" are served together. The folders, each once,
+    their heads, and for each name the indices of its heads are returned.
     """
     groups = [name.split(",") for name in names]
     folders = list(dict.fromkeys(folder for group in groups for folder in group))

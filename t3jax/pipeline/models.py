@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from t3jax import checked, data, files, hosts
 from t3jax.data.records import Record
 from t3jax.digests import model_digest, rows_digest
-from t3jax.finetuning import FinetuneConfig, finetune
-from t3jax.lm import LM, default_dtype, load_config, load_lm, save_hf
+from t3jax.finetuning import FinetuneConfig, merge_weights, train_weights
+from t3jax.lm import LM, LMConfig, default_dtype, load_config, load_lm, save_hf
 from t3jax.lm.adapter import save_adapter
 from t3jax.lm.decoder import Lora
 from t3jax.sections import narrow
@@ -64,7 +64,7 @@ def finetune_once(config: Settings, mesh: Mesh) -> pathlib.Path:
             )
         },
     }
-    # Trained weights are float32; those that LoRA leaves alone need not be.
+    # Trained weights are float32; weights that LoRA freezes may have another dtype.
     lm = load_lm(config["model"], recipe.dtype if recipe.freezes_weights else "float32", mesh)
     made_by["model"] = model_digest(lm)
     record = workdir / "model" / "finetuning.json"
@@ -72,18 +72,8 @@ def finetune_once(config: Settings, mesh: Mesh) -> pathlib.Path:
     if hosts.of_lead(hosts.is_lead() and _was_made_by(record, made_by)):
         return record.parent
     lm_config = load_config(config["model"])
-
-    def write_adapter(lora: Lora) -> None:
-        try:
-            with files.replacing_folder(workdir / "adapter") as folder:
-                save_adapter(
-                    folder, lm_config, lora, recipe.lora_rank, recipe.lora_alpha, config["model"]
-                )
-        except ValueError as error:  # the merged model is written all the same
-            print(f"no adapter is written: {error}")
-
     tasks = [encode(config, lm, source) for source in config.finetune.data]
-    params = finetune(
+    trained = train_weights(
         lm_config,
         lm.params,
         tasks if recipe.tasks else list(itertools.chain(*tasks)),
@@ -94,8 +84,12 @@ def finetune_once(config: Settings, mesh: Mesh) -> pathlib.Path:
         workdir=workdir,
         mesh=mesh,
         progress="fine-tuning",
-        on_lora=write_adapter,
     )
+    if recipe.lora_rank and not recipe.tasks:
+        lora = hosts.fetch(trained)
+        if hosts.is_lead():
+            _write_adapter(workdir / "adapter", lm_config, lora, recipe, config["model"])
+    params = merge_weights(lm.params, trained, recipe, mesh)
     dtype = params["embed"]["weight"].dtype
     params = hosts.fetch_to_lead(params)
     if hosts.is_lead():
@@ -112,7 +106,17 @@ def finetune_once(config: Settings, mesh: Mesh) -> pathlib.Path:
     return record.parent
 
 
-def _was_made_by(record: pathlib.Path, made_by: dict[str, Any]) -> bool:
+def _write_adapter(
+    folder: pathlib.Path, lm_config: LMConfig, lora: Lora, recipe: FinetuneConfig, model: str
+) -> None:
+    try:
+        with files.replacing_folder(folder) as temporary:
+            save_adapter(temporary, lm_config, lora, recipe.lora_rank, recipe.lora_alpha, model)
+    except ValueError as error:  # the merged model is written all the same
+        print(f"no adapter is written: {error}")
+
+
+def _was_made_by(record: pathlib.Path, made_by: Mapping[str, object]) -> bool:
     """Whether `made_by` made a fine-tuned folder; raises ValueError if its files have changed."""
     made = checked.read_stored(record, checked.read_json)
     if made is None or made["made_by"] != made_by:

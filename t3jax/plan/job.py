@@ -24,13 +24,9 @@ def make_job(
 ) -> Job:
     """The job that a config describes, and the lengths and numbers of texts that it does not have.
 
-    Args:
-        config: The settings.
-        mesh: The devices, in the place of the config's mesh.
-        prompt: Longest prompt, tokens.
-        text: Longest text, tokens; cut to what model and config allow.
-        texts: Texts of the forget and of the retain set together.
-        answer: Mean length of their answers, tokens.
+    `mesh` stands for the config's. Lengths are in tokens: of the longest prompt, of the longest
+    text, which is cut to what model and config allow, and of an answer on average. `texts` counts
+    those of the forget and of the retain set together.
     """
     config.require("model")
     dtype = config.dtype or "bfloat16"

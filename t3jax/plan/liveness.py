@@ -1,10 +1,10 @@
-"""How much memory a program needs while it runs, from its jaxpr: nothing is compiled.
+"""The peak memory of a program, estimated from its jaxpr: nothing is compiled.
 
 A jaxpr is walked in its own order. A value lives from the equation that computes it to its last
 use. Reshaping, broadcasting and casting cost nothing, since compilers do them where the result is
-read; an elementwise result takes the place of an operand of its size that is not needed any more,
-as do updates of slices and what a loop carries. Other fusions, padding, layouts and
-reordering of compilers are not seen. docs/planning.md compares with compilers.
+read; an elementwise result reuses the memory of an operand of its size that is no longer needed, as
+do updates of slices and the carry of a loop. Other fusions, padding, layouts and reordering by
+compilers are not modelled. docs/planning.md compares with compilers.
 """
 
 import collections
@@ -44,7 +44,7 @@ def peak_bytes(jaxpr: jex.Jaxpr, donated: Sequence[bool] = ()) -> int:
     """
     memory = _Memory()
     free = donated or [False] * len(jaxpr.invars)
-    # An argument that is not donated has another holder: it never becomes free.
+    # The caller holds an argument that is not donated: it never becomes free.
     arguments = [
         _Buffer(_bytes(var.aval), holders=1 if mine else 2)
         for var, mine in zip(jaxpr.invars, free, strict=True)
@@ -75,12 +75,12 @@ class _Memory:
         self.live = self.peak = 0
 
     def run(self, jaxpr: jex.Jaxpr, arguments: Sequence[_Buffer]) -> list[_Buffer]:
-        """Runs a program, which takes over a hold on each argument and gives one on each result."""
+        """Runs a program: consumes one reference to each argument, returns one to each result."""
         last = {var: i for i, eqn in enumerate(jaxpr.eqns) for var in _variables(eqn.invars)}
         last |= dict.fromkeys(_variables(jaxpr.outvars), len(jaxpr.eqns))
         known: dict[Any, _Buffer] = {}
 
-        def bind(variables: Sequence[Any], buffers: Sequence[_Buffer]) -> None:
+        def bind(variables: Sequence[jex.Var], buffers: Sequence[_Buffer]) -> None:
             for var, buffer in zip(variables, buffers, strict=True):
                 if var in last:
                     known[var] = buffer
@@ -100,7 +100,7 @@ class _Memory:
         return results
 
     def _step(self, eqn: jex.JaxprEqn, operands: list[_Buffer]) -> list[_Buffer]:
-        """One equation; takes over a hold on each operand and gives one on each result."""
+        """Runs an equation: consumes one reference to each operand, returns one to each result."""
         name = eqn.primitive.name
         if name in _CALLS:
             return self.run(_programs(eqn)[0], operands)
@@ -131,7 +131,7 @@ class _Memory:
         self.live += size
         return _Buffer(size, counted=True)
 
-    def _held(self, known: dict[Any, _Buffer], atom: Any) -> _Buffer:
+    def _held(self, known: dict[jex.Var, _Buffer], atom: Any) -> _Buffer:
         """The memory of a variable, held once more; literals take none."""
         if isinstance(atom, jex.Literal):
             return _Buffer(0)
@@ -160,7 +160,7 @@ def _programs(eqn: jex.JaxprEqn) -> list[jex.Jaxpr]:
     return [x for x in programs if isinstance(x, jex.Jaxpr)]
 
 
-def _variables(atoms: Sequence[Any]) -> list[Any]:
+def _variables(atoms: Sequence[Any]) -> list[jex.Var]:
     return [atom for atom in atoms if not isinstance(atom, jex.Literal)]
 
 

@@ -1,4 +1,4 @@
-"""How much memory a job takes on each device, before anything is loaded.
+"""The memory of a job on each device, before anything is loaded.
 
 The arrays that a stage keeps (weights, cache, features, optimizer state) are summed over a device's
 shards: exact. Temporary arrays are estimated from the program that one device runs, see
@@ -23,15 +23,15 @@ from t3jax.plan.programs import Job, Step
 from t3jax.plan.shapes import GIB
 
 _MOST_DOUBLINGS = 16  # of the rows of a part
-USABLE = 0.9  # of that: the rest is for programs, fragments, and what the estimate does not see
+USABLE = 0.9  # of a device's memory; programs, fragments and errors of the estimate need the rest
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What a stage of a job takes on each device, bytes.
+    """Memory of a stage of a job on each device, bytes.
 
     Attributes:
-        kept: By what it is.
+        kept: Bytes of the arrays that the stage keeps, by their kind.
         estimate: Gives `temporary`.
     """
 
@@ -64,7 +64,7 @@ def temporary_bytes(job: Job, program: Callable[[Job], Step]) -> int:
     They are activations, and results that do not stand in an argument's place.
     """
     kinds = _layer_kinds(job.config)
-    # A layer of each kind, and one more, show what each further one adds.
+    # The peaks with one and with two layers of a kind show what each further one adds.
     few = [layers[0] for layers in kinds] if len(kinds) > 1 else kinds[0][:2]
 
     def peak(layers: list[int]) -> int:
@@ -96,7 +96,7 @@ def gathered_bytes(job: Job) -> int:
         return sum(whole for share, whole in sizes if whole > share)
 
     table = "embed" if job.config.tied else "lm_head"
-    # While one layer is at work, the next one's weights come.
+    # The next layer's weights are gathered while one layer computes.
     layers = min(2, job.config.num_layers)
     return max(
         gathered(stored[table], used[table]),
@@ -124,7 +124,7 @@ def decoding(job: Job) -> Stage:
     """Prefill, and chunks of decoding with the longest cache."""
     slots, weights = job.slots, programs.loop_weights(job)
     state = programs.state(job, slots[-1])
-    # A cache that grows is in memory twice for a moment, as it was and as it will be.
+    # While a cache grows, the old and the new one are both in memory.
     before = max((s for s in slots if s < slots[-1]), default=0)
 
     def temporary() -> int:
@@ -186,7 +186,7 @@ def fine_tuning(job: Job) -> Stage:
     copy = shard_bytes(trained) // 2 if recipe.dtype == "bfloat16" else 0
 
     def temporary() -> int:
-        # The gradient is split as the weights are, which the program of one device does not know.
+        # The gradient is split as the weights are; the program of one device holds all of it.
         known = programs.on_one_device(job, range(job.config.num_layers))
         activations = temporary_bytes(job, programs.gradient) - _gradient_bytes(known)
         return max(0, activations) + gathered_bytes(job)

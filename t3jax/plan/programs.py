@@ -114,13 +114,13 @@ class Job:
 
 
 def simulate(devices: int) -> None:
-    """Gives this process simulated devices; before any is used."""
+    """Simulates devices in this process; called before any device is used."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices)
 
 
 @functools.cache
-def abstract_lm(config: LMConfig, dtype: Any, mesh: Mesh) -> LM:
+def abstract_lm(config: LMConfig, dtype: jax.typing.DTypeLike, mesh: Mesh) -> LM:
     """A model whose weights have no bytes, placed by the rules."""
     params = abstract_params(config, dtype)
     params = place_abstract(params, sharding.param_shardings(mesh, params))
@@ -128,7 +128,7 @@ def abstract_lm(config: LMConfig, dtype: Any, mesh: Mesh) -> LM:
 
 
 class _Inputs(NamedTuple):
-    """What prefill reads besides weights."""
+    """The inputs of prefill besides weights."""
 
     tokens: _Abstract
     mask: _Abstract
@@ -210,9 +210,9 @@ def head_training(job: Job) -> Step:
     """An epoch of head training."""
     mesh, parts, head = job.mesh, job.row_shards, job.heads[0]
     tokens = math.ceil(job.texts * job.answer / parts)
-    # At most every answer token is another one: as many rows of W2 are trained.
+    # At most every answer token is distinct: each trains a row of W2.
     head = dataclasses.replace(head, vocab_size=min(head.vocab_size, parts * tokens))
-    # Half of the texts are forget texts at most, and each has its retain text in the same batch.
+    # At most half of the texts are forget texts; each is paired with a retain text in its batch.
     steps = math.ceil(job.texts / 2 / job.recipe.batch_size)
     size = batching.round_up(math.ceil(2 * job.recipe.batch_size * job.answer / parts), 64)
     programs = head_trainer.compile_programs(head, job.recipe, steps, (1, job.members), mesh)
@@ -256,7 +256,7 @@ def gradient(job: Job) -> Step:
 
 
 def on_one_device(job: Job, layers: Sequence[int]) -> Job:
-    """What one device computes, as a job on a mesh of one device: as wide as its shards.
+    """The share of a job that one device computes, as a job on a mesh of one device.
 
     It has those of the model's `layers`; few are quick to trace.
     """

@@ -1,7 +1,6 @@
-"""Devices and models that need not be at hand to be planned for."""
+"""Devices and models that can be planned for without having them."""
 
 import pathlib
-from typing import Any
 
 from t3jax.lm import LMConfig, lm_config, read_config
 
@@ -15,7 +14,7 @@ DEVICES = {
 }
 
 
-def _llama(width: int, mlp: int, layers: int, heads: int) -> dict[str, Any]:
+def _llama(width: int, mlp: int, layers: int, heads: int) -> dict[str, object]:
     return {
         "model_type": "llama",
         "vocab_size": 128256,

@@ -24,7 +24,7 @@ TOKEN_ROWS = 2  # answers of forget and of retain, each, whose tokens are shown
 
 
 class Answer(NamedTuple):
-    """What a model answered."""
+    """An answer of a model."""
 
     model: str
     kind: str
@@ -139,7 +139,7 @@ def _show_tokens(texts: Sequence[str], scores: TextScores, without_tilt: TextSco
 
 
 def _pieces(tokenizer: "PreTrainedTokenizerBase", tokens: list[int]) -> list[str]:
-    """What each token adds to the text, special tokens included."""
+    """The text that each token adds, special tokens included."""
     texts = [str(tokenizer.decode(tokens[:i])) for i in range(len(tokens) + 1)]
     return [
         (after[len(before) :] if after.startswith(before) else after[-1:]).replace("\n", "⏎")

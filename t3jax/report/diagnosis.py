@@ -1,7 +1,7 @@
 """The diagnosis of every evaluated head: predicted errors over T beside measured forget quality.
 
-`t3jax.theory.diagnose` computes it from held-out rows; here are the rows, the settings and the
-words. A head that cannot be diagnosed has a reason instead.
+`t3jax.theory.diagnose` computes it from held-out rows; this module chooses the rows and the
+settings, and writes the sentences. A head that cannot be diagnosed has a reason instead.
 """
 
 import dataclasses

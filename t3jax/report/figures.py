@@ -51,7 +51,7 @@ class Point(NamedTuple):
     """A setting in the trade-off.
 
     Attributes:
-        label: What stands beside it; empty for none.
+        label: Text beside it; empty for none.
         kind: A key of `STYLES`.
         quality: Forget quality, p.
         utility: Model or retain utility.
@@ -72,7 +72,7 @@ class Line(NamedTuple):
 
 
 def _styled(draw: Callable[..., None]) -> Callable[..., str]:
-    """Gives a drawing function its axes, in this module's style, and returns the picture."""
+    """Calls a drawing function with axes in this module's style, and returns the picture."""
 
     @functools.wraps(draw)
     def picture(*arguments: object) -> str:

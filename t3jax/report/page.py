@@ -65,7 +65,7 @@ def contents(
     token_rows: Sequence[TokenRow],
     diagnoses: Sequence[HeadDiagnosis] = (),
 ) -> dict[str, object]:
-    """What the page shows, as plain values by the names that the template uses."""
+    """The values of the page, by the names that the template uses."""
     settings, evaluated = evaluation.settings, evaluation.logs
     heads = [
         f"head{i}: rank {head.config.rank}, {head.config.activation}; trained to serve at "

@@ -1,4 +1,4 @@
-"""The report's figures: which numbers of an evaluation each shows, and how to read it."""
+"""The numbers of an evaluation that each figure of the report shows, and its caption."""
 
 import contextlib
 from collections.abc import Callable, Mapping

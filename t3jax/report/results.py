@@ -55,15 +55,10 @@ def write_experiment(folder: str | os.PathLike[str], experiment: Experiment, *, 
 
 def _choice(experiment: Experiment) -> str:
     base = selection.log_utility(experiment.sweep.evaluation.logs["base"])
-    rows = [
-        [label, value, note]
-        for label, value, note in summary_rows(
-            experiment.sweep.choice, experiment.sweep.noise_floor
-        )
-    ]
+    rows = summary_rows(experiment.sweep.choice, experiment.sweep.noise_floor)
     if base > 0:
         shares = [held.score.utility / base for held in experiment.sweep.choice.held_out]
-        rows.append(["share of the base model's utility", " ".join(f"{x:.3f}" for x in shares), ""])
+        rows.append(("share of the base model's utility", " ".join(f"{x:.3f}" for x in shares), ""))
     return make_table(["", "value", "meaning"], rows)
 
 

@@ -1,6 +1,6 @@
 """The report's numbers as plain data: from logs to what the template shows.
 
-No number is computed here that `evaluation` does not define; this is choosing, rounding and naming.
+All numbers are defined in `evaluation`; this module chooses, rounds and names them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ class Cell(NamedTuple):
 
     Attributes:
         text: The number; a dash where it is missing.
-        note: What stands beside it, small: its interval, for instance.
+        note: A small text beside it, such as its interval.
     """
 
     text: str
@@ -37,7 +37,7 @@ class Row(NamedTuple):
 
     Attributes:
         label: The setting's name.
-        kind: What it is: base, unlearned, one of the controls, retain model.
+        kind: Base, unlearned, one of the controls, or retain model.
         cells: One for each column.
     """
 
@@ -216,7 +216,7 @@ def missing(settings: Sequence[Setting], *by_name: Mapping[str, Log]) -> list[tu
 
 
 def utility_name(log: Log) -> str:
-    """What the utility of a log is: model utility, or retain utility without the other sets."""
+    """Name of a log's utility: model utility, or retain utility without the other sets."""
     try:
         return selection.rows_of(log).utility_name
     except MissingMetricError:

@@ -140,7 +140,7 @@ def _judged(finding: Finding) -> str:
 
 def _leaks(verdict: Verdict) -> str:
     leaks = [(finding, leak) for finding in verdict.findings for leak in finding.leaks]
-    # One row that leaks under many attacks is shown once, by the leak that decides most.
+    # A row that leaks under several attacks is shown once, with the most telling leak.
     leaks.sort(key=lambda pair: (pair[0].judged != COMES_BACK, pair[1].others - pair[1].recall))
     by_row: dict[int, list[tuple[Finding, Leak]]] = {}
     for pair in leaks:

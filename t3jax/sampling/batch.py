@@ -1,8 +1,8 @@
 """Decoding many prompts in one batch: a row that is finished takes the next prompt.
 
-The host's side of the loop, on token ids. It looks at the new tokens after each chunk; a row that
-ended waits until a few have, then they are given to prompts that wait, which are read together.
-Prompts come in order of length, the longest first, so that each fits where the batch has got to.
+The host's side of the loop, on token ids. It reads the new tokens after each chunk. When a few rows
+have ended, they are given to waiting prompts, which are read together. The longest prompts come
+first, so that each later one fits into the slots that the batch has filled.
 """
 
 import collections
@@ -48,7 +48,7 @@ class Asked(NamedTuple):
 
 
 class Answering(NamedTuple):
-    """How all prompts of a batch are answered.
+    """Options that all prompts of a batch share.
 
     Attributes:
         controls: Makes the controls of a number of rows.
@@ -72,7 +72,7 @@ class Piece(NamedTuple):
     Attributes:
         prompt: Index of the prompt.
         tokens: New tokens.
-        logprobs: Their log-probabilities, as `next_token` gives them.
+        logprobs: Their log-probabilities, as `token_logprobs` gives them.
         last: Whether the answer is over.
     """
 
@@ -175,13 +175,13 @@ class Batch:
         return [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
 
     def _room(self, cursor: int) -> tuple[int, int]:
-        """How many slots can be dropped, and how many are needed then."""
+        """Number of slots that can be dropped, and number that is needed then."""
         prompts = [row.prompt for row in self._rows.values()]
         length = self._bucket([*prompts, *list(self._waiting)[:1]])
         shift = min(cursor - length, *(row.start for row in self._rows.values()))
         left = cursor - shift
         sizes = self._cache_slots(length)
-        # Room for more than one chunk, or it would soon be full again.
+        # Space for more than one chunk: it would soon be full again otherwise.
         enough = (s for s in sizes if s >= left + max(self._chunk, s // 8))
         return shift, next(enough, sizes[-1])
 
@@ -255,7 +255,7 @@ class Batch:
 
 
 def describe_fault(fault: int) -> str:
-    """Says which fault the numbers have that a token was chosen by, see `Emitted`."""
+    """A fault of logits or scores in words, see `Emitted`."""
     if fault == BASE_FAULT:
         return (
             "the base model's logits are NaN or infinite, or every token is banned; "

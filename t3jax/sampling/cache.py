@@ -1,17 +1,16 @@
-"""What happens to a cache between two chunks: it grows, is compacted, and takes new prompts in.
+"""Changes of a cache between two chunks: it grows, is compacted, and admits new prompts.
 
-All rows write at the same slots, so a row that takes a new prompt has it end where the others
-write next; slots at the beginning that no row needs any more are dropped. A decoder's cache says
-which axes are rows and slots. That of a model of the user's own is a tree of arrays of
-`init_cache(rows, slots)`: there it is seen from the shapes that this gives, and a scalar counts
-slots. Axes: B batch, b new prompts, P their slots, S cache slots.
+All rows write to the same slot, so a new prompt ends where the other rows write next; slots at the
+beginning that no row needs are dropped. A decoder's cache says which axes are rows and slots. The
+cache of a user's own model is a tree of arrays from `init_cache(rows, slots)`: its axes are found
+from shapes, and a scalar counts slots. Axes: B batch, b new prompts, P their slots, S cache slots.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int, PyTree
 
 from t3jax.batching import round_up
@@ -38,7 +37,7 @@ def _move(program: Program, state: State, shift: Int[Array, ""], slots: int) -> 
     No unfinished row needs the dropped slots.
     """
 
-    def move(axes: Axes, old: Array, empty: Any) -> Array:
+    def move(axes: Axes, old: Array, empty: np.ndarray | Array) -> Array:
         if axes.rows is None:
             return old - shift
         if axes.slots is None:
@@ -51,7 +50,7 @@ def _move(program: Program, state: State, shift: Int[Array, ""], slots: int) -> 
     return placed(program.mesh, state._replace(cache=cache))
 
 
-# A cache of the same size is moved in place; of another size both are in memory for a moment.
+# Compacting works in place. Resizing cannot: both caches are in memory for a moment.
 compact = jax.jit(_move, static_argnums=(0, 3), donate_argnums=1)
 resize = jax.jit(_move, static_argnums=(0, 3))
 
@@ -67,7 +66,7 @@ def admit(
     that which is written next.
     """
 
-    def take(axes: Axes, old: Array, new: Array, empty: Any) -> Array:
+    def take(axes: Axes, old: Array, new: Array, empty: np.ndarray | Array) -> Array:
         if axes.rows is None:
             return old
         if axes.slots is not None:  # what the rows held before is gone
@@ -93,7 +92,7 @@ def _axes(program: Program, cache: PyTree) -> PyTree:
         for rows, slots in ((2, 3), (5, 3), (2, 7))
     )
 
-    def differing(one: Any, other: Any) -> int | None:
+    def differing(one: jax.ShapeDtypeStruct, other: jax.ShapeDtypeStruct) -> int | None:
         return next((i for i, n in enumerate(one.shape) if n != other.shape[i]), None)
 
     return jax.tree.map(
@@ -105,6 +104,6 @@ def _axes(program: Program, cache: PyTree) -> PyTree:
 
 
 def _num_slots(axes: PyTree, cache: PyTree) -> int:
-    """S; of a cache without slots, such as a recurrent state, any number will do."""
+    """Number of slots S; 1, which is not used, for a cache without slots."""
     pairs = zip(jax.tree.leaves(axes), jax.tree.leaves(cache), strict=True)
     return next((leaf.shape[axis.slots] for axis, leaf in pairs if axis.slots is not None), 1)

@@ -2,8 +2,8 @@
 
 A draw is the largest of logits / temperature + Gumbel noise. On a CPU a row whose support lies
 among its likeliest tokens is drawn from those: noise for a few tokens costs less than noise for a
-vocabulary. The others are drawn from all tokens; a row's draw is the same whoever is beside it. An
-accelerator has the noise sooner than it has found the likeliest, and draws from all.
+vocabulary. The others are drawn from all tokens; a row's draw does not depend on the other rows. On
+an accelerator noise costs less than finding the likeliest tokens, and all rows draw from all.
 
 Axes: B batch, b some of its rows, V vocabulary, F few.
 """
@@ -29,19 +29,12 @@ def draw(
     keys: Key[Array, " B"],
     mesh: Mesh | None = None,
 ) -> Int[Array, " B"]:
-    """Draws a token in each row.
+    """Draws a token in each row from unnormalised logits.
 
-    Args:
-        logits: The distribution to draw from, unnormalised, `[B, V]`.
-        decide: Takes rows, and gives the distribution that decides their support, `[b, V]`. It is
-            computed only if a row truncates.
-        limits: Top-k, top-p and min-p, as for `truncation.support`.
-        temperature: Sampling temperature; 0 is greedy, `[B]`.
-        keys: A PRNG key for each row, used up here.
-        mesh: Where the arrays live; None is one device.
-
-    Returns:
-        The tokens, int32 `[B]`.
+    `decide` takes rows and gives the distribution that decides their support, `[b, V]`; it is
+    computed only if a row truncates. `limits` are top-k, top-p and min-p, as for
+    `truncation.support`. A temperature of 0 is greedy. A row's key is used up here. Without a mesh
+    the arrays live on one device.
     """
     top_k, top_p, min_p = limits
     truncates = jnp.any((top_k > 0) | (top_p < 1) | (min_p > 0))
@@ -50,7 +43,7 @@ def draw(
         few = truncation.likeliest(decide(slice(None)), *limits, mesh)
         return _draw_among(few, logits, temperature, keys), few.settled
 
-    # As numbers: that a loop takes the key of another row each time JAX's check of keys cannot see.
+    # Raw key data: JAX's check of keys cannot see that a loop reads another row's key each time.
     key_data = jax.random.key_data(keys)
 
     def from_all(rows: Rows = slice(None)) -> Array:
@@ -101,7 +94,7 @@ def _one_by_one(tokens: Array, settled: Array, draw_rows: Callable[[Rows], Array
 
 
 def _pick(logits: Array, temperature: Array, noise: Callable[[], Array]) -> Array:
-    """Where the draw falls, int32 `[B]`: the largest of logits / temperature + Gumbel noise."""
+    """The drawn index, int32 `[B]`: the argmax of logits / temperature + Gumbel noise."""
     greedy = temperature == 0
     divisor = jnp.where(greedy, 1.0, temperature)[:, None]
     return jax.lax.cond(

@@ -1,8 +1,8 @@
 """The decoding loop: prefill once, then jitted chunks of a `lax.scan` with a donated state.
 
 Nothing here knows text. A draw depends on the row's key and the absolute step only, so neither the
-chunk size nor who else is in the batch changes it, up to rounding. Axes: B batch, P prompt slots,
-C steps of a chunk, S cache slots, V vocabulary.
+chunk size nor the other rows change it, up to rounding. Axes: B batch, P prompt slots, C steps of a
+chunk, S cache slots, V vocabulary.
 """
 
 import dataclasses
@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from t3jax import head as head_lib
 from t3jax import pooling, sharding
 from t3jax.head import HeadConfig, HeadParams
 from t3jax.lm.cache import cache_shardings
 from t3jax.refinements import PLAIN, Refinements, combine_heads
-from t3jax.sampling.next_token import Controls, Logprobs, next_token
+from t3jax.sampling.next_token import Controls, Logprobs, next_token, token_logprobs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Emitted(NamedTuple):
 
     Attributes:
         tokens: Chosen tokens, `[B, C]`; -1 after a row's end.
-        logprobs: Their log-probabilities, `[B, C]` each, as `next_token` gives them.
+        logprobs: Their log-probabilities, `[B, C]` each, as `token_logprobs` gives them.
         done: Rows that are finished, `[B]`.
         faults: `SOUND`; or `BASE_FAULT`, if no logit of the base was finite or one was NaN or
             infinite; or `HEAD_FAULT`, if a score was not finite, `[B, C]`. A token chosen by such
@@ -121,20 +121,10 @@ def prefill(
     slots: int,
     stop_ids: Int[Array, " n"],
 ) -> tuple[State, Emitted]:
-    """Reads the prompts and chooses the first token of each answer.
+    """Reads the prompts and chooses the first token of each answer, `[B, 1]`.
 
-    Args:
-        program: The static part of the loop.
-        weights: Frozen arrays.
-        prompts: Token ids, padded on the left, `[B, P]`.
-        mask: True at real tokens, `[B, P]`; a row without any is born finished.
-        keys: One PRNG key for each row.
-        controls: The knobs.
-        slots: S, tokens the cache shall hold: prompt and answer.
-        stop_ids: Tokens that end an answer.
-
-    Returns:
-        The state to continue from, and the first tokens, `[B, 1]`.
+    Prompts are padded on the left. `mask` is true at real tokens; a row without any is born
+    finished. The cache has `slots` S, for the prompt and the answer.
     """
     batch, _ = prompts.shape
     cache = _placed_cache(program, program.init_cache(batch, slots))
@@ -190,7 +180,7 @@ def decode_chunk(
         return _choose(program, weights, state, last, logits, controls, stop_ids)
 
     state = state._replace(done=state.done | stopped)
-    # No branch around it, though all rows may be finished: that would copy the cache once a chunk.
+    # No branch for a batch whose rows are all finished: it would copy the cache once a chunk.
     state, emitted = jax.lax.scan(step, state, None, length=steps)
     tokens, logprobs, faults = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), emitted)
     return state, _everywhere(program, Emitted(tokens, logprobs, state.done, faults))
@@ -212,8 +202,6 @@ def _choose(
     """
     split = functools.partial(sharding.constrain, mesh=program.mesh, spec=sharding.LOGITS)
     logits = split(logits)
-    # NaN and infinity come through to the maximum; a few banned tokens do not.
-    faults = jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), SOUND, BASE_FAULT)
     scores = None
     if program.heads:
         mean = state.pooled.mean
@@ -229,29 +217,41 @@ def _choose(
             program.refinements.combine,
         )
         scores = split(scores)
-        sound = jnp.all(jnp.isfinite(scores), axis=-1)
-        faults = jnp.where(sound | (faults == BASE_FAULT), faults, HEAD_FAULT)
+    faults = find_faults(logits, scores)
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.step)
-    token, logprobs = next_token(
+    token, guided = next_token(
         logits,
         scores,
         controls,
         keys,
         state.seen,
         program.truncate_on,
-        program.with_logprobs,
         program.refinements,
         program.mesh,
     )
+    logprobs = token_logprobs(
+        logits, guided, token, has_head=bool(program.heads), with_logprobs=program.with_logprobs
+    )
     ended = state.done | jnp.any(token[:, None] == stop_ids[None, :], axis=-1)
     chosen = jnp.where(state.done, -1, token)
-    state = state._replace(
-        token=token,
-        done=ended,
-        step=state.step + 1,
-        seen=jax.vmap(lambda row, id: row.at[id].set(True))(state.seen, token),
-    )
-    return placed(program.mesh, state), (chosen, logprobs, faults.astype(jnp.int8))
+    return advance(program.mesh, state, token, ended), (chosen, logprobs, faults)
+
+
+def find_faults(logits: Float[Array, "B V"], scores: Float[Array, "B V"] | None) -> Array:
+    """Faults of base logits and of the heads' scores, int8 `[B]`; see `Emitted`."""
+    # The maximum shows NaN and infinity, and ignores banned tokens.
+    faults = jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), SOUND, BASE_FAULT)
+    if scores is not None:
+        sound = jnp.all(jnp.isfinite(scores), axis=-1)
+        faults = jnp.where(sound | (faults == BASE_FAULT), faults, HEAD_FAULT)
+    return faults.astype(jnp.int8)
+
+
+def advance(mesh: Mesh, state: State, token: Array, ended: Array) -> State:
+    """The state after a token of each row is chosen, which the model has not read yet."""
+    seen = jax.vmap(lambda row, id: row.at[id].set(True))(state.seen, token)
+    state = state._replace(token=token, done=ended, step=state.step + 1, seen=seen)
+    return placed(mesh, state)
 
 
 def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
@@ -264,7 +264,7 @@ def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
 
 
 def placed(mesh: Mesh, state: State) -> State:
-    """A state where it belongs, inside of jit."""
+    """Constrains a state to its shardings, inside of jit."""
     if mesh.size == 1:
         return state
     return jax.lax.with_sharding_constraint(state, state_shardings(mesh, state))
@@ -277,7 +277,7 @@ def _placed_cache(program: Program, cache: PyTree) -> PyTree:
 
 
 def _everywhere(program: Program, emitted: Emitted) -> Emitted:
-    """Whole on every device, so that every host reads it and decides alike how to go on."""
+    """Replicates the output on all devices: every host reads it and decides alike."""
     if program.mesh.size == 1:
         return emitted
     return jax.lax.with_sharding_constraint(emitted, NamedSharding(program.mesh, P()))

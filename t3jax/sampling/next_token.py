@@ -145,41 +145,40 @@ def next_token(
     keys: Key[Array, " B"],
     seen: Bool[Array, "B V"],
     truncate_on: str = "guided",
-    with_logprobs: bool = False,
     refinements: Refinements = PLAIN,
     mesh: Mesh | None = None,
-) -> tuple[Int[Array, " B"], Logprobs | None]:
-    """Chooses the next token of each row.
+) -> tuple[Int[Array, " B"], Guided]:
+    """Chooses the next token of each row; returns the distributions that it is drawn from too.
 
-    Args:
-        logits: Base logits, float32 `[B, V]`.
-        scores: Classifier logits g(v), `[B, V]`; None for the base model without a head, which
-            refinements then do not change.
-        controls: The knobs, one value for each row.
-        keys: A PRNG key for each row, used up here.
-        seen: Tokens already in the text, for the repetition penalty, `[B, V]`.
-        truncate_on: "guided", "base" or "tilted": the distribution that decides the support.
-            Without a head "guided" is "base".
-        with_logprobs: Whether to compute the guided log-probability of the choice too, and those
-            under the base without a head.
-        refinements: Which are on.
-        mesh: Where the arrays live; None is one device.
-
-    Returns:
-        The tokens, int32 `[B]`, and their log-probabilities: None without a head, unless they are
-        asked for.
+    Logits and scores are those of the base model and of the classifier, g(v). Without scores, for
+    the base model without a head, refinements change nothing and "guided" is "base". `controls`
+    hold one value for each row, and a row's key is used up here. `seen` marks tokens already in the
+    text, for the repetition penalty. `truncate_on` is the distribution that decides the support:
+    "guided", "base" or "tilted". Without a mesh the arrays live on one device.
     """
     guided = guide(logits, scores, controls, seen, refinements)
     if scores is None and truncate_on == "guided":
         truncate_on = "base"
-    token = choose_token(guided, controls, keys, truncate_on, mesh)
-    if scores is None and not with_logprobs:
-        return token, None
+    return choose_token(guided, controls, keys, truncate_on, mesh), guided
+
+
+def token_logprobs(
+    logits: Float[Array, "B V"],
+    guided: Guided,
+    token: Int[Array, " B"],
+    *,
+    has_head: bool,
+    with_logprobs: bool,
+) -> Logprobs | None:
+    """Log-probabilities of the chosen tokens; None without a head, unless they are asked for.
+
+    Those under the served distribution are computed where they are asked for alone.
+    """
+    if not has_head and not with_logprobs:
+        return None
     base, entropy = _logprob_and_entropy(logits, token)
-    logprobs = Logprobs(base, entropy, None)
-    if with_logprobs:
-        logprobs = logprobs._replace(guided=_logprob_and_entropy(guided.served, token)[0])
-    return token, logprobs
+    served = _logprob_and_entropy(guided.served, token)[0] if with_logprobs else None
+    return Logprobs(base, entropy, served)
 
 
 def choose_token(
@@ -207,7 +206,7 @@ def choose_token(
 
 
 def _logprob_and_entropy(logits: Array, token: Array) -> tuple[Array, Array]:
-    """Of one token in each row, and of the row's distribution: nats, `[B]` each."""
+    """Log-probability of a token in each row, and entropy of the row, nats, `[B]` each."""
     peak = jnp.max(logits, axis=-1, keepdims=True)
     shifted = logits - jnp.where(jnp.isneginf(peak), 0.0, peak)
     weights = jnp.exp(shifted)

@@ -34,7 +34,7 @@ class SamplingOptions:
         stop: Strings that end an answer; they are cut off. Special tokens may be in them.
         stop_ids: Token ids that end an answer, besides the model's own.
         logprobs: Whether to return log-probabilities of the chosen tokens.
-        refusal: Text in the place of each answer whose `Sample.log_ratio` exceeds
+        refusal: Text that replaces each answer whose `Sample.log_ratio` exceeds
             `refusal_threshold`; None serves the alternative answer. It needs T = 1.
         refusal_threshold: Nats. An answer drawn from the base itself exceeds it with a probability
             of at most exp(-threshold) (Markov's inequality).

@@ -351,7 +351,7 @@ class Sampler:
             return not sample.text.strip()
 
         count = sum(map(is_empty, samples))
-        # A base model ends at once now and then, where it is drawn from for its own text.
+        # A base model that is drawn from for its own text ends at once now and then.
         if 2 * count > len(samples) or (count and tilts):
             warn.warn_of_empty_answers(count, len(samples))
 

@@ -29,9 +29,9 @@ class Detokenizer:
         return text[: len(text) - held]
 
     def stop_at(self, tokens: list[int], new: int, stop: Sequence[str]) -> int | None:
-        """How many tokens an answer has up to the one that ends a stop string; None without one.
+        """Number of tokens up to the one that ends a stop string; None without a stop string.
 
-        Of its tokens so far the last `new` ones no call has seen before.
+        The last `new` of the tokens are new since the last call.
         """
         if not self._decode(tokens, stop)[1]:
             return None
@@ -63,7 +63,7 @@ def _overlap(text: str, string: str) -> int:
 
 
 def _special_tokens(tokenizer: Any) -> list[str]:
-    """What a tokenizer leaves out of a text that it decodes, the longest first."""
+    """Special tokens, which decoding leaves out of a text, the longest first."""
     if tokenizer is None:
         return []
     added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)

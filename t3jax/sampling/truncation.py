@@ -52,7 +52,7 @@ def likeliest(
     values, tokens = _largest(logits, mesh)
     mass = jnp.sum(_weights(logits), axis=-1)
     kept = support(values, top_k, top_p, min_p, mass)
-    # Each rule is a threshold: where it drops the least of these, it drops all that is below.
+    # Each rule is a threshold: if it drops the least likely of these, it drops all below them.
     return Likeliest(tokens, kept, ~kept[:, -1])
 
 
@@ -74,8 +74,9 @@ def support(
         top_p: Keep the smallest set of likeliest tokens whose probability reaches p; 1 keeps all,
             `[B]`.
         min_p: Keep tokens at least min_p times as likely as the likeliest; 0 keeps all, `[B]`.
-        mass: Of which top-p is a share, where `logits` are only the likeliest of a vocabulary: the
-            sum over all of it of `exp(logit - largest logit)`, `[B]`. None: the sum over `logits`.
+        mass: The mass that top-p is a share of, where `logits` are only the likeliest of a
+            vocabulary: the sum over all of it of `exp(logit - largest logit)`, `[B]`. None: the sum
+            over `logits`.
 
     Returns:
         True where a token may be drawn, `[B, V]`. The likeliest token always may.

@@ -1,11 +1,11 @@
-"""Warnings about answers: no language, nothing said, a truncation that brings the text back."""
+"""Warnings about answers: absurd or empty ones, a truncation that brings the text back."""
 
 import functools
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
+import jax
 import numpy as np
 
 from t3jax.sampling.next_token import Logprobs
@@ -66,6 +66,6 @@ def warn_of_the_base() -> None:
     )
 
 
-def perplexity(logprobs: Any) -> float:
-    """Of tokens with these log-probabilities; of surprises beyond all floats, a huge one."""
+def perplexity(logprobs: jax.typing.ArrayLike) -> float:
+    """Perplexity of tokens with these log-probabilities, bounded by e^700."""
     return math.exp(min(-float(np.mean(logprobs, dtype=np.float64)), 700.0))

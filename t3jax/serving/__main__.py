@@ -6,21 +6,21 @@
     python -m t3jax.serving FOLDER --off ID
     python -m t3jax.serving FOLDER --revoke ID   # deletes its head and rows
 
-No model is loaded. A server that is started with the folder serves what it says. While one runs, it
-holds the folder: use its `/v1/forget_requests` then.
+No model is loaded. A server that is started with the folder serves the heads that are on. A running
+server locks the folder: use its `/v1/forget_requests` then.
 """
 
 import argparse
 import getpass
 import pathlib
 import sys
-from typing import Any
 
+from t3jax.head_io import Head
 from t3jax.serving.requests import RequestBook
 
 
 def main() -> None:
-    """Reads the command line; what is wrong is one line and status 1."""
+    """Reads the command line; errors are one line and status 1."""
     parser = argparse.ArgumentParser(
         prog="python -m t3jax.serving",
         description=__doc__,
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
         who = f"{getpass.getuser()}, offline"
         id = arguments.on or arguments.off or arguments.revoke
         if id is not None and book.show(id) is None:
-            known = ", ".join(entry["id"] for entry in book.entries()) or "none"
+            known = ", ".join(str(entry["id"]) for entry in book.entries()) or "none"
             raise ValueError(f"no request {id!r} in {arguments.folder}; there are: {known}")
         if arguments.revoke:
             book.revoke(id, who)
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
 class _Nobody:
     """Serves no head."""
 
-    def install(self, name: str, head: Any, active: bool = True) -> None:
+    def install(self, name: str, head: Head, active: bool = True) -> None:
         """Does nothing."""
 
     def activate(self, name: str, active: bool) -> None:

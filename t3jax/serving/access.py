@@ -1,4 +1,4 @@
-"""Who asks, and how much a body may hold."""
+"""Keys of clients, and the size limit of bodies."""
 
 import dataclasses
 import secrets
@@ -48,7 +48,7 @@ class Access:
             )
 
     async def read_body(self, request: HttpRequest, most: int) -> bytes:
-        """The body, of so many bytes at most; raises a `BadRequest` if it has more."""
+        """Reads the body; raises a `BadRequest` if it has more than `most` bytes."""
         size = request.headers.get("content-length", "0")
         if size.isdigit() and int(size) > most:
             raise BadRequest(f"the body has {size} bytes, at most {most} are taken", None, 413)

@@ -7,7 +7,7 @@ changed the likeliest candidate at its place.
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from t3jax.serving.messages import Event, Scores
@@ -18,13 +18,7 @@ class Writer:
     """Writes the answers to one body."""
 
     def __init__(self, ask: Ask, reader: Reader, model: str):
-        """Keeps what is asked.
-
-        Args:
-            ask: The body, read.
-            reader: Who read it.
-            model: What the model is called in the answer.
-        """
+        """Keeps what is asked, and the model's name in the answer."""
         self.ask = ask
         self.tokenizer = reader.lm.tokenizer
         self.id = f"{'chatcmpl' if ask.chat else 'cmpl'}-{secrets.token_hex(12)}"
@@ -33,7 +27,7 @@ class Writer:
         self.counts = [0] * len(ask.requests)
         self._offsets = [0] * len(ask.requests)
 
-    def whole(self, events: Sequence[Sequence[Event]]) -> dict[str, Any]:
+    def whole(self, events: Sequence[Sequence[Event]]) -> dict[str, object]:
         """The body of an answer that is over."""
         choices = []
         for i, own in enumerate(events):
@@ -55,8 +49,8 @@ class Writer:
         kind = "chat.completion" if self.ask.chat else "text_completion"
         return self._body(kind, choices) | {"usage": self.usage}
 
-    def first(self) -> list[dict[str, Any]]:
-        """What a stream of a chat begins with."""
+    def first(self) -> list[dict[str, object]]:
+        """The first chunks of a chat's stream."""
         if not self.ask.chat:
             return []
         delta = {"role": "assistant", "content": ""}
@@ -65,7 +59,7 @@ class Writer:
             for i in range(len(self.ask.requests))
         ]
 
-    def piece(self, i: int, event: Event) -> dict[str, Any] | None:
+    def piece(self, i: int, event: Event) -> dict[str, object] | None:
         """A piece of a stream; None if it holds nothing."""
         self.counts[i] += 0 if self.ask.no_answer else len(event.tokens)
         choice: dict[str, Any] = {"index": i, "finish_reason": event.finish}
@@ -87,8 +81,8 @@ class Writer:
             empty = not choice["text"] and choice["logprobs"] is None
         return None if empty and event.finish is None else self._chunk([choice])
 
-    def last(self) -> list[dict[str, Any]]:
-        """What a stream ends with."""
+    def last(self) -> list[dict[str, object]]:
+        """The last chunks of a stream."""
         if not self.ask.include_usage:
             return []
         return [self._chunk([]) | {"usage": self.usage}]
@@ -103,11 +97,11 @@ class Writer:
             "total_tokens": self.ask.prompt_tokens + answered,
         }
 
-    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _chunk(self, choices: Sequence[Mapping[str, object]]) -> dict[str, object]:
         kind = "chat.completion.chunk" if self.ask.chat else "text_completion"
         return self._body(kind, choices)
 
-    def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _body(self, kind: str, choices: Sequence[Mapping[str, object]]) -> dict[str, object]:
         return {
             "id": self.id,
             "object": kind,
@@ -141,7 +135,11 @@ class Writer:
         return self._columns(i, event.tokens, event.scores.chosen, likeliest)
 
     def _columns(
-        self, i: int, ids: Sequence[int], chosen: Sequence[float | None], likeliest: Sequence[Any]
+        self,
+        i: int,
+        ids: Sequence[int],
+        chosen: Sequence[float | None],
+        likeliest: Sequence[Sequence[tuple[int, float]] | None],
     ) -> dict[str, list]:
         tokens = [self._token(id) for id in ids]
         offsets = []
@@ -156,13 +154,13 @@ class Writer:
         }
 
     def _top(self, place: Sequence[tuple[int, float]]) -> dict[str, float]:
-        """By token's text; of those with one text the likeliest, which comes first."""
+        """Log-probabilities by a token's text; of equal texts the likeliest, which comes first."""
         top: dict[str, float] = {}
         for id, logprob in place:
             top.setdefault(self._token(id), logprob)
         return top
 
-    def _chat_logprobs(self, event: Event) -> list[dict[str, Any]]:
+    def _chat_logprobs(self, event: Event) -> list[dict[str, object]]:
         scores = event.scores or Scores([], [], [], [])
         likeliest = scores.likeliest or [[]] * len(event.tokens)
         entries = [
@@ -175,7 +173,7 @@ class Writer:
                 entry |= {"base_logprob": base, "retain": retain, "changed": changed}
         return entries
 
-    def _entry(self, id: int, logprob: float) -> dict[str, Any]:
+    def _entry(self, id: int, logprob: float) -> dict[str, object]:
         text = self._token(id)
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 

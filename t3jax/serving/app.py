@@ -1,9 +1,8 @@
 """The HTTP server: its routes; the work is the engine's.
 
-A body goes through `generation.py`, which has `protocol.py` read it, gives the engine its requests,
-and has `answers.py` write what comes out. Whoever has no server key gets answers of the unlearned
-model and nothing else: no head off, no other T or s, no number of the base model. See
-`docs/serving.md`.
+`generation.py` takes a body: `protocol.py` reads it, the engine gets its requests, and `answers.py`
+writes the answers. A client without the server key gets answers of the unlearned model and nothing
+else: no head off, no other T or s, no number of the base model. See `docs/serving.md`.
 """
 
 import asyncio
@@ -38,17 +37,10 @@ def make_app(
     keys: Keys,
     book: RequestBook | None = None,
 ) -> Starlette:
-    """Makes the application.
+    """Makes an ASGI application for a started engine.
 
-    Args:
-        engine: A started engine.
-        reader: Reads bodies; its first name is the model's.
-        options: How the server talks to its clients.
-        keys: Its secrets.
-        book: The requests to forget; None: the server has those that it started with.
-
-    Returns:
-        An ASGI application.
+    The first name of the reader is the model's. Without a book the server has the requests that it
+    started with.
     """
     access, metrics = Access(keys), Metrics(engine)
     parts = engine, reader, options, access, metrics
@@ -93,7 +85,7 @@ def make_app(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _About(Routes):
-    """Routes that need no answer of the model, and what is said of errors."""
+    """Routes that need no answer of the model, and the responses to errors."""
 
     started: int = dataclasses.field(default_factory=lambda: int(time.time()))
 

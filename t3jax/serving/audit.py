@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-from typing import Any
 
 from t3jax import files
 from t3jax.serving.entry import Entry, now
@@ -13,11 +12,7 @@ class AuditLog:
     """A file of JSON lines. It keeps digests, not rows."""
 
     def __init__(self, path: pathlib.Path):
-        """Ends a line that a killed server did not end, so that the file can be read.
-
-        Args:
-            path: The file; it need not be there.
-        """
+        """Ends a line that a killed server did not end, so that the file can be read."""
         self.path = path
         if not path.exists():
             return
@@ -29,7 +24,7 @@ class AuditLog:
             with files.replacing(path) as temporary:
                 temporary.write_bytes(content[:end] + (json.dumps(line) + "\n").encode())
 
-    def add(self, who: str, what: str, entry: Entry, **more: Any) -> None:
+    def add(self, who: str, what: str, entry: Entry, **more: object) -> None:
         """Writes a line, which is on the disk when this returns."""
         line = {
             "when": now(),
@@ -48,7 +43,7 @@ class AuditLog:
         finally:
             os.close(descriptor)
 
-    def read(self) -> list[dict[str, Any]]:
+    def read(self) -> list[dict[str, object]]:
         """All lines, the oldest first."""
         if not self.path.exists():
             return []

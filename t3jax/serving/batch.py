@@ -1,7 +1,7 @@
-"""The answers at work: prompts that are read, rows that decode, and what they say.
+"""The running answers: prompts that are read, rows that decode, and their events.
 
 A prompt is read in pieces, so that a long one does not stall the others for its whole length, and
-then joins the batch. Events go out here; who waits and what is switched is the engine's business.
+then joins the batch. Events go out here; the queue and the switching of heads are the engine's.
 """
 
 import collections
@@ -71,16 +71,7 @@ class Batch:
         eos_ids: Sequence[int],
         stats: Stats,
     ):
-        """Makes an empty batch.
-
-        Args:
-            device: Computes.
-            options: Rows, steps of a chunk, tokens of a piece and of kept beginnings.
-            heads: Names them.
-            detokenizer: From tokens to text.
-            eos_ids: Tokens that end an answer.
-            stats: What is counted.
-        """
+        """Makes an empty batch."""
         self.device = device
         self._options = options
         self._heads = heads
@@ -99,7 +90,7 @@ class Batch:
 
     @property
     def tickets(self) -> list[Ticket]:
-        """Theirs."""
+        """The tickets of the running requests."""
         return [*(one.ticket for one in self._readings), *(r.ticket for r in self._rows.values())]
 
     def finish(self, ticket: Ticket, event: Event) -> None:
@@ -108,7 +99,7 @@ class Batch:
         ticket.on_event(event)
 
     def drop_cancelled(self) -> None:
-        """Frees the rows of requests that nobody waits for."""
+        """Frees the rows of cancelled requests."""
         gone = [ticket for ticket in self.tickets if ticket.cancelled]
         for one in self._readings:
             if one.ticket.cancelled:
@@ -119,7 +110,7 @@ class Batch:
             self.finish(ticket, Event(finish="cancelled"))
 
     def reset(self) -> list[Ticket]:
-        """Forgets all answers, which get no event; gives their tickets. The device does so too."""
+        """Drops all answers without an event; returns their tickets. The device is reset apart."""
         tickets = self.tickets
         self._rows, self._readings = {}, []
         self._prefixes.clear()
@@ -164,7 +155,7 @@ class Batch:
     # ---- reading
 
     def _resume(self, reading: _Reading) -> None:
-        """Goes on from the longest beginning that is kept, if that is longer than what is read."""
+        """Continues from the longest kept beginning, if it is longer than what was read."""
         request = reading.ticket.request
         if request.scores_prompt:
             return  # the tokens of a kept beginning have no scores
@@ -220,7 +211,7 @@ class Batch:
         rows: Mapping[int, int],
         prompt_scores: Scores | None = None,
     ) -> None:
-        """Hands out what is new, and frees rows that are done."""
+        """Sends events with the new tokens, and frees rows that are done."""
         tokens, scored, changed_by, faults, done = jax.tree.map(np.asarray, tuple(emitted))
         for i, number in rows.items():
             row = self._rows[number]

@@ -1,9 +1,9 @@
 """The device's side of an engine: its programs, and the states that live between their calls.
 
-A prompt is read in a state of its own, which has a number until it joins the batch. All that comes
-in and goes out is small and the host's. The batch has as many slots as its longest row needs, in
-powers of two, and few rows while few answers are decoded, where that gives the same bits. Axes as
-in `state`.
+A prompt is read in a state of its own, which has a number until it joins the batch. Arguments and
+results of all calls are small and on the host. The batch has as many slots as its longest row
+needs, in powers of two, and few rows while few answers are decoded, where that gives the same bits.
+Axes as in `state`.
 """
 
 import functools
@@ -52,15 +52,8 @@ class Device:
     ):
         """Makes an empty batch; compiles nothing of consequence.
 
-        Args:
-            lm: The model.
-            options: Rows, steps of a chunk and tokens of a piece.
-            heads: The heads; which are on is looked up at each call.
-            base_temperature: T where a request does not say.
-            guidance_scale: s where a request does not say.
-            truncate_on: What decides top-k, top-p and min-p.
-            refinements: Which are on.
-            max_length: Longest prompt and answer together, tokens.
+        Which heads are on is looked up at each call. T and s are those of requests that do not give
+        them. `max_length` counts prompt and answer together.
         """
         self._lm = lm
         self._options = options
@@ -88,20 +81,12 @@ class Device:
     def read(
         self, reading: int, piece: np.ndarray, following: np.ndarray, end: int, request: Request
     ) -> tuple[np.ndarray, ...] | None:
-        """Reads a piece of a prompt.
+        """Reads a piece of a prompt; gives the scores of the tokens that follow, if asked for.
 
         The state has slots for what is read so far and no more, so that prompts which begin alike
-        are read by the same programs.
-
-        Args:
-            reading: Which prompt.
-            piece: Its tokens, -1 where there is none, int32 `[1, T]`.
-            following: The token after each, -1 where there is none, int32 `[1, T]`.
-            end: Tokens of the prompt up to here, padding included.
-            request: Whose prompt it is.
-
-        Returns:
-            The scores of the tokens that follow, if the request asks for them, see `Scored`.
+        are read by the same programs. `piece` and the tokens that follow each of its tokens are
+        `[1, T]`, -1 where there is none. `end` counts the prompt's tokens up to here, padding
+        included.
         """
         own, _ = self._readings[reading]
         own, last, scored = programs.read_piece(
@@ -121,17 +106,17 @@ class Device:
         self._readings.pop(reading, None)
 
     def keep(self, reading: int, name: bytes) -> None:
-        """Keeps a copy of what a prompt has read so far."""
+        """Stores a copy of a prompt's state under a name."""
         own, last = self._readings[reading]
         self._kept[name] = state.duplicate(self._program, own), last
 
     def resume(self, reading: int, name: bytes) -> None:
-        """Lets a prompt go on from what is kept."""
+        """Continues a prompt from a kept state."""
         own, last = self._kept[name]
         self._readings[reading] = state.duplicate(self._program, own), last
 
     def give_up(self, name: bytes) -> None:
-        """Forgets what is kept."""
+        """Drops a kept state."""
         del self._kept[name]
 
     def slots_for(self, length: int) -> int:
@@ -143,13 +128,9 @@ class Device:
     def fit(self, used: Sequence[int], count: int, length: int) -> dict[int, int]:
         """Gives the batch rows and slots for what is to be decoded.
 
-        Args:
-            used: Rows with an answer.
-            count: Answers that are decoded or will be soon.
-            length: Tokens that the longest row is to hold.
+        Each used row has the new place that is returned for it.
 
-        Returns:
-            The new place of each used row.
+        `count` answers are decoded now or soon, and the longest row is to hold `length` tokens.
         """
         needed, slots = self.slots_for(length), self._slots
         if needed > slots or 4 * needed <= slots:
@@ -171,15 +152,9 @@ class Device:
         return int(self._batch.token.shape[0])
 
     def join(self, reading: int, row: int, request: Request) -> state.Emitted:
-        """Chooses the first token of an answer, and gives it a row of the batch.
+        """Chooses the first token of an answer, and gives the answer a row of the batch.
 
-        Args:
-            reading: Its prompt, read; the batch has as many slots as that or more.
-            row: The row.
-            request: Whose answer it is.
-
-        Returns:
-            The first token.
+        The batch has as many slots as the prompt's state or more.
         """
         own, last = self._readings.pop(reading)
         keys = hosts.place(
@@ -195,14 +170,7 @@ class Device:
         return jax.device_get(emitted)
 
     def decode(self, requests: Sequence[Request | None]) -> state.Emitted:
-        """Decodes a chunk.
-
-        Args:
-            requests: The request of each row; None where no answer is decoded.
-
-        Returns:
-            What came out.
-        """
+        """Decodes a chunk; `requests` has None in rows without an answer."""
         running = np.asarray([request is not None for request in requests])
         self._batch, emitted = programs.decode(
             self._program,
@@ -266,7 +234,7 @@ class Device:
         )
 
     def _with_slots(self, own: State, slots: int) -> State:
-        """From size to size, so that few programs do: one for each two that follow each other."""
+        """Resizes step by step: programs for neighbouring sizes are enough."""
         sizes, order = self._slot_sizes, np.arange(own.token.shape[0], dtype=np.int32)
         now, goal = sizes.index(own.cache.positions.shape[1]), sizes.index(slots)
         step = 1 if goal > now else -1
@@ -320,7 +288,7 @@ class Device:
         )
 
     def _settings(self, requests: Sequence[Request | None]) -> state.Settings:
-        """What differs from row to row; a row without a request is greedy and has no heads."""
+        """The settings of each row; a row without a request is greedy and has no heads."""
         count = len(requests)
         fields = {name: list(value) for name, value in Controls.filled(count)._asdict().items()}
         stop_ids = np.full((count, len(self._lm.eos_ids) + MOST_STOP_IDS), -1, np.int32)

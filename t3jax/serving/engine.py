@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
@@ -36,6 +36,8 @@ from t3jax.serving.messages import (
 )
 from t3jax.serving.mirror import IDLE_SECONDS, Mirror
 
+T = TypeVar("T")
+
 
 class Engine:
     """Answers requests with one model and the heads that are active."""
@@ -50,15 +52,9 @@ class Engine:
         truncate_on: str = "guided",
         refinements: Refinements = PLAIN,
     ):
-        """Makes an empty batch beside the model; compiles nothing.
+        """Makes an empty batch beside the model, a decoder of `t3jax.lm`; compiles nothing.
 
-        Args:
-            lm: The frozen base model, a decoder of `t3jax.lm`.
-            options: How much the engine takes on; None takes the defaults.
-            base_temperature: T where a request does not say.
-            guidance_scale: s where a request does not say.
-            truncate_on: What decides top-k, top-p and min-p.
-            refinements: Which are on.
+        T and s are those of requests that do not give them.
 
         Raises:
             ValueError: If the model is not a decoder of `t3jax.lm`, the mesh splits rows, or heads
@@ -113,7 +109,7 @@ class Engine:
         self._thread.start()
 
     def stop(self, drain: bool = True) -> None:
-        """Takes no more requests; answers those at hand, or cancels them, and ends the thread."""
+        """Refuses new requests, answers or cancels the running ones, and ends the thread."""
         with self._wake:
             self._stopping = "drain" if drain else "now"
             self._wake.notify_all()
@@ -175,14 +171,9 @@ class Engine:
             raise FieldError("heads", f"unknown {unknown}; there are {sorted(self.head_names)}")
 
     def submit(self, requests: Sequence[Request], on_event: Callable[[int, Event], None]) -> list:
-        """Puts requests into the queue, all or none.
+        """Puts requests into the queue, all or none; returns a `Ticket` for each.
 
-        Args:
-            requests: The requests.
-            on_event: Takes the index of a request and an event of it, in the engine's thread.
-
-        Returns:
-            A `Ticket` for each.
+        `on_event` is called with the index of a request and an event of it, in the engine's thread.
 
         Raises:
             QueueFull: If they do not all fit.
@@ -214,12 +205,9 @@ class Engine:
             self._wake.notify_all()
 
     def install(self, name: str, head: Head, active: bool = True) -> None:
-        """Puts a head in, or in the place of the one of this name; it holds from the next chunk on.
+        """Adds a head, or replaces the one of this name, from the next chunk on.
 
-        Args:
-            name: Its name.
-            head: The head.
-            active: Whether it is on for everybody.
+        An active head is on for everybody.
 
         Raises:
             ValueError: If it does not fit the model or the stack, or there is no free place.
@@ -235,11 +223,11 @@ class Engine:
         """Takes a head out."""
         self.call(lambda: self._heads.remove(name))
 
-    def call(self, command: Callable[[], Any]) -> Any:
+    def call(self, command: Callable[[], T]) -> T:
         """Runs something between two chunks, in the engine's thread, and waits for it."""
         if threading.current_thread() is self._thread or not self._thread.is_alive():
             return command()
-        future: concurrent.futures.Future = concurrent.futures.Future()
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
         with self._wake:
             self._commands.append((command, future))
             self._wake.notify_all()
@@ -279,7 +267,7 @@ class Engine:
                 self._begin_waiting()
                 self._batch.read()
                 self._batch.decode()
-            except Exception as error:  # the device failed: say so to everybody, and go on
+            except Exception as error:  # the device failed: all requests are told, then it goes on
                 self._fail_all(error)
 
     def _has_work(self) -> bool:
@@ -310,7 +298,7 @@ class Engine:
     def _fail_all(self, error: Exception) -> None:
         for ticket in self._batch.reset():
             self._batch.finish(ticket, _failure(error))
-        if self._mirror is not None:  # the other processes are who knows where
+        if self._mirror is not None:  # the other processes' states are unknown
             os.kill(os.getpid(), signal.SIGTERM)
             self._stopping = "now"
             return

@@ -1,4 +1,4 @@
-"""A request to forget: what is known of it, and how it is read from what a client sends."""
+"""A request to forget: its record, and how it is read from a body."""
 
 import dataclasses
 import datetime
@@ -57,14 +57,10 @@ class Entry:
     error: str | None = None
 
 
-def read_entry(fields: Mapping[str, Any]) -> tuple[Entry, bytes]:
-    """Reads a new request.
+def read_entry(fields: Mapping[str, object]) -> tuple[Entry, bytes]:
+    """Reads a new request: its entry, which waits, and its rows as JSON lines.
 
-    Args:
-        fields: As for `RequestBook.add`.
-
-    Returns:
-        The entry, which waits, and its rows as JSON lines.
+    The fields are those of `RequestBook.add`.
 
     Raises:
         FieldError: If a field is unknown or wrong; names it.
@@ -97,7 +93,7 @@ def read_entry(fields: Mapping[str, Any]) -> tuple[Entry, bytes]:
     return entry, content
 
 
-def _read_rows(fields: Mapping[str, Any]) -> list[Record]:
+def _read_rows(fields: Mapping[str, object]) -> list[Record]:
     if unknown := sorted(set(fields) - set(_FIELDS)):
         raise FieldError(unknown[0], f"unknown field; known: {sorted(_FIELDS)}")
     rows = fields.get("rows")

@@ -1,7 +1,6 @@
-"""What a client is told when it does not get what it asked for."""
+"""Errors of the API: requests that are refused, and their responses."""
 
 import json
-from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
@@ -26,7 +25,7 @@ class BadRequest(ValueError):
         )
 
 
-def error_body(message: str, param: str | None, code: str) -> dict[str, Any]:
+def error_body(message: str, param: str | None, code: str) -> dict[str, object]:
     """An error as the OpenAI API writes it."""
     kind = "server_error" if code in ("internal_error", "unavailable") else "invalid_request_error"
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
@@ -38,7 +37,7 @@ def error_response(status: int, message: str, param: str | None, code: str) -> R
     return JSONResponse(error_body(message, param, code), status_code=status, headers=headers)
 
 
-def describe(value: Any) -> str:
+def describe(value: object) -> str:
     """A value of a body in a few words: its kind and how it begins."""
     if value is None:
         return "null"

@@ -6,6 +6,8 @@ from typing import Any
 from t3jax.json_files import parse_json
 from t3jax.serving.errors import KINDS, BadRequest, describe
 
+Number = int | float
+
 # Fields of the API that do nothing at these values, and that nothing here does at others.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,),
@@ -22,7 +24,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def read_object(content: bytes) -> dict[str, Any]:
+def read_object(content: bytes) -> dict[str, object]:
     """Reads the JSON object of a body; raises a `BadRequest`."""
     try:
         value = parse_json(content, "the body")
@@ -36,13 +38,10 @@ def read_object(content: bytes) -> dict[str, Any]:
 class Fields:
     """The fields of a body, with their types."""
 
-    def __init__(self, body: dict[str, Any], known: Sequence[str], within: str = ""):
+    def __init__(self, body: Mapping[str, object], known: Sequence[str], within: str = ""):
         """Refuses fields that are not known; of those of the API, unless they do nothing.
 
-        Args:
-            body: The JSON object.
-            known: Names of the fields that are read.
-            within: The field that the object is the value of, for errors.
+        `within` is the field that the object is the value of, for errors.
 
         Raises:
             BadRequest: If there is another field. All methods raise one for a wrong value.
@@ -60,7 +59,7 @@ class Fields:
             if not any(value == each and type(value) is type(each) for each in NEUTRAL[name]):
                 raise BadRequest(f"{name} is not supported; leave it out", name)
 
-    def take(self, name: str, kind: Any, otherwise: Any = None) -> Any:
+    def take(self, name: str, kind: type | tuple[type, ...], otherwise: object = None) -> Any:
         """A value of one of the types; what is given otherwise if it is missing or null."""
         value = self.body.get(name)
         if value is None:
@@ -72,16 +71,23 @@ class Fields:
             raise BadRequest(f"{self.within}{name} must be {expected}, got {describe(value)}", name)
         return value
 
-    def whole(self, name: str, otherwise: Any, low: int, high: int) -> Any:
+    def whole(self, name: str, otherwise: int | None, low: int, high: int) -> Any:
         """A whole number in a range."""
         return self._within(name, self.take(name, int), otherwise, low, high)
 
-    def number(self, name: str, otherwise: Any, low: Any, high: Any) -> Any:
+    def number(self, name: str, otherwise: Number | None, low: Number, high: Number) -> Any:
         """A number in a range, as a float."""
         value = self._within(name, self.take(name, (int, float)), otherwise, low, high)
         return None if value is None else float(value)
 
-    def _within(self, name: str, value: Any, otherwise: Any, low: Any, high: Any) -> Any:
+    def _within(
+        self,
+        name: str,
+        value: Number | None,
+        otherwise: Number | None,
+        low: Number,
+        high: Number,
+    ) -> Number | None:
         if value is None:
             return otherwise
         if not low <= value <= high:  # NaN too

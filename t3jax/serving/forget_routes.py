@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from typing import Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
@@ -21,13 +20,7 @@ class ForgetRoutes:
     """Lists, adds, switches and revokes requests."""
 
     def __init__(self, book: RequestBook | None, options: ServerOptions, access: Access):
-        """Keeps the book.
-
-        Args:
-            book: The requests; None: the server has those that it started with.
-            options: Limits.
-            access: Checks keys.
-        """
+        """Keeps the book; without one the server has the requests that it started with."""
         self.book = book
         self.options = options
         self.access = access
@@ -90,11 +83,11 @@ class ForgetRoutes:
         return JSONResponse(revoked)
 
     async def audit_log(self, request: HttpRequest) -> Response:
-        """Who did what and when."""
+        """The audit log."""
         book = self._need_book(request)
         return JSONResponse({"object": "list", "data": await asyncio.to_thread(book.audit)})
 
-    def _found(self, book: RequestBook, request: HttpRequest) -> dict[str, Any]:
+    def _found(self, book: RequestBook, request: HttpRequest) -> dict[str, object]:
         entry = book.show(request.path_params["id"])
         if entry is None:
             raise BadRequest(f"no request {request.path_params['id']!r}", "id", 404)

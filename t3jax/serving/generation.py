@@ -5,8 +5,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 
 import numpy as np
 from starlette.requests import Request as HttpRequest
@@ -80,7 +79,11 @@ class GenerationRoutes(Routes):
         return JSONResponse(writer.whole(collected))
 
     async def _stream(
-        self, writer: Writer, ask: Ask, first: tuple[int, Event], events: Any
+        self,
+        writer: Writer,
+        ask: Ask,
+        first: tuple[int, Event],
+        events: AsyncGenerator[tuple[int, Event], None],
     ) -> AsyncIterator[bytes]:
         try:
             for chunk in writer.first():
@@ -100,7 +103,7 @@ class GenerationRoutes(Routes):
         finally:
             await events.aclose()
 
-    async def _events(self, requests: list[Request]) -> AsyncIterator[tuple[int, Event]]:
+    async def _events(self, requests: list[Request]) -> AsyncGenerator[tuple[int, Event], None]:
         """The events of requests, until all are over; gives them up when it is closed."""
         queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -129,7 +132,7 @@ class GenerationRoutes(Routes):
         deadline = arrived + self.options.timeout
         try:
             while left:
-                # Not a timeout around all: another task may go on with this generator.
+                # No timeout around the loop: another task may continue this generator.
                 async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
                     i, event = await queue.get()
                 now = time.monotonic()
@@ -171,7 +174,11 @@ class GenerationRoutes(Routes):
         return JSONResponse({"status": "ok"})
 
 
-async def _unless_gone(request: HttpRequest, work: Any, events: Any) -> None:
+async def _unless_gone(
+    request: HttpRequest,
+    work: Coroutine[None, None, None],
+    events: AsyncGenerator[tuple[int, Event], None],
+) -> None:
     """Waits for work, and gives it up when the client hangs up."""
     task = asyncio.ensure_future(work)
 
@@ -192,5 +199,5 @@ async def _unless_gone(request: HttpRequest, work: Any, events: Any) -> None:
         await events.aclose()
 
 
-def _line(body: dict[str, Any]) -> bytes:
+def _line(body: Mapping[str, object]) -> bytes:
     return b"data: " + json.dumps(body, ensure_ascii=False).encode() + b"\n\n"

@@ -19,13 +19,7 @@ class HeadSet:
     """Heads by name, in a stack with a fixed number of places."""
 
     def __init__(self, lm: LM, places: int, rank: int):
-        """Makes an empty set.
-
-        Args:
-            lm: The model that the heads are for.
-            places: How many heads it holds.
-            rank: Their largest rank.
-        """
+        """Makes an empty set for a model, with places for heads up to a rank."""
         self.stack: Stack = make_stack(places, lm.hidden_size, lm.vocab_size, rank, lm.mesh)
         self._lm = lm
         self._empty = self.stack[0]
@@ -56,7 +50,7 @@ class HeadSet:
         check_shape(self.stack, head.config)
 
     def install(self, name: str, head: Head, active: bool) -> None:
-        """Puts a head in, or in the place of the one of this name.
+        """Adds a head, or replaces the one of this name.
 
         Raises:
             ValueError: If there is no free place.

@@ -1,12 +1,13 @@
-"""What goes into the engine and comes out of it."""
+"""The messages that go into the engine and come out of it."""
 
 import collections
 import dataclasses
 from collections.abc import Callable
+from typing import Annotated
 
 import numpy as np
 
-from t3jax.ranges import COUNT, RANK, Numbers, check_ranges, whole
+from t3jax.ranges import COUNT, RANK, Numbers, Ranged, whole
 from t3jax.sampling.sampler import SamplingOptions
 
 MOST_STOP_IDS = 8  # of a request, beside the model's own
@@ -30,8 +31,8 @@ class FieldError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class ServerOptions:
-    """How the server talks to its clients.
+class ServerOptions(Ranged):
+    """Options of the server towards its clients.
 
     Attributes:
         host: Address that it listens on.
@@ -43,29 +44,21 @@ class ServerOptions:
     """
 
     host: str = "127.0.0.1"
-    port: int = 8000
+    port: Annotated[int, whole(0, 2**16 - 1)] = 8000
     model_name: str | None = None
-    timeout: float = 300.0
-    max_body: int = 2**20
-    max_rows_body: int = 2**25
-
-    def __post_init__(self):
-        check_ranges(
-            self,
-            port=whole(0, 2**16 - 1),
-            timeout=Numbers(0, 10**6, above=True),
-            max_body=whole(2**10, 2**31),
-            max_rows_body=whole(2**10, 2**31),
-        )
+    timeout: Annotated[float, Numbers(0, 10**6, above=True)] = 300.0
+    max_body: Annotated[int, whole(2**10, 2**31)] = 2**20
+    max_rows_body: Annotated[int, whole(2**10, 2**31)] = 2**25
 
 
 @dataclasses.dataclass(frozen=True)
-class EngineOptions:
-    """How much an engine takes on.
+class EngineOptions(Ranged):
+    """Limits and sizes of an engine.
 
     Attributes:
         rows: Answers decoded together.
-        chunk: Steps between two looks of the host; divides no answer, but what comes at once.
+        chunk: Steps between two looks of the host; answers do not depend on it, their pieces in a
+            stream do.
         piece: Tokens of a prompt that are read at a time: 32 times a power of two.
         max_length: Longest prompt and answer together, tokens; None: the model's context, at most
             2,048.
@@ -75,27 +68,17 @@ class EngineOptions:
         prefixes: Tokens of prompts that begin alike whose states are kept; 0: none are.
     """
 
-    rows: int = 16
-    chunk: int = 8
-    piece: int = 128
-    max_length: int | None = None
-    queue: int = 256
-    heads: int = 8
-    rank: int = 200
-    prefixes: int = 4096
+    rows: Annotated[int, whole(1, 2**12)] = 16
+    chunk: Annotated[int, whole(1, 2**10)] = 8
+    piece: Annotated[int, whole(1, 2**14)] = 128
+    max_length: Annotated[int | None, whole(2, 2**20)] = None
+    queue: Annotated[int, COUNT] = 256
+    heads: Annotated[int, whole(1, 2**8)] = 8
+    rank: Annotated[int, RANK] = 200
+    prefixes: Annotated[int, whole(0, 2**24)] = 4096
 
     def __post_init__(self):
-        check_ranges(
-            self,
-            rows=whole(1, 2**12),
-            chunk=whole(1, 2**10),
-            piece=whole(1, 2**14),
-            max_length=whole(2, 2**20),
-            queue=COUNT,
-            heads=whole(1, 2**8),
-            rank=RANK,
-            prefixes=whole(0, 2**24),
-        )
+        super().__post_init__()
         if self.piece not in (SHORT_PIECE << i for i in range(10)):
             raise ValueError(f"piece = {self.piece}: expected {SHORT_PIECE}, 64, 128, ...")
 
@@ -164,7 +147,7 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """What comes out for a request.
+    """An event of a request.
 
     Attributes:
         text: New text.

@@ -1,4 +1,4 @@
-"""What a server counts, for Prometheus."""
+"""Counters of the server, for Prometheus."""
 
 from collections.abc import Iterable
 
@@ -14,11 +14,7 @@ class Metrics:
     """Counters of one server."""
 
     def __init__(self, engine: Engine):
-        """Makes a registry.
-
-        Args:
-            engine: Whose counts are read when the metrics are.
-        """
+        """Makes a registry; the engine's counts are read when the metrics are."""
         self.registry = prometheus_client.CollectorRegistry()
         self.registry.register(_OfEngine(engine))  # type: ignore[arg-type]
         self.first_token = prometheus_client.Histogram(

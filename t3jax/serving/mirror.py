@@ -1,7 +1,7 @@
 """Several hosts: process 0 decides, and every process computes.
 
-The engine runs in process 0. Each call of its device, whose arguments are small and the host's, is
-sent to the other processes first, so that all of them run the same programs in the same order.
+The engine runs in process 0. Each call of its device is sent to the other processes first, so that
+all of them run the same programs in the same order. The arguments are small and on the host.
 """
 
 import pickle
@@ -23,11 +23,7 @@ class Mirror:
     """The device of process 0, whose calls all processes make."""
 
     def __init__(self, device: Device):
-        """Keeps the device of this process.
-
-        Args:
-            device: It; made alike in every process.
-        """
+        """Keeps the device of this process, which is made alike in every process."""
         self._device = device
         for name in _CALLS:
             setattr(self, name, lambda *args, name=name: self._call(name, *args))
@@ -36,11 +32,11 @@ class Mirror:
         return getattr(self._device, name)
 
     def ping(self) -> None:
-        """Says that nothing is to be done for now."""
+        """Tells the other processes that there is nothing to do for now."""
         _broadcast(pickle.dumps(("", ())))
 
     def end(self) -> None:
-        """Lets the others go."""
+        """Ends `follow` in the other processes."""
         _broadcast(pickle.dumps((None, ())))
 
     def follow(self) -> None:
@@ -52,13 +48,13 @@ class Mirror:
             if name:
                 getattr(self._device, name)(*args)
 
-    def _call(self, name: str, *args: Any) -> Any:
+    def _call(self, name: str, *args: object) -> object:
         _broadcast(pickle.dumps((name, args)))
         return getattr(self._device, name)(*args)
 
 
 def _broadcast(content: bytes) -> bytes:
-    """What process 0 gives, in every process."""
+    """Broadcasts bytes of process 0 to all processes."""
     head = np.zeros(_SMALL, np.uint8)
     if jax.process_index() == 0:
         head[:_HEADER] = np.frombuffer(len(content).to_bytes(_HEADER, "big"), np.uint8)

@@ -1,8 +1,9 @@
-"""Which beginnings of prompts are kept read, so that those to come need not read them again.
+"""A cache of beginnings of prompts that were read, so that later prompts need not read them.
 
 A system prompt is the beginning of many prompts, and several answers to one prompt share all of it.
-A beginning ends where a piece ends, and is kept from the second time on: what comes once costs
-nothing. The least recently used are given up first. The states themselves are the device's.
+A beginning ends where a piece ends, and is kept from the second time on: a beginning that comes
+once costs nothing. The least recently used are given up first. The states themselves are the
+device's.
 """
 
 import collections
@@ -18,11 +19,9 @@ class Prefixes:
     """Beginnings of prompts by their tokens."""
 
     def __init__(self, capacity: int, drop: Callable[[bytes], None]):
-        """Makes an empty set.
+        """Makes an empty set whose states have at most `capacity` slots together.
 
-        Args:
-            capacity: Slots of all states together, at most.
-            drop: Takes the name of a beginning that is given up.
+        `drop` is called with the name of a beginning that is given up.
         """
         self._capacity = capacity
         self._drop = drop
@@ -41,14 +40,9 @@ class Prefixes:
         return name
 
     def add(self, tokens: np.ndarray, slots: int) -> bytes | None:
-        """Notes that a beginning was read.
+        """Notes that a beginning was read, whose state has this many slots.
 
-        Args:
-            tokens: The beginning.
-            slots: Of its state.
-
-        Returns:
-            Its name, if its state is to be kept from now on.
+        Its name is returned if its state is to be kept from now on.
         """
         name = _name(tokens)
         if slots > self._capacity or name in self._kept:

@@ -2,31 +2,22 @@
 
 A prompt is read alone, in pieces whose sizes follow from its length, and a batch is decoded with
 one of two numbers of rows, whose steps give the same bits. So a request gets the same numbers
-whoever is beside it.
+whatever the other requests are.
 
 Axes: as in `state`, and T tokens of a piece.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from t3jax import pooling
-from t3jax.sampling.loop import BASE_FAULT, HEAD_FAULT, SOUND, State, placed
+from t3jax.sampling.loop import State, advance, find_faults, placed
 from t3jax.sampling.next_token import Guided, choose_token, guide
 from t3jax.serving.stack import FEATURES_READ, blame, combined_scores
-from t3jax.serving.state import (
-    MOST_LIKELY,
-    Emitted,
-    Program,
-    Scored,
-    Settings,
-    Weights,
-    everywhere,
-)
+from t3jax.serving.state import MOST_LIKELY, Emitted, Program, Scored, Settings, Weights, everywhere
 
 _SCORED_AT_ONCE = 32  # places of a prompt whose scores of the vocabulary are in memory together
 
@@ -41,20 +32,11 @@ def read_piece(
     settings: Settings,
     scores_prompt: bool,
 ) -> tuple[State, Float[Array, "B D"], Scored | None]:
-    """Reads the next piece of a prompt.
+    """Reads the next piece of a prompt; `state` is donated.
 
-    Args:
-        program: What is compiled.
-        weights: Frozen arrays.
-        state: Of the rows that read; donated.
-        tokens: The piece, padded with -1 on the right.
-        following: The token after each, -1 where there is none.
-        settings: What differs from row to row.
-        scores_prompt: Whether to score the tokens that follow.
-
-    Returns:
-        The state, the last real token's hidden state, and the scores of the tokens that follow,
-        `[B, T]`.
+    Tokens are padded with -1 on the right; `following` has the token after each, -1 where there is
+    none. The state, the last real token's hidden state and, where they are asked for, the scores of
+    the following tokens `[B, T]` are returned.
     """
     mask = tokens >= 0
     ids = jnp.where(mask, tokens, 0)
@@ -79,18 +61,10 @@ def choose_first(
     keys: Key[Array, " B"],
     settings: Settings,
 ) -> tuple[State, Emitted]:
-    """Chooses the first token of answers whose prompts are read.
+    """Chooses the first token of answers whose prompts are read; `state` is donated.
 
-    Args:
-        program: What is compiled.
-        weights: Frozen arrays.
-        state: From the prompt's last piece; donated.
-        last: The hidden state of the prompt's last token.
-        keys: A PRNG key for each row.
-        settings: What differs from row to row.
-
-    Returns:
-        The state to join the batch with, and the first tokens, `[B, 1]`.
+    `last` is the hidden state of the prompt's last token. The state to join the batch with and the
+    first tokens `[B, 1]` are returned.
     """
     state = state._replace(keys=keys, done=jnp.zeros_like(state.done))
     state, emitted = _choose(program, weights, state, last, settings)
@@ -108,21 +82,12 @@ def decode(
     settings: Settings,
     steps: int,
 ) -> tuple[State, Emitted]:
-    """Chooses up to `steps` more tokens for the rows that run.
+    """Chooses up to `steps` (C) more tokens for the rows that run; `state` is donated.
 
-    Args:
-        program: What is compiled.
-        weights: Frozen arrays.
-        state: The batch's; donated.
-        running: Rows with an answer that is not over.
-        settings: What differs from row to row.
-        steps: C.
-
-    Returns:
-        The state, and the tokens, `[B, C]`.
+    `running` marks rows with an answer that is not over.
     """
 
-    def step(state: State, _: None) -> tuple[State, Any]:
+    def step(state: State, _: None) -> tuple[State, tuple[Array, Scored, Array, Array]]:
         reading = ~state.done[:, None]
         hidden, cache = program.apply(
             weights.params, state.token[:, None], None, reading, state.cache
@@ -145,10 +110,7 @@ def _choose(
     logits = program.unembed(weights.params, last)
     features = pooling.prefix_features(state.pooled.mean, last, FEATURES_READ)
     scores, hiddens = combined_scores(weights.stack, features, settings.on)
-    faults = jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), SOUND, BASE_FAULT)
-    sound = jnp.all(jnp.isfinite(scores), axis=-1)
-    faults = jnp.where(sound | (faults == BASE_FAULT), faults, HEAD_FAULT)
-
+    faults = find_faults(logits, scores)
     guided = guide(logits, scores, settings.controls, state.seen, program.refinements)
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.step)
     token = choose_token(guided, settings.controls, keys, program.truncate_on, program.mesh)
@@ -158,16 +120,10 @@ def _choose(
     changed = expected != jnp.argmax(guided.served, axis=-1)
     changed_by = jnp.where(changed, blame(weights.stack, hiddens, settings.on, expected), -1)
 
-    step = state.step + 1
     stops = jnp.any(token[:, None] == settings.stop_ids, axis=-1)
+    ended = state.done | stops | (state.step + 1 >= settings.limit)
     chosen = jnp.where(state.done, -1, token)
-    state = state._replace(
-        token=token,
-        done=state.done | stops | (step >= settings.limit),
-        step=step,
-        seen=jax.vmap(lambda row, id: row.at[id].set(True))(state.seen, token),
-    )
-    return placed(program.mesh, state), (chosen, scored, changed_by, faults.astype(jnp.int8))
+    return advance(program.mesh, state, token, ended), (chosen, scored, changed_by, faults)
 
 
 def _score(

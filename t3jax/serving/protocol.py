@@ -9,8 +9,8 @@ References:
 
 import dataclasses
 import secrets
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
 import numpy as np
 
@@ -69,27 +69,17 @@ class Reader:
     ):
         """Keeps what bodies are read for.
 
-        Args:
-            lm: The model.
-            names: What clients may call it.
-            prompt_format: How messages become a prompt.
-            max_new_tokens: Longest answer where a body does not say.
+        `names` are the model's for clients; `max_new_tokens` holds where a body does not say.
         """
         self.lm = lm
         self.names = names
         self.prompt_format = prompt_format
         self.max_new_tokens = max_new_tokens
 
-    def read(self, body: dict[str, Any], chat: bool, has_server_key: bool) -> Ask:
-        """Reads a body.
+    def read(self, body: Mapping[str, object], chat: bool, has_server_key: bool) -> Ask:
+        """Reads a body, of chat completions or of completions.
 
-        Args:
-            body: The JSON object.
-            chat: Whether it is one of chat completions.
-            has_server_key: Whether the client may say what is unlearned.
-
-        Returns:
-            What is asked.
+        With the server key a client may say what is unlearned.
 
         Raises:
             BadRequest: If a field is unknown, not supported, of another type or out of range.
@@ -101,7 +91,10 @@ class Reader:
                     f"{name} decides what is unlearned and needs the server key", name, 403
                 )
         self.check_model(fields)
-        prompts = self._messages(fields) if chat else self._prompts(fields)
+        if chat:
+            prompts = [self.encode_messages(fields.take("messages", list))]
+        else:
+            prompts = self._prompts(fields)
         count = fields.whole("n", 1, 1, MOST_ANSWERS)
         if count * len(prompts) > MOST_ANSWERS:
             raise BadRequest(f"prompts times n may be {MOST_ANSWERS} at most", "n")
@@ -167,7 +160,7 @@ class Reader:
         except ValueError as error:
             raise BadRequest(f"{param}: {error}", param) from None
 
-    def encode_messages(self, messages: Any) -> np.ndarray:
+    def encode_messages(self, messages: object) -> np.ndarray:
         """Tokens of a conversation, up to where the answer begins."""
         if not isinstance(messages, list) or not messages:
             raise BadRequest("messages must be a list of at least one turn", "messages")
@@ -176,7 +169,7 @@ class Reader:
             where = f"messages[{i}]"
             if not isinstance(turn, dict):
                 raise BadRequest(f"{where} must be an object, got {describe(turn)}", where)
-            # Some clients say {"type": "message"} too, and empty fields of an answer that they got.
+            # Some clients add {"type": "message"}, and empty fields of an earlier answer.
             said = {name for name, value in turn.items() if value not in (None, [])}
             if unknown := sorted(said - {"role", "content", "type"}):
                 raise BadRequest(f"{where} has fields that are not supported: {unknown}", where)
@@ -201,9 +194,6 @@ class Reader:
         except ValueError as error:
             raise BadRequest(str(error), "messages") from None
 
-    def _messages(self, fields: Fields) -> list[np.ndarray]:
-        return [self.encode_messages(fields.take("messages", list))]
-
     def _prompts(self, fields: Fields) -> list[np.ndarray]:
         prompt = fields.take("prompt", (str, list))
         if prompt is None or prompt == []:
@@ -214,7 +204,7 @@ class Reader:
             raise BadRequest(f"at most {MOST_ANSWERS} prompts", "prompt")
         return [self._prompt(each) for each in prompt]
 
-    def _prompt(self, prompt: Any) -> np.ndarray:
+    def _prompt(self, prompt: object) -> np.ndarray:
         if isinstance(prompt, str):
             ids = self.encode(prompt)
         elif _are_ids(prompt):
@@ -273,5 +263,5 @@ class Reader:
             raise BadRequest(str(error), str(error).split()[0]) from None
 
 
-def _are_ids(value: Any) -> bool:
+def _are_ids(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and bool(value) and all(type(each) is int for each in value)

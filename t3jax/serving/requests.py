@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from t3jax import checked, files
 from t3jax.data.records import Record, parse_records
@@ -39,6 +39,10 @@ from t3jax.serving.entry import (
     read_entry,
 )
 from t3jax.serving.messages import QueueFull
+
+if TYPE_CHECKING:
+    from t3jax.serving.training import Check
+    from t3jax.training_sets import TrainingSets
 
 _MOST_WAITING = 64
 
@@ -63,10 +67,10 @@ class Maker(Protocol):
 
     def make(
         self, rows: Sequence[Record], store: pathlib.Path, names: tuple[str, ...] = ()
-    ) -> tuple[Head, Any]:
+    ) -> "tuple[Head, TrainingSets]":
         """Makes a head, and gives what it was trained on."""
 
-    def check(self, head: Head, rows: Sequence[Record], sets: Any) -> Any:
+    def check(self, head: Head, rows: Sequence[Record], sets: "TrainingSets") -> "Check":
         """Checks a head; gives a dataclass with the field `passed`."""
 
 
@@ -80,13 +84,9 @@ class RequestBook:
         maker: Maker | None,
         report: Callable[[str], None] | None = None,
     ):
-        """Opens a folder, and puts the heads of active requests in.
+        """Opens a folder, created if missing, and puts the heads of active requests in.
 
-        Args:
-            folder: Where requests are kept; created if missing.
-            heads: Where heads are served.
-            maker: Makes heads; None: no request can be added.
-            report: Takes a line on what happens.
+        Without a maker no request can be added.
 
         Raises:
             OSError: If another process uses the folder, or it cannot be written to.
@@ -123,17 +123,12 @@ class RequestBook:
         if maker is not None:
             self._thread.start()
 
-    def add(self, fields: Mapping[str, Any], who: str) -> dict[str, Any]:
-        """Takes a request; its head is made in the background.
+    def add(self, fields: Mapping[str, object], who: str) -> dict[str, object]:
+        """Takes a request of `who`; its head is made in the background.
 
-        Args:
-            fields: `rows`: a list of rows, or their JSON or JSON lines as bytes; `name`;
-                `delete_rows`: whether to delete the rows once the head is made; `names`: whom the
-                rows are about, looked for if missing.
-            who: Who asks, for the audit log.
-
-        Returns:
-            The entry.
+        The fields are `rows`, a list of rows, or their JSON or JSON lines as bytes; `name`;
+        `delete_rows`, whether to delete the rows once the head is made; and `names` of the people
+        that the rows are about, looked for if missing.
 
         Raises:
             FieldError: If a field is unknown or wrong; names it.
@@ -159,19 +154,19 @@ class RequestBook:
             self._wake.notify_all()
         return self._shown(entry)
 
-    def entries(self) -> list[dict[str, Any]]:
+    def entries(self) -> list[dict[str, object]]:
         """All requests, the oldest first."""
         with self._lock:
             entries = sorted(self._entries.values(), key=lambda entry: entry.created)
             return [self._shown(entry) for entry in entries]
 
-    def show(self, id: str) -> dict[str, Any] | None:
+    def show(self, id: str) -> dict[str, object] | None:
         """One request; None if there is none of this identifier."""
         with self._lock:
             entry = self._entries.get(id)
             return None if entry is None else self._shown(entry)
 
-    def activate(self, id: str, active: bool, who: str) -> dict[str, Any]:
+    def activate(self, id: str, active: bool, who: str) -> dict[str, object]:
         """Turns a request's head on or off; turning one on that is held approves it.
 
         Raises:
@@ -187,7 +182,7 @@ class RequestBook:
             self._heads.activate(id, active)
             return self._shown(entry)
 
-    def revoke(self, id: str, who: str) -> dict[str, Any]:
+    def revoke(self, id: str, who: str) -> dict[str, object]:
         """Revokes a request: its head is taken out, and head and rows are deleted."""
         with self._lock:
             entry = self._entries[id]
@@ -203,17 +198,12 @@ class RequestBook:
             self._wake.notify_all()
             return self._shown(entry)
 
-    def audit(self) -> list[dict[str, Any]]:
+    def audit(self) -> list[dict[str, object]]:
         """The audit log, the oldest line first."""
         return self._audit.read()
 
     def wait(self, timeout: int | float | None = None, id: str | None = None) -> bool:
-        """Waits until a request neither waits nor trains; False if that took longer.
-
-        Args:
-            timeout: Seconds; None: for ever.
-            id: Which request; None: all.
-        """
+        """Waits until a request, or all, neither wait nor train; False after `timeout` seconds."""
 
         def done() -> bool:
             entries = self._entries.values() if id is None else [self._entries[id]]
@@ -295,7 +285,7 @@ class RequestBook:
             shutil.rmtree(own / name, ignore_errors=True)
         (own / "rows.jsonl").unlink(missing_ok=True)
 
-    def _shown(self, entry: Entry) -> dict[str, Any]:
+    def _shown(self, entry: Entry) -> dict[str, object]:
         return {"object": "forget_request", **dataclasses.asdict(entry)}
 
 

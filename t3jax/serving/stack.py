@@ -58,16 +58,7 @@ def make_stack(places: int, hidden_size: int, vocab_size: int, rank: int, mesh: 
 
 
 def put(stack: Stack, index: int, head: Head, mesh: Mesh) -> Stack:
-    """Puts a head into a place of a stack.
-
-    Args:
-        stack: The stack.
-        index: Which place.
-        head: The head; its width and vocabulary are the stack's.
-        mesh: Where the stack lives.
-
-    Returns:
-        The new stack; the old one stays as it is.
+    """Puts a head into a place of a stack; the old stack stays as it is.
 
     Raises:
         ValueError: If the head's rank exceeds the stack's, or it has several hidden layers.
@@ -114,16 +105,9 @@ def combined_scores(
 ) -> tuple[Float[Array, "B V"], Float[Array, "H B R"]]:
     """One score of every next token, from the heads that are on in each row.
 
-        g = -logsumexp_i(-g_i)  over the heads i that are on
-
-    Args:
-        stack: H places.
-        features: `prefix_features` of the kind `FEATURES_READ`, `[B, 2 D]`.
-        on: Which heads are on in each row.
-
-    Returns:
-        g, float32 `[B, V]`, the same as `refinements.combine_heads` of these heads; 1e30 in a row
-        without any. And the hidden layer of each head, which `blame` takes.
+    g = -logsumexp_i(-g_i) over the heads i that are on, float32, as `refinements.combine_heads` of
+    these heads; 1e30 in a row without any. The features are of the kind `FEATURES_READ`. The hidden
+    layer of each head, which `blame` takes, is returned too.
 
     References:
         `t3jax.refinements.combine_heads`, disjoint requests.

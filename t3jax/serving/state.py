@@ -1,7 +1,7 @@
 """The state of a server's batch: what it holds, and how rows and slots are made and moved.
 
-Every row has a cursor of its own and starts at slot 0, and all shapes are fixed. What differs from
-row to row is traced: settings, which heads are on, where it stops, how long it may get.
+Every row has a cursor of its own and starts at slot 0, and all shapes are fixed. All that differs
+from row to row is traced: settings, heads that are on, stop tokens, longest answer.
 
 Axes: B batch, b rows that join or are left, S cache slots, D features, H places for heads, V
 vocabulary, n stop tokens, K likeliest tokens, C steps of a chunk.
@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from t3jax import pooling
 from t3jax.lm.cache import Axes, cache_axes
@@ -29,7 +30,7 @@ MOST_LIKELY = 20  # tokens whose log-probabilities a request may ask for, at eac
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What is fixed when the programs are compiled.
+    """The static part of the programs, fixed when they are compiled.
 
     Attributes:
         apply: The model's `apply`.
@@ -56,7 +57,7 @@ class Weights(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What differs from row to row.
+    """The settings of each row.
 
     Attributes:
         controls: As for `next_token`.
@@ -92,7 +93,7 @@ class Scored(NamedTuple):
 
 
 class Emitted(NamedTuple):
-    """What came out of a chunk, `[B, C, ...]` each.
+    """The output of a chunk, `[B, C, ...]` each.
 
     Attributes:
         tokens: Chosen tokens; -1 after a row's end.
@@ -110,7 +111,7 @@ class Emitted(NamedTuple):
     done: Bool[Array, " B"]
 
 
-def everywhere(mesh: Mesh, tree: Any) -> Any:
+def everywhere(mesh: Mesh, tree: PyTree) -> PyTree:
     """Whole on every device, so that every host reads it; inside of jit."""
     if mesh.size == 1:
         return tree
@@ -139,16 +140,10 @@ def empty_state(
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def join(program: Program, state: State, new: State, row: Int[Array, " b"]) -> State:
-    """Gives a row of the batch to an answer that has begun.
+    """Gives a row of the batch to an answer that has begun; `state`, the batch's, is donated.
 
-    Args:
-        program: What is compiled.
-        state: The batch's; donated.
-        new: From `choose_first`, of as many slots.
-        row: Which; one that the batch does not have drops it, `[b]`.
-
-    Returns:
-        The batch's state.
+    `new` comes from `choose_first` and has as many slots. A row that the batch does not have drops
+    the answer.
     """
     joined = jax.tree.map(lambda old, own: old.at[row].set(own, mode="drop"), state, new)
     return placed(program.mesh, joined)
@@ -158,17 +153,10 @@ def join(program: Program, state: State, new: State, row: Int[Array, " b"]) -> S
 def resize(program: Program, state: State, order: Int[Array, " b"], slots: int) -> State:
     """The same answers with other numbers of rows and slots.
 
-    Args:
-        program: What is compiled.
-        state: The batch's, or that of a prompt.
-        order: The old row of each new one, `[b]`.
-        slots: Slots of the new state; those dropped hold nothing that is needed.
-
-    Returns:
-        The new state.
+    `order` has the old row of each new one. Slots that are dropped hold nothing that is needed.
     """
 
-    def change(axes: Axes, old: Array, empty: Any) -> Array:
+    def change(axes: Axes, old: Array, empty: np.ndarray | Array) -> Array:
         if axes.slots is None or old.shape[axes.slots] == slots:
             return old[order]
         kept = jax.lax.slice_in_dim(old, 0, min(slots, old.shape[axes.slots]), axis=axes.slots)
@@ -182,7 +170,7 @@ def resize(program: Program, state: State, order: Int[Array, " b"], slots: int) 
 
 @functools.partial(jax.jit, static_argnums=0)
 def duplicate(program: Program, state: State) -> State:
-    """The same numbers in arrays of their own, so that one of both can be donated."""
+    """A copy of a state, so that one of both can be donated."""
     return placed(program.mesh, jax.tree.map(jnp.copy, state))
 
 
@@ -190,13 +178,7 @@ def duplicate(program: Program, state: State) -> State:
 def made_up_state(program: Program, state: State, filled: Int[Array, ""]) -> State:
     """A state of the same shape full of unlike numbers, to compare programs on.
 
-    Args:
-        program: What is compiled.
-        state: Gives the shapes.
-        filled: Tokens that each row has read.
-
-    Returns:
-        The state.
+    Each row has read `filled` tokens.
     """
 
     def make_up(leaf: Array) -> Array:
@@ -217,7 +199,7 @@ def made_up_state(program: Program, state: State, filled: Int[Array, ""]) -> Sta
 
 
 def _settle(mesh: Mesh, state: State) -> State:
-    """Where programs leave a state; one that lies elsewhere would have them compiled anew."""
+    """Places a state where programs leave theirs; another sharding would compile them anew."""
     if mesh.size == 1:
         return jax.lax.with_sharding_constraint(state, NamedSharding(mesh, P()))
     return placed(mesh, state)

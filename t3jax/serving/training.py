@@ -1,36 +1,31 @@
-"""From rows to forget to a head that is checked, with a model that is loaded already.
+"""Makes heads from rows to forget and checks them, with a model that is already loaded.
 
-The features of what is retained are computed once for all requests. What is made of the rows to
-forget (features, counterfactuals) lies in a folder of the request, to be deleted with them.
+The features of the retain rows are computed once for all requests. Features and counterfactuals of
+the rows to forget lie in a folder of the request, and are deleted with them.
 """
 
 import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from t3jax.data.chat import PromptFormat, encode_records
+from t3jax.data.chat import Example, PromptFormat
 from t3jax.data.records import Record
 from t3jax.evaluation.calibration import calibrate
-from t3jax.features import Features, load_or_compute_features
+from t3jax.features import Features
 from t3jax.head import HeadConfig
 from t3jax.head_io import Head
 from t3jax.lm.model import LM
 from t3jax.sampling.sampler import Sampler
 from t3jax.synthetic import names as names_lib
-from t3jax.synthetic import targets, turns, writing
+from t3jax.synthetic import targets, writing
 from t3jax.training import TrainConfig, train_heads
-from t3jax.training_sets import (
-    SyntheticOptions,
-    TrainingSets,
-    make_training_sets,
-)
+from t3jax.training_sets import Featurizer, SyntheticOptions, TrainingSets, make_training_sets
 from t3jax.verification.attacks import Encoding
 from t3jax.verification.reciting import count_recited
 
 _HELD_OUT = 10  # every tenth retain row is kept from training, to be checked
 _CHECKED_ROWS = 40
-_DRAWS: dict[str, dict[str, Any]] = {
+_DRAWS: dict[str, dict[str, float]] = {
     "greedy": {},
     "t0.7-p0.9-x4": {"temperature": 0.7, "top_p": 0.9, "num_samples": 4},
 }
@@ -46,7 +41,7 @@ class HeadRecipe:
         synthetic: What the base model writes for it; names are those of each request.
         prompt_format: How a question becomes a prompt.
         retain: Rows to retain.
-        feature_store: Folder for what is retained.
+        feature_store: Folder for the features of the retain rows.
         seed: Seed of the training.
         base_temperature: T that heads are served with.
         guidance_scale: s that heads are served with.
@@ -102,11 +97,6 @@ class HeadMaker:
     def __init__(self, lm: LM, recipe: HeadRecipe, report: Callable[[str], None] | None = None):
         """Splits the retain rows; computes nothing.
 
-        Args:
-            lm: The model.
-            recipe: How heads are made.
-            report: Takes a line on how the work goes on.
-
         Raises:
             ValueError: If there is nothing to retain.
         """
@@ -115,6 +105,9 @@ class HeadMaker:
                 "a server that takes requests to forget needs rows to retain: give --config.retain"
             )
         self.lm = lm
+        self._featurizer = Featurizer(
+            lm, recipe.prompt_format, recipe.feature_store, recipe.head.features
+        )
         distilled = recipe.training.settle_loss("distillation")  # a classifier needs its own s
         self.recipe = dataclasses.replace(recipe, training=distilled)
         self.held_out = list(recipe.retain[::_HELD_OUT]) if len(recipe.retain) > 1 else []
@@ -136,18 +129,8 @@ class HeadMaker:
                 self.lm, options, prompt_format=recipe.prompt_format, store=recipe.feature_store
             )
         self._report("features of the retain rows")
-        turned = turns.put_behind_turns(
-            self.lm.tokenizer,
-            rows,
-            options.earlier_turns,
-            recipe.prompt_format,
-            others=rows,
-            max_length=self.lm.max_position,
-            seed=(options.seed, 1),
-        )
-        features = load_or_compute_features(
-            self.lm, self._encode(turned), recipe.feature_store, kind=recipe.head.features
-        )
+        turned = self._featurizer.turn(rows, rows, options.earlier_turns, (options.seed, 1))
+        features = self._featurizer.compute("retain", turned)
         if recipe.training.loss == "distillation":
             features = targets.add_base_targets(
                 self.lm,
@@ -160,15 +143,9 @@ class HeadMaker:
     def make(
         self, rows: Sequence[Record], store: pathlib.Path, names: tuple[str, ...] = ()
     ) -> tuple[Head, TrainingSets]:
-        """Makes a head.
+        """Makes a head for rows to forget, and the sets that it was trained on, kept in `store`.
 
-        Args:
-            rows: Rows to forget.
-            store: Folder for what is made of them.
-            names: Whom the rows are about; empty: they are looked for.
-
-        Returns:
-            The head and the sets that it was trained on.
+        Without `names` the people that the rows are about are looked for.
 
         Raises:
             ValueError: If a row cannot be encoded, or is not fit for counterfactuals.
@@ -191,14 +168,11 @@ class HeadMaker:
         kept = features.select(stay)
         self._report("counterfactuals and features of the rows to forget")
         sets = make_training_sets(
-            self.lm,
+            dataclasses.replace(self._featurizer, store=store),
             rows,
             trained,
             recipe.training,
             dataclasses.replace(recipe.synthetic, own_samples=0, names=people),
-            prompt_format=recipe.prompt_format,
-            features=recipe.head.features,
-            feature_store=store,
             retained=[kept],
         )
         self._report("training")
@@ -216,32 +190,22 @@ class HeadMaker:
         return head, sets
 
     def check(self, head: Head, rows: Sequence[Record], sets: TrainingSets) -> Check:
-        """Checks a head, at the T and s that it is served with.
-
-        Args:
-            head: The head.
-            rows: Its rows to forget.
-            sets: What it was trained on.
-
-        Returns:
-            What was found.
-        """
+        """Checks a head on its rows and held-out retain rows, at the T and s of serving."""
         self._report("check")
         recipe = self.recipe
-        by_row: list[list[Any]] = [[] for _ in rows]
+        by_row: list[list[Example]] = [[] for _ in rows]
         for swapped in sets.counterfactuals:
             if swapped.row < len(rows):
-                by_row[swapped.row] += self._encode([swapped.record])
+                by_row[swapped.row] += self._featurizer.encode([swapped.record])
         made_up = all(by_row)
-        examples = self._encode(rows)
+        examples = self._featurizer.encode(rows)
         found = calibrate(
             self.lm,
             [head],
             examples,
             by_row if made_up else [[each] for each in examples],
-            self._encode(_without(self.held_out, rows) or _without(self.trained, rows)),
-            temperatures=(recipe.base_temperature,),
-            scales=(recipe.base_temperature * recipe.guidance_scale,),
+            self._featurizer.encode(_without(self.held_out, rows) or _without(self.trained, rows)),
+            grid=[(recipe.base_temperature, recipe.base_temperature * recipe.guidance_scale)],
         )
         leaks, base_leaks = self._count_leaks(head, rows)
         reasons = [
@@ -282,11 +246,6 @@ class HeadMaker:
         }
         leaks = {name: share(sampler, draws, **served) for name, draws in _DRAWS.items()}
         return leaks, {"greedy": share(sampler, {}, base_temperature=1.0, guidance_scale=0.0)}
-
-    def _encode(self, rows: Sequence[Record]) -> list[Any]:
-        return encode_records(
-            self.lm.tokenizer, rows, self.recipe.prompt_format, self.lm.max_position
-        )
 
 
 def _without(rows: Sequence[Record], others: Sequence[Record]) -> list[Record]:

@@ -1,7 +1,7 @@
 """Variations of the chosen setting: one thing changed at a time, all else as it was chosen.
 
 T and s come from the sweep, whose scores are there. Heads of other ranks, epochs and retain sets
-are trained; so are those of the refinements that are a matter of training. Nothing here chooses.
+are trained, and those of refinements that change the training. Nothing here chooses.
 """
 
 import dataclasses
@@ -114,6 +114,7 @@ def vary_heads(config: Settings, lm: LM, mesh: Mesh, found: Sweep) -> list[Point
     chosen = dataclasses.replace(found.chosen[0], name="head0-varied", heads=(0,))
     settings = spread_over_seeds(chosen, len(every))
     scored, retain_log = pipeline.score(config, _with_heads(found, every), settings, answers=False)
+    assert retain_log is not None  # the sweep had one
     by_head = dict(zip(every, scored.values(), strict=True))
     return [
         _point(axis, chosen.refinements.name, value, [by_head[h] for h in several], retain_log)
@@ -146,7 +147,7 @@ def refine(config: Settings, lm: LM, mesh: Mesh, found: Sweep) -> list[Refined]:
     examined = _with_heads(found, every)
     flat = [setting for seeds in settings.values() for setting in seeds]
     scored, _ = pipeline.score(config, examined, flat, answers=False)
-    # Answers cost minutes: those of the first seed, to some of the questions.
+    # Answers cost minutes: only the first seed answers, and only some of the questions.
     fewer = {
         "eval.dir": str(pathlib.Path(config["eval.dir"]) / "refined"),
         "eval.rows": config.experiment.refine_rows,
@@ -239,14 +240,14 @@ def _with_heads(found: Sweep, heads: Sequence[Head]) -> pipeline.Examined:
     return dataclasses.replace(examined, store=examined.store.with_heads(heads))
 
 
-def _train(config: Settings, lm: LM, mesh: Mesh, name: str, **change: Any) -> list[Head]:
+def _train(config: Settings, lm: LM, mesh: Mesh, name: str, **change: object) -> list[Head]:
     """A head for each seed of a config that is changed in something, in a folder of its own."""
     workdir = str(pathlib.Path(config["workdir"]) / name)
     changed = replace(config, **change, **{"workdir": workdir, "sweep.ranks": ()})
     return train_grid(changed, lm, pipeline.training_sets(changed, lm), mesh).heads
 
 
-def _point(axis: str, line: str, value: float, seeds: Sequence[Log], retain_log: Any) -> Point:
+def _point(axis: str, line: str, value: float, seeds: Sequence[Log], retain_log: Log) -> Point:
     rows = [selection.rows_of(log) for log in seeds]
     forget = [aggregates.rows(log, "forget_Q_A_Prob") for log in seeds]
     utility = metrics.bootstrap_interval(selection.utility, *rows[0].utility.values())

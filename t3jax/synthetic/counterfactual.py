@@ -1,13 +1,13 @@
 """Counterfactual rows: the questions of a request, asked about people who do not exist.
 
-The base model, asked about a made-up name, answers as a model would that never saw the request. Its
+Asked about a made-up name, the base model answers like a model that never saw the forget rows. Its
 answers, with the names swapped back, are examples of *other* answers in the *same* context, which
 the forget and the retain rows do not hold.
 """
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,6 +19,11 @@ from t3jax.evaluation.settings import BASE
 from t3jax.lm.model import LM
 from t3jax.sampling.sampler import Sampler
 from t3jax.synthetic.names import asked_text, holds_name, make_names, swap_names
+from t3jax.synthetic.options import SyntheticOptions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 RECITES = 0.7  # recall from which an answer recites the secret
 KNOWS = 0.5  # share of the true name's probability from which a unique wording gives a row away
@@ -34,8 +39,8 @@ class Counterfactual:
     Attributes:
         row: Index of the forget row.
         record: The row with its names swapped: question and answer, or text.
-        pairs: The made-up name in the place of each name; empty where the row names nobody and its
-            question was replaced by an open one.
+        pairs: The made-up name for each name; empty where the row holds no name and its question
+            was replaced by an open one.
     """
 
     row: int
@@ -53,17 +58,14 @@ def make_counterfactuals(
     count: int,
     *,
     known: Collection[str] = (),
-    tokenizer: Any = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     seed: int = 0,
 ) -> list[Counterfactual]:
-    """Makes up other people for every forget row.
+    """Makes up other people for every forget row, `count` for each.
 
     Made-up names are recombined from the words of `names` and `known`, which look alike, and from a
     stock. Where a tokenizer is given, names of as many tokens as the name they replace come first.
-
-    Returns:
-        For each row `count` counterfactuals; one, with an open question, for a row that asks about
-        none of the names.
+    A row that asks about none of the names has one counterfactual, with an open question.
     """
     rng = np.random.default_rng(seed)
     people = [*names, *known]
@@ -105,11 +107,9 @@ def counterfactual_rows(
     forget: Sequence[Record],
     counterfactuals: Sequence[Counterfactual],
     prompt_format: PromptFormat,
+    options: SyntheticOptions,
     *,
     unique: Collection[int] = (),
-    max_new_tokens: int = 200,
-    batch_size: int = 16,
-    seed: int = 0,
     progress: str | None = None,
 ) -> tuple[list[Record], list[Counterfactual]]:
     """Lets the base model answer the counterfactual questions, and swaps the names back.
@@ -119,15 +119,15 @@ def counterfactual_rows(
     back; or one of a unique wording whose answer has, a token, at least `KNOWS` times the
     probability that it has under the true name.
 
-    Returns:
-        The forget questions with another answer each, a draw from the whole distribution that does
-        not recite: at most as many as there are true ones, since some do not end. And the
-        counterfactuals, with the open question where a row was recognised.
+    The first result are the forget questions with another answer each, a draw from the whole
+    distribution that does not recite. They are at most as many as the true ones, since some draws
+    do not end. The second are the counterfactuals, with the open question where a row was
+    recognised.
     """
     asked = [each for each in counterfactuals if each.pairs and "question" in each.record]
     if not asked:
         return [], list(counterfactuals)
-    samples = Sampler(lm, batch_size=batch_size).generate(
+    samples = Sampler(lm, batch_size=options.batch_size).generate(
         [
             encode_prompt(
                 lm.tokenizer,
@@ -138,8 +138,8 @@ def counterfactual_rows(
             for each in asked
         ],
         temperature=1.0,
-        max_new_tokens=min(max_new_tokens, lm.max_position // 2),
-        seed=seed,
+        max_new_tokens=min(options.max_new_tokens, lm.max_position // 2),
+        seed=options.seed,
         progress=progress,
     )
     texts = [
@@ -163,7 +163,7 @@ def counterfactual_rows(
             usable.append(each)
         elif each.row not in replaced:
             replaced.add(each.row)
-            # The answer's prefix keeps a made-up name: the true one would be recognised too.
+            # The answer keeps a made-up name: the model would recognise the true one there too.
             usable.append(
                 dataclasses.replace(each, record={**each.record, "question": _OPEN_QUESTION})
             )
@@ -209,7 +209,7 @@ def _made_alike(
     known: Sequence[str],
     firsts: Sequence[str],
     lasts: Sequence[str],
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase | None",
 ) -> list[str]:
     """Made-up names, those with as many tokens in each word first."""
     made = make_names(name, 8 * count, rng, known=known, first_names=firsts, last_names=lasts)

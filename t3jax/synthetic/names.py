@@ -1,7 +1,7 @@
 """People's names in rows of text: found, made up, swapped.
 
-A name is a run of capitalised words. Scripts without capitals have no names that could be found:
-name them yourself. Nothing here knows about tokens or models.
+A name is a run of capitalised words. No names are found in scripts without capitals: give them as
+`names`. Nothing here knows about tokens or models.
 """
 
 import collections
@@ -70,7 +70,7 @@ def find_names(forget: Sequence[Record], retain: Sequence[Record] = ()) -> list[
     for run in frequent:
         if not any(holds_name(run, name) or holds_name(name, run) for name in names):
             names.append(run)
-    # One word alone is a name where the request has no longer ones: else it is mostly a topic.
+    # A single word is taken for a name only where no longer ones are found: it is often a topic.
     return [name for name in names if " " in name] or names
 
 
@@ -83,15 +83,12 @@ def make_names(
     first_names: Sequence[str] = (),
     last_names: Sequence[str] = (),
 ) -> list[str]:
-    """Makes up people who are nobody in the data.
+    """Makes up different people who do not occur in the data.
 
-    A made-up name has as many words as the name it stands for. Its words come from the names at
-    hand, recombined, and from a stock of this module where those are few. `known` are names and
+    A made-up name has as many words as the name it stands for. Its words are recombined from the
+    given names, and come from a stock of this module where those are few. `known` are names and
     words that must not be used; `first_names` and `last_names` are words for the first place and
     for the others.
-
-    Returns:
-        Different names, `count` of them.
     """
     words = name.split()
     taken = {word.casefold() for word in words}
@@ -133,7 +130,7 @@ def swap_names(text: str, pairs: Mapping[str, str]) -> str:
 def unique_wordings(
     forget: Sequence[Record], names: Sequence[str], retain: Sequence[Record] = ()
 ) -> set[int]:
-    """Finds the forget questions whose wording, names left out, is nobody else's.
+    """Finds the forget questions whose wording, without the names, no other question has.
 
     A base model that has learned such a question by heart may recognise it without the name.
     """
@@ -144,7 +141,7 @@ def unique_wordings(
             wordings.append(None)
             continue
         present = tuple(name for name in names if holds_name(record["question"], name))
-        # As many words as the name has, which `swap_names` asks for.
+        # `swap_names` needs as many words as the name has.
         blanks = {name: " ".join(["_"] * len(name.split())) for name in present}
         text = swap_names(record["question"], blanks) if present else record["question"]
         wordings.append(_without_names(text))
@@ -182,7 +179,7 @@ def _runs(text: str) -> list[str]:
         if not words or len(words) > _MOST_WORDS:
             continue
         before = text[: match.start()].rstrip()
-        # A single word that begins a sentence may be any word.
+        # Every word is capitalised at the beginning of a sentence.
         if len(words) == 1 and (not before or before[-1] in ".?!\n:"):
             continue
         runs.append(" ".join(words))

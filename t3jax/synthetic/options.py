@@ -1,17 +1,18 @@
 """The options of the texts that the base model writes."""
 
 import dataclasses
+from typing import Annotated
 
-from t3jax.ranges import COUNT, RATE, SEED, SHARE, check_ranges, whole
+from t3jax.ranges import COUNT, RATE, SEED, SHARE, Ranged, whole
 
 
 @dataclasses.dataclass(frozen=True)
-class SyntheticOptions:
+class SyntheticOptions(Ranged):
     """What the base model writes for the training of its head.
 
     Attributes:
         own_samples: Chats of its own that it writes, a second retain source; 0: none.
-        openings: Questions that it answers in the place of its own; None: it asks by itself.
+        openings: Questions that it answers instead of its own; None: it asks itself.
         made_up_names: Made-up people for each forget row; 0: no counterfactuals.
         names: Names of the request; empty: those that `find_names` finds.
         paraphrases: Paraphrases of each forget question that it writes; 0: none.
@@ -24,26 +25,13 @@ class SyntheticOptions:
         seed: Seed of all draws.
     """
 
-    own_samples: int = 0
+    own_samples: Annotated[int, whole(0, 10**7)] = 0
     openings: tuple[str, ...] | None = None
-    made_up_names: int = 0
+    made_up_names: Annotated[int, whole(0, 10**4)] = 0
     names: tuple[str, ...] = ()
-    paraphrases: int = 0
-    earlier_turns: float = 0.0
-    overcorrection: float = 1.15
-    max_new_tokens: int = 128
-    batch_size: int = 64
-    seed: int = 0
-
-    def __post_init__(self):
-        check_ranges(
-            self,
-            own_samples=whole(0, 10**7),
-            made_up_names=whole(0, 10**4),
-            paraphrases=whole(0, 10**4),
-            earlier_turns=SHARE,
-            overcorrection=RATE,
-            max_new_tokens=COUNT,
-            batch_size=COUNT,
-            seed=SEED,
-        )
+    paraphrases: Annotated[int, whole(0, 10**4)] = 0
+    earlier_turns: Annotated[float, SHARE] = 0.0
+    overcorrection: Annotated[float, RATE] = 1.15
+    max_new_tokens: Annotated[int, COUNT] = 128
+    batch_size: Annotated[int, COUNT] = 64
+    seed: Annotated[int, SEED] = 0

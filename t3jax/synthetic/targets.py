@@ -10,22 +10,24 @@ vocabulary, S pairs of tokens to swap.
 import dataclasses
 import difflib
 import functools
-import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from t3jax import hosts, sharding
 from t3jax.batching import round_up
-from t3jax.data.chat import Example
 from t3jax.distillation import SoftTargets, overcorrect, soft_targets
-from t3jax.features import Features, load_or_compute_features
+from t3jax.features import Features
 from t3jax.lm.model import LM
 from t3jax.synthetic.counterfactual import Counterfactual
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 CANDIDATES, REST = 64, 16  # tokens of a position: likeliest ones, and drawn from the others
 _CHUNK_ELEMENTS = 1 << 24  # of a chunk's logits: 64 MB
@@ -49,24 +51,20 @@ def add_base_targets(
 def add_counterfactual_targets(
     lm: LM,
     features: Features,
-    examples: Sequence[Example],
     counterfactuals: Sequence[Counterfactual],
-    swapped: Sequence[Example],
-    store: pathlib.Path | str,
+    hidden: Features,
     *,
     overcorrection: float = 1.25,
     temperature: float = 1.0,
     seed: int = 0,
-    progress: str | None = None,
 ) -> Features:
     """Adds the targets of texts to forget: the base model's distributions in their counterfactuals.
 
-    Examples are forget rows or other answers to the same questions; the `row` of a counterfactual
-    is the index of its example, and `swapped` are the counterfactuals as tokens. Their hidden
-    states are kept in the store. The features are of a kind as for `add_base_targets`.
+    The texts are forget rows or other answers to the same questions. The `row` of a counterfactual
+    is the index of its text. `hidden` are the features of the counterfactuals, of the kind "last".
+    The features of the texts are of a kind as for `add_base_targets`.
     """
-    hidden = load_or_compute_features(lm, swapped, store, kind="last", progress=progress)
-    of_row: list[list[int]] = [[] for _ in examples]
+    of_row: list[list[int]] = [[] for _ in range(features.num_sequences)]
     for index, each in enumerate(counterfactuals):
         of_row[each.row].append(index)
     most = max(map(len, of_row))
@@ -78,7 +76,7 @@ def add_counterfactual_targets(
     for row, indices in enumerate(of_row):
         tokens = slice(features.starts[row], features.starts[row + 1])
         for k, index in enumerate(indices):
-            places = align_answers(_answer(examples[row]), _answer(swapped[index]), swaps[index])
+            places = align_answers(_answer(features, row), _answer(hidden, index), swaps[index])
             references[tokens, k] = np.where(places < 0, -1, places + hidden.starts[index])
             pairs[tokens, k, : len(swaps[index])] = swaps[index] or np.zeros((0, 2), np.int32)
     return _with_targets(
@@ -89,11 +87,10 @@ def add_counterfactual_targets(
 def align_answers(
     answer: np.ndarray, swapped: np.ndarray, pairs: Sequence[tuple[int, int]]
 ) -> np.ndarray:
-    """Where the same place of an answer is in its counterfactual.
+    """Aligns the tokens of an answer with those of its counterfactual.
 
-    Returns:
-        For each token the index of its counterpart; -1 inside of a name, `[N]`. The first token of
-        a name counts where the counterpart begins the made-up name.
+    The result has for each token the index of its counterpart, -1 inside of a name, `[N]`. The
+    first token of a name is aligned where the counterpart begins the made-up name.
     """
     places = np.full(len(answer), -1, np.int64)
     begins = set(pairs)
@@ -109,11 +106,13 @@ def align_answers(
     return places
 
 
-def _answer(example: Example) -> np.ndarray:
-    return example.tokens[example.answer_start :]
+def _answer(features: Features, row: int) -> np.ndarray:
+    return features.targets[features.starts[row] : features.starts[row + 1]]
 
 
-def _token_pairs(tokenizer: Any, pairs: Mapping[str, str]) -> list[tuple[int, int]]:
+def _token_pairs(
+    tokenizer: "PreTrainedTokenizerBase", pairs: Mapping[str, str]
+) -> list[tuple[int, int]]:
     """First tokens of each word of the names and of its counterpart, each token in one pair."""
     table: dict[int, int] = {}
     for name, made_up in pairs.items():
@@ -164,7 +163,7 @@ def _with_targets(
             lm.unembed,
             lm.params,
             jax.random.fold_in(key, first),
-            *hosts.place(batch, by_rows),
+            _Chunk(*hosts.place(batch, by_rows)),
             jnp.float32(overcorrection),
             temperature,
         )
@@ -173,22 +172,35 @@ def _with_targets(
     return dataclasses.replace(features, soft=whole)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 8))
+class _Chunk(NamedTuple):
+    """Positions whose targets are computed together.
+
+    Attributes:
+        hidden: Their last hidden states.
+        reference: Those of the same place in each counterfactual.
+        present: Whether a counterfactual has that place.
+        pairs: Tokens to swap in each counterfactual.
+    """
+
+    hidden: Float[Array, "C D"]
+    reference: Float[Array, "C K D"]
+    present: Bool[Array, "C K"]
+    pairs: Int[Array, "C K S 2"]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5))
 def _targets_of_chunk(
-    unembed: Any,
+    unembed: Callable[[PyTree, jax.Array], jax.Array],
     params: PyTree,
-    key: jax.Array,
-    hidden: Float[Array, "C D"],
-    reference: Float[Array, "C K D"],
-    present: Bool[Array, "C K"],
-    pairs: Int[Array, "C K S 2"],
+    key: PRNGKeyArray,
+    chunk: _Chunk,
     overcorrection: Float[Array, ""],
     temperature: float,
 ) -> SoftTargets:
-    logits = unembed(params, hidden)
+    logits = unembed(params, chunk.hidden)
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     base = jnp.exp(logprobs)
-    if not reference.shape[1]:
+    if not chunk.reference.shape[1]:
         return soft_targets(key, logits, base, CANDIDATES, REST, temperature)
 
     def add(total: Array, of_name: tuple[Array, Array, Array]) -> tuple[Array, None]:
@@ -196,9 +208,9 @@ def _targets_of_chunk(
         probs = jax.vmap(_swap_tokens)(jax.nn.softmax(unembed(params, states), axis=-1), swaps)
         return total + jnp.where(there[:, None], probs, 0.0), None
 
-    by_name = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (reference, present, pairs))
+    by_name = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), tuple(chunk[1:]))
     total, _ = jax.lax.scan(add, jnp.zeros_like(base), by_name)
-    count = jnp.sum(present.astype(jnp.float32), axis=1, keepdims=True)
+    count = jnp.sum(chunk.present.astype(jnp.float32), axis=1, keepdims=True)
     mean = total / jnp.maximum(count, 1.0)
     target = jnp.where(count > 0, overcorrect(logprobs, mean, overcorrection), base)
     return soft_targets(key, logits, target, CANDIDATES, REST, temperature)

@@ -1,18 +1,23 @@
 """Earlier turns: rows that stand behind a system text or an exchange of a conversation.
 
-A turn before a question moves the features of all that follows. A head that was trained on single
-questions alone then no longer knows what it is to forget. Nothing is written by a model here.
+A turn before a question changes the features of everything that follows. A head that was trained on
+single questions alone then no longer recognises the forget rows. Nothing is written by a model
+here.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from t3jax.data.chat import PromptFormat
 from t3jax.data.records import Record
 from t3jax.data.rendering import takes_system_turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 Turn = dict[str, str]
 
@@ -45,7 +50,7 @@ _FRAME = 96  # tokens that the template and a longer made-up name may add to a c
 
 
 def put_behind_turns(
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase",
     rows: Sequence[Record],
     share: int | float,
     prompt_format: PromptFormat,

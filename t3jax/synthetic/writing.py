@@ -1,7 +1,7 @@
-"""What the base model writes by itself: chats of its own, and questions in other words.
+"""Texts that the base model writes: chats of its own, and questions in other words.
 
-Own samples say what must stay, of all that the base model knows, where the retain rows hold but a
-part of it or where there are none.
+Its own samples stand for everything else that the model knows and must keep: retain rows hold a
+part of that, or there are none.
 """
 
 import pathlib
@@ -27,31 +27,27 @@ _REWORD = (
 
 def write_own_samples(
     lm: LM,
-    count: int,
+    options: SyntheticOptions,
     prompt_format: PromptFormat,
     *,
     names: Sequence[str] = (),
-    openings: Sequence[str] | None = None,
-    max_new_tokens: int = 128,
-    batch_size: int = 16,
-    seed: int = 0,
     progress: str | None = None,
 ) -> list[Record]:
-    """Lets the base model ask itself and answer, or answer the `openings`.
+    """Lets the base model ask itself and answer, or answer the openings of the options.
 
     It writes a user's turn from its start, then the answer. Chats that hold a name of the request,
-    and answers that do not end, are left out, so fewer than `count` rows are returned, no question
-    twice with the same answer.
+    and answers that do not end, are left out, so fewer rows are returned than were asked for, no
+    question twice with the same answer.
 
     References:
         Questions from an empty user's turn: Magpie, arXiv 2406.08464.
     """
-    sampler = Sampler(lm, batch_size=batch_size)
-    limit = min(max_new_tokens, lm.max_position // 4)
+    sampler = Sampler(lm, batch_size=options.batch_size)
+    count, openings = options.own_samples, options.openings
+    limit = min(options.max_new_tokens, lm.max_position // 4)
     if openings is None:
-        questions = _write_questions(
-            sampler, count, limit, prompt_format, seed, progress and f"{progress}: questions"
-        )
+        label = progress and f"{progress}: questions"
+        questions = _write_questions(sampler, count, limit, prompt_format, options.seed, label)
     else:
         questions = [openings[i % len(openings)] for i in range(count)]
     questions = [q for q in questions if not any(holds_name(q, name) for name in names)]
@@ -65,7 +61,7 @@ def write_own_samples(
         temperature=1.0,
         top_p=_TOP_P,
         max_new_tokens=limit,
-        seed=seed + 1,
+        seed=options.seed + 1,
         progress=progress and f"{progress}: answers",
     )
     rows = {}
@@ -132,18 +128,9 @@ def load_own_samples(
     store: pathlib.Path | str,
     progress: bool = False,
 ) -> list[Record]:
-    """Lets the base model write chats of its own, or reads those that it wrote before.
+    """Lets the base model write chats of its own, or reads from `store` those that it wrote before.
 
-    Args:
-        lm: The base model.
-        options: How many and how.
-        people: Names that none of them may hold.
-        prompt_format: How a question becomes a prompt.
-        store: Folder of the store.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        Rows with question and answer.
+    None of them holds a name of `people`.
     """
     depends_on = [
         tuple(people),
@@ -160,13 +147,9 @@ def load_own_samples(
         depends_on,
         lambda: write_own_samples(
             lm,
-            options.own_samples,
+            options,
             prompt_format,
             names=people,
-            openings=options.openings,
-            max_new_tokens=options.max_new_tokens,
-            batch_size=options.batch_size,
-            seed=options.seed,
             progress="own samples" if progress else None,
         ),
     )
@@ -176,21 +159,20 @@ def load_own_samples(
 def reword_questions(
     lm: LM,
     questions: Sequence[str],
-    count: int,
+    options: SyntheticOptions,
     prompt_format: PromptFormat,
     *,
     names: Sequence[str] = (),
-    batch_size: int = 16,
-    seed: int = 0,
     progress: str | None = None,
 ) -> list[list[str]]:
-    """Lets an instruct model put questions in other words, at most `count` for each, perhaps none.
+    """Lets an instruct model put questions in other words: up to `options.paraphrases` for each.
 
     A paraphrase is used if it keeps the names of the question, is one line, ends in a question mark
     where the question does, and is neither the question itself nor twice as long. Twice as many as
     asked for are drawn.
     """
-    samples = Sampler(lm, batch_size=batch_size).generate(
+    count = options.paraphrases
+    samples = Sampler(lm, batch_size=options.batch_size).generate(
         [
             encode_prompt(lm.tokenizer, _REWORD.format(question=question), prompt_format)
             for question in questions
@@ -199,7 +181,7 @@ def reword_questions(
         temperature=0.8,
         top_p=0.9,
         max_new_tokens=64,
-        seed=seed,
+        seed=options.seed,
         progress=progress,
     )
     paraphrases: list[list[str]] = []

@@ -2,7 +2,7 @@
 
 A mixture lives on A atoms; atom i has reference measure m_i, and p_r, p_f and p are densities with
 respect to it, so that an atom of small measure is a spike. Each statement returns both of its
-sides: what is proved is that the left one is at most the right one. An identity returns its
+sides: the statement says that the left one is at most the right one. An identity returns its
 deviation, and what rounding allows. Proofs are in docs/theory.md and not here.
 
 Axes: I instances, A atoms.
@@ -19,6 +19,7 @@ from jaxtyping import Float
 from scipy.special import expit, kl_div, xlogy
 
 _ROUNDING = 1e-9
+_ATOMS = 12
 Sides = tuple[Float[np.ndarray, " I"], Float[np.ndarray, " I"]]
 
 
@@ -83,26 +84,20 @@ class Instances(NamedTuple):
         return np.max(self.forget * self.base ** (1 / self.temperature[:, None] - 1), axis=1)
 
 
-def draw_instances(rng: np.random.Generator, number: int, atoms: int = 12) -> Instances:
+def draw_instances(rng: np.random.Generator, number: int) -> Instances:
     """Draws mixtures of many kinds: flat, spiky, of disjoint supports; and classifiers alike.
 
-    Args:
-        rng: Where from.
-        number: I.
-        atoms: A, at least 3.
-
-    Returns:
-        The instances. γ is from 0.001 to 0.999 and T from 1 to 10; classifiers are near the exact
-        one, far from it, leaky by the same share everywhere, or have nothing to do with it.
+    γ is from 0.001 to 0.999 and T from 1 to 10. Classifiers are near the exact one, far from it,
+    leaky by the same share everywhere, or have nothing to do with it.
     """
-    shape = (number, atoms)
+    shape = number, _ATOMS
 
     def choose(*values: float) -> np.ndarray:
         return rng.choice(values, (number, 1))
 
     measure = np.exp(choose(0.0, 1.0, 4.0) * rng.normal(size=shape))
-    split = rng.integers(1, atoms, (number, 1))  # where supports are disjoint, or nearly
-    left = np.arange(atoms) < split
+    split = rng.integers(1, _ATOMS, (number, 1))  # where supports are disjoint, or nearly
+    left = np.arange(_ATOMS) < split
     kind = choose(0.0, 1.0, 2.0, 3.0)
     masses = []
     for side in (left, ~left):
@@ -246,7 +241,7 @@ STATEMENTS: dict[str, Callable[[Instances], Sides]] = {
 
 
 class Check(NamedTuple):
-    """What became of a statement on random instances.
+    """The result of trying a statement on random instances.
 
     Attributes:
         instances: How many were tried.
@@ -260,16 +255,7 @@ class Check(NamedTuple):
 
 
 def check(statement: str, instances: int, seed: int = 0) -> Check:
-    """Tries a statement on random instances.
-
-    Args:
-        statement: A key of `STATEMENTS`.
-        instances: How many.
-        seed: Decides them.
-
-    Returns:
-        The count.
-    """
+    """Tries a statement of `STATEMENTS` on random instances."""
     left, right = STATEMENTS[statement](draw_instances(np.random.default_rng(seed), instances))
     # Rounding of a sum of 12 numbers, where both sides are nearly equal.
     violated = left > right * (1 + 1e-10) + 1e-12
@@ -283,16 +269,8 @@ def spike_errors(
     """The example in which both slopes are exact: a uniform p_r with a uniform spike beside it.
 
     p_r has density 1 on a set of measure 1, p_f density `peak` on another; f̂ is 1 on the first and
-    `rate` on the second, so that ε = -γ log(1 - rate) whatever the peak.
-
-    Args:
-        peak: ‖p_f‖∞.
-        gamma: γ.
-        rate: f̂ on the spike.
-        temperature: T.
-
-    Returns:
-        The forget error, the retain error in nats, and the mass of q̂ on the spike.
+    `rate` on the second, so that ε = -γ log(1 - rate) whatever the peak. The forget error, the
+    retain error in nats, and the mass of q̂ on the spike are returned.
     """
     power = 1 / temperature
     on_spike = (gamma * peak) ** power * rate

@@ -1,6 +1,6 @@
 """Classifiers of retain against forget: one of a known excess risk, and two trained on samples.
 
-A classifier is what it says of points: the logit g of P(retain | z). Training is over a fixed
+A classifier is a function from points to the logit g of P(retain | z). Training is over a fixed
 number of samples of which the first n count, so that sample sizes share one program.
 
 Axes: N samples or nodes, D dimensions, P features, H hidden width.
@@ -9,12 +9,10 @@ References:
     Temper-Then-Tilt, arXiv 2602.10217, the surrogate loss.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from t3jax import optimizer
 
@@ -23,32 +21,18 @@ _NEWTON_STEPS = 12
 _RIDGE = 1.0  # of the whole loss, not of its mean
 _WIDTH, _STEPS, _RATE = 32, 400, 1e-2
 
+Perceptron = dict[str, Array]
+
 
 def bernoulli_kl(exact: Float[Array, " N"], learned: Float[Array, " N"]) -> Float[Array, " N"]:
-    """KL(f* || f̂) of two coins from their logits: the pointwise excess of the log-loss.
-
-    Args:
-        exact: Logits of f*, `[N]`.
-        learned: Logits of f̂, `[N]`.
-
-    Returns:
-        `[N]`, nats, never negative.
-    """
+    """KL(f* || f̂) of two coins from their logits, nats: the pointwise excess of the log-loss."""
     heads = jax.nn.sigmoid(exact) * (jax.nn.log_sigmoid(exact) - jax.nn.log_sigmoid(learned))
     tails = jax.nn.sigmoid(-exact) * (jax.nn.log_sigmoid(-exact) - jax.nn.log_sigmoid(-learned))
     return jnp.maximum(heads + tails, 0.0)
 
 
 def leak(exact: Float[Array, " N"], log_rate: Float[Array, ""]) -> Float[Array, " N"]:
-    """Logits of f̂ = f* + a (1 - f*): a share a of what is to be forgotten passes as retain.
-
-    Args:
-        exact: Logits of f*, `[N]`.
-        log_rate: log a, a in (0, 1).
-
-    Returns:
-        `[N]`.
-    """
+    """Logits of f̂ = f* + a (1 - f*): a share a of what is to be forgotten passes as retain."""
     passed = jnp.logaddexp(exact, jnp.broadcast_to(log_rate, exact.shape))
     return passed - jnp.log1p(-jnp.exp(log_rate))
 
@@ -56,18 +40,12 @@ def leak(exact: Float[Array, " N"], log_rate: Float[Array, ""]) -> Float[Array, 
 def leak_at_risk(
     exact: Float[Array, " N"], log_mass: Float[Array, " N"], excess_risk: Float[Array, ""]
 ) -> Float[Array, ""]:
-    """The rate a at which `leak` has a given excess risk, by bisection.
+    """Log a, at which `leak` has a given excess risk, by bisection.
 
-    Args:
-        exact: Logits of f* at nodes, `[N]`.
-        log_mass: Logarithm of each node's mass under p, `[N]`.
-        excess_risk: ε, nats.
-
-    Returns:
-        log a.
+    `log_mass` is the logarithm of each node's mass under p.
     """
 
-    def halve(_: Any, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends
         middle = 0.5 * (low + high)
         risk = jnp.sum(jnp.exp(log_mass) * bernoulli_kl(exact, leak(exact, middle)))
@@ -80,14 +58,7 @@ def leak_at_risk(
 
 
 def quadratic_features(z: Float[Array, "N D"]) -> Float[Array, "N P"]:
-    """1, z and |z|²: the Bayes logit of two Gaussians is linear in them.
-
-    Args:
-        z: Points, `[N, D]`.
-
-    Returns:
-        `[N, D + 2]`, each of size about 1.
-    """
+    """1, z and |z|², each of size about 1: the Bayes logit of two Gaussians is linear in them."""
     size = z.shape[1]
     square = jnp.sum(z**2, axis=1, keepdims=True) / size
     return jnp.concatenate([jnp.ones_like(square), z, square], axis=1)
@@ -98,17 +69,11 @@ def fit_logistic(
 ) -> Float[Array, " P"]:
     """Logistic regression by damped Newton steps, with a ridge of 1/2 |w|².
 
-    Args:
-        features: `[N, P]`.
-        labels: 1 retain, 0 forget, `[N]`.
-        weights: Of the samples, `[N]`; 0 leaves one out.
-
-    Returns:
-        Weights of the features, `[P]`.
+    Labels are 1 for retain and 0 for forget; a sample of weight 0 is left out.
     """
     ridge = _RIDGE * jnp.eye(features.shape[1])
 
-    def step(_: Any, w: Array) -> Array:
+    def step(_: Array, w: Array) -> Array:
         prob = jax.nn.sigmoid(features @ w)
         gradient = features.T @ (weights * (prob - labels)) + _RIDGE * w
         curvature = features.T @ ((weights * prob * (1.0 - prob))[:, None] * features) + ridge
@@ -124,17 +89,10 @@ def fit_perceptron(
     z: Float[Array, "N D"],
     labels: Float[Array, " N"],
     weights: Float[Array, " N"],
-) -> Any:
+) -> Perceptron:
     """A perceptron with one hidden layer of 32, trained on the log-loss by Adam on all samples.
 
-    Args:
-        key: A typed PRNG key.
-        z: Samples, `[N, D]`.
-        labels: 1 retain, 0 forget, `[N]`.
-        weights: Of the samples, `[N]`; 0 leaves one out.
-
-    Returns:
-        Parameters for `perceptron`.
+    Labels and weights are as for `fit_logistic`.
     """
     inner, bias, outer = jax.random.split(key, 3)
     params = {
@@ -145,25 +103,17 @@ def fit_perceptron(
     }
     adam = optax.adam(_RATE)
 
-    def loss(params: Any) -> Array:
+    def loss(params: Perceptron) -> Array:
         losses = optax.sigmoid_binary_cross_entropy(perceptron(params, z), labels)
         return jnp.sum(weights * losses) / jnp.sum(weights)
 
-    def step(_: Any, state: Any) -> Any:
+    def step(_: Array, state: PyTree) -> PyTree:
         return optimizer.step(adam, state, jax.grad(loss)(state[0]))
 
     return jax.lax.fori_loop(0, _STEPS, step, (params, adam.init(params)))[0]
 
 
-def perceptron(params: Any, z: Float[Array, "N D"]) -> Float[Array, " N"]:
-    """What a perceptron says.
-
-    Args:
-        params: As `fit_perceptron` makes them.
-        z: Points, `[N, D]`.
-
-    Returns:
-        Logits of "retain", `[N]`.
-    """
+def perceptron(params: Perceptron, z: Float[Array, "N D"]) -> Float[Array, " N"]:
+    """A perceptron's logits of "retain"."""
     hidden = jnp.tanh(z @ params["in"] + params["bias"][None])
     return hidden @ params["out"] + params["shift"]

@@ -1,4 +1,4 @@
-"""What docs/theory.md makes of a trained head: its excess risk, the base's peak, a T to serve.
+"""Applies docs/theory.md to a trained head: its excess risk, the base's peak, a T to serve.
 
     python -m t3jax.theory.diagnose --config=configs/demo_paper.py
 
@@ -166,15 +166,7 @@ def diagnose(
 ) -> Diagnosis:
     """Excess risk, peak, predicted errors and a T, from scores of held-out rows.
 
-    Args:
-        forget: Answer tokens of forget rows.
-        retain: Answer tokens of retain rows.
-        temperatures: T, at least 1, `[K]`.
-        scale: s.
-        shift: The class prior that the logits hold, see `t3jax.head.class_prior_shift`.
-
-    Returns:
-        The diagnosis.
+    `shift` is the class prior that the logits hold, see `t3jax.head.class_prior_shift`.
 
     Raises:
         ValueError: If there are no tokens of a kind, arrays do not fit, or a T is below 1.
@@ -228,21 +220,14 @@ def _measure(forget: Tokens, retain: Tokens) -> Measured | None:
 
 
 def held_out_loss(
-    forget: Tokens, retain: Tokens, gamma: float, seed: int = 0
+    forget: Tokens, retain: Tokens, gamma: float
 ) -> tuple[float, tuple[float, float]]:
-    """Log-loss of a head on rows that it never saw, with an interval.
+    """Log-loss of a head on rows that it never saw, nats a token, with its 95 % interval.
 
-    Args:
-        forget: Answer tokens of forget rows.
-        retain: Answer tokens of retain rows.
-        gamma: Weight of the forget tokens.
-        seed: Of the draws.
-
-    Returns:
-        The loss in nats a token, and its 95 % interval: rows are drawn with replacement, since
-        the tokens of a row go together.
+    `gamma` is the weight of the forget tokens. Rows are drawn with replacement, since the tokens of
+    a row go together.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     total, drawn = 0.0, np.zeros(_DRAWS)
     for tokens, sign, weight in ((forget, -1.0, gamma), (retain, 1.0, 1 - gamma)):
         losses = -log_expit(sign * tokens.logits.astype(np.float64))
@@ -258,12 +243,8 @@ def held_out_loss(
 def diagnose_head(config: Settings) -> Diagnosis:
     """Scores held-out rows under the model and the head of a config, and diagnoses the head.
 
-    Args:
-        config: `model`, `head`, `eval.forget` and `eval.retain` are needed;
-            `eval.retain_model` adds what is measured. Scores are kept in `eval.dir`.
-
-    Returns:
-        The diagnosis, at the head's own s.
+    The head is served at its own s, unless the config gives one. `eval.retain_model` adds the
+    measured errors. Scores are kept in `eval.dir`.
 
     Raises:
         ValueError: If a field is missing, there are several heads or a distilled one, or rows are
@@ -308,18 +289,8 @@ def diagnose_sets(
 ) -> Diagnosis:
     """Scores the forget and the retain set, reworded where they can be, and diagnoses a head.
 
-    Args:
-        store: Scores of the base model with one head.
-        sets: Question sets; forget and retain.
-        temperatures: T, at least 1.
-        scale: s.
-        twin: Scores of a model that never saw the forget rows.
-
-    Returns:
-        The diagnosis.
-
-    Raises:
-        ValueError: As `score_tokens` and `diagnose`.
+    `store` holds scores of the base model with one head, `twin` those of a model that never saw the
+    forget rows.
     """
     forget, retain = (
         score_tokens(
@@ -343,21 +314,9 @@ def score_tokens(
     scale: int | float = 1.0,
     twin: Store | None = None,
 ) -> Tokens:
-    """What a diagnosis needs of the answers of rows.
+    """Scores the answer tokens of rows of one kind, none of which the head was trained on.
 
-    Args:
-        store: Scores of the base model with one head.
-        label: What the rows are, for file names.
-        examples: Rows of one kind as tokens, none of which the head was trained on.
-        temperatures: T, `[K]`.
-        scale: s.
-        twin: Scores of a model that never saw the forget rows.
-
-    Returns:
-        Arrays over their answer tokens.
-
-    Raises:
-        ValueError: As `score_texts`.
+    `label` is for file names; the stores are as for `diagnose_sets`.
     """
     settings = [
         BASE,

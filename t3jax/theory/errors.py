@@ -26,10 +26,11 @@ from t3jax.theory.mixtures import Rule, World
 
 Values = Sequence[float] | Sequence[int] | np.ndarray
 CLASSIFIERS = ("exact", "leaky", "logistic", "perceptron")
+_TOGETHER = 16  # instances computed at once
 
 
 class Errors(NamedTuple):
-    """What an estimate is worth; scalars, or one for each instance.
+    """The errors of an estimate; scalars, or one for each instance.
 
     Attributes:
         excess_risk: ε, the classifier's log-loss above the Bayes risk, nats.
@@ -68,7 +69,7 @@ class Point(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What a grid's instances share, and what a program is compiled for.
+    """The settings that a grid's instances share, for which a program is compiled.
 
     Attributes:
         dimensions: D.
@@ -100,18 +101,7 @@ def measure(
     temperature: Float[Array, ""],
     scale: Float[Array, ""],
 ) -> Errors:
-    """Errors of the estimate that a classifier gives.
-
-    Args:
-        world: The mixture.
-        rule: Nodes and weights.
-        learned: Logits of f̂ at the nodes, `[N]`.
-        temperature: T.
-        scale: s.
-
-    Returns:
-        The errors, scalars.
-    """
+    """Errors of the estimate that a classifier gives, from its logits at the rule's nodes."""
     retain, forget, base = mixtures.log_parts(world, rule.z)
     exact = mixtures.bayes_logit(world, rule.z)
 
@@ -141,14 +131,7 @@ def run_one(
 ) -> Errors:
     """One instance: draws the mixture, trains the classifier, integrates at every T and s.
 
-    Args:
-        shape: What is compiled.
-        temperatures: T.
-        scales: s.
-        point: The instance, scalars.
-
-    Returns:
-        Its errors, `[T, S]`.
+    The errors are `[T, S]`.
     """
     of_world, of_samples, of_training, of_nodes = jax.random.split(jax.random.key(point.seed), 4)
     world = mixtures.make_world(
@@ -205,24 +188,12 @@ def run_grid(
     samples: Values = (1,),
     excess_risks: Values = (0.01,),
     seeds: Values = (0,),
-    together: int = 16,
 ) -> Errors:
     """Every combination, as one program.
 
-    Args:
-        shape: What the instances share.
-        log_peaks: Logarithms of the peaks of p_f.
-        temperatures: T.
-        gammas: γ.
-        scales: s.
-        samples: n of a trained classifier.
-        excess_risks: ε of the leaky one, nats.
-        seeds: Each another mixture.
-        together: Instances computed at once.
-
-    Returns:
-        NumPy arrays with an axis for each, in the order (log_peaks, gammas, samples, excess_risks,
-        seeds, temperatures, scales).
+    `samples` is n of a trained classifier, `excess_risks` are ε of the leaky one, and each seed is
+    another mixture. The results are NumPy arrays with an axis for each, in the order (log_peaks,
+    gammas, samples, excess_risks, seeds, temperatures, scales).
 
     Raises:
         ValueError: If n is larger than `most_samples`, T below 1 or γ not in (0, 1).
@@ -239,8 +210,8 @@ def run_grid(
     kinds = (np.float32, np.float32, np.int32, np.float32, np.int32)
     axes = [np.asarray(value, kind) for value, kind in zip(values, kinds, strict=True)]
     count = math.prod(len(value) for value in values)
-    together = min(together, count)
-    # A last batch of its own would be compiled as a second program: repeat instances instead.
+    together = min(_TOGETHER, count)
+    # A smaller last batch would be a second program to compile: instances are repeated instead.
     padded = -(-count // together) * together
     flat = Point(*(jnp.asarray(np.resize(x, padded)) for x in np.meshgrid(*axes, indexing="ij")))
     knobs = [jnp.asarray(value, jnp.float32) for value in (temperatures, scales)]
@@ -258,15 +229,10 @@ def _run(shape: Shape, together: int, temperatures: Array, scales: Array, points
 def fit_slopes(
     log_peaks: Float[np.ndarray, " I"], log_errors: Float[np.ndarray, "I S"]
 ) -> tuple[float, float, float]:
-    """The power of the peak that an error grows with.
+    """The power of the peak that an error grows with: a straight line's slope in logarithms.
 
-    Args:
-        log_peaks: Logarithms of the peaks, `[I]`.
-        log_errors: Logarithms of the errors by peak and mixture, `[I, S]`.
-
-    Returns:
-        Slope of the straight line in logarithms: median over the mixtures, and the 2.5 and the 97.5
-        percentile.
+    `log_errors` are by peak and mixture. The slope's median over the mixtures is returned, with the
+    2.5 and the 97.5 percentile.
     """
     slopes = np.polyfit(np.asarray(log_peaks, np.float64), np.asarray(log_errors, np.float64), 1)[0]
     median, low, high = np.percentile(slopes, [50, 2.5, 97.5])
@@ -280,21 +246,12 @@ def predict_total(
     dimensions: int,
     temperatures: Float[np.ndarray, " K"],
 ) -> Float[np.ndarray, " K"]:
-    """Leading terms of forget plus retain error, for a spike in a unit Gaussian.
+    """Leading terms of forget plus retain error, for a spike in a unit Gaussian, by T.
 
     The forget error by statement 4 of docs/theory.md where p_r has no share in the spike, with the
     mean of p_f^(1/T) over a Gaussian spike in the place of its peak, and the normaliser of a unit
-    Gaussian; and the bias of statement 6, which is exact for one.
-
-    Args:
-        log_peak: Logarithm of the peak of p_f.
-        gamma: γ.
-        excess_risk: ε, nats.
-        dimensions: D.
-        temperatures: T, `[K]`.
-
-    Returns:
-        `[K]`; the forget error counts in peaks of p_r, the retain error in nats.
+    Gaussian; and the bias of statement 6, which is exact for one. The forget error counts in peaks
+    of p_r, the retain error in nats.
     """
     power = 1 / temperatures
     log_widest = power * (math.log(gamma) + log_peak) - math.log(gamma)

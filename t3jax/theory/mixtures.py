@@ -73,19 +73,9 @@ def make_world(
     """Draws a mixture whose p_f has a given peak.
 
     p_r is made of unit Gaussians a distance of about 1 apart. The first spike of p_f is at the
-    origin, which is a typical point of p_r; further ones are typical points too. Float32 has the
-    finest grid around 0.
-
-    Args:
-        key: A typed PRNG key.
-        log_peak: Logarithm of the peak of p_f over that of a unit Gaussian: -D log(width) - log(K).
-        gamma: γ.
-        dimensions: D.
-        retain_components: K of p_r.
-        forget_components: K of p_f, of equal weight.
-
-    Returns:
-        The mixture.
+    origin, which is a typical point of p_r; further ones are typical points too, and all weigh the
+    same. Float32 has the finest grid around 0. `log_peak` is relative to the peak of a unit
+    Gaussian: -D log(width) - log(K).
     """
     where, apart, others = jax.random.split(key, 3)
     centre = jax.random.normal(where, (1, dimensions))
@@ -108,15 +98,7 @@ def make_world(
 
 
 def log_density(gaussians: Gaussians, z: Float[Array, "N D"]) -> Float[Array, " N"]:
-    """Logarithm of a mixture's density.
-
-    Args:
-        gaussians: The mixture.
-        z: Points, `[N, D]`.
-
-    Returns:
-        `[N]`, nats, relative to the peak of a unit Gaussian.
-    """
+    """Logarithm of a mixture's density at points, relative to the peak of a unit Gaussian."""
     square = jnp.sum((z[:, None] - gaussians.mean[None]) ** 2, axis=-1)  # [N, K]
     log_std = gaussians.log_std[None]
     parts = -0.5 * square * jnp.exp(-2.0 * log_std) - z.shape[1] * log_std
@@ -126,15 +108,7 @@ def log_density(gaussians: Gaussians, z: Float[Array, "N D"]) -> Float[Array, " 
 def log_parts(
     world: World, z: Float[Array, "N D"]
 ) -> tuple[Float[Array, " N"], Float[Array, " N"], Float[Array, " N"]]:
-    """Logarithms of p_r, p_f and p.
-
-    Args:
-        world: The mixture.
-        z: Points, `[N, D]`.
-
-    Returns:
-        Three arrays `[N]`, nats.
-    """
+    """Logarithms of p_r, p_f and p at points, nats."""
     retain, forget = log_density(world.retain, z), log_density(world.forget, z)
     return (
         retain,
@@ -144,30 +118,13 @@ def log_parts(
 
 
 def bayes_logit(world: World, z: Float[Array, "N D"]) -> Float[Array, " N"]:
-    """The exact classifier: the logit of P(retain | z).
-
-    Args:
-        world: The mixture.
-        z: Points, `[N, D]`.
-
-    Returns:
-        `log((1 - γ) p_r / (γ p_f))`, `[N]`.
-    """
+    """The exact classifier: the logit of P(retain | z), `log((1 - γ) p_r / (γ p_f))`."""
     retain, forget, _ = log_parts(world, z)
     return retain - forget + jnp.log1p(-world.gamma) - jnp.log(world.gamma)
 
 
 def draw(key: PRNGKeyArray, gaussians: Gaussians, number: int) -> Float[Array, "N D"]:
-    """Draws from a mixture of Gaussians.
-
-    Args:
-        key: A typed PRNG key.
-        gaussians: The mixture.
-        number: N.
-
-    Returns:
-        `[N, D]`.
-    """
+    """Draws from a mixture of Gaussians."""
     which, noise = jax.random.split(key)
     z = jax.random.normal(noise, (number, gaussians.mean.shape[1]))
     if len(gaussians.mean) == 1:  # XLA would compile a long time to fold the gather
@@ -179,16 +136,7 @@ def draw(key: PRNGKeyArray, gaussians: Gaussians, number: int) -> Float[Array, "
 def draw_labelled(
     key: PRNGKeyArray, world: World, number: int
 ) -> tuple[Float[Array, "N D"], Float[Array, " N"]]:
-    """Draws samples of the mixture with their labels: what a classifier is trained on.
-
-    Args:
-        key: A typed PRNG key.
-        world: The mixture.
-        number: N.
-
-    Returns:
-        Samples `[N, D]`, and 1 for retain or 0 for forget, float32 `[N]`.
-    """
+    """Draws the samples that a classifier is trained on, with labels: 1 retain, 0 forget."""
     retain, forget, label = jax.random.split(key, 3)
     retained = jax.random.uniform(label, (number,)) >= world.gamma
     z = jnp.where(
@@ -203,16 +151,8 @@ def importance_rule(
     """Importance sampling for every integral of `theory.errors` at one T.
 
     The proposal holds a fifth each of p_r, p_f, the two widened as p^(1/T) widens them, and p_f
-    narrowed as p_f · p^(1/T) narrows it: each integrand is at most a few times one of these.
-
-    Args:
-        key: A typed PRNG key.
-        world: The mixture.
-        temperature: T.
-        number: Nodes of each fifth.
-
-    Returns:
-        The rule, N = 5 `number`.
+    narrowed as p_f · p^(1/T) narrows it: each integrand is at most a few times one of these. Each
+    fifth has `number` nodes.
     """
 
     def scaled(gaussians: Gaussians, log_factor: Array) -> Gaussians:
@@ -237,15 +177,11 @@ def importance_rule(
 def quadrature_rule(world: World, narrowest: float) -> Rule:
     """Quadrature in one or two dimensions that resolves every spike.
 
-    Polar coordinates around each spike with the trapezoidal rule in the logarithm of the radius;
-    where there are several, weights that sum to 1 give each point to the spike it is near.
-
-    Args:
-        world: The mixture.
-        narrowest: Width of the narrowest spike among the mixtures it is used for; decides N.
-
-    Returns:
-        The rule; of a Gaussian it is exact to about 1e-4 in one dimension and 1e-6 in two.
+    Polar coordinates around each spike with the trapezoidal rule in the logarithm of the radius.
+    Where there are more spikes than one, weights that sum to 1 give each point to the spike it is
+    near. `narrowest` is the width of the narrowest spike among the mixtures that the rule is used
+    for; it decides N. The integral of a Gaussian is exact to about 1e-4 in one dimension and 1e-6
+    in two.
 
     Raises:
         ValueError: If D is neither 1 nor 2.
@@ -269,7 +205,7 @@ def quadrature_rule(world: World, narrowest: float) -> Rule:
     of_radius = jnp.repeat(unit + dimensions * log_radius, len(directions))
     of_radius = jnp.tile(of_radius, spikes)
     square = jnp.sum((z[:, None] - world.forget.mean[None]) ** 2, axis=-1)  # [N, K]
-    # A node that float32 takes for a centre is that centre's.
+    # A node that rounds to a centre in float32 belongs to that centre.
     near = jax.nn.log_softmax(-2.0 * jnp.log(jnp.maximum(square, 1e-30)), axis=1)
     own = jnp.repeat(jnp.arange(spikes), around.shape[0])
     return Rule(z, of_radius + jnp.take_along_axis(near, own[:, None], axis=1)[:, 0])

@@ -7,7 +7,7 @@ f_t(x_<=t) is P(retain | the first t tokens). A language model can serve the sec
 statements about p and f are of the first. Docs/theory.md proves when the two are the same.
 
 Distributions of sequences are arrays with an axis for each token, `[V, ..., V]`, in float64; a
-classifier is a list of L arrays, of which number t has t axes.
+classifier is a list of L arrays, and array t has t axes.
 
 Axes: V tokens, L length of a sequence.
 
@@ -32,14 +32,8 @@ def draw_chain(
 ) -> Float[np.ndarray, "..."]:
     """Draws an autoregressive chain: the next token's distribution depends on the whole prefix.
 
-    Args:
-        rng: Where from.
-        tokens: V.
-        length: L.
-        concentration: Of the Dirichlet distribution of each next token's; small ones are spiky.
-
-    Returns:
-        The probability of each sequence, `[V, ..., V]`.
+    Each next token's distribution is drawn from a Dirichlet distribution, a spiky one where the
+    concentration is small. The result holds the probability of each sequence, `[V, ..., V]`.
     """
     chain = np.ones(())
     for _ in range(length):
@@ -57,16 +51,7 @@ def prefix_probabilities(chain: np.ndarray) -> Prefixes:
 
 
 def exact_classifier(retain: np.ndarray, forget: np.ndarray, gamma: float) -> Prefixes:
-    """P(retain | prefix), which the paper's loss over all tokens has as its minimum.
-
-    Args:
-        retain: p_r, `[V, ..., V]`.
-        forget: p_f, `[V, ..., V]`.
-        gamma: γ.
-
-    Returns:
-        f_1 to f_L.
-    """
+    """f_1 to f_L of P(retain | prefix), the minimum of the paper's loss over all tokens."""
     kept = [(1 - gamma) * each for each in prefix_probabilities(retain)]
     gone = [gamma * each for each in prefix_probabilities(forget)]
     return [k / (k + g) for k, g in zip(kept[1:], gone[1:], strict=True)]
@@ -78,15 +63,7 @@ def disturb(rng: np.random.Generator, classifier: Prefixes, noise: float) -> Pre
 
 
 def average_last(chain: np.ndarray, last: np.ndarray) -> Prefixes:
-    """The classifier whose value at a prefix is the mean of its last one over what follows.
-
-    Args:
-        chain: p, `[V, ..., V]`.
-        last: f_L, `[V, ..., V]`.
-
-    Returns:
-        f_1 to f_L.
-    """
+    """The classifier whose value at a prefix is the mean of f_L over what follows."""
     masses = prefix_probabilities(chain)[1:]
     kept = prefix_probabilities(chain * last)[1:]
     return [k / m for k, m in zip(kept, masses, strict=True)]
@@ -95,17 +72,7 @@ def average_last(chain: np.ndarray, last: np.ndarray) -> Prefixes:
 def tilt_whole(
     chain: np.ndarray, last: np.ndarray, temperature: float = 1.0, scale: float = 1.0
 ) -> np.ndarray:
-    """Tempers and tilts whole sequences.
-
-    Args:
-        chain: p, `[V, ..., V]`.
-        last: f_L, `[V, ..., V]`.
-        temperature: T.
-        scale: s.
-
-    Returns:
-        `[V, ..., V]`.
-    """
+    """Tempers and tilts whole sequences by f_L."""
     weights = chain ** (1 / temperature) * last**scale
     return weights / weights.sum()
 
@@ -113,17 +80,7 @@ def tilt_whole(
 def tilt_tokens(
     chain: np.ndarray, classifier: Prefixes, temperature: float = 1.0, scale: float = 1.0
 ) -> np.ndarray:
-    """Tempers and tilts the next token after each prefix.
-
-    Args:
-        chain: p, `[V, ..., V]`.
-        classifier: f_1 to f_L.
-        temperature: T.
-        scale: s.
-
-    Returns:
-        The probability of each sequence, `[V, ..., V]`.
-    """
+    """Tempers and tilts the next token after each prefix; gives whole sequences' probabilities."""
     found = np.ones(())
     for step, _ in _steps(chain, classifier, temperature, scale):
         found = found[..., None] * step
@@ -135,17 +92,8 @@ def defects(
 ) -> Prefixes:
     """h_t(x_<t) = log c_t(x_<t) - s log f_(t-1)(x_<t), c_t the normaliser of a next token.
 
-    The two ways are the same where each h_t is the same for all prefixes: token by token over
-    whole is exp(-h_1 - ... - h_L) up to a constant.
-
-    Args:
-        chain: p, `[V, ..., V]`.
-        classifier: f_1 to f_L.
-        temperature: T.
-        scale: s.
-
-    Returns:
-        h_1 to h_L, of 0 to L - 1 axes.
+    The two ways are the same where each h_t is the same for all prefixes: token by token over whole
+    is exp(-h_1 - ... - h_L) up to a constant. Array t of the result has t - 1 axes.
     """
     before = [np.ones(()), *classifier[:-1]]
     return [
@@ -157,16 +105,7 @@ def defects(
 
 
 def excess_risks(chain: np.ndarray, exact: Prefixes, learned: Prefixes) -> list[float]:
-    """ε_t: the mean over p of KL(f*_t || f̂_t), nats, of each token.
-
-    Args:
-        chain: p, `[V, ..., V]`.
-        exact: f*_1 to f*_L.
-        learned: f̂_1 to f̂_L.
-
-    Returns:
-        ε_1 to ε_L.
-    """
+    """ε_1 to ε_L: the mean over p of KL(f*_t || f̂_t), nats, of each token."""
     masses = prefix_probabilities(chain)[1:]
     return [
         float(np.sum(m * (xlogy(a, a / b) + xlogy(1 - a, (1 - a) / (1 - b)))))
@@ -244,16 +183,7 @@ STATEMENTS: dict[str, Callable[[np.random.Generator], tuple[float, float]]] = {
 
 
 def check(statement: str, instances: int, seed: int = 0) -> Check:
-    """Tries a statement on random chains.
-
-    Args:
-        statement: A key of `STATEMENTS`.
-        instances: How many.
-        seed: Decides them.
-
-    Returns:
-        The count.
-    """
+    """Tries a statement of `STATEMENTS` on random chains."""
     rngs = np.random.default_rng(seed).spawn(instances)
     sides = np.array([STATEMENTS[statement](rng) for rng in rngs])
     left, right = sides.T

@@ -1,11 +1,11 @@
-"""What a run reads: tokens on the device, held-out sequences, and the rows of every batch.
+"""The data of a run: tokens on the device, held-out sequences, and the rows of every batch.
 
 Sequences are ragged and never padded one by one: the host plans each epoch as rows of the feature
 array, and one step gathers the rows of its batch. Tokens are dealt out to the devices one by one:
-each has its share of every sequence, and of a batch it reads what it has. Features never travel. An
-epoch is one pass over the forget sequences, each paired with a retain sequence drawn at random.
-Where retain sequences come from more than one source (retain rows, the base model's own samples),
-each source is drawn from equally often.
+each has a share of every sequence, and reads its share of a batch. Features never travel. An epoch
+is one pass over the forget sequences, each paired with a retain sequence drawn at random. Where
+retain sequences come from more than one source (retain rows, the base model's own samples), each
+source is drawn from equally often.
 
 Axes: K members, S seeds of theirs, P parts into which the mesh splits rows, N answer tokens of a
 part, D features, U tokens of the vocabulary that are trained, M tokens of a batch in a part.
@@ -84,8 +84,8 @@ class Data:
         retain = Features.concatenate(retain_sources)
         distils = config.loss == "distillation"
         seen = np.union1d(*(_trained_tokens(features, distils) for features in (retain, forget)))
-        # Unseen tokens fill up, so that the rows divide among the devices; a checkpoint must have
-        # the same shape whatever their number.
+        # Unseen tokens pad the rows to a multiple that most meshes divide: a checkpoint has the
+        # same shape on any number of devices.
         unseen = np.setdiff1d(np.arange(head_config.vocab_size), seen)
         missing = (-len(seen) % step for step in _VOCABULARY_STEPS)
         vocabulary = np.union1d(seen, unseen[: next(n for n in missing if n <= len(unseen))])
@@ -199,7 +199,7 @@ class Planner:
         forget_sequences = len(self._forget) - 1
         self._firsts = np.arange(0, forget_sequences, config.batch_size)
         self.steps = len(self._firsts)
-        # The largest batch that will ever come, so that one compiled program serves all epochs.
+        # The largest batch of all epochs: one compiled program serves all of them.
         largest = max(
             self._counts(seed, epoch).max()
             for seed in self._seeds
@@ -267,12 +267,12 @@ def split(
 
 
 def _before(tokens: int | np.ndarray, parts: int) -> np.ndarray:
-    """How many of the first `tokens` tokens are in each part, `[..., P]`."""
+    """Number of tokens with an index below `tokens` in each part, `[..., P]`."""
     return -((np.arange(parts) - np.asarray(tokens)[..., None]) // parts)
 
 
 def _take(pooled: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Takes rows in ascending order; where they are evenly spaced, without a copy of them."""
+    """Reads rows in ascending order; evenly spaced ones are a view, not a copy."""
     if len(rows) < 2:
         return pooled[rows]
     step = rows[1] - rows[0]

@@ -1,6 +1,6 @@
 """Trains heads on frozen features, several at once, and leaves them in a folder.
 
-Features, targets and nothing else of the base model are needed; they stay on the device.
+Training needs features and targets, and nothing else of the base model; they stay on the device.
 """
 
 import dataclasses
@@ -8,8 +8,7 @@ import hashlib
 import importlib.metadata
 import pathlib
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -113,7 +112,7 @@ def train_heads(
             "retain": _digest(sources[0]) if len(sources) == 1 else [*map(_digest, sources)],
             "forget": _digest(forget),
         },
-        # None leaves runs that know no start as they are.
+        # None keeps runs valid that were begun before `init` existed.
         "init": None if init is None else params_digest(init.params),
     }
     best = _Best(members, head_config, workdir)
@@ -218,8 +217,11 @@ def _run(
 
 
 def _make_record(
-    member: Member, of_data: dict[str, Any], metrics: Sequence[Metrics], best_epoch: int | None
-) -> dict[str, Any]:
+    member: Member,
+    of_data: Mapping[str, object],
+    metrics: Sequence[Metrics],
+    best_epoch: int | None,
+) -> dict[str, object]:
     """The record of a head: how it was trained, on which data, and its last metrics."""
     own = [line for line in metrics if line["head"] == member.name]
     final = next((line for line in own if line["epoch"] == best_epoch), own[-1])
@@ -232,7 +234,7 @@ def _make_record(
     }
 
 
-def _common(configs: Sequence[TrainConfig]) -> dict[str, Any]:
+def _common(configs: Sequence[TrainConfig]) -> dict[str, object]:
     """The recipes as one, with lists where they may differ."""
     common = dataclasses.asdict(configs[0])
     if len(configs) > 1:
@@ -275,10 +277,10 @@ def _check(features: Features, name: str, head_config: HeadConfig, config: Train
 
 
 class _Best:
-    """Where a run stops early: the evaluation of each head with the smallest held-out loss.
+    """Early stopping: the evaluation of each head with the smallest held-out loss.
 
-    Its weights are on the disk before the checkpoint of their epoch is, so that a resumed run has
-    them; what a killed run wrote after its last checkpoint is written once more.
+    Its weights are written before the checkpoint of their epoch, so that a resumed run has them.
+    Weights that a killed run wrote after its last checkpoint are written again.
 
     Attributes:
         epochs: Epoch of each head's best evaluation; None before the first, or without patience.
@@ -302,7 +304,7 @@ class _Best:
         return bool(self._patience) and min(self._waited) >= self._patience
 
     def update(self, epoch: int, losses: Sequence[float]) -> list[int]:
-        """Takes held-out losses in, and returns the heads that became better."""
+        """Compares held-out losses with the best so far; returns the heads that improved."""
         better = [k for k, loss in enumerate(losses) if loss < self._losses[k]]
         for k, loss in enumerate(losses):
             self._waited[k] = 0 if k in better else self._waited[k] + 1
@@ -311,7 +313,7 @@ class _Best:
         return better
 
     def keep(self, k: int, epoch: int, params: HeadParams) -> None:
-        """Keeps the weights of a head, on the disk too where the run has a folder."""
+        """Stores the weights of a head, also in the run's folder if it has one."""
         self.params[k] = params
         if self._folder is not None:
             record = {"epoch": epoch, "weights": params_digest(params)}
@@ -339,7 +341,7 @@ class _Best:
                 head = load_head(self._folder / member.name)
             except (OSError, ValueError) as error:
                 raise self._lost(k, str(error)) from error
-            # What a killed run wrote after its last checkpoint is of an epoch that comes again.
+            # A killed run may have stored weights after its last checkpoint: that epoch runs again.
             epoch, weights = (head.record.get(name) for name in ("epoch", "weights"))
             if epoch == self.epochs[k] and weights in (None, params_digest(head.params)):
                 self.params[k] = jax.device_get(head.params)
@@ -347,7 +349,7 @@ class _Best:
                 raise self._lost(k, "its epoch or its checksum is another one")
 
     def check(self) -> None:
-        """Raises ValueError if the weights of a best evaluation are not at hand at the end."""
+        """Raises ValueError if the weights of a best evaluation are missing at the end."""
         for k, epoch in enumerate(self.epochs):
             if epoch is not None and self.params[k] is None:
                 raise self._lost(k, "it holds a later epoch's")

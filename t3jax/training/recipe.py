@@ -6,8 +6,9 @@ References:
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -20,8 +21,8 @@ from t3jax.ranges import (
     RATE,
     SHARE,
     Numbers,
+    Ranged,
     Words,
-    check_ranges,
     whole,
 )
 
@@ -29,7 +30,7 @@ LOSSES = ("classifier", "distillation", "auto")
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Ranged):
     """How the head is trained; the defaults are the paper's recipe.
 
     Attributes:
@@ -57,48 +58,30 @@ class TrainConfig:
         checkpoint_every: Epochs between checkpoints; the last is always saved.
     """
 
-    epochs: int = 100
-    warmup_ratio: float = 0.25
-    batch_size: int = 32
-    learning_rate: float = 1e-2
-    weight_decay: float = 1e-2
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    clip_norm: float = 1.0
-    loss: str = "classifier"
-    distilled_temperature: float = 1.0
-    retain_weight: float = 6.0
+    epochs: Annotated[int, whole(1, 10**6)] = 100
+    warmup_ratio: Annotated[float, SHARE] = 0.25
+    batch_size: Annotated[int, COUNT] = 32
+    learning_rate: Annotated[float, RATE] = 1e-2
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 1e-2
+    b1: Annotated[float, BELOW_1] = 0.9
+    b2: Annotated[float, BELOW_1] = 0.999
+    eps: Annotated[float, POSITIVE] = 1e-8
+    clip_norm: Annotated[float, POSITIVE] = 1.0
+    loss: Annotated[str, Words(LOSSES)] = "classifier"
+    distilled_temperature: Annotated[float, Numbers(1, 1000)] = 1.0
+    retain_weight: Annotated[float, POSITIVE] = 6.0
     zero_output: bool = False
-    holdout_fraction: float = 0.0
-    patience: int = 0
-    eval_every: int = 5
-    checkpoint_every: int = 20
+    holdout_fraction: Annotated[float, BELOW_1] = 0.0
+    patience: Annotated[int, whole(0)] = 0
+    eval_every: Annotated[int, whole(1)] = 5
+    checkpoint_every: Annotated[int, whole(1)] = 20
 
     def settle_loss(self, loss: str) -> "TrainConfig":
-        """The recipe with a loss in the place of "auto"."""
+        """The recipe with "auto" replaced by a loss."""
         return dataclasses.replace(self, loss=loss) if self.loss == "auto" else self
 
     def __post_init__(self):
-        check_ranges(
-            self,
-            epochs=whole(1, 10**6),
-            warmup_ratio=SHARE,
-            batch_size=COUNT,
-            learning_rate=RATE,
-            weight_decay=NOT_NEGATIVE,
-            b1=BELOW_1,
-            b2=BELOW_1,
-            eps=POSITIVE,
-            clip_norm=POSITIVE,
-            loss=Words(LOSSES),
-            distilled_temperature=Numbers(1, 1000),
-            retain_weight=POSITIVE,
-            holdout_fraction=BELOW_1,
-            patience=whole(0),
-            eval_every=whole(1),
-            checkpoint_every=whole(1),
-        )
+        super().__post_init__()
         if self.patience and not self.holdout_fraction:
             raise ValueError(
                 f"patience = {self.patience}: expected 0, or a holdout_fraction above 0"
@@ -113,7 +96,7 @@ def learning_rate_schedule(config: TrainConfig, steps_per_epoch: int) -> optax.S
     total = config.epochs * steps_per_epoch
     warmup = round(config.warmup_ratio * total)
 
-    def schedule(count: Any) -> Any:
+    def schedule(count: jax.typing.ArrayLike) -> jax.Array:
         done = jnp.asarray(count, jnp.float32)
         rise = done / max(1, warmup)
         fall = (total - done) / max(1, total - warmup)
@@ -123,7 +106,10 @@ def learning_rate_schedule(config: TrainConfig, steps_per_epoch: int) -> optax.S
 
 
 def make_optimizer(
-    config: TrainConfig, steps_per_epoch: int, learning_rate: Any = None, weight_decay: Any = None
+    config: TrainConfig,
+    steps_per_epoch: int,
+    learning_rate: jax.Array | None = None,
+    weight_decay: jax.Array | None = None,
 ) -> optax.GradientTransformation:
     """AdamW with clipped gradients, warm-up and decay, as the recipe has it.
 

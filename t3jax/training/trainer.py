@@ -1,7 +1,7 @@
 """The compiled programs of a run: whole epochs in one scan, several heads at once.
 
 Only rows of W2 whose token occurs in the data get a gradient, so only those are trained. The other
-rows can but shrink by weight decay, by a factor that is known in closed form. Learning rates and
+rows only shrink by weight decay, by a factor that is known in closed form. Learning rates and
 weight decays are traced: one program serves heads that differ in them.
 
 Heads of one seed read the same batches: their features are gathered once, and multiplied by the

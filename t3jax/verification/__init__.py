@@ -3,11 +3,12 @@
 Someone with a legal request has a model, a head, the rows to forget and rows to retain. The forget
 rows are asked in many ways, and each answer is searched for the true one. A high recall alone may
 be wording that other rows share, or a guess. An answer therefore leaks only if it holds more of the
-true answer than like texts about others do, and an attack succeeds by how much more often answers
-leak than such texts would. The retain rows are asked once, and compared with the base's answers.
+true answer than like texts about others do, and the success of an attack is how much more often
+answers leak than such texts would. The retain rows are asked once, and compared with the base's
+answers.
 
-Attacks go through prompts. The base's weights still hold what they held, and whoever has them can
-take the head away.
+Attacks go through prompts. The base's weights are unchanged: whoever has them can leave the head
+out.
 """
 
 from t3jax.synthetic import Counterfactual

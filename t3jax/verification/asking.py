@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from t3jax.evaluation.questions import append_answers
 from t3jax.evaluation.recall import leak_recall
 from t3jax.evaluation.settings import BASE, Setting
 from t3jax.evaluation.store import Store
-from t3jax.ranges import COUNT, SEED, TOP_P, check_ranges, whole
+from t3jax.ranges import COUNT, SEED, TOP_P, Ranged, whole
 from t3jax.sampling import Sample
 from t3jax.sampling.options import REFUSAL_THRESHOLD
 from t3jax.synthetic.counterfactual import Counterfactual
@@ -24,7 +24,7 @@ from t3jax.verification.verdict import SHORT, Fluency, Refusals, wilson
 
 
 @dataclasses.dataclass(frozen=True)
-class VerifyOptions:
+class VerifyOptions(Ranged):
     """How many rows are asked, and how.
 
     Attributes:
@@ -34,13 +34,10 @@ class VerifyOptions:
         seed: Seed of the draws.
     """
 
-    rows: int = 60
-    threshold: float = 0.7
-    max_new_tokens: int = 200
-    seed: int = 0
-
-    def __post_init__(self):
-        check_ranges(self, rows=whole(1), threshold=TOP_P, max_new_tokens=COUNT, seed=SEED)
+    rows: Annotated[int, whole(1)] = 60
+    threshold: Annotated[float, TOP_P] = 0.7
+    max_new_tokens: Annotated[int, COUNT] = 200
+    seed: Annotated[int, SEED] = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

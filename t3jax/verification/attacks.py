@@ -1,6 +1,7 @@
 """Ways of asking for forgotten text: other draws, other words, a beginning given.
 
-An attack is prompts with the true answers that must not come. Nothing here runs a model.
+An attack is a set of prompts, with the true answers that must not be given. Nothing here runs a
+model.
 """
 
 import dataclasses
@@ -109,10 +110,7 @@ def attacks(
     names: Sequence[str],
     rewordings: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[list[Attack], dict[str, str]]:
-    """All ways of asking rows.
-
-    Returns:
-        The attacks, and those that could not be made with the reason.
+    """All ways of asking rows, and those that could not be made with the reason.
 
     Raises:
         ValueError: If a row cannot be encoded.
@@ -264,7 +262,7 @@ class _Rows:
         return _attack(name, does, parts, sampling) if parts else None
 
     def begin(self) -> Attack | None:
-        """Gives the answer's first words, or a document's first half; None if that is all."""
+        """The attack that gives an answer's first words, or a document's first half; or None."""
         parts: list[_Part] = []
         for position, (record, example) in enumerate(zip(self.records, self.encoded, strict=True)):
             if "text" in record:
@@ -291,7 +289,7 @@ class _Rows:
         return _attack("retain", "the rows as they stand", parts, {})
 
     def half(self, example: Example) -> tuple[int, str]:
-        """Where a document's first half ends, and its last words."""
+        """The end of a document's first half, as a token index, and the words before it."""
         given = max(1, min(len(example.tokens) // 2, self.max_position - self.longest))
         text = self.text(example.tokens[:given])
         return given, text if len(text) <= 80 else f"\N{HORIZONTAL ELLIPSIS}{text[-80:]}"

@@ -14,7 +14,7 @@ Tries = Sequence[Sequence[tuple[str, str]]]  # by row, every question with an an
 
 
 class Leaks(NamedTuple):
-    """What an attack brings back, row by row.
+    """The leaks that an attack finds, row by row.
 
     Attributes:
         recall: The most of the true answer that an answer holds, `[rows]`.

@@ -1,7 +1,7 @@
-"""What a true answer shares with texts about others: wording, or a guess.
+"""The overlap of a true answer with texts about others: shared wording, or a guess.
 
-In a set of rows answers are worded alike, and a model that knows nothing guesses now and then. Here
-is how much of a true answer like texts hold that cannot know it, the names exchanged.
+In a set of rows answers are worded alike, and a model that knows nothing guesses now and then. This
+module measures the share of a true answer that such texts hold, with the names exchanged.
 """
 
 import re
@@ -22,7 +22,7 @@ _LOOKED_INTO = 2000  # characters of a document at most
 
 
 def name_of(question: str, answer: str) -> str | None:
-    """Whom a question is about: its longest run of capitalised words that the answer repeats.
+    """The name that a question is about: its longest capitalised run that the answer repeats.
 
     None if there is no such run.
     """
@@ -67,7 +67,7 @@ class Exchanged(Counterfactual):
 
 
 class Others:
-    """What a true answer shares with texts about others, the names exchanged: wording, or a guess.
+    """The overlap of true answers with texts about others, whose names are exchanged.
 
     Texts alike have the same words in question and true answer, but for the names.
     """
@@ -78,7 +78,7 @@ class Others:
         texts = " ".join(" ".join(_question_and_answer(row)) for row in (*records, *looked_at))
         small = {word for word in re.findall(r"\w+", texts) if word[0].islower()}
         self.asked = [_About(record, small) for record in records]
-        # In a fixed random order, so that none is near another by its place in the file.
+        # The order is random and fixed: neighbours in the file are not preferred among equals.
         order = np.random.default_rng(0).permutation(len(records)).tolist()
         self.ranked: list[list[int]] = []
         for i, about in enumerate(self.asked):
@@ -108,7 +108,7 @@ class Others:
         return np.array(shared, np.float64)
 
     def exchange(self, records: Sequence[Record]) -> list["Exchanged"]:
-        """The rows that name somebody, asked about those whom the like retain rows are about."""
+        """The rows that hold a name, with it replaced by the names of the like retain rows."""
         return [
             Exchanged(
                 row,
@@ -126,7 +126,7 @@ class Others:
         ]
 
     def recall(self, attack: Attack, tries: Tries) -> list[list[float]]:
-        """How much of each true answer the answers to like rows about others hold.
+        """The share of each true answer that answers to like rows about others hold.
 
         By row of the attack, the largest recall of each of the others.
         """
@@ -149,10 +149,10 @@ class Others:
 
 
 class _About:
-    """Whom a row is about, and in which words.
+    """The name that a row is about, and its words.
 
-    What stands anywhere in small letters is no part of a name that separates one from another, such
-    as the small words of a title.
+    Words that occur in small letters anywhere, such as the small words of a title, do not count as
+    parts of a name.
     """
 
     def __init__(self, record: Record, small: Set[str]):

@@ -1,4 +1,4 @@
-"""How many rows a head still recites: a quick check while its setting is chosen."""
+"""The share of rows that a head still recites: a quick check while its setting is chosen."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,26 +16,32 @@ RECALL = VerifyOptions.threshold
 def count_recited(
     encoding: Encoding, forget: Sequence[Record], retain: Sequence[Record], most_rows: int
 ) -> Callable[..., float]:
-    """Prepares the forget rows to be asked as they stand.
+    """Prepares at most `most_rows` forget rows, evenly spread, to be asked as they stand.
 
-    Args:
-        encoding: How rows become prompts.
-        forget: Rows to forget.
-        retain: Rows of which none is to be forgotten: their answers show what chance would reach.
-        most_rows: How many forget rows are asked at most, evenly spread.
-
-    Returns:
-        A function of a sampler and options of its `generate`: the share of the rows that leak,
-        see `count_leaks`. Draws are `SamplingOptions` fields, greedy without any.
+    The retain rows' answers show what chance would reach. The result is a function of a sampler,
+    fields of `SamplingOptions` (greedy without any), and T and s: the share of the rows that leak,
+    see `find_leaks`.
     """
     asked = evenly_spread(list(forget), most_rows)
     attack = as_they_stand(encoding, asked, [f"row {i + 1}" for i in range(len(asked))])
     others = Others(asked, retain, RECALL)
     wording = others.wording(attack)
 
-    def share(sampler: Sampler, draws: Mapping[str, Any], **setting: Any) -> float:
+    def share(
+        sampler: Sampler,
+        draws: Mapping[str, Any],
+        *,
+        base_temperature: float,
+        guidance_scale: float,
+    ) -> float:
         options = SamplingOptions(max_new_tokens=encoding.max_new_tokens, **draws)
-        tries = group_answers(attack, sampler.generate(attack.prompts, options, **setting))
+        samples = sampler.generate(
+            attack.prompts,
+            options,
+            base_temperature=base_temperature,
+            guidance_scale=guidance_scale,
+        )
+        tries = group_answers(attack, samples)
         pools = others.recall(attack, tries)
         return float(find_leaks(attack, tries, wording, pools, RECALL).leaks.mean())
 

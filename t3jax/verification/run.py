@@ -78,9 +78,9 @@ def _guess(
     exchanged: Sequence[Exchanged],
     numbers: Sequence[int],
 ) -> dict[tuple[str, int], list[float]]:
-    """What the base guesses about other names, by attack and number of the row."""
+    """Recall of the base's guesses about other names, by attack and number of the row."""
     guesses = asking.guess(made_up, "made-up")
-    # The first words give the wording away, which answers to other rows do not have.
+    # Answers to other rows lack the wording that the first words give away.
     swapped = [dataclasses.replace(each, row=numbers[each.row]) for each in exchanged]
     for key, recall in asking.guess(swapped, "exchanged", PREFIX).items():
         guesses.setdefault(key, []).extend(recall)

@@ -249,7 +249,7 @@ class Verdict:
         return [
             finding.name
             for finding in self.findings
-            # Many draws are as fluent as one: t0.7-p0.9-x16 as t0.7-p0.9.
+            # Fluency is measured for one draw: t0.7-p0.9-x16 has that of t0.7-p0.9.
             if finding.name in SAMPLINGS
             and finding.judged == HOLDS
             and finding.name.split("-x")[0] not in wrong
@@ -285,7 +285,7 @@ class Verdict:
 
 
 def enough_rows() -> int:
-    """Of how many rows none must come back to show, at 95 %, that fewer than `MARGIN` do."""
+    """The number of rows, none of which leaks, that shows at 95 % that fewer than `MARGIN` do."""
     return math.ceil(_ONE_SIDED**2 * (1 - MARGIN) / MARGIN)
 
 
@@ -303,7 +303,7 @@ def wilson(share: float, count: int) -> Interval:
     z = _TWO_SIDED**2 / count
     middle = (share + z / 2) / (1 + z)
     half = math.sqrt(z * (share * (1 - share) + z / 4)) / (1 + z)
-    # At 0 and at 1 an end is the share itself, but for rounding.
+    # At 0 and at 1 one end equals the share; rounding would put it on the other side.
     return Interval(share, min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half)))
 
 
