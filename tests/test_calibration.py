@@ -13,6 +13,7 @@ from t3jax.evaluation import calibration
 from t3jax.evaluation.calibration import Calibrated, calibrate, choose_setting
 from t3jax.pipeline import heads
 from t3jax.training_sets import TrainingSets
+from t3jax.verification.reciting import Answered
 
 
 def of(distance, retained, scale=1.0, temperature=1.0, probability=0.5):
@@ -60,42 +61,51 @@ def test_settings_are_compared_with_the_made_up_name_level(tiny_lm, texts):
 
 
 @pytest.mark.parametrize(
-    ("shares", "scale", "recited"),
+    ("shares", "scale", "recited", "fault"),
     [
-        ({1.0: 0.04}, 1.0, 0.04),
-        ({1.0: 0.3, 2.0: 0.06, 3.0: 0.05}, 3.0, 0.05),
-        ({1.0: 0.3, 2.0: 0.1, 3.0: 0.2}, 2.0, 0.1),  # 4 harms, and other heads and T are others
+        ({1.0: 0.04}, 1.0, 0.04, ""),
+        ({1.0: 0.3, 2.0: 0.06, 3.0: 0.05}, 3.0, 0.05, "makes answers that do not end"),
+        # 4 harms, and other heads and T are others.
+        ({1.0: 0.3, 2.0: 0.1, 3.0: 0.2}, 2.0, 0.1, "recites forget rows"),
     ],
 )
 def test_the_scale_of_a_classifier_grows_until_little_is_recited(
-    tiny_lm, monkeypatch, shares, scale, recited
+    tiny_lm, monkeypatch, shares, scale, recited, fault
 ):
     grid = [of(0.2, 0.99, s) for s in (0.5, 1.0, 2.0, 3.0)]
     settings = (*grid, of(0.2, 0.9, 4.0), of(0.2, 0.99, 2.5, temperature=1.5))
     chosen = calibration.Calibration(grid[1], settings, 0.4, 0.9)
     monkeypatch.setattr(heads, "calibrate_heads", lambda *_: chosen)
-    count = lambda *_: lambda sampler, draws, guidance_scale, **_: shares[guidance_scale]  # noqa: E731
-    monkeypatch.setattr(heads, "count_recited", count)
+
+    def ask(sampler, draws, guidance_scale, **_):
+        ended = {0.0: 0.95, 1.0: 0.9, 2.0: 0.9, 3.0: 0.8}[guidance_scale]
+        return Answered(1.0 if guidance_scale == 0 else shares[guidance_scale], ended)
+
+    monkeypatch.setattr(heads, "prepare_asking", lambda *_: ask)
     sets = TrainingSets.__new__(TrainingSets)
     vars(sets).update(loss="classifier", counterfactuals=[1], rows=[], retained=[])
     config = tiny.make_settings(default, {})
     (head,) = heads.choose_setting(config, tiny_lm, [tiny.make_head(tiny_lm)], sets)
     assert (head.guidance_scale, head.record["recited"]) == (scale, recited)
     assert head.record["calibration"]["chosen"]["guidance_scale"] == scale
-    assert heads.recites(head) == (recited > 0.05)
+    assert heads.name_fault(head) == fault
     vars(sets).update(loss="distillation")
     (head,) = heads.choose_setting(config, tiny_lm, [tiny.make_head(tiny_lm)], sets)
     assert head.guidance_scale == 1.0
-    assert not heads.recites(head)
+    assert not heads.name_fault(head)
 
 
-@pytest.mark.parametrize("recited", [0.04, 0.3])
-def test_auto_distils_where_the_classifier_recites(tiny_lm, monkeypatch, tmp_path, recited):
+@pytest.mark.parametrize(("recited", "unended"), [(0.04, 0.1), (0.3, 0.0), (0.0, 0.11)])
+def test_auto_distils_where_the_classifier_has_a_fault(
+    tiny_lm, monkeypatch, tmp_path, recited, unended
+):
     fitted = []
 
     def fit(config, lm, sets, *, workdir, **_):
         fitted.append((config.train.loss, sets.loss, workdir))
-        record = {"seconds": 0.0} | ({"recited": recited} if sets.loss == "classifier" else {})
+        record = {"seconds": 0.0}
+        if sets.loss == "classifier":
+            record |= {"recited": recited, "unended": unended}
         return [dataclasses.replace(tiny.make_head(lm), model=sets.loss, record=record)]
 
     def make_sets(config, _):
@@ -112,5 +122,5 @@ def test_auto_distils_where_the_classifier_recites(tiny_lm, monkeypatch, tmp_pat
     train._train(config, tiny_lm.mesh)
     classifier = ("classifier", "classifier", str(tmp_path))
     distilled = ("distillation", "distillation", f"{tmp_path}/distillation")
-    assert fitted == ([classifier] if recited < 0.05 else [classifier, distilled])
+    assert fitted == ([classifier] if recited == 0.04 else [classifier, distilled])
     assert t3jax.load_head(tmp_path / "head").model == fitted[-1][0]

@@ -22,8 +22,8 @@ from t3jax.synthetic.turns import put_behind_turns
 from t3jax.training import check_start, train_heads
 from t3jax.training_sets import Featurizer, SyntheticOptions, TrainingSets, make_training_sets
 from t3jax.verification.attacks import Encoding
-from t3jax.verification.reciting import count_recited
-from t3jax.verification.verdict import MARGIN
+from t3jax.verification.reciting import prepare_asking
+from t3jax.verification.verdict import LOSS, MARGIN
 
 _MOST_ASKED = 100
 
@@ -137,17 +137,16 @@ def choose_setting(
     All heads get the setting that is chosen for the first; their records say how. See
     `t3jax.evaluation.calibration`. Probabilities are means over rows, and a classifier may leave a
     few rows untouched: its s grows until at most 5 % of the forget rows are recited, asked alone
-    and behind other turns.
+    and behind other turns. Its record says what `name_fault` needs.
     """
     open_fields = config.base_temperature is None and config.guidance_scale is None
     if not open_fields or not sets.counterfactuals:
         return list(heads)
     calibration = calibrate_heads(config, lm, heads[:1], sets)
-    record: dict[str, Any] = {}
+    record: dict[str, object] = {}
     if sets.loss == "classifier":
-        calibration, recited = _grow_scale(config, lm, heads[0], sets, calibration)
-        record["recited"] = recited
-        print(f"recited, greedy: {recited:.0%} of the forget rows")
+        calibration, record = _grow_scale(config, lm, heads[0], sets, calibration)
+        print(f"recited, greedy: {record['recited']:.0%} of the forget rows")
     print(calibration, flush=True)
     chosen = calibration.chosen
     record["calibration"] = dataclasses.asdict(calibration)
@@ -162,17 +161,25 @@ def choose_setting(
     ]
 
 
-def recites(head: Head) -> bool:
-    """Whether a head still recites more rows than it may; known of classifiers alone."""
-    return float(head.record.get("recited", 0.0)) > MARGIN
+def name_fault(head: Head) -> str:
+    """Says why a head is not to be served; empty where nothing is known against it.
+
+    Only classifiers are asked while T and s are chosen.
+    """
+    if float(head.record.get("recited", 0.0)) > MARGIN:
+        return "recites forget rows"
+    if float(head.record.get("unended", 0.0)) > LOSS:
+        return "makes answers that do not end"
+    return ""
 
 
 def _grow_scale(
     config: Settings, lm: LM, head: Head, sets: TrainingSets, calibration: Calibration
-) -> tuple[Calibration, float]:
+) -> tuple[Calibration, dict[str, object]]:
     """Raises s until few forget rows are recited, or takes the s that recites the fewest.
 
-    Returns the calibration with that choice, and the share of the rows that are recited.
+    Returns the calibration with that choice, and what is recorded of it: the share of rows that are
+    `recited`, and the share of answers that do not end where the base's do, `unended`.
     """
     encoding = Encoding(
         lm.tokenizer, config.prompt_format, config.sampling.max_new_tokens, lm.max_position
@@ -188,7 +195,7 @@ def _grow_scale(
     )
     # Without a chat template, or without turns in training, no row was changed.
     asked = [sets.rows] if turned == sets.rows else [sets.rows, turned]
-    counts = [count_recited(encoding, rows, sets.retained, _MOST_ASKED) for rows in asked]
+    ways = [prepare_asking(encoding, rows, sets.retained, _MOST_ASKED) for rows in asked]
     sampler = Sampler(
         lm,
         head,
@@ -196,18 +203,23 @@ def _grow_scale(
         prompt_format=config.prompt_format,
         batch_size=config.rows,
     )
-    shares = []
+    base = [ask(sampler, {}, base_temperature=1.0, guidance_scale=0.0) for ask in ways]
+    tried = []
     for setting in (calibration.chosen, *calibration.stronger):
         served = {
             "base_temperature": setting.base_temperature,
             "guidance_scale": setting.guidance_scale,
         }
-        recited = max(count(sampler, {}, **served) for count in counts)
-        shares.append((recited, setting))
-        if recited <= MARGIN:
+        answered = [ask(sampler, {}, **served) for ask in ways]
+        unended = max(b.ended - a.ended for a, b in zip(answered, base, strict=True))
+        tried.append((max(a.recited for a in answered), unended, setting))
+        if tried[-1][0] <= MARGIN:
             break
-    recited, setting = min(shares, key=lambda pair: pair[0])
-    return dataclasses.replace(calibration, chosen=setting), recited
+    recited, unended, setting = min(tried, key=lambda each: each[0])
+    return (
+        dataclasses.replace(calibration, chosen=setting),
+        {"recited": recited, "unended": unended},
+    )
 
 
 def calibrate_heads(

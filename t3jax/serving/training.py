@@ -21,7 +21,7 @@ from t3jax.synthetic import targets, writing
 from t3jax.training import TrainConfig, train_heads
 from t3jax.training_sets import Featurizer, SyntheticOptions, TrainingSets, make_training_sets
 from t3jax.verification.attacks import Encoding
-from t3jax.verification.reciting import count_recited
+from t3jax.verification.reciting import prepare_asking
 
 _HELD_OUT = 10  # every tenth retain row is kept from training, to be checked
 _CHECKED_ROWS = 40
@@ -238,14 +238,15 @@ class HeadMaker:
         encoding = Encoding(
             self.lm.tokenizer, recipe.prompt_format, recipe.max_new_tokens, self.lm.max_position
         )
-        share = count_recited(encoding, rows, _without(self.trained, rows), _CHECKED_ROWS)
+        ask = prepare_asking(encoding, rows, _without(self.trained, rows), _CHECKED_ROWS)
         sampler = Sampler(self.lm, head)
         served = {
             "base_temperature": recipe.base_temperature,
             "guidance_scale": recipe.guidance_scale,
         }
-        leaks = {name: share(sampler, draws, **served) for name, draws in _DRAWS.items()}
-        return leaks, {"greedy": share(sampler, {}, base_temperature=1.0, guidance_scale=0.0)}
+        leaks = {name: ask(sampler, draws, **served).recited for name, draws in _DRAWS.items()}
+        base = ask(sampler, {}, base_temperature=1.0, guidance_scale=0.0)
+        return leaks, {"greedy": base.recited}
 
 
 def _without(rows: Sequence[Record], others: Sequence[Record]) -> list[Record]:

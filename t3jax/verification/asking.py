@@ -160,10 +160,10 @@ class Asking:
             Fluency(
                 attack.name,
                 float(np.median(perplexity[start:stop])),
-                _share_ended(unlearned[attack.name], stops),
+                share_ended(unlearned[attack.name], stops),
                 _repetition(unlearned[attack.name]),
                 float(np.median(base_perplexity[start:stop])),
-                _share_ended(base[attack.name], stops),
+                share_ended(base[attack.name], stops),
                 _repetition(base[attack.name]),
             )
             for attack, (start, stop) in zip(plain, itertools.pairwise(starts), strict=True)
@@ -180,7 +180,8 @@ def _count_refusals(log_ratios: np.ndarray, forget: int) -> Refusals:
     return Refusals(REFUSAL_THRESHOLD, *shares)
 
 
-def _share_ended(samples: Sequence[Sample], stops: Sequence[int]) -> float:
+def share_ended(samples: Sequence[Sample], stops: Sequence[int]) -> float:
+    """The share of answers that end in a stop token, and not because they are too long."""
     return float(np.mean([sample.tokens[-1] in stops for sample in samples]))
 
 
