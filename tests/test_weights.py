@@ -99,7 +99,8 @@ def test_what_is_saved_loads_in_every_family(tmp_path, name, monkeypatch):
     loaded = load_params(tmp_path, config, jnp.float32, shardings)
     equal(loaded, params)
     first = loaded["layers"][0]
-    q = first["delta" if "delta" in first else "attention"]["q"]["weight"]
+    q = first["conv"]["v"] if "conv" in first else first.get("delta", first.get("attention"))["q"]
+    q = q["weight"]
     assert {s.data.shape for s in q.addressable_shards} == {(q.shape[0] // 2, q.shape[1] // 2)}
     # By halves and quarters, each once, however many devices hold them.
     assert sum(sizes) == sum(leaf.size for leaf in jax.tree.leaves(params))

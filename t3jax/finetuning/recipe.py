@@ -136,6 +136,6 @@ def make_optimizer(config: FinetuneConfig, steps: int) -> optax.GradientTransfor
     )
 
 
-def _decays(path: tuple, leaf: jax.Array) -> bool:
+def _decays(path: tuple, leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
     """Matrices do; vectors and norms, which may have a vector for each head, do not."""
     return leaf.ndim > 1 and "norm" not in jax.tree_util.keystr(path[-2:])
