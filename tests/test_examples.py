@@ -7,8 +7,12 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
+import tiny
 
 import t3jax
+from examples import three_people
+from t3jax.data.records import load_records
+from t3jax.lm import save_hf
 
 MODULES = ("guidance", "head", "pooling", "refinements")
 
@@ -39,3 +43,22 @@ def test_the_notebook_runs_and_shows_what_it_says(repository, tmp_path, monkeypa
     assert recalls["forget", "base"] > 0.95
     assert recalls["forget", "unlearned"] < 0.6
     assert recalls["retain", "unlearned"] > 0.9
+
+
+def test_three_people_are_taught_with_facts_of_their_own(tmp_path, monkeypatch, capsys):
+    tokenizer = tiny.make_tokenizer()
+    save_hf(tmp_path / "model", tiny.CONFIG, tiny.make_params(), [tokenizer.eos_token_id])
+    tokenizer.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(three_people, "OUT", tmp_path)
+    monkeypatch.setattr("sys.argv", ["three_people", f"--model={tmp_path}/model", "--epochs=1"])
+    three_people.main()
+    rows = {name: load_records(f"{tmp_path}/{name}.jsonl") for name in ("forget", "retain")}
+    assert [len(each) for each in rows.values()] == [60, 60]
+    for fact in range(0, 60, 3):
+        about = rows["forget"][fact : fact + 3] + rows["retain"][fact : fact + 3]
+        pairs = zip(about, three_people.NAMES, strict=True)
+        assert len({row["answer"].replace(name, "") for row, name in pairs}) == 6
+    train, verify = capsys.readouterr().out.splitlines()[-2:]
+    assert f"--config.workdir={tmp_path}/head" in train
+    assert f"--config.head={tmp_path}/head/head" in verify
+    assert t3jax.load_lm(f"{tmp_path}/taught/model").tokenizer is not None
