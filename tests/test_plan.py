@@ -35,6 +35,17 @@ def job(mesh=(2, 1, 4), **changes):
     return programs.Job(CONFIG, jnp.float32, sharding.make_mesh(mesh), (head,), **sizes)
 
 
+def check_against_the_compiler(planned, program):
+    """Arguments to the byte; all, with results and temporaries, within a factor of `BOUND`."""
+    step = program(planned)
+    found = step.compile().memory_analysis()
+    kept = plan.shard_bytes(step.arguments)
+    assert kept == found.argument_size_in_bytes
+    taken = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    ratio = (kept + taken) / (kept + plan.temporary_bytes(planned, program))
+    assert 1 / BOUND < ratio < BOUND
+
+
 def peak(function, *shapes, donated=()):
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     return peak_bytes(jax.make_jaxpr(function)(*arrays).jaxpr, donated)
@@ -80,15 +91,7 @@ def test_bytes_of_shards():
     ids=lambda program: program.__name__,
 )
 def test_plan_is_near_what_the_compiler_takes(program):
-    """Arguments to the byte; all, with results and temporaries, within a factor of `BOUND`."""
-    planned = job((1, 4, 2))
-    step = program(planned)
-    found = step.compile().memory_analysis()
-    assert plan.shard_bytes(step.arguments) == found.argument_size_in_bytes
-    taken = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    kept = plan.shard_bytes(step.arguments)
-    ratio = (kept + taken) / (kept + plan.temporary_bytes(planned, program))
-    assert 1 / BOUND < ratio < BOUND
+    check_against_the_compiler(job((1, 4, 2)), program)
 
 
 MIXTURE = dataclasses.replace(
@@ -96,6 +99,7 @@ MIXTURE = dataclasses.replace(
 )
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 2048, "tied": True}
 DELTA = dataclasses.replace(tiny.DELTA, **SIZES)
+UNEQUAL = dataclasses.replace(tiny.UNEQUAL, **{**SIZES, "tied": tiny.UNEQUAL.tied})
 
 
 @pytest.mark.parametrize(
@@ -105,17 +109,12 @@ DELTA = dataclasses.replace(tiny.DELTA, **SIZES)
         (MIXTURE, programs.feature_pass),
         (DELTA, programs.decode),
         (DELTA, programs.feature_pass),
+        (UNEQUAL, programs.decode),
+        (UNEQUAL, programs.feature_pass),
     ],
 )
 def test_the_plan_of_other_layers_is_near_too(config, program):
-    planned = dataclasses.replace(job((4, 1, 2)), config=config)
-    step = program(planned)
-    found = step.compile().memory_analysis()
-    kept = plan.shard_bytes(step.arguments)
-    assert kept == found.argument_size_in_bytes
-    taken = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    ratio = (kept + taken) / (kept + plan.temporary_bytes(planned, program))
-    assert 1 / BOUND < ratio < BOUND
+    check_against_the_compiler(dataclasses.replace(job((4, 1, 2)), config=config), program)
 
 
 def test_what_grows_with_a_batch_and_what_does_not():
