@@ -7,11 +7,12 @@ import tiny
 import t3jax
 from configs import default
 from t3jax import pipeline
-from t3jax.commands import train
+from t3jax.commands import sweep, train
 from t3jax.data import Example
 from t3jax.evaluation import calibration
 from t3jax.evaluation.calibration import Calibrated, calibrate, choose_setting
 from t3jax.pipeline import heads
+from t3jax.sweep import Grid
 from t3jax.training_sets import TrainingSets
 from t3jax.verification.reciting import Answered
 
@@ -88,11 +89,11 @@ def test_the_scale_of_a_classifier_grows_until_little_is_recited(
     (head,) = heads.choose_setting(config, tiny_lm, [tiny.make_head(tiny_lm)], sets)
     assert (head.guidance_scale, head.record["recited"]) == (scale, recited)
     assert head.record["calibration"]["chosen"]["guidance_scale"] == scale
-    assert heads.name_fault(head) == fault
+    assert heads.name_fault(head.record) == fault
     vars(sets).update(loss="distillation")
     (head,) = heads.choose_setting(config, tiny_lm, [tiny.make_head(tiny_lm)], sets)
     assert head.guidance_scale == 1.0
-    assert not heads.name_fault(head)
+    assert not heads.name_fault(head.record)
 
 
 @pytest.mark.parametrize(("recited", "unended"), [(0.04, 0.1), (0.3, 0.0), (0.0, 0.11)])
@@ -124,3 +125,34 @@ def test_auto_distils_where_the_classifier_has_a_fault(
     distilled = ("distillation", "distillation", f"{tmp_path}/distillation")
     assert fitted == ([classifier] if recited == 0.04 else [classifier, distilled])
     assert t3jax.load_head(tmp_path / "head").model == fitted[-1][0]
+
+
+def test_a_sweep_distils_where_the_best_classifier_has_a_fault(tiny_lm, monkeypatch, tmp_path):
+    found = calibration.Calibration(of(0.2, 0.99, 1.0), (), 0.4, 0.9)
+    grids, written = [], []
+
+    def make_sets(config, _):
+        sets = TrainingSets.__new__(TrainingSets)
+        vars(sets).update(loss=config.train.settle_loss("classifier").loss)
+        return sets
+
+    def train_grid(config, lm, sets, mesh):
+        grids.append((config.train.loss, sets.loss, config.workdir))
+        return Grid([tmp_path / sets.loss], [tiny.make_head(tiny_lm)], 1)
+
+    def choose(config, lm, heads, sets, seeds):
+        return found, {"recited": 0.3} if sets.loss == "classifier" else {}
+
+    monkeypatch.setattr(pipeline, "training_sets", make_sets)
+    monkeypatch.setattr(pipeline, "choose_among", choose)
+    monkeypatch.setattr(sweep, "train_grid", train_grid)
+    monkeypatch.setattr(sweep, "write_calibration", lambda *each: written.append(each) or "")
+    for loss in ("auto", "classifier"):
+        fields = {"workdir": str(tmp_path), "train.loss": loss}
+        config = tiny.make_settings(default, fields)
+        sweep._choose_by_made_up_names(config, tiny_lm, tiny_lm.mesh)
+    classifier = ("classifier", "classifier", str(tmp_path))
+    distilled = ("distillation", "distillation", f"{tmp_path}/distillation")
+    assert grids == [classifier, distilled, classifier]
+    names = ("distillation", "classifier")
+    assert written == [(str(tmp_path), found, [tmp_path / name]) for name in names]

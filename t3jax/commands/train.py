@@ -54,7 +54,7 @@ def _train(config: Settings, mesh: Mesh) -> None:
         )
     training: dict[str, Any] = {"mesh": mesh, "progress": "training"}
     heads = pipeline.fit_heads(config, lm, sets, workdir=config.workdir, **training)
-    if asked.train.loss == "auto" and (fault := pipeline.name_fault(heads[0])):
+    if asked.train.loss == "auto" and (fault := pipeline.name_fault(heads[0].record)):
         print(f"loss: distillation, since the classifier {fault}")
         config = replace(asked, train=asked.train.settle_loss("distillation"))
         sets = pipeline.training_sets(config, lm)

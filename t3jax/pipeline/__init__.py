@@ -15,7 +15,7 @@ from t3jax.pipeline.evaluation import (
     settings,
 )
 from t3jax.pipeline.heads import (
-    calibrate_heads,
+    choose_among,
     choose_setting,
     digests,
     fit_heads,
@@ -34,7 +34,7 @@ from t3jax.pipeline.models import encode, encode_rows, finetune_config, finetune
 __all__ = [
     "Evaluation",
     "Examined",
-    "calibrate_heads",
+    "choose_among",
     "choose_setting",
     "digests",
     "encode",

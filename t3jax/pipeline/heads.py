@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -134,19 +134,12 @@ def choose_setting(
 ) -> list[Head]:
     """Chooses T and s of heads where the settings leave both open and there are counterfactuals.
 
-    All heads get the setting that is chosen for the first; their records say how. See
-    `t3jax.evaluation.calibration`. Probabilities are means over rows, and a classifier may leave a
-    few rows untouched: its s grows until at most 5 % of the forget rows are recited, asked alone
-    and behind other turns. Its record says what `name_fault` needs.
+    All heads get the setting that is chosen for the first; their records say how.
     """
     open_fields = config.base_temperature is None and config.guidance_scale is None
     if not open_fields or not sets.counterfactuals:
         return list(heads)
-    calibration = calibrate_heads(config, lm, heads[:1], sets)
-    record: dict[str, object] = {}
-    if sets.loss == "classifier":
-        calibration, record = _grow_scale(config, lm, heads[0], sets, calibration)
-        print(f"recited, greedy: {record['recited']:.0%} of the forget rows")
+    calibration, record = choose_among(config, lm, heads[:1], sets)
     print(calibration, flush=True)
     chosen = calibration.chosen
     record["calibration"] = dataclasses.asdict(calibration)
@@ -161,21 +154,39 @@ def choose_setting(
     ]
 
 
-def name_fault(head: Head) -> str:
-    """Says why a head is not to be served; empty where nothing is known against it.
+def choose_among(
+    config: Settings, lm: LM, heads: Sequence[Head], sets: TrainingSets, seeds: int = 1
+) -> tuple[Calibration, dict[str, Any]]:
+    """Chooses a head, T and s by the made-up-name level, see `t3jax.evaluation.calibration`.
+
+    Probabilities are means over rows, and a classifier may leave a few rows untouched: its s grows
+    until at most 5 % of the forget rows are recited, asked alone and behind other turns. What
+    `name_fault` reads of the chosen head's record is returned too.
+    """
+    calibration = calibrate_heads(config, lm, heads, sets, seeds)
+    if sets.loss != "classifier":
+        return calibration, {}
+    head = heads[calibration.chosen.head]
+    calibration, record = _grow_scale(config, lm, head, sets, calibration)
+    print(f"recited, greedy: {record['recited']:.0%} of the forget rows")
+    return calibration, record
+
+
+def name_fault(record: Mapping[str, Any]) -> str:
+    """Names why a head with that record is not to be served; empty where nothing is known.
 
     Only classifiers are asked while T and s are chosen.
     """
-    if float(head.record.get("recited", 0.0)) > MARGIN:
+    if float(record.get("recited", 0.0)) > MARGIN:
         return "recites forget rows"
-    if float(head.record.get("unended", 0.0)) > LOSS:
+    if float(record.get("unended", 0.0)) > LOSS:
         return "makes answers that do not end"
     return ""
 
 
 def _grow_scale(
     config: Settings, lm: LM, head: Head, sets: TrainingSets, calibration: Calibration
-) -> tuple[Calibration, dict[str, object]]:
+) -> tuple[Calibration, dict[str, Any]]:
     """Raises s until few forget rows are recited, or takes the s that recites the fewest.
 
     Returns the calibration with that choice, and what is recorded of it: the share of rows that are
