@@ -1,24 +1,39 @@
-"""Heads from a meta-learned start against heads from PyTorch's, on the demo's model.
+"""Heads from a meta-learned start against heads from PyTorch's, on small requests to forget.
 
     python -m demo.head_start
+    python -m demo.head_start --world=tofu --model=FOLDER --retain_model=FOLDER --tofu_dir=FOLDER
 
-A request is on three of the authors to forget: of their 72 rows 24 are held out, and 5, 10, 20 or
-40 of the others are to be forgotten. For 80 it is on five authors, and 40 are held out. What is
-retained are the demo's retain rows, from which the start is meta-learned too; held out are the
-authors that no head sees. Prints a Markdown table of the held-out classifier loss, the mean of both
-sets' in nats a token, over five requests: median and range at the learning rate with the smallest
-median. A head that knows nothing has .693.
+A request is on some of the authors to forget; a third of its rows is held out, and some of the
+others are to be forgotten. What is retained are rows that the start is meta-learned from too; held
+out are the authors that no head sees. Prints two Markdown tables over five requests:
+
+The held-out classifier loss, the mean of both sets' in nats a token, median and range, at the
+learning rate with the smallest median. A head that knows nothing has .693.
+
+The heads of those rates, served: all questions about a request's authors are asked, and those of
+the five requests are one sample. D and p compare their truth ratios with the retain-only model's;
+a question leaks if the greedy answer recalls at least .7 of the right one.
 """
 
 import argparse
+import dataclasses
 import itertools
+import pathlib
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 import t3jax
 from configs import demo_paper
-from t3jax import cli, pipeline
+from t3jax import cli, data, pipeline
+from t3jax.evaluation import logs, metrics, tofu
+from t3jax.evaluation.logs import Log
+from t3jax.evaluation.questions import encode_set
+from t3jax.evaluation.recall import leak_recall
+from t3jax.evaluation.settings import BASE, Setting
+from t3jax.evaluation.store import Store
+from t3jax.evaluation.unlearning import UnlearningOptions
 from t3jax.features import Features
 from t3jax.head import HeadConfig, target_scores
 from t3jax.head_io import Head
@@ -26,57 +41,127 @@ from t3jax.lora_ml.head_start import MetaConfig, meta_learn_head
 from t3jax.settings import Settings, from_config, replace
 from t3jax.training import TrainConfig, train_heads
 
-ROWS = 24  # on one author, which stand together
-ROW_COUNTS, EPOCHS, REQUESTS = (5, 10, 20, 40, 80), (10, 40, 100), range(5)
-RATES = (1e-3, 3e-3, 1e-2)
+EPOCHS, REQUESTS, RATES = (10, 40, 100), range(5), (1e-3, 3e-3, 1e-2)
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """A model that knows authors, and rows on them; rows on one author stand together.
+
+    Attributes:
+        forget: Rows that requests are made of.
+        questions: Rows on the same authors in the same order, with wrong answers.
+        retain: Rows to retain.
+        unseen: Rows on authors that no head sees.
+        rows: Rows of `forget` on one author.
+        counts: Rows to forget, and how many authors such a request is on.
+        served: T and s.
+        max_new_tokens: Longest answer.
+    """
+
+    forget: str
+    questions: str
+    retain: str
+    unseen: str
+    rows: int
+    counts: dict[int, int]
+    served: tuple[float, float]
+    max_new_tokens: int
+
+
+WORLDS = {
+    "demo": World(
+        forget="demo/authors/forget.jsonl",
+        questions="demo/authors/forget_perturbed.jsonl",
+        retain="demo/authors/retain.jsonl",
+        unseen="demo/authors/unseen_retain.jsonl",
+        rows=24,
+        counts={5: 3, 10: 3, 20: 3, 40: 3, 80: 5},
+        served=(2.5, 0.56),
+        max_new_tokens=40,
+    ),
+    "tofu": World(
+        forget="tofu:forget05_perturbed[:100]",
+        questions="tofu:forget05_perturbed[:100]",
+        retain="tofu:retain_perturbed[:140]",
+        unseen="tofu:retain_perturbed[140:200]",
+        rows=20,
+        counts={5: 3, 10: 3, 20: 3, 40: 3},
+        served=(1.0, 1.0),
+        max_new_tokens=64,
+    ),
+}
 
 
 def main() -> None:
     """Meta-learns, trains and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, nargs="*", default=ROW_COUNTS, help="to forget")
-    counts = parser.parse_args().rows
+    parser.add_argument("--world", choices=WORLDS, default="demo")
+    parser.add_argument("--model", default="demo/base")
+    parser.add_argument("--retain_model", default="demo/retain_only")
+    parser.add_argument("--tofu_dir", help="folder with the files of TOFU")
+    parser.add_argument("--rows", type=int, nargs="*", help="to forget; all counts without")
+    args = parser.parse_args()
     cli.enable_compilation_cache()
-    config = from_config(Settings, demo_paper.get_config())
-    config = replace(config, feature_store="out/head_start/features")
+    world = WORLDS[args.world]
+    config = replace(
+        from_config(Settings, demo_paper.get_config()),
+        model=args.model,
+        tofu_dir=args.tofu_dir,
+        feature_store=f"out/head_start/{args.world}/features",
+    )
     lm = t3jax.load_lm(config.model)
     retain, forget, unseen = (
         t3jax.load_or_compute_features(
             lm,
-            pipeline.encode(config, lm, f"demo/authors/{name}.jsonl"),
+            pipeline.encode(config, lm, source),
             config.feature_store,
             kind=config.classifier.features,
+            progress="features",
         )
-        for name in ("retain", "forget", "unseen_retain")
+        for source in (world.retain, world.forget, world.unseen)
     )
     shape = HeadConfig(lm.hidden_size, lm.vocab_size, rank=20)
-    learned = Head(shape, meta_learn_head(retain, shape, MetaConfig(group=ROWS)), 1.0, 1.0, "")
+    meta = MetaConfig(group=world.rows)
+    learned = Head(shape, meta_learn_head(retain, shape, meta), 1.0, 1.0, "")
     print("| rows | epochs | PyTorch's start | rate | meta-learned | rate |\n|" + " --- |" * 6)
-    for count, epochs in itertools.product(counts, EPOCHS):
+    served: dict[tuple[int, int, str], list[Head]] = {}
+    for count, epochs in itertools.product(args.rows or world.counts, EPOCHS):
         recipes = [TrainConfig(epochs=epochs, learning_rate=rate) for rate in RATES]
         cells = []
-        for start in (None, learned):
-            losses = []
+        for name, start in (("PyTorch's", None), ("meta-learned", learned)):
+            losses, of_requests = [], []
             for seed in REQUESTS:
-                seen, held_out = split(forget.num_sequences, seed, 3 if count <= 48 else 5)
-                own = forget.select(np.sort(seen[:count]))
+                request = draw_request(world, forget.num_sequences, seed, count)
+                own = forget.select(np.sort(request.seen[:count]))
                 heads = train_heads(retain, own, shape, recipes, (seed,), init=start)
-                test = (unseen, forget.select(held_out))
+                test = (unseen, forget.select(request.held_out))
                 losses.append([held_out_loss(head, *test) for head in heads])
+                of_requests.append(heads)
             best = int(np.argmin(np.median(losses, axis=0)))
             chosen = np.array(losses)[:, best]
             spread = f"{np.median(chosen):.3f} ({chosen.min():.3f}, {chosen.max():.3f})"
             cells += [spread, f"{RATES[best]:g}"]
+            served[count, epochs, name] = [heads[best] for heads in of_requests]
         print(f"| {count} | {epochs} | {' | '.join(cells)} |", flush=True)
+    print_served(config, world, lm, t3jax.load_lm(args.retain_model), served)
 
 
-def split(rows: int, seed: int, authors: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of some authors in random order: two thirds to forget, and those held out."""
+class Request(NamedTuple):
+    """The authors of a request, the rows to forget in random order, and the rows held out."""
+
+    authors: np.ndarray
+    seen: np.ndarray
+    held_out: np.ndarray
+
+
+def draw_request(world: World, rows: int, seed: int, count: int) -> Request:
+    """Draws the request with `count` rows to forget of a seed; two thirds of its rows are seen."""
     rng = np.random.default_rng(seed)
-    drawn = rng.choice(rows // ROWS, authors, replace=False)
-    mixed = rng.permutation((drawn[:, None] * ROWS + np.arange(ROWS)).ravel())
+    authors = rng.choice(rows // world.rows, world.counts[count], replace=False)
+    mixed = rng.permutation((authors[:, None] * world.rows + np.arange(world.rows)).ravel())
     end = 2 * len(mixed) // 3
-    return mixed[:end], np.sort(mixed[end:])
+    return Request(authors, mixed[:end], np.sort(mixed[end:]))
 
 
 def held_out_loss(head: Head, retain: Features, forget: Features) -> float:
@@ -87,6 +172,71 @@ def held_out_loss(head: Head, retain: Features, forget: Features) -> float:
         scores = target_scores(head.params, pooled, targets, head.config.activation)
         means.append(np.logaddexp(0, -sign * np.asarray(scores, np.float64)).mean())
     return float(np.mean(means))
+
+
+def print_served(
+    config: Settings,
+    world: World,
+    lm: t3jax.LM,
+    retain_lm: t3jax.LM,
+    served: dict[tuple[int, int, str], list[Head]],
+) -> None:
+    """Prints D, p and the share of questions that leak, beside both models without a head."""
+    records = data.load_dataset(world.questions, config.tofu_dir)
+    authors = len(data.load_dataset(world.forget, config.tofu_dir)) // world.rows
+    folder = pathlib.Path(config.feature_store).parent / "evaluation"
+    options = tofu.TofuOptions(world.max_new_tokens)
+
+    def ask(lm: t3jax.LM, heads: list[Head], chosen: np.ndarray, name: str) -> list[Log]:
+        rows = [x for author in chosen for x in np.array_split(records, authors)[author]]
+        sets = {
+            "forget": encode_set(
+                "forget", rows, lm.tokenizer, config.prompt_format, lm.max_position
+            )
+        }
+        settings = [Setting(f"start{i}", *world.served, (i,)) for i in range(len(heads))]
+        store = Store(lm, heads, folder / "store", rows=config.rows)
+        found = tofu.evaluate(store, sets, settings or [BASE], folder / name, options)
+        return list(found.values())
+
+    def describe(of_model: list[Log], of_twin: list[Log]) -> str:
+        ratios = [
+            np.concatenate([logs.column(log, "forget_truth_ratio", "score") for log in of_requests])
+            for of_requests in (of_model, of_twin)
+        ]
+        test = metrics.forget_quality(*ratios)
+        leaks = np.concatenate(
+            [
+                leak_recall(
+                    logs.texts(log, "forget_Q_A_ROUGE", "ground_truth"),
+                    logs.texts(log, "forget_Q_A_ROUGE", "generation"),
+                )
+                >= UnlearningOptions.leak_threshold
+                for log in of_model
+            ]
+        )
+        return f"{test.statistic:.2f} | {test.p_value:.2g} | {leaks.mean():.2f}"
+
+    print("\n| rows | epochs | start | D | p | leaks |\n|" + " --- |" * 6)
+    for count in dict.fromkeys(count for count, _, _ in served):
+        kinds = [kind for kind in served if kind[0] == count]
+        found = []
+        for seed in REQUESTS:
+            request = draw_request(world, authors * world.rows, seed, count)
+            heads = [served[kind][seed] for kind in kinds]
+            found.append(
+                (
+                    ask(lm, heads, request.authors, f"{count}-{seed}"),
+                    *ask(lm, [], request.authors, "base"),
+                    *ask(retain_lm, [], request.authors, "retain_only"),
+                )
+            )
+        of_heads, base, twin = map(list, zip(*found, strict=True))
+        print(f"| {count} | | base | {describe(base, twin)} |")
+        print(f"| {count} | | retain-only | {describe(twin, twin)} |")
+        for (_, epochs, name), of_kind in zip(kinds, zip(*of_heads, strict=True), strict=True):
+            line = describe(list(of_kind), twin)
+            print(f"| {count} | {epochs} | {name} | {line} |", flush=True)
 
 
 if __name__ == "__main__":
