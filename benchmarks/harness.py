@@ -2,10 +2,10 @@
 
     python -m benchmarks harness --lm_eval=VENV/bin/lm_eval
 
-The command is that of an environment with `pip install 'lm_eval[api]'`. The harness asks the
-server of the demo's head, through `local-completions`, a multiple-choice task made of the demo's
-questions: the right answer among the wrong ones. Compared are the log-likelihoods of all choices
-and the questions answered right.
+The command is that of an environment with `pip install 'lm_eval[api]' transformers`. The harness
+asks the server of the demo's head, through `local-completions`, a multiple-choice task made of the
+demo's questions: the right answer among the wrong ones. Compared are the log-likelihoods of all
+choices and the questions answered right.
 """
 
 import argparse
@@ -122,8 +122,8 @@ def run_harness(
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, choice: str) -> Example:
-    """The tokens that the harness sends, which splits the whole text where its prompt ends."""
-    start = len(tokenizer.encode(prompt, add_special_tokens=False))
+    """The tokens that the harness sends; it scores the prompt's last white space with the choice."""
+    start = len(tokenizer.encode(prompt.rstrip(), add_special_tokens=False))
     tokens = tokenizer.encode(prompt + choice, add_special_tokens=False)
     return Example(np.array(tokens, np.int32), start)
 
