@@ -122,7 +122,7 @@ def run_harness(
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, choice: str) -> Example:
-    """The tokens that the harness sends; it scores the prompt's last white space with the choice."""
+    """The tokens that the harness sends; it scores the prompt's last space with the choice."""
     start = len(tokenizer.encode(prompt.rstrip(), add_special_tokens=False))
     tokens = tokenizer.encode(prompt + choice, add_special_tokens=False)
     return Example(np.array(tokens, np.int32), start)
