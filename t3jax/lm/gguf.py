@@ -28,6 +28,13 @@ _ROPE_TENSORS = r"^rope_(freqs|factors_(long|short))\.weight$"
 _PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _ROW = ".ffn_gate_inp_shexp.weight"  # stored as a vector
 _MATRICES = r"layers\.\{i\}\.experts\.(gate|up|down)(\.weight)?$"
+_WHOLE = {  # parameters that stand in a tensor of just that name
+    "layers.{i}.multiplier": "blk.{i}.layer_output_scale.weight",
+    "layers.{i}.experts.router.input_scale": "blk.{i}.ffn_gate_inp.scale",
+    "layers.{i}.experts.router.expert_scale": "blk.{i}.ffn_down_exps.scale",
+    "layers.{i}.experts.router.correction": "blk.{i}.exp_probs_b.bias",
+}
+_FUSED = "blk.{i}.ffn_gate_up_exps"
 _DEQUANTIZED_AT_ONCE = 1 << 22  # numbers, in float32
 
 
@@ -106,7 +113,7 @@ def _open_tensors(
         heads = config.head_dim if permuted and re.search(r"\.attn_[qk]\.", name) else 0
         view = _Tensor(tensor, heads, _shift(config, name), dtype)
         tensors[name] = (_Row(view) if name.endswith(_ROW) else view, name)
-    return _family(file.architecture, FAMILIES[config.model_type]), tensors
+    return _family(file, FAMILIES[config.model_type]), tensors
 
 
 def _readable(tensor: Any) -> bool:
@@ -120,18 +127,23 @@ def _readable(tensor: Any) -> bool:
     return len(tensor.shape) in (2, 3)
 
 
-def _family(architecture: str, family: Family) -> Family:
+def _family(file: GGUFFile, family: Family) -> Family:
     """The family as llama.cpp stores it: under other names, and as plain stacked matrices."""
     library = load_library()
     kinds = {name: kind for kind, name in library.MODEL_ARCH_NAMES.items()}
-    names = library.get_tensor_name_map(kinds[architecture], 1)
+    if file.architecture not in kinds:
+        raise ValueError(
+            f"{file.path}: the installed gguf does not know architecture {file.architecture!r}; "
+            "upgrade gguf"
+        )
+    names = library.get_tensor_name_map(kinds[file.architecture], 1)
 
     def stored(module: str) -> str:
         module_0 = module.replace("{i}", "0")
         name = names.get_name(module_0) or names.get_name(module_0.removeprefix("transformer."))
         return module if name is None else name.replace("blk.0.", "blk.{i}.")
 
-    weights = {key: stored(module) for key, module in family.weights.items()}
+    weights = {key: _WHOLE.get(key) or stored(name) for key, name in family.weights.items()}
     if "layers.{i}.experts.router" in weights:  # a tensor for all matrices of a kind
         weights = {key: name for key, name in weights.items() if not re.match(_MATRICES, key)}
         weights |= {
@@ -141,7 +153,11 @@ def _family(architecture: str, family: Family) -> Family:
                 for name in ("gate", "up", "down")
             },
         }
-    return dataclasses.replace(family, weights=weights, grouped={}, transposed=())
+        if any(name.endswith(".ffn_gate_up_exps.weight") for name in file.tensors):
+            weights |= {f"layers.{{i}}.experts.{name}": _FUSED for name in ("gate", "up")}
+    return dataclasses.replace(
+        family, weights=weights, grouped={}, transposed=(), channelwise=(), in_row=()
+    )
 
 
 def _shift(config: LMConfig, name: str) -> float:

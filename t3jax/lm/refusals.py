@@ -17,7 +17,7 @@ _OTHER = {
         "its mixture of experts is of another kind",
     ),
     **dict.fromkeys(
-        (*("bamba", "falcon_h1", "granitemoehybrid", "lfm2_moe", "mamba", "mamba2", "nemotron_h"),),
+        (*("bamba", "falcon_h1", "granitemoehybrid", "mamba", "mamba2", "nemotron_h"),),
         "some of its layers are recurrent",
     ),
     "gemma3n": "its layers have several streams",
@@ -35,7 +35,6 @@ _NEAREST = {
     "falcon_h1": "llama",
     "gemma3n": "gemma4",
     "hunyuan_v1_moe": "mixtral",
-    "lfm2_moe": "lfm2",
     "llama4": "mixtral",
 }
 

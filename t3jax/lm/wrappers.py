@@ -28,14 +28,6 @@ _TEXT_TYPES = {  # of text models that are of a family in all but their name
     "qwen2_vl_text": "qwen2",
     "qwen2_5_vl_text": "qwen2",
     "qwen3_vl_text": "qwen3",
-    "gemma4_unified_text": "gemma4_text",
-}
-
-
-_GEMMA4_UNIFIED = {  # its text models have neither experts nor inputs of each layer
-    "max_position_embeddings": 262144,
-    "sliding_window": 1024,
-    "hidden_size_per_layer_input": 0,
 }
 
 
@@ -62,9 +54,10 @@ _QWEN2_VL = Wrapper("qwen2", others=False, text_ties=True, defaults={"rope_theta
 WRAPPERS = {
     "gemma3": Wrapper("gemma3_text", others=False, tied=True),
     "gemma4": Wrapper("gemma4_text", others=False, tied=True),
-    "gemma4_unified": Wrapper("gemma4_text", others=False, tied=True, defaults=_GEMMA4_UNIFIED),
+    "gemma4_unified": Wrapper("gemma4_unified_text", others=False, tied=True),
     "idefics3": Wrapper("llama", defaults=_LLAMA),
     "internvl": Wrapper("qwen2", tied=True),
+    "lfm2_vl": Wrapper("lfm2", tied=True),
     "llava": Wrapper("llama", text_ties=True, defaults=_LLAMA),
     "llava_next": Wrapper("llama", defaults=_LLAMA),
     "llava_onevision": Wrapper("qwen2", text_ties=True),
