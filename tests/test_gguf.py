@@ -63,7 +63,7 @@ def write(path, config, tensors, kind="F32", tokenizer=None, more=(), leave_out=
     stored = {}
     for name, tensor in tensors.items():
         module, what = name.rsplit(".", 1)
-        if what == "layer_scalar":  # a tensor of that whole name
+        if what in ("layer_scalar", "sinks"):  # a tensor of that whole name
             module, what = name, "weight"
         place = names.get_name(module) or names.get_name(module.removeprefix("transformer."))
         stored[f"{place}.{what}"] = converted(config, name, tensor)
@@ -217,6 +217,8 @@ def golden_folder(name, folder):
     hf = json.loads(str(golden["config"]))
     if "query_pre_attn_scalar" in hf:
         hf["query_pre_attn_scalar"] = hf["head_dim"]
+    if "swiglu_limit" in hf:
+        hf["swiglu_limit"] = 7.0
     if hf.get("use_sliding_window"):
         hf |= {"use_sliding_window": False, "layer_types": None, "sliding_window": None}
         hf.pop("no_rope_layers", None)
@@ -257,15 +259,18 @@ def expert_tensors(params):
                     "input_scale": "ffn_gate_inp.scale",
                     "expert_scale": "ffn_down_exps.scale",
                     "correction": "exp_probs_b.bias",
+                    "bias": "ffn_gate_inp.bias",
                 }
                 found |= {f"blk.{i}.{names[kind]}": weight for kind, weight in part.items()}
             else:
                 weight = part["weight"]
                 found[f"blk.{i}.ffn_{key}.weight"] = weight[0] if name == "shared_gate" else weight
+                found |= {
+                    f"blk.{i}.ffn_{key}.bias": b for kind, b in part.items() if kind == "bias"
+                }
     found = {name: np.asarray(weight) for name, weight in found.items()}
-    if any(
-        name.endswith("ffn_down_exps.scale") for name in found
-    ):  # Gemma 4's files have gate and up in one tensor
+    # Gemma 4's files have gate and up in one tensor.
+    if any(name.endswith("ffn_down_exps.scale") for name in found):
         for name in [name for name in found if name.endswith("ffn_gate_exps.weight")]:
             up = found.pop(name.replace("gate_exps", "up_exps"))
             fused = np.concatenate([found.pop(name), up], axis=1)
@@ -560,7 +565,7 @@ def test_parts_of_a_tensor(monkeypatch, kind, head_width):
         assert max(done, default=0) <= max(2048, blocks * numbers) // numbers * size
 
 
-@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_K"])
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_K", "MXFP4"])
 def test_parts_of_the_matrices_of_experts(kind):
     stored = tensor(kind, (24, 1024))
     whole = Q.dequantize(stored.data, stored.tensor_type).reshape(4, 6, 1024)
@@ -694,6 +699,10 @@ def test_ends_of_turns_end_an_answer_too():
     tokens = ["a", "<|im_end|>", "<eos>", "<end_of_turn>", "b"]
     file = only_tokenizer(tokens=tokens, eos_token_id=2, eot_token_id=3)
     assert read_eos_ids(file) == (2, 3, 1)
+    phi = only_tokenizer(tokens=["<|endoftext|>", "<|end|>", "a"], eos_token_id=0)
+    assert read_eos_ids(phi) == (0, 1)
+    channels = only_tokenizer(tokens=["<|return|>", "<|end|>", "<|call|>"], eos_token_id=0)
+    assert read_eos_ids(channels) == (0, 2)
     with pytest.raises(ValueError, match=r"x\.gguf: no end-of-text token"):
         read_eos_ids(only_tokenizer(tokens=["a"]))
 

@@ -27,8 +27,9 @@ _ROPE_TENSORS = r"^rope_(freqs|factors_(long|short))\.weight$"
 
 _PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _ROW = ".ffn_gate_inp_shexp.weight"  # stored as a vector
-_MATRICES = r"layers\.\{i\}\.experts\.(gate|up|down)(\.weight)?$"
+_MATRICES = r"layers\.\{i\}\.experts\.(gate|up|down)(\.weight|\.bias)?$"
 _WHOLE = {  # parameters that stand in a tensor of just that name
+    "layers.{i}.attention.sinks": "blk.{i}.attn_sinks.weight",
     "layers.{i}.multiplier": "blk.{i}.layer_output_scale.weight",
     "layers.{i}.experts.router.input_scale": "blk.{i}.ffn_gate_inp.scale",
     "layers.{i}.experts.router.expert_scale": "blk.{i}.ffn_down_exps.scale",

@@ -21,12 +21,14 @@ class Architecture:
         meant: Fields of `config.json` that hold for all its files, which do not say them.
         describe: Fields of `config.json` that only this architecture's metadata amounts to, in the
             place of others; None where there are none.
+        ramp: "yarn" stretches from whole pairs to whole pairs, which files do not say.
     """
 
     model_type: str
     permuted: bool = False
     meant: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     describe: Callable[[GGUFFile], dict[str, Any]] | None = None
+    ramp: bool = True
 
 
 ARCHITECTURES = {  # by llama.cpp's names
@@ -44,6 +46,7 @@ ARCHITECTURES = {  # by llama.cpp's names
     "gemma3": Architecture("gemma3_text"),
     "gemma4": Architecture("gemma4_text", describe=describe_gemma4),
     "glm4": Architecture("glm4"),
+    "gpt-oss": Architecture("gpt_oss", ramp=False),
     "gpt2": Architecture("gpt2"),
     "gptneox": Architecture("gpt_neox"),
     "granite": Architecture("granite", permuted=True),
@@ -217,6 +220,8 @@ def _ropes(file: GGUFFile, family: Family, head_dim: int) -> dict[str, Any]:
         "partial_rotary_factor": file.get("rope.dimension_count", head_dim) / head_dim,
     }
     full = rope | _rope_scaling(file)
+    if full.get("rope_type") == "yarn":
+        full["truncate"] = ARCHITECTURES[file.architecture].ramp
     own_base = "rope_local_base_freq" in family.defaults
     if own_base or family.local_theta is not None:
         base = 1e4 if own_base else rope["rope_theta"]

@@ -94,7 +94,7 @@ def _needed(file: GGUFFile, key: str) -> int:
     return value
 
 
-def _by_layer(file: GGUFFile, key: str, kind: type) -> list[Any]:
+def _by_layer(file: GGUFFile, key: str, kind: type[int]) -> list[Any]:
     """A value for each layer; files say one number where all have the same."""
     count = file.get("block_count")
     value = file.get(key)

@@ -30,6 +30,8 @@ _TURN_ENDS = (
     "<|endoftext|>",
     "<|end_of_text|>",
 )
+# Those of models whose answers are in several channels, where <|end|> ends a channel alone.
+_ANSWER_ENDS = ("<|return|>", "<|call|>")
 
 
 def read_tokenizer(file: GGUFFile) -> Any:
@@ -129,7 +131,10 @@ def read_eos_ids(file: GGUFFile) -> tuple[int, ...]:
     """
     named = (_token_id(file, key) for key in ("eos", "eot", "eom"))
     tokens = file.metadata.get("tokenizer.ggml.tokens", [])
-    ends = [i for i, token in enumerate(tokens) if token in _TURN_ENDS]
+    ending = {*_TURN_ENDS, *_ANSWER_ENDS}
+    if set(_ANSWER_ENDS) <= set(tokens):
+        ending.remove("<|end|>")
+    ends = [i for i, token in enumerate(tokens) if token in ending]
     ids = tuple(dict.fromkeys([*(i for i in named if i is not None), *ends]))
     if not ids:
         raise ValueError(f"{file.path}: no end-of-text token (tokenizer.ggml.eos_token_id)")
