@@ -1391,6 +1391,9 @@ def test_what_is_unknown_is_refused_with_what_to_do():
     assert "the nearest supported type is glm4_moe. Take a model of a known type, or" in said
     assert "the nearest supported type is smollm3" in refusal(model_type="smollm33")
     assert "expected the name of a family. Known types: apertus" in refusal()
+    said = refusal(**SHAPE | {"model_type": "stablelm", "qk_layernorm": True})
+    assert "qk_layernorm True is not supported in the stablelm family; expected False" in said
+    assert "give this one as functions (t3jax.make_lm, docs/your_model.md)" in said
     said = refusal(model_type="newvl", text_config={"model_type": "qwen3"})
     assert "its text model is a qwen3, which is: save that alone" in said
     bits = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -1436,6 +1439,12 @@ def test_both_names_of_a_gpt2_field():
 def test_a_missing_field_is_named(name):
     with pytest.raises(ValueError, match=f"field '{name}' is missing"):
         lm_config(without(name))
+
+
+def test_a_factor_of_no_kind_is_not_obeyed_in_silence():
+    with pytest.warns(UserWarning, match=r"a factor of 2\.0 and no rope_type"):
+        config = lm_config(SHAPE | {"rope_scaling": {"factor": 2.0}})
+    assert config == lm_config(SHAPE)
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path):

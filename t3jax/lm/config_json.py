@@ -13,7 +13,7 @@ from t3jax.lm.config_fields import check_fields, rename_aliases
 from t3jax.lm.delta_json import read_remembering
 from t3jax.lm.experts_json import read_experts
 from t3jax.lm.families import FAMILIES
-from t3jax.lm.family import Family, Json
+from t3jax.lm.family import WAY_OUT, Family, Json
 from t3jax.lm.quantization_json import read_quantization
 from t3jax.lm.refusals import explain_unknown
 from t3jax.lm.rope_json import read_ropes
@@ -57,7 +57,9 @@ def read_config(folder: pathlib.Path) -> LMConfig:
     """
     path = folder / "config.json"
     if not path.exists():
-        raise FileNotFoundError(f"{path}: not found; expected a Hugging Face model folder")
+        files = sorted(folder.glob("*.gguf"))
+        more = f", or a GGUF file, such as {files[0]}" if files else ""
+        raise FileNotFoundError(f"{path}: not found; expected a Hugging Face model folder{more}")
     content = read_json(path, dict[str, Any])
     try:
         return lm_config(content)
@@ -97,7 +99,7 @@ def _read(model_type: str, config: Json) -> LMConfig:
         if name in config and config[name] not in known:
             raise ValueError(
                 f"{name} {config[name]!r} is not supported in the {model_type} family; expected "
-                f"{known[0]!r}"
+                f"{known[0]!r}. {WAY_OUT}"
             )
     values: dict[str, Any] = {
         field: 1 / config[name] if name in family.reciprocal else config[name]

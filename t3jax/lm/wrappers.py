@@ -89,9 +89,12 @@ def text_config(config: Json) -> dict[str, Any]:
     model_type = text.get("model_type", wrapper.text) if isinstance(text, Mapping) else None
     family = _TEXT_TYPES.get(str(model_type), model_type)
     if model_type is None or (family != wrapper.text and not wrapper.others):
-        raise ValueError(f"text_config is {show_json(text)}, expected an object for {wrapper.text}")
+        named = f" with model_type {show_json(model_type)}" if isinstance(text, Mapping) else ""
+        raise ValueError(
+            f"text_config is {show_json(text)}{named}, expected an object for {wrapper.text}"
+        )
     if family not in FAMILIES:
-        raise ValueError(f"text_config: {explain_unknown(text, _TEXT_TYPES)}")
+        raise ValueError(f"text_config: {explain_unknown(text, WRAPPERS)}")
     if config["model_type"] == "gemma3" and text.get("final_logit_softcapping") is not None:
         raise ValueError(
             "text_config.final_logit_softcapping is "
