@@ -436,6 +436,10 @@ WRAPPERS = {  # fields of the text model's config, and the vision model's
         {"rope_parameters": {**_MROPE, "mrope_interleaved": True}, "head_dim": 8},
         _QWEN_VISION,
     ),
+    "qwen3_vl_moe": (
+        {"rope_parameters": {**_MROPE, "mrope_interleaved": True}, **_QWEN_EXPERTS, "head_dim": 8},
+        _QWEN_VISION,
+    ),
     "qwen3_5": (
         {"model_type": "qwen3_5_text", **_DELTA, "rope_parameters": _MROPE},
         _QWEN_VISION,

@@ -4,7 +4,9 @@
 What a config asks for and the decoder does not implement is refused by name.
 """
 
+import dataclasses
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from t3jax.json_files import read_json
@@ -71,6 +73,21 @@ def wrapper_of(folder: pathlib.Path) -> str | None:
     """The type of a multimodal folder, of which the text model is read; None for other folders."""
     model_type = read_json(folder / "config.json", dict[str, Any]).get("model_type")
     return model_type if model_type in WRAPPERS else None
+
+
+def family_in(
+    folder: pathlib.Path, config: LMConfig, tensors: Mapping[str, tuple[Any, str]]
+) -> Family:
+    """The row of a model's family, as its folder stores the weights."""
+    family = FAMILIES[config.model_type]
+    wrapper = wrapper_of(folder) if (folder / "config.json").exists() else None
+    transposed = () if wrapper is None else WRAPPERS[wrapper].transposed
+    if not transposed or config.experts is None:
+        return family
+    shapes = (v.get_shape() for name, (v, _) in tensors.items() if name.endswith(transposed[0]))
+    if {tuple(shape[1:]) for shape in shapes} == {(2 * config.experts.size, config.hidden_size)}:
+        return family
+    return dataclasses.replace(family, transposed=(*family.transposed, *transposed))
 
 
 def lm_config(config: Json) -> LMConfig:

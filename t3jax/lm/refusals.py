@@ -54,7 +54,7 @@ _NEAREST = {
     "pixtral": "mistral3",
     **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_audio"), "qwen2"),
     "qwen3_vl_text": "qwen3",
-    **dict.fromkeys(("qwen3_vl_moe", "qwen3_vl_moe_text"), "qwen3_moe"),
+    "qwen3_vl_moe_text": "qwen3_moe",
     **dict.fromkeys(("RefinedWeb", "RefinedWebModel"), "falcon"),
     **dict.fromkeys(
         (

@@ -20,6 +20,7 @@ import numpy as np
 
 from t3jax import hosts
 from t3jax.lm.config import LMConfig
+from t3jax.lm.config_json import family_in
 from t3jax.lm.decoder import Params, abstract_params
 from t3jax.lm.families import FAMILIES
 from t3jax.lm.family import Family
@@ -65,8 +66,8 @@ def load_params(
             adapter; if names or shapes do not fit the config; or if a tensor is in two files, or
             holds NaN or Inf.
     """
-    family = FAMILIES[config.model_type]
-    tensors = open_tensors(folder, family, adapter)
+    tensors = open_tensors(folder, FAMILIES[config.model_type], adapter)
+    family = family_in(folder, config, tensors)
     return place_params(folder, config, family, tensors, dtype, shardings)
 
 
@@ -84,8 +85,8 @@ def check_params(
         FileNotFoundError: As `load_params`.
         ValueError: As `load_params`, but for NaN and Inf.
     """
-    family = FAMILIES[config.model_type]
-    check_tensors(folder, config, family, open_tensors(folder, family, adapter))
+    tensors = open_tensors(folder, FAMILIES[config.model_type], adapter)
+    check_tensors(folder, config, family_in(folder, config, tensors), tensors)
 
 
 def check_tensors(

@@ -28,6 +28,7 @@ _TEXT_TYPES = {  # of text models that are of a family in all but their name
     "qwen2_vl_text": "qwen2",
     "qwen2_5_vl_text": "qwen2",
     "qwen3_vl_text": "qwen3",
+    "qwen3_vl_moe_text": "qwen3_moe",
 }
 
 
@@ -41,6 +42,8 @@ class Wrapper:
         tied: Whether the LM head is the embedding table where the config is silent.
         text_ties: Whether the text model's config may say so too.
         defaults: What the text model's config means where it is silent.
+        transposed: Matrices of experts, gate and up first, that published folders store [in, out]
+            and transformers 5 writes [out, in].
     """
 
     text: str
@@ -48,6 +51,7 @@ class Wrapper:
     tied: bool = False
     text_ties: bool = False
     defaults: Json = dataclasses.field(default_factory=dict)
+    transposed: tuple[str, ...] = ()
 
 
 _QWEN2_VL = Wrapper("qwen2", others=False, text_ties=True, defaults={"rope_theta": 1e6})
@@ -67,6 +71,12 @@ WRAPPERS = {
     "qwen3_5": Wrapper("qwen3_5_text", others=False),
     "qwen3_5_moe": Wrapper("qwen3_5_moe_text", others=False),
     "qwen3_vl": Wrapper("qwen3", others=False, defaults={"rope_theta": 5e5}),
+    "qwen3_vl_moe": Wrapper(
+        "qwen3_moe",
+        others=False,
+        defaults={"rope_theta": 5e5, "norm_topk_prob": True},
+        transposed=("experts.gate_up_proj", "experts.down_proj"),
+    ),
     "smolvlm": Wrapper("llama", defaults=_LLAMA),
 }
 
