@@ -126,6 +126,21 @@ def metadata(config, architecture):
         if rope.kind == "longrope":
             values["rope.scaling.attn_factor"] = rope.attention_factor
             values["context_length"] = int(rope.original_max_position * rope.factor)
+    if architecture in ("glm4moe", "ernie4_5-moe", "minimax-m2"):
+        glm = architecture == "glm4moe"
+        values |= {
+            "block_count": config.num_layers + glm,  # the last predicts further tokens
+            "nextn_predict_layers": int(glm),
+            "leading_dense_block_count": sum(experts.dense),
+            "interleave_moe_layer_step": 1,
+            "expert_shared_count": experts.shared // experts.size,
+            "expert_shared_feed_forward_length": None,
+            "expert_gating_func": 2 if experts.router == "sigmoid" else 1,
+            "expert_weights_norm": experts.normed,
+            "expert_weights_scale": experts.scale,
+            "expert_group_count": experts.groups,
+            "expert_group_used_count": experts.chosen_groups,
+        }
     if architecture in ("lfm2", "lfm2moe", "gemma4"):
         values |= metadata_by_layer(config)
     return {f"{architecture}.{key}": value for key, value in values.items()}
@@ -301,6 +316,8 @@ def test_a_file_is_the_folder(name, tmp_path):
     expected = weights.load_params(tmp_path, config, jnp.float32, shardings)
     more = expert_tensors(expected)
     dense = {name: tensor for name, tensor in tensors.items() if not is_of_experts(config, name)}
+    if name == "glm4_moe":
+        more[f"blk.{config.num_layers}.nextn.eh_proj.weight"] = np.ones((16, 32), np.float32)
     file = open_gguf(write(tmp_path / "model.gguf", config, dense, more=more))
     found = gguf.read_config(file)
     same_config(found, config)

@@ -106,15 +106,17 @@ def _open_tensors(
                 f"{file.path}: {tensor.name} is stored as {tensor.tensor_type.name}, which the "
                 "installed gguf cannot dequantise; use a file quantised otherwise, such as Q8_0"
             )
-    permuted = find_architecture(file).permuted
+    permuted, family = find_architecture(file).permuted, FAMILIES[config.model_type]
     tensors: dict[str, tuple[Any, str]] = {}
     for name, tensor in file.tensors.items():
-        if re.match(_ROPE_TENSORS, name):
+        layer = re.match(r"blk\.(\d+)\.", name)
+        later = family.more_layers and layer and int(layer[1]) >= config.num_layers
+        if re.match(_ROPE_TENSORS, name) or later:
             continue
         heads = config.head_dim if permuted and re.search(r"\.attn_[qk]\.", name) else 0
         view = _Tensor(tensor, heads, _shift(config, name), dtype)
         tensors[name] = (_Row(view) if name.endswith(_ROW) else view, name)
-    return _family(file, FAMILIES[config.model_type]), tensors
+    return _family(file, family), tensors
 
 
 def _readable(tensor: Any) -> bool:

@@ -8,7 +8,12 @@ from typing import Any
 from t3jax.lm.families import FAMILIES
 from t3jax.lm.family import Family
 from t3jax.lm.gguf_file import GGUFFile, tensor_shape
-from t3jax.lm.gguf_layers import describe_gemma4, describe_lfm2
+from t3jax.lm.gguf_layers import (
+    describe_ernie4_5_moe,
+    describe_gemma4,
+    describe_glm4_moe,
+    describe_lfm2,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +42,7 @@ ARCHITECTURES = {  # by llama.cpp's names
     "cohere2": Architecture("cohere2"),
     "command-r": Architecture("cohere"),
     "ernie4_5": Architecture("ernie4_5"),
+    "ernie4_5-moe": Architecture("ernie4_5_moe", describe=describe_ernie4_5_moe),
     "exaone4": Architecture("exaone4"),
     "falcon": Architecture(
         "falcon", meant={"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1}
@@ -46,6 +52,7 @@ ARCHITECTURES = {  # by llama.cpp's names
     "gemma3": Architecture("gemma3_text"),
     "gemma4": Architecture("gemma4_text", describe=describe_gemma4),
     "glm4": Architecture("glm4"),
+    "glm4moe": Architecture("glm4_moe", describe=describe_glm4_moe),
     "gpt-oss": Architecture("gpt_oss", ramp=False),
     "gpt2": Architecture("gpt2"),
     "gptneox": Architecture("gpt_neox"),
@@ -55,6 +62,7 @@ ARCHITECTURES = {  # by llama.cpp's names
     "lfm2": Architecture("lfm2", describe=describe_lfm2),
     "lfm2moe": Architecture("lfm2_moe", meant={"norm_topk_prob": True}, describe=describe_lfm2),
     "llama": Architecture("llama", permuted=True),  # Mistral too
+    "minimax-m2": Architecture("minimax_m2"),
     "mistral3": Architecture("ministral3", permuted=True),
     "mpt": Architecture("mpt"),
     "nemotron": Architecture("nemotron"),
@@ -91,7 +99,10 @@ _KEYS = {  # fields of LMConfig, and where the metadata of an architecture has t
     "experts.count": "expert_count",
     "experts.chosen": "expert_used_count",
     "experts.size": "expert_feed_forward_length",
+    "experts.normed": "expert_weights_norm",
     "experts.scale": "expert_weights_scale",
+    "experts.groups": "expert_group_count",
+    "experts.chosen_groups": "expert_group_used_count",
     "experts.shared": "expert_shared_feed_forward_length",
 }
 # What would change the numbers if it was left out.
@@ -159,8 +170,9 @@ def describe_config(file: GGUFFile) -> dict[str, Any]:
     names = family.all_fields
     values = {field: file.get(key) for field, key in _KEYS.items()}
     values = {field: value for field, value in values.items() if value is not None}
-    if values.get("experts.scale") == 0:  # no scale in llama.cpp's words
-        del values["experts.scale"]
+    for field in ("experts.scale", "experts.groups", "experts.chosen_groups"):
+        if values.get(field) == 0:  # as if it was not there, in llama.cpp's words
+            del values[field]
     for field in ("hidden_size", "num_heads", "num_layers"):
         if field not in values:
             raise ValueError(f"{file.architecture}.{_KEYS[field]} is missing")
@@ -173,7 +185,7 @@ def describe_config(file: GGUFFile) -> dict[str, Any]:
         raise ValueError(f"layers of different sizes are not supported: {', '.join(lists)}")
     by_hidden_size = values["hidden_size"] // values["num_heads"]
     head_dim = file.get("attention.key_length", by_hidden_size)
-    scaled_otherwise = (file.architecture, values["num_layers"]) in _SCALED_BY_HIDDEN_SIZE
+    scaled_otherwise = (file.architecture, file.get("block_count")) in _SCALED_BY_HIDDEN_SIZE
     for field in _OBEYED:
         if field not in names and values.get(field) not in (None, 0, 1):
             raise ValueError(

@@ -35,7 +35,6 @@ def describe_gemma4(file: GGUFFile) -> dict[str, Any]:
             "layers with a window, and one for the others"
         )
     values_are_keys = f"blk.{whole}.attn_v.weight" not in file.tensors
-    borrowing = file.get("attention.shared_kv_layers", 0)
     widths = _by_layer(file, "feed_forward_length", int)
     local_width = _needed(file, "attention.key_length_swa")
     return {
@@ -45,10 +44,10 @@ def describe_gemma4(file: GGUFFile) -> dict[str, Any]:
         "attention_k_eq_v": values_are_keys,
         "head_dim": local_width,
         "global_head_dim": _needed(file, "attention.key_length"),
-        "num_kv_shared_layers": borrowing,
+        "num_kv_shared_layers": _count(file, "attention.shared_kv_layers"),
         "intermediate_size": widths[0],
         "use_double_wide_mlp": widths[-1] == 2 * widths[0],
-        "hidden_size_per_layer_input": file.get("embedding_length_per_layer_input", 0),
+        "hidden_size_per_layer_input": _count(file, "embedding_length_per_layer_input"),
         "enable_moe_block": bool(file.get("expert_count")),
         "rope_parameters": {
             "full_attention": {
@@ -83,8 +82,41 @@ def describe_lfm2(file: GGUFFile) -> dict[str, Any]:
         "num_key_value_heads": max(heads),
         "conv_L_cache": _needed(file, "shortconv.l_cache"),
         "block_auto_adjust_ff_dim": False,
-        "num_dense_layers": file.get("leading_dense_block_count", 0),
+        "num_dense_layers": _count(file, "leading_dense_block_count"),
     }
+
+
+def describe_glm4_moe(file: GGUFFile) -> dict[str, Any]:
+    """Which layers have no experts, and which predict further tokens and are not read.
+
+    Raises:
+        ValueError: If a value is absurd.
+    """
+    return {
+        "num_hidden_layers": _count(file, "block_count") - _count(file, "nextn_predict_layers"),
+        "first_k_dense_replace": _count(file, "leading_dense_block_count"),
+        "n_shared_experts": _count(file, "expert_shared_count"),
+    }
+
+
+def describe_ernie4_5_moe(file: GGUFFile) -> dict[str, Any]:
+    """Which layers have no experts.
+
+    Raises:
+        ValueError: If a value is absurd.
+    """
+    return {
+        "moe_layer_start_index": _count(file, "leading_dense_block_count"),
+        "moe_layer_interval": _count(file, "interleave_moe_layer_step") or 1,
+        "moe_num_shared_experts": _count(file, "expert_shared_count"),
+    }
+
+
+def _count(file: GGUFFile, key: str) -> int:
+    value = file.get(key, 0)
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{file.architecture}.{key} is {value!r}, expected an integer >= 0")
+    return value
 
 
 def _needed(file: GGUFFile, key: str) -> int:
