@@ -63,6 +63,11 @@ def write(path, config, tensors, kind="F32", tokenizer=None, more=(), leave_out=
     stored = {}
     for name, tensor in tensors.items():
         module, what = name.rsplit(".", 1)
+        if what == "A_log":
+            stored[f"blk.{module.split('.')[2]}.ssm_a"] = converted(config, name, tensor)
+            continue
+        if what == "dt_bias":
+            module, what = module.replace("linear_attn", "linear_attn.dt_proj"), "bias"
         if what in ("layer_scalar", "sinks"):  # a tensor of that whole name
             module, what = name, "weight"
         place = names.get_name(module) or names.get_name(module.removeprefix("transformer."))
@@ -141,6 +146,17 @@ def metadata(config, architecture):
             "expert_group_count": experts.groups,
             "expert_group_used_count": experts.chosen_groups,
         }
+    if (delta := config.delta) is not None:
+        values |= {
+            "block_count": config.num_layers + 1,
+            "nextn_predict_layers": 1,
+            "full_attention_interval": config.num_layers,
+            "ssm.time_step_rank": delta.value_heads,
+            "ssm.group_count": delta.key_heads,
+            "ssm.inner_size": delta.value_heads * delta.value_dim,
+            "ssm.conv_kernel": delta.taps,
+            "ssm.state_size": delta.key_dim,
+        }
     if architecture in ("lfm2", "lfm2moe", "gemma4"):
         values |= metadata_by_layer(config)
     return {f"{architecture}.{key}": value for key, value in values.items()}
@@ -196,6 +212,8 @@ def converted(config, name, tensor):
     if NAMES[config.model_type] in PERMUTED and module in heads:
         halves = tensor.reshape(heads[module], 2, config.head_dim // 2, *tensor.shape[1:])
         return halves.swapaxes(1, 2).reshape(tensor.shape)
+    if ".linear_attn." in name:
+        return tile_heads(config.delta, name, tensor)
     if config.norm.endswith("_offset") and name.endswith("norm.weight"):
         return tensor + np.float32(1)
     if config.model_type == "gpt2" and module in ("c_attn", "c_proj", "c_fc"):
@@ -206,6 +224,26 @@ def converted(config, name, tensor):
         q, k, v = np.split(tensor.reshape(shape), [group, group + 1], axis=1)
         return np.concatenate([part.reshape(-1, *tensor.shape[1:]) for part in (q, k, v)])
     return tensor[:, 0] if name.endswith("conv.conv.weight") else tensor
+
+
+def tile_heads(delta, name, tensor):
+    """Heads of values in the order of files: one of each head of keys, then the next of each."""
+
+    def tile(part, width):
+        heads = (delta.key_heads, delta.value_heads // delta.key_heads, width)
+        return part.reshape(*heads, *part.shape[1:]).swapaxes(0, 1).reshape(part.shape)
+
+    if "conv1d" in name or "in_proj_qkv" in name:
+        tensor = tensor[:, 0] if "conv1d" in name else tensor
+        before = 2 * delta.key_heads * delta.key_dim
+        return np.concatenate([tensor[:before], tile(tensor[before:], delta.value_dim)])
+    if "in_proj_z" in name:
+        return tile(tensor, delta.value_dim)
+    if "out_proj" in name:
+        return np.ascontiguousarray(tile(tensor.T, delta.value_dim).T)
+    if name.endswith("norm.weight"):
+        return tensor
+    return tile(-np.exp(tensor) if name.endswith("A_log") else tensor, 1)
 
 
 def tokenizer_metadata(tokenizer, pre="gpt-2"):
@@ -316,7 +354,7 @@ def test_a_file_is_the_folder(name, tmp_path):
     expected = weights.load_params(tmp_path, config, jnp.float32, shardings)
     more = expert_tensors(expected)
     dense = {name: tensor for name, tensor in tensors.items() if not is_of_experts(config, name)}
-    if name == "glm4_moe":
+    if name in ("glm4_moe", "qwen3_5_text"):
         more[f"blk.{config.num_layers}.nextn.eh_proj.weight"] = np.ones((16, 32), np.float32)
     file = open_gguf(write(tmp_path / "model.gguf", config, dense, more=more))
     found = gguf.read_config(file)
@@ -325,7 +363,7 @@ def test_a_file_is_the_folder(name, tmp_path):
     params = gguf.load_params(file, found, jnp.float32, shardings)
     assert jax.tree.structure(params) == jax.tree.structure(expected)
     # Such norms are stored with 1 added.
-    tolerance = 1e-6 if config.norm.endswith("_offset") else 0
+    tolerance = 1e-6 if config.norm.endswith("_offset") else 0  # so are rates as logarithms
     jax.tree.map(lambda ours, theirs: close(ours, theirs, tolerance), params, expected)
     q = next(e["attention"] for e in params["layers"].values() if "attention" in e)["q"]["weight"]
     assert q.addressable_shards[0].data.shape[0] == q.shape[0] // 4
@@ -424,6 +462,23 @@ def test_layers_of_an_lfm2_that_do_not_fit(tmp_path):
     file.metadata["lfm2.shortconv.l_cache"] = None
     file.metadata["lfm2.attention.head_count_kv"] = [0, 1]
     with pytest.raises(ValueError, match=r"lfm2\.shortconv\.l_cache is None, expected"):
+        gguf.read_config(file)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("ssm.state_size", None, r"qwen35\.ssm\.state_size is None, expected an integer >= 1"),
+        ("ssm.time_step_rank", 5, "expected a divisor of ssm.inner_size 48 and a multiple of"),
+        ("nextn_predict_layers", -1, "nextn_predict_layers is -1, expected an integer >= 0"),
+        ("nextn_predict_layers", 9, "num_hidden_layers is -6, expected an integer >= 1"),
+    ],
+)
+def test_delta_nets_that_do_not_fit(tmp_path, key, value, message):
+    _, config, tensors = golden_folder("qwen3_5_text", tmp_path)
+    file = open_gguf(write(tmp_path / "model.gguf", config, tensors))
+    file.metadata[f"qwen35.{key}"] = value
+    with pytest.raises(ValueError, match=rf"model\.gguf: .*{message}"):
         gguf.read_config(file)
 
 
@@ -797,6 +852,7 @@ def metadata_of(folder, tmp_path, **changes):
         ({"general__architecture": "qwen4"}, "nearest supported one is 'qwen3'"),
         ({"llama__expert_count": 8}, r"llama\.expert_used_count is missing"),
         ({"llama__embedding_scale": 2.0}, r"llama\.embedding_scale 2\.0 is not supported"),
+        ({"llama__block_count": 1 << 31}, r"llama\.block_count 2147483648: expected 1024 at most"),
         ({"llama__block_count": None}, r"llama\.block_count is missing"),
         ({"llama__attention.head_count_kv": [4, 2]}, r"different sizes .*head_count_kv"),
         ({"llama__attention.sliding_window": 8}, "sliding_window is not supported"),
@@ -864,6 +920,34 @@ def test_the_extra_is_named_where_it_is_missing(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers.integrations.gguf", None)
     with pytest.raises(ImportError, match=r"transformers 5\.22: pip install 't3jax\[gguf\]'"):
         load_lm(path)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_5_text"])
+def test_transformers_reads_the_same_layers_with_a_memory(name, tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    # Asked for and not needed.
+    monkeypatch.setattr("transformers.modeling_utils.is_accelerate_available", lambda *_: True)
+    _, config, tensors = golden_folder(name, tmp_path)
+    config = dataclasses.replace(config, attention_bias=False)  # published files have none
+    tensors = {k: v for k, v in tensors.items() if not k.endswith("_proj.bias")}
+    more = {
+        "tokenizer.ggml.tokens": tuple(map(str, range(config.vocab_size))),
+        "qwen35.rope.dimension_sections": (1, 1, 1, 0),
+    }
+    monkeypatch.setattr(sys.modules[__name__], "tokenizer_metadata", lambda _: more.items())
+    file = open_gguf(write(tmp_path / "model.gguf", config, tensors))
+    found = gguf.read_config(file)
+    lm = from_params(found, gguf.load_params(file, found, jnp.float32), None, (95,), name)
+    tokens = np.random.default_rng(0).integers(0, 96, (2, 24)).astype(np.int32)
+    _, logits, _ = tiny.read(lm.apply, lm.unembed, lm.params, tokens, np.ones_like(tokens, bool))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="model.gguf", dtype=torch.float32
+    ).eval()
+    with torch.no_grad():
+        close(logits, model(torch.tensor(tokens)).logits.numpy(), 1e-4)
 
 
 @pytest.mark.parity

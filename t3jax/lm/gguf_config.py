@@ -13,6 +13,7 @@ from t3jax.lm.gguf_layers import (
     describe_gemma4,
     describe_glm4_moe,
     describe_lfm2,
+    describe_qwen35,
 )
 
 
@@ -74,6 +75,8 @@ ARCHITECTURES = {  # by llama.cpp's names
     "qwen2": Architecture("qwen2"),
     "qwen2moe": Architecture("qwen2_moe", meant={"norm_topk_prob": False}),
     "qwen3": Architecture("qwen3"),
+    "qwen35": Architecture("qwen3_5_text", describe=describe_qwen35),
+    "qwen35moe": Architecture("qwen3_5_moe_text", describe=describe_qwen35),
     "qwen3moe": Architecture("qwen3_moe", meant={"norm_topk_prob": True}),
     "seed_oss": Architecture("seed_oss"),
     "smollm3": Architecture("smollm3", permuted=True),
@@ -111,12 +114,13 @@ _OBEYED = (
 )
 _KEYS_OF_SIZES = ("embedding_length", "attention.head_count", "block_count")
 _TELLING = {  # fields that a tensor's being there says
-    "attention_bias": "blk.0.attn_output.bias",
-    "qkv_bias": "blk.0.attn_q.bias",
-    "o_bias": "blk.0.attn_output.bias",
-    "mlp_bias": "blk.0.ffn_down.bias",
-    "qk_norm": "blk.0.attn_q_norm.weight",
+    "attention_bias": "blk.{i}.attn_output.bias",
+    "qkv_bias": "blk.{i}.attn_q.bias",
+    "o_bias": "blk.{i}.attn_output.bias",
+    "mlp_bias": "blk.{i}.ffn_down.bias",
+    "qk_norm": "blk.{i}.attn_q_norm.weight",
 }
+_MOST_LAYERS = 1024
 _SIGMOID = 2  # of `expert_gating_func`
 # Of these Gemmas the largest alone divides attention scores by another width than the head's;
 # files do not say it, and llama.cpp knows them by their layers.
@@ -179,6 +183,10 @@ def describe_config(file: GGUFFile) -> dict[str, Any]:
     for key in (*_KEYS_OF_SIZES, "attention.key_length", "rope.dimension_count"):
         if (size := file.get(key)) is not None and (type(size) is not int or size < 1):
             raise ValueError(f"{file.architecture}.{key} is {size!r}, expected an integer >= 1")
+    if (layers := file.get("block_count")) > _MOST_LAYERS:
+        raise ValueError(
+            f"{file.architecture}.block_count {layers}: expected {_MOST_LAYERS} at most"
+        )
     own = {} if architecture.describe is None else architecture.describe(file)
     values = {field: value for field, value in values.items() if names.get(field) not in own}
     if lists := [_KEYS[field] for field, value in values.items() if isinstance(value, list)]:
@@ -199,7 +207,7 @@ def describe_config(file: GGUFFile) -> dict[str, Any]:
         "head_dim": head_dim,
         "query_pre_attn_scalar": by_hidden_size if scaled_otherwise else head_dim,
         "tied": "output.weight" not in file.tensors,
-        **{field: tensor in file.tensors for field, tensor in _TELLING.items()},
+        **{field: _is_there(file, tensor) for field, tensor in _TELLING.items()},
     }
     config = {names[field]: value for field, value in values.items() if field in names}
     config |= {"model_type": architecture.model_type, **architecture.meant, **own}
@@ -207,6 +215,11 @@ def describe_config(file: GGUFFile) -> dict[str, Any]:
         config["use_parallel_residual"] = values["parallel"]
     ropes = {} if "rope_parameters" in own else _ropes(file, family, head_dim)
     return config | _windows(file, family) | ropes
+
+
+def _is_there(file: GGUFFile, tensor: str) -> bool:
+    """Whether any layer has a tensor; layers may be of several kinds."""
+    return any(tensor.format(i=layer) in file.tensors for layer in range(file.get("block_count")))
 
 
 def _windows(file: GGUFFile, family: Family) -> dict[str, Any]:

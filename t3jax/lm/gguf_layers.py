@@ -37,6 +37,7 @@ def describe_gemma4(file: GGUFFile) -> dict[str, Any]:
     values_are_keys = f"blk.{whole}.attn_v.weight" not in file.tensors
     widths = _by_layer(file, "feed_forward_length", int)
     local_width = _needed(file, "attention.key_length_swa")
+    rotated = _count(file, "rope.dimension_count_swa") or local_width
     return {
         "layer_types": [_KINDS[each] for each in pattern],
         "num_key_value_heads": own_heads.pop(),
@@ -58,8 +59,7 @@ def describe_gemma4(file: GGUFFile) -> dict[str, Any]:
             "sliding_attention": {
                 "rope_type": "default",
                 "rope_theta": file.get("rope.freq_base_swa", 1e4),
-                "partial_rotary_factor": file.get("rope.dimension_count_swa", local_width)
-                / local_width,
+                "partial_rotary_factor": rotated / local_width,
             },
         },
     }
@@ -83,6 +83,32 @@ def describe_lfm2(file: GGUFFile) -> dict[str, Any]:
         "conv_L_cache": _needed(file, "shortconv.l_cache"),
         "block_auto_adjust_ff_dim": False,
         "num_dense_layers": _count(file, "leading_dense_block_count"),
+    }
+
+
+def describe_qwen35(file: GGUFFile) -> dict[str, Any]:
+    """The gated delta nets, and how many layers there are but for those that are not read.
+
+    Raises:
+        ValueError: If a value is missing, or one is not implemented.
+    """
+    heads = _by_layer(file, "attention.head_count_kv", int)  # 0, or the same, without attention
+    value_heads = _needed(file, "ssm.time_step_rank")
+    key_heads, width = _needed(file, "ssm.group_count"), _needed(file, "ssm.inner_size")
+    if width % value_heads or value_heads % key_heads:
+        raise ValueError(
+            f"{file.architecture}.ssm.time_step_rank {value_heads}: expected a divisor of "
+            f"ssm.inner_size {width} and a multiple of ssm.group_count {key_heads}"
+        )
+    return {
+        "num_hidden_layers": _count(file, "block_count") - _count(file, "nextn_predict_layers"),
+        "num_key_value_heads": max(heads),
+        "full_attention_interval": _needed(file, "full_attention_interval"),
+        "linear_conv_kernel_dim": _needed(file, "ssm.conv_kernel"),
+        "linear_key_head_dim": _needed(file, "ssm.state_size"),
+        "linear_num_key_heads": key_heads,
+        "linear_num_value_heads": value_heads,
+        "linear_value_head_dim": width // value_heads,
     }
 
 
