@@ -257,10 +257,10 @@ def _check(
     table = family.weights
     expected = {place.name for place in places}
     if tensors and not expected & set(tensors):
-        raise ValueError(
-            f"{path}: none of the {len(tensors)} tensors has a name of a {config.model_type} "
-            f"model: {min(tensors)} is there, {min(expected)} was expected. Write the folder anew "
-            "with save_pretrained of the whole model, without what is wrapped around it"
+        wrong.append(
+            f"none of the {len(tensors)} tensors has a name of a {config.model_type} model: "
+            f"{min(tensors)} is there, {min(expected)} was expected. Write the folder anew with "
+            "save_pretrained of the whole model, without what is wrapped around it"
         )
     kinds = ("weight", "bias")
     by_token = [table[key] for key in (*_VOCABULARY, "layer_embed") if key in table]
