@@ -130,6 +130,11 @@ FAMILIES = {
         "top_k_experts": 2,
         "moe_intermediate_size": 24,
     },
+    "gemma4_unified_text": {  # as in 12B, but for the keys of the last layers
+        **{key: _GEMMA4[key] for key in _GEMMA4 if key != "vocab_size_per_layer_input"},
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+    },
     "olmo2": {"tie_word_embeddings": False},
     "olmo3": {
         "num_hidden_layers": 3,
@@ -333,6 +338,16 @@ FAMILIES = {
         "layer_types": ["conv", "full_attention"],
         "block_auto_adjust_ff_dim": False,
     },
+    "lfm2_moe": {
+        "norm_eps": 1e-5,
+        "num_hidden_layers": 3,
+        "layer_types": ["conv", "full_attention", "conv"],
+        "num_dense_layers": 1,
+        "moe_intermediate_size": 24,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "routed_scaling_factor": 1.5,
+    },
     "qwen3_next": {**_DELTA, **_QWEN_EXPERTS, "mlp_only_layers": [1]},
     "qwen3_5_text": {**_DELTA, "attention_bias": True},
     "qwen3_5_moe_text": {**_DELTA, **_QWEN_EXPERTS},
@@ -341,7 +356,7 @@ FAMILIES = {
     "phi": {"hidden_act": "gelu_new", "tie_word_embeddings": False},
 }
 _SEEDS = {  # where the greedy text of the second is dull, or its numbers large
-    "bloom": 15, "gemma3_text": 8, "gemma4_text": 8, "lfm2": 5,
+    "bloom": 15, "gemma3_text": 8, "gemma4_text": 8, "gemma4_unified_text": 9, "lfm2": 5,
     **dict.fromkeys(("falcon", "glm4", "gpt_bigcode", "ministral3", "phi3"), 4),
     **dict.fromkeys(("cohere", "cohere2", "gemma2", "gpt_neo", "granitemoe", "hyperclovax"), 3),
     **dict.fromkeys(("jais2", "nemotron", "opt", "starcoder2"), 3),
@@ -370,7 +385,7 @@ def make_family(name: str, **overrides) -> transformers.PreTrainedModel:
     model = transformers.AutoModelForCausalLM.from_config(config)
     gemma = "gemma" in name
     centred = (
-        (gemma and name != "gemma4_text")
+        (gemma and not name.startswith("gemma4"))
         or name == "nemotron"
         or name.startswith(("qwen3_next", "qwen3_5"))
     )
@@ -386,7 +401,7 @@ def make_family(name: str, **overrides) -> transformers.PreTrainedModel:
                 # GPT-Neo's scores are not divided by anything.
                 parameter.normal_(0.0, 0.3 if name == "gpt_neo" else 0.5)
         for path, buffer in model.named_buffers():
-            if "correction" in path:  # of a router's scores
+            if "correction" in path or "expert_bias" in path:  # of a router's scores
                 buffer.copy_(torch.rand_like(buffer).half())
             elif "layer_scalar" in path:
                 buffer.copy_((0.5 + torch.rand_like(buffer)).half())
@@ -421,6 +436,10 @@ WRAPPERS = {  # fields of the text model's config, and the vision model's
         {"rope_parameters": {**_MROPE, "mrope_interleaved": True}, "head_dim": 8},
         _QWEN_VISION,
     ),
+    "qwen3_vl_moe": (
+        {"rope_parameters": {**_MROPE, "mrope_interleaved": True}, **_QWEN_EXPERTS, "head_dim": 8},
+        _QWEN_VISION,
+    ),
     "qwen3_5": (
         {"model_type": "qwen3_5_text", **_DELTA, "rope_parameters": _MROPE},
         _QWEN_VISION,
@@ -438,6 +457,10 @@ WRAPPERS = {  # fields of the text model's config, and the vision model's
         {"model_type": "gemma4_unified_text", **_GEMMA4, "attention_k_eq_v": True}
         | {"num_global_key_value_heads": 1, "num_kv_shared_layers": 0, "pad_token_id": 0},
         {"mm_embed_dim": 8, "mm_posemb_size": 4, "patch_size": 4},
+    ),
+    "lfm2_vl": (
+        {"model_type": "lfm2", **FAMILIES["lfm2"]},
+        {**_VISION, "model_type": "siglip2_vision_model", "num_patches": 16},
     ),
     "llava": ({"model_type": "llama"}, {**_VISION, "model_type": "clip_vision_model"}),
     "llava_next": ({"model_type": "mistral"}, {**_VISION, "model_type": "clip_vision_model"}),

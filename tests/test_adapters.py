@@ -23,7 +23,7 @@ from t3jax.finetuning import (
 )
 from t3jax.lm import from_params, load_config, load_lm, save_hf
 from t3jax.lm.adapter import CONFIG, save_adapter
-from t3jax.lm.model import check_weights
+from t3jax.lm.model import check_lm
 from t3jax.lm.weights import load_params
 
 RANK, ALPHA = 3, 12.0
@@ -69,7 +69,7 @@ def test_an_adapter_is_merged_into_its_base(folder, fields, scale):
     )
     assert load_config(folder / "adapter") == load_config(folder / "base")
     assert lm.eos_ids == plain.eos_ids
-    check_weights(folder / "adapter")
+    check_lm(folder / "adapter")
 
 
 def test_a_base_may_be_named_by_a_path_from_the_adapter(folder):

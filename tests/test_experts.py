@@ -141,6 +141,14 @@ def test_a_softmax_is_corrected_for_the_choice_and_may_have_chosen_nothing():
     np.testing.assert_array_equal(found, [[0, 0]])
 
 
+def test_what_is_added_to_the_sum_counts_where_the_sum_is_small():
+    config = ExpertsConfig(4, 2, F, router="sigmoid", normed=True, smoothing=1e-6, scale=3.0)
+    logits = np.log(np.array([[1e-9, 1e-6, 2e-6, 1e-9]], np.float32))
+    chosen, found = experts.choose_experts(config, logits, np.zeros(4, np.float32))
+    np.testing.assert_array_equal(chosen, [[2, 1]])
+    np.testing.assert_allclose(found, [[3 * 2 / 4, 3 * 1 / 4]], rtol=1e-5)
+
+
 def test_sparsemixer_weighs_an_expert_among_those_nearly_as_good():
     config = ExpertsConfig(4, 2, F, router="sparsemixer", jitter=0.1)
     chosen, found = experts.choose_experts(config, np.array([[1.0, 4.0, 3.5, 2.9]], np.float32))

@@ -63,6 +63,13 @@ def write(path, config, tensors, kind="F32", tokenizer=None, more=(), leave_out=
     stored = {}
     for name, tensor in tensors.items():
         module, what = name.rsplit(".", 1)
+        if what == "A_log":
+            stored[f"blk.{module.split('.')[2]}.ssm_a"] = converted(config, name, tensor)
+            continue
+        if what == "dt_bias":
+            module, what = module.replace("linear_attn", "linear_attn.dt_proj"), "bias"
+        if what in ("layer_scalar", "sinks"):  # a tensor of that whole name
+            module, what = name, "weight"
         place = names.get_name(module) or names.get_name(module.removeprefix("transformer."))
         stored[f"{place}.{what}"] = converted(config, name, tensor)
     for name, tensor in (stored | rope_tensors(config) | dict(more)).items():
@@ -124,11 +131,69 @@ def metadata(config, architecture):
         if rope.kind == "longrope":
             values["rope.scaling.attn_factor"] = rope.attention_factor
             values["context_length"] = int(rope.original_max_position * rope.factor)
+    if architecture in ("glm4moe", "ernie4_5-moe", "minimax-m2"):
+        glm = architecture == "glm4moe"
+        values |= {
+            "block_count": config.num_layers + glm,  # the last predicts further tokens
+            "nextn_predict_layers": int(glm),
+            "leading_dense_block_count": sum(experts.dense),
+            "interleave_moe_layer_step": 1,
+            "expert_shared_count": experts.shared // experts.size,
+            "expert_shared_feed_forward_length": None,
+            "expert_gating_func": 2 if experts.router == "sigmoid" else 1,
+            "expert_weights_norm": experts.normed,
+            "expert_weights_scale": experts.scale,
+            "expert_group_count": experts.groups,
+            "expert_group_used_count": experts.chosen_groups,
+        }
+    if (delta := config.delta) is not None:
+        values |= {
+            "block_count": config.num_layers + 1,
+            "nextn_predict_layers": 1,
+            "full_attention_interval": config.num_layers,
+            "ssm.time_step_rank": delta.value_heads,
+            "ssm.group_count": delta.key_heads,
+            "ssm.inner_size": delta.value_heads * delta.value_dim,
+            "ssm.conv_kernel": delta.taps,
+            "ssm.state_size": delta.key_dim,
+        }
+    if architecture in ("lfm2", "lfm2moe", "gemma4"):
+        values |= metadata_by_layer(config)
     return {f"{architecture}.{key}": value for key, value in values.items()}
+
+
+def metadata_by_layer(config):
+    """Of architectures whose layers are of several kinds."""
+    layers = range(config.num_layers)
+    if config.conv is not None:
+        experts = config.experts
+        heads = [0 if config.has_conv(i) else config.num_kv_heads for i in layers]
+        return {
+            "attention.head_count_kv": tuple(heads),
+            "shortconv.l_cache": config.conv.taps,
+            "leading_dense_block_count": experts and sum(experts.dense),
+            "expert_gating_func": experts and 2,
+            "expert_weights_scale": experts and experts.scale,
+        }
+    return {
+        "attention.head_count_kv": tuple(config.heads(i).num_kv_heads for i in layers),
+        "attention.key_length": config.whole_heads.head_dim,
+        "attention.key_length_swa": config.head_dim,
+        "attention.shared_kv_layers": sum(config.borrows),
+        "attention.scale": None,
+        "embedding_length_per_layer_input": config.layer_inputs,
+        "feed_forward_length": tuple(config.mlp_size(i) for i in layers),
+        "rope.dimension_count": config.whole_heads.head_dim,
+        "rope.dimension_count_swa": config.head_dim,
+    }
 
 
 def rope_tensors(config):
     rope = config.rope
+    if rope is not None and rope.kind == "proportional":
+        pairs = config.whole_heads.head_dim // 2
+        rotated = int(pairs * rope.rotated)
+        return {"rope_freqs.weight": np.float32([1] * rotated + [1e30] * (pairs - rotated))}
     if rope is None or rope.kind not in ("llama3", "longrope"):
         return {}
     if rope.kind == "longrope":
@@ -147,6 +212,8 @@ def converted(config, name, tensor):
     if NAMES[config.model_type] in PERMUTED and module in heads:
         halves = tensor.reshape(heads[module], 2, config.head_dim // 2, *tensor.shape[1:])
         return halves.swapaxes(1, 2).reshape(tensor.shape)
+    if ".linear_attn." in name:
+        return tile_heads(config.delta, name, tensor)
     if config.norm.endswith("_offset") and name.endswith("norm.weight"):
         return tensor + np.float32(1)
     if config.model_type == "gpt2" and module in ("c_attn", "c_proj", "c_fc"):
@@ -156,7 +223,27 @@ def converted(config, name, tensor):
         shape = (config.num_kv_heads, group + 2, config.head_dim, *tensor.shape[1:])
         q, k, v = np.split(tensor.reshape(shape), [group, group + 1], axis=1)
         return np.concatenate([part.reshape(-1, *tensor.shape[1:]) for part in (q, k, v)])
-    return tensor
+    return tensor[:, 0] if name.endswith("conv.conv.weight") else tensor
+
+
+def tile_heads(delta, name, tensor):
+    """Heads of values in the order of files: one of each head of keys, then the next of each."""
+
+    def tile(part, width):
+        heads = (delta.key_heads, delta.value_heads // delta.key_heads, width)
+        return part.reshape(*heads, *part.shape[1:]).swapaxes(0, 1).reshape(part.shape)
+
+    if "conv1d" in name or "in_proj_qkv" in name:
+        tensor = tensor[:, 0] if "conv1d" in name else tensor
+        before = 2 * delta.key_heads * delta.key_dim
+        return np.concatenate([tensor[:before], tile(tensor[before:], delta.value_dim)])
+    if "in_proj_z" in name:
+        return tile(tensor, delta.value_dim)
+    if "out_proj" in name:
+        return np.ascontiguousarray(tile(tensor.T, delta.value_dim).T)
+    if name.endswith("norm.weight"):
+        return tensor
+    return tile(-np.exp(tensor) if name.endswith("A_log") else tensor, 1)
 
 
 def tokenizer_metadata(tokenizer, pre="gpt-2"):
@@ -183,6 +270,8 @@ def golden_folder(name, folder):
     hf = json.loads(str(golden["config"]))
     if "query_pre_attn_scalar" in hf:
         hf["query_pre_attn_scalar"] = hf["head_dim"]
+    if "swiglu_limit" in hf:
+        hf["swiglu_limit"] = 7.0
     if hf.get("use_sliding_window"):
         hf |= {"use_sliding_window": False, "layer_types": None, "sliding_window": None}
         hf.pop("no_rope_layers", None)
@@ -201,7 +290,10 @@ def golden_folder(name, folder):
 
 def is_of_experts(config, name):
     """Whether a tensor of a folder is of a layer's experts; `expert_tensors` has those."""
-    layer = re.match(r".*layers\.(\d+)\.(mlp|block_sparse_moe)\.", name)
+    kinds = "mlp|block_sparse_moe|feed_forward"
+    if config.model_type == "gemma4_text":  # there it has an MLP beside
+        kinds = "experts|router"
+    layer = re.match(rf".*layers\.(\d+)\.({kinds})\.", name)
     return layer is not None and config.has_experts(int(layer[1]))
 
 
@@ -210,14 +302,33 @@ def expert_tensors(params):
     found = {}
     for i, layer in params["layers"].items():
         for name, part in layer.get("experts", {}).items():
-            key = {"router": "gate_inp", "shared_gate": "gate_inp_shexp"}.get(name, f"{name}_exps")
+            key = {"shared_gate": "gate_inp_shexp"}.get(name, f"{name}_exps")
             if name == "shared":
                 for each, module in part.items():
                     found[f"blk.{i}.ffn_{each}_shexp.weight"] = module["weight"]
+            elif name == "router":
+                names = {
+                    "weight": "ffn_gate_inp.weight",
+                    "input_scale": "ffn_gate_inp.scale",
+                    "expert_scale": "ffn_down_exps.scale",
+                    "correction": "exp_probs_b.bias",
+                    "bias": "ffn_gate_inp.bias",
+                }
+                found |= {f"blk.{i}.{names[kind]}": weight for kind, weight in part.items()}
             else:
                 weight = part["weight"]
                 found[f"blk.{i}.ffn_{key}.weight"] = weight[0] if name == "shared_gate" else weight
-    return {name: np.asarray(weight) for name, weight in found.items()}
+                found |= {
+                    f"blk.{i}.ffn_{key}.bias": b for kind, b in part.items() if kind == "bias"
+                }
+    found = {name: np.asarray(weight) for name, weight in found.items()}
+    # Gemma 4's files have gate and up in one tensor.
+    if any(name.endswith("ffn_down_exps.scale") for name in found):
+        for name in [name for name in found if name.endswith("ffn_gate_exps.weight")]:
+            up = found.pop(name.replace("gate_exps", "up_exps"))
+            fused = np.concatenate([found.pop(name), up], axis=1)
+            found[name.replace("gate_exps", "gate_up_exps")] = fused
+    return found
 
 
 def close(found, expected, atol):
@@ -243,6 +354,8 @@ def test_a_file_is_the_folder(name, tmp_path):
     expected = weights.load_params(tmp_path, config, jnp.float32, shardings)
     more = expert_tensors(expected)
     dense = {name: tensor for name, tensor in tensors.items() if not is_of_experts(config, name)}
+    if name in ("glm4_moe", "qwen3_5_text"):
+        more[f"blk.{config.num_layers}.nextn.eh_proj.weight"] = np.ones((16, 32), np.float32)
     file = open_gguf(write(tmp_path / "model.gguf", config, dense, more=more))
     found = gguf.read_config(file)
     same_config(found, config)
@@ -250,10 +363,136 @@ def test_a_file_is_the_folder(name, tmp_path):
     params = gguf.load_params(file, found, jnp.float32, shardings)
     assert jax.tree.structure(params) == jax.tree.structure(expected)
     # Such norms are stored with 1 added.
-    tolerance = 1e-6 if config.norm.endswith("_offset") else 0
+    tolerance = 1e-6 if config.norm.endswith("_offset") else 0  # so are rates as logarithms
     jax.tree.map(lambda ours, theirs: close(ours, theirs, tolerance), params, expected)
-    q = params["layers"][0]["attention"]["q"]["weight"]
+    q = next(e["attention"] for e in params["layers"].values() if "attention" in e)["q"]["weight"]
     assert q.addressable_shards[0].data.shape[0] == q.shape[0] // 4
+
+
+GEMMA4 = {
+    "model_type": "gemma4_text",
+    "vocab_size": 96,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "sliding_window": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+GEMMAS4 = {
+    "E2B": {
+        "num_key_value_heads": 1,
+        "hidden_size_per_layer_input": 8,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+    },
+    "31B": {
+        "num_key_value_heads": 2,
+        "hidden_size_per_layer_input": 0,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+    },
+}
+
+
+def gemma4_file(name, folder, **changes):
+    """A file of a small Gemma 4 with that name's kinds of layers."""
+    config = lm_config(GEMMA4 | GEMMAS4[name])
+    save_hf(folder, config, tiny.make_params(config), [95])
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    path = write(folder / "model.gguf", config, tensors, **changes)
+    return config, open_gguf(path)
+
+
+@pytest.mark.parametrize("name", GEMMAS4)
+def test_a_gemma_4_of_each_kind(name, tmp_path):
+    """One number for all layers is as good as a list of it."""
+    config, file = gemma4_file(name, tmp_path)
+    same_config(gguf.read_config(file), config)
+    found = gguf.load_params(file, config, jnp.float32)
+    chex.assert_trees_all_equal(found, weights.load_params(tmp_path, config, jnp.float32))
+    key = "attention.head_count_kv" if name == "E2B" else "feed_forward_length"
+    file.metadata[f"gemma4.{key}"] = file.get(key)[0]
+    same_config(gguf.read_config(file), config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("attention.head_count_kv", [1, 2], "expected a whole number for each of the 4 layers"),
+        ("attention.head_count_kv", [2, 1, 4, 1], "expected one number for the layers with a"),
+        ("attention.sliding_window_pattern", [True] * 4, "every layer has a window"),
+        (
+            "attention.sliding_window_pattern",
+            None,
+            "expected true or false for each of the 4 layers",
+        ),
+        ("attention.key_length_swa", None, "key_length_swa is None, expected an integer >= 1"),
+        (
+            "feed_forward_length",
+            [24, "x", 24, 24],
+            "expected a whole number for each of the 4 layers",
+        ),
+        ("rope.dimension_count_swa", 4, 'obeyed with rope_type "proportional" alone'),
+        ("expert_weights_scale", 2.0, r"expert_weights_scale 2\.0 is not supported"),
+    ],
+)
+def test_layers_of_a_gemma_4_that_do_not_fit(tmp_path, key, value, message):
+    _, file = gemma4_file("31B", tmp_path)
+    file.metadata[f"gemma4.{key}"] = value
+    with pytest.raises(ValueError, match=rf"model\.gguf: .*{message}"):
+        gguf.read_config(file)
+
+
+def test_rotation_that_no_gemma_4_has(tmp_path):
+    wrong = {"rope_freqs.weight": np.float32([1, 2, 1e30, 1, 1, 1, 1, 1])}
+    _, file = gemma4_file("31B", tmp_path, more=wrong)
+    with pytest.raises(ValueError, match="expected 1 for the first pairs of a head"):
+        gguf.read_config(file)
+
+
+def test_layers_of_an_lfm2_that_do_not_fit(tmp_path):
+    _, config, tensors = golden_folder("lfm2", tmp_path)
+    file = open_gguf(write(tmp_path / "model.gguf", config, tensors))
+    file.metadata["lfm2.attention.head_count_kv"] = [0, 0]
+    with pytest.raises(ValueError, match="expected 0 for convolutions, and the same number"):
+        gguf.read_config(file)
+    file.metadata["lfm2.shortconv.l_cache"] = None
+    file.metadata["lfm2.attention.head_count_kv"] = [0, 1]
+    with pytest.raises(ValueError, match=r"lfm2\.shortconv\.l_cache is None, expected"):
+        gguf.read_config(file)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("ssm.state_size", None, r"qwen35\.ssm\.state_size is None, expected an integer >= 1"),
+        ("ssm.time_step_rank", 5, "expected a divisor of ssm.inner_size 48 and a multiple of"),
+        ("nextn_predict_layers", -1, "nextn_predict_layers is -1, expected an integer >= 0"),
+        ("nextn_predict_layers", 9, "num_hidden_layers is -6, expected an integer >= 1"),
+    ],
+)
+def test_delta_nets_that_do_not_fit(tmp_path, key, value, message):
+    _, config, tensors = golden_folder("qwen3_5_text", tmp_path)
+    file = open_gguf(write(tmp_path / "model.gguf", config, tensors))
+    file.metadata[f"qwen35.{key}"] = value
+    with pytest.raises(ValueError, match=rf"model\.gguf: .*{message}"):
+        gguf.read_config(file)
+
+
+def test_a_gate_of_another_kind_is_refused(tmp_path):
+    _, config, tensors = golden_folder("lfm2_moe", tmp_path)
+    expected = weights.load_params(tmp_path, config, jnp.float32)
+    dense = {name: tensor for name, tensor in tensors.items() if not is_of_experts(config, name)}
+    file = open_gguf(write(tmp_path / "model.gguf", config, dense, more=expert_tensors(expected)))
+    assert gguf.read_config(file).experts.scale == 1.5
+    file.metadata["lfm2moe.expert_weights_scale"] = 0.0  # as if it was not there
+    assert gguf.read_config(file).experts.scale == 1
+    file.metadata["lfm2moe.expert_gating_func"] = 1
+    with pytest.raises(ValueError, match=r"lfm2moe\.expert_gating_func 1 is not supported"):
+        gguf.read_config(file)
 
 
 def test_logits_of_a_llama_3_are_those_of_pytorch(tmp_path):
@@ -398,7 +637,7 @@ def test_parts_of_a_tensor(monkeypatch, kind, head_width):
         assert max(done, default=0) <= max(2048, blocks * numbers) // numbers * size
 
 
-@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_K"])
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_K", "MXFP4"])
 def test_parts_of_the_matrices_of_experts(kind):
     stored = tensor(kind, (24, 1024))
     whole = Q.dequantize(stored.data, stored.tensor_type).reshape(4, 6, 1024)
@@ -440,13 +679,14 @@ def byte_level(**more):
 
 def test_the_cut_and_the_bos_follow_the_name_of_the_tokenizer():
     text = "x12345"
-    plain, llama, tekken, glm = (
-        read_tokenizer(byte_level(pre=pre)) for pre in ("smollm", "llama-bpe", "tekken", "glm4")
+    plain, llama, tekken, glm, lfm2 = (
+        read_tokenizer(byte_level(pre=pre))
+        for pre in ("smollm", "llama-bpe", "tekken", "glm4", "lfm2")
     )
     bos = plain.bos_token_id
     digits = plain.convert_tokens_to_ids(list("x12345"))
     assert plain(text)["input_ids"] == digits
-    assert llama(text)["input_ids"] == [bos, *digits]
+    assert llama(text)["input_ids"] == lfm2(text)["input_ids"] == [bos, *digits]
     assert llama(text, add_special_tokens=False)["input_ids"] == digits
     cuts = [
         [piece for piece, _ in each.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]
@@ -495,10 +735,46 @@ def test_sentencepiece():
     assert read_eos_ids(file) == (2,)
 
 
+def test_gemma_4s_tokenizer(tmp_path):
+    """As that of a folder: spaces are symbols, bytes stand in, and no bos is added."""
+    from transformers import AutoTokenizer, GemmaTokenizer
+
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<turn|>"]
+    tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"cats\n", "▁c", "at"]
+    merges = [("▁", "c"), ("a", "t")]
+    folder = GemmaTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
+    folder.add_special_tokens({"additional_special_tokens": ["<turn|>"]})
+    folder.save_pretrained(tmp_path)
+    file = only_tokenizer(
+        model="gemma4",
+        tokens=tokens,
+        token_type=[3, 3, 3, 2, 3, *[6] * 256, *[1] * (len(tokens) - 261)],
+        scores=[0.0] * len(tokens),
+        merges=[" ".join(merge) for merge in merges],
+        add_bos_token=True,
+        add_space_prefix=False,
+        bos_token_id=2,
+        eos_token_id=1,
+        unknown_token_id=3,
+    )
+    file.metadata["general.architecture"] = "gemma4"
+    tokenizer = read_tokenizer(file)
+    text = "cats cat  é<turn|>\n\ncat"
+    ids = tokenizer(text)["input_ids"]
+    assert ids == AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids)[:6] == ["c", "at", "s", "▁c", "at", "▁"]
+    assert tokenizer.decode(ids) == text
+    assert read_eos_ids(file) == (1, 4)
+
+
 def test_ends_of_turns_end_an_answer_too():
     tokens = ["a", "<|im_end|>", "<eos>", "<end_of_turn>", "b"]
     file = only_tokenizer(tokens=tokens, eos_token_id=2, eot_token_id=3)
     assert read_eos_ids(file) == (2, 3, 1)
+    phi = only_tokenizer(tokens=["<|endoftext|>", "<|end|>", "a"], eos_token_id=0)
+    assert read_eos_ids(phi) == (0, 1)
+    channels = only_tokenizer(tokens=["<|return|>", "<|end|>", "<|call|>"], eos_token_id=0)
+    assert read_eos_ids(channels) == (0, 2)
     with pytest.raises(ValueError, match=r"x\.gguf: no end-of-text token"):
         read_eos_ids(only_tokenizer(tokens=["a"]))
 
@@ -549,7 +825,7 @@ def test_absurd_numbers_and_weights_are_refused(folder, tmp_path):
     ("values", "message"),
     [
         ({"tokens": None}, r"x\.gguf: no tokenizer in it"),
-        ({"model": "bert"}, r"x\.gguf: tokenizer 'bert' is not supported; known: gpt2, llama"),
+        ({"model": "bert"}, r"x\.gguf: tokenizer 'bert' is not supported; known: gpt2, llama, g"),
         ({"pre": "new"}, r"tokenizer\.ggml\.pre 'new' is not supported.*gpt-2, .*llama-bpe"),
         ({"pre": None}, r"tokenizer\.ggml\.pre None is not supported"),
     ],
@@ -576,6 +852,7 @@ def metadata_of(folder, tmp_path, **changes):
         ({"general__architecture": "qwen4"}, "nearest supported one is 'qwen3'"),
         ({"llama__expert_count": 8}, r"llama\.expert_used_count is missing"),
         ({"llama__embedding_scale": 2.0}, r"llama\.embedding_scale 2\.0 is not supported"),
+        ({"llama__block_count": 1 << 31}, r"llama\.block_count 2147483648: expected 1024 at most"),
         ({"llama__block_count": None}, r"llama\.block_count is missing"),
         ({"llama__attention.head_count_kv": [4, 2]}, r"different sizes .*head_count_kv"),
         ({"llama__attention.sliding_window": 8}, "sliding_window is not supported"),
@@ -643,6 +920,34 @@ def test_the_extra_is_named_where_it_is_missing(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers.integrations.gguf", None)
     with pytest.raises(ImportError, match=r"transformers 5\.22: pip install 't3jax\[gguf\]'"):
         load_lm(path)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_5_text"])
+def test_transformers_reads_the_same_layers_with_a_memory(name, tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    # Asked for and not needed.
+    monkeypatch.setattr("transformers.modeling_utils.is_accelerate_available", lambda *_: True)
+    _, config, tensors = golden_folder(name, tmp_path)
+    config = dataclasses.replace(config, attention_bias=False)  # published files have none
+    tensors = {k: v for k, v in tensors.items() if not k.endswith("_proj.bias")}
+    more = {
+        "tokenizer.ggml.tokens": tuple(map(str, range(config.vocab_size))),
+        "qwen35.rope.dimension_sections": (1, 1, 1, 0),
+    }
+    monkeypatch.setattr(sys.modules[__name__], "tokenizer_metadata", lambda _: more.items())
+    file = open_gguf(write(tmp_path / "model.gguf", config, tensors))
+    found = gguf.read_config(file)
+    lm = from_params(found, gguf.load_params(file, found, jnp.float32), None, (95,), name)
+    tokens = np.random.default_rng(0).integers(0, 96, (2, 24)).astype(np.int32)
+    _, logits, _ = tiny.read(lm.apply, lm.unembed, lm.params, tokens, np.ones_like(tokens, bool))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="model.gguf", dtype=torch.float32
+    ).eval()
+    with torch.no_grad():
+        close(logits, model(torch.tensor(tokens)).logits.numpy(), 1e-4)
 
 
 @pytest.mark.parity

@@ -848,6 +848,50 @@ FAMILY_CONFIGS = {
             "norm_eps": 1e-5,
         },
     ),
+    "lfm2_moe": (  # as in 8B-A1B
+        {
+            "conv_L_cache": 3,
+            "conv_bias": False,
+            "layer_types": ["conv", "conv", "full_attention"] * 2,
+            "moe_intermediate_size": 48,
+            "norm_eps": 1e-5,
+            "norm_topk_prob": True,
+            "num_dense_layers": 2,
+            "num_experts": 8,
+            "num_experts_per_tok": 4,
+            "num_key_value_heads": 2,
+            "routed_scaling_factor": 1.0,
+            "tie_embedding": True,
+            "use_expert_bias": True,
+        },
+        {
+            "conv": ConvConfig(32, 3, (True, True, False) * 2),
+            "experts": ExpertsConfig(
+                8, 4, 48, "sigmoid", normed=True, smoothing=1e-6, dense=(True,) * 2 + (False,) * 4
+            ),
+            "tied": True,
+        },
+    ),
+    "gemma4_unified_text": (  # as in 12B
+        {
+            "attention_k_eq_v": True,
+            "final_logit_softcapping": 30.0,
+            "global_head_dim": 16,
+            "head_dim": 8,
+            "hidden_size_per_layer_input": 0,
+            "num_global_key_value_heads": 1,
+            "num_key_value_heads": 2,
+            "num_kv_shared_layers": 0,
+            "use_bidirectional_attention": "vision",
+        },
+        {
+            "layer_inputs": 0,
+            "local": (True,) * 5 + (False,),
+            "max_position": 512,
+            "whole_heads": HeadsConfig(1, 16, values_are_keys=True),
+            "window": 1024,
+        },
+    ),
     "phimoe": (
         {
             "num_key_value_heads": 2,
@@ -1102,6 +1146,12 @@ def test_yarn():
         ("gemma4_text", {"vocab_size_per_layer_input": 99}, "99 is less than vocab_size 100"),
         ("gemma4_text", {"enable_moe_block": True}, "num_experts is null, expected a number"),
         ("lfm2", {"conv_bias": True}, "conv_bias True is not supported in the lfm2 family"),
+        ("lfm2_moe", {"use_expert_bias": False}, "use_expert_bias False is not supported"),
+        (
+            "gemma4_unified_text",
+            {"hidden_size_per_layer_input": 8},
+            "hidden_size_per_layer_input 8 is not supported in the gemma4_unified_text family",
+        ),
         ("lfm2", {"layer_types": ["linear_attention"] * 6}, "layer_types .*: expected 6, each"),
         ("mixtral", {"num_local_experts": 1}, "sent to 2 experts, but there are 1"),
         ("mixtral", {"num_experts": 4, "num_local_experts": 8}, "two names of one field"),
@@ -1341,6 +1391,9 @@ def test_what_is_unknown_is_refused_with_what_to_do():
     assert "the nearest supported type is glm4_moe. Take a model of a known type, or" in said
     assert "the nearest supported type is smollm3" in refusal(model_type="smollm33")
     assert "expected the name of a family. Known types: apertus" in refusal()
+    said = refusal(**SHAPE | {"model_type": "stablelm", "qk_layernorm": True})
+    assert "qk_layernorm True is not supported in the stablelm family; expected False" in said
+    assert "give this one as functions (t3jax.make_lm, docs/your_model.md)" in said
     said = refusal(model_type="newvl", text_config={"model_type": "qwen3"})
     assert "its text model is a qwen3, which is: save that alone" in said
     bits = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -1386,6 +1439,12 @@ def test_both_names_of_a_gpt2_field():
 def test_a_missing_field_is_named(name):
     with pytest.raises(ValueError, match=f"field '{name}' is missing"):
         lm_config(without(name))
+
+
+def test_a_factor_of_no_kind_is_not_obeyed_in_silence():
+    with pytest.warns(UserWarning, match=r"a factor of 2\.0 and no rope_type"):
+        config = lm_config(SHAPE | {"rope_scaling": {"factor": 2.0}})
+    assert config == lm_config(SHAPE)
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path):

@@ -411,3 +411,74 @@ def test_a_folder_is_described_without_its_weights(folder, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert said.startswith(f"{folder}: does not load\n")
     assert "mlp.down_proj.weight" in said or "mlp.up_proj.weight" in said
+
+
+def lose_the_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+
+
+def end_beyond_the_vocabulary(folder):
+    change(folder / "generation_config.json", eos_token_id=9999)
+
+
+def store_other_numbers(folder):
+    wrong = tensors(folder)
+    wrong["model.norm.weight"] = wrong["model.norm.weight"].astype(np.float64)
+    safetensors.numpy.save_file(wrong, folder / WEIGHTS)
+
+
+def untie(folder):
+    change(folder / "config.json", tie_word_embeddings=False)
+
+
+def leave_a_pointer(folder):
+    (folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\nsize 12\n")
+
+
+def lose_the_index(folder):
+    (folder / WEIGHTS).rename(folder / "model-00001-of-00001.safetensors")
+
+
+def leave_the_type_out(folder):
+    change(folder / "config.json", model_type=...)
+
+
+def wrap_twice(folder):
+    text = json.loads((folder / "config.json").read_text())
+    text = {"model_type": "llava", "text_config": text}
+    content = {"model_type": "llava", "text_config": text}
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+def wrap_the_names(folder):
+    wrapped = {f"module.{name}": tensor for name, tensor in tensors(folder).items()}
+    safetensors.numpy.save_file(wrapped, folder / WEIGHTS)
+
+
+def leave_a_gguf_file(folder):
+    (folder / "config.json").rename(folder / "model.gguf")
+
+
+FAULTS = {
+    wrap_the_names: f"model: module.{EMBED} is there, {EMBED} was expected. Write the folder anew",
+    leave_a_gguf_file: "expected a Hugging Face model folder, or a GGUF file, such as ",
+    lose_the_tokenizer: "the tokenizer could not be read (there is none of tokenizer.json",
+    end_beyond_the_vocabulary: "eos_token_id 9999, expected a token id from 0 to 263",
+    store_other_numbers: "model.norm.weight: dtype F64, expected one of F32, F16, BF16",
+    untie: f"{HEAD}: missing, expected shape (264, 16), or tie_word_embeddings true",
+    leave_a_pointer: "it is a pointer of Git LFS, which `git lfs pull` replaces",
+    lose_the_index: f"{INDEX}: missing, beside 1 files as model-00001-of-00001.safetensors",
+    leave_the_type_out: "of the architectures named there it is llama. Known types",
+    wrap_twice: 'text_config: model_type "llava" is a whole multimodal model, expected the type',
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_does_not_load_is_described_so_for_the_same_reason(fault, folder, monkeypatch, capsys):
+    fault(folder)
+    monkeypatch.setattr(sys, "argv", ["t3jax.lm", str(folder)])
+    assert describe.main() == 1
+    assert FAULTS[fault] in capsys.readouterr().err
+    with pytest.raises((ValueError, FileNotFoundError)) as raised:
+        load_lm(folder)
+    assert FAULTS[fault] in str(raised.value)

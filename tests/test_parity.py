@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -259,6 +260,25 @@ def test_the_text_model_of_other_multimodal_folders(name, tmp_path):
         ).logits.numpy()[mask]
     assert expected.std() > 0.1  # far from all equal
     close(np.asarray(forward(lm, tokens, mask)[1])[mask], expected, atol=1e-4)
+
+
+def test_experts_of_a_multimodal_folder_in_both_forms(tmp_path):
+    """Published folders have their matrices the other way round, as transformers knows too."""
+    import safetensors.numpy
+
+    model = reference.make_wrapper("qwen3_vl_moe", tied=False)
+    model.save_pretrained(tmp_path)
+    config, path = read_config(tmp_path), tmp_path / "model.safetensors"
+    expected = load_params(tmp_path, config, jnp.float32)
+    tensors = {
+        name: np.ascontiguousarray(tensor.swapaxes(1, 2)) if ".mlp.experts." in name else tensor
+        for name, tensor in safetensors.numpy.load_file(path).items()
+    }
+    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+    chex.assert_trees_all_equal(load_params(tmp_path, config, jnp.float32), expected)
+    again = type(model).from_pretrained(tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
 
 
 def test_quantised_matrices_stand_for_what_transformers_makes_of_them():

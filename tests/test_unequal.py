@@ -107,6 +107,7 @@ def test_folders_hold_keys_that_no_layer_reads(tmp_path, monkeypatch, capsys):
     tensors |= {f"model.layers.2.self_attn.{name}_proj.weight": unread for name in "kv"}
     safetensors.numpy.save_file(tensors, path)
     load_params(tmp_path, CONFIG, jnp.float32)
+    tiny.make_tokenizer().save_pretrained(tmp_path)
     monkeypatch.setattr("sys.argv", ["t3jax.lm", str(tmp_path)])
     assert describe.main() == 0
     said = capsys.readouterr().out

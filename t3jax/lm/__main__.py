@@ -1,6 +1,6 @@
 """Describes a model folder, whether it loads and its memory: python -m t3jax.lm FOLDER.
 
-It reads configs and the headers of safetensors files, no weights.
+It reads configs, the tokenizer and the headers of safetensors files, no weights.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from t3jax.lm.cache import Borrowed, ConvState, DeltaState, KeyValues, init_cach
 from t3jax.lm.config import LMConfig
 from t3jax.lm.config_json import wrapper_of
 from t3jax.lm.decoder import abstract_params
-from t3jax.lm.model import check_weights, load_config, model_path
+from t3jax.lm.model import check_lm, load_config, model_path
 from t3jax.lm.quantization_json import quantization_of
 
 _GIB = 1 << 30
@@ -35,7 +35,7 @@ def main() -> int:
     try:
         path = model_path(name)
         config = load_config(path)
-        check_weights(path)
+        check_lm(path)
     except (OSError, ValueError, ImportError) as error:
         print(f"{name}: does not load\n{error}", file=sys.stderr)
         return 1

@@ -3,7 +3,7 @@
 from typing import Any
 
 from t3jax.lm.config import LMConfig
-from t3jax.lm.family import Family, Json
+from t3jax.lm.family import WAY_OUT, Family, Json
 
 
 def _prepare_falcon(config: Json) -> dict[str, Any]:
@@ -18,7 +18,7 @@ def _prepare_falcon(config: Json) -> dict[str, Any]:
     if norms != 1:
         raise ValueError(
             f"num_ln_in_parallel_attn {norms!r} is not supported in the falcon family; expected 1, "
-            "as in Falcon 7B and 11B"
+            f"as in Falcon 7B and 11B. {WAY_OUT}"
         )
     return {**config, "num_kv_heads": heads, "num_ln_in_parallel_attn": norms}
 

@@ -71,6 +71,7 @@ class ExpertsConfig:
             that are nearly as good). To "sigmoid" and "softmax_corrected" a bias is added for the
             choice, which is no part of the weight.
         normed: The weights of the chosen experts are divided by their sum.
+        smoothing: Added to this sum.
         scale: They are multiplied by it.
         bias: The router and the experts' projections have biases.
         clamp: c: what the gate's projection gives is cut to at most c, what the other one gives to
@@ -93,6 +94,7 @@ class ExpertsConfig:
     size: int
     router: str = "softmax"
     normed: bool = False
+    smoothing: float = 0.0
     scale: float = 1.0
     bias: bool = False
     clamp: float | None = None

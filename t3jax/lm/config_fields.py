@@ -75,6 +75,7 @@ _TYPES: dict[str, Any] = {
     "vocab_size_per_layer_input": Annotated[int, Meta(ge=1, le=1 << 24)],
     "conv_L_cache": Annotated[int, Meta(ge=1, le=64)],
     "full_attn_idxs": list[int],
+    "num_dense_layers": Annotated[int, Meta(ge=0, le=1024)],
     "block_auto_adjust_ff_dim": bool,
     "block_ffn_dim_multiplier": Positive,
     "block_multiple_of": Width,

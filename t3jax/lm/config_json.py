@@ -4,7 +4,9 @@
 What a config asks for and the decoder does not implement is refused by name.
 """
 
+import dataclasses
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from t3jax.json_files import read_json
@@ -13,7 +15,7 @@ from t3jax.lm.config_fields import check_fields, rename_aliases
 from t3jax.lm.delta_json import read_remembering
 from t3jax.lm.experts_json import read_experts
 from t3jax.lm.families import FAMILIES
-from t3jax.lm.family import Family, Json
+from t3jax.lm.family import WAY_OUT, Family, Json
 from t3jax.lm.quantization_json import read_quantization
 from t3jax.lm.refusals import explain_unknown
 from t3jax.lm.rope_json import read_ropes
@@ -57,7 +59,9 @@ def read_config(folder: pathlib.Path) -> LMConfig:
     """
     path = folder / "config.json"
     if not path.exists():
-        raise FileNotFoundError(f"{path}: not found; expected a Hugging Face model folder")
+        files = sorted(folder.glob("*.gguf"))
+        more = f", or a GGUF file, such as {files[0]}" if files else ""
+        raise FileNotFoundError(f"{path}: not found; expected a Hugging Face model folder{more}")
     content = read_json(path, dict[str, Any])
     try:
         return lm_config(content)
@@ -69,6 +73,21 @@ def wrapper_of(folder: pathlib.Path) -> str | None:
     """The type of a multimodal folder, of which the text model is read; None for other folders."""
     model_type = read_json(folder / "config.json", dict[str, Any]).get("model_type")
     return model_type if model_type in WRAPPERS else None
+
+
+def family_in(
+    folder: pathlib.Path, config: LMConfig, tensors: Mapping[str, tuple[Any, str]]
+) -> Family:
+    """The row of a model's family, as its folder stores the weights."""
+    family = FAMILIES[config.model_type]
+    wrapper = wrapper_of(folder) if (folder / "config.json").exists() else None
+    transposed = () if wrapper is None else WRAPPERS[wrapper].transposed
+    if not transposed or config.experts is None:
+        return family
+    shapes = (v.get_shape() for name, (v, _) in tensors.items() if name.endswith(transposed[0]))
+    if {tuple(shape[1:]) for shape in shapes} == {(2 * config.experts.size, config.hidden_size)}:
+        return family
+    return dataclasses.replace(family, transposed=(*family.transposed, *transposed))
 
 
 def lm_config(config: Json) -> LMConfig:
@@ -97,7 +116,7 @@ def _read(model_type: str, config: Json) -> LMConfig:
         if name in config and config[name] not in known:
             raise ValueError(
                 f"{name} {config[name]!r} is not supported in the {model_type} family; expected "
-                f"{known[0]!r}"
+                f"{known[0]!r}. {WAY_OUT}"
             )
     values: dict[str, Any] = {
         field: 1 / config[name] if name in family.reciprocal else config[name]

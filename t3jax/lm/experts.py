@@ -176,7 +176,8 @@ def choose_experts(
     if experts.normed:
         # A correction may choose experts whose scores are 0 in float32.
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        weights = weights / (jnp.maximum(total, _LEAST) if experts.corrected else total)
+        total = jnp.maximum(total, _LEAST) if experts.corrected else total
+        weights = weights / (total + experts.smoothing)
     return chosen, weights if experts.scale == 1 else weights * experts.scale
 
 

@@ -8,6 +8,11 @@ from t3jax.lm.config import LMConfig
 
 Json = Mapping[str, Any]
 
+# What to do with a model of a known type that differs in something.
+WAY_OUT = (
+    "Take a model without it, or give this one as functions (t3jax.make_lm, docs/your_model.md)"
+)
+
 FIELDS = {  # of LMConfig, and of config.json
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",

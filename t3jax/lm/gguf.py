@@ -20,6 +20,7 @@ from t3jax.lm.decoder import Params
 from t3jax.lm.families import FAMILIES
 from t3jax.lm.family import Family
 from t3jax.lm.gguf_config import describe_config, find_architecture
+from t3jax.lm.gguf_delta import group_heads
 from t3jax.lm.gguf_file import GGUFFile, load_library, tensor_shape
 from t3jax.lm.weights import check_tensors, place_params
 
@@ -27,7 +28,18 @@ _ROPE_TENSORS = r"^rope_(freqs|factors_(long|short))\.weight$"
 
 _PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _ROW = ".ffn_gate_inp_shexp.weight"  # stored as a vector
-_MATRICES = r"layers\.\{i\}\.experts\.(gate|up|down)(\.weight)?$"
+_MATRICES = r"layers\.\{i\}\.experts\.(gate|up|down)(\.weight|\.bias)?$"
+_WHOLE = {  # parameters that stand in a tensor of just that name
+    "layers.{i}.attention.sinks": "blk.{i}.attn_sinks.weight",
+    "layers.{i}.delta.fading_bias": "blk.{i}.ssm_dt.bias",
+    "layers.{i}.delta.log_rate": "blk.{i}.ssm_a",
+    "layers.{i}.multiplier": "blk.{i}.layer_output_scale.weight",
+    "layers.{i}.experts.router.input_scale": "blk.{i}.ffn_gate_inp.scale",
+    "layers.{i}.experts.router.expert_scale": "blk.{i}.ffn_down_exps.scale",
+    "layers.{i}.experts.router.correction": "blk.{i}.exp_probs_b.bias",
+}
+_OF_DELTA = re.compile(r"\.(ssm_\w+|attn_qkv|attn_gate)(\.weight|\.bias)?$")
+_FUSED = "blk.{i}.ffn_gate_up_exps"
 _DEQUANTIZED_AT_ONCE = 1 << 22  # numbers, in float32
 
 
@@ -98,15 +110,22 @@ def _open_tensors(
                 f"{file.path}: {tensor.name} is stored as {tensor.tensor_type.name}, which the "
                 "installed gguf cannot dequantise; use a file quantised otherwise, such as Q8_0"
             )
-    permuted = find_architecture(file).permuted
+    permuted, family = find_architecture(file).permuted, FAMILIES[config.model_type]
+    predicting = file.get("nextn_predict_layers")
     tensors: dict[str, tuple[Any, str]] = {}
     for name, tensor in file.tensors.items():
-        if re.match(_ROPE_TENSORS, name):
+        layer = re.match(r"blk\.(\d+)\.", name)
+        later = predicting and layer and int(layer[1]) >= config.num_layers
+        if re.match(_ROPE_TENSORS, name) or later:
             continue
         heads = config.head_dim if permuted and re.search(r"\.attn_[qk]\.", name) else 0
-        view = _Tensor(tensor, heads, _shift(config, name), dtype)
-        tensors[name] = (_Row(view) if name.endswith(_ROW) else view, name)
-    return _family(file.architecture, FAMILIES[config.model_type]), tensors
+        view: Any = _Tensor(tensor, heads, _shift(config, name), dtype)
+        if name.endswith(_ROW):
+            view = _Row(view)
+        elif config.delta is not None and _OF_DELTA.search(name):
+            view = group_heads(view, name, config.delta)
+        tensors[name] = (view, name)
+    return _family(file, family), tensors
 
 
 def _readable(tensor: Any) -> bool:
@@ -120,18 +139,23 @@ def _readable(tensor: Any) -> bool:
     return len(tensor.shape) in (2, 3)
 
 
-def _family(architecture: str, family: Family) -> Family:
+def _family(file: GGUFFile, family: Family) -> Family:
     """The family as llama.cpp stores it: under other names, and as plain stacked matrices."""
     library = load_library()
     kinds = {name: kind for kind, name in library.MODEL_ARCH_NAMES.items()}
-    names = library.get_tensor_name_map(kinds[architecture], 1)
+    if file.architecture not in kinds:
+        raise ValueError(
+            f"{file.path}: the installed gguf does not know architecture {file.architecture!r}; "
+            "upgrade gguf"
+        )
+    names = library.get_tensor_name_map(kinds[file.architecture], 1)
 
     def stored(module: str) -> str:
         module_0 = module.replace("{i}", "0")
         name = names.get_name(module_0) or names.get_name(module_0.removeprefix("transformer."))
         return module if name is None else name.replace("blk.0.", "blk.{i}.")
 
-    weights = {key: stored(module) for key, module in family.weights.items()}
+    weights = {key: _WHOLE.get(key) or stored(name) for key, name in family.weights.items()}
     if "layers.{i}.experts.router" in weights:  # a tensor for all matrices of a kind
         weights = {key: name for key, name in weights.items() if not re.match(_MATRICES, key)}
         weights |= {
@@ -141,12 +165,19 @@ def _family(architecture: str, family: Family) -> Family:
                 for name in ("gate", "up", "down")
             },
         }
-    return dataclasses.replace(family, weights=weights, grouped={}, transposed=())
+        if any(name.endswith(".ffn_gate_up_exps.weight") for name in file.tensors):
+            weights |= {f"layers.{{i}}.experts.{name}": _FUSED for name in ("gate", "up")}
+    # A gate stands beside the query of its head, as in folders.
+    grouped = {"attn_q": "num_heads"} if "layers.{i}.attention.gate" in weights else {}
+    return dataclasses.replace(
+        family, weights=weights, grouped=grouped, transposed=(), channelwise=(), in_row=()
+    )
 
 
 def _shift(config: LMConfig, name: str) -> float:
     """What is added to a stored weight: there the offset of norms is part of it."""
-    return -1.0 if config.norm.endswith("_offset") and name.endswith("norm.weight") else 0.0
+    centred = config.norm.endswith("_offset") and name.endswith("norm.weight")
+    return -1.0 if centred and not _OF_DELTA.search(name) else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +210,10 @@ class _Tensor:
             return part.reshape(*data.shape[:2], -1)
         rows, *rest = index
         return self._read(self.stored.data[self._stored_rows(rows)], tuple(rest))
+
+    def read_rows(self, rows: np.ndarray, columns: tuple[slice, ...]) -> np.ndarray:
+        """Rows by their numbers."""
+        return self._read(self.stored.data[rows], columns)
 
     def _read(self, data: np.ndarray, columns: tuple[slice, ...]) -> np.ndarray:
         kind = self.stored.tensor_type

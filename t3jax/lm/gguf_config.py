@@ -2,12 +2,19 @@
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from t3jax.lm.families import FAMILIES
 from t3jax.lm.family import Family
 from t3jax.lm.gguf_file import GGUFFile, tensor_shape
+from t3jax.lm.gguf_layers import (
+    describe_ernie4_5_moe,
+    describe_gemma4,
+    describe_glm4_moe,
+    describe_lfm2,
+    describe_qwen35,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,11 +25,16 @@ class Architecture:
         model_type: The family.
         permuted: Rows of queries and keys stand so that the two of a rotary pair are neighbours.
         meant: Fields of `config.json` that hold for all its files, which do not say them.
+        describe: Fields of `config.json` that only this architecture's metadata amounts to, in the
+            place of others; None where there are none.
+        ramp: "yarn" stretches from whole pairs to whole pairs, which files do not say.
     """
 
     model_type: str
     permuted: bool = False
     meant: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    describe: Callable[[GGUFFile], dict[str, Any]] | None = None
+    ramp: bool = True
 
 
 ARCHITECTURES = {  # by llama.cpp's names
@@ -31,6 +43,7 @@ ARCHITECTURES = {  # by llama.cpp's names
     "cohere2": Architecture("cohere2"),
     "command-r": Architecture("cohere"),
     "ernie4_5": Architecture("ernie4_5"),
+    "ernie4_5-moe": Architecture("ernie4_5_moe", describe=describe_ernie4_5_moe),
     "exaone4": Architecture("exaone4"),
     "falcon": Architecture(
         "falcon", meant={"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1}
@@ -38,13 +51,19 @@ ARCHITECTURES = {  # by llama.cpp's names
     "gemma": Architecture("gemma"),
     "gemma2": Architecture("gemma2"),
     "gemma3": Architecture("gemma3_text"),
+    "gemma4": Architecture("gemma4_text", describe=describe_gemma4),
     "glm4": Architecture("glm4"),
+    "glm4moe": Architecture("glm4_moe", describe=describe_glm4_moe),
+    "gpt-oss": Architecture("gpt_oss", ramp=False),
     "gpt2": Architecture("gpt2"),
     "gptneox": Architecture("gpt_neox"),
     "granite": Architecture("granite", permuted=True),
     "granitemoe": Architecture("granitemoe", permuted=True),
     "hunyuan-dense": Architecture("hunyuan_v1_dense"),
+    "lfm2": Architecture("lfm2", describe=describe_lfm2),
+    "lfm2moe": Architecture("lfm2_moe", meant={"norm_topk_prob": True}, describe=describe_lfm2),
     "llama": Architecture("llama", permuted=True),  # Mistral too
+    "minimax-m2": Architecture("minimax_m2"),
     "mistral3": Architecture("ministral3", permuted=True),
     "mpt": Architecture("mpt"),
     "nemotron": Architecture("nemotron"),
@@ -56,6 +75,8 @@ ARCHITECTURES = {  # by llama.cpp's names
     "qwen2": Architecture("qwen2"),
     "qwen2moe": Architecture("qwen2_moe", meant={"norm_topk_prob": False}),
     "qwen3": Architecture("qwen3"),
+    "qwen35": Architecture("qwen3_5_text", describe=describe_qwen35),
+    "qwen35moe": Architecture("qwen3_5_moe_text", describe=describe_qwen35),
     "qwen3moe": Architecture("qwen3_moe", meant={"norm_topk_prob": True}),
     "seed_oss": Architecture("seed_oss"),
     "smollm3": Architecture("smollm3", permuted=True),
@@ -81,18 +102,26 @@ _KEYS = {  # fields of LMConfig, and where the metadata of an architecture has t
     "experts.count": "expert_count",
     "experts.chosen": "expert_used_count",
     "experts.size": "expert_feed_forward_length",
+    "experts.normed": "expert_weights_norm",
+    "experts.scale": "expert_weights_scale",
+    "experts.groups": "expert_group_count",
+    "experts.chosen_groups": "expert_group_used_count",
     "experts.shared": "expert_shared_feed_forward_length",
 }
 # What would change the numbers if it was left out.
-_OBEYED = ("embedding_multiplier", "residual_multiplier", "logit_scale", "qkv_clip")
+_OBEYED = (
+    *("embedding_multiplier", "residual_multiplier", "logit_scale", "qkv_clip", "experts.scale"),
+)
 _KEYS_OF_SIZES = ("embedding_length", "attention.head_count", "block_count")
 _TELLING = {  # fields that a tensor's being there says
-    "attention_bias": "blk.0.attn_output.bias",
-    "qkv_bias": "blk.0.attn_q.bias",
-    "o_bias": "blk.0.attn_output.bias",
-    "mlp_bias": "blk.0.ffn_down.bias",
-    "qk_norm": "blk.0.attn_q_norm.weight",
+    "attention_bias": "blk.{i}.attn_output.bias",
+    "qkv_bias": "blk.{i}.attn_q.bias",
+    "o_bias": "blk.{i}.attn_output.bias",
+    "mlp_bias": "blk.{i}.ffn_down.bias",
+    "qk_norm": "blk.{i}.attn_q_norm.weight",
 }
+_MOST_LAYERS = 1024
+_SIGMOID = 2  # of `expert_gating_func`
 # Of these Gemmas the largest alone divides attention scores by another width than the head's;
 # files do not say it, and llama.cpp knows them by their layers.
 _SCALED_BY_HIDDEN_SIZE = {("gemma2", 46), ("gemma3", 62)}
@@ -121,6 +150,12 @@ def find_architecture(file: GGUFFile) -> Architecture:
     if file.get("expert_count"):
         if "experts.count" not in FAMILIES[found.model_type].all_fields:
             raise ValueError(f"mixtures of experts are not supported in architecture {name!r}")
+        gate = file.get("expert_gating_func")
+        sigmoid = FAMILIES[found.model_type].fixed.get("experts.router") == "sigmoid"
+        if gate is not None and (gate == _SIGMOID) != sigmoid:
+            raise ValueError(
+                f"{name}.expert_gating_func {gate} is not supported in this architecture"
+            )
         if not file.get("expert_used_count"):
             raise ValueError(f"{name}.expert_used_count is missing, beside expert_count")
     return found
@@ -139,17 +174,26 @@ def describe_config(file: GGUFFile) -> dict[str, Any]:
     names = family.all_fields
     values = {field: file.get(key) for field, key in _KEYS.items()}
     values = {field: value for field, value in values.items() if value is not None}
-    if lists := [_KEYS[field] for field, value in values.items() if isinstance(value, list)]:
-        raise ValueError(f"layers of different sizes are not supported: {', '.join(lists)}")
+    for field in ("experts.scale", "experts.groups", "experts.chosen_groups"):
+        if values.get(field) == 0:  # as if it was not there, in llama.cpp's words
+            del values[field]
     for field in ("hidden_size", "num_heads", "num_layers"):
         if field not in values:
             raise ValueError(f"{file.architecture}.{_KEYS[field]} is missing")
     for key in (*_KEYS_OF_SIZES, "attention.key_length", "rope.dimension_count"):
         if (size := file.get(key)) is not None and (type(size) is not int or size < 1):
             raise ValueError(f"{file.architecture}.{key} is {size!r}, expected an integer >= 1")
+    if (layers := file.get("block_count")) > _MOST_LAYERS:
+        raise ValueError(
+            f"{file.architecture}.block_count {layers}: expected {_MOST_LAYERS} at most"
+        )
+    own = {} if architecture.describe is None else architecture.describe(file)
+    values = {field: value for field, value in values.items() if names.get(field) not in own}
+    if lists := [_KEYS[field] for field, value in values.items() if isinstance(value, list)]:
+        raise ValueError(f"layers of different sizes are not supported: {', '.join(lists)}")
     by_hidden_size = values["hidden_size"] // values["num_heads"]
     head_dim = file.get("attention.key_length", by_hidden_size)
-    scaled_otherwise = (file.architecture, values["num_layers"]) in _SCALED_BY_HIDDEN_SIZE
+    scaled_otherwise = (file.architecture, file.get("block_count")) in _SCALED_BY_HIDDEN_SIZE
     for field in _OBEYED:
         if field not in names and values.get(field) not in (None, 0, 1):
             raise ValueError(
@@ -163,13 +207,19 @@ def describe_config(file: GGUFFile) -> dict[str, Any]:
         "head_dim": head_dim,
         "query_pre_attn_scalar": by_hidden_size if scaled_otherwise else head_dim,
         "tied": "output.weight" not in file.tensors,
-        **{field: tensor in file.tensors for field, tensor in _TELLING.items()},
+        **{field: _is_there(file, tensor) for field, tensor in _TELLING.items()},
     }
     config = {names[field]: value for field, value in values.items() if field in names}
-    config |= {"model_type": architecture.model_type, **architecture.meant}
+    config |= {"model_type": architecture.model_type, **architecture.meant, **own}
     if "use_parallel_residual" in family.expected and "parallel" in values:
         config["use_parallel_residual"] = values["parallel"]
-    return config | _windows(file, family) | _ropes(file, family, head_dim)
+    ropes = {} if "rope_parameters" in own else _ropes(file, family, head_dim)
+    return config | _windows(file, family) | ropes
+
+
+def _is_there(file: GGUFFile, tensor: str) -> bool:
+    """Whether any layer has a tensor; layers may be of several kinds."""
+    return any(tensor.format(i=layer) in file.tensors for layer in range(file.get("block_count")))
 
 
 def _windows(file: GGUFFile, family: Family) -> dict[str, Any]:
@@ -195,6 +245,8 @@ def _ropes(file: GGUFFile, family: Family, head_dim: int) -> dict[str, Any]:
         "partial_rotary_factor": file.get("rope.dimension_count", head_dim) / head_dim,
     }
     full = rope | _rope_scaling(file)
+    if full.get("rope_type") == "yarn":
+        full["truncate"] = ARCHITECTURES[file.architecture].ramp
     own_base = "rope_local_base_freq" in family.defaults
     if own_base or family.local_theta is not None:
         base = 1e4 if own_base else rope["rope_theta"]

@@ -9,12 +9,15 @@ from t3jax.lm.gguf_file import GGUFFile, not_installed
 _CONTROL, _USER_DEFINED = 3, 4
 # Byte-level tokenizers, by llama.cpp's names of how text is cut before merges. Those in tiktoken's
 # manner look whole words up before they merge, and start with a bos.
-_TIKTOKEN = ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "midm-2.0", "tekken")
+_TIKTOKEN = (
+    *("llama3", "llama-v3", "llama-bpe", "falcon3", "lfm2", "midm-2.0", "pixtral", "tekken"),
+)
 # Cut as GPT-2's; some cut single digits too, which makes no difference as no merge has a digit.
 _LIKE_GPT2 = (
     *("command-r", "exaone4", "gpt-2", "mpt", "olmo", "phi-2", "refact", "smollm", "starcoder"),
 )
 _CUT_LIKE = {"chatglm-bpe": "llama-bpe", "glm4": "llama-bpe", "stablelm2": "qwen2"}
+_KINDS = ("gpt2", "llama", "gemma4")
 _SENTENCEPIECE = ("tokens", "token_type", "scores", "merges")  # what such a tokenizer is made of
 # Files name one token that ends a text; chat models end turns with others too.
 _TURN_ENDS = (
@@ -23,9 +26,12 @@ _TURN_ENDS = (
     "<|im_end|>",
     "<|end|>",
     "<end_of_turn>",
+    "<turn|>",
     "<|endoftext|>",
     "<|end_of_text|>",
 )
+# Those of models whose answers are in several channels, where <|end|> ends a channel alone.
+_ANSWER_ENDS = ("<|return|>", "<|call|>")
 
 
 def read_tokenizer(file: GGUFFile) -> Any:
@@ -55,8 +61,10 @@ def read_tokenizer(file: GGUFFile) -> Any:
     known = {*splits, *_LIKE_GPT2}
     if not tokens:
         raise ValueError(f"{file.path}: no tokenizer in it (tokenizer.ggml.tokens is missing)")
-    if kind not in ("gpt2", "llama"):
-        raise ValueError(f"{file.path}: tokenizer {kind!r} is not supported; known: gpt2, llama")
+    if kind not in _KINDS:
+        raise ValueError(
+            f"{file.path}: tokenizer {kind!r} is not supported; known: {', '.join(_KINDS)}"
+        )
     if kind == "gpt2" and cut not in known:
         raise ValueError(
             f"{file.path}: tokenizer.ggml.pre {cut!r} is not supported, so text would be cut "
@@ -78,10 +86,12 @@ def read_tokenizer(file: GGUFFile) -> Any:
         ) from error
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     ids = {name: _token_id(file, key) for name, key in names.items()}
+    adds_bos = stored.get("add_bos_token", kind == "llama" or cut in _TIKTOKEN)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         **{f"{name}_token": None if i is None else tokens[i] for name, i in ids.items()},
-        add_bos_token=stored.get("add_bos_token", kind == "llama" or cut in _TIKTOKEN),
+        # Gemma 4's files say that they add one, and its folders do not: its chat template does.
+        add_bos_token=adds_bos and kind != "gemma4",
         add_eos_token=stored.get("add_eos_token", False),
         chat_template=file.metadata.get("tokenizer.chat_template"),
     )
@@ -121,7 +131,10 @@ def read_eos_ids(file: GGUFFile) -> tuple[int, ...]:
     """
     named = (_token_id(file, key) for key in ("eos", "eot", "eom"))
     tokens = file.metadata.get("tokenizer.ggml.tokens", [])
-    ends = [i for i, token in enumerate(tokens) if token in _TURN_ENDS]
+    ending = {*_TURN_ENDS, *_ANSWER_ENDS}
+    if set(_ANSWER_ENDS) <= set(tokens):
+        ending.remove("<|end|>")
+    ends = [i for i, token in enumerate(tokens) if token in ending]
     ids = tuple(dict.fromkeys([*(i for i in named if i is not None), *ends]))
     if not ids:
         raise ValueError(f"{file.path}: no end-of-text token (tokenizer.ggml.eos_token_id)")

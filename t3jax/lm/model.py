@@ -19,7 +19,7 @@ from t3jax.lm.adapter import is_adapter, read_base
 from t3jax.lm.config import LMConfig
 from t3jax.lm.config_json import read_config, wrapper_of
 from t3jax.lm.folder import check_links
-from t3jax.lm.gguf_file import open_gguf
+from t3jax.lm.gguf_file import GGUFFile, open_gguf
 from t3jax.lm.vocabulary import (
     check_vocabulary,
     has_tokenizer,
@@ -122,9 +122,7 @@ def load_lm(
     if path.is_file():
         file = open_gguf(path)
         config = dataclasses.replace(gguf.read_config(file), quantized=quantized)
-        tokenizer = gguf_tokenizer.read_tokenizer(file)
-        check_vocabulary(path, tokenizer, config)
-        eos_ids = ids_within(path, gguf_tokenizer.read_eos_ids(file), config.vocab_size)
+        tokenizer, eos_ids = _read_words_of_file(file, config)
         params = gguf.load_params(file, config, computed, shardings)
     else:
         path, adapter = _base_and_adapter(path)
@@ -135,11 +133,7 @@ def load_lm(
                 "and sound are not",
                 stacklevel=2,
             )
-        named = read_named_ends(path, config.vocab_size)  # first: transformers' errors are its own
-        own = adapter is not None and has_tokenizer(adapter)
-        tokenizer = load_tokenizer(adapter if adapter is not None and own else path)
-        check_vocabulary(path, tokenizer, config)
-        eos_ids = join_ends(path, named, tokenizer, config.vocab_size)
+        tokenizer, eos_ids = _read_words(path, adapter, config)
         params = load_params(path, config, computed, shardings, adapter)
         config = dataclasses.replace(config, tied=config.tied and "lm_head" not in params)
     return from_params(config, params, tokenizer, eos_ids, str(name), mesh)
@@ -155,23 +149,47 @@ def load_config(name: str | pathlib.Path) -> LMConfig:
     return dataclasses.replace(config, tied=is_tied(path, config)) if config.tied else config
 
 
-def check_weights(path: pathlib.Path) -> None:
-    """Checks that a model's weights are there and fit its config, without reading them.
+def check_lm(name: str | pathlib.Path) -> None:
+    """Checks all that `load_lm` does, but for the numbers of the weights, which are not read.
 
     Args:
-        path: From `model_path`. Of a GGUF file the tokenizer is read too.
+        name: As in `load_lm`.
 
     Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If names or shapes do not fit, or a file is broken.
+        FileNotFoundError: As `load_lm`.
+        ImportError: As `load_lm`.
+        ValueError: As `load_lm`, but for NaN and Inf.
     """
+    path = model_path(name)
     if path.is_file():
         file = open_gguf(path)
-        gguf.check_params(file, gguf.read_config(file))
-        gguf_tokenizer.read_tokenizer(file)
+        config = gguf.read_config(file)
+        gguf.check_params(file, config)
+        _read_words_of_file(file, config)
         return
     base, adapter = _base_and_adapter(path)
-    check_params(base, read_config(base), adapter)
+    config = read_config(base)
+    check_params(base, config, adapter)
+    _read_words(base, adapter, config)
+
+
+def _read_words(
+    path: pathlib.Path, adapter: pathlib.Path | None, config: LMConfig
+) -> tuple[Any, tuple[int, ...]]:
+    """The tokenizer of a folder, or of the adapter on it, and the tokens that end an answer."""
+    named = read_named_ends(path, config.vocab_size)  # first: transformers' errors are its own
+    own = adapter is not None and has_tokenizer(adapter)
+    tokenizer = load_tokenizer(adapter if adapter is not None and own else path)
+    check_vocabulary(path, tokenizer, config)
+    return tokenizer, join_ends(path, named, tokenizer, config.vocab_size)
+
+
+def _read_words_of_file(file: GGUFFile, config: LMConfig) -> tuple[Any, tuple[int, ...]]:
+    """The same of a GGUF file."""
+    tokenizer = gguf_tokenizer.read_tokenizer(file)
+    check_vocabulary(file.path, tokenizer, config)
+    eos_ids = gguf_tokenizer.read_eos_ids(file)
+    return tokenizer, ids_within(file.path, eos_ids, config.vocab_size)
 
 
 def _base_and_adapter(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path | None]:

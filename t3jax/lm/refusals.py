@@ -1,7 +1,7 @@
 """Error messages for model folders that do not load, with the way out."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 from t3jax.json_files import show_json
 from t3jax.lm.families import FAMILIES
@@ -11,47 +11,89 @@ from t3jax.lm.family import Json
 _OTHER = {
     **dict.fromkeys(
         (
-            *("deepseek_v2", "deepseek_v3", "llama4"),
-            *("granitemoeshared", "hunyuan_v1_moe"),
+            *("deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "kimi_k2"),
+            *("dbrx", "exaone_moe", "glm_moe_dsa", "granitemoeshared", "hunyuan_v1_moe"),
+            *("jetmoe", "llama4", "llama4_text"),
         ),
         "its mixture of experts is of another kind",
     ),
     **dict.fromkeys(
-        (*("bamba", "falcon_h1", "granitemoehybrid", "lfm2_moe", "mamba", "mamba2", "nemotron_h"),),
-        "some of its layers are recurrent",
+        (
+            *("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear"),
+            *("mamba", "mamba2", "nemotron_h", "olmo_hybrid", "qwen4_exp", "recurrent_gemma"),
+            *("rwkv", "zamba", "zamba2"),
+        ),
+        "some of its layers are recurrent, of a kind that is not known",
     ),
-    "gemma3n": "its layers have several streams",
-    **dict.fromkeys(("bart", "t5", "mt5"), "it is no decoder-only model"),
+    **dict.fromkeys(("gemma3n", "gemma3n_text"), "its layers have several streams"),
+    **dict.fromkeys(("bart", "t5", "mt5", "t5gemma", "whisper"), "it is no decoder-only model"),
     **dict.fromkeys(("bert", "roberta", "modernbert"), "it does not generate text"),
 }
 
 
 # What loads and is closest in kind, where the name does not say it.
 _NEAREST = {
+    "aya_vision": "cohere2",
+    "chatglm": "glm4",
     "codegen": "gptj",
+    "dbrx": "mixtral",
+    **dict.fromkeys(("deepseek_v3", "deepseek_v32", "deepseek_v4", "kimi_k2"), "glm4_moe"),
     "deepseek_v2": "qwen2_moe",
-    "deepseek_v3": "glm4_moe",
     "exaone": "exaone4",
     "falcon_h1": "llama",
-    "gemma3n": "gemma4",
+    **dict.fromkeys(("gemma3n", "gemma4_assistant"), "gemma4"),
+    "gemma3n_text": "gemma4_text",
     "hunyuan_v1_moe": "mixtral",
-    "lfm2_moe": "lfm2",
-    "llama4": "mixtral",
+    "jetmoe": "granitemoe",
+    **dict.fromkeys(("llama4", "llama4_text"), "mixtral"),
+    "lfm2_audio": "lfm2_vl",
+    **dict.fromkeys(("minicpm", "minicpm3", "nanochat"), "llama"),
+    "olmo_hybrid": "olmo3",
+    "paligemma": "gemma3",
+    "phi4_multimodal": "phi3",
+    "pixtral": "mistral3",
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_audio"), "qwen2"),
+    "qwen3_vl_text": "qwen3",
+    "qwen3_vl_moe_text": "qwen3_moe",
+    **dict.fromkeys(("RefinedWeb", "RefinedWebModel"), "falcon"),
+    **dict.fromkeys(
+        (
+            *("bamba", "falcon_mamba", "jamba", "kimi_linear", "mamba", "mamba2"),
+            *("recurrent_gemma", "rwkv", "zamba", "zamba2"),
+        ),
+        "qwen3_5_text",
+    ),
+    "smollm4": "smollm3",
 }
 
 
-def explain_unknown(config: Json, others: Iterable[str]) -> str:
+def _families_of(architectures: object) -> list[str]:
+    """Families whose classes of transformers a config names."""
+    if not isinstance(architectures, list):
+        return []
+    return [name for name, family in FAMILIES.items() if family.architecture in architectures]
+
+
+def explain_unknown(config: Json, others: Collection[str]) -> str:
     """Why the type of a `config.json` does not load, the nearest that does, and what to do.
 
     Args:
-        config: The `config.json`.
+        config: The `config.json`, or that of a text model.
         others: Known types beside the families.
     """
     model_type = config.get("model_type")
     known = sorted([*FAMILIES, *others])
     listed = f"Known types: {', '.join(known)}"
     if not isinstance(model_type, str):
-        return f"model_type is {show_json(model_type)}, expected the name of a family. {listed}"
+        said = f"model_type is {show_json(model_type)}, expected the name of a family"
+        if named := _families_of(config.get("architectures")):
+            said += f"; of the architectures named there it is {' or '.join(named)}"
+        return f"{said}. {listed}"
+    if model_type in others:
+        return (
+            f"model_type {show_json(model_type)} is a whole multimodal model, expected the type of "
+            "a text model"
+        )
     said = f"model_type {show_json(model_type)} is not supported"
     if model_type in _OTHER:
         said += f": {_OTHER[model_type]}"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -120,6 +121,12 @@ def share_field(family: Family) -> str | None:
 
 def _rope(family: Family, stated: Json, config: Json, head_dim: int) -> RopeConfig:
     kind = stated.get("rope_type", stated.get("type", "default"))  # `type` in old configs
+    if not stated.keys() & {"rope_type", "type"} and stated.get("factor") not in (None, 1):
+        warnings.warn(
+            f"rotary settings have a factor of {show_json(stated['factor'])} and no rope_type, "
+            "which transformers takes for none; expected rope_type, or no factor",
+            stacklevel=2,
+        )
     if kind == "su" and "llama3" not in family.ropes:  # Phi-3's first name for it
         kind = "longrope"
     if kind not in family.ropes:
@@ -157,7 +164,7 @@ def _rope(family: Family, stated: Json, config: Json, head_dim: int) -> RopeConf
         factor = config["max_position_embeddings"] / original
     for name in _NEEDED[kind]:
         if getattr(rope, name) is None and not (name == "factor" and factor):
-            raise KeyError(name)
+            raise _missing(name, kind)
     base = dataclasses.replace(base, factor=float(factor or 1.0))
     if kind in ("linear", "dynamic", "proportional"):
         return base
@@ -168,6 +175,10 @@ def _rope(family: Family, stated: Json, config: Json, head_dim: int) -> RopeConf
         return _yarn(rope, base)
     base = _longrope(rope, base, width // 2)
     return _with_mscales(rope, base) if family.mscales else base
+
+
+def _missing(name: str, kind: str) -> ValueError:
+    return ValueError(f"rotary settings: field {name!r} is missing, which rope_type {kind!r} needs")
 
 
 def _llama3(rope: _Rope, base: RopeConfig) -> RopeConfig:
@@ -211,7 +222,7 @@ def _longrope(rope: _Rope, base: RopeConfig, pairs: int) -> RopeConfig:
 def _with_mscales(rope: _Rope, base: RopeConfig) -> RopeConfig:
     short, long = rope.short_mscale, rope.long_mscale
     if short is None or long is None:
-        raise KeyError("short_mscale" if short is None else "long_mscale")
+        raise _missing("short_mscale" if short is None else "long_mscale", rope.rope_type)
     return dataclasses.replace(base, attention_factor=short, long_attention_factor=long)
 
 

@@ -78,7 +78,7 @@ def _open_all(folder: pathlib.Path, family: Family) -> dict[str, tuple[Any, str]
             file = safetensors.safe_open(path, framework="numpy")
         except safetensors.SafetensorError as error:
             raise ValueError(
-                f"{path}: not a whole safetensors file ({error}); download or write it again"
+                f"{path}: not a whole safetensors file ({error}); {_way_out(path)}"
             ) from error
         float8: dict[str, _Mapped] = {}
         for stored_name in file.keys():  # noqa: SIM118  (not a dict)
@@ -98,6 +98,15 @@ def _open_all(folder: pathlib.Path, family: Family) -> dict[str, tuple[Any, str]
     return tensors
 
 
+def _way_out(path: pathlib.Path) -> str:
+    """What to do about a file that is not whole."""
+    with path.open("rb") as file:
+        pointer = file.read(len(_POINTER)) == _POINTER
+    if pointer:
+        return "it is a pointer of Git LFS, which `git lfs pull` replaces by the weights"
+    return "download or write it again"
+
+
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     """The files of the folder's checkpoint, each a regular file in the folder."""
     index = folder / "model.safetensors.index.json"
@@ -115,6 +124,11 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
         if not names:
             raise ValueError(f"{index}: weight_map is empty, expected the file of each tensor")
         paths = sorted({indexed_file(index, *item, ".safetensors") for item in names.items()})
+    elif parts := sorted(folder.glob("model-*-of-*.safetensors")):
+        raise FileNotFoundError(
+            f"{index}: missing, beside {len(parts)} files as {parts[0].name}; expected the index "
+            "that says which file has which tensor. Download it too"
+        )
     else:
         raise FileNotFoundError(
             f"{folder}: no model.safetensors and no model.safetensors.index.json; expected a "
@@ -129,6 +143,7 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     return paths
 
 
+_POINTER = b"version https://git-lfs"
 _FLOAT8 = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from t3jax import hosts
 from t3jax.lm.config import LMConfig
+from t3jax.lm.config_json import family_in
 from t3jax.lm.decoder import Params, abstract_params
 from t3jax.lm.families import FAMILIES
 from t3jax.lm.family import Family
@@ -29,6 +30,7 @@ from t3jax.lm.quantized import quantize
 from t3jax.lm.tensors import Tensors, open_tensors
 
 _VOCABULARY = ("embed", "lm_head")
+_DTYPES = ("F32", "F16", "BF16")  # in safetensors' words
 _BORROWED = ("k", "v", "k_norm")  # what a layer has no use for that borrows keys and values
 _ROWS_COMPARED = 8192
 _COMPUTED_AT_ONCE = 1 << 22  # numbers, in float32
@@ -64,8 +66,8 @@ def load_params(
             adapter; if names or shapes do not fit the config; or if a tensor is in two files, or
             holds NaN or Inf.
     """
-    family = FAMILIES[config.model_type]
-    tensors = open_tensors(folder, family, adapter)
+    tensors = open_tensors(folder, FAMILIES[config.model_type], adapter)
+    family = family_in(folder, config, tensors)
     return place_params(folder, config, family, tensors, dtype, shardings)
 
 
@@ -83,8 +85,8 @@ def check_params(
         FileNotFoundError: As `load_params`.
         ValueError: As `load_params`, but for NaN and Inf.
     """
-    family = FAMILIES[config.model_type]
-    check_tensors(folder, config, family, open_tensors(folder, family, adapter))
+    tensors = open_tensors(folder, FAMILIES[config.model_type], adapter)
+    check_tensors(folder, config, family_in(folder, config, tensors), tensors)
 
 
 def check_tensors(
@@ -253,13 +255,21 @@ def _check(
 ) -> None:
     wrong = []
     table = family.weights
+    expected = {place.name for place in places}
+    if tensors and not expected & set(tensors):
+        wrong.append(
+            f"none of the {len(tensors)} tensors has a name of a {config.model_type} model: "
+            f"{min(tensors)} is there, {min(expected)} was expected. Write the folder anew with "
+            "save_pretrained of the whole model, without what is wrapped around it"
+        )
     kinds = ("weight", "bias")
     by_token = [table[key] for key in (*_VOCABULARY, "layer_embed") if key in table]
     vocabulary = {f"{module}.{kind}" for module in by_token for kind in kinds}
     shapes = {place.name: place.stored_shape for place in places}
+    hints = {f"{table['lm_head']}.weight": ", or tie_word_embeddings true if there is none"}
     for name, shape in shapes.items():
         if name not in tensors:
-            wrong.append(f"{name}: missing, expected shape {shape}")
+            wrong.append(f"{name}: missing, expected shape {shape}{hints.get(name, '')}")
             continue
         view, stored_name = tensors[name]
         found = tuple(view.get_shape())
@@ -267,6 +277,10 @@ def _check(
         padded = name in vocabulary and found[1:] == shape[1:] and found[0] >= shape[0]
         if found != shape and not padded:
             wrong.append(f"{stored_name}: shape {found}, expected {shape}")
+        # Only what is read as it is stored says its dtype.
+        dtype = view.get_dtype() if hasattr(view, "get_dtype") else _DTYPES[0]
+        if dtype not in _DTYPES:
+            wrong.append(f"{stored_name}: dtype {dtype}, expected one of {', '.join(_DTYPES)}")
     # An LM head beside a tied embedding is harmless.
     spare = {f"{table['lm_head']}.weight"}
     if family.more_layers:

@@ -28,14 +28,7 @@ _TEXT_TYPES = {  # of text models that are of a family in all but their name
     "qwen2_vl_text": "qwen2",
     "qwen2_5_vl_text": "qwen2",
     "qwen3_vl_text": "qwen3",
-    "gemma4_unified_text": "gemma4_text",
-}
-
-
-_GEMMA4_UNIFIED = {  # its text models have neither experts nor inputs of each layer
-    "max_position_embeddings": 262144,
-    "sliding_window": 1024,
-    "hidden_size_per_layer_input": 0,
+    "qwen3_vl_moe_text": "qwen3_moe",
 }
 
 
@@ -49,6 +42,8 @@ class Wrapper:
         tied: Whether the LM head is the embedding table where the config is silent.
         text_ties: Whether the text model's config may say so too.
         defaults: What the text model's config means where it is silent.
+        transposed: Matrices of experts, gate and up first, that published folders store [in, out]
+            and transformers 5 writes [out, in].
     """
 
     text: str
@@ -56,15 +51,17 @@ class Wrapper:
     tied: bool = False
     text_ties: bool = False
     defaults: Json = dataclasses.field(default_factory=dict)
+    transposed: tuple[str, ...] = ()
 
 
 _QWEN2_VL = Wrapper("qwen2", others=False, text_ties=True, defaults={"rope_theta": 1e6})
 WRAPPERS = {
     "gemma3": Wrapper("gemma3_text", others=False, tied=True),
     "gemma4": Wrapper("gemma4_text", others=False, tied=True),
-    "gemma4_unified": Wrapper("gemma4_text", others=False, tied=True, defaults=_GEMMA4_UNIFIED),
+    "gemma4_unified": Wrapper("gemma4_unified_text", others=False, tied=True),
     "idefics3": Wrapper("llama", defaults=_LLAMA),
     "internvl": Wrapper("qwen2", tied=True),
+    "lfm2_vl": Wrapper("lfm2", tied=True),
     "llava": Wrapper("llama", text_ties=True, defaults=_LLAMA),
     "llava_next": Wrapper("llama", defaults=_LLAMA),
     "llava_onevision": Wrapper("qwen2", text_ties=True),
@@ -74,6 +71,12 @@ WRAPPERS = {
     "qwen3_5": Wrapper("qwen3_5_text", others=False),
     "qwen3_5_moe": Wrapper("qwen3_5_moe_text", others=False),
     "qwen3_vl": Wrapper("qwen3", others=False, defaults={"rope_theta": 5e5}),
+    "qwen3_vl_moe": Wrapper(
+        "qwen3_moe",
+        others=False,
+        defaults={"rope_theta": 5e5, "norm_topk_prob": True},
+        transposed=("experts.gate_up_proj", "experts.down_proj"),
+    ),
     "smolvlm": Wrapper("llama", defaults=_LLAMA),
 }
 
@@ -96,9 +99,12 @@ def text_config(config: Json) -> dict[str, Any]:
     model_type = text.get("model_type", wrapper.text) if isinstance(text, Mapping) else None
     family = _TEXT_TYPES.get(str(model_type), model_type)
     if model_type is None or (family != wrapper.text and not wrapper.others):
-        raise ValueError(f"text_config is {show_json(text)}, expected an object for {wrapper.text}")
+        named = f" with model_type {show_json(model_type)}" if isinstance(text, Mapping) else ""
+        raise ValueError(
+            f"text_config is {show_json(text)}{named}, expected an object for {wrapper.text}"
+        )
     if family not in FAMILIES:
-        raise ValueError(f"text_config: {explain_unknown(text, _TEXT_TYPES)}")
+        raise ValueError(f"text_config: {explain_unknown(text, WRAPPERS)}")
     if config["model_type"] == "gemma3" and text.get("final_logit_softcapping") is not None:
         raise ValueError(
             "text_config.final_logit_softcapping is "
