@@ -34,7 +34,7 @@ _SLOWEST = ("test_scripts", "test_sampler", "test_parity", "test_sharding", "tes
 
 
 def pytest_collection_finish() -> None:
-    """Spares the garbage collector the modules: looking through them took a tenth of the time."""
+    """Spares the garbage collector the modules: looking through them again and again takes time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
