@@ -51,6 +51,7 @@ class Runner:
         names = ("train", "sample", "verify", "evaluate", "sweep", "finetune", "experiment")
         scripts = [f"t3jax.commands.{name}" for name in names]
         slow = ("orbax.checkpoint.v1", "tensorboardX", "transformers.models.auto")
+        slow += ("scipy.stats", "sklearn.metrics")
         self.server.set_forkserver_preload(["t3jax.cli", "t3jax.report", *scripts, *slow])
 
     def start(

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ from t3jax import Refinements
 from t3jax.sampling import batch, cache, loop, warn
 from t3jax.sampling.options import as_integer, as_number
 
-QUESTIONS = ["Who wrote the book?", "Where was the author born?", "Why?"]
+# Prompts of like length, and the same number of new tokens throughout: programs are shared.
+QUESTIONS = ["Who wrote the book?", "Where was the author born?", "Why was it so?"]
 DRAWN = {"temperature": 1.0, "max_new_tokens": 20}
 
 
@@ -72,7 +74,7 @@ def uneven(tiny_lm):
     return dataclasses.replace(tiny_lm, eos_ids=tuple(range(0, tiny_lm.vocab_size, 10)))
 
 
-def many_prompts(lm, count=64, longest=70):
+def many_prompts(lm, count=64, longest=60):
     draw = np.random.default_rng(3)
     lengths = draw.integers(1, longest, count)
     return [draw.integers(0, lm.vocab_size, length).tolist() for length in lengths]
@@ -204,11 +206,9 @@ def test_an_answer_ends_before_a_stop_string(sampler):
 NAN, INFINITE, ALL_BANNED, ONE_BANNED = -1, -2, -3, -4
 
 
-def reciting(lm, script, vocab_size=None, **fields):
-    """A model that answers prompts of three tokens with a script: ids, or what logits are then."""
-    vocab_size = vocab_size or lm.vocab_size
-    table = np.zeros(lm.max_position, np.int32)
-    table[2 : 2 + len(script)] = script
+@functools.cache
+def recitation(vocab_size):
+    """The functions of a model whose parameters are a script: every script has one program."""
 
     def apply(params, tokens, positions, mask, cache):
         ids = params[positions]
@@ -222,10 +222,16 @@ def reciting(lm, script, vocab_size=None, **fields):
     def unembed(params, hidden):
         return 20 * hidden
 
+    return apply, unembed
+
+
+def reciting(lm, script, vocab_size=None, **fields):
+    """A model that answers prompts of three tokens with a script: ids, or what logits are then."""
+    table = np.zeros(lm.max_position, np.int32)
+    table[2 : 2 + len(script)] = script
+    functions = recitation(vocab_size or lm.vocab_size)
     options = {"tokenizer": lm.tokenizer, "eos_ids": ()} | fields
-    return t3jax.make_lm(
-        apply, unembed, jnp.asarray(table), max_position=lm.max_position, **options
-    )
+    return t3jax.make_lm(*functions, jnp.asarray(table), max_position=lm.max_position, **options)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 20])
@@ -325,18 +331,24 @@ def test_streamed_pieces_join_to_the_answer(sampler, stop):
 
 
 def test_logprobs_of_greedy_choices_agree_with_a_full_pass(sampler, endless, head):
-    sample = sampler.generate(QUESTIONS[:1], max_new_tokens=12, logprobs=True)[0]
+    sample = sampler.generate(QUESTIONS[:1], max_new_tokens=20, logprobs=True)[0]
     prompt = t3jax.sampling.sampler.encode_prompt(
         endless.tokenizer, QUESTIONS[0], sampler.prompt_format
     )
     text = jnp.asarray(np.concatenate([prompt, sample.tokens]), jnp.int32)[None]
-    hidden, _ = jax.jit(endless.apply)(endless.params, text)
-    pooled = t3jax.causal_mean(hidden, jnp.ones(text.shape, bool))
-    scores = t3jax.head_scores(head.params, pooled)
-    logits = endless.unembed(endless.params, hidden)
-    guided = t3jax.tilt(t3jax.tempered_logprobs(logits, 2.5), scores, 1.0)
+
+    @jax.jit
+    def read():
+        hidden, _ = endless.apply(endless.params, text)
+        pooled = t3jax.causal_mean(hidden, jnp.ones(text.shape, bool))
+        scores = t3jax.head_scores(head.params, pooled)
+        logits = endless.unembed(endless.params, hidden)
+        guided = t3jax.tilt(t3jax.tempered_logprobs(logits, 2.5), scores, 1.0)
+        return jax.nn.log_softmax(logits), guided
+
+    base, guided = map(np.asarray, read())
     where = np.arange(len(prompt) - 1, text.shape[1] - 1)
-    base = jax.nn.log_softmax(logits)[0, where, sample.tokens]
+    base = base[0, where, sample.tokens]
     np.testing.assert_allclose(sample.base_logprobs, base, atol=2e-5)
     np.testing.assert_allclose(sample.guided_logprobs, guided[0, where, sample.tokens], atol=2e-5)
     np.testing.assert_array_equal(sample.tokens, np.argmax(guided[0, where], axis=-1))
@@ -369,8 +381,8 @@ def test_no_other_truncation_is_warned_of(sampler, endless, never_warned):
 
 def test_answers_say_their_perplexity_under_the_base(sampler, endless):
     for options in ({}, {"temperature": 1.0}, {"guidance_scale": 0.0}):
-        plain = sampler.generate(QUESTIONS, max_new_tokens=12, **options)
-        asked = sampler.generate(QUESTIONS, max_new_tokens=12, logprobs=True, **options)
+        plain = sampler.generate(QUESTIONS, max_new_tokens=20, **options)
+        asked = sampler.generate(QUESTIONS, max_new_tokens=20, logprobs=True, **options)
         expected = [np.exp(-np.mean(sample.base_logprobs)) for sample in asked]
         np.testing.assert_allclose([s.base_perplexity for s in plain], expected, rtol=1e-4)
         assert plain[0].base_logprobs is None
@@ -407,20 +419,16 @@ def test_answers_that_the_head_has_changed_are_refused(sampler, endless):
 
 @pytest.fixture(scope="module")
 def sure(endless, head):
-    """A sampler of a base that is sure of each next token, as one that recites is."""
+    """A sampler of a base that is sure of each next token, as one that recites is.
 
-    def unembed(params, hidden):
-        return 10 * endless.unembed(params, hidden)
-
-    lm = t3jax.make_lm(
-        endless.apply,
-        unembed,
-        endless.params,
-        tokenizer=endless.tokenizer,
-        init_cache=endless.init_cache,
-        max_position=endless.max_position,
-    )
-    return t3jax.Sampler(lm, head, chunk=8, batch_size=4)
+    Hidden states and logits are ten times as large, and the head reads a tenth of them.
+    """
+    norm = endless.params["final_norm"]
+    params = endless.params | {"final_norm": jax.tree.map(lambda leaf: 10 * leaf, norm)}
+    first, *rest = head.params["hidden"]
+    first = first | {"weight": first["weight"] / 10}
+    same = dataclasses.replace(head, params=head.params | {"hidden": [first, *rest]})
+    return t3jax.Sampler(dataclasses.replace(endless, params=params), same, chunk=8, batch_size=4)
 
 
 ABSURD = {**DRAWN, "base_temperature": 20.0}

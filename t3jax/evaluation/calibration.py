@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import ks_2samp
+import scipy  # opens `stats`, which takes most of a second to import, when it is used
 
 from t3jax.data import Example, evenly_spread
 from t3jax.evaluation.metrics import probability
@@ -148,6 +148,7 @@ def calibrate(
     of_retain = score_texts(lm, evenly_spread(retain, _MOST_ROWS), [BASE, *settings], heads)
     forgotten = [probability(scores.avg_loss) for scores in of_forget]
     retained = [float(probability(scores.avg_loss).mean()) for scores in of_retain]
+    distance = scipy.stats.ks_2samp
     results = []
     for i in range(0, len(settings), seeds):
         served = slice(1 + i, 1 + i + seeds)
@@ -155,7 +156,7 @@ def calibrate(
             Calibrated(
                 settings[i].base_temperature,
                 settings[i].guidance_scale,
-                float(np.mean([ks_2samp(seed, level).statistic for seed in forgotten[served]])),
+                float(np.mean([distance(seed, level).statistic for seed in forgotten[served]])),
                 float(np.mean(forgotten[served])),
                 float(np.mean(retained[served])) / retained[0],
                 *settings[i].heads,

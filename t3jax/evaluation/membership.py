@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float
-from sklearn.metrics import roc_auc_score
 
 from t3jax.evaluation.metrics import EPS, AnyArray, finite
 
@@ -87,6 +86,8 @@ def membership_auc(
             "membership_auc needs scores of forget and of holdout rows, "
             f"got {len(forget_scores)} and {len(holdout_scores)}"
         )
+    from sklearn.metrics import roc_auc_score  # takes a second to import
+
     labels = np.repeat([0, 1], [len(forget_scores), len(holdout_scores)])
     return float(roc_auc_score(labels, np.concatenate([forget_scores, holdout_scores])))
 

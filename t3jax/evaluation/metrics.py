@@ -20,8 +20,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import scipy  # opens `stats`, which takes most of a second to import, when it is used
 from jaxtyping import Array, Bool, Float
-from scipy.stats import ks_2samp
 
 AnyArray = Array | np.ndarray
 
@@ -97,7 +97,7 @@ def forget_quality(
         warnings.filterwarnings(
             "ignore", "ks_2samp: Exact calculation unsuccessful", RuntimeWarning
         )
-        test = ks_2samp(ratio, retain_ratio)
+        test = scipy.stats.ks_2samp(ratio, retain_ratio)
     return ForgetQuality(float(test.pvalue), float(test.statistic), critical)
 
 

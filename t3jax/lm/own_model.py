@@ -78,7 +78,7 @@ def make_lm(
         )
     eos_ids = ids_within(name, eos_ids, logits.shape[-1])
     if init_cache is None:
-        apply, init_cache = functools.partial(_reread, apply), _init_text
+        apply, init_cache = _rereading(apply), _init_text
     return LM(
         apply=apply,
         unembed=unembed,
@@ -105,6 +105,11 @@ class _Text(NamedTuple):
 def _init_text(batch: int, slots: int) -> _Text:
     shape = (batch, slots)
     return _Text(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool), jnp.zeros((), jnp.int32))
+
+
+@functools.lru_cache(maxsize=64)  # models of the same function share compiled programs
+def _rereading(apply: Callable[..., tuple[jax.Array, Any]]) -> Callable[..., Any]:
+    return functools.partial(_reread, apply)
 
 
 def _reread(

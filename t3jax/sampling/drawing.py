@@ -69,7 +69,8 @@ def draw(
     def together() -> Array:
         return jnp.where(settled, few, from_all())
 
-    if mesh is None or mesh.size == 1:
+    # One row needs no loop over rows, which would be compiled too.
+    if len(logits) > 1 and (mesh is None or mesh.size == 1):
         most = 2 * jnp.sum(settled) >= len(settled)
         return jax.lax.cond(most, lambda: _one_by_one(few, settled, from_all), together)
     return jax.lax.cond(jnp.all(settled), lambda: few, together)
