@@ -25,8 +25,15 @@ def test_the_nearest_setting_that_keeps_what_is_to_be_retained_is_chosen():
     far, near, harmful = of(0.4, 1.0), of(0.2, 0.98, 2.0), of(0.1, 0.9, 3.0)
     assert choose_setting([far, near, harmful], 0.5) is near
     assert choose_setting([harmful, of(0.9, 0.95)], 0.5).retained == 0.95
-    weaker = of(0.2, 0.98, 1.0, 1.5)
+    weaker = of(0.2, 0.98, 1.5)
     assert choose_setting([near, weaker], 0.5) is weaker
+
+
+def test_tempering_is_chosen_only_where_nothing_else_forgets_and_retains():
+    nearer, weaker = of(0.1, 0.99, 1.0, 1.5), of(0.1, 0.99, 0.9, 1.5)
+    assert choose_setting([nearer, of(0.2, 0.98)], 0.5).base_temperature == 1
+    assert choose_setting([nearer, weaker, of(0.2, 0.9)], 0.5) is weaker
+    assert choose_setting([nearer, of(0.2, 0.98, probability=0.7)], 0.5) is nearer
 
 
 def test_a_setting_that_leaves_more_than_the_level_is_not_chosen():

@@ -92,9 +92,10 @@ def choose_setting(settings: Sequence[Calibrated], level: float) -> Calibrated:
     """The smallest distance among settings that forget, and keep the retain answers' probability.
 
     A setting forgets whose forget answers are at most 1.25 times as probable as at the made-up-name
-    level; the retain answers are to keep 97 % of their probability. Of equal distances the weaker
-    tilt wins. Where no setting does both, retaining goes first: the most forgotten of those that
-    keep 97 % is taken, or the setting that keeps the most.
+    level; the retain answers are to keep 97 % of their probability. Settings at T = 1 go first: at
+    a higher T, draws without truncation come from the flattened tail of the vocabulary. Of equal
+    distances the weaker tilt wins. Where no setting does both, retaining goes first: the most
+    forgotten of those that keep 97 % is taken, or the setting that keeps the most.
     """
     good = [each for each in settings if each.retained >= _LEAST_RETAINED]
     if not good:
@@ -102,8 +103,10 @@ def choose_setting(settings: Sequence[Calibrated], level: float) -> Calibrated:
     forgotten = [each for each in good if each.forget_probability <= _ABOVE_LEVEL * level]
     if not forgotten:
         return min(good, key=lambda each: each.forget_probability)
+    untempered = [each for each in forgotten if each.base_temperature == 1]
     return min(
-        forgotten, key=lambda each: (each.distance, each.base_temperature * each.guidance_scale)
+        untempered or forgotten,
+        key=lambda each: (each.distance, each.base_temperature * each.guidance_scale),
     )
 
 
