@@ -1,6 +1,5 @@
 """Settings every test shares: 8 simulated devices, strict promotion, and where shared data is."""
 
-import gc
 import os
 import pathlib
 
@@ -31,13 +30,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Files that take minutes start first, so that no worker is left with one at the end.
 _SLOWEST = ("test_scripts", "test_sampler", "test_parity", "test_sharding", "test_stopping")
-
-
-def pytest_collection_finish() -> None:
-    """Spares the garbage collector the modules: looking through them again and again takes time."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

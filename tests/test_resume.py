@@ -3,6 +3,7 @@
 Each run is a process of its own, forked from a server that has imported what takes seconds.
 """
 
+import gc
 import json
 import multiprocessing
 import os
@@ -194,7 +195,8 @@ def train_here(folder: pathlib.Path, features: pathlib.Path, epochs_now: int = 6
     )
 
 
-# Orbax leaves reads alone that are under way when one fails.
+# Orbax leaves reads alone that are under way when one fails; they are collected at the end of the
+# test, where the warnings are ignored.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 def test_a_byte_that_changed_on_the_disk_never_changes_the_result(root, tmp_path):
@@ -226,3 +228,4 @@ def test_a_byte_that_changed_on_the_disk_never_changes_the_result(root, tmp_path
     assert warned > 0
     assert refusals
     assert all(str(resumed) in message for message in refusals), refusals
+    gc.collect()
