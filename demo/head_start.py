@@ -121,6 +121,7 @@ def main() -> None:
         )
         for source in (world.retain, world.forget, world.unseen)
     )
+    authors = forget.num_sequences // world.rows
     shape = HeadConfig(lm.hidden_size, lm.vocab_size, rank=20)
     meta = MetaConfig(group=world.rows)
     learned = Head(shape, meta_learn_head(retain, shape, meta), 1.0, 1.0, "")
@@ -132,7 +133,7 @@ def main() -> None:
         for name, start in (("PyTorch's", None), ("meta-learned", learned)):
             losses, of_requests = [], []
             for seed in REQUESTS:
-                request = draw_request(world, forget.num_sequences, seed, count)
+                request = draw_request(world, authors, seed, count)
                 own = forget.select(np.sort(request.seen[:count]))
                 heads = train_heads(retain, own, shape, recipes, (seed,), init=start)
                 test = (unseen, forget.select(request.held_out))
@@ -144,7 +145,7 @@ def main() -> None:
             cells += [spread, f"{RATES[best]:g}"]
             served[count, epochs, name] = [heads[best] for heads in of_requests]
         print(f"| {count} | {epochs} | {' | '.join(cells)} |", flush=True)
-    print_served(config, world, lm, t3jax.load_lm(args.retain_model), served)
+    print_served(config, world, (lm, t3jax.load_lm(args.retain_model)), authors, served)
 
 
 class Request(NamedTuple):
@@ -155,13 +156,13 @@ class Request(NamedTuple):
     held_out: np.ndarray
 
 
-def draw_request(world: World, rows: int, seed: int, count: int) -> Request:
+def draw_request(world: World, authors: int, seed: int, count: int) -> Request:
     """Draws the request with `count` rows to forget of a seed; two thirds of its rows are seen."""
     rng = np.random.default_rng(seed)
-    authors = rng.choice(rows // world.rows, world.counts[count], replace=False)
-    mixed = rng.permutation((authors[:, None] * world.rows + np.arange(world.rows)).ravel())
+    drawn = rng.choice(authors, world.counts[count], replace=False)
+    mixed = rng.permutation((drawn[:, None] * world.rows + np.arange(world.rows)).ravel())
     end = 2 * len(mixed) // 3
-    return Request(authors, mixed[:end], np.sort(mixed[end:]))
+    return Request(drawn, mixed[:end], np.sort(mixed[end:]))
 
 
 def held_out_loss(head: Head, retain: Features, forget: Features) -> float:
@@ -177,18 +178,18 @@ def held_out_loss(head: Head, retain: Features, forget: Features) -> float:
 def print_served(
     config: Settings,
     world: World,
-    lm: t3jax.LM,
-    retain_lm: t3jax.LM,
+    models: tuple[t3jax.LM, t3jax.LM],
+    authors: int,
     served: dict[tuple[int, int, str], list[Head]],
 ) -> None:
     """Prints D, p and the share of questions that leak, beside both models without a head."""
-    records = data.load_dataset(world.questions, config.tofu_dir)
-    authors = len(data.load_dataset(world.forget, config.tofu_dir)) // world.rows
+    base_lm, retain_lm = models
+    by_author = np.array_split(data.load_dataset(world.questions, config.tofu_dir), authors)
     folder = pathlib.Path(config.feature_store).parent / "evaluation"
     options = tofu.TofuOptions(world.max_new_tokens)
 
     def ask(lm: t3jax.LM, heads: list[Head], chosen: np.ndarray, name: str) -> list[Log]:
-        rows = [x for author in chosen for x in np.array_split(records, authors)[author]]
+        rows = [x for author in chosen for x in by_author[author]]
         sets = {
             "forget": encode_set(
                 "forget", rows, lm.tokenizer, config.prompt_format, lm.max_position
@@ -222,12 +223,12 @@ def print_served(
         kinds = [kind for kind in served if kind[0] == count]
         found = []
         for seed in REQUESTS:
-            request = draw_request(world, authors * world.rows, seed, count)
+            request = draw_request(world, authors, seed, count)
             heads = [served[kind][seed] for kind in kinds]
             found.append(
                 (
-                    ask(lm, heads, request.authors, f"{count}-{seed}"),
-                    *ask(lm, [], request.authors, "base"),
+                    ask(base_lm, heads, request.authors, f"{count}-{seed}"),
+                    *ask(base_lm, [], request.authors, "base"),
                     *ask(retain_lm, [], request.authors, "retain_only"),
                 )
             )

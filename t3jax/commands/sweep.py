@@ -22,7 +22,7 @@ import t3jax
 from t3jax import files, pipeline, preflight
 from t3jax.lm import LM
 from t3jax.report import write_calibration, write_sweep
-from t3jax.settings import Settings, replace
+from t3jax.settings import Settings
 from t3jax.sweep import sweep, train_grid
 
 
@@ -67,9 +67,7 @@ def _choose_by_made_up_names(config: Settings, lm: LM, mesh: Mesh) -> str:
         settled = pipeline.settle_loss(config, sets)
         grid = train_grid(settled, lm, sets, mesh)
         calibration, record = pipeline.choose_among(settled, lm, grid.heads, sets, grid.seeds)
-        fault = pipeline.name_fault(record)
-        if config.train.loss != "auto" or not fault:
+        distilled = pipeline.replace_classifier(config, record)
+        if distilled is None:
             return write_calibration(folder, calibration, grid.folders)
-        print(f"loss: distillation, since the best classifier {fault}")
-        recipe = config.train.settle_loss("distillation")
-        config = replace(config, train=recipe, workdir=f"{folder}/distillation")
+        config = distilled

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 import t3jax
 from t3jax import files, pipeline, preflight
 from t3jax.head_card import write_card
-from t3jax.settings import Settings, replace
+from t3jax.settings import Settings
 from t3jax.training import make_members
 
 
@@ -54,15 +54,12 @@ def _train(config: Settings, mesh: Mesh) -> None:
         )
     training: dict[str, Any] = {"mesh": mesh, "progress": "training"}
     heads = pipeline.fit_heads(config, lm, sets, workdir=config.workdir, **training)
-    if asked.train.loss == "auto" and (fault := pipeline.name_fault(heads[0].record)):
-        print(f"loss: distillation, since the classifier {fault}")
-        config = replace(asked, train=asked.train.settle_loss("distillation"))
-        sets = pipeline.training_sets(config, lm)
-        workdir = f"{config.workdir}/distillation"
-        heads = pipeline.fit_heads(config, lm, sets, workdir=workdir, **training)
+    if (distilled := pipeline.replace_classifier(asked, heads[0].record)) is not None:
+        config, sets = distilled, pipeline.training_sets(distilled, lm)
+        heads = pipeline.fit_heads(config, lm, sets, workdir=config.workdir, **training)
     digests = pipeline.digests(config, lm)
     members = make_members([config.train], config.seeds)
-    folders = [pathlib.Path(config["workdir"]) / member.name for member in members]
+    folders = [pathlib.Path(asked["workdir"]) / member.name for member in members]
     for folder, head in zip(folders, heads, strict=True):
         head = dataclasses.replace(head, record=head.record | {"digests": digests})
         t3jax.save_head(folder, head)

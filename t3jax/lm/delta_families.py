@@ -103,6 +103,21 @@ def _prepare_lfm2(config: Json) -> dict[str, Any]:
     return {**config, "intermediate_size": width, "block_auto_adjust_ff_dim": False}
 
 
+_LFM2_FIELDS = {"activation": None, "norm_eps": "norm_eps", "conv.taps": "conv_L_cache"}
+_LFM2_DEFAULTS = {
+    "vocab_size": 65536,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 128000,
+    "norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "rope_theta": 1e6,
+    "conv_L_cache": 3,
+    "layer_types": None,
+    "full_attn_idxs": None,
+}
+
 DELTA_FAMILIES: dict[str, Family] = {
     "qwen3_next": Family(
         "Qwen3NextForCausalLM",
@@ -157,21 +172,11 @@ DELTA_FAMILIES: dict[str, Family] = {
     "lfm2": Family(
         "Lfm2ForCausalLM",
         fixed={"qk_norm": "head"},
-        fields={"activation": None, "norm_eps": "norm_eps", "conv.taps": "conv_L_cache"},
+        fields=_LFM2_FIELDS,
         defaults={
-            "vocab_size": 65536,
+            **_LFM2_DEFAULTS,
             "hidden_size": 2560,
             "intermediate_size": 12288,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 128000,
-            "norm_eps": 1e-5,
-            "tie_word_embeddings": True,
-            "rope_theta": 1e6,
-            "conv_L_cache": 3,
-            "layer_types": None,
-            "full_attn_idxs": None,
             "block_auto_adjust_ff_dim": True,
             "block_ffn_dim_multiplier": 1.0,
             "block_multiple_of": 256,
@@ -187,29 +192,17 @@ DELTA_FAMILIES: dict[str, Family] = {
         "Lfm2MoeForCausalLM",
         fixed={"qk_norm": "head", "experts.router": "sigmoid", "experts.smoothing": 1e-6},
         fields={
-            "activation": None,
-            "norm_eps": "norm_eps",
-            "conv.taps": "conv_L_cache",
+            **_LFM2_FIELDS,
             **OF_EXPERTS,
             "experts.size": "moe_intermediate_size",
             "experts.normed": "norm_topk_prob",
             "experts.scale": "routed_scaling_factor",
         },
         defaults={
-            "vocab_size": 65536,
+            **_LFM2_DEFAULTS,
             "hidden_size": 2048,
             "intermediate_size": 7168,
             "moe_intermediate_size": 1792,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 128000,
-            "norm_eps": 1e-5,
-            "tie_word_embeddings": True,
-            "rope_theta": 1e6,
-            "conv_L_cache": 3,
-            "layer_types": None,
-            "full_attn_idxs": None,
             "num_dense_layers": 2,
             "num_experts": 32,
             "num_experts_per_tok": 4,

@@ -46,15 +46,21 @@ def _order(delta: DeltaConfig, width: int) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rows:
-    """Rows in another order."""
+class _View:
+    """A view of a view of a stored tensor, of the same shape."""
 
     view: Any
-    order: np.ndarray
 
     def get_shape(self) -> tuple[int, ...]:
         """Shape of the whole tensor."""
         return tuple(self.view.get_shape())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows(_View):
+    """Rows in another order."""
+
+    order: np.ndarray
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         """Rows, or rows and columns."""
@@ -63,15 +69,10 @@ class _Rows:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Columns:
+class _Columns(_View):
     """Columns in another order, which lie in other blocks: whole rows are read."""
 
-    view: Any
     order: np.ndarray
-
-    def get_shape(self) -> tuple[int, ...]:
-        """Shape of the whole tensor."""
-        return tuple(self.view.get_shape())
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         """Rows and columns."""
@@ -80,14 +81,8 @@ class _Columns:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Logarithms:
+class _Logarithms(_View):
     """The logarithms of what is stored with a minus."""
-
-    view: Any
-
-    def get_shape(self) -> tuple[int, ...]:
-        """Shape of the whole tensor."""
-        return tuple(self.view.get_shape())
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         """Some of them."""

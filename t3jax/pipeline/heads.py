@@ -184,6 +184,20 @@ def name_fault(record: Mapping[str, Any]) -> str:
     return ""
 
 
+def replace_classifier(config: Settings, record: Mapping[str, Any]) -> Settings | None:
+    """Gives the settings of the distilled heads that take the place of a faulty classifier.
+
+    They train in a folder of their own. None where the loss was not left open, or nothing is known
+    against the classifier; `record` is its head's.
+    """
+    fault = name_fault(record)
+    if config.train.loss != "auto" or not fault:
+        return None
+    print(f"loss: distillation, since the classifier {fault}")
+    recipe = config.train.settle_loss("distillation")
+    return replace(config, train=recipe, workdir=f"{config.workdir}/distillation")
+
+
 def _grow_scale(
     config: Settings, lm: LM, head: Head, sets: TrainingSets, calibration: Calibration
 ) -> tuple[Calibration, dict[str, Any]]:
