@@ -1,7 +1,7 @@
 """What each step from the published recipe to the default one gives, on a demo world.
 
     python -m demo.ablation                    # the world that ships here
-    python -m demo.ablation --world=FOLDER     # another, made by demo/make_demo.py with other seeds
+    python -m demo.ablation --world=FOLDER     # another, made by demo/make_demo.py --seed=1
 
 Every head gets T and s by the made-up-name level, but the one that is the demo's published recipe.
 Prints a Markdown table and writes it to `out/ablation/NAME.md`.
@@ -79,7 +79,11 @@ def main() -> None:
     """Trains, asks and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--world", default="demo", help="folder with authors/, base/, retain_only/")
-    world = parser.parse_args().world
+    parser.add_argument(
+        "--default_only", action="store_true", help="no step between the published and the default"
+    )
+    args = parser.parse_args()
+    world = args.world
     cli.enable_compilation_cache()
     out = pathlib.Path("out/ablation") / pathlib.Path(world).name
     of_world = {
@@ -99,9 +103,10 @@ def main() -> None:
     header = " | ".join(["step", "T", "s", *(name for name, _, _ in COLUMNS)])
     lines = [f"| {header} |", "|" + " --- |" * (len(COLUMNS) + 3)]
     print("\n".join(lines), flush=True)
-    for name, each in steps(
-        config, replace(from_config(Settings, demo_paper.get_config()), **of_world)
-    ).items():
+    paper = replace(from_config(Settings, demo_paper.get_config()), **of_world)
+    for name, each in steps(config, paper).items():
+        if args.default_only and each not in (paper, config):
+            continue
         folder = out / files.slug(name)
         head = train(replace(each, workdir=str(folder), head=str(folder / "head")), lm)
         refined = replace(config, refinements=each.refinements, **{"eval.controls": False})

@@ -215,8 +215,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=pathlib.Path, required=True, help="the demo's folder")
     parser.add_argument("--steps", type=int, default=Recipe.steps, help="optimiser steps")
-    arguments = parser.parse_args()
-    make_demo(arguments.out, dataclasses.replace(Recipe(), steps=arguments.steps))
+    parser.add_argument("--seed", type=int, default=Recipe.seed, help="of corpus, weights, batches")
+    args = parser.parse_args()
+    authors = AuthorsConfig(seed=args.seed)
+    make_demo(args.out, Recipe(authors=authors, steps=args.steps, seed=args.seed))
 
 
 if __name__ == "__main__":
