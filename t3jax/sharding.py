@@ -174,6 +174,13 @@ def constrain(
     return jax.lax.with_sharding_constraint(x, fit_sharding(mesh, P(*spec), x.shape))
 
 
+def replicate(mesh: Mesh, tree: PyTree) -> PyTree:
+    """Replicates a tree on all devices, inside of jit, so that every host reads the same values."""
+    if mesh.size == 1:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P()))
+
+
 def fit_sharding(mesh: Mesh, spec: P, shape: Sequence[int]) -> NamedSharding:
     """`spec` on `mesh`, without the axes that do not divide the dimension they split."""
 

@@ -1,8 +1,8 @@
-"""The HTTP server: its routes; the work is the engine's.
+"""The routes of the HTTP server.
 
-`generation.py` takes a body: `protocol.py` reads it, the engine gets its requests, and `answers.py`
-writes the answers. A client without the server key gets answers of the unlearned model and nothing
-else: no head off, no other T or s, no number of the base model. See `docs/serving.md`.
+In `generation.py` a body is read by `protocol.py`, answered by the engine, and the answer is
+written by `answers.py`. A client without the server key gets answers of the unlearned model and
+nothing else: no head off, no other T or s, no number of the base model. See `docs/serving.md`.
 """
 
 import asyncio
@@ -39,8 +39,8 @@ def make_app(
 ) -> Starlette:
     """Makes an ASGI application for a started engine.
 
-    The first name of the reader is the model's. Without a book the server has the requests that it
-    started with.
+    The first name of the reader is the model's. Without a book the server takes no requests to
+    forget.
     """
     access, metrics = Access(keys), Metrics(engine)
     parts = engine, reader, options, access, metrics
