@@ -24,11 +24,9 @@ TOKENS_PER_SHARD = 16384  # of a batch, on each part of the rows: enough for an 
 
 
 def check_examples(lm: LM | LMConfig, examples: Sequence[Example]) -> None:
-    """Checks that there are texts, which the model can read.
+    """Raises a ValueError unless there are texts, and the model can read them.
 
-    Raises:
-        ValueError: If there are no examples, a text is longer than the model's context, or holds a
-            token that the model has no embedding of.
+    A text may not be longer than the model's context, nor hold a token without an embedding.
     """
     if not examples:
         raise ValueError("no examples: a set to run the model over must not be empty")

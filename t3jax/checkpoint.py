@@ -70,20 +70,16 @@ class UnsavedRun:
 class RunFolder:
     """Opens a folder for a run, new or to be resumed; use as a context manager.
 
-    Args:
-        folder: The folder, created if missing.
-        settings: All settings that decide the result, as nested plain values.
-        abstract_state: The training state as `jax.ShapeDtypeStruct` leaves with shardings.
-        unit: The unit of progress, "epoch" or "step": a field of every line of metrics.
+    The folder is created if missing. `settings` are all settings that decide the result, as nested
+    plain values; `abstract_state` is the training state as `jax.ShapeDtypeStruct` leaves with
+    shardings; `unit` is the unit of progress, "epoch" or "step", a field of every line of metrics.
+    A ValueError means that the folder holds another run, or that all of its checkpoints are
+    damaged; a FileNotFoundError, that hosts do not share it.
 
     Attributes:
         done: Last finished epoch or step; 0 for a new run.
         state: The training state after it; None for a new run.
         metrics: The lines logged up to it.
-
-    Raises:
-        ValueError: If the folder holds another run, or all of its checkpoints are damaged.
-        FileNotFoundError: If hosts do not share the folder.
     """
 
     def __init__(
@@ -187,11 +183,8 @@ class RunFolder:
     def finish(self, done: int, lines: Sequence[Metrics], state: PyTree, save: bool) -> None:
         """Logs an epoch or step, and saves it if `save` or if SIGTERM came.
 
-        The checkpoint is whole on the disk when this returns.
-
-        Raises:
-            OSError: If it could not be saved; earlier checkpoints stay.
-            hosts.Preempted: If SIGTERM came, to this process or another; the state is saved.
+        The checkpoint is whole on the disk when this returns. An OSError means that it could not be
+        saved, `hosts.Preempted` that it is saved and SIGTERM came, to this process or another.
         """
         if hosts.is_lead():
             self._log(lines)

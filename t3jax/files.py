@@ -27,10 +27,8 @@ _LOCK = ".lock"
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields a temporary path in the same folder, which replaces `path` after the block.
 
-    If the block fails, or the disk is full, `path` is unchanged and the temporary file is removed.
-
-    Raises:
-        OSError: If it cannot be written; names `path`.
+    If the block fails, or the disk is full, `path` is unchanged and the temporary file is removed;
+    an OSError names `path`.
     """
     _remove_leftovers(path)
     temporary = _temporary(path, "tmp")
@@ -101,10 +99,8 @@ def claim(folder: pathlib.Path) -> Iterator[None]:
     """Locks a folder against other runs while the block runs; creates it if it is missing.
 
     The lock ends with the process, even one that is killed. A folder that was created here and is
-    empty at the end is removed.
-
-    Raises:
-        OSError: If another process has claimed it, or it cannot be written to.
+    empty at the end is removed. An OSError means that another process has claimed it, or that it
+    cannot be written to.
     """
     created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:

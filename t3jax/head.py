@@ -126,23 +126,16 @@ def init_head(key: PRNGKeyArray, config: HeadConfig, zero_output: bool = False) 
         {'hidden': ({'weight': (2, 4)},), 'output': (10, 2)}
     """
     shapes = head_shapes(config)
-    leaves, treedef = jax.tree.flatten(shapes)
-    fan_ins = jax.tree.leaves(
-        {
-            "hidden": tuple(
-                {name: layer["weight"].shape[1] for name in layer} for layer in shapes["hidden"]
-            ),
-            "output": config.rank,
-        }
-    )
-    params = jax.tree.unflatten(
-        treedef,
-        [
+    keys = jax.random.split(key, jax.tree.structure(shapes).num_leaves)
+    hidden = [dict.fromkeys(layer, layer["weight"].shape[1]) for layer in shapes["hidden"]]
+    fan_ins = {"hidden": tuple(hidden), "output": config.rank}
+    params = jax.tree.map(
+        lambda leaf, k, fan_in: (
             jax.random.uniform(k, leaf.shape, jnp.float32, -1.0, 1.0) / math.sqrt(fan_in)
-            for k, leaf, fan_in in zip(
-                jax.random.split(key, len(leaves)), leaves, fan_ins, strict=True
-            )
-        ],
+        ),
+        shapes,
+        jax.tree.unflatten(jax.tree.structure(shapes), keys),
+        fan_ins,
     )
     if zero_output:
         params["output"] = jnp.zeros_like(params["output"])

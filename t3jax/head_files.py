@@ -68,15 +68,13 @@ def read_tensors(path: pathlib.Path, prefix: str = "") -> dict[str, np.ndarray]:
 
 def _find_unusable(tensors: Mapping[str, np.ndarray]) -> list[str]:
     """Errors on tensors with values that are not finite or too large for scores."""
-    wrong = []
-    for name, tensor in tensors.items():
-        # NaN compares as false.
-        if count := tensor.size - np.count_nonzero(np.abs(tensor) <= _LARGEST_WEIGHT):
-            wrong.append(
-                f"{name}: {count} of {tensor.size} values are NaN, infinite or beyond "
-                f"{_LARGEST_WEIGHT:g}; the file is damaged, or training diverged"
-            )
-    return wrong
+    # NaN compares as false.
+    return [
+        f"{name}: {count} of {tensor.size} values are NaN, infinite or beyond "
+        f"{_LARGEST_WEIGHT:g}; the file is damaged, or training diverged"
+        for name, tensor in tensors.items()
+        if (count := tensor.size - np.count_nonzero(np.abs(tensor) <= _LARGEST_WEIGHT))
+    ]
 
 
 def check_tensors(

@@ -149,11 +149,7 @@ def place_head(params: HeadParams, mesh: Mesh | None = None) -> HeadParams:
 
 
 def check_head_fits(head: Head, lm: LM) -> None:
-    """Checks that a head can guide a model.
-
-    Raises:
-        ValueError: If they differ in vocabulary or width.
-    """
+    """Raises a ValueError unless head and model have the same vocabulary and width."""
     for dimension, of_head, of_model in (
         ("vocabulary", head.config.vocab_size, lm.vocab_size),
         ("width of the hidden states", head.config.hidden_size, lm.hidden_size),
@@ -167,11 +163,7 @@ def check_head_fits(head: Head, lm: LM) -> None:
 
 
 def common_default(heads: Sequence[Head], name: str, otherwise: float) -> float:
-    """The common T or s of heads that are served together; without a head `otherwise`.
-
-    Raises:
-        ValueError: If they differ.
-    """
+    """The common T or s of heads, else a ValueError; without a head `otherwise`."""
     values = {getattr(head, name) for head in heads} or {otherwise}
     if len(values) > 1:
         raise ValueError(f"the heads differ in {name}, {sorted(values)}: give the one to use")
@@ -181,9 +173,7 @@ def common_default(heads: Sequence[Head], name: str, otherwise: float) -> float:
 def read_own(folder: pathlib.Path) -> _Version1:
     """Reads the `head.json` of a head folder, and no weights.
 
-    Raises:
-        FileNotFoundError: If it is missing.
-        ValueError: If it is damaged, or its version is unknown.
+    A ValueError means that it is damaged, or that its version is unknown.
     """
     path = folder / "head.json"
     content = read_json(path, dict[str, Any])

@@ -95,14 +95,8 @@ def initialize(mode: str = "auto") -> None:
 
     JAX itself finds TPU pod slices, Slurm, Open MPI and (with `jax[k8s]`) Kubernetes jobs, and
     reads `JAX_COORDINATOR_ADDRESS` and `JAX_LOCAL_DEVICE_IDS`. Elsewhere `JAX_NUM_PROCESSES` and
-    `JAX_PROCESS_ID` are needed too.
-
-    Args:
-        mode: "on" joins; "auto" joins if there is more than one process, and "off" never.
-
-    Raises:
-        ValueError: If the mode is unknown, or a variable is missing or wrong.
-        RuntimeError: If the other processes do not join, or devices were used before.
+    `JAX_PROCESS_ID` are needed too; a ValueError names a missing or wrong one. The mode "on" joins;
+    "auto" joins if there is more than one process, and "off" never.
     """
     if mode not in MODES:
         raise ValueError(f"distributed {mode!r} is not known; expected one of {', '.join(MODES)}")
@@ -230,11 +224,7 @@ def anywhere(flag: bool) -> bool:
 
 
 def wait_for(path: pathlib.Path) -> None:
-    """Waits until process 0 has written a file or folder that all processes read next.
-
-    Raises:
-        FileNotFoundError: If this process does not see it.
-    """
+    """Waits until process 0 has written a file or folder that all processes read next."""
     if jax.process_count() == 1:
         return
     multihost_utils.sync_global_devices(str(path))
@@ -249,11 +239,9 @@ def wait_for(path: pathlib.Path) -> None:
 def deferred_sigterm() -> Iterator[Callable[[], bool]]:
     """Defers SIGTERM, which schedulers send some seconds before they kill.
 
-    Outside of the main thread of a process signals are not changed.
-
-    Yields:
-        A function that returns whether SIGTERM came to any process; all processes call it at the
-        same points. If it came and the block ends without an error, it takes effect then.
+    Yields a function that returns whether SIGTERM came to any process; all processes call it at the
+    same points. If it came and the block ends without an error, it takes effect then. Outside of
+    the main thread of a process signals are not changed.
     """
     received = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -42,12 +42,8 @@ def read_json(path: pathlib.Path, schema: type[T]) -> T: ...
 def read_json(path: pathlib.Path, schema: Any = None) -> Any:
     """Reads a JSON file: a regular file in UTF-8, with or without a byte order mark.
 
-    The content has the type `schema`; None takes any JSON.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no regular file, too large, not strict JSON, or not of the schema. The
-            message names the file, the field, its value and what was expected.
+    The content has the type `schema`; None takes any JSON. A ValueError names the file, the field,
+    its value and the expectation.
     """
     return parse_json(read_bytes(path), str(path), schema)
 
@@ -101,12 +97,7 @@ def check_json(value: object, where: str, schema: Any) -> Any:
 
 
 def read_bytes(path: pathlib.Path, largest: int = LARGEST_FILE) -> bytes:
-    """Reads a regular file of bounded size; pipes and devices are refused, never waited for.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is a folder, a pipe, a socket or a device, or larger.
-    """
+    """Reads a regular file of bounded size; pipes and devices are refused, never waited for."""
     path = pathlib.Path(path)
     check_regular(path, largest)
     # Non-blocking: the file may have been replaced by a pipe since.
@@ -118,10 +109,7 @@ def read_bytes(path: pathlib.Path, largest: int = LARGEST_FILE) -> bytes:
 def check_regular(path: pathlib.Path, largest: int | None = None) -> None:
     """Checks that a path is a regular file, or a link to one, without opening it.
 
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is anything else, or has more than `largest` bytes; None allows any
-            number.
+    A ValueError means anything else, or more than `largest` bytes; None allows any number.
     """
     try:
         status = path.stat()

@@ -34,9 +34,8 @@ def check_sources(config: Settings, *names: str) -> None:
 def shape_of(config: Settings, mesh: Mesh, name: str = "model") -> LM:
     """The model of a config without weights or tokenizer, from its `config.json`.
 
-    Raises:
-        FileNotFoundError: If there is no such model, or it has no weights.
-        ValueError: If its family or the dtype is unknown.
+    A FileNotFoundError means that there is no such model, or that it has no weights; a ValueError,
+    that its family or the dtype is unknown.
     """
     path = model_path(config[name])
     shape = load_config(path)

@@ -7,14 +7,9 @@ from typing import NamedTuple
 
 
 class Numbers(NamedTuple):
-    """The numbers from `low` to `high` that a field may have.
+    """The numbers from `low` to `high` that a field may have, `whole` ones or all.
 
-    Attributes:
-        low: The smallest number.
-        high: The largest number.
-        whole: Whether only whole numbers are allowed.
-        above: Whether `low` itself is excluded.
-        below: Whether `high` itself is excluded.
+    `above` and `below` exclude `low` and `high` themselves.
     """
 
     low: float

@@ -131,9 +131,7 @@ def save_reference_head(
 def read_reference(folder: pathlib.Path) -> _Reference:
     """Reads the `config.json` of a head of the PyTorch reference, and no weights.
 
-    Raises:
-        FileNotFoundError: If it is missing.
-        ValueError: If it is damaged, not a head's, or a value is not implemented.
+    A ValueError means that it is damaged, not a head's, or has a value that is not implemented.
     """
     path = folder / "config.json"
     content = read_json(path, dict[str, Any])
@@ -159,10 +157,8 @@ def reference_files(folder: pathlib.Path) -> dict[str, pathlib.Path] | pathlib.P
     """The file of the head's tensors in a checkpoint of the PyTorch reference.
 
     It is `model.safetensors` if that exists, which transformers reads without a look at the index;
-    else the file of each tensor of the head by name.
-
-    Raises:
-        ValueError: If the index is damaged, or names a file outside of the folder.
+    else the file of each tensor of the head by name. A ValueError means that the index is damaged,
+    or names a file outside of the folder.
     """
     single, index = folder / "model.safetensors", folder / _INDEX
     if single.exists() or not index.exists():

@@ -235,10 +235,8 @@ def from_config(options: type[T], config: Any, path: str = "") -> T:
     """Makes options of a config; no other function of the library reads a config.
 
     The config holds values by field; sections are mappings too. A missing field has the dataclass's
-    default. `path` is the place of the config, for errors.
-
-    Raises:
-        ValueError: If a field is unknown, of another type, or out of its range; names it.
+    default. `path` is the place of the config, for errors. A ValueError names a field that is
+    unknown, of another type, or out of its range.
     """
     return _read(options, config, path, {})
 

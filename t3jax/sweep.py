@@ -27,12 +27,9 @@ from t3jax.training_sets import TrainingSets
 
 
 class Grid(NamedTuple):
-    """The heads of a sweep, rank by rank, recipe by recipe, seed by seed.
+    """The heads of a sweep and their folders, rank by rank, recipe by recipe, seed by seed.
 
-    Attributes:
-        folders: The folder of each head.
-        heads: The heads.
-        seeds: Number of consecutive heads that differ in their seed alone.
+    `seeds` is the number of consecutive heads that differ in their seed alone.
     """
 
     folders: list[pathlib.Path]
@@ -109,11 +106,7 @@ def train_grid(config: Settings, lm: LM, sets: TrainingSets, mesh: Mesh) -> Grid
 
 
 def sweep(config: Settings, lm: LM, grid: Grid, mesh: Mesh | None = None) -> Sweep:
-    """Scores every setting of a grid of heads, chooses, and evaluates the chosen one.
-
-    Raises:
-        ValueError: If there is no retain model, logs are of different rows, or the rule is unknown.
-    """
+    """Scores every setting of a grid of heads, chooses, and evaluates the chosen one."""
     examined = pipeline.examine(config, lm, grid.heads, mesh)
     candidates = {
         setting.name: spread_over_seeds(setting, grid.seeds)

@@ -30,9 +30,7 @@ USABLE = 0.9  # of a device's memory; programs, fragments and errors of the esti
 class Stage:
     """Memory of a stage of a job on each device, bytes.
 
-    Attributes:
-        kept: Bytes of the arrays that the stage keeps, by their kind.
-        estimate: Computes `temporary`.
+    `kept` are the arrays that the stage keeps, by their kind; `estimate` computes `temporary`.
     """
 
     kept: dict[str, int]

@@ -40,12 +40,7 @@ _Abstract = jax.ShapeDtypeStruct
 
 
 class Step(NamedTuple):
-    """A program and its arguments.
-
-    Attributes:
-        function: Jitted.
-        arguments: Static values, and abstract arrays with shardings.
-    """
+    """A jitted program and its arguments: static values, and abstract arrays with shardings."""
 
     function: Any
     arguments: tuple[Any, ...]

@@ -36,12 +36,7 @@ _AT_ONCE = 8  # new prompts are admitted for an eighth of the rows at a time
 
 
 class Prompt(NamedTuple):
-    """A prompt to answer.
-
-    Attributes:
-        tokens: Token ids.
-        draw: Two numbers that, with the seed, make the key of the answer's draws.
-    """
+    """Token ids to answer, and two numbers that, with the seed, make the key of the draws."""
 
     tokens: np.ndarray
     draw: tuple[int, int]
@@ -50,13 +45,9 @@ class Prompt(NamedTuple):
 class Answering(NamedTuple):
     """Options that all prompts of a batch share.
 
-    Attributes:
-        controls: Makes the controls of a number of rows.
-        stop_ids: Tokens that end an answer.
-        max_new_tokens: Longest answer.
-        seed: Seed of the draws, 0 to 2^64 - 1.
-        find_end: From an answer's tokens so far and the number of new ones among them, the length
-            of the answer, or None if it goes on. None: no answer ends so.
+    `controls` makes the controls of a number of rows; `seed` is in [0, 2^64 - 1]. `find_end` gives,
+    from an answer's tokens so far and the number of new ones among them, the length of the answer,
+    or None if it goes on. None: no answer ends so.
     """
 
     controls: Callable[[int], Controls]
@@ -67,13 +58,9 @@ class Answering(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """The new tokens of one prompt in one chunk.
+    """The new tokens of one prompt, by its index, in one chunk.
 
-    Attributes:
-        prompt: Index of the prompt.
-        tokens: New tokens.
-        logprobs: Their log-probabilities, as `token_logprobs` gives them.
-        last: Whether the answer ends with it.
+    `logprobs` are theirs, see `token_logprobs`; `last` is whether the answer ends with them.
     """
 
     prompt: int
@@ -125,8 +112,7 @@ class Batch:
     def run(self) -> Iterator[Piece]:
         """Answers the prompts; the pieces of one answer come in order.
 
-        Raises:
-            FloatingPointError: If a token was chosen by numbers that are not finite.
+        A FloatingPointError means that a token was chosen by numbers that are not finite.
         """
         admitted = self._take(self._size)
         cursor = self._bucket(admitted)

@@ -50,12 +50,9 @@ class Program:
 
 
 class Weights(NamedTuple):
-    """Frozen arrays that the loop reads.
+    """Frozen arrays that the loop reads: the parameters of the model and of each head.
 
-    Attributes:
-        params: The language model's parameters.
-        heads: The parameters of each head.
-        prior_shifts: A number for each head that is added to its scores; 0 in the paper.
+    Each of `prior_shifts` is added to the scores of its head; 0 in the paper.
     """
 
     params: PyTree

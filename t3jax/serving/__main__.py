@@ -41,10 +41,8 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Runs the action of the command line.
 
-    Raises:
-        FileNotFoundError: If there is no such folder.
-        OSError: If a server runs on the folder.
-        ValueError: If there is no such request, or it has no head to turn on or off.
+    A ValueError means that there is no such request, or no head to turn on or off; an OSError, that
+    there is no such folder, or that a server runs on it.
     """
     if not arguments.folder.is_dir():
         raise FileNotFoundError(f"{arguments.folder}: no such folder")

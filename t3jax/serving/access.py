@@ -12,9 +12,8 @@ from t3jax.serving.errors import BadRequest
 class Keys:
     """Secrets of a server.
 
-    Attributes:
-        api: The key that every client sends; None: clients need no key.
-        server: The key that allows to set what is unlearned; None: nobody may.
+    Every client sends the key `api`, or none if it is None. The key `server` allows to set what is
+    unlearned; None: nobody may.
     """
 
     api: str | None = None

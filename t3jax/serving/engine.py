@@ -53,11 +53,8 @@ class Engine:
     ):
         """Makes an empty batch beside the model, a decoder of `t3jax.lm`; compiles nothing.
 
-        T and s are defaults of requests.
-
-        Raises:
-            ValueError: If the model is not a decoder of `t3jax.lm`, the mesh splits rows, or the
-                refinements combine heads by their product.
+        T and s are defaults of requests. A ValueError means that the model is not such a decoder,
+        the mesh splits rows, or the refinements combine heads by their product.
         """
         if lm.config is None or lm.tokenizer is None:
             raise ValueError(f"{lm.name}: a server needs a model of t3jax.lm and its tokenizer")
@@ -175,11 +172,8 @@ class Engine:
         """Queues all requests or none; returns a `Ticket` for each.
 
         `on_event` is called with the index of a request and its event, in the engine's thread.
-
-        Raises:
-            QueueFull: If the queue has no room for all.
-            FieldError: As `check`.
-            RuntimeError: If the engine has stopped.
+        Raises `QueueFull` if there is no room for all, a `FieldError` as `check`, and a
+        RuntimeError if the engine has stopped.
         """
         for request in requests:
             self.check(request)
@@ -208,10 +202,8 @@ class Engine:
     def install(self, name: str, head: Head, active: bool = True) -> None:
         """Adds a head, or replaces the one of this name, from the next chunk on.
 
-        An active head is on for everybody.
-
-        Raises:
-            ValueError: If it does not fit the model or the stack, or there is no free place.
+        An active head is on for everybody. A ValueError means that the head does not fit the model
+        or the stack, or that there is no free place.
         """
         self._heads.check(head)
         self.call(lambda: self._heads.install(name, head, active))

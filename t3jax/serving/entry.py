@@ -11,15 +11,9 @@ from typing import Any
 from t3jax.data.records import Record, check_record, parse_records
 from t3jax.serving.messages import FieldError
 
-WAITING, TRAINING, ACTIVE, INACTIVE, HELD, FAILED, REVOKED = (
-    "waiting",
-    "training",
-    "active",
-    "inactive",
-    "held",  # its head did not pass the check and waits for approval
-    "failed",
-    "revoked",
-)
+WAITING, TRAINING, FAILED, REVOKED = "waiting", "training", "failed", "revoked"
+ACTIVE, INACTIVE = "active", "inactive"
+HELD = "held"  # its head did not pass the check and waits for approval
 PENDING = (WAITING, TRAINING)
 _FIELDS = ("rows", "name", "delete_rows", "names")
 
@@ -60,8 +54,7 @@ class Entry:
 def read_entry(fields: Mapping[str, object]) -> tuple[Entry, bytes]:
     """Reads the fields of `RequestBook.add`: a waiting entry, and its rows as JSON lines.
 
-    Raises:
-        FieldError: If a field is unknown or wrong; names it.
+    A `FieldError` names an unknown or wrong field.
     """
     fields = {name: value for name, value in fields.items() if value is not None}
     rows = _read_rows(fields)

@@ -8,13 +8,7 @@ _RETRY_SECONDS = "1"
 
 
 class BadRequest(ValueError):
-    """A body that is refused.
-
-    Attributes:
-        param: The field.
-        status: HTTP status.
-        code: OpenAI's error code.
-    """
+    """A body that is refused: the field, the HTTP status and OpenAI's error code."""
 
     def __init__(self, message: str, param: str | None = None, status: int = 400, code: str = ""):
         super().__init__(message)

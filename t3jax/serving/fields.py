@@ -41,10 +41,8 @@ class Fields:
     def __init__(self, body: Mapping[str, object], known: Sequence[str], within: str = ""):
         """Checks that all fields are known, or fields of the API at a value that does nothing.
 
-        `within` is the field whose value the object is, for errors.
-
-        Raises:
-            BadRequest: If there is another field. All methods raise one for a wrong value.
+        `within` is the field whose value the object is, for errors. A `BadRequest` names another
+        field; all methods raise one for a wrong value.
         """
         self.body = body
         self.within = f"{within}." if within else ""

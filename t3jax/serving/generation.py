@@ -26,15 +26,7 @@ _HEALTH_SECONDS = 30.0
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Routes:
-    """The parts of a server that its routes call.
-
-    Attributes:
-        engine: Answers requests.
-        reader: Reads bodies; its first name is the model's.
-        options: Limits of bodies and times.
-        access: Checks keys.
-        metrics: Counters.
-    """
+    """The parts of a server that its routes call; the reader's first name is the model's."""
 
     engine: Engine
     reader: Reader
@@ -88,12 +80,10 @@ class GenerationRoutes(Routes):
         try:
             for chunk in writer.first():
                 yield _line(chunk)
-            piece = writer.piece(*first)
-            if piece is not None:
+            if (piece := writer.piece(*first)) is not None:
                 yield _line(piece)
             async for i, event in events:
-                piece = writer.piece(i, event)
-                if piece is not None:
+                if (piece := writer.piece(i, event)) is not None:
                     yield _line(piece)
             for chunk in writer.last():
                 yield _line(chunk)

@@ -49,11 +49,7 @@ class HeadSet:
         check_shape(self.stack, head.config)
 
     def install(self, name: str, head: Head, active: bool) -> None:
-        """Adds a head, or replaces the one of this name.
-
-        Raises:
-            ValueError: If there is no free place.
-        """
+        """Adds a head, or replaces the one of this name; a ValueError if there is no free place."""
         used = {installed.place for installed in self._installed.values()}
         free = (i for i in range(len(self.stack)) if i not in used)
         place = self._installed[name].place if name in self._installed else next(free, None)

@@ -19,11 +19,7 @@ class QueueFull(Exception):
 
 
 class FieldError(ValueError):
-    """A field of a request that is refused.
-
-    Attributes:
-        param: The field.
-    """
+    """A field of a request, `param`, that is refused."""
 
     def __init__(self, param: str, message: str):
         super().__init__(f"{param}: {message}")
@@ -172,11 +168,8 @@ class Event:
 class Ticket:
     """A submitted request.
 
-    Attributes:
-        request: The request.
-        on_event: Takes its events, called in the engine's thread.
-        arrived: Time of arrival, seconds of `time.monotonic`.
-        cancelled: Whether the client has given it up.
+    `on_event` takes its events in the engine's thread; `arrived` is in seconds of `time.monotonic`;
+    `cancelled` means that the client has given it up.
     """
 
     request: Request

@@ -76,8 +76,8 @@ class Reader:
     def read(self, body: Mapping[str, object], chat: bool, has_server_key: bool) -> Ask:
         """Reads a body of chat completions or of completions.
 
-        Raises:
-            BadRequest: If a field is unknown, not supported, of another type or out of range.
+        A `BadRequest` names a field that is unknown, not supported, of another type or out of
+        range.
         """
         fields = Fields(body, CHAT_FIELDS if chat else COMPLETION_FIELDS)
         for name in SERVER_FIELDS:

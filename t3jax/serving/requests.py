@@ -86,11 +86,9 @@ class RequestBook:
     ):
         """Opens a folder, created if missing, and installs the heads of its requests.
 
-        Without a maker no request can be added.
-
-        Raises:
-            OSError: If another process uses the folder, or it cannot be written to.
-            ValueError: If a record or a head is damaged or does not fit the model.
+        Without a maker no request can be added. An OSError means that another process uses the
+        folder, or that it cannot be written to; a ValueError, that a record or a head is damaged or
+        does not fit the model.
         """
         self.folder = folder
         self._heads = heads
@@ -128,12 +126,9 @@ class RequestBook:
 
         The fields are `rows`, a list of rows, or their JSON or JSON lines as bytes; `name`;
         `delete_rows`, whether to delete the rows once the head is made; and `names` of the people
-        that the rows are about, searched for in the rows if missing.
-
-        Raises:
-            FieldError: If a field is unknown or wrong; names it.
-            QueueFull: If too many wait.
-            ValueError: If the server cannot make heads.
+        that the rows are about, searched for in the rows if missing. Raises a `FieldError` with an
+        unknown or wrong field, `QueueFull` if too many wait, and a ValueError if the server cannot
+        make heads.
         """
         if self._maker is None:
             raise ValueError(
@@ -166,10 +161,9 @@ class RequestBook:
             return None if entry is None else self._describe(entry)
 
     def activate(self, id: str, active: bool, who: str) -> dict[str, object]:
-        """Turns a request's head on or off; a held head that is turned on is approved.
+        """Turns a request's head on or off; turning a held head on approves it.
 
-        Raises:
-            ValueError: If the request has no head.
+        A ValueError means that the request has no head.
         """
         with self._lock:
             entry = self._entries[id]

@@ -58,11 +58,7 @@ def make_stack(places: int, hidden_size: int, vocab_size: int, rank: int, mesh: 
 
 
 def put(stack: Stack, index: int, head: Head, mesh: Mesh) -> Stack:
-    """A copy of a stack with a head in the place `index`.
-
-    Raises:
-        ValueError: If the head's rank exceeds the stack's, or it has several hidden layers.
-    """
+    """A copy of a stack with a head in the place `index`, if `check_shape` allows it."""
     check_shape(stack, head.config)
     rank = stack[index].params["output"].shape[1]
     config = head.config

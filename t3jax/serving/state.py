@@ -56,14 +56,10 @@ class Weights(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """The settings of each row.
+    """The settings of each row; `controls` as for `next_token`.
 
-    Attributes:
-        controls: As for `next_token`.
-        on: True for a head that is on, `[B, H]`.
-        stop_ids: Tokens that end an answer, padded with -1, `[B, n]`.
-        limit: Longest answer, tokens, `[B]`.
-        wants_likeliest: Whether the likeliest tokens are asked for, `[B]`.
+    `on` marks the heads that are on, and `limit` is the longest answer; `stop_ids` are padded with
+    -1.
     """
 
     controls: Controls

@@ -141,10 +141,8 @@ class HeadMaker:
     ) -> tuple[Head, TrainingSets]:
         """Makes a head for rows to forget; also returns its training sets, stored in `store`.
 
-        Without `names` the people that the rows are about are searched for in them.
-
-        Raises:
-            ValueError: If a row cannot be encoded, or has no counterfactual.
+        Without `names` the people that the rows are about are searched for in them. A ValueError
+        means that a row cannot be encoded or has no counterfactual, or that no retain row is left.
         """
         self.prepare()
         assert self._retained is not None
