@@ -179,10 +179,10 @@ def config_fields(options: Any, metadata: Mapping[str, Any] | None = None) -> It
             yield field.name.removeprefix(prefix), field
 
 
-def names_of(options: Any = Settings) -> list[str]:
+def names_of() -> list[str]:
     """Names of all fields in a config, those of a section as "SECTION.FIELD"."""
     names = []
-    for name, field in config_fields(options):
+    for name, field in config_fields(Settings):
         names.append(name)
         if dataclasses.is_dataclass(field.type):
             names += [f"{name}.{inner}" for inner, _ in config_fields(field.type, field.metadata)]
@@ -231,14 +231,13 @@ def _expected(options: Any, field: str) -> str:
     return "texts" if is_tuple and kind is str else words.get(kind, "")
 
 
-def from_config(options: type[T], config: Any, path: str = "") -> T:
+def from_config(options: type[T], config: Any) -> T:
     """Makes options of a config; no other function of the library reads a config.
 
     The config holds values by field; sections are mappings too. A missing field has the dataclass's
-    default. `path` is the place of the config, for errors. A ValueError names a field that is
-    unknown, of another type, or out of its range.
+    default. A ValueError names a field that is unknown, of another type, or out of its range.
     """
-    return _read(options, config, path, {})
+    return _read(options, config, "", {})
 
 
 def _read(options: Any, config: Any, path: str, metadata: Mapping[str, Any]) -> Any:

@@ -147,13 +147,13 @@ class Reader:
                 "model_not_found",
             )
 
-    def encode(self, text: str, param: str = "prompt", special: bool = True) -> np.ndarray:
-        """Tokens of a text."""
+    def encode(self, prompt: str, special: bool = True) -> np.ndarray:
+        """Tokens of a prompt."""
         try:
-            check_characters(text, self.lm.max_position)
-            return tokenize(self.lm.tokenizer, text, special)
+            check_characters(prompt, self.lm.max_position)
+            return tokenize(self.lm.tokenizer, prompt, special)
         except ValueError as error:
-            raise BadRequest(f"{param}: {error}", param) from None
+            raise BadRequest(f"prompt: {error}", "prompt") from None
 
     def encode_messages(self, messages: object) -> np.ndarray:
         """Tokens of a conversation, up to the beginning of the answer."""

@@ -195,12 +195,11 @@ class RequestBook:
         """The audit log, the oldest line first."""
         return self._audit.read()
 
-    def wait(self, timeout: int | float | None = None, id: str | None = None) -> bool:
-        """Waits until a request, or every one, is done with training; False after a timeout."""
+    def wait(self, timeout: int | float | None = None) -> bool:
+        """Waits until no request waits or trains; False after `timeout` seconds."""
 
         def done() -> bool:
-            entries = self._entries.values() if id is None else [self._entries[id]]
-            return not any(entry.state in PENDING for entry in entries)
+            return not any(entry.state in PENDING for entry in self._entries.values())
 
         with self._lock:
             return self._wake.wait_for(lambda: done() or self._closing, timeout)
