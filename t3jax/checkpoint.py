@@ -144,7 +144,7 @@ class RunFolder:
         if self.state is None:
             raise ValueError(
                 f"{self._folder}: no checkpoint is as it was saved:\n  {reasons}\n"
-                "remove this folder to start anew, or start in another workdir"
+                "remove this folder to start again, or start in another workdir"
             )
         if hosts.is_lead():
             for saved in self._checkpoints.checkpoints:
@@ -269,7 +269,7 @@ def _check_same_run(folder: pathlib.Path, settings: Mapping[str, object]) -> Non
         before, now = _flat(json.loads(path.read_bytes())), _flat(settings)
     except (ValueError, AttributeError) as error:
         raise ValueError(
-            f"{path}: damaged ({error}); remove {folder} to start anew, or give another workdir"
+            f"{path}: damaged ({error}); remove {folder} to start again, or give another workdir"
         ) from error
     different = [
         f"{name}: {before.get(name)} there, {now.get(name)} asked for"
@@ -280,7 +280,7 @@ def _check_same_run(folder: pathlib.Path, settings: Mapping[str, object]) -> Non
         raise ValueError(
             f"{folder} holds a run that cannot be resumed with other settings or data:\n  "
             + "\n  ".join(different)
-            + "\ngive another workdir, or remove this one to start anew"
+            + "\ngive another workdir, or remove this one to start again"
         )
 
 

@@ -224,7 +224,7 @@ def _no_room(causes: Sequence[BaseException]) -> str:
     if named:
         return (
             f"{os.fsdecode(named[0].filename)}: {named[0].strerror}; make room and start again, "
-            "what is finished is kept"
+            "finished work is kept"
         )
     # The project's message holds the library's in parentheses, which is left out.
     message = re.sub(r" \(.*\)", "", str(causes[0]), flags=re.DOTALL)

@@ -216,11 +216,13 @@ def _explain_inf(lm: LM, row: int, progress: str | None) -> str:
     ]
     dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(lm.params)}
     if broken:
-        cause = f"its weights hold NaN or Inf ({', '.join(broken[:3])}); get them anew"
+        cause = (
+            f"its weights hold NaN or Inf ({', '.join(broken[:3])}); download or convert them again"
+        )
     elif "float16" in dtypes:
         cause = "float16 ends at 65504; load the model with dtype bfloat16 or float32"
     else:
-        cause = "its weights are finite, but what they compute is not; they are likely broken"
+        cause = "its weights are finite, but their results are not; they are likely broken"
     return f"{where}: the hidden states of {lm.name} are not finite: {cause}"
 
 

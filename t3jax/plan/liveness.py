@@ -108,7 +108,7 @@ class _Memory:
             operands[0].holders += len(eqn.outvars)
             results = [operands[0]] * len(eqn.outvars)
         else:
-            if name == "cond":  # a branch's results are among what it allocates
+            if name == "cond":  # a branch allocates its results
                 self._reach(max(peak_bytes(branch) for branch in _programs(eqn)))
             holds = collections.Counter(operands)
             dying = [b for b, count in holds.items() if b.holders == count and name not in _FRESH]
