@@ -58,21 +58,8 @@ def run(command: Callable[[Settings], None]) -> None:
             _unset(flag.value, unset)
             settings.append(from_config(Settings, flag.value))
             return rest
-        except flags.UnrecognizedFlagError as error:
-            field = error.flagname.removeprefix("config.")
-            sys.exit(f"{name}: {error}{nearest(field, [*names_of(), *flags.FLAGS])}")
-        except flags.IllegalFlagValueError as error:
-            sys.exit(f"{name}: {_expected(error)}")
-        except AttributeError as error:  # from ml_collections: an unknown field
-            named = [field for word in words for field in re.findall(r"^--?config\.([\w.]+)", word)]
-            named += re.findall(r"^['\"]+(?:Key ['\"])?(\w+)", str(error))
-            unknown = [field for field in named if field not in names_of()]
-            message = f"unknown config key {unknown[0]!r}{nearest(unknown[0])}" if unknown else None
-            sys.exit(f"{name}: {message or _describe_config_error(error)}")
-        except (flags.Error, ValueError) as error:
-            sys.exit(f"{name}: {error}")
         except Exception as error:  # a config file is Python, and may raise anything
-            sys.exit(f"{name}: {_describe_config_error(error)}")
+            sys.exit(f"{name}: {_describe_config_error(error, words)}")
 
     def main(_: list[str]) -> None:
         logging.set_verbosity(logging.FATAL)  # Orbax logs its steps, and errors that it raises
@@ -145,7 +132,21 @@ def _complete(word: str) -> str:
     return word
 
 
-def _describe_config_error(error: Exception) -> str:
+def _describe_config_error(error: Exception, words: Sequence[str]) -> str:
+    """An error of the config or the command line, with the nearest name for an unknown one."""
+    match error:
+        case flags.UnrecognizedFlagError():
+            field = error.flagname.removeprefix("config.")
+            return f"{error}{nearest(field, [*names_of(), *flags.FLAGS])}"
+        case flags.IllegalFlagValueError():
+            return _expected(error)
+        case AttributeError():  # from ml_collections: an unknown field
+            named = [field for word in words for field in re.findall(r"^--?config\.([\w.]+)", word)]
+            named += re.findall(r"^['\"]+(?:Key ['\"])?(\w+)", str(error))
+            if unknown := [field for field in named if field not in names_of()]:
+                return f"unknown config key {unknown[0]!r}{nearest(unknown[0])}"
+        case flags.Error() | ValueError():
+            return str(error)
     return f"the config cannot be read: {type(error).__name__}: {error}"
 
 

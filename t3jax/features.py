@@ -216,9 +216,7 @@ def _explain_inf(lm: LM, row: int, progress: str | None) -> str:
     ]
     dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(lm.params)}
     if broken:
-        cause = (
-            f"its weights hold NaN or Inf ({', '.join(broken[:3])}); download or convert them again"
-        )
+        cause = f"its weights hold NaN or Inf ({', '.join(broken[:3])}); download them again"
     elif "float16" in dtypes:
         cause = "float16 ends at 65504; load the model with dtype bfloat16 or float32"
     else:
