@@ -126,7 +126,7 @@ def init_head(key: PRNGKeyArray, config: HeadConfig, zero_output: bool = False) 
         {'hidden': ({'weight': (2, 4)},), 'output': (10, 2)}
     """
     shapes = head_shapes(config)
-    keys = jax.random.split(key, jax.tree.structure(shapes).num_leaves)
+    keys = jax.random.split(key, len(jax.tree.leaves(shapes)))
     hidden = [dict.fromkeys(layer, layer["weight"].shape[1]) for layer in shapes["hidden"]]
     fan_ins = {"hidden": tuple(hidden), "output": config.rank}
     params = jax.tree.map(
