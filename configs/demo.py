@@ -7,7 +7,7 @@
 
 Run these from the root of the checkout. `make demo` runs all of it and prints a table, beside the
 published recipe (`configs/demo_paper.py`). T and s are chosen by the made-up-name level, on the
-training rows; the questions of the table are held out.
+training rows, without the questions of the table.
 """
 
 import ml_collections

@@ -2,8 +2,8 @@
 
 Everything that RFC 8259 leaves open is refused: a name that occurs twice in an object, NaN and
 Infinity, numbers that float64 cannot hold, lone surrogates, deep nesting. A schema is a type that
-msgspec can check, usually a `msgspec.Struct` whose fields have ranges (`Annotated[int,
-Meta(ge=1)]`). JSON that this project has written is read in the same way, since it may be damaged.
+msgspec can check, usually a `msgspec.Struct` whose fields have ranges. JSON that this project has
+written is read in the same way, since it may be damaged.
 """
 
 import json
