@@ -58,23 +58,19 @@ class Step(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A job to plan.
+    """A job to plan; lengths are in tokens.
 
     Attributes:
-        config: The model's shape.
-        dtype: Of weights that are not int8, activations and cache.
-        mesh: The devices.
+        dtype: Dtype of activations, cache, and weights that are not int8.
         heads: The heads that are served together; the first is trained.
         rows: Answers decoded together.
-        prompt: Longest prompt, tokens.
-        new_tokens: Longest answer, tokens.
+        prompt: Longest prompt.
+        new_tokens: Longest answer.
         chunk: Steps of a chunk of decoding.
-        text: Longest text of the feature pass, and of fine-tuning, tokens.
+        text: Longest text of the feature pass, and of fine-tuning.
         text_rows: Texts of a batch of the feature pass.
         texts: Texts of the forget and of the retain set together.
-        answer: Mean length of their answers, tokens.
-        feature_dtype: Dtype of the features.
-        recipe: How heads are trained.
+        answer: Mean length of their answers.
         members: Number of heads that are trained together, as if of different seeds.
         finetuning: How the model is fine-tuned; None if it is not.
     """
@@ -104,8 +100,7 @@ class Job:
     @property
     def slots(self) -> list[int]:
         """Slots of the cache in prefill and in each chunk."""
-        chunks = -(-(self.new_tokens - 1) // self.chunk)
-        return cache_slots(self.prompt, chunks, self.chunk)
+        return cache_slots(self.prompt, self.new_tokens, self.chunk)
 
 
 def simulate(devices: int) -> None:

@@ -116,7 +116,7 @@ class Batch:
         """
         admitted = self._take(self._size)
         cursor = self._bucket(admitted)
-        slots = self._cache_slots(cursor)[0]
+        slots = cache_slots(cursor, self._max_new_tokens, self._chunk)[0]
         state, emitted = self._prefill(admitted, self._size, cursor, slots)
         self._rows = {row: self._start_row(i, cursor) for row, i in enumerate(admitted)}
         controls = self._place(self._answering.controls(self._size))
@@ -165,7 +165,7 @@ class Batch:
         length = self._bucket([*prompts, *list(self._waiting)[:1]])
         shift = min(cursor - length, *(row.start for row in self._rows.values()))
         left = cursor - shift
-        sizes = self._cache_slots(length)
+        sizes = cache_slots(length, self._max_new_tokens, self._chunk)
         # Space for more than one chunk, so that the next move is not soon.
         enough = (s for s in sizes if s >= left + max(self._chunk, s // 8))
         return shift, next(enough, sizes[-1])
@@ -173,10 +173,6 @@ class Batch:
     def _bucket(self, prompts: Sequence[int]) -> int:
         """Slots for the longest of some prompts."""
         return round_up(max(len(self._prompts[i].tokens) for i in prompts), _PROMPT_STEP)
-
-    def _cache_slots(self, length: int) -> list[int]:
-        chunks = -(-(self._max_new_tokens - 1) // self._chunk)
-        return cache_slots(length, chunks, self._chunk)
 
     def _start_row(self, prompt: int, cursor: int) -> _Row:
         return _Row(prompt, cursor - len(self._prompts[prompt].tokens))

@@ -20,8 +20,9 @@ from t3jax.sampling.loop import Program, State, constrain_state
 _SLOT_STEP = 64  # slots of the cache, which grows as answers do, by half at least
 
 
-def cache_slots(length: int, chunks: int, chunk: int) -> list[int]:
+def cache_slots(length: int, max_new_tokens: int, chunk: int) -> list[int]:
     """Slots of the cache in `prefill` and in each chunk: it grows as it is filled."""
+    chunks = -(-(max_new_tokens - 1) // chunk)
     most = length + 1 + chunks * chunk
     slots = [min(most, round_up(length + 1 + chunk, _SLOT_STEP))]
     for i in range(chunks):

@@ -30,13 +30,12 @@ class Program:
 
     Attributes:
         apply: This function of the model, as the next two.
-        heads: The shape of each head; empty without heads.
+        heads: The shape of each head.
         truncate_on: The distribution that decides top-k, top-p and min-p: "guided", "base" or
             "tilted", see `next_token`.
         with_logprobs: Whether guided log-probabilities are computed, and base ones without a head;
             with a head base ones always are.
         mesh: The devices of the state.
-        refinements: The refinements that are on.
     """
 
     apply: Callable[..., Any]

@@ -30,7 +30,6 @@ class Entry:
         rows: Number of rows.
         rows_digest: SHA-256 of the rows.
         head_digest: SHA-256 of the head's weights file; None before there is a head.
-        delete_rows: Whether the rows are deleted once the head is made.
         names: People that the rows are about; empty: they are searched for in the rows.
         check: Figures of the check, see `training.Check`.
         seconds: Time to make and check the head.

@@ -143,11 +143,9 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """An event of a request.
+    """New text and new tokens of a request.
 
     Attributes:
-        text: New text.
-        tokens: New tokens.
         scores: Scores of the new tokens.
         prompt_scores: Scores of the prompt's tokens but the first, in the first event.
         finish: In the last event "stop", "length", "cancelled" or "error".
@@ -182,12 +180,9 @@ class Ticket:
 class Stats:
     """Counts since the engine started.
 
-    Attributes:
-        prompt_tokens: Tokens of prompts that were read.
-        shared_tokens: Tokens of prompts that were taken from the cache of prefixes.
-        answer_tokens: Tokens chosen.
-        changed_tokens: By head, chosen tokens whose likeliest candidate it changed.
-        finished: Finished requests by reason.
+    `prompt_tokens` were read, `shared_tokens` taken from the cache of prefixes. `changed_tokens`
+    are, by head, chosen tokens whose likeliest candidate it changed; `finished` are requests by
+    reason.
     """
 
     prompt_tokens: int = 0

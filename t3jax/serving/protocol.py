@@ -40,12 +40,9 @@ class Ask:
 
     Attributes:
         requests: Prompts times n, in the order of the choices.
-        stream: Whether events are sent one by one.
         include_usage: Whether the stream ends with the number of tokens.
-        logprobs: Whether log-probabilities are returned.
         echo: Whether the prompt is returned too.
         no_answer: Whether only the echo is returned (`max_tokens` of 0).
-        chat: Whether it is a chat.
         shows_tilt: Whether the client may see the base model's log-probabilities.
         prompt_tokens: Tokens of the prompts, each counted once.
     """

@@ -28,8 +28,8 @@ class Place(NamedTuple):
     """One place of a stack.
 
     Attributes:
-        params: A head's parameters, padded with zeros to the stack's rank: hidden weights
-            `[R, 2 D]` and biases `[R]`, output `[V, R]`.
+        params: A head's parameters, padded with zeros to the stack's rank: hidden weights `[R, 2
+            D]` and biases `[R]`, output `[V, R]`.
         activation: Index of the head's activation.
         prior_shift: Number added to every score.
     """

@@ -32,12 +32,8 @@ MOST_LIKELY = 20  # tokens whose log-probabilities a request may ask for, at eac
 class Program:
     """The static part of the programs, fixed when they are compiled.
 
-    Attributes:
-        apply: This function of the model, as the next two.
-        init_cache: Its caches take a cursor for each row.
-        truncate_on: The distribution that decides top-k, top-p and min-p, see `next_token`.
-        refinements: The refinements that are on.
-        mesh: The devices of the state.
+    The first three are functions of the model; its caches take a cursor for each row. The other
+    fields are as in `sampling.loop.Program`.
     """
 
     apply: Any

@@ -35,19 +35,11 @@ _DRAWS: dict[str, dict[str, float]] = {
 class HeadRecipe:
     """How a server makes heads.
 
-    Attributes:
-        head: Shape of a head.
-        training: Its recipe.
-        synthetic: Texts that the base model writes for it; names are those of each request.
-        prompt_format: How a question becomes a prompt.
-        retain: Rows to retain.
-        feature_store: Folder for the features of the retain rows.
-        seed: Seed of the training.
-        base_temperature: T that heads are served with.
-        guidance_scale: s that heads are served with.
-        max_new_tokens: Longest answer of the check.
-        most_leaks: Largest share of the rows that may leak for a head to pass its check.
-        least_retained: Smallest `Check.retained` for a head to pass its check.
+    The features of the rows `retain` are stored in `feature_store`. `synthetic` are the texts that
+    the base model writes; names are those of each request. Heads are served with `base_temperature`
+    and `guidance_scale`. A head passes its check if a share of at most `most_leaks` of the rows
+    leaks, in answers of at most `max_new_tokens`, and `Check.retained` is at least
+    `least_retained`.
     """
 
     head: HeadConfig
