@@ -1,1 +1,1 @@
-"""The configs that ship, as files of Python: `--config=configs/NAME.py`, or `--config=NAME`."""
+"""The configs of the package, Python files: `--config=configs/NAME.py`, or `--config=NAME`."""

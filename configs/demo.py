@@ -1,13 +1,13 @@
-"""The embedded demo's model: authors to forget, authors to retain, all made up.
+"""The demo's model: authors to forget, authors to retain, all made up.
 
     python train_classifier.py --config=configs/demo.py
     python sample.py --config=configs/demo.py --config.prompt="Who is ...?"
     python evaluate.py --config=configs/demo.py
     python verify.py --config=configs/demo.py
 
-From the root of the checkout. `make demo` does all of it and prints a table, beside the published
-recipe (`configs/demo_paper.py`). T and s are chosen by the made-up-name level, on the training
-rows; the questions of the table chose nothing.
+Run these from the root of the checkout. `make demo` runs all of it and prints a table, beside the
+published recipe (`configs/demo_paper.py`). T and s are chosen by the made-up-name level, on the
+training rows, without the questions of the table.
 """
 
 import ml_collections
@@ -27,7 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.head = "out/demo/head"
     config.synthetic.own_samples = 2000
     config.synthetic.made_up_names = 3
-    config.classifier.rank = 400  # the features of so small a model need more
+    config.classifier.rank = 400  # the features of a model this small need a larger rank
     config.train.holdout_fraction = 0.0
     config.sampling.max_new_tokens = 40
     config.rows = 128

@@ -2,7 +2,7 @@
 
     python train_classifier.py --config=configs/demo_paper.py
 
-Rank, epochs, weight decay and T s were chosen on the demo's own questions, in its favour.
+Rank, epochs, weight decay and T s were chosen on the demo's questions, in favour of this recipe.
 """
 
 import ml_collections

@@ -2,14 +2,15 @@
 
     python experiment.py --config=configs/llama31_tofu.py:forget05
 
-`forget01`, `forget05` and `forget10` name what is forgotten. The base model is fine-tuned on all of
-TOFU, its twin on the rest alone, with the benchmark's recipe; five head seeds over the grid of the
-paper. For 8 devices of 80 GB or more: weights, moments and gradients of fine-tuning are 16 bytes a
-weight, split over `fsdp`. No run of the 8B model is recorded; with `--config.model` the same file
-serves any other, and on SmolLM2 its stages have been run at the size of configs/smollm2_tofu.py.
+`forget01`, `forget05` and `forget10` are the forget sets. The base model is fine-tuned on all of
+TOFU, the retain-only model on the retain set, with the benchmark's recipe; five head seeds are
+trained over the grid of the paper. It needs 8 devices of 80 GB or more: weights, moments and
+gradients of fine-tuning are 16 bytes a weight, split over `fsdp`. No run of the 8B model is
+recorded; `--config.model` takes any other model, and on SmolLM2 the stages have been run at the
+size of configs/smollm2_tofu.py.
 
-Models that are there already are taken as they are: `--config.model=BASE
---config.eval.retain_model=TWIN`.
+Models that exist already are not fine-tuned: `--config.model=BASE
+--config.eval.retain_model=RETAIN_ONLY`.
 """
 
 import pathlib

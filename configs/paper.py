@@ -2,10 +2,8 @@
 
     python train_classifier.py --config=configs/paper.py --config.model=... --config.forget=...
 
-Heads of this recipe, and no others, can be saved in the layout of the PyTorch reference.
-
-A head of this recipe keeps T = 2.5 and s = 1, the paper's for an 8B model; a small model mostly
-needs less.
+Only heads of this recipe can be saved in the layout of the PyTorch reference. They have T = 2.5 and
+s = 1, the paper's for an 8B model; a small model mostly needs less.
 
 References:
     Temper-Then-Tilt, arXiv 2602.10217.

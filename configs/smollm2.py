@@ -6,9 +6,9 @@
 
 The model and TOFU come from the Hugging Face hub, or from folders: `--config.model=FOLDER`,
 `--config.tofu_dir=FOLDER`. The untuned model does not know TOFU's authors: the run shows that the
-machine works at this size. On 2 CPU cores the first takes 10 minutes, nearly all of it features of
-4,000 rows, which are kept (then 22 seconds); the second takes 2 seconds a prompt. docs/smollm2.md
-has the times and answers.
+program works at this size. On 2 CPU cores the first command takes 10 minutes, nearly all of it for
+the features of 4,000 rows, which are stored (then 22 seconds); the second takes 2 seconds a prompt.
+docs/smollm2.md has the times and answers.
 """
 
 import ml_collections

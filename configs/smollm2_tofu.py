@@ -3,10 +3,10 @@
     python experiment.py --config=configs/smollm2_tofu.py
 
 The model learns the 400 questions of retain_perturbed and the 200 of forget05_perturbed with their
-right answers, its retain-only twin those 400 alone: the question sets are those of the evaluation,
+right answers, the retain-only model those 400 alone. They are the question sets of the evaluation,
 so that a model this small knows them well. Three head seeds; T, s and gating are chosen by
-cross-fitting. On 2 CPU cores fine-tuning takes 25 and 15 minutes and what follows about two hours
-and a half; a stopped run goes on where it was. What it found: docs/tofu.md.
+cross-fitting. On 2 CPU cores fine-tuning takes 25 and 15 minutes and the other stages about two
+hours and a half; a stopped run resumes. docs/tofu.md has the results.
 
 Model and data may be folders: `--config.model=FOLDER`, `--config.tofu_dir=FOLDER`.
 """

@@ -4,7 +4,7 @@
     python train_classifier.py --config=configs/smollm2_tofu_default.py
     python evaluate.py --config=configs/smollm2_tofu_default.py
 
-Three head seeds; T and s are chosen by the made-up-name level. What it found: docs/tofu.md.
+Three head seeds; T and s are chosen by the made-up-name level. docs/tofu.md has the results.
 """
 
 import ml_collections

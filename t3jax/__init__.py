@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from t3jax.sharding import make_mesh
     from t3jax.training import TrainConfig, train_heads
 
-# Imported when they are asked for: `t3jax --help` does not wait for JAX.
+# Imported on access, so that `t3jax --help` does not wait for JAX.
 _MODULES = {
     "features": ("Features", "load_or_compute_features"),
     "finetuning": ("FinetuneConfig", "finetune"),

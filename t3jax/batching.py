@@ -1,8 +1,8 @@
-"""Texts of like length together, through the model, batch after batch.
+"""Batches of texts of similar length, for features and scoring.
 
-Features and scoring share this: lengths are rounded up so that few programs are compiled, texts are
-padded on the right, and the device computes one batch while the host handles the one before. The
-computation is the caller's. Axes: B batch, T time.
+Lengths are rounded up so that few programs are compiled, texts are padded on the right, and the
+device computes one batch while the host handles the previous one. The computation is the caller's.
+Axes: B batch, T time.
 """
 
 import collections
@@ -20,15 +20,13 @@ from t3jax.lm.model import LM
 
 Result = TypeVar("Result")
 
-TOKENS_PER_SHARD = 16384  # of a batch, on each part of the rows: what keeps an accelerator busy
+TOKENS_PER_SHARD = 16384  # of a batch, on each part of the rows: enough for an accelerator
 
 
 def check_examples(lm: LM | LMConfig, examples: Sequence[Example]) -> None:
-    """Checks that there are texts and that the model can read them.
+    """Raises a ValueError unless there are texts, and the model can read them.
 
-    Raises:
-        ValueError: If there are no examples, a text is longer than the model's context, or holds a
-            token that the model has no embedding of.
+    A text may not be longer than the model's context, nor hold a token without an embedding.
     """
     if not examples:
         raise ValueError("no examples: a set to run the model over must not be empty")
@@ -57,12 +55,12 @@ def map_batches(
     tokens_per_batch: int | None,
     progress: str | None,
 ) -> None:
-    """Runs all texts through a computation, each exactly once, in batches of like length.
+    """Runs a computation on all texts, once each, in batches of similar length.
 
     The texts have passed `check_examples`. `compute(indices, tokens [B, T], mask [B, T])` starts
-    the work on a batch whose first rows are the texts of these indices; further rows are padding.
-    `keep(indices, result)` brings a result to the host. B · T is at most `tokens_per_batch`,
-    padding included; None takes what keeps the device busy.
+    the computation of a batch whose first rows are the texts of these indices; further rows are
+    padding. `keep(indices, result)` copies a result to the host. B · T is at most
+    `tokens_per_batch`, padding included; None: by the device.
     """
     rows = sharding.row_shards(lm.mesh)
     if tokens_per_batch is None:
@@ -102,13 +100,13 @@ def map_batches(
 def _batches(
     examples: Sequence[Example], tokens_per_batch: int, rows: int, longest: int
 ) -> Iterator[tuple[list[int], tuple[int, int]]]:
-    """Batches of texts of like length: their indices, and rows and columns of the padded batch."""
+    """Batches of texts of similar length: their indices, and the shape of the padded batch."""
     by_length: dict[int, list[int]] = collections.defaultdict(list)
     for i, example in enumerate(examples):
         by_length[min(_round_up_length(len(example.tokens)), longest)].append(i)
     waiting: list[int] = []
     for length, indices in sorted(by_length.items()):
-        # Texts that do not fill a batch of their length join the next longer ones.
+        # Texts that do not fill a batch of their length join longer texts.
         waiting += indices
         size = max(rows, tokens_per_batch // length // rows * rows)
         while len(waiting) >= size:
@@ -120,7 +118,7 @@ def _batches(
 
 
 def _round_up_length(length: int) -> int:
-    """One compiled program for each of these lengths: few of them, all less than 1/8 apart."""
+    """The length of a compiled program for a text: few lengths, all less than 1/8 apart."""
     return round_up(length, max(8, (1 << length.bit_length()) // 16))
 
 

@@ -1,9 +1,9 @@
 """Files of the stores, each with a checksum that is compared when it is read.
 
 A disk or a transfer may flip bits. A file that does not match its checksum is never used: stores
-compute it anew with a warning. The checksum is CRC-32, which notices every error within 32 bits and
-misses others once in four thousand million times. Files keep their formats: the checksum is a field
-of a JSON file, and the comment of a zip file.
+compute it again with a warning. The checksum is CRC-32, which detects every error within 32 bits
+and misses others with a probability of 2^-32. Files keep their formats: the checksum is a field of
+a JSON file, and the comment of a zip file.
 """
 
 import concurrent.futures
@@ -28,13 +28,13 @@ _CHUNK = 1 << 24  # bytes
 
 
 class DamagedError(ValueError):
-    """A stored file is not as it was written."""
+    """A stored file has changed since it was written."""
 
 
 def read_stored(path: pathlib.Path, read: Callable[[pathlib.Path], T]) -> T | None:
     """Reads a result that an earlier run stored; None if it has to be computed.
 
-    `read` raises `DamagedError` if the file is not as it was written, which is said in a warning.
+    A `DamagedError` of `read` becomes a warning.
     """
     if not path.exists():
         return None
@@ -52,7 +52,7 @@ def write_json(path: pathlib.Path, content: object) -> None:
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """Reads what `write_json` wrote; raises `DamagedError` if it is not as it was written."""
+    """Reads a file of `write_json`; raises `DamagedError` if it has changed since."""
     data = path.read_bytes()
     size = len(_HEAD.format(0))
     if data[:size] != _HEAD.format(zlib.crc32(data[size:])).encode():
@@ -70,7 +70,7 @@ def write_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Reads what `write_arrays` wrote; raises `DamagedError` if it is not as it was written."""
+    """Reads a file of `write_arrays`; raises `DamagedError` if it has changed since."""
     data = path.read_bytes()
     if data[-8:] != f"{zlib.crc32(data[:-8]):08x}".encode():
         raise _damaged(path)
@@ -86,10 +86,10 @@ def file_checksum(path: pathlib.Path) -> str:
     size = path.stat().st_size
     with open(path, "rb") as file, concurrent.futures.ThreadPoolExecutor() as threads:
 
-        def of_chunk(start: int) -> bytes:
+        def checksum(start: int) -> bytes:
             return struct.pack("<I", zlib.crc32(os.pread(file.fileno(), _CHUNK, start)))
 
-        return f"{zlib.crc32(b''.join(threads.map(of_chunk, range(0, size, _CHUNK)))):08x}"
+        return f"{zlib.crc32(b''.join(threads.map(checksum, range(0, size, _CHUNK)))):08x}"
 
 
 def _write(path: pathlib.Path, data: bytes) -> None:

@@ -6,16 +6,16 @@
     tensorboard/    the same for TensorBoard
 
 A run may be killed at any moment. The last whole checkpoint is restored, on any number of devices,
-and the metrics are cut back to it. Metrics are written before the checkpoint of their epoch or
+and the metrics are truncated to it. Metrics are written before the checkpoint of their epoch or
 step. SIGTERM saves the current epoch or step.
 
-A checkpoint holds a digest of its state and of the metrics up to it, with which the restored ones
-are compared: where bytes have changed on the disk the run goes on from the checkpoint before,
-with a warning, and ends with the same bits. The digest is taken where the state lies, once at every
-save and every resume, of 12 bytes a weight when all weights are fine-tuned (0.4 GB/s on two busy
-CPU cores). No file is read for it.
+A checkpoint has a digest of its state and of the metrics up to it, with which the restored ones are
+compared: if bytes have changed on the disk the run resumes from the previous checkpoint, with a
+warning, and ends with the same bits. The digest is computed on the device, once at every save and
+every resume, from 12 bytes a weight when all weights are fine-tuned (0.4 GB/s on two busy CPU
+cores). No file is read for it.
 
-Of several processes each writes its part of a checkpoint, and process 0 everything else.
+Each process writes its part of a checkpoint; process 0 writes everything else.
 """
 
 import atexit
@@ -70,20 +70,16 @@ class UnsavedRun:
 class RunFolder:
     """Opens a folder for a run, new or to be resumed; use as a context manager.
 
-    Args:
-        folder: Where; created if missing.
-        settings: All that decides the result, as nested plain values.
-        abstract_state: The training state as `jax.ShapeDtypeStruct` leaves with shardings.
-        unit: What the run counts, "epoch" or "step": a field of every line of metrics.
+    The folder is created if missing. `settings` are all settings that decide the result, as nested
+    plain values; `abstract_state` is the training state as `jax.ShapeDtypeStruct` leaves with
+    shardings; `unit` is the unit of progress, "epoch" or "step", a field of every line of metrics.
+    A ValueError means that the folder holds another run, or that all of its checkpoints are
+    damaged; a FileNotFoundError, that hosts do not share it.
 
     Attributes:
-        done: Last epoch or step that is done; 0 for a new run.
+        done: Last finished epoch or step; 0 for a new run.
         state: The training state after it; None for a new run.
-        metrics: The lines logged up to then.
-
-    Raises:
-        ValueError: If the folder holds another run, or none of its checkpoints is as it was saved.
-        FileNotFoundError: If hosts do not share the folder.
+        metrics: The lines logged up to it.
     """
 
     def __init__(
@@ -93,7 +89,7 @@ class RunFolder:
         abstract_state: PyTree,
         unit: str,
     ):
-        from orbax.checkpoint import v1 as ocp  # slow to import: only who keeps files waits
+        from orbax.checkpoint import v1 as ocp  # slow to import, and not always needed
 
         folder.mkdir(parents=True, exist_ok=True)
         # JSON turns tuples into lists, as they are read back.
@@ -108,20 +104,22 @@ class RunFolder:
         self._folder, self._unit = folder, unit
         lines = _read_log(folder / "metrics.jsonl")
         damaged: list[str] = []
-        for step in sorted((each.step for each in self._checkpoints.checkpoints), reverse=True):
+        steps = sorted((saved.step for saved in self._checkpoints.checkpoints), reverse=True)
+        for step in steps:
             self.metrics, digest = _up_to(lines, unit, step)
             try:
                 with _one_error():
                     self.state = self._load(step, abstract_state, digest)
             except Exception as error:
-                reason = (str(error).splitlines() or [type(error).__name__])[0]  # Orbax has pages
+                # Orbax's messages have pages.
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
                 damaged.append(f"{folder / 'checkpoints' / str(step)}: {reason[:300]}")
             if not hosts.anywhere(self.state is None):
                 self.done = step
                 break
             self.state = None
         if damaged:
-            self._give_up(damaged)
+            self._remove_damaged(damaged)
         self.metrics, self._metrics_digest = _up_to(lines, unit, self.done)
         self._writers: dict[str, SummaryWriter] = {}
         self._open = contextlib.ExitStack()
@@ -140,21 +138,21 @@ class RunFolder:
             raise ValueError("metrics.jsonl is not as it was when this was saved")
         return state
 
-    def _give_up(self, damaged: Sequence[str]) -> None:
-        """Removes damaged checkpoints if there is one before them, else refuses the run."""
-        what = "\n  ".join(damaged)
+    def _remove_damaged(self, damaged: Sequence[str]) -> None:
+        """Removes damaged checkpoints if an earlier one is whole, else refuses the run."""
+        reasons = "\n  ".join(damaged)
         if self.state is None:
             raise ValueError(
-                f"{self._folder}: no checkpoint is as it was saved:\n  {what}\n"
-                "remove this folder to start anew, or start in another workdir"
+                f"{self._folder}: no checkpoint is as it was saved:\n  {reasons}\n"
+                "remove this folder to start again, or start in another workdir"
             )
         if hosts.is_lead():
-            for each in self._checkpoints.checkpoints:
-                if each.step > self.done:
-                    shutil.rmtree(self._folder / "checkpoints" / str(each.step))
+            for saved in self._checkpoints.checkpoints:
+                if saved.step > self.done:
+                    shutil.rmtree(self._folder / "checkpoints" / str(saved.step))
             warnings.warn(
                 f"the run goes on from {self._unit} {self.done}, the checkpoint before; removed as "
-                f"damaged:\n  {what}",
+                f"damaged:\n  {reasons}",
                 stacklevel=4,
             )
         hosts.wait_for(self._folder)
@@ -177,23 +175,20 @@ class RunFolder:
             if error is not None and hosts.is_lead():
                 checkpoints = self._folder / "checkpoints"
                 _remove_cut_short(checkpoints)
-                # Once more at exit, when the writing threads have ended.
+                # Again at exit, when the writing threads have ended.
                 atexit.register(_remove_cut_short, checkpoints)
         finally:
             self._open.__exit__(kind, error, trace)
 
     def finish(self, done: int, lines: Sequence[Metrics], state: PyTree, save: bool) -> None:
-        """Logs an epoch or step, and saves it if `save` says that it is due, or SIGTERM came.
+        """Logs an epoch or step, and saves it if `save` or if SIGTERM came.
 
-        The checkpoint is whole on the disk when this returns.
-
-        Raises:
-            OSError: If it could not be saved; the checkpoints before it stay.
-            hosts.Preempted: If SIGTERM came, to this process or another; the state is saved.
+        The checkpoint is whole on the disk when this returns. An OSError means that it could not be
+        saved, `hosts.Preempted` that it is saved and SIGTERM came, to this process or another.
         """
         if hosts.is_lead():
             self._log(lines)
-        _add(self._metrics_digest, lines)
+        _update(self._metrics_digest, lines)
         terminated = self._terminated()
         if save or terminated:
             self._save(done, state)
@@ -260,7 +255,7 @@ def _one_error() -> Iterator[None]:
 
     asyncio_log.addFilter(is_new)
     sys.unraisablehook = report
-    yield  # what fails later comes after a failure: both stay
+    yield  # after a failure later errors may follow: the filters stay
     asyncio_log.removeFilter(is_new)
     sys.unraisablehook = hook
 
@@ -274,7 +269,7 @@ def _check_same_run(folder: pathlib.Path, settings: Mapping[str, object]) -> Non
         before, now = _flat(json.loads(path.read_bytes())), _flat(settings)
     except (ValueError, AttributeError) as error:
         raise ValueError(
-            f"{path}: damaged ({error}); remove {folder} to start anew, or give another workdir"
+            f"{path}: damaged ({error}); remove {folder} to start again, or give another workdir"
         ) from error
     different = [
         f"{name}: {before.get(name)} there, {now.get(name)} asked for"
@@ -285,7 +280,7 @@ def _check_same_run(folder: pathlib.Path, settings: Mapping[str, object]) -> Non
         raise ValueError(
             f"{folder} holds a run that cannot be resumed with other settings or data:\n  "
             + "\n  ".join(different)
-            + "\ngive another workdir, or remove this one to start anew"
+            + "\ngive another workdir, or remove this one to start again"
         )
 
 
@@ -295,7 +290,7 @@ def _flat(tree: Mapping[str, object]) -> dict[str, object]:
 
 
 def _read_log(path: pathlib.Path) -> list[Metrics]:
-    """The metrics of a folder up to a line that a kill cut short, or that is damaged."""
+    """The metrics of a folder up to a truncated or damaged line."""
     lines: list[Metrics] = []
     if not path.is_file():
         return lines
@@ -314,10 +309,10 @@ def _up_to(lines: Sequence[Metrics], unit: str, done: int) -> tuple[list[Metrics
     """The metrics up to an epoch or step, and their running digest."""
     until = [line for line in lines if isinstance(at := line.get(unit), int) and at <= done]
     digest = hashlib.sha256()
-    _add(digest, until)
+    _update(digest, until)
     return until, digest
 
 
-def _add(digest: Any, lines: Sequence[Metrics]) -> None:
+def _update(digest: Any, lines: Sequence[Metrics]) -> None:
     for line in lines:
         digest.update(json.dumps(line).encode())

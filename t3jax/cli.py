@@ -1,4 +1,4 @@
-"""What the commands share: their flags and errors, their config, and the compilation cache."""
+"""The shared part of the commands: flags, errors, config and compilation cache."""
 
 import contextlib
 import dataclasses
@@ -20,8 +20,8 @@ from ml_collections.config_dict import placeholder
 from t3jax import files, hosts
 from t3jax.settings import Settings, config_fields, expected, from_config, names_of, nearest
 
-# Statuses of a script that was stopped: by Ctrl-C, by a reader that wants no more, by SIGTERM.
-STOPPED = tuple(128 + each for each in (signal.SIGINT, signal.SIGPIPE, signal.SIGTERM))
+# Statuses of a script that was stopped: by Ctrl-C, by a closed pipe, by SIGTERM.
+STOPPED = tuple(128 + number for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGTERM))
 _CONFIGS = pathlib.Path(__file__).parent / "configs"
 _OVERRIDE = re.compile(r"--?config\.(?P<field>[\w.]+)=(?P<value>.*)", re.DOTALL)
 
@@ -30,18 +30,18 @@ def run(command: Callable[[Settings], None]) -> None:
     """Runs a command on its `--config=configs/NAME.py`; an error of its input is one line.
 
     Without `--config` the default recipe is taken. `--FIELD=VALUE` is short for
-    `--config.FIELD=VALUE`. The flag `--distributed` says whether several processes are one program,
-    see `hosts.initialize`; process 0 alone then prints. Ctrl-C ends with status 130 and SIGTERM
-    with 143; training puts SIGTERM off until its state is saved.
+    `--config.FIELD=VALUE`. The flag `--distributed` joins several processes to one program, see
+    `hosts.initialize`; only process 0 then prints. Ctrl-C ends with status 130 and SIGTERM with
+    143; training defers SIGTERM until its state is saved.
     """
     distributed = flags.DEFINE_enum(
         "distributed", "auto", hosts.MODES, "Whether to join the processes of a cluster."
     )
     name = pathlib.Path(sys.argv[0]).name
-    words = [sys.argv[0], *map(_with_prefix, sys.argv[1:])]
+    words = [sys.argv[0], *map(_complete, sys.argv[1:])]
     # `--config.FIELD=None` is read here: the flags would take it for a text, or refuse it.
-    given = {m["field"]: m["value"] for word in words if (m := _OVERRIDE.fullmatch(word))}
-    unset = [field for field, value in given.items() if value == "None"]
+    overrides = {m["field"]: m["value"] for word in words if (m := _OVERRIDE.fullmatch(word))}
+    unset = [field for field, value in overrides.items() if value == "None"]
     args = [word for word in words if not re.fullmatch(r"--?config\.[\w.]+=None", word)]
     if not any(re.match(r"--?config(=|$)", word) for word in args):
         args.insert(1, f"--config={_CONFIGS / 'default.py'}")
@@ -58,25 +58,12 @@ def run(command: Callable[[Settings], None]) -> None:
             _unset(flag.value, unset)
             settings.append(from_config(Settings, flag.value))
             return rest
-        except flags.UnrecognizedFlagError as error:
-            field = error.flagname.removeprefix("config.")
-            sys.exit(f"{name}: {error}{nearest(field, [*names_of(), *flags.FLAGS])}")
-        except flags.IllegalFlagValueError as error:
-            sys.exit(f"{name}: {_expected(error)}")
-        except AttributeError as error:  # from ml_collections: a field that is not there
-            named = [field for word in words for field in re.findall(r"^--?config\.([\w.]+)", word)]
-            named += re.findall(r"^['\"]+(?:Key ['\"])?(\w+)", str(error))
-            unknown = [field for field in named if field not in names_of()]
-            said = f"unknown config key {unknown[0]!r}{nearest(unknown[0])}" if unknown else None
-            sys.exit(f"{name}: {said or _odd(error)}")
-        except (flags.Error, ValueError) as error:
-            sys.exit(f"{name}: {error}")
         except Exception as error:  # a config file is Python, and may raise anything
-            sys.exit(f"{name}: {_odd(error)}")
+            sys.exit(f"{name}: {_describe_config_error(error, words)}")
 
     def main(_: list[str]) -> None:
         logging.set_verbosity(logging.FATAL)  # Orbax logs its steps, and errors that it raises
-        _take_any_text()
+        _accept_any_text()
         hosts.raise_at_signals()
         enable_compilation_cache()
         try:
@@ -88,12 +75,12 @@ def run(command: Callable[[Settings], None]) -> None:
                     _flush()
         except hosts.Preempted as error:
             print(f"{name}: {error}", file=sys.stderr)
-            sys.exit(hosts.PREEMPTED_STATUS)  # all processes end so, and wait for one another
+            sys.exit(hosts.PREEMPTED_STATUS)  # all processes end, and wait for one another
         except KeyboardInterrupt as error:
             hosts.stop_raising()
             number = signal.SIGTERM if isinstance(error, hosts.Terminated) else signal.SIGINT
             _fail(f"{name}: stopped ({number.name})", 128 + number)
-        except BrokenPipeError:  # who reads the answers wants no more
+        except BrokenPipeError:  # the reader of the output has closed it
             _fail("", 128 + signal.SIGPIPE)
         except Exception as error:
             if (message := _one_line(error)) is not None:
@@ -124,8 +111,8 @@ def _unset(config: ConfigDict, names: Sequence[str]) -> None:
     for name in names:
         *sections, field = name.split(".")
         section = config
-        for each in sections:
-            section = section.get(each, {})
+        for part in sections:
+            section = section.get(part, {})
         if field not in section:
             raise ValueError(f"unknown config key {name!r}{nearest(name)}")
         if name not in optional:
@@ -133,27 +120,41 @@ def _unset(config: ConfigDict, names: Sequence[str]) -> None:
         section[field] = None
 
 
-def _with_prefix(word: str) -> str:
-    """A flag that names a field, as one of the config; a config that ships, as its path."""
-    if (found := re.match(r"--?(\w+)[\w.]*(=|$)", word)) and found[1] in names_of():
+def _complete(word: str) -> str:
+    """Completes a flag of a field to `--config.FIELD`, and the name of a config to its path."""
+    if (match := re.match(r"--?(\w+)[\w.]*(=|$)", word)) and match[1] in names_of():
         return "--config." + word.lstrip("-")
-    if found := re.fullmatch(r"--?config=(?:configs/)?(\w+)(?:\.py)?(:.*)?", word):
-        shipped = _CONFIGS / f"{found[1]}.py"
+    if match := re.fullmatch(r"--?config=(?:configs/)?(\w+)(?:\.py)?(:.*)?", word):
+        shipped = _CONFIGS / f"{match[1]}.py"
         path = pathlib.Path(word.partition("=")[2].partition(":")[0])
         if shipped.is_file() and not path.is_file():
-            return f"--config={shipped}{found[2] or ''}"
+            return f"--config={shipped}{match[2] or ''}"
     return word
 
 
-def _odd(error: Exception) -> str:
+def _describe_config_error(error: Exception, words: Sequence[str]) -> str:
+    """An error of the config or the command line, with the nearest name for an unknown one."""
+    match error:
+        case flags.UnrecognizedFlagError():
+            field = error.flagname.removeprefix("config.")
+            return f"{error}{nearest(field, [*names_of(), *flags.FLAGS])}"
+        case flags.IllegalFlagValueError():
+            return _expected(error)
+        case AttributeError():  # from ml_collections: an unknown field
+            named = [field for word in words for field in re.findall(r"^--?config\.([\w.]+)", word)]
+            named += re.findall(r"^['\"]+(?:Key ['\"])?(\w+)", str(error))
+            if unknown := [field for field in named if field not in names_of()]:
+                return f"unknown config key {unknown[0]!r}{nearest(unknown[0])}"
+        case flags.Error() | ValueError():
+            return str(error)
     return f"the config cannot be read: {type(error).__name__}: {error}"
 
 
 def to_config(options: Any, metadata: Mapping[str, object] | None = None) -> ConfigDict:
     """Makes a config of the defaults of a dataclass of options, with sections for dataclasses.
 
-    A `placeholder` in it is None until it is set. `metadata` is that of the dataclass's field in
-    another one, see `config_fields`.
+    A `placeholder` in it is None until it is set. `metadata` belongs to the field of which the
+    dataclass is the section, see `config_fields`.
     """
     config, hints = ConfigDict(), typing.get_type_hints(options)
     for name, field in config_fields(options, metadata):
@@ -169,17 +170,17 @@ def to_config(options: Any, metadata: Mapping[str, object] | None = None) -> Con
 
 
 def _expected(error: flags.IllegalFlagValueError) -> str:
-    """The type that a flag's value does not have, as an error."""
+    """The error of a flag's value, with the expected type."""
     message = " ".join(str(error).split())
-    found = re.match(r"flag --config\.([\w.]+)=(.*?): ", message)
-    if found is None:
+    match = re.match(r"flag --config\.([\w.]+)=(.*?): ", message)
+    if match is None:
         return message
-    name, value = found.groups()
+    name, value = match.groups()
     return f"config.{name} = {value!r}: expected {expected(name) or f'another value; {message}'}"
 
 
-def _take_any_text() -> None:
-    """Escapes characters that the locale cannot show, and reads typed text as UTF-8."""
+def _accept_any_text() -> None:
+    """Escapes characters that the locale cannot print, and reads typed text as UTF-8."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -193,7 +194,7 @@ def _flush() -> None:
     try:
         sys.stdout.flush()
     except OSError as error:
-        # Python would try again when it ends, and print a second error.
+        # At exit Python would flush again and print a second error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             raise
@@ -201,10 +202,10 @@ def _flush() -> None:
 
 
 def _one_line(error: Exception) -> str | None:
-    """The error of input or machine in one line; None if the program itself is wrong."""
+    """An error of the input or the machine in one line; None for an error of the program."""
     causes: list[BaseException] = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
-        if cause in causes:  # a library raised an earlier one again
+        if cause in causes:  # a library raised an earlier error again
             break
         causes.append(cause)
     if any(map(files.is_full, causes)):
@@ -219,12 +220,12 @@ def _one_line(error: Exception) -> str | None:
 
 
 def _no_room(causes: Sequence[BaseException]) -> str:
-    """One line on a full disk: libraries' own messages are pages."""
+    """One line on a full disk, where the messages of libraries have pages."""
     named = [c for c in causes if isinstance(c, OSError) and c.filename is not None]
     if named:
         return (
             f"{os.fsdecode(named[0].filename)}: {named[0].strerror}; make room and start again, "
-            "what is finished is kept"
+            "finished work is kept"
         )
     # The project's message holds the library's in parentheses, which is left out.
     message = re.sub(r" \(.*\)", "", str(causes[0]), flags=re.DOTALL)

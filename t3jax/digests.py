@@ -1,10 +1,9 @@
-"""Cache keys: digests of all that a stored result depends on.
+"""Cache keys: digests of everything that a stored result depends on.
 
-Every store of this package makes its keys here. A key holds the model (`model_digest`: shape,
+Every store of this package makes its keys here. A key covers the model (`model_digest`: shape,
 weights and their dtypes, tokens that end an answer, tokenizer and chat template), the tokens or
-rows, the options, and the source of the module that computes with all that it imports
-(`code_digest`). Paths and names are in no key. A digest is a guard against mistakes, not against
-forgery.
+rows, the options, and the source of the computing module with its imports (`code_digest`). Paths
+and names are in no key. A digest is a guard against mistakes, not against forgery.
 """
 
 import ast
@@ -40,20 +39,19 @@ _digest_of_model: "weakref.WeakKeyDictionary[LM, str]" = weakref.WeakKeyDictiona
 
 
 def make_key(*parts: str) -> str:
-    """The key of a stored result: a digest of its parts, 32 hexadecimal digits."""
+    """The key of a stored result, 32 hexadecimal digits."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 def model_digest(lm: LM) -> str:
-    """A digest of all of a model that decides features, scores and answers.
+    """A digest of the parts of a model that decide features, scores and answers.
 
-    The shape (all of `LMConfig`), the weights with their dtypes, the end tokens, the longest text,
-    the tokenizer and its chat template. The code of a loaded model's decoder is the business of
-    `code_digest`. Functions of the user's own, those of `make_lm`, have no shape that says what
-    they compute: here it is the programs that JAX makes of them for short texts, with and without a
-    cache, and all numbers that the functions hold themselves. Two versions of JAX may make
-    different programs, and a function that computes something else only for texts longer than 128
-    tokens goes unnoticed.
+    They are the shape (all of `LMConfig`), the weights with their dtypes, the end tokens, the
+    longest text, the tokenizer and its chat template. `code_digest` covers the code of the decoder.
+    The functions of a user's own model (`make_lm`) have no shape: their JAX programs for short
+    texts, with and without a cache, and with the constants in them, take its place. Two versions of
+    JAX may make different programs, and a function that differs only for texts longer than 128
+    tokens is not noticed.
     """
     if lm not in _digest_of_model:
         _digest_of_model[lm] = make_key(
@@ -66,11 +64,11 @@ def model_digest(lm: LM) -> str:
 
 
 def params_digest(params: PyTree) -> str:
-    """A digest of a tree's names, shapes, dtypes and bits, wherever its arrays are placed.
+    """A digest of a tree's names, shapes, dtypes and bits.
 
-    Two weighted sums of each leaf's bits, modulo 2^32, are taken on the device: at memory
+    Two weighted sums of each leaf's bits, modulo 2^32, are computed on the device: at memory
     bandwidth, without moving weights, and the same for every sharding. A change of a single number
-    always changes it.
+    always changes the digest.
     """
     leaves = jax.tree.leaves_with_path(params)
     sums = hosts.fetch([_checksum(leaf) for _, leaf in leaves])
@@ -96,23 +94,23 @@ def _checksum(leaf: jax.Array) -> jax.Array:
 
 
 def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase | None") -> str:
-    """A digest of what a tokenizer makes of texts and tokens, chat template included."""
+    """A digest of everything that decides a tokenizer's results, chat template included."""
     if tokenizer is None:
         return "none"
     if backend := getattr(tokenizer, "backend_tokenizer", None):
-        cutting = json.loads(backend.to_str())
-        # Every call sets these anew.
-        cutting.pop("padding", None)
-        cutting.pop("truncation", None)
+        state = json.loads(backend.to_str())
+        # Every call sets these again.
+        state.pop("padding", None)
+        state.pop("truncation", None)
     else:
-        cutting = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    others = ("chat_template", "special_tokens_map", "clean_up_tokenization_spaces")
-    parts = [cutting, *(getattr(tokenizer, name, None) for name in others)]
+        state = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    attributes = ("chat_template", "special_tokens_map", "clean_up_tokenization_spaces")
+    parts = [state, *(getattr(tokenizer, name, None) for name in attributes)]
     return make_key(type(tokenizer).__name__, json.dumps(parts, sort_keys=True, default=str))
 
 
 def examples_digest(examples: Sequence[Example]) -> str:
-    """A digest of token ids and of where the answers start."""
+    """A digest of token ids and of the starts of the answers."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(f"{len(example.tokens)} {example.answer_start} ".encode())
@@ -127,9 +125,9 @@ def rows_digest(rows: Sequence[Record]) -> str:
 
 @functools.cache
 def code_digest(*modules: str) -> str:
-    """A digest of the source of modules and of all that they import of this package.
+    """A digest of the source of modules and of their imports from this package.
 
-    A package's `__init__.py` counts where a name is imported from it.
+    A package's `__init__.py` is included where a name is imported from it.
     """
     digest = hashlib.sha256()
     for module in imported_modules(*modules):
@@ -139,7 +137,7 @@ def code_digest(*modules: str) -> str:
 
 
 def imported_modules(*modules: str) -> list[str]:
-    """Modules of this package and all of it that they import, directly or not, sorted."""
+    """These modules and their imports from this package, directly or not, sorted."""
     reached: set[str] = set()
     waiting = list(modules)
     while waiting:
@@ -154,16 +152,16 @@ def _imports(module: str) -> tuple[str, ...]:
     """Modules of this package that a module imports anywhere in its source."""
     source = _source(module)
     package = module if source.name == "__init__.py" else module.rpartition(".")[0]
-    found: set[str] = set()
+    names: set[str] = set()
     for node in ast.walk(ast.parse(source.read_bytes())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             origin = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
             for alias in node.names:
                 inner = f"{origin}.{alias.name}"
-                found.add(inner if _is_module(inner) else origin)
-    return tuple(sorted(filter(_is_module, found)))
+                names.add(inner if _is_module(inner) else origin)
+    return tuple(sorted(filter(_is_module, names)))
 
 
 def _is_module(name: str) -> bool:
@@ -179,8 +177,8 @@ def _shape(lm: LM) -> str:
     decoders = (decoder.apply, decoder.unembed, init_cache)
     functions = (lm.apply, lm.unembed, lm.init_cache)
     if lm.config is not None and all(
-        isinstance(mine, functools.partial) and mine.func is loaded and mine.args == (lm.config,)
-        for mine, loaded in zip(functions, decoders, strict=True)
+        isinstance(part, functools.partial) and part.func is original and part.args == (lm.config,)
+        for part, original in zip(functions, decoders, strict=True)
     ):
         return repr(lm.config)
     return make_key(*_programs(lm))

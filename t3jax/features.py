@@ -1,8 +1,8 @@
-"""Frozen features: what the head sees before each answer token, and their store on disk.
+"""Frozen features, the head's input before each answer token, and their store on disk.
 
 One forward pass of the base model over a set of texts gives the features of every prefix, in the
-paper the causal mean of its hidden states; only those of answer positions are kept. No logits are
-formed. Axes: B batch, T time, F width of the features, N answer tokens of a set, S its sequences.
+paper the causal mean of its hidden states; only those before answer tokens are kept. No logits are
+computed. Axes: B batch, T time, F width of the features, N answer tokens of a set, S its sequences.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ class Features:
     """The answer tokens of a set of texts with the feature of the prefix before each.
 
     Attributes:
-        pooled: Features of the text up to the token before, `[N, F]`.
-        targets: The answer token that came next, int32 `[N]`.
-        starts: Sequence i owns rows `starts[i]:starts[i + 1]`, int64 `[S + 1]`.
-        key: What these features are of: model, tokens, dtype and code; "" if unknown.
+        pooled: Features of the prefix before the answer token, `[N, F]`.
+        targets: The answer token, int32 `[N]`.
+        starts: Sequence i has the rows `starts[i]:starts[i + 1]`, int64 `[S + 1]`.
+        key: Cache key, a digest of model, tokens, dtype and code; "" if unknown.
         soft: Targets of a distilled head for the same answer tokens, NumPy arrays `[N, ...]`; None
             for the paper's classifier.
     """
@@ -55,11 +55,11 @@ class Features:
 
     @classmethod
     def concatenate(cls, sets: Sequence["Features"]) -> "Features":
-        """The sequences of all sets, set by set; one set is returned as it is."""
+        """The sequences of all sets, set by set; a single set is returned itself."""
         if len(sets) == 1:
             return sets[0]
         soft = [features.soft for features in sets]
-        if any(each is None for each in soft) and any(each is not None for each in soft):
+        if len({targets is None for targets in soft}) > 1:
             raise ValueError("some of the sets have targets for distillation and others have none")
         starts = np.concatenate([[0], *(np.diff(features.starts) for features in sets)])
         return cls(
@@ -71,7 +71,7 @@ class Features:
         )
 
     def select(self, sequences: Sequence[int] | np.ndarray) -> "Features":
-        """The features of some of the sequences, in the order given."""
+        """The features of some sequences, in the order of the argument."""
         sequences = np.asarray(sequences, np.int64)
         rows = [np.arange(self.starts[i], self.starts[i + 1]) for i in sequences]
         flat = np.concatenate(rows) if rows else np.zeros(0, np.int64)
@@ -90,18 +90,17 @@ def load_or_compute_features(
     tokens_per_batch: int | None = None,
     progress: str | None = None,
 ) -> Features:
-    """The features of `examples`, from the store if they are there, else computed and stored.
+    """The features of `examples`, read from the store, or computed and stored.
 
-    Features are stored under a key of all that they depend on, see `t3jax.digests`: a change of any
-    part computes anew, and a stored file appears whole or not at all. A checksum is stored beside
-    them and compared once here, which reads them once (1.2 GB/s on two busy cores); damaged ones
-    are computed anew, with a warning.
+    Features are stored under a cache key of everything that they depend on, see `t3jax.digests`,
+    and are written atomically. A checksum is stored beside them and compared once here, which reads
+    them once (1.2 GB/s on two busy cores); damaged features are computed again, with a warning.
 
     Args:
         lm: The base model.
         examples: Tokenised texts with their answers.
         store: Folder of the store; created if missing.
-        kind: What a head is to read, one of `pooling.FEATURES`.
+        kind: The features that the head reads, one of `pooling.FEATURES`.
         dtype: "float32" or "bfloat16" on disk; the mean itself is always computed in float32.
         tokens_per_batch: Tokens of one forward pass, padding included; None: by the device.
         progress: Label of a progress bar with rate and remaining time; None shows none.
@@ -140,7 +139,7 @@ def load_or_compute_features(
 
 
 def feature_key(lm: LM, examples: Sequence[Example], dtype: str, kind: str = "mean") -> str:
-    """Name of a set of features: a digest of all that they depend on."""
+    """The cache key of a set of features."""
     return digests.make_key(
         kind,
         dtype,
@@ -177,7 +176,7 @@ def _compute(
     tokens_per_batch: int | None,
     progress: str | None,
 ) -> None:
-    """Computes features into `pooled`; a process without it computes with the one that writes."""
+    """Computes features into `pooled`, which only process 0 has; all processes compute."""
 
     def compute(_: list[int], tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         features = feature_pass(lm.apply, lm.params, tokens, mask, kind)
@@ -185,7 +184,7 @@ def _compute(
 
     def keep(batch: list[int], result: tuple[jax.Array, jax.Array]) -> None:
         if not (finite := np.asarray(result[1])[: len(batch)]).all():
-            raise FloatingPointError(_not_finite(lm, batch[int(np.argmin(finite))], progress))
+            raise FloatingPointError(_explain_inf(lm, batch[int(np.argmin(finite))], progress))
         if pooled is None:
             return
         host = np.asarray(result[0])
@@ -207,8 +206,8 @@ def _describe(folder: pathlib.Path, shape: tuple[int, int], **fields: str) -> No
     checked.write_json(folder / _DESCRIPTION, description)
 
 
-def _not_finite(lm: LM, row: int, progress: str | None) -> str:
-    """An error message: which text has hidden states that are not finite, and the likely cause."""
+def _explain_inf(lm: LM, row: int, progress: str | None) -> str:
+    """The message on a text whose hidden states are not finite, with the likely cause."""
     where = f"text {row + 1}" + (f" of {progress}" if progress else "")
     broken = [
         jax.tree_util.keystr(path, simple=True, separator=".")
@@ -217,16 +216,16 @@ def _not_finite(lm: LM, row: int, progress: str | None) -> str:
     ]
     dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(lm.params)}
     if broken:
-        cause = f"its weights hold NaN or Inf ({', '.join(broken[:3])}); get them anew"
+        cause = f"its weights hold NaN or Inf ({', '.join(broken[:3])}); download them again"
     elif "float16" in dtypes:
         cause = "float16 ends at 65504; load the model with dtype bfloat16 or float32"
     else:
-        cause = "its weights are finite, but what they compute is not; they are likely broken"
+        cause = "its weights are finite, but their results are not; they are likely broken"
     return f"{where}: the hidden states of {lm.name} are not finite: {cause}"
 
 
 def _is_whole(folder: pathlib.Path, size: int) -> bool:
-    """Whether features are there as they were written."""
+    """Whether a folder holds undamaged features."""
 
     def read(description: pathlib.Path) -> bool:
         expected = checked.read_json(description)["checksum"]

@@ -1,6 +1,6 @@
-"""Writing files so that a partial one is never taken for a whole one.
+"""Atomic writes of files and folders, and locks of folders.
 
-The temporary files of a killed run are removed by the next one that writes to the same place: their
+The temporary files of a killed run are removed by the next run that writes to the same path: their
 names hold the host and the process that made them.
 """
 
@@ -17,7 +17,7 @@ import socket
 import tempfile
 from collections.abc import Iterator
 
-# How a file system says that there is no room, and how libraries that raise no OSError do.
+# Error numbers of a full file system, and their texts in the errors of libraries.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_TEXTS = tuple(os.strerror(number) for number in FULL)
 _LOCK = ".lock"
@@ -25,15 +25,12 @@ _LOCK = ".lock"
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives a temporary path, in the same folder, that takes the place of `path` once it is whole.
+    """Yields a temporary path in the same folder, which replaces `path` after the block.
 
-    If the block fails, or the disk is full, what stood at `path` stays as it was and the temporary
-    file is removed.
-
-    Raises:
-        OSError: If it cannot be written; names `path`.
+    If the block fails, or the disk is full, `path` is unchanged and the temporary file is removed;
+    an OSError names `path`.
     """
-    _remove_left(path)
+    _remove_leftovers(path)
     temporary = _temporary(path, "tmp")
     try:
         with _naming(path, temporary):
@@ -49,15 +46,15 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 def replacing_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Like `replacing`, for a folder: all of its files appear together or not at all.
 
-    A folder that a kill left set aside, just before the new one stood, comes back first.
+    A folder that a killed run had renamed, and not yet replaced, is restored first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.old"):
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.old"):
         if path.exists():
-            shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(leftover, ignore_errors=True)
         else:
-            os.replace(left, path)
-    _remove_left(path)
+            os.replace(leftover, path)
+    _remove_leftovers(path)
     temporary, old = _temporary(path, "tmp"), _temporary(path, "old")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -77,10 +74,10 @@ def replacing_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def allocate(path: pathlib.Path, size: int) -> None:
-    """Makes a file of zeros whose bytes are all on the disk, to be mapped into memory.
+    """Makes a file of zeros, to be mapped into memory, with all of its space allocated.
 
-    A file of holes would take them when it is written through the map, where a full disk ends the
-    process (SIGBUS) and not the call.
+    A sparse file would allocate space when it is written through the map, where a full disk ends
+    the process (SIGBUS).
     """
     with open(path, "wb") as file:
         if not size:
@@ -101,13 +98,11 @@ def allocate(path: pathlib.Path, size: int) -> None:
 def claim(folder: pathlib.Path) -> Iterator[None]:
     """Locks a folder against other runs while the block runs; creates it if it is missing.
 
-    The claim ends with the process, however that ends. A folder that was made here and holds
-    nothing at the end is removed.
-
-    Raises:
-        OSError: If another process has claimed it, or it cannot be written to.
+    The lock ends with the process, even one that is killed. A folder that was created here and is
+    empty at the end is removed. An OSError means that another process has claimed it, or that it
+    cannot be written to.
     """
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = _lock(folder)
@@ -125,14 +120,15 @@ def claim(folder: pathlib.Path) -> Iterator[None]:
     finally:
         (folder / _LOCK).unlink(missing_ok=True)
         os.close(descriptor)
-        with contextlib.suppress(OSError):  # one that holds something
-            for each in made:
-                each.rmdir()
+        with contextlib.suppress(OSError):  # one that is not empty
+            for parent in created:
+                parent.rmdir()
 
 
 def check_writable(folder: pathlib.Path) -> None:
-    """Checks that files can be written to a folder, or that it could be made."""
-    nearest = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    """Checks that files can be written to a folder, or that it could be created."""
+    parents = (folder, *folder.absolute().parents)
+    nearest = next(parent for parent in parents if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=nearest) as file:
             file.write(b"0")
@@ -141,14 +137,14 @@ def check_writable(folder: pathlib.Path) -> None:
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error says that a disk is full, in whatever words."""
+    """Whether an error means that a disk is full."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in FULL
     return any(text in str(error) for text in FULL_TEXTS)
 
 
 def slug(text: str) -> str:
-    """Text as part of a file's name: all but letters and digits become dashes."""
+    """A text for a file's name: all characters but letters and digits become dashes."""
     return "".join(c if c.isalnum() else "-" for c in text)
 
 
@@ -171,20 +167,20 @@ def _host() -> str:
     return slug(socket.gethostname())
 
 
-def _remove_left(path: pathlib.Path) -> None:
-    """Removes temporary files of `path` that ended processes of this host left.
+def _remove_leftovers(path: pathlib.Path) -> None:
+    """Removes temporary files of `path` whose process, on this host, has ended.
 
-    Whether processes of other hosts still run is not known here.
+    Processes of other hosts may still run.
     """
-    written = re.compile(rf"\.{re.escape(path.name)}\.{re.escape(_host())}\.(\d+)\.tmp")
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        found = written.fullmatch(left.name)
-        if found is None or _runs(int(found[1])):
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.{re.escape(_host())}\.(\d+)\.tmp")
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        match = pattern.fullmatch(leftover.name)
+        if match is None or _runs(int(match[1])):
             continue
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
         else:
-            left.unlink(missing_ok=True)
+            leftover.unlink(missing_ok=True)
 
 
 def _runs(process: int) -> bool:
@@ -199,7 +195,7 @@ def _runs(process: int) -> bool:
 
 @contextlib.contextmanager
 def _naming(path: pathlib.Path, temporary: pathlib.Path) -> Iterator[None]:
-    """Errors about a temporary file, or about none by name, become errors about `path`."""
+    """Turns errors about a temporary file, or about no named file, into errors about `path`."""
     try:
         yield
     except OSError as error:
@@ -226,7 +222,7 @@ def _lock(folder: pathlib.Path) -> int:
             os.close(descriptor)
             raise
         except OSError as error:
-            # A file system without locks keeps nobody out.
+            # A file system without locks keeps no process out.
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                 os.close(descriptor)
                 raise

@@ -4,8 +4,7 @@
 
 Axes: `...` any batch axes, V vocabulary. Everything is computed in float32. A token whose logit
 is `-inf` is banned and stays `-inf`; a row where every token is banned is all `-inf`. Values and
-gradients are never NaN: the arithmetic that prevents it stands below the equations. This module
-knows nothing of models, heads or sampling.
+gradients are never NaN: the arithmetic that prevents it follows the equations.
 
 References:
     Temper-Then-Tilt, arXiv 2602.10217.
@@ -20,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
-# Larger logits and scores saturate here, and smaller temperatures there: far from anything a model
-# says, and near enough that no sum or product below, or in a gradient, is inf - inf or 0 · inf.
+# Larger logits and scores saturate at the first, smaller temperatures at the second: far from any
+# value of a model, and small enough that no sum or product below is inf - inf or 0 · inf.
 _MAX = 1e30
 _MIN_TEMPERATURE = 1e-18
 
@@ -55,7 +54,7 @@ def tempered_logprobs(
     Args:
         logits: Unnormalised log-probabilities of the base model, `[..., V]`, any float dtype.
         base_temperature: T > 0: a scalar, or one per row, `[...]`. The method uses T >= 1, which
-            flattens; T = 1 leaves the base model as it is.
+            flattens; T = 1 does not change the base model.
 
     Returns:
         `log_softmax(logits / T)`, float32 `[..., V]`, in nats.
@@ -83,8 +82,8 @@ def tilt(
     Args:
         logprobs: Log-probabilities (or any unnormalised ones) to tilt, `[..., V]`.
         scores: Classifier logits g(v) of "retain" if v came next, `[..., V]`.
-        scale: The guidance scale s >= 0: a scalar, or one per row, `[...]`. 0 leaves the
-            distribution as it is.
+        scale: The guidance scale s >= 0: a scalar, or one per row, `[...]`. 0 does not change the
+            distribution.
 
     Returns:
         `log_softmax(logprobs + s · log_sigmoid(scores))`, float32 `[..., V]`, in nats.

@@ -3,14 +3,13 @@
     g_t(v) = W2[v] · act(U hbar_t)
 
 is the logit of "retain" if token v came next after a prefix whose causal mean is `hbar_t`. A head
-may read other features in the place of the mean, see `pooling.prefix_features`. Axes: `...` batch,
-F features (F = D for the mean), R rank, V vocabulary. Parameters are a plain dict of float32
-arrays,
+may read other features than the mean, see `pooling.prefix_features`. Axes: `...` batch, F features
+(F = D for the mean), R rank, V vocabulary. Parameters are a plain dict of float32 arrays,
 
     {"hidden": ({"weight": [R, F], "bias": [R]}, ...), "output": [V, R]}
 
-with a bias only where the config asks for one and one entry of "hidden" for each hidden layer. The
-functions here are pure; files are read and written in `t3jax.head_io`.
+with one entry of "hidden" for each hidden layer; biases are optional. The functions are pure;
+`t3jax.head_io` reads and writes files.
 
 References:
     Temper-Then-Tilt, arXiv 2602.10217, head and training.
@@ -50,7 +49,7 @@ class HeadConfig(Ranged):
         activation: After each hidden layer: "identity" (the paper), "relu", "gelu" or "tanh".
         num_hidden_layers: 1 in the paper.
         bias: Whether hidden layers have a bias; the output layer never has one.
-        features: What the head reads of a prefix, one of `pooling.FEATURES`; "mean" is the paper's.
+        features: The features of a prefix, one of `pooling.FEATURES`; "mean" is the paper's.
     """
 
     hidden_size: Annotated[int, whole(1)]
@@ -74,7 +73,7 @@ class HeadConfig(Ranged):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Head:
-    """A trained classifier and how it is meant to be used.
+    """A trained classifier with its serving parameters.
 
     Attributes:
         config: Its shape.
@@ -83,7 +82,7 @@ class Head:
         guidance_scale: s, the strength of the tilt.
         model: Folder or hub id of the base model whose features it was trained on; "" if unknown.
         prior_shift: Constant added to the scores, see `t3jax.head.class_prior_shift`.
-        record: How it was trained: settings, numbers of tokens, final metrics, versions.
+        record: Record of the training: settings, numbers of tokens, final metrics, versions.
     """
 
     config: HeadConfig
@@ -114,8 +113,8 @@ def init_head(key: PRNGKeyArray, config: HeadConfig, zero_output: bool = False) 
     Args:
         key: A typed PRNG key.
         config: The shape of the head.
-        zero_output: Start the output layer at zero instead (an extension of the paper): tokens that
-            never occur in training then do not tilt at all, where a random row tilts at random.
+        zero_output: Initialise the output layer with zeros (an extension of the paper): tokens that
+            never occur in training are then not tilted, where a random row tilts at random.
 
     Returns:
         The parameter tree, float32.
@@ -127,23 +126,16 @@ def init_head(key: PRNGKeyArray, config: HeadConfig, zero_output: bool = False) 
         {'hidden': ({'weight': (2, 4)},), 'output': (10, 2)}
     """
     shapes = head_shapes(config)
-    leaves, treedef = jax.tree.flatten(shapes)
-    fan_ins = jax.tree.leaves(
-        {
-            "hidden": tuple(
-                {name: layer["weight"].shape[1] for name in layer} for layer in shapes["hidden"]
-            ),
-            "output": config.rank,
-        }
-    )
-    params = jax.tree.unflatten(
-        treedef,
-        [
+    keys = jax.random.split(key, len(jax.tree.leaves(shapes)))
+    hidden = [dict.fromkeys(layer, layer["weight"].shape[1]) for layer in shapes["hidden"]]
+    fan_ins = {"hidden": tuple(hidden), "output": config.rank}
+    params = jax.tree.map(
+        lambda leaf, k, fan_in: (
             jax.random.uniform(k, leaf.shape, jnp.float32, -1.0, 1.0) / math.sqrt(fan_in)
-            for k, leaf, fan_in in zip(
-                jax.random.split(key, len(leaves)), leaves, fan_ins, strict=True
-            )
-        ],
+        ),
+        shapes,
+        jax.tree.unflatten(jax.tree.structure(shapes), keys),
+        fan_ins,
     )
     if zero_output:
         params["output"] = jnp.zeros_like(params["output"])
@@ -182,7 +174,7 @@ def target_scores(
     targets: Int[Array, "*batch"],
     activation: str = "identity",
 ) -> Float[Array, "*batch"]:
-    """Scores of given next tokens only; no array over the vocabulary is formed.
+    """Scores of given next tokens only; no array over the vocabulary is computed.
 
     Args:
         params: The head's parameters.
@@ -191,11 +183,11 @@ def target_scores(
         activation: The head's activation.
 
     Returns:
-        `g_t(x_{t+1})`, float32 `[...]`: what training and scoring of given text need.
+        `g_t(x_{t+1})`, float32 `[...]`, for training and for scoring given text.
     """
     hidden = _hidden(params, pooled, activation)
     products = hidden * jnp.take(params["output"], targets, axis=0)
-    # A product with ones: on a CPU a sum over so short an axis costs as much as the hidden layer.
+    # A product with ones: on a CPU a sum over an axis this short costs as much as the hidden layer.
     ones = jnp.ones(products.shape[-1], products.dtype)
     return jnp.einsum("...r,r->...", products, ones, precision="highest")
 
@@ -208,7 +200,7 @@ def candidate_scores(
 ) -> Float[Array, "*batch E"]:
     """Scores `g_t(v)` of a few candidates for the next token, float32 `[..., E]`.
 
-    No array over the vocabulary is formed. The other arguments are as for `target_scores`.
+    No array over the vocabulary is computed. The other arguments are as for `target_scores`.
     """
     hidden = _hidden(params, pooled, activation)
     rows = jnp.take(params["output"], tokens, axis=0)
@@ -222,10 +214,10 @@ def classifier_loss(
 
     Args:
         scores: Logits of "retain" of the tokens that came next, `[...]`.
-        retain: True where the token stands in a retain sequence (label 1), False in a forget
-            sequence (label 0), `[...]`.
-        mask: True where the token is part of an answer: prompts and padding do not count, the
-            closing end-of-turn token does, `[...]`.
+        retain: True for a token of a retain sequence (label 1), False for one of a forget sequence
+            (label 0), `[...]`.
+        mask: True for a token of an answer, the closing end-of-turn token included; prompts and
+            padding do not count, `[...]`.
 
     Returns:
         The sum over both sets divided by the number of answer tokens, in nats; 0 if there are none.
@@ -248,9 +240,9 @@ def classifier_loss(
 def class_prior_shift(forget_fraction: float) -> float:
     """The constant to add to scores for the true class prior (an extension of the paper).
 
-    Pairing one retain sequence with each forget sequence trains the posterior of a balanced
-    mixture. For a base model that is the mixture `(1 - γ) p_r + γ p_f` the posterior's logit is
-    larger by this constant.
+    Training pairs one retain sequence with each forget sequence, which gives the posterior of a
+    balanced mixture. For a base model that is the mixture `(1 - γ) p_r + γ p_f` the posterior's
+    logit is larger by this constant.
 
     Args:
         forget_fraction: γ, the forget set's share of the mixture, in (0, 1).

@@ -1,7 +1,7 @@
-"""A head's card: the `README.md` of a head folder, on the request and how it was forgotten.
+"""A head's card: the `README.md` of a head folder, on the request, the training and the verdict.
 
-The front matter is what the Hugging Face hub reads. Its fields `request`, `date` and `verdict` are
-JSON strings, which are YAML too; `python -m t3jax.heads` reads them without a YAML library.
+The Hugging Face hub reads the front matter. Its fields `request`, `date` and `verdict` are JSON
+strings, which are YAML too; `python -m t3jax.heads` reads them without a YAML library.
 """
 
 import dataclasses
@@ -32,24 +32,23 @@ def write_card(
     limits: Sequence[str] = DEFAULT_LIMITS,
     date: datetime.date | None = None,
 ) -> None:
-    """Writes a head's card, whole or not at all; one that stood there before is replaced.
+    """Writes a head's card atomically, in the place of an earlier one.
 
-    The head's own files are not touched. `save_head` replaces the folder and the card with it.
+    The head's own files are not changed. `save_head` replaces the folder and the card with it.
 
     Args:
-        folder: The head's folder, as `save_head` or `save_reference_head` left it.
-        head: The head. Of its `record` the card shows `training`, `sequences`, `tokens`,
-            `features` and `digests`. The last holds digests of the rows under `forget` and `retain`
-            and of the base model's weights under `model`. The card says what is not recorded.
-        request: Name of the forget request. This and the next two are shown as they are: Markdown
-            in them is escaped.
-        verdict: A line on whether the head does what was asked; "" becomes "not verified".
-        limits: What the head does not do, a sentence each.
+        folder: The head's folder, written by `save_head` or `save_reference_head`.
+        head: The head. The card shows `training`, `sequences`, `tokens`, `features` and `digests`
+            of its `record`, and "not recorded" for the missing ones. `digests` has those of the
+            rows as `forget` and `retain`, and of the base model's weights as `model`.
+        request: Name of the forget request. Markdown in this and the next two is escaped.
+        verdict: A line on the verification; "" becomes "not verified".
+        limits: Limits of the head, a sentence each.
         date: Date of the head, in UTC; None means today.
 
     Raises:
         FileNotFoundError: If the folder holds no head.
-        OSError: If the disk is full or the folder cannot be written; the former card stays.
+        OSError: If the disk is full or the folder cannot be written; the earlier card stays.
     """
     if not hosts.is_lead():
         return
@@ -161,18 +160,18 @@ def _show(value: object) -> str:
 
 
 def _escape(text: str) -> str:
-    """Text on one line of Markdown that shows it as it is, without controls and directions."""
-    seen = re.sub("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", " ", text)
-    return re.sub(r"([\\`*_\[\]<>|~&$#])", r"\\\1", " ".join(seen.split()))
+    """Text escaped for one line of Markdown, without control and direction characters."""
+    visible = re.sub("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", " ", text)
+    return re.sub(r"([\\`*_\[\]<>|~&$#])", r"\\\1", " ".join(visible.split()))
 
 
 def _item(text: str) -> str:
-    """Escaped text as an item; a number, plus or minus at its head would begin a list within."""
+    """Escaped text as an item; a number, plus or minus at its start would begin a nested list."""
     return "- " + re.sub(r"^(\d{1,9}(?=[.)])|(?=[-+]))", r"\1\\", _escape(text))
 
 
 def _quote(text: str) -> str:
-    r"""Text as a JSON string that is YAML too: what YAML does not print is written \uXXXX."""
+    r"""Text as a JSON string that is YAML too, with \uXXXX for characters that YAML forbids."""
     text = text.encode("utf-8", "replace").decode("utf-8")
     return "".join(
         c if c.isprintable() or c > "\uffff" else f"\\u{ord(c):04x}"

@@ -1,4 +1,4 @@
-"""Tensors of a head by name, read, checked and written: the part that both layouts share."""
+"""Reads, checks and writes the tensors of a head, for both layouts."""
 
 import hashlib
 import pathlib
@@ -16,7 +16,7 @@ from t3jax import files, hosts
 from t3jax.head import HeadConfig, HeadParams, head_shapes
 from t3jax.json_files import check_regular
 
-# Beyond it scores could overflow: features reach 1e5, and a row has up to 1e5 products.
+# Larger weights could overflow scores: features reach 1e5, and a row has up to 1e5 products.
 _LARGEST_WEIGHT = 1e10
 
 Size = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
@@ -28,7 +28,7 @@ Name = Annotated[str, msgspec.Meta(max_length=4096)]
 
 
 def name_tensors(config: HeadConfig, hidden: list[str], output: str) -> PyTree:
-    """The parameter tree with the names of the tensors as leaves."""
+    """The parameter tree with names of tensors as leaves."""
     layers = head_shapes(config)["hidden"]
     return {
         "hidden": tuple(
@@ -40,7 +40,7 @@ def name_tensors(config: HeadConfig, hidden: list[str], output: str) -> PyTree:
 
 
 def check_layers(tensors: Mapping[str, np.ndarray], layers: int, path: pathlib.Path) -> None:
-    """Refuses more layers than there are tensors before anything is made for each of them."""
+    """Refuses more layers than there are tensors, before memory is allocated for them."""
     if layers >= len(tensors):
         raise ValueError(
             f"{path}: num_hidden_layers is {layers}, but the weights are {len(tensors)} tensors: "
@@ -49,7 +49,7 @@ def check_layers(tensors: Mapping[str, np.ndarray], layers: int, path: pathlib.P
 
 
 def read_tensors(path: pathlib.Path, prefix: str = "") -> dict[str, np.ndarray]:
-    """The tensors of a file whose names begin so."""
+    """The tensors of a file whose names begin with `prefix`."""
     try:
         check_regular(path)
     except FileNotFoundError as error:
@@ -66,23 +66,21 @@ def read_tensors(path: pathlib.Path, prefix: str = "") -> dict[str, np.ndarray]:
         raise ValueError(f"{path}: a tensor has a type that cannot be read ({error})") from error
 
 
-def _absurd(tensors: Mapping[str, np.ndarray]) -> list[str]:
-    """Tensors with values that no score can be computed from, and how many they have."""
-    wrong = []
-    for name, tensor in tensors.items():
-        # NaN compares as false.
-        if count := tensor.size - np.count_nonzero(np.abs(tensor) <= _LARGEST_WEIGHT):
-            wrong.append(
-                f"{name}: {count} of {tensor.size} values are NaN, infinite or beyond "
-                f"{_LARGEST_WEIGHT:g}; the file is damaged, or training diverged"
-            )
-    return wrong
+def _find_unusable(tensors: Mapping[str, np.ndarray]) -> list[str]:
+    """Errors on tensors with values that are not finite or too large for scores."""
+    # NaN compares as false.
+    return [
+        f"{name}: {count} of {tensor.size} values are NaN, infinite or beyond "
+        f"{_LARGEST_WEIGHT:g}; the file is damaged, or training diverged"
+        for name, tensor in tensors.items()
+        if (count := tensor.size - np.count_nonzero(np.abs(tensor) <= _LARGEST_WEIGHT))
+    ]
 
 
 def check_tensors(
     tensors: Mapping[str, np.ndarray], config: HeadConfig, names: PyTree, where: pathlib.Path
 ) -> HeadParams:
-    """The parameter tree, or one error that lists all that does not fit."""
+    """The parameter tree; one ValueError lists all faults of the tensors."""
     shapes = [leaf.shape for leaf in jax.tree.leaves(head_shapes(config))]
     wrong = []
     expected = dict(zip(jax.tree.leaves(names), shapes, strict=True))
@@ -98,7 +96,7 @@ def check_tensors(
         raise ValueError(f"the weights do not fit {where}:\n  " + "\n  ".join(wrong))
     with np.errstate(over="ignore"):
         single = {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
-    if wrong := _absurd(single):
+    if wrong := _find_unusable(single):
         raise ValueError(f"the weights of {where} cannot be used:\n  " + "\n  ".join(wrong))
     return jax.tree.map(single.__getitem__, names)
 
@@ -114,7 +112,7 @@ def write_head(
 ) -> None:
     """Writes weights and description, both or none, in the place of a folder.
 
-    `names` are the names of the tensors, `weights` and `config` those of the two files, and
+    `names` are the names of the tensors, `weights` and `config` the names of the two files;
     `checksum` is the field of the description for the SHA-256 of the weights; None writes none.
     """
     params = hosts.fetch_to_lead(params)
@@ -122,10 +120,10 @@ def write_head(
         return
     leaves = map(np.ascontiguousarray, jax.tree.leaves(params))
     tensors = dict(zip(jax.tree.leaves(names), leaves, strict=True))
-    if wrong := _absurd(tensors):
+    if wrong := _find_unusable(tensors):
         raise ValueError(f"the head for {folder} is not written:\n  " + "\n  ".join(wrong))
     with files.replacing_folder(pathlib.Path(folder)) as temporary:
-        # Python writes the bytes: a full disk is then an OSError, which safetensors does not raise.
+        # Python writes the bytes: safetensors raises no OSError on a full disk.
         data = safetensors.numpy.save(tensors, metadata={"format": "pt"})
         (temporary / weights).write_bytes(data)
         if checksum:

@@ -1,8 +1,8 @@
-"""Head folders: read, written, and compared with the model that they are for.
+"""Reads and writes head folders, and compares heads with models.
 
-A head folder holds `head.safetensors` and `head.json` and is all that sampling needs beside the
-base model. Two layouts are read, recognised by their files: this project's own, and that of the
-PyTorch reference (`t3jax.reference_head`). Nothing is computed here; see `t3jax.head`.
+A head folder holds `head.safetensors` and `head.json`; sampling needs nothing else beside the base
+model. Two layouts are read, recognised by their files: this project's own, and the PyTorch
+reference's (`t3jax.reference_head`).
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ __all__ = [
 ]
 
 _FORMAT = "t3jax-head"
-_VERSION = 2  # version 1 had no field `features`: its heads read the paper's
+_VERSION = 2  # version 1 had no field `features`: its heads have the paper's
 
 
 class _Format(msgspec.Struct):
@@ -74,7 +74,7 @@ class _Version1(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     prior_shift: Shift
     model: Name
     record: dict[str, Any]
-    weights_sha256: Word | None = None  # heads that were written before it lack it
+    weights_sha256: Word | None = None  # missing in older heads
 
 
 class _Version2(_Version1, kw_only=True, forbid_unknown_fields=True):
@@ -84,15 +84,15 @@ class _Version2(_Version1, kw_only=True, forbid_unknown_fields=True):
 
 
 def save_head(folder: str | pathlib.Path, head: Head) -> None:
-    """Writes a head folder, whole or not at all; one that stood there before is replaced.
+    """Writes a head folder atomically, in the place of an earlier one.
 
     Args:
-        folder: Where to write.
+        folder: Path of the folder.
         head: The head.
 
     Raises:
         ValueError: If a weight, T, s or the class-prior shift is not one that `load_head` takes.
-        OSError: If the disk is full or the folder cannot be written; what stood there stays.
+        OSError: If the disk is full or the folder cannot be written; an earlier folder stays.
     """
     description = {
         "format": _FORMAT,
@@ -113,10 +113,10 @@ def load_head(folder: str | pathlib.Path, mesh: Mesh | None = None) -> Head:
     """Reads a head folder of either layout.
 
     Args:
-        folder: A folder that `save_head` or `train_classifier.py` wrote, or one of the PyTorch
-            reference (`config.json` of `model_type: t3_causal_lm`; the base model's weights in the
-            same files are not read).
-        mesh: Where to place the parameters; None means one device.
+        folder: A folder of `save_head` or `train_classifier.py`, or of the PyTorch reference
+            (`config.json` with `model_type: t3_causal_lm`; the base model's weights in the same
+            files are not read).
+        mesh: The mesh to place the parameters on; None means one device.
 
     Returns:
         The head, parameters in float32.
@@ -124,7 +124,7 @@ def load_head(folder: str | pathlib.Path, mesh: Mesh | None = None) -> Head:
     Raises:
         FileNotFoundError: If the folder or one of its files is missing.
         ValueError: If a file is damaged or no regular file, the tensors do not fit the description
-            or are not finite, or the description asks for what is not implemented.
+            or are not finite, or a value of the description is not implemented.
     """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
@@ -142,48 +142,38 @@ def load_head(folder: str | pathlib.Path, mesh: Mesh | None = None) -> Head:
 
 
 def place_head(params: HeadParams, mesh: Mesh | None = None) -> HeadParams:
-    """Puts a head's parameters in their place on a mesh; None means one device."""
+    """Places a head's parameters on a mesh; None means one device."""
     if mesh is None:
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
     return hosts.place(params, sharding.param_shardings(mesh, params))
 
 
 def check_head_fits(head: Head, lm: LM) -> None:
-    """Checks that a head can guide a model.
-
-    Raises:
-        ValueError: If they differ in vocabulary or width.
-    """
-    for what, ours, theirs in (
+    """Raises a ValueError unless head and model have the same vocabulary and width."""
+    for dimension, of_head, of_model in (
         ("vocabulary", head.config.vocab_size, lm.vocab_size),
         ("width of the hidden states", head.config.hidden_size, lm.hidden_size),
     ):
-        if ours != theirs:
+        if of_head != of_model:
             raise ValueError(
-                f"the head does not fit the model: {what} {ours} in the head, trained on "
-                f"{head.model or 'an unknown model'}, but {theirs} in {lm.name}; use the model the "
-                "head was trained on, or train a head on this one"
+                f"the head does not fit the model: {dimension} {of_head} in the head, trained on "
+                f"{head.model or 'an unknown model'}, but {of_model} in {lm.name}; use the model "
+                "the head was trained on, or train a head on this one"
             )
 
 
 def common_default(heads: Sequence[Head], name: str, otherwise: float) -> float:
-    """The T or s that heads have which are served together; without a head `otherwise`.
-
-    Raises:
-        ValueError: If they differ.
-    """
+    """The common T or s of heads, else a ValueError; without a head `otherwise`."""
     values = {getattr(head, name) for head in heads} or {otherwise}
     if len(values) > 1:
-        raise ValueError(f"the heads differ in {name}, {sorted(values)}: say which one to use")
+        raise ValueError(f"the heads differ in {name}, {sorted(values)}: give the one to use")
     return values.pop()
 
 
 def read_own(folder: pathlib.Path) -> _Version1:
     """Reads the `head.json` of a head folder, and no weights.
 
-    Raises:
-        FileNotFoundError: If it is missing.
-        ValueError: If it is damaged, or not of a version that this program reads.
+    A ValueError means that it is damaged, or that its version is unknown.
     """
     path = folder / "head.json"
     content = read_json(path, dict[str, Any])
@@ -232,7 +222,7 @@ def _own_names(config: HeadConfig) -> PyTree:
 
 
 def _null_if_not_finite(value: object) -> object:
-    """A record without NaN and infinite numbers, which JSON has no way to write."""
+    """A record with None for NaN and infinite numbers, which JSON lacks."""
     match value:
         case dict():
             return {name: _null_if_not_finite(part) for name, part in value.items()}

@@ -1,9 +1,8 @@
-"""Lists the heads below folders: what each forgets, its shape, its settings, its verdict.
+"""Lists the heads below folders: request, shape, settings and verdict of each.
 
 python -m t3jax.heads FOLDER...
 
-It reads descriptions, cards and the headers of the weights, and no weights. A damaged head is
-reported, and the exit status is then 1; it is 2 if there is no head at all.
+It reads descriptions, cards and the headers of the weights, and no weights.
 """
 
 import argparse
@@ -28,23 +27,23 @@ _LONGEST = 40  # characters of a request or verdict
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints a line for each head and returns the exit status.
 
-    It is 0; 1 if a head is damaged; 2 if there is none, or a folder is missing.
+    The status is 0; 1 if a head is damaged; 2 if there is no head, or a folder is missing.
     """
     parser = argparse.ArgumentParser(
         prog="python -m t3jax.heads", description="Lists the heads at or below folders."
     )
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="where to look")
-    given = [pathlib.Path(folder) for folder in parser.parse_args(argv).folders]
-    if missing := [str(folder) for folder in given if not folder.is_dir()]:
+    starts = [pathlib.Path(folder) for folder in parser.parse_args(argv).folders]
+    if missing := [str(folder) for folder in starts if not folder.is_dir()]:
         print(f"{parser.prog}: no such folder: {', '.join(missing)}", file=sys.stderr)
         return 2
     folders: dict[pathlib.Path, pathlib.Path] = {}
-    for folder in (folder for start in given for folder in _find(start)):
+    for folder in (folder for start in starts for folder in _find(start)):
         folders.setdefault(folder.resolve(), folder)
     if not folders:
         print(
-            f"{parser.prog}: no head at or below {', '.join(map(str, given))}; a head's folder has "
-            f"head.json, or a config.json of model_type {REFERENCE}",
+            f"{parser.prog}: no head at or below {', '.join(map(str, starts))}; a head's folder "
+            f"has head.json, or a config.json of model_type {REFERENCE}",
             file=sys.stderr,
         )
         return 2
@@ -62,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _find(start: pathlib.Path) -> Iterator[pathlib.Path]:
-    """The head folders at or below a folder, in order; hidden ones are half-written."""
+    """The head folders at or below a folder, in order; hidden folders are temporary."""
     for name, below, names in os.walk(start):
         below[:] = sorted(child for child in below if not child.startswith("."))
         folder = pathlib.Path(name)
@@ -76,18 +75,13 @@ def _is_reference(folder: pathlib.Path) -> bool:
         content = read_json(path)
     except OSError:
         return False
-    except ValueError:  # damaged, but a head's if it says so
+    except ValueError:  # damaged; a head's if it names the reference's model type
         return path.is_file() and REFERENCE.encode() in read_bytes(path)
     return isinstance(content, dict) and content.get("model_type") == REFERENCE
 
 
 def _describe(folder: pathlib.Path) -> tuple[str, ...]:
-    """All columns but the folder's.
-
-    Raises:
-        ValueError: If a file is damaged.
-        OSError: If a file is missing or cannot be read.
-    """
+    """All columns but the folder's; a ValueError or OSError if the head is damaged."""
     model: str | None
     if (folder / "head.json").exists():
         description = read_own(folder)
@@ -121,7 +115,7 @@ def _describe(folder: pathlib.Path) -> tuple[str, ...]:
 
 
 def _check_weights(path: pathlib.Path, output: str, rank: int) -> None:
-    """Reads the header of a file of weights, which says how long the file must be."""
+    """Reads the header of a file of weights, which has the length of the file."""
     check_regular(path)
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
@@ -133,7 +127,7 @@ def _check_weights(path: pathlib.Path, output: str, rank: int) -> None:
 
 
 def _read_card(path: pathlib.Path) -> dict[str, str]:
-    """The one-line fields of a card's front matter; none if there is no card."""
+    """The one-line fields of a card's front matter; empty without a card."""
     fields: dict[str, str] = {}
     if not path.exists():
         return fields
@@ -154,7 +148,7 @@ def _read_card(path: pathlib.Path) -> dict[str, str]:
 
 
 def _plain(text: str) -> str:
-    """Text on one line, without what a terminal would obey."""
+    """Text on one line, without control characters."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
@@ -165,9 +159,9 @@ def _shorten(text: str) -> str:
 
 
 def _align(lines: Sequence[Sequence[str]]) -> str:
-    """Columns side by side; lines with fewer than the first end with a text of any length."""
-    whole = [line for line in lines if len(line) == len(lines[0])]
-    widths = [max(map(_width, column)) for column in zip(*whole, strict=True)]
+    """Aligns columns; a line with fewer columns than the first ends with a text of any length."""
+    complete = [line for line in lines if len(line) == len(lines[0])]
+    widths = [max(map(_width, column)) for column in zip(*complete, strict=True)]
     widths[0] = max(_width(line[0]) for line in lines)
     return "\n".join(
         "  ".join(
@@ -178,12 +172,12 @@ def _align(lines: Sequence[Sequence[str]]) -> str:
 
 
 def _width(text: str) -> int:
-    """Columns that a text takes on a terminal."""
+    """Width of a text on a terminal."""
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
     return len(text) + wide - sum(unicodedata.category(c) in ("Mn", "Me") for c in text)
 
 
 if __name__ == "__main__":
-    if isinstance(sys.stdout, io.TextIOWrapper):  # what the locale cannot show is escaped
+    if isinstance(sys.stdout, io.TextIOWrapper):  # escape characters that the locale lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main())

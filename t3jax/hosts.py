@@ -1,8 +1,8 @@
-"""Several processes as one program: joining, arrays over all of them, who writes, when to stop.
+"""Several processes as one program: joining, distributed arrays, writing, stopping.
 
-Every process runs the same script. All conditions on its way (loop bounds, files on the disk,
-SIGTERM) must be the same in every process: otherwise one waits for ever in a collective operation
-for another. In a single process, which is the usual case, nothing here communicates.
+Every process runs the same script. All conditions in it (loop bounds, files on the disk, SIGTERM)
+must be the same in every process: otherwise one waits for ever in a collective operation for
+another. In a single process, which is the usual case, nothing here communicates.
 """
 
 import contextlib
@@ -25,27 +25,27 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 MODES = ("auto", "on", "off")
-# A process that is silent for so long is given up, and the others end. JAX's own default is 100.
+# After this time without a heartbeat a process is lost, and the others end. JAX's default is 100.
 HEARTBEAT_TIMEOUT_SECONDS = 30
 _SECONDS_UNTIL_RAISED_AGAIN = 0.5
-PREEMPTED_STATUS = 128 + signal.SIGTERM  # what a shell reports for a process that SIGTERM ended
+PREEMPTED_STATUS = 128 + signal.SIGTERM  # a shell's status of a process that SIGTERM ended
 
 
 class Preempted(Exception):
-    """SIGTERM came, and all that was done until then is saved."""
+    """SIGTERM came, and the finished work is saved."""
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came, and nothing puts it off; as Ctrl-C, so that no `except Exception` takes it."""
+    """SIGTERM came and is not deferred; like Ctrl-C, so that no `except Exception` catches it."""
 
 
 def raise_at_signals() -> None:
     """Lets Ctrl-C raise `KeyboardInterrupt` and SIGTERM `Terminated`; a second SIGTERM kills.
 
-    Raised, they pass the blocks that remove temporary files. An exception may get lost on its way:
-    Python drops those of finalizers and of callbacks of its garbage collector, of which JAX has
-    one, and extension modules clear some. So it is raised twice a second, except while it is being
-    handled, until `stop_raising` is called.
+    An exception runs the blocks that remove temporary files. It may get lost: Python drops the
+    exceptions of finalizers and of callbacks of its garbage collector, of which JAX has one, and
+    extension modules clear some. So it is raised twice a second, except while it is being handled,
+    until `stop_raising` is called.
     """
 
     def raise_until_handled(raised: type[KeyboardInterrupt]) -> NoReturn:
@@ -82,7 +82,7 @@ def raise_at_signals() -> None:
 def stop_raising() -> None:
     """Stops the repeated raising of `raise_at_signals`; the process is about to exit.
 
-    From here on threads print no errors. Those in the middle of a save would print tracebacks.
+    Threads print no errors any more: a thread that saves would print a traceback.
     """
     signal.setitimer(signal.ITIMER_REAL, 0)
     logging.disable()
@@ -95,23 +95,17 @@ def initialize(mode: str = "auto") -> None:
 
     JAX itself finds TPU pod slices, Slurm, Open MPI and (with `jax[k8s]`) Kubernetes jobs, and
     reads `JAX_COORDINATOR_ADDRESS` and `JAX_LOCAL_DEVICE_IDS`. Elsewhere `JAX_NUM_PROCESSES` and
-    `JAX_PROCESS_ID` say the rest.
-
-    Args:
-        mode: "on" joins; "auto" joins if there is more than one process, and "off" never.
-
-    Raises:
-        ValueError: If the mode is unknown, or a number that joining needs is not known.
-        RuntimeError: If the other processes do not come, or devices were used before.
+    `JAX_PROCESS_ID` are needed too; a ValueError names a missing or wrong one. The mode "on" joins;
+    "auto" joins if there is more than one process, and "off" never.
     """
     if mode not in MODES:
         raise ValueError(f"distributed {mode!r} is not known; expected one of {', '.join(MODES)}")
     if mode == "off":
         return
     names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    given = [os.environ.get(name) for name in names]
+    values = [os.environ.get(name) for name in names]
     cluster = _cluster_size()
-    by_hand = "JAX_COORDINATOR_ADDRESS" in os.environ or any(given)
+    by_hand = "JAX_COORDINATOR_ADDRESS" in os.environ or any(values)
     if cluster is None and (by_hand or mode == "on"):
         needed = ("JAX_COORDINATOR_ADDRESS", *names)
         if missing := [name for name in needed if not os.environ.get(name)]:
@@ -120,10 +114,10 @@ def initialize(mode: str = "auto") -> None:
                 "JAX_NUM_PROCESSES and JAX_PROCESS_ID must describe the processes; "
                 f"missing: {', '.join(missing)} (for a single process give --distributed=off)"
             )
-    for name, value in zip(names, given, strict=True):
+    for name, value in zip(names, values, strict=True):
         if value and not value.isdecimal():
             raise ValueError(f"{name}={value}: expected a number, such as 0 or 2")
-    count, index = (int(value) if value else None for value in given)
+    count, index = (int(value) if value else None for value in values)
     if count == 0 or (count is not None and index is not None and index >= count):
         raise ValueError(
             f"JAX_NUM_PROCESSES={count} and JAX_PROCESS_ID={index}: expected at least one process, "
@@ -141,8 +135,8 @@ def initialize(mode: str = "auto") -> None:
 
 
 def _cluster_size() -> int | None:
-    """Processes of the cluster that JAX finds; None if it finds none."""
-    # JAX has no public way to ask without joining.
+    """Number of processes of the cluster that JAX finds; None if it finds none."""
+    # JAX has no public way to find a cluster without joining it.
     from jax._src.clusters import ClusterEnv
 
     with warnings.catch_warnings():
@@ -154,15 +148,15 @@ def _cluster_size() -> int | None:
 
 
 def is_lead() -> bool:
-    """Whether this process writes and prints: process 0 of all."""
-    # Asked of a single process before its devices are known: the planner simulates them later.
+    """Whether this process writes and prints: process 0 does."""
+    # This may be called before the devices are known, which the planner simulates later.
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def place(tree: PyTree, shardings: PyTree) -> PyTree:
-    """Puts arrays that every process has on a mesh of all devices; each device gets its slice only.
+    """Places arrays that every process has on a mesh of all devices; each device gets its slice.
 
-    Arrays that are spread over processes already are moved. The shardings are a prefix of the tree.
+    Distributed arrays are resharded. The shardings are a prefix of the tree.
     """
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
@@ -180,81 +174,74 @@ def _place(leaf: jax.typing.ArrayLike, sharding: jax.sharding.Sharding) -> jax.A
 
 
 def gather(tree: PyTree) -> PyTree:
-    """The same arrays where every process can read them whole; it does not wait for them.
+    """Gathers arrays so that every process can read them whole; does not wait for them.
 
-    All processes call this at the same point. Arrays that were spread over several are on every
-    device then.
+    All processes call this at the same point. Distributed arrays are replicated on every device.
     """
 
     def gather(leaf: object) -> object:
         if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
             return leaf
-        assert isinstance(leaf.sharding, NamedSharding)  # all that spans processes here is
-        return _replicate(NamedSharding(leaf.sharding.mesh, P()))(leaf)
+        assert isinstance(leaf.sharding, NamedSharding)  # as all distributed arrays here
+        return _make_replicate(NamedSharding(leaf.sharding.mesh, P()))(leaf)
 
     return jax.tree.map(gather, tree)
 
 
 @functools.cache
-def _replicate(everywhere: NamedSharding) -> Callable[[jax.Array], jax.Array]:
-    return jax.jit(lambda leaf: leaf, out_shardings=everywhere)
+def _make_replicate(replicated: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda leaf: leaf, out_shardings=replicated)
 
 
 def fetch(tree: PyTree) -> PyTree:
-    """Brings arrays to the host of every process, whole; all processes call this at one point."""
+    """Copies arrays to the host of every process, whole; all processes call this at one point."""
     return jax.device_get(gather(tree))
 
 
 def fetch_to_lead(tree: PyTree) -> PyTree:
-    """Brings arrays to the host of process 0, one after the other, to be written; None elsewhere.
+    """Copies arrays to the host of process 0, one after the other, to be written; None elsewhere.
 
     All processes call this at the same point.
     """
 
-    def bring(leaf: object) -> np.ndarray | None:
+    def copy(leaf: object) -> np.ndarray | None:
         whole = gather(leaf)
         return np.asarray(whole) if is_lead() else None
 
-    return jax.tree.map(bring, tree)
+    return jax.tree.map(copy, tree)
 
 
 def of_lead(flags: PyTree) -> np.ndarray:
-    """Broadcasts the truth values of process 0 to all processes: its view of the disk decides."""
+    """Broadcasts the booleans of process 0 to all processes: its view of the disk decides."""
     return multihost_utils.broadcast_one_to_all(np.asarray(flags, np.int32)).astype(bool)
 
 
 def anywhere(flag: bool) -> bool:
-    """Whether it is true in any process; all of them call this at the same point."""
+    """Whether a flag is true in any process; all processes call this at the same point."""
     if jax.process_count() == 1:
         return flag
     return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
 
 
 def wait_for(path: pathlib.Path) -> None:
-    """Waits until process 0 has written a file or folder that all processes go on to read.
-
-    Raises:
-        FileNotFoundError: If it is not to be seen in this process.
-    """
+    """Waits until process 0 has written a file or folder that all processes read next."""
     if jax.process_count() == 1:
         return
     multihost_utils.sync_global_devices(str(path))
     if not path.exists():
         raise FileNotFoundError(
-            f"{path}: process 0 wrote it and process {jax.process_index()} does not see it; what "
-            "is written must lie on a file system that all hosts share"
+            f"{path}: process 0 wrote it and process {jax.process_index()} does not see it; write "
+            "to a file system that all hosts share"
         )
 
 
 @contextlib.contextmanager
 def deferred_sigterm() -> Iterator[Callable[[], bool]]:
-    """Puts SIGTERM off, which schedulers send some seconds before they kill.
+    """Defers SIGTERM, which schedulers send some seconds before they kill.
 
-    Outside of the main thread of a process signals stay as they are.
-
-    Yields:
-        A function: whether SIGTERM came, to any process; all of them call it at the same points. If
-        it came and the block ends without an error, it takes effect after the block.
+    Yields a function that returns whether SIGTERM came to any process; all processes call it at the
+    same points. If it came and the block ends without an error, it takes effect then. Outside of
+    the main thread of a process signals are not changed.
     """
     received = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -1,6 +1,6 @@
-"""Ends a script at once at Ctrl-C or SIGTERM while it still imports; `t3jax.cli.run` does it later.
+"""Ends a script at Ctrl-C or SIGTERM while it imports; later `t3jax.cli.run` handles them.
 
-Imports take seconds, and an interrupted one prints a page of traceback.
+Imports take seconds, and an interrupted import prints a page of traceback.
 """
 
 import os
@@ -10,7 +10,7 @@ import sys
 
 
 def end_at_once() -> None:
-    """Lets Ctrl-C and SIGTERM end the process with a line and a status."""
+    """Makes Ctrl-C and SIGTERM end the process with a line and a status."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end)
 

@@ -1,9 +1,9 @@
 """JSON from outside: one strict reader with one wording of errors.
 
-All that RFC 8259 leaves open is refused: a name that occurs twice in an object, NaN and Infinity,
-numbers that float64 cannot hold, lone surrogates, deep nesting. A schema is a type that msgspec can
-check, usually a `msgspec.Struct` whose fields carry ranges (`Annotated[int, Meta(ge=1)]`). JSON
-that this project writes and reads back goes through the same reader: it may have been damaged.
+Everything that RFC 8259 leaves open is refused: a name that occurs twice in an object, NaN and
+Infinity, numbers that float64 cannot hold, lone surrogates, deep nesting. A schema is a type that
+msgspec can check, usually a `msgspec.Struct` whose fields have ranges. JSON that this project has
+written is read in the same way, since it may be damaged.
 """
 
 import json
@@ -22,6 +22,7 @@ LARGEST_FILE = 1 << 28  # bytes; a log of the whole of TOFU takes 2 MB
 DEEPEST = 64  # levels of objects and lists
 LONGEST_INTEGER = 64  # digits; tokenizers hold int(1e30) for "no limit"
 _LONGEST_SHOWN = 60  # characters of a value in an error
+_TOO_DEEP = f"nested too deeply, expected at most {DEEPEST} levels"
 
 _TYPES = {
     "int": "an integer",
@@ -39,14 +40,10 @@ def read_json(path: pathlib.Path) -> Any: ...
 @overload
 def read_json(path: pathlib.Path, schema: type[T]) -> T: ...
 def read_json(path: pathlib.Path, schema: Any = None) -> Any:
-    """Reads a JSON file: a regular file in UTF-8, of which a byte order mark is passed over.
+    """Reads a JSON file: a regular file in UTF-8, with or without a byte order mark.
 
-    The content is of the type `schema` where one is given; None takes any JSON.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no regular file, too large, not strict JSON, or not of the schema. The
-            message names the file, the field, its value and what was expected.
+    The content has the type `schema`; None takes any JSON. A ValueError names the file, the field,
+    its value and the expectation.
     """
     return parse_json(read_bytes(path), str(path), schema)
 
@@ -64,21 +61,17 @@ def parse_json(text: str | bytes, where: str, schema: Any = None) -> Any:
         try:
             text = text.decode("utf-8")
         except UnicodeDecodeError as error:
-            what = "UTF-16" if text[:2] in (b"\xff\xfe", b"\xfe\xff") else f"byte {error.start}"
-            raise ValueError(f"{where}: not text in UTF-8 ({what}); save it as UTF-8") from error
+            fault = "UTF-16" if text[:2] in (b"\xff\xfe", b"\xfe\xff") else f"byte {error.start}"
+            raise ValueError(f"{where}: not text in UTF-8 ({fault}); save it as UTF-8") from error
     text = text.removeprefix("\ufeff")
     if not text.strip():
         raise ValueError(f"{where}: empty, expected JSON")
     try:
-        value = json.loads(
-            text,
-            object_pairs_hook=_without_duplicates,
-            parse_int=_parse_int,
-        )
+        value = json.loads(text, object_pairs_hook=_refuse_duplicates, parse_int=_parse_int)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not valid JSON ({error}); is it whole, and JSON?") from error
     except RecursionError:
-        raise ValueError(f"{where}: {_too_deep()}") from None
+        raise ValueError(f"{where}: {_TOO_DEEP}") from None
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     if schema is not None:
@@ -92,10 +85,9 @@ def check_json(value: object, where: str, schema: type[T]) -> T: ...
 @overload
 def check_json(value: object, where: str, schema: Any) -> Any: ...
 def check_json(value: object, where: str, schema: Any) -> Any:
-    """Checks a value that came from JSON, or is to become JSON, against a schema.
+    """Checks a value from JSON, or for JSON, against a schema, and returns it as the schema's type.
 
-    The value is returned as the schema's type. A ValueError names the place `where`, the field, its
-    value and the expectation.
+    A ValueError names the place `where`, the field, its value and the expectation.
     """
     _check_values(value, where)
     try:
@@ -105,12 +97,7 @@ def check_json(value: object, where: str, schema: Any) -> Any:
 
 
 def read_bytes(path: pathlib.Path, largest: int = LARGEST_FILE) -> bytes:
-    """Reads a regular file of bounded size; pipes and devices are refused, never waited for.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is a folder, a pipe, a socket or a device, or larger.
-    """
+    """Reads a regular file of bounded size; pipes and devices are refused, never waited for."""
     path = pathlib.Path(path)
     check_regular(path, largest)
     # Non-blocking: the file may have been replaced by a pipe since.
@@ -122,9 +109,7 @@ def read_bytes(path: pathlib.Path, largest: int = LARGEST_FILE) -> bytes:
 def check_regular(path: pathlib.Path, largest: int | None = None) -> None:
     """Checks that a path is a regular file, or a link to one, without opening it.
 
-    Raises:
-        FileNotFoundError: If there is no such file. ValueError: If it is anything else, or has more
-        than `largest` bytes; None allows any number.
+    A ValueError means anything else, or more than `largest` bytes; None allows any number.
     """
     try:
         status = path.stat()
@@ -156,7 +141,7 @@ def show_json(value: object) -> str:
     return json.dumps(value)
 
 
-def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     value = dict(pairs)
     if len(value) < len(pairs):
         seen: set[str] = set()
@@ -184,33 +169,33 @@ def _check_values(value: object, where: str) -> None:
         if isinstance(item, dict):
             for name, child in item.items():
                 if _has_surrogates(name):
-                    raise ValueError(f"{where}: {_surrogates(_path(trail), 'a name', name)}")
+                    raise ValueError(f"{where}: {_explain_surrogates(trail, 'a name', name)}")
                 stack.append((child, depth + 1, (trail, name)))
         elif isinstance(item, list):
             stack.extend((child, depth + 1, (trail, i)) for i, child in enumerate(item))
         elif isinstance(item, str):
             if _has_surrogates(item):
-                raise ValueError(f"{where}: {_surrogates(_path(trail), 'the text', item)}")
+                raise ValueError(f"{where}: {_explain_surrogates(trail, 'the text', item)}")
             continue
         else:
             if isinstance(item, float) and not math.isfinite(item):
-                what = "NaN" if math.isnan(item) else "infinite, or too large for float64"
+                fault = "NaN" if math.isnan(item) else "infinite, or too large for float64"
                 raise ValueError(
-                    f"{where}: {_prefix(_path(trail))}{what}, expected a finite number"
+                    f"{where}: {_prefix(_path(trail))}{fault}, expected a finite number"
                 )
             continue
         if depth >= DEEPEST:
-            raise ValueError(f"{where}: {_prefix(_path(trail))}{_too_deep()}")
+            raise ValueError(f"{where}: {_prefix(_path(trail))}{_TOO_DEEP}")
 
 
 def _has_surrogates(text: str) -> bool:
     return not text.isascii() and re.search("[\ud800-\udfff]", text) is not None
 
 
-def _surrogates(path: str, what: str, text: str) -> str:
+def _explain_surrogates(trail: Any, kind: str, text: str) -> str:
     return (
-        f"{_prefix(path)}{what} {show_json(text)} holds half of a surrogate pair, expected whole "
-        "characters"
+        f"{_prefix(_path(trail))}{kind} {show_json(text)} holds half of a surrogate pair, expected "
+        "whole characters"
     )
 
 
@@ -240,9 +225,9 @@ def _prefix(path: str) -> str:
 
 
 def _explain(value: object, schema: Any, message: str) -> str:
-    """The message of msgspec in words: the field's name, its value and the expectation."""
+    """Rewords msgspec's message: the field's name, its value and the expectation."""
     reason, _, place = message.partition(" - at `")
-    names, found = _locate(value, schema, place.rstrip("`"))
+    names, located = _locate(value, schema, place.rstrip("`"))
     path = _join(names)
     if match := re.fullmatch(r"Object (.*) field `(.*)`", reason):
         kind = "is missing" if "missing" in match[1] else "is unknown"
@@ -255,14 +240,14 @@ def _explain(value: object, schema: Any, message: str) -> str:
     else:
         expected = reason
     if not path:
-        return f"{show_json(found)}, expected {expected}"
-    return f"{path} is {show_json(found)}, expected {expected}"
+        return f"{show_json(located)}, expected {expected}"
+    return f"{path} is {show_json(located)}, expected {expected}"
 
 
 def _locate(value: Any, schema: Any, place: str) -> tuple[list[str | int], Any]:
     """Follows msgspec's path, which has `[...]` for a value of a dict, to the value."""
     names: list[str | int] = []
-    found, root = value, [value]
+    current, root = value, [value]
     parent: Any = root
     key: Any = 0
     for step in re.findall(r"\.([^.\[\]]+)|\[(\d+|\.\.\.)\]", place):
@@ -270,32 +255,34 @@ def _locate(value: Any, schema: Any, place: str) -> tuple[list[str | int], Any]:
             name: str | int = step[0]
         elif step[1] != "...":
             name = int(step[1])
-        elif isinstance(found, dict):
-            name = _first_wrong(root, parent, key, found, schema)
+        elif isinstance(current, dict):
+            name = _find_first_wrong(root, parent, key, current, schema)
         else:
             break
         try:
-            child = found[name]
+            child = current[name]
         except (KeyError, IndexError, TypeError):
             break
         names.append(name)
-        # A copy of what leads to the value, so that `_first_wrong` may change it.
-        parent[key] = found = found.copy()
-        parent, key, found = found, name, child
-    return names, found
+        # Containers on the path are copied, so that `_find_first_wrong` may change them.
+        parent[key] = current = current.copy()
+        parent, key, current = current, name, child
+    return names, current
 
 
-def _first_wrong(root: list[Any], parent: Any, key: Any, found: dict[str, Any], schema: Any) -> str:
-    """The first name of a dict whose value the schema refuses, the dict's others left out."""
-    for name, child in found.items():
+def _find_first_wrong(
+    root: list[Any], parent: Any, key: Any, content: dict[str, Any], schema: Any
+) -> str:
+    """The first name of a dict whose value alone the schema refuses."""
+    for name, child in content.items():
         parent[key] = {name: child}
         try:
             msgspec.convert(root[0], schema)
         except msgspec.ValidationError:
             return name
         finally:
-            parent[key] = found
-    return next(iter(found))
+            parent[key] = content
+    return next(iter(content))
 
 
 def _kind_of_file(mode: int) -> str:
@@ -309,7 +296,3 @@ def _kind_of_file(mode: int) -> str:
         if test(mode):
             return name
     return "no regular file"
-
-
-def _too_deep() -> str:
-    return f"nested too deeply, expected at most {DEEPEST} levels"

@@ -1,4 +1,4 @@
-"""A step of the optimizer, and its state: shared by the trainers of heads and language models."""
+"""A step of the optimizer, and its state, for the trainers of heads and language models."""
 
 import jax
 import optax
@@ -21,19 +21,19 @@ def step(optimizer: optax.GradientTransformation, state: PyTree, grads: PyTree) 
 def abstract_state(
     optimizer: optax.GradientTransformation, state: PyTree, placed: PyTree, mesh: Mesh
 ) -> PyTree:
-    """`(trained, optimizer state)` as shapes with shardings: moments lie where their weights do.
+    """`(trained, optimizer state)` as shapes with shardings: moments are placed as their weights.
 
-    `placed` are the shardings of the trained weights; counts and the like are whole on the mesh.
+    `placed` are the shardings of the trained weights; counts and the like are replicated.
     """
     trained, opt_state = state
-    whole = NamedSharding(mesh, P())
+    replicated = NamedSharding(mesh, P())
     placed_opt = optax.tree.map_params(
-        optimizer, lambda _, s: s, opt_state, placed, transform_non_params=lambda _: whole
+        optimizer, lambda _, s: s, opt_state, placed, transform_non_params=lambda _: replicated
     )
     return place_abstract((trained, opt_state), (placed, placed_opt))
 
 
 def reproducible() -> dict[str, bool] | None:
     """Compiler options with which a program gives the same bits in every run."""
-    # On a GPU scatter-adds and the choice of kernels differ from run to run without it.
+    # Without it, scatter-adds and the choice of kernels differ between runs on a GPU.
     return {"xla_gpu_deterministic_ops": True} if jax.default_backend() == "gpu" else None

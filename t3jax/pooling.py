@@ -1,11 +1,10 @@
 """The classifier's features: the causal mean of the base model's last hidden states.
 
-`hbar_t` is the mean of the hidden states (after the final norm, what the LM head sees) over the
-attended positions 1..t, prompt included. Two forms: over a whole sequence, and running, for
-decoding. `prefix_features` puts the last hidden state beside the mean, or in its place (an
-extension of the paper): the mean says whom the text is about, the last state says which word comes
-next. Axes: `...` batch, T time, D width of the hidden states, F width of the features. Everything
-is computed in float32.
+`hbar_t` is the mean of the hidden states (after the final norm, the input of the LM head) over the
+attended positions 1..t, prompt included. It has two forms: over a whole sequence, and running, for
+decoding. `prefix_features` adds the last hidden state to the mean, or replaces it (an extension of
+the paper): the mean has the subject of the text, the last state the next word. Axes: `...` batch, T
+time, D width of the hidden states, F width of the features. Everything is computed in float32.
 
 References:
     Temper-Then-Tilt, arXiv 2602.10217, features.
@@ -20,14 +19,14 @@ FEATURES = ("mean", "last", "mean+last")  # the first is the paper's
 
 
 def feature_size(kind: str, hidden_size: int) -> int:
-    """F, the width of the features of a model whose hidden states have width D."""
+    """F, the width of the features for hidden states of width D."""
     return hidden_size * len(kind.split("+"))
 
 
 def prefix_features(
     mean: Float[Array, "*batch D"], last: Float[Array, "*batch D"], kind: str = "mean"
 ) -> Float[Array, "*batch F"]:
-    """The features of a prefix, which a head reads.
+    """The features of a prefix, a head's input.
 
     Args:
         mean: Causal mean of the hidden states of the prefix, `[..., D]`.
@@ -42,8 +41,8 @@ def prefix_features(
         Array([1., 2., 3., 4.], dtype=float32)
     """
     parts = {"mean": mean.astype(jnp.float32), "last": last.astype(jnp.float32)}
-    chosen = [parts[name] for name in kind.split("+")]
-    return chosen[0] if len(chosen) == 1 else jnp.concatenate(chosen, axis=-1)
+    features = [parts[name] for name in kind.split("+")]
+    return features[0] if len(features) == 1 else jnp.concatenate(features, axis=-1)
 
 
 def causal_mean(
@@ -51,8 +50,8 @@ def causal_mean(
 ) -> Float[Array, "*batch T D"]:
     """Mean of the attended hidden states up to and including each position.
 
-    One pass over a sequence gives the feature of every prefix. Padding may stand left or right, or
-    anywhere: what `mask` leaves out is never read, not even if it is NaN.
+    One pass over a sequence gives the feature of every prefix. Padding may be anywhere: masked
+    positions are never read, not even if they are NaN.
 
     Args:
         hidden: Last hidden states, `[..., T, D]`, any float dtype.
@@ -73,7 +72,7 @@ def causal_mean(
 
 
 class RunningMean(NamedTuple):
-    """The causal mean while decoding: what has been summed, and how many states that was.
+    """The causal mean while decoding, as sum and count.
 
     Attributes:
         total: Sum of the attended hidden states so far, float32 `[..., D]`.
@@ -85,7 +84,7 @@ class RunningMean(NamedTuple):
 
     @property
     def mean(self) -> Float[Array, "*batch D"]:
-        """The feature of the prefix read so far, float32 `[..., D]`; 0 if nothing was read."""
+        """The feature of the prefix so far, float32 `[..., D]`; 0 for an empty prefix."""
         return self.total / jnp.maximum(self.count, 1.0)[..., None]
 
 
@@ -94,12 +93,12 @@ def running_mean(
     mask: Bool[Array, "*batch T"],
     past: RunningMean | None = None,
 ) -> RunningMean:
-    """Adds the attended states of a stretch of text to a running mean.
+    """Adds the attended states of new positions to a running mean.
 
     Args:
         hidden: Last hidden states of the new positions, `[..., T, D]`; T = 1 while decoding.
         mask: True where a new position is attended, `[..., T]`.
-        past: The mean of the text before; None if there is none.
+        past: The mean of the earlier text; None if there is none.
 
     Returns:
         The `RunningMean` after these positions: its `.mean` equals the last row of `causal_mean`

@@ -1,7 +1,7 @@
 """Checks before weights are loaded: paths, heads and the shape of the model.
 
-A script that is going to fail says so in its first seconds, in one line that names the field. The
-library itself reports later what only it can know, such as changed data of a run.
+A script with a wrong input fails in its first seconds, with one line that names the field. The
+library reports other errors later, such as changed data of a run.
 """
 
 import contextlib
@@ -20,24 +20,22 @@ from t3jax.settings import Settings
 
 
 def check_sources(config: Settings, *names: str) -> None:
-    """Reads the rows that fields of a config name, so that a bad file is known early."""
+    """Reads the rows of sources in a config, so that a bad file is found early."""
     for name in names:
         sources = config[name] or ()
         for source in (sources,) if isinstance(sources, str) else sources:
             try:
                 data.load_dataset(source, config.tofu_dir)
-            except FileNotFoundError as error:
-                raise FileNotFoundError(f"config.{name}: {error}") from error
-            except ValueError as error:
-                raise ValueError(f"config.{name}: {error}") from error
+            except (FileNotFoundError, ValueError) as error:
+                kind = FileNotFoundError if isinstance(error, OSError) else ValueError
+                raise kind(f"config.{name}: {error}") from error
 
 
 def shape_of(config: Settings, mesh: Mesh, name: str = "model") -> LM:
-    """The model of a config without weights or tokenizer; of a folder, `config.json` is read.
+    """The model of a config without weights or tokenizer, from its `config.json`.
 
-    Raises:
-        FileNotFoundError: If there is no such model, or it has no weights.
-        ValueError: If it is of an unknown family, or the dtype is.
+    A FileNotFoundError means that there is no such model, or that it has no weights; a ValueError,
+    that its family or the dtype is unknown.
     """
     path = model_path(config[name])
     shape = load_config(path)
@@ -52,9 +50,9 @@ def shape_of(config: Settings, mesh: Mesh, name: str = "model") -> LM:
 def check_heads(
     config: Settings, folders: Sequence[str], heads: Sequence[Head], groups: Sequence[tuple], lm: LM
 ) -> None:
-    """Checks that heads fit the model, and those that are served together one another.
+    """Raises a ValueError unless the heads fit the model, and those of each group fit each other.
 
-    The model's weights need not be there. Raises ValueError if they do not.
+    The model's weights are not needed.
     """
     for folder, head in zip(folders, heads, strict=True):
         try:
@@ -78,7 +76,7 @@ def check_answer_length(config: Settings, lm: LM) -> None:
 
 
 def check_evaluation(config: Settings, lm: LM) -> None:
-    """Checks what an evaluation reads beside model and heads: rows, logs, the retain model."""
+    """Checks the inputs of an evaluation beside model and heads: rows, logs, the retain model."""
     names = ("forget", "retain", "real_authors", "world_facts", "holdout")
     check_sources(config, *(f"eval.{name}" for name in names))
     for name in ("eval.retain_log", "eval.second_retain_log"):
@@ -91,7 +89,7 @@ def check_evaluation(config: Settings, lm: LM) -> None:
 
 @contextlib.contextmanager
 def outputs(*folders: str | pathlib.Path | None) -> Iterator[None]:
-    """Claims the folders that a script writes to, see `files.claim`; process 0 does."""
+    """Claims the output folders of a script in process 0, see `files.claim`."""
     with contextlib.ExitStack() as claimed:
         if hosts.is_lead():
             for folder in sorted({str(folder) for folder in folders if folder is not None}):

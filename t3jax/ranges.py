@@ -7,14 +7,9 @@ from typing import NamedTuple
 
 
 class Numbers(NamedTuple):
-    """Which numbers a field may have.
+    """The numbers from `low` to `high` that a field may have, `whole` ones or all.
 
-    Attributes:
-        low: The smallest.
-        high: The largest.
-        whole: Whether they are whole.
-        above: Whether `low` itself is too small.
-        below: Whether `high` itself is too large.
+    `above` and `below` exclude `low` and `high` themselves.
     """
 
     low: float
@@ -26,7 +21,7 @@ class Numbers(NamedTuple):
     def __contains__(self, value: object) -> bool:
         if isinstance(value, bool) or not isinstance(value, int if self.whole else (int, float)):
             return False
-        # NaN passes no comparison.
+        # NaN fails every comparison.
         return (self.low < value if self.above else self.low <= value) and (
             value < self.high if self.below else value <= self.high
         )
@@ -38,7 +33,7 @@ class Numbers(NamedTuple):
 
 
 class Words(NamedTuple):
-    """Which words a field may have: one of them, or some joined by a character."""
+    """The words that a field may have: one of them, or some joined by a character of `joined`."""
 
     known: tuple[str, ...]
     joined: str = ""
@@ -61,7 +56,7 @@ def whole(low: int, high: int = 2**31 - 1) -> Numbers:
     return Numbers(low, high, whole=True)
 
 
-# A seed beyond 32 bits would draw as a smaller one does: JAX keeps the lower bits alone.
+# JAX keeps 32 bits of a seed: a larger seed would draw like a smaller one.
 SEED = whole(0, 2**32 - 1)
 SHARE = Numbers(0, 1)
 BELOW_1 = Numbers(0, 1, below=True)
@@ -81,7 +76,7 @@ class Ranged:
     """Options with ranges, a base of frozen dataclasses: `rows: Annotated[int, COUNT] = 16`.
 
     A value out of the range of its annotation is a ValueError, which names the field, the value and
-    the range. Of a tuple each element is checked. A default of None is in range.
+    the range. Each element of a tuple is checked. A default of None is in range.
     """
 
     def __post_init__(self) -> None:
@@ -90,7 +85,7 @@ class Ranged:
             if value is None and optional:
                 continue
             values = value if isinstance(value, tuple) else (value,)
-            if not all(each in expected for each in values):
+            if not all(element in expected for element in values):
                 raise ValueError(f"{name} = {value!r}: expected {expected}")
 
 

@@ -43,7 +43,7 @@ class _Guidance(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _BaseConfig(msgspec.Struct):
-    """The fields that are read of the base model's config; null is as good as absent."""
+    """Fields of the base model's config; null is the same as absent."""
 
     hidden_size: Size | None = None
     vocab_size: Size | None = None
@@ -51,7 +51,7 @@ class _BaseConfig(msgspec.Struct):
 
 
 class _Reference(msgspec.Struct, kw_only=True):
-    """The fields that are read of the reference's config; the rest is transformers'."""
+    """Fields of the reference's config; the others are transformers'."""
 
     model_type: Word
     guidance: _Guidance = msgspec.field(default_factory=_Guidance)
@@ -76,21 +76,21 @@ class _Index(msgspec.Struct):
 def save_reference_head(
     folder: str | pathlib.Path, head: Head, base_config: Mapping[str, object]
 ) -> None:
-    """Writes a head as the PyTorch reference stores it, without the base model's weights.
+    """Writes a head in the PyTorch reference's layout, without the base model's weights.
 
-    The reference then takes those from the folder or hub id that `_name_or_path` names.
+    The reference then loads those from the folder or hub id `_name_or_path`.
 
     Args:
-        folder: Where to write; replaced whole or not at all.
+        folder: Path of the folder, which is replaced atomically.
         head: The head.
         base_config: The base model's configuration, the content of its `config.json`; the reference
-            needs at least `model_type`, `hidden_size` and `vocab_size`. `_name_or_path` is
-            `head.model` where it is not given.
+            needs at least `model_type`, `hidden_size` and `vocab_size`. `_name_or_path` is by
+            default `head.model`.
 
     Raises:
-        ValueError: If the head has a class-prior shift or features that the reference does not
-            know, `base_config` lacks `model_type` or is of another width or vocabulary than the
-            head, or a weight, T or s is not one that `load_head` takes.
+        ValueError: If the reference does not support the head's class-prior shift or features,
+            `base_config` lacks `model_type` or has another width or vocabulary than the head, or a
+            weight, T or s is not one that `load_head` takes.
         OSError: If the disk is full or the folder cannot be written.
     """
     if head.prior_shift:
@@ -129,11 +129,9 @@ def save_reference_head(
 
 
 def read_reference(folder: pathlib.Path) -> _Reference:
-    """Reads what matters in the `config.json` of a head of the PyTorch reference, and no weights.
+    """Reads the `config.json` of a head of the PyTorch reference, and no weights.
 
-    Raises:
-        FileNotFoundError: If it is missing.
-        ValueError: If it is damaged, not a head's, or asks for what is not implemented.
+    A ValueError means that it is damaged, not a head's, or has a value that is not implemented.
     """
     path = folder / "config.json"
     content = read_json(path, dict[str, Any])
@@ -156,18 +154,16 @@ def read_reference(folder: pathlib.Path) -> _Reference:
 
 
 def reference_files(folder: pathlib.Path) -> dict[str, pathlib.Path] | pathlib.Path:
-    """Says which file holds a tensor of the head in a checkpoint of the PyTorch reference.
+    """The file of the head's tensors in a checkpoint of the PyTorch reference.
 
-    It is `model.safetensors` where that is there, for transformers reads it whatever an index says;
-    or the file of each tensor of the head by name.
-
-    Raises:
-        ValueError: If the index is damaged, or names a file that does not lie in the folder.
+    It is `model.safetensors` if that exists, which transformers reads without a look at the index;
+    else the file of each tensor of the head by name. A ValueError means that the index is damaged,
+    or names a file outside of the folder.
     """
-    whole, index = folder / "model.safetensors", folder / _INDEX
-    if whole.exists() or not index.exists():
-        check_inside(folder, whole)
-        return whole
+    single, index = folder / "model.safetensors", folder / _INDEX
+    if single.exists() or not index.exists():
+        check_inside(folder, single)
+        return single
     return {
         name: indexed_file(index, name, file)
         for name, file in read_json(index, _Index).weight_map.items()
@@ -196,7 +192,7 @@ def load_reference(folder: pathlib.Path) -> Head:
             f"{folder}: {_PREFIX}proj.{2 * layers}.bias: a bias on the output layer is not "
             "supported; the method's output layer has none"
         )
-    # The description holds neither D nor V: they are those of the first and the last matrix.
+    # The description has neither D nor V: the first and the last matrix have them.
     first, last = f"{_PREFIX}proj.0.weight", f"{_PREFIX}proj.{2 * layers}.weight"
     for name in (first, last):
         if name not in tensors:
@@ -207,7 +203,7 @@ def load_reference(folder: pathlib.Path) -> Head:
         if tensors[name].ndim != 2 or 0 in tensors[name].shape:
             raise ValueError(f"{folder}: {name} has shape {tensors[name].shape}, expected a matrix")
     check_layers(tensors, layers, path)
-    activations = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
+    activations = {reference: name for name, reference in ACTIVATIONS.items()}
     config = HeadConfig(
         hidden_size=tensors[first].shape[-1],
         vocab_size=tensors[last].shape[0],
@@ -237,6 +233,6 @@ def _check_base_config(base: _BaseConfig | None, config: HeadConfig, where: str)
 
 
 def _reference_names(config: HeadConfig) -> PyTree:
-    # The odd places are those of the activations.
+    # Odd indices belong to activations.
     *hidden, output = [f"{_PREFIX}proj.{2 * i}" for i in range(config.num_hidden_layers + 1)]
     return name_tensors(config, hidden, output)

@@ -1,13 +1,13 @@
 """Refinements of the method, each off by default: extensions of the paper, on the same arrays.
 
 - Gated tempering: text that the head takes for retain text is not tempered.
-- Protected tokens: the tilt does not touch the probability of, say, ending the turn.
-- Several forget requests, a head for each: trained, served and revoked on its own.
+- Protected tokens: the tilt does not change the probability of, say, ending the turn.
+- Several forget requests, a head for each: trained, served and revoked separately.
 
-`refined_logits` is the one way from base logits and scores to the served distribution: samplers and
-scorers call it. Without refinements it is `guidance.guided_logits`, the paper's. Axes: `...` any
-batch axes, V vocabulary. As in `guidance`, all is float32, a logit of `-inf` bans a token and stays
-`-inf`, and values and gradients are never NaN.
+Scorers call `refined_logits` for the served distribution, samplers its two halves. Without
+refinements it is `guidance.guided_logits`, the paper's. Axes: `...` any batch axes, V vocabulary.
+As in `guidance`, everything is float32, a logit of `-inf` bans a token and stays `-inf`, and values
+and gradients are never NaN.
 """
 
 import dataclasses
@@ -21,20 +21,20 @@ from jaxtyping import Array, Bool, Float, Num
 from t3jax import guidance
 
 _MAX = 1e30  # scores saturate here, as in `guidance`
-_FLAT = 1e6  # a gated temperature saturates here, where nothing is left of the base
-_SURE = 1e-30  # the least that a product of heads can say against retaining
+_FLAT = 1e6  # a gated temperature saturates here, where the base distribution is flat
+_SURE = 1e-30  # the least -log P(retain) of a product of heads
 
 
 @dataclasses.dataclass(frozen=True)
 class Refinements:
-    """Which refinements are on: fixed when a program is compiled.
+    """The refinements that are on, fixed when a program is compiled.
 
     Attributes:
-        gated: Temper by `gated_temperature` of `retain_probability`.
+        gated: Whether to temper by `gated_temperature` of `retain_probability`.
         protected: Tokens that are tempered and not tilted, see `protect`; mostly the model's stop
             tokens, which are labels in both sets: a head learns to suppress them in forget
-            contexts, and answers run on.
-        combine: How several heads are one, see `combine_heads`.
+            contexts, and answers do not end.
+        combine: How the scores of several heads are combined, see `combine_heads`.
     """
 
     gated: bool = False
@@ -70,7 +70,7 @@ def refined_logits(
         scores: Classifier logits g(v), those of several heads combined, `[..., V]`.
         base_temperature: The base temperature T > 0, scalar or `[...]`.
         scale: The guidance scale s >= 0, scalar or `[...]`.
-        refinements: Which are on.
+        refinements: The refinements that are on.
 
     Returns:
         Unnormalised log-probabilities, float32 `[..., V]`.
@@ -89,10 +89,9 @@ def served_temperature(
     base_temperature: Num[Array, "*#batch"] | float,
     refinements: Refinements = PLAIN,
 ) -> Num[Array, "*#batch"] | float:
-    """The base temperature T_t that each row is tempered by, `[...]`: T, or the gated one.
+    """The base temperature T_t of each row, `[...]`: `base_temperature` itself, or gated.
 
-    The arguments are those of `refined_logits`. If not gated, `base_temperature` comes back as it
-    is.
+    The arguments are those of `refined_logits`.
     """
     if not refinements.gated:
         return base_temperature
@@ -106,7 +105,7 @@ def served_logits(
     scale: Num[Array, "*#batch"] | float,
     refinements: Refinements = PLAIN,
 ) -> Float[Array, "*batch V"]:
-    """The second half of `refined_logits`, which knows the temperature T_t of each row."""
+    """The second half of `refined_logits`; `base_temperature` is T_t of `served_temperature`."""
     tilted = guidance.guided_logits(logits, scores, base_temperature, scale)
     if not refinements.protected:
         return tilted
@@ -118,8 +117,8 @@ def untempered_logits(
 ) -> Float[Array, "*batch V"]:
     """The served distribution without its tempering: `T_t · served = logits + T_t · s · log f`.
 
-    It is plain guidance of the strength T_t · s. Its order of the tokens is that of the served
-    distribution. T_t is that of `served_temperature`; float32 `[..., V]`.
+    It is plain guidance of the strength T_t · s, with the served distribution's order of the
+    tokens. `base_temperature` is T_t of `served_temperature`.
     """
     banned = jnp.isneginf(served)
     product = jnp.where(banned, 0.0, served) * guidance.per_row(base_temperature, served)
@@ -133,8 +132,8 @@ def retain_probability(
 
         q = Σ_v p(v) sigmoid(g(v))
 
-    That is exact where g is the posterior of the very mixture that p is: of the right class prior,
-    see `head.class_prior_shift`. It is a heuristic where training was balanced.
+    It is exact where g is the posterior of the mixture p, with its class prior, see
+    `head.class_prior_shift`. It is a heuristic where training was balanced.
 
     Args:
         logits: Logits of the base model, not tempered, `[..., V]`.
@@ -151,11 +150,11 @@ def retain_probability(
 def gated_temperature(
     base_temperature: Num[Array, "*#batch"] | float, retain: Float[Array, "*batch"]
 ) -> Float[Array, "*batch"]:
-    """The base temperature, gated by what the text is (an extension of the paper).
+    """The base temperature, gated by P(retain) of the text (an extension of the paper).
 
-    It is T where the text is to be forgotten and 1 where it is to be retained. Tempering
-    flattens the peaks of forget text; on retain text it is only bias. Since the tilt has the
-    strength T · s relative to the base, that too is gated.
+    It is T for forget text and 1 for retain text. Tempering flattens the peaks of forget text; on
+    retain text it is only bias. The tilt, whose strength relative to the base is T · s, is thereby
+    gated too.
 
     Args:
         base_temperature: The base temperature T: a scalar, or one per row, `[...]`.
@@ -177,18 +176,18 @@ def protect(
 ) -> Float[Array, "*batch V"]:
     """Restores the probabilities of tokens S to those before the tilt (an extension of the paper).
 
-    All of S is tilted by the mean tilt of the others, which leaves `P_tilted(S) = P_tempered(S)`:
+    All of S is tilted by the mean tilt of the other tokens, so that `P_tilted(S) = P_tempered(S)`:
 
         log f_S = (1/s) log[Σ_{v∉S} p_T(v) f(v)^s / Σ_{v∉S} p_T(v)]
 
     Args:
         tempered: Log-probabilities before the tilt, unnormalised, `[..., V]`.
-        tilted: The same after it, of the same normaliser: `guided_logits` of `temper`.
+        tilted: The same after the tilt, with the same normaliser: `guided_logits` of `temper`.
         tokens: S, at least one token id, in [0, V).
 
     Returns:
-        `tilted`, and `tempered + s log f_S` in S, float32 `[..., V]`. Where the tilt leaves nothing
-        outside S, or nothing was there, S is what remains.
+        `tilted`, and `tempered + s log f_S` in S, float32 `[..., V]`. Where no other token has a
+        probability before or after the tilt, S alone remains.
 
     Raises:
         ValueError: If a token is not in the vocabulary.
@@ -206,8 +205,8 @@ def protect(
     vocabulary = vocabulary + jnp.zeros_like(tilted, jnp.int32)  # sharded as the logits are
     protected = functools.reduce(jnp.logical_or, [vocabulary == token for token in tokens])
     before, after = (_logsumexp(x, ~protected) for x in (tempered, tilted))
-    something = ~jnp.isneginf(before) & ~jnp.isneginf(after)
-    shift = jnp.where(something, after, 0.0) - jnp.where(something, before, 0.0)
+    others_remain = ~jnp.isneginf(before) & ~jnp.isneginf(after)
+    shift = jnp.where(others_remain, after, 0.0) - jnp.where(others_remain, before, 0.0)
     return jnp.where(protected, tempered + shift, tilted)
 
 
@@ -216,7 +215,7 @@ def combine_heads(
 ) -> Float[Array, "*batch V"]:
     """One score for several forget requests, a head for each (an extension of the paper).
 
-    Texts of different requests are different texts, so the requests share what "retain" leaves:
+    The forget texts of different requests are disjoint, so their odds against "retain" add up:
 
         P(retain) = 1 / (1 + Σ_i exp(-g_i)),  that is  g = -logsumexp_i(-g_i)
 
@@ -228,8 +227,8 @@ def combine_heads(
         how: "disjoint", or "product" for `sigmoid(g) = Π_i sigmoid(g_i)`.
 
     Returns:
-        The logits g of "retain, whatever the request", float32 `[..., V]`; those of one head are
-        as they are. `-inf` of one head bans a token.
+        The logits g of "retain" under all requests, float32 `[..., V]`; the scores of a single head
+        are unchanged. `-inf` of one head bans a token.
 
     Raises:
         ValueError: If `how` is unknown.
@@ -256,12 +255,12 @@ def combine_heads(
 
 
 def _logsumexp(logits: Array, among: Bool[Array, "..."]) -> Array:
-    """Over the vocabulary, of some tokens, `[..., 1]`; -inf, without NaNs, if there are none."""
+    """Logsumexp over the tokens `among`, `[..., 1]`; -inf, without NaNs, if there are none."""
     among = among & ~jnp.isneginf(logits)
     masked = jnp.where(among, logits, -jnp.inf)
     peak = jax.lax.stop_gradient(jnp.max(masked, axis=-1, keepdims=True))
-    nothing = jnp.isneginf(peak)
-    peak = jnp.where(nothing, 0.0, peak)
+    empty = jnp.isneginf(peak)
+    peak = jnp.where(empty, 0.0, peak)
     weights = jnp.where(among, jnp.exp(jnp.where(among, logits, peak) - peak), 0.0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    return jnp.where(nothing, -jnp.inf, peak + jnp.log(jnp.where(nothing, 1.0, total)))
+    return jnp.where(empty, -jnp.inf, peak + jnp.log(jnp.where(empty, 1.0, total)))

@@ -1,6 +1,6 @@
 """Sections of `Settings` that are not the options of a single function of the library.
 
-Options of a single function, such as `SamplingOptions`, stand beside that function.
+Options of a single function, such as `SamplingOptions`, are defined beside that function.
 """
 
 import dataclasses
@@ -33,15 +33,15 @@ class ClassifierOptions(Ranged):
     """The head, and the features that it reads.
 
     Attributes:
-        features: What it reads of a prefix: "mean" is the paper's; "last", the last hidden state,
-            and "mean+last" go beyond it.
+        features: Features of a prefix: "mean" is the paper's; "last", the last hidden state, and
+            "mean+last" are extensions.
         feature_dtype: float32 or bfloat16, in the store.
         rank: Width of the hidden layers.
         activation: "identity" in the paper, "relu", "gelu" or "tanh".
         num_hidden_layers: 1 in the paper.
         bias: Whether hidden layers have one; none in the paper.
-        init: A head folder whose weights training starts at, such as a meta-learned one
-            (docs/lora_ml.md); None: PyTorch's start.
+        init: A head folder with initial weights, such as a meta-learned one (docs/lora_ml.md);
+            None: PyTorch's initialisation.
     """
 
     features: str = "mean+last"
@@ -59,7 +59,7 @@ class ClassifierOptions(Ranged):
 
 @dataclasses.dataclass(frozen=True)
 class EvalOptions(Ranged):
-    """What is evaluated, and on what. Question sets are sources, as `forget`; None leaves one out.
+    """Evaluation. Question sets are sources, as `forget`; None leaves one out.
 
     Attributes:
         forget: The forget set.
@@ -73,9 +73,9 @@ class EvalOptions(Ranged):
         guidance_scales: s; empty: each head's own.
         refinements: Refinements, with commas between; None: `refinements`.
         controls: Whether to add (T, s = 0) and (T = 1, s' = T s) of every setting.
-        dir: Folder of the results, and of what a stopped run has finished.
+        dir: Folder of the results, and of the finished parts of a stopped run.
         retain_model: A model trained without the forget set, for the KL and a log of its own.
-        retain_log: Its TOFU_EVAL.json; None: that of `retain_model`.
+        retain_log: Its TOFU_EVAL.json; None: evaluate `retain_model`.
         second_retain_log: The TOFU_EVAL.json of another retain model: the noise floor.
         reference_mask: Mask attention as the reference evaluator does: eos is never attended.
     """
@@ -120,16 +120,16 @@ class SweepOptions(Ranged):
 
 @dataclasses.dataclass(frozen=True)
 class ExperimentOptions(Ranged):
-    """The TOFU experiment: what is varied beside T and s, each from the chosen setting.
+    """The TOFU experiment, with variations of the chosen setting beside T and s.
 
     Attributes:
         dir: Folder of the experiment.
         vary_ranks: Ranks of the head.
         vary_epochs: Epochs of training.
-        vary_retain_rows: Numbers of the first rows of `retain` that the head sees.
+        vary_retain_rows: Numbers of first rows of `retain` that the head is trained on.
         refine_rows: Questions of a set answered by each refinement; None: all.
         varied_retain: Retain texts of other kinds, as one more refinement.
-        refine_top_p: The base's nucleus, from which answers are drawn once more.
+        refine_top_p: Top-p on the base distribution, for one more run of answers.
         plain_chat: Question-answer rows unrelated to the forget and the retain set.
     """
 
@@ -148,8 +148,8 @@ class VerifySection(VerifyOptions):
     """The verdict on a head.
 
     Attributes:
-        dir: Folder of the page, which shows forget rows, and of what a stopped run has finished;
-            None: HEAD/verify.
+        dir: Folder of the page, which shows forget rows, and of the finished parts of a stopped
+            run; None: HEAD/verify.
         retained: Share of retain rows that must be as before for exit status 0.
     """
 
@@ -159,15 +159,15 @@ class VerifySection(VerifyOptions):
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneSection(FinetuneConfig):
-    """Fine-tuning: makes a model to unlearn from, or its twin that never saw the forget set.
+    """Fine-tuning: makes a model to unlearn from, or a retain-only model.
 
     Attributes:
         data: Sources, as `forget`; all of their rows are trained on.
         validation: Sources whose loss is reported after each epoch.
         workdir: Folder of checkpoints, metrics and the model.
-        meta: "joint": LoRA-ML (docs/lora_ml.md). Each source of `data` is a task with an adapter of
-            `lora_rank` of its own beside all weights, which are written without it; "reptile": the
-            adapters alone are trained, and their mean moves the weights; None: no tasks.
+        meta: "joint": LoRA-ML (docs/lora_ml.md). Each source of `data` is a task with its own
+            adapter of `lora_rank` beside all weights, which are written without it; "reptile": only
+            the adapters are trained, and their mean moves the weights; None: no tasks.
     """
 
     data: tuple[str, ...] = ()
@@ -185,10 +185,10 @@ class ServeSection(EngineOptions, ServerOptions):
     and revoke requests.
 
     Attributes:
-        rank: Largest rank of a head; None: that of `classifier` and `head`.
+        rank: Largest rank of a head; None: the rank of `classifier` and `head`.
         requests: Folder of the requests to forget; None: none are taken.
-        most_leaks: Share of a request's rows that may leak for it to be turned on.
-        least_retained: Share of held-out retain answers' probability, for the same.
+        most_leaks: Largest share of a request's rows that may leak for it to be turned on.
+        least_retained: Smallest retained share of held-out answers' probability, for the same.
         warm_up: Whether to compile before the first request.
     """
 
@@ -200,7 +200,7 @@ class ServeSection(EngineOptions, ServerOptions):
 
 
 def narrow(options: type[T], section: Any, **values: Any) -> T:
-    """Makes options of the fields of a section that have their names, and of further values."""
+    """Makes options from the fields of the same names in a section, and from further values."""
     names = {field.name for field in dataclasses.fields(options)} - set(values)  # type: ignore[arg-type]
-    found = {name: getattr(section, name) for name in names if hasattr(section, name)}
-    return options(**found | values)
+    fields = {name: getattr(section, name) for name in names if hasattr(section, name)}
+    return options(**fields | values)

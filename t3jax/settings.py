@@ -1,8 +1,8 @@
 """Settings of the commands: a tree of frozen dataclasses, and the one place where a config is read.
 
-`Settings` holds what a user types most; its sections are the library's own options where there are
-such. The dataclass holds a field's default, its annotation the range, and its docstring the
-comment.
+The fields of `Settings` are those that a user types most; its sections are mostly the library's own
+options. A dataclass has the defaults of its fields, the annotations have the ranges, and the
+docstring has the comments.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ T = TypeVar("T")
 
 
 def _section(options: type, prefix: str = "", without: tuple[str, ...] = ()) -> Any:
-    """A section of `Settings`: fields of a dataclass, named without `prefix`, `without` some."""
+    """A section of `Settings`: a dataclass's fields, named without `prefix`, but not `without`."""
     return dataclasses.field(
         default_factory=options, metadata={"prefix": prefix, "without": without}
     )
@@ -57,14 +57,14 @@ def _section(options: type, prefix: str = "", without: tuple[str, ...] = ()) -> 
 class Settings(Ranged):
     """All settings: the fields that are typed most, and the sections.
 
-    A relative path is one from the working folder.
+    A relative path starts at the working folder.
 
     Attributes:
         model: The base model: a Hugging Face folder, hub id or GGUF file.
         head: A head folder, or several with commas between, one for each forget request.
-        forget: What to forget: "tofu:SPLIT", or a file or folder of JSON or JSON-lines;
+        forget: Rows to forget: "tofu:SPLIT", or a file or folder of JSON or JSON-lines;
             "SOURCE[:400]" is some of its rows, "SOURCE+SOURCE" both.
-        retain: What to retain, a source as `forget`.
+        retain: Rows to retain, a source as `forget`.
         tofu_dir: Folder of TOFU; None: the Hugging Face hub.
         request: Name of the request, for the head's card.
         workdir: Folder of training: checkpoints, metrics and the head.
@@ -73,12 +73,12 @@ class Settings(Ranged):
         prompts: A file of prompts; without it and `prompt` they are typed.
         output: A JSON-lines file of the answers; None: the terminal.
         base_only: Answer without a head, with the base model alone.
-        base_temperature: T; None: in training chosen by the made-up-name level, or 2.5 without
-            made-up names; then the head's.
-        guidance_scale: s; None: the same, or 1.
+        base_temperature: T; None: the head's, which training chooses by the made-up-name level, or
+            sets to 2.5 without made-up names.
+        guidance_scale: s; None: likewise, or 1.
         forget_fraction: The forget set's share of forget and retain text in the model's training,
-            an extension that shifts the scores to this class prior. None: half in training, as in
-            the paper, then the head's.
+            an extension that shifts the scores to this class prior. None: the head's, which is half
+            by default, as in the paper.
         refinements: Extensions when sampling: "plain", or some of "gated" (retain text is not
             tempered), "protected" (the tilt leaves stop tokens alone) and "product" (of several
             heads, instead of disjoint requests), joined by "-".
@@ -93,13 +93,13 @@ class Settings(Ranged):
         train: How the head is trained.
         synthetic: Texts that the base model writes for the training, beyond the paper.
         prompt_format: How a question becomes a prompt.
-        eval: What is evaluated, and on what.
-        leaks: Numbers beyond TOFU's: leaks of drawn answers, and the Monte-Carlo KL.
+        eval: Evaluation.
+        leaks: Metrics beyond TOFU's: leaks of drawn answers, and the Monte-Carlo KL.
         sweep: The grid of heads, and the choice among them.
         experiment: The TOFU experiment.
         verify: The verdict on a head.
         finetune: Fine-tuning of the language model.
-        minnorm: Unlearning by MinNorm-OG (docs/minnorm_og.md): `finetune.data` is then retained.
+        minnorm: Unlearning by MinNorm-OG (docs/minnorm_og.md), with `finetune.data` as retain set.
         serve: The server.
     """
 
@@ -160,7 +160,7 @@ class Settings(Ranged):
 
 
 def replace(settings: Settings, **fields: object) -> Settings:
-    """Changes fields of settings; "SECTION.FIELD" is a field of a section, named as there."""
+    """Changes fields of settings; "SECTION.FIELD" is a field of a section's dataclass."""
     by_section: dict[str, dict[str, Any]] = {}
     for name, value in fields.items():
         section, _, field = name.rpartition(".")
@@ -172,17 +172,17 @@ def replace(settings: Settings, **fields: object) -> Settings:
 
 
 def config_fields(options: Any, metadata: Mapping[str, Any] | None = None) -> Iterator[Any]:
-    """Names in a config and fields of a dataclass of options."""
+    """Fields of a dataclass of options, each with its name in a config."""
     without, prefix = (metadata or {}).get("without", ()), (metadata or {}).get("prefix", "")
     for field in dataclasses.fields(options):
         if field.name not in without:
             yield field.name.removeprefix(prefix), field
 
 
-def names_of(options: Any = Settings) -> list[str]:
+def names_of() -> list[str]:
     """Names of all fields in a config, those of a section as "SECTION.FIELD"."""
     names = []
-    for name, field in config_fields(options):
+    for name, field in config_fields(Settings):
         names.append(name)
         if dataclasses.is_dataclass(field.type):
             names += [f"{name}.{inner}" for inner, _ in config_fields(field.type, field.metadata)]
@@ -190,16 +190,15 @@ def names_of(options: Any = Settings) -> list[str]:
 
 
 def nearest(name: str, known: list[str] | None = None) -> str:
-    """A hint at the field that an unknown name may be meant for; "" if none is near.
+    """A hint at the known name, by default of `Settings`, nearest to an unknown one; "" without.
 
-    A field that once stood at the top level is found in its section. `known` are all names, by
-    default those of `Settings`.
+    A field that was once at the top level is found in its section.
     """
     known = names_of() if known is None else known
     as_section = [n for n in known if n.replace(".", "_") == name or n.replace("s.", "_") == name]
-    moved = as_section or [each for each in known if each.endswith(f".{name}")]
-    found = moved[:1] or difflib.get_close_matches(name, known, 1)
-    return f"; did you mean --config.{found[0]}?" if found else ""
+    moved = as_section or [field for field in known if field.endswith(f".{name}")]
+    near = moved[:1] or difflib.get_close_matches(name, known, 1)
+    return f"; did you mean --config.{near[0]}?" if near else ""
 
 
 def expected(name: str) -> str:
@@ -217,30 +216,28 @@ def _expected(options: Any, field: str) -> str:
     hint = typing.get_type_hints(options)[field]
     if isinstance(hint, types.UnionType):
         hint = typing.get_args(hint)[0]
-    several = typing.get_origin(hint) is tuple
-    kind = typing.get_args(hint)[0] if several else hint
-    # Only the check of the dataclass knows the range: a value outside makes it say the range.
+    is_tuple = typing.get_origin(hint) is tuple
+    kind = typing.get_args(hint)[0] if is_tuple else hint
+    # Only the check of the dataclass knows the range: a value outside gives an error with it.
     probes = {int: -(2**62), float: math.nan, str: "\0"}
     try:
         if kind in probes:
-            options(**{field: (probes[kind],) if several else probes[kind]})
+            options(**{field: (probes[kind],) if is_tuple else probes[kind]})
     except ValueError as error:
-        if found := re.match(rf"{field} (?:= .*: expected|must be) (.*?)(?:, got.*)?$", str(error)):
-            return found[1]
+        pattern = rf"{field} (?:= .*: expected|must be) (.*?)(?:, got.*)?$"
+        if match := re.match(pattern, str(error)):
+            return match[1]
     words = {bool: "True or False", int: "a whole number", float: "a finite number"}
-    return "texts" if several and kind is str else words.get(kind, "")
+    return "texts" if is_tuple and kind is str else words.get(kind, "")
 
 
-def from_config(options: type[T], config: Any, path: str = "") -> T:
-    """Makes options of a config, the only place where a config meets the library.
+def from_config(options: type[T], config: Any) -> T:
+    """Makes options of a config; no other function of the library reads a config.
 
-    The config holds values by field; sections are mappings too. A field that is not there keeps the
-    dataclass's default. `path` is the place of the config, for errors.
-
-    Raises:
-        ValueError: If a field is unknown, of another type, or out of its range; names it.
+    The config holds values by field; sections are mappings too. A missing field has the dataclass's
+    default. A ValueError names a field that is unknown, of another type, or out of its range.
     """
-    return _read(options, config, path, {})
+    return _read(options, config, "", {})
 
 
 def _read(options: Any, config: Any, path: str, metadata: Mapping[str, Any]) -> Any:
@@ -260,23 +257,21 @@ def _read(options: Any, config: Any, path: str, metadata: Mapping[str, Any]) -> 
         try:
             values[field.name] = _fit(hint, value, options is PromptFormat or field.default == "")
         except TypeError as error:
-            wanted = _expected(options, field.name) or str(error)
-            raise ValueError(f"config.{start}{name} = {value!r}: expected {wanted}") from None
+            expectation = _expected(options, field.name) or str(error)
+            raise ValueError(f"config.{start}{name} = {value!r}: expected {expectation}") from None
     try:
         return options(**values)
     except ValueError as error:
         prefix = metadata.get("prefix", "")
-        # "FIELD = VALUE: expected RANGE", or as the sampler words it.
-        said = re.sub(r"^(\w+) must be (.*), got (.*)$", r"\1 = \3: expected \2", str(error))
-        said = said.removeprefix(prefix)
-        at_field = said.split()[0] in fields
-        raise ValueError(
-            f"config.{start}{said}" if at_field else f"config.{path}: {said}"
-        ) from error
+        # "FIELD = VALUE: expected RANGE"; the sampler's words are "FIELD must be RANGE, got VALUE".
+        message = re.sub(r"^(\w+) must be (.*), got (.*)$", r"\1 = \3: expected \2", str(error))
+        message = message.removeprefix(prefix)
+        where = f"config.{start}" if message.split()[0] in fields else f"config.{path}: "
+        raise ValueError(where + message) from error
 
 
 def _fit(hint: Any, value: Any, may_be_empty: bool) -> Any:
-    """A value as its type says; a TypeError says which type was expected."""
+    """Converts a value to its type; a TypeError names the expected type."""
     arguments = typing.get_args(hint)
     if isinstance(hint, types.UnionType):
         return None if value is None else _fit(arguments[0], value, may_be_empty)
@@ -293,7 +288,7 @@ def _fit(hint: Any, value: Any, may_be_empty: bool) -> Any:
     elif typing.get_origin(hint) is tuple:
         if not isinstance(value, tuple | list):
             raise TypeError("several, with commas between")
-        return tuple(_fit(arguments[0], each, False) for each in value)
+        return tuple(_fit(arguments[0], element, False) for element in value)
     elif isinstance(value, str):
         return parse_json(value, "config.prompt_format.chat_template_kwargs", dict[str, Any])
     return value

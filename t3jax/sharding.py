@@ -1,9 +1,9 @@
-"""Where arrays live: one mesh, `(data, fsdp, model)`, and readable rules, first match wins.
+"""Placement of arrays: one mesh, `(data, fsdp, model)`, and rules of which the first match holds.
 
 Rows of a batch are split over `data` and `fsdp` together; the vocabulary, attention heads and MLP
 width over `model`. `fsdp` also splits the other dimension of the matrices, which are gathered layer
 by layer as they are used: it saves memory where `data` keeps a copy. A dimension that its axes do
-not divide is kept whole. On one device the same code runs and every rule means "here".
+not divide is not split. The same code runs on one device.
 """
 
 import math
@@ -20,7 +20,7 @@ from jaxtyping import PyTree
 
 DATA, FSDP, MODEL = "data", "fsdp", "model"
 ROWS = (DATA, FSDP)
-LOGITS = P(ROWS, MODEL)  # and all else of rows and vocabulary
+LOGITS = P(ROWS, MODEL)  # and all other arrays of rows and vocabulary
 
 # Weights of the language model and the head, [out, in], by path.
 PARAM_RULES: tuple[tuple[str, P], ...] = (
@@ -44,7 +44,7 @@ PARAM_RULES: tuple[tuple[str, P], ...] = (
     (r"/(q|k|v|gate|up)/(bias|scale)$", P(MODEL)),
     (r"/(o|down)/weight$", P(FSDP, MODEL)),
     (r"/(o|down)/scale$", P(FSDP)),
-    # LoRA's factors, split as what they update.
+    # LoRA's factors, split like the weights that they update.
     (r"/(q|k|v|gate|up)/(lora_)?a$", P(None, FSDP)),
     (r"/(q|k|v|gate|up)/(lora_)?b$", P(MODEL, None)),
     (r"/(o|down)/(lora_)?a$", P(None, MODEL)),
@@ -58,19 +58,19 @@ def make_mesh(shape: Sequence[int] = (-1, 1, 1), devices: Sequence[Any] | None =
     """A `(data, fsdp, model)` mesh.
 
     Args:
-        shape: Devices along `data`, `fsdp` and `model`; at most one -1 takes what remains.
+        shape: Devices along `data`, `fsdp` and `model`; at most one -1 takes the remaining ones.
         devices: The devices to use; None means all.
 
     Returns:
-        A mesh with automatic axes: the compiler places what the rules leave open.
+        A mesh with automatic axes: the compiler places arrays without a rule.
 
     Raises:
         ValueError: If the shape does not use every device exactly once.
     """
     devices = jax.devices() if devices is None else list(devices)
     shape = tuple(shape)
-    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in shape)
-    if not whole or len(shape) != 3 or shape.count(-1) > 1 or min(shape) < -1 or 0 in shape:
+    are_whole = all(isinstance(n, int) and not isinstance(n, bool) for n in shape)
+    if not are_whole or len(shape) != 3 or shape.count(-1) > 1 or min(shape) < -1 or 0 in shape:
         raise ValueError(
             f"mesh {shape}: expected (data, fsdp, model), three positive whole numbers of which "
             "one may be -1; rows over 2 devices and the vocabulary over 4 is (2, 1, 4)"
@@ -86,13 +86,13 @@ def make_mesh(shape: Sequence[int] = (-1, 1, 1), devices: Sequence[Any] | None =
     try:
         return jax.make_mesh(sizes, names, types, devices=devices)
     except NotImplementedError:
-        # No whole axes of the devices' network make this shape: (8, 8, 1) of TPUs 4 x 4 x 4.
+        # This shape needs a split axis of the devices' network: (8, 8, 1) of TPUs 4 x 4 x 4.
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
         return Mesh(grid, names, axis_types=types)
 
 
 def row_shards(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are split: their number shall be a multiple."""
+    """Number of parts of the rows of a batch, whose number has to be a multiple of it."""
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
@@ -111,10 +111,10 @@ def place_abstract(tree: PyTree, shardings: PyTree) -> PyTree:
 
 
 def gather_weights(mesh: Mesh | None, params: PyTree, after: jax.Array) -> PyTree:
-    """Weights as products use them, inside of jit: gathered along `fsdp`, the rest as it is.
+    """Gathers weights along `fsdp` for products, inside of jit, once `after` has been computed.
 
-    `after` has to be computed before. Compilers would otherwise gather the weights of all layers at
-    once, those of a decoding step before the loop.
+    Compilers would otherwise gather the weights of all layers at once, and before the loop of
+    decoding.
     """
     if mesh is None or mesh.shape[FSDP] == 1:
         return params
@@ -133,8 +133,8 @@ def lookup(mesh: Mesh | None, table: jax.Array, ids: jax.Array) -> jax.Array:
     the table is not gathered.
     """
     ids = constrain(ids, mesh, [DATA])
-    found = jnp.take(table, ids, axis=0)
-    return constrain(constrain(found, mesh, [DATA, None, FSDP]), mesh, [ROWS])
+    rows = jnp.take(table, ids, axis=0)
+    return constrain(constrain(rows, mesh, [DATA, None, FSDP]), mesh, [ROWS])
 
 
 def _rule(path: tuple) -> P:
@@ -143,7 +143,7 @@ def _rule(path: tuple) -> P:
 
 
 def batch_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
-    """Rows split over `data` and `fsdp`, everything else whole."""
+    """The sharding that splits rows over `data` and `fsdp`, and no other axis."""
     return fit_sharding(mesh, P(ROWS), shape)
 
 
@@ -151,8 +151,8 @@ def attention_specs(mesh: Mesh, heads: int, length: int) -> tuple[P, P, P]:
     """Specs of queries `[B, K, G, T, h]`, keys `[B, K, h, S]` and values `[B, K, S, h]`.
 
     Attention is split by rows, and by the K key heads over `model`. Where `model` does not divide
-    the key heads, it splits the T queries of a text, which then meet whole keys and values; and of
-    a single token the width, so that the cache need not move.
+    the key heads, it splits the T queries of a text, whose keys and values are then replicated; for
+    a single token it splits the width, so that the cache is not moved.
     """
     if heads % mesh.shape[MODEL] == 0:
         return P(ROWS, MODEL), P(ROWS, MODEL), P(ROWS, MODEL)
@@ -168,10 +168,17 @@ def attention_specs(mesh: Mesh, heads: int, length: int) -> tuple[P, P, P]:
 def constrain(
     x: jax.Array, mesh: Mesh | None, spec: Sequence[str | tuple[str, ...] | None] | P
 ) -> jax.Array:
-    """Tells the compiler where an array lives, inside of jit; as it is without a mesh."""
+    """Constrains the sharding of an array, inside of jit; unchanged without a mesh."""
     if mesh is None or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, fit_sharding(mesh, P(*spec), x.shape))
+
+
+def replicate(mesh: Mesh, tree: PyTree) -> PyTree:
+    """Replicates a tree on all devices, inside of jit, so that every host reads the same values."""
+    if mesh.size == 1:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P()))
 
 
 def fit_sharding(mesh: Mesh, spec: P, shape: Sequence[int]) -> NamedSharding:

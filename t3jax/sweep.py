@@ -1,8 +1,8 @@
-"""Choosing the head, T and s: a grid of heads, scored, chosen by cross-fitting, then evaluated.
+"""Chooses the head, T and s: a grid of heads is scored, cross-fitting chooses, and answers follow.
 
-Scoring given texts costs seconds a setting, answering questions minutes. So every setting of the
-grid is scored, the choice is made on that, and only the chosen setting and its controls answer.
-No seed is chosen: a setting is scored by its median seed.
+Scoring given texts takes seconds a setting, answering questions minutes. So every setting of the
+grid is scored, and only the chosen setting and its controls answer questions. No seed is chosen: a
+setting is scored by its median seed.
 """
 
 import dataclasses
@@ -27,12 +27,9 @@ from t3jax.training_sets import TrainingSets
 
 
 class Grid(NamedTuple):
-    """The heads of a sweep, rank by rank, recipe by recipe, seed by seed.
+    """The heads of a sweep and their folders, rank by rank, recipe by recipe, seed by seed.
 
-    Attributes:
-        folders: Where each head is.
-        heads: The heads.
-        seeds: How many follow one another that differ in their seed alone.
+    `seeds` is the number of consecutive heads that differ in their seed alone.
     """
 
     folders: list[pathlib.Path]
@@ -41,7 +38,7 @@ class Grid(NamedTuple):
 
     @property
     def groups(self) -> list[tuple[int, ...]]:
-        """The first head of every kind, as a group of its own."""
+        """The first head of every recipe and rank, each as a group."""
         return [(first,) for first in range(0, len(self.heads), self.seeds)]
 
 
@@ -51,10 +48,10 @@ class Sweep:
 
     Attributes:
         grid: The heads.
-        scored: Log by setting's name of every setting that was scored, without answers.
+        scored: Logs of all scored settings by name, without answers.
         candidates: The settings to choose from, by name, one for each seed.
         retain_scored: The retain model's log, without answers.
-        choice: The choice; its honest scores are of the logs with answers.
+        choice: The choice; its held-out scores are of the logs with answers.
         noise_floor: The test between two retain models, if there are two.
         evaluation: The evaluation of the chosen setting and its controls, with answers.
     """
@@ -69,14 +66,14 @@ class Sweep:
 
     @property
     def chosen(self) -> list[Setting]:
-        """The setting chosen on all rows, as it is for each seed."""
+        """The setting chosen on all rows, for each seed."""
         return self.candidates[self.choice.overall.name]
 
 
 def train_grid(config: Settings, lm: LM, sets: TrainingSets, mesh: Mesh) -> Grid:
     """Trains the heads of a sweep, those of one rank in one program.
 
-    Each rank's run has a folder of its own in the config's `workdir` and resumes by itself.
+    Each rank's run has its own folder in the config's `workdir` and resumes by itself.
     """
     config = pipeline.settle_loss(config, sets)
     recipe = config.train
@@ -109,30 +106,25 @@ def train_grid(config: Settings, lm: LM, sets: TrainingSets, mesh: Mesh) -> Grid
 
 
 def sweep(config: Settings, lm: LM, grid: Grid, mesh: Mesh | None = None) -> Sweep:
-    """Scores every setting of a grid of heads, chooses, and evaluates the chosen one.
-
-    Raises:
-        ValueError: If there is no retain model, logs are of different rows, or the rule is unknown.
-    """
+    """Scores every setting of a grid of heads, chooses, and evaluates the chosen one."""
     examined = pipeline.examine(config, lm, grid.heads, mesh)
-    asked = pipeline.settings(config, lm, grid.heads, grid.groups, controls=False)
     candidates = {
         setting.name: spread_over_seeds(setting, grid.seeds)
-        for setting in asked
+        for setting in pipeline.settings(config, lm, grid.heads, grid.groups, controls=False)
         if setting.guidance_scale > 0
     }
-    every = [each for several in candidates.values() for each in several]
-    scored, retain_scored = pipeline.score(config, examined, [BASE, *every], answers=False)
+    settings = [BASE, *itertools.chain.from_iterable(candidates.values())]
+    scored, retain_scored = pipeline.score(config, examined, settings, answers=False)
     if retain_scored is None:
         raise ValueError("choosing a setting needs the retain model's log")
     choice = selection.cross_fit(
-        {name: [scored[each.name] for each in several] for name, several in candidates.items()},
+        {name: [scored[member.name] for member in group] for name, group in candidates.items()},
         scored[BASE.name],
         retain_scored,
         config.sweep.selection_rule,
         group=config.sweep.selection_group,
     )
-    # The settings that the halves chose answer questions only for the honest score.
+    # The settings chosen on the halves answer questions only for the held-out score.
     halves = [candidates[half.name] for half in choice.halves]
     answered, retain_log = pipeline.score(
         config, examined, list(dict.fromkeys(itertools.chain(*halves)))
@@ -156,7 +148,7 @@ def sweep(config: Settings, lm: LM, grid: Grid, mesh: Mesh | None = None) -> Swe
 
 
 def spread_over_seeds(setting: Setting, seeds: int) -> list[Setting]:
-    """A setting of the first seed's head, for the head of each seed."""
+    """A setting of the first seed's head, repeated for the head of each seed."""
     (first,) = setting.heads
     return [
         dataclasses.replace(
@@ -168,5 +160,5 @@ def spread_over_seeds(setting: Setting, seeds: int) -> list[Setting]:
 
 def controls(setting: Setting, known: Sequence[Setting]) -> list[Setting]:
     """(T, s = 0) and (T = 1, s' = T s) of a setting, without those that are known."""
-    made = temper_only(setting), tilt_only(setting)
-    return [control for control in made if control not in (*known, BASE)]
+    candidates = temper_only(setting), tilt_only(setting)
+    return [control for control in candidates if control not in (*known, BASE)]

@@ -289,7 +289,7 @@ def test_a_head_is_made_and_checked(tmp_path):
     assert check.made_up_probability is None
     assert set(check.leaks) == {"greedy", "t0.7-p0.9-x4"}
     assert check.passed == (check.retained >= 0.97)
-    with pytest.raises(ValueError, match="all that there is to retain"):
+    with pytest.raises(ValueError, match="all retain rows are among the rows to forget"):
         HeadMaker(LM, recipe.__class__(**{**vars(recipe), "retain": ROWS})).make(
             ROWS, tmp_path / "s"
         )

@@ -1,6 +1,6 @@
 """The commands: `t3jax NAME`, and the scripts at the top of the checkout, which call them.
 
-Importing JAX takes seconds: nothing here does before a command has to run.
+Importing JAX takes seconds, so it is imported only when a command runs.
 """
 
 import contextlib
@@ -42,13 +42,13 @@ FIELDS = {
 
 
 def main(name: str | None = None) -> None:
-    """Runs a command, by default that of the first word, on the words of the command line."""
-    asked = {"-h", "-help", "--help", "--helpshort", "--helpfull"}
+    """Runs a command, by default the one that the command line names first."""
+    help_flags = {"-h", "-help", "--help", "--helpshort", "--helpfull"}
     if name is None:
         name = sys.argv[1] if len(sys.argv) > 1 else ""
         if name not in FIELDS:
-            if name in asked:
-                _show(usage.overview(FIELDS))
+            if name in help_flags:
+                _print_and_exit(usage.overview(FIELDS))
             print(usage.overview(FIELDS), file=sys.stderr)
             if name:
                 near = difflib.get_close_matches(name, FIELDS, 1)
@@ -56,8 +56,8 @@ def main(name: str | None = None) -> None:
                 print(f"t3jax: unknown command {name!r}{end}", file=sys.stderr)
             sys.exit(2)
         sys.argv = [f"t3jax {name}", *sys.argv[2:]]
-    if FIELDS[name] and asked & set(sys.argv[1:]):
-        _show(usage.describe(name, pathlib.Path(sys.argv[0]).name, FIELDS[name].split()))
+    if FIELDS[name] and help_flags & set(sys.argv[1:]):
+        _print_and_exit(usage.describe(name, pathlib.Path(sys.argv[0]).name, FIELDS[name].split()))
     interrupts.end_at_once()
     command = importlib.import_module(f"t3jax.commands.{name}")
     if hasattr(command, "run"):
@@ -66,7 +66,7 @@ def main(name: str | None = None) -> None:
         importlib.import_module("t3jax.cli").run(command.main)
 
 
-def _show(text: str) -> NoReturn:
-    with contextlib.suppress(BrokenPipeError):  # of a pager that was left
+def _print_and_exit(text: str) -> NoReturn:
+    with contextlib.suppress(BrokenPipeError):  # a pager was closed
         print(text, flush=True)
     os._exit(0)

@@ -29,12 +29,12 @@ def run() -> NoReturn:
         type=pathlib.Path,
         help="the retain model's, for forget_quality and privleak",
     )
-    given = parser.parse_args()
-    log = given.log or given.recompute
-    if log is None or (given.log and given.recompute):
+    arguments = parser.parse_args()
+    log = arguments.log or arguments.recompute
+    if log is None or (arguments.log and arguments.recompute):
         parser.error("name one log")
     try:
-        comparison, differs = recompute.compare_files(log, given.retain_log)
+        comparison, differs = recompute.compare_files(log, arguments.retain_log)
     except (OSError, ValueError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)

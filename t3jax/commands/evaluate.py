@@ -5,8 +5,7 @@
 
 The first evaluates a base model, and every head at every T and s of the config. It writes for each
 setting `TOFU_EVAL.json` and `TOFU_SUMMARY.json`, in the reference evaluator's format, and
-`UNLEARNING.json`; for all of them `report.html`. Called again after it was stopped, it goes on
-where it was.
+`UNLEARNING.json`; for all of them `report.html`. A stopped run resumes when it is called again.
 
 The second is `t3jax check LOG`.
 """
@@ -49,24 +48,24 @@ def _evaluate(
     groups: list[tuple[int, ...]],
 ) -> None:
     lm = t3jax.load_lm(config["model"], config.dtype, mesh)
-    found = pipeline.evaluate(
+    evaluation = pipeline.evaluate(
         config,
         pipeline.examine(config, lm, heads, mesh),
         pipeline.settings(config, lm, heads, groups, controls=config.eval.controls),
     )
-    print(_table(found.logs))
+    print(_table(evaluation.logs))
     for i, path in enumerate(paths):
         print(f"head{i}: {path}")
     print(f"logs: {config.eval.dir}/SETTING/{log_files.EVAL_NAME}, {log_files.UNLEARNING_NAME}")
-    diagnoses = diagnose_heads(found)
+    diagnoses = diagnose_heads(evaluation)
     print(describe_diagnoses(diagnoses))
     report = pathlib.Path(config["eval.dir"]) / "report.html"
-    write_report(report, found, title=f"Unlearning with {config.model}", diagnoses=diagnoses)
+    write_report(report, evaluation, title=f"Unlearning with {config.model}", diagnoses=diagnoses)
     print(f"report: {report}")
 
 
 def _table(evaluated: dict[str, logs.Log]) -> str:
-    """The headlines of every setting, and why numbers are missing."""
+    """The headline metrics of every setting, and the reasons for missing numbers."""
     width = max(len(name) for name in evaluated)
     lines = [" ".join([" " * width, *(f"{metric:>17}" for metric in _HEADLINES)])]
     reasons: dict[str, str] = {}

@@ -1,12 +1,11 @@
-"""The TOFU experiment: makes a model that knows, unlearns, and measures what that is worth.
+"""The TOFU experiment: fine-tunes a model on TOFU, unlearns, and measures the result.
 
 python experiment.py --config=configs/smollm2_tofu.py
 
 Fine-tunes a model with and without the forget set (or takes `model` and `eval.retain_model` as they
 are), trains heads of several seeds, chooses T, s and refinements by cross-fitting, and measures
-leaks, what depends on what, and texts that no head was trained on. Called again after it was
-stopped, it goes on where it was. Writes `results.md`, `experiment.json` and `report.html` to
-`experiment.dir`.
+leaks, variations of the recipe, and texts that no head was trained on. A stopped run resumes when
+it is called again. Writes `results.md`, `experiment.json` and `report.html` to `experiment.dir`.
 """
 
 import t3jax
@@ -28,6 +27,6 @@ def main(config: Settings) -> None:
     )
     preflight.check_evaluation(config, shape)
     with preflight.outputs(config.experiment.dir):
-        found = experiment(config, mesh)
-        print(write_experiment(config["experiment.dir"], found, title=f"{config.model} on TOFU"))
+        results = experiment(config, mesh)
+        print(write_experiment(config["experiment.dir"], results, title=f"{config.model} on TOFU"))
         print(f"written: {config.experiment.dir}/results.md, experiment.json, report.html")

@@ -3,7 +3,7 @@
 python finetune.py --config=configs/smollm2.py --config.finetune.workdir=out/tuned
     --config.finetune.data="('tofu:forget05',)"
 
-Called again after it was stopped, the script resumes. The model is a Hugging Face folder, which
+A stopped run resumes when it is called again. The model is a Hugging Face folder, which
 transformers and every script here open.
 """
 
@@ -13,7 +13,7 @@ from t3jax.settings import Settings
 
 
 def main(config: Settings) -> None:
-    """Makes the model that the config describes."""
+    """Fine-tunes the model of a config."""
     config.require("model", "finetune.workdir")
     if not config.finetune.data:
         raise ValueError("nothing to train on; give --config.finetune.data=\"('SOURCE',)\"")

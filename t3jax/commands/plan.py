@@ -21,7 +21,7 @@ def run() -> None:
     """Reads the command line and prints the plan."""
     flags.DEFINE_string("device", "v5e", f"{', '.join(plan.DEVICES)}, or the bytes of a device")
     for name, default, meaning, low, high in (
-        ("devices", 1, "how many there are", 1, 2**14),
+        ("devices", 1, "number of devices", 1, 2**14),
         ("prompt_tokens", 128, "longest prompt", 1, 2**24),
         ("text_tokens", 1024, "longest text of features and fine-tuning", 2, 2**24),
         ("texts", 4000, "texts to forget and to retain together", 2, 2**31 - 1),
@@ -30,15 +30,22 @@ def run() -> None:
         flags.DEFINE_integer(name, default, meaning, lower_bound=low, upper_bound=high)
 
     def script(config: Settings) -> None:
-        given = flags.FLAGS
-        if given.device not in plan.DEVICES and not re.fullmatch("[1-9][0-9]{0,17}", given.device):
+        values = flags.FLAGS
+        if values.device not in plan.DEVICES and not re.fullmatch(
+            "[1-9][0-9]{0,17}", values.device
+        ):
             raise ValueError(
-                f"device {given.device!r} is not known; known: {', '.join(plan.DEVICES)}, or a "
+                f"device {values.device!r} is not known; known: {', '.join(plan.DEVICES)}, or a "
                 "number of bytes"
             )
-        simulate(given.devices)
-        numbers = given.prompt_tokens, given.text_tokens, given.texts, given.answer_tokens
+        simulate(values.devices)
+        numbers = (
+            values.prompt_tokens,
+            values.text_tokens,
+            values.texts,
+            values.answer_tokens,
+        )
         job = make_job(config, sharding.make_mesh(config.mesh), *numbers)
-        print(plan.describe(job, plan.DEVICES.get(given.device) or int(given.device)))
+        print(plan.describe(job, plan.DEVICES.get(values.device) or int(values.device)))
 
     cli.run(script)

@@ -25,7 +25,7 @@ DRAWING = ("temperature", "top_k", "top_p", "min_p", "truncate_on", "repetition_
 
 
 def main(config: Settings) -> None:
-    """Loads model and head, then answers the prompts of a flag, of a file, or typed."""
+    """Loads model and head, then answers prompts from a flag, a file or standard input."""
     config.require("model")
     if config.head is None and not config.base_only:
         raise ValueError(
@@ -68,15 +68,15 @@ def main(config: Settings) -> None:
         prompt_format=config.prompt_format,
         batch_size=config.rows,
     )
-    _tell(
+    _report(
         f"{config.model} on {jax.device_count()} {jax.default_backend()} device(s), head "
         f"{config.head if heads else '(none)'}, T = {sampler.base_temperature:g}, "
         f"s = {sampler.guidance_scale:g}, {sampler.refinements.name}"
     )
-    # Together with T and s, these decide how much of the forgotten text comes back.
+    # Together with T and s, these decide how much of the forgotten text leaks.
     settings = (f"{name} = {getattr(options, name)}" for name in DRAWING)
-    _tell(f"drawn with {', '.join(settings)}")
-    warnings.showwarning = lambda message, *_, **__: _tell(f"sample.py: {message}")
+    _report(f"drawn with {', '.join(settings)}")
+    warnings.showwarning = lambda message, *_, **__: _report(f"sample.py: {message}")
     # The base model is the same program at T = 1, s = 0, drawn with the same random numbers.
     variants = {"base": {"base_temperature": 1.0, "guidance_scale": 0.0}}
     if heads:
@@ -115,7 +115,7 @@ def _answer(
         samples = sampler.generate(prompts, options, progress=variant, **guidance)
         seconds = time.perf_counter() - start
         tokens = sum(len(sample.tokens) for sample in samples)
-        _tell(
+        _report(
             f"{variant}: {len(samples)} answers, {tokens} tokens in {seconds:.1f} s "
             f"({tokens / seconds:.0f} a second, compilation included)"
         )
@@ -134,7 +134,7 @@ def _answer(
                 pathlib.Path(output),
                 "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines),
             )
-        _tell(f"wrote {len(lines)} lines to {output}")
+        _report(f"wrote {len(lines)} lines to {output}")
         return
     for i, line in enumerate(lines):
         print(f"\n> {prompts[i // options.num_samples]}")
@@ -142,14 +142,14 @@ def _answer(
             print(f"{variant:>10} | {line[variant]}")
 
 
-def _tell(message: str) -> None:
+def _report(message: str) -> None:
     """Prints progress to standard error, from process 0 alone."""
     if hosts.is_lead():
         print(message, file=sys.stderr)
 
 
 def _converse(sampler: t3jax.Sampler, variants: dict, options: SamplingOptions) -> None:
-    """Answers typed lines, each answer shown as it is drawn."""
+    """Answers typed lines; prints each answer as it is drawn."""
     typing = sys.stdin.isatty()
     while True:
         if typing:

@@ -19,12 +19,14 @@ from jax.sharding import Mesh
 import t3jax
 from t3jax import data, files, hosts, pipeline, preflight
 from t3jax.head_io import common_default
+from t3jax.lm.model import LM
 from t3jax.sections import narrow
 from t3jax.serving.messages import EngineOptions, ServerOptions
 from t3jax.settings import Settings
 
 if TYPE_CHECKING:  # the server is an extra
     from t3jax.serving.access import Keys
+    from t3jax.serving.training import HeadMaker
 
 
 def main(config: Settings) -> None:
@@ -40,9 +42,9 @@ def main(config: Settings) -> None:
     config.require("model")
     if jax.process_count() > 1 and config.serve.requests:
         raise ValueError(
-            "several processes serve the heads that they start with: a head would be made beside "
-            "the engine, whose programs and its own then run in another order in each process; "
-            "drop config.serve.requests"
+            "several processes serve the heads that they start with: the training of a new head "
+            "and the engine would run their programs in another order in each process; drop "
+            "config.serve.requests"
         )
     options = narrow(ServerOptions, config.serve)
     keys = Keys(*(os.environ.get(f"T3JAX_{name}_KEY") or None for name in ("API", "SERVER")))
@@ -87,7 +89,6 @@ def _serve(
     from t3jax.serving.engine import Engine
     from t3jax.serving.protocol import Reader
     from t3jax.serving.requests import RequestBook
-    from t3jax.serving.training import HeadMaker, HeadRecipe
 
     lm = t3jax.load_lm(config["model"], config.dtype, mesh)
     defaults = {"base_temperature": config.train.distilled_temperature, "guidance_scale": 1.0}
@@ -107,28 +108,15 @@ def _serve(
     for folder, head in heads.items():
         engine.install(folder, head)
     if config.serve.warm_up:
-        engine.warm_up(_tell)
+        engine.warm_up(_report)
     if not hosts.is_lead():
         engine.follow()
         return
     engine.start()
     book = None
     if config.serve.requests is not None:
-        recipe = HeadRecipe(
-            head=pipeline.head_config(config, lm),
-            training=config.train,
-            synthetic=pipeline.synthetic_options(config),
-            prompt_format=config.prompt_format,
-            retain=data.load_dataset(config.retain, config.tofu_dir) if config.retain else [],
-            feature_store=pathlib.Path(config.feature_store),
-            seed=config.seeds[0],
-            max_new_tokens=min(config.sampling.max_new_tokens, 64),
-            most_leaks=config.serve.most_leaks,
-            least_retained=config.serve.least_retained,
-            **policy,
-        )
-        maker = HeadMaker(lm, recipe, _tell)
-        book = RequestBook(pathlib.Path(config["serve.requests"]), engine, maker, _tell)
+        maker = _make_head_maker(config, lm, policy)
+        book = RequestBook(pathlib.Path(config["serve.requests"]), engine, maker, _report)
     name = options.model_name or config["model"]
     reader = Reader(lm, [name], config.prompt_format, config.sampling.max_new_tokens)
     app = make_app(engine, reader, options, keys, book)
@@ -141,12 +129,31 @@ def _serve(
     )
     listening = server_config.bind_socket()
     host, port = listening.getsockname()[:2]
-    _tell(
+    _report(
         f"{name} at http://{host}:{port}, T = {engine.base_temperature:g}, "
         f"s = {engine.guidance_scale:g}, heads: {', '.join(engine.active_heads) or '(none)'}"
     )
     uvicorn.Server(server_config).run(sockets=[listening])
 
 
-def _tell(message: str) -> None:
+def _make_head_maker(config: Settings, lm: LM, policy: dict[str, float]) -> "HeadMaker":
+    from t3jax.serving.training import HeadMaker, HeadRecipe
+
+    recipe = HeadRecipe(
+        head=pipeline.head_config(config, lm),
+        training=config.train,
+        synthetic=pipeline.synthetic_options(config),
+        prompt_format=config.prompt_format,
+        retain=data.load_dataset(config.retain, config.tofu_dir) if config.retain else [],
+        feature_store=pathlib.Path(config.feature_store),
+        seed=config.seeds[0],
+        max_new_tokens=min(config.sampling.max_new_tokens, 64),
+        most_leaks=config.serve.most_leaks,
+        least_retained=config.serve.least_retained,
+        **policy,
+    )
+    return HeadMaker(lm, recipe, _report)
+
+
+def _report(message: str) -> None:
     print(message, file=sys.stderr, flush=True)

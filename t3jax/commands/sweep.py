@@ -3,14 +3,14 @@
     python sweep.py --config=configs/smollm2.py --config.sweep.learning_rates=0.01,0.003
 
 Heads of all `sweep.learning_rates` x `sweep.weight_decays` x `seeds` train together in one program,
-one program for each of `sweep.ranks`; an empty list is the config's own value. Called again after
-it was stopped, it goes on where it was. The heads go to `workdir`.
+one program for each of `sweep.ranks`; an empty list is the config's own value. A stopped run
+resumes when it is called again. The heads are written to `workdir`.
 
 With a retain model (`eval.retain_model` or `eval.retain_log`) all heads are scored at
 `eval.base_temperatures` x `eval.guidance_scales`; the chosen one and its controls then answer
-questions too. `selection.json`, `report.html` and the logs go to `eval.dir`. Without one, head,
-T and s are chosen by the made-up-name level, see `t3jax.evaluation.calibration`, and
-`selection.json` goes to `workdir`.
+questions too. `selection.json`, `report.html` and the logs are written to `eval.dir`. Without one,
+head, T and s are chosen by the made-up-name level, see `t3jax.evaluation.calibration`, and
+`selection.json` is written to `workdir`.
 """
 
 import dataclasses
@@ -27,13 +27,13 @@ from t3jax.sweep import sweep, train_grid
 
 
 def main(config: Settings) -> None:
-    """Trains, scores and chooses."""
+    """Trains a grid of heads and chooses among them."""
     config.require("model", "forget", "retain", "workdir")
     if config.eval.retain_model is None and config.eval.retain_log is None:
         if not config.synthetic.made_up_names:
             raise ValueError(
-                "choosing needs a retain model (--config.eval.retain_model=FOLDER) or, in its "
-                "place, made-up names (--config.synthetic.made_up_names=4)"
+                "choosing needs a retain model (--config.eval.retain_model=FOLDER) or made-up "
+                "names (--config.synthetic.made_up_names=4)"
             )
         choose = _choose_by_made_up_names
     else:
@@ -56,8 +56,8 @@ def main(config: Settings) -> None:
 
 def _choose_by_retain_model(config: Settings, lm: LM, mesh: Mesh) -> str:
     grid = train_grid(config, lm, pipeline.training_sets(config, lm), mesh)
-    found = sweep(config, lm, grid, mesh)
-    return write_sweep(config["eval.dir"], found, title=f"Choosing a head for {config.model}")
+    result = sweep(config, lm, grid, mesh)
+    return write_sweep(config["eval.dir"], result, title=f"Choosing a head for {config.model}")
 
 
 def _choose_by_made_up_names(config: Settings, lm: LM, mesh: Mesh) -> str:

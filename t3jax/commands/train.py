@@ -4,8 +4,8 @@ python train_classifier.py --config=configs/smollm2.py
 python train_classifier.py --config=configs/smollm2.py --config.classifier.rank=50 ...
 python train_classifier.py --config=configs/paper.py ...        # the published recipe
 
-T and s that the config leaves open are chosen without a retain-only model. Called again after it
-was stopped, the script resumes; features that were computed once are read from their store.
+T and s that the config leaves open are chosen without a retain-only model. A stopped run resumes
+when it is called again; features that were computed once are read from their store.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from t3jax.training import make_members
 
 
 def main(config: Settings) -> None:
-    """Trains the heads that the config describes."""
+    """Trains the heads of a config."""
     needed = ["model", "forget", "retain", "workdir"]
     if config.synthetic.own_samples:  # the base model's own samples are a retain set
         needed.remove("retain")
@@ -41,7 +41,7 @@ def main(config: Settings) -> None:
 
 def _train(config: Settings, mesh: Mesh) -> None:
     lm = t3jax.load_lm(config["model"], config.dtype, mesh)
-    asked, sets = config, pipeline.training_sets(config, lm)
+    original, sets = config, pipeline.training_sets(config, lm)
     config = pipeline.settle_loss(config, sets)
     for kind, count in sets.written.items():
         print(f"written by the base model: {count} {kind}")
@@ -54,12 +54,12 @@ def _train(config: Settings, mesh: Mesh) -> None:
         )
     training: dict[str, Any] = {"mesh": mesh, "progress": "training"}
     heads = pipeline.fit_heads(config, lm, sets, workdir=config.workdir, **training)
-    if (distilled := pipeline.replace_classifier(asked, heads[0].record)) is not None:
+    if (distilled := pipeline.replace_classifier(original, heads[0].record)) is not None:
         config, sets = distilled, pipeline.training_sets(distilled, lm)
         heads = pipeline.fit_heads(config, lm, sets, workdir=config.workdir, **training)
     digests = pipeline.digests(config, lm)
     members = make_members([config.train], config.seeds)
-    folders = [pathlib.Path(asked["workdir"]) / member.name for member in members]
+    folders = [pathlib.Path(original["workdir"]) / member.name for member in members]
     for folder, head in zip(folders, heads, strict=True):
         head = dataclasses.replace(head, record=head.record | {"digests": digests})
         t3jax.save_head(folder, head)

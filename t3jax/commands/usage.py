@@ -1,7 +1,7 @@
 """The text of `--help`: fields with comments and defaults, read from the source.
 
-Comments are the attributes in the docstrings of the dataclasses. Defaults are those of the
-dataclasses or of `configs/default.py`. Nothing is imported, since that takes seconds.
+Comments come from the docstrings of the dataclasses, defaults from the dataclasses or from
+`configs/default.py`. Nothing is imported, since that takes seconds.
 """
 
 import ast
@@ -17,7 +17,7 @@ _WIDTH = 100
 
 
 class Field(NamedTuple):
-    """A field of a dataclass, as its source has it."""
+    """A field of a dataclass in its source."""
 
     default: str
     comment: str
@@ -53,7 +53,7 @@ def describe(name: str, program: str, fields: Iterable[str]) -> str:
     top = _fields(*_find("Settings", ROOT / "settings.py"))
     changed, before = _changed_defaults(), ""
     for field in fields:
-        section, _, one = field.partition(".")
+        section, _, selected = field.partition(".")
         known = top[section]
         if known.section is None:
             lines += _entry(section, known, changed)
@@ -61,10 +61,10 @@ def describe(name: str, program: str, fields: Iterable[str]) -> str:
         if section != before:
             lines += ["", *textwrap.wrap(f"{section}: {known.comment}", _WIDTH)]
         before = section
-        for inner, each in _fields(known.section, known.file).items():
+        for inner, inner_field in _fields(known.section, known.file).items():
             shown = inner.removeprefix(known.prefix)
-            if inner not in known.without and one in ("", shown):
-                lines += _entry(f"{section}.{shown}", each, changed)
+            if inner not in known.without and selected in ("", shown):
+                lines += _entry(f"{section}.{shown}", inner_field, changed)
     return "\n".join(lines)
 
 
@@ -87,7 +87,7 @@ def _find(name: str, path: pathlib.Path) -> tuple[Any, pathlib.Path]:
             return node, path
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
             return node.value, path
-        if isinstance(node, ast.ImportFrom) and any(each.name == name for each in node.names):
+        if isinstance(node, ast.ImportFrom) and any(alias.name == name for alias in node.names):
             module = ROOT.parent.joinpath(*(node.module or "").split("."))
             file = module / "__init__.py" if module.is_dir() else module.with_suffix(".py")
             return _find(name, file) if file.is_file() else (None, path)
@@ -96,19 +96,19 @@ def _find(name: str, path: pathlib.Path) -> tuple[Any, pathlib.Path]:
 
 def _fields(node: ast.ClassDef, path: pathlib.Path) -> dict[str, Field]:
     """The fields of a dataclass, those of its bases first."""
-    found: dict[str, Field] = {}
+    fields: dict[str, Field] = {}
     for base in reversed(node.bases):
-        found |= _fields(*_find(ast.unparse(base), path))
+        fields |= _fields(*_find(ast.unparse(base), path))
     text = (ast.get_docstring(node) or "").partition("Attributes:\n")[2]
     comments = {
         name: " ".join(comment.split())
         for name, comment in re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", text, re.MULTILINE)
     }
-    for each in node.body:
-        if isinstance(each, ast.AnnAssign):
-            name = ast.unparse(each.target)
-            found[name] = _field(each, path, comments.get(name, ""))
-    return found
+    for statement in node.body:
+        if isinstance(statement, ast.AnnAssign):
+            name = ast.unparse(statement.target)
+            fields[name] = _field(statement, path, comments.get(name, ""))
+    return fields
 
 
 def _field(node: ast.AnnAssign, path: pathlib.Path, comment: str) -> Field:
@@ -117,9 +117,9 @@ def _field(node: ast.AnnAssign, path: pathlib.Path, comment: str) -> Field:
         section, file = _find(ast.unparse(node.annotation), path)
         if not isinstance(section, ast.ClassDef):
             return Field("{}", comment)
-        given = list(zip(("prefix", "without"), value.args[1:], strict=False))
-        given += [(str(each.arg), each.value) for each in value.keywords]
-        options = {name: ast.literal_eval(each) for name, each in given}
+        arguments = list(zip(("prefix", "without"), value.args[1:], strict=False))
+        arguments += [(str(keyword.arg), keyword.value) for keyword in value.keywords]
+        options = {name: ast.literal_eval(argument) for name, argument in arguments}
         return Field("", comment, section, file, **options)
     if isinstance(value, ast.Name):
         value = _find(value.id, path)[0]

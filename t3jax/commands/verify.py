@@ -3,12 +3,12 @@
     python verify.py --config=configs/demo.py
 
 Needs the model, the head, the forget rows and the retain rows, and no retain-only model. The
-forget rows are asked in many ways; `verdict.md`, which shows what came back, and `verdict.json` go
-to the config's `verify.dir`. Called again after it was stopped, it goes on where it was.
+forget rows are asked in many ways; `verdict.md`, which shows the leaks, and `verdict.json` are
+written to the config's `verify.dir`. A stopped run resumes when it is called again.
 
-Exit status: 0 forgotten, and of the retain rows at least `verify.retained` are as before; 1 that is
-not so, or not shown; 2 there is no verdict, because the input is wrong or the program failed; 130
-and 143 it was stopped.
+Exit status: 0 the forget rows are forgotten and a share of at least `verify.retained` of the retain
+rows is as before; 1 they are not, or that is not shown; 2 there is no verdict, because the input is
+wrong or the program failed; 130 and 143 the run was stopped.
 """
 
 import pathlib
@@ -30,7 +30,7 @@ from t3jax.verification import VerifyOptions, verify
 
 
 class _Judged(SystemExit):
-    """Ends the script with the verdict's status, which no error has."""
+    """Ends the script with the verdict's status; no error raises it."""
 
 
 def main(config: Settings) -> None:
@@ -91,7 +91,7 @@ def _judge(
         "longest answer": f"{config.sampling.max_new_tokens} tokens",
     }
     page = write_verdict(folder, verdict, described)
-    if len(folders) == 1:  # several heads are judged together: none of their cards is about that
+    if len(folders) == 1:  # heads that are judged together have no card of their own
         write_card(folders[0], heads[0], request=config.request, verdict=verdict.line)
     print(verdict.line)
     print(f"page: {page}")
@@ -99,7 +99,7 @@ def _judge(
 
 
 def run() -> None:
-    """Runs the command; all that is no verdict ends with status 2."""
+    """Runs the command; any end without a verdict has status 2."""
     try:
         cli.run(main)
     except _Judged:

@@ -22,11 +22,11 @@ def make_job(
     texts: int = 4000,
     answer: int = 40,
 ) -> Job:
-    """The job that a config describes, and the lengths and numbers of texts that it does not have.
+    """The job of a config; lengths and numbers of texts, which a config lacks, are arguments.
 
-    `mesh` stands for the config's. Lengths are in tokens: of the longest prompt, of the longest
-    text, which is cut to what model and config allow, and of an answer on average. `texts` counts
-    those of the forget and of the retain set together.
+    `mesh` replaces the config's. The lengths of the longest prompt, the longest text and the mean
+    answer are in tokens; model and config bound the text. `texts` is the number of forget and
+    retain texts together.
     """
     config.require("model")
     dtype = config.dtype or "bfloat16"

@@ -1,9 +1,9 @@
 """The peak memory of a program, estimated from its jaxpr: nothing is compiled.
 
-A jaxpr is walked in its own order. A value lives from the equation that computes it to its last
-use. Reshaping, broadcasting and casting cost nothing, since compilers do them where the result is
-read; an elementwise result reuses the memory of an operand of its size that is no longer needed, as
-do updates of slices and the carry of a loop. Other fusions, padding, layouts and reordering by
+The equations of a jaxpr are followed in order. A value lives from the equation that computes it to
+its last use. Reshaping, broadcasting and casting cost nothing, since compilers fuse them with the
+reader; an elementwise result reuses the memory of an operand of its size that is no longer needed,
+as do updates of slices and the carry of a loop. Other fusions, padding, layouts and reordering by
 compilers are not modelled. docs/planning.md compares with compilers.
 """
 
@@ -33,21 +33,21 @@ _VIEWS = {
     "stop_gradient",
     "transpose",
 }
-# Results that cannot stand in an operand's place; XLA copies the memory a branch writes to.
+# Their results cannot reuse an operand's memory; XLA copies the memory that a branch writes to.
 _FRESH = {"concatenate", "cond", "cumsum", "dot_general", "gather", "ragged_dot_general", "sort"}
 
 
 def peak_bytes(jaxpr: jex.Jaxpr, donated: Sequence[bool] = ()) -> int:
     """The most bytes alive at once in a program on one device, besides its arguments.
 
-    Results that do not stand in the place of a `donated` argument are included; empty: none is.
+    Results that do not reuse a `donated` argument's memory are included; empty: none is donated.
     """
     memory = _Memory()
     free = donated or [False] * len(jaxpr.invars)
     # The caller holds an argument that is not donated: it never becomes free.
     arguments = [
-        _Buffer(_bytes(var.aval), holders=1 if mine else 2)
-        for var, mine in zip(jaxpr.invars, free, strict=True)
+        _Buffer(_bytes(var.aval), holders=1 if is_donated else 2)
+        for var, is_donated in zip(jaxpr.invars, free, strict=True)
     ]
     memory.run(jaxpr, arguments)
     return memory.peak
@@ -59,8 +59,8 @@ class _Buffer:
 
     Attributes:
         size: Bytes.
-        holders: Values, and equations at work, that need it.
-        counted: Whether the program allocated it; arguments were there before.
+        holders: Number of values and of running equations that need it.
+        counted: Whether the program allocated it; the caller allocated arguments.
     """
 
     size: int
@@ -90,11 +90,11 @@ class _Memory:
         bind(jaxpr.invars, arguments)
         bind(jaxpr.constvars, [_Buffer(0) for _ in jaxpr.constvars])
         for i, eqn in enumerate(jaxpr.eqns):
-            operands = [self._held(known, atom) for atom in eqn.invars]
+            operands = [self._hold(known, atom) for atom in eqn.invars]
             for var in {var for var in _variables(eqn.invars) if last[var] == i}:
                 self._release(known.pop(var))
             bind(eqn.outvars, self._step(eqn, operands))
-        results = [self._held(known, atom) for atom in jaxpr.outvars]
+        results = [self._hold(known, atom) for atom in jaxpr.outvars]
         for buffer in known.values():
             self._release(buffer)
         return results
@@ -108,7 +108,7 @@ class _Memory:
             operands[0].holders += len(eqn.outvars)
             results = [operands[0]] * len(eqn.outvars)
         else:
-            if name == "cond":  # a branch's results are among what it allocates
+            if name == "cond":  # a branch allocates its results
                 self._reach(max(peak_bytes(branch) for branch in _programs(eqn)))
             holds = collections.Counter(operands)
             dying = [b for b, count in holds.items() if b.holders == count and name not in _FRESH]
@@ -122,7 +122,7 @@ class _Memory:
         self.peak = max(self.peak, self.live + inside)
 
     def _result(self, size: int, dying: list[_Buffer]) -> _Buffer:
-        """Memory for a result: that of an operand of its size that dies, or new memory."""
+        """Memory for a result: reused from a dying operand of its size, or new."""
         for buffer in dying:
             if buffer.size == size:
                 dying.remove(buffer)
@@ -131,8 +131,8 @@ class _Memory:
         self.live += size
         return _Buffer(size, counted=True)
 
-    def _held(self, known: dict[jex.Var, _Buffer], atom: Any) -> _Buffer:
-        """The memory of a variable, held once more; literals take none."""
+    def _hold(self, known: dict[jex.Var, _Buffer], atom: Any) -> _Buffer:
+        """Adds a holder to the memory of a variable, and returns it; literals take none."""
         if isinstance(atom, jex.Literal):
             return _Buffer(0)
         known[atom].holders += 1
@@ -145,7 +145,7 @@ class _Memory:
 
 
 def _peak_of_loop(eqn: jex.JaxprEqn) -> int:
-    """The peak of a loop's body and condition, which may write to what the loop carries."""
+    """The peak of a loop's body and condition, which may write to the loop's carry."""
     peaks = []
     for program in _programs(eqn):
         first = eqn.params.get("num_consts", len(program.invars) - len(eqn.outvars))

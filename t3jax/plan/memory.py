@@ -30,9 +30,7 @@ USABLE = 0.9  # of a device's memory; programs, fragments and errors of the esti
 class Stage:
     """Memory of a stage of a job on each device, bytes.
 
-    Attributes:
-        kept: Bytes of the arrays that the stage keeps, by their kind.
-        estimate: Gives `temporary`.
+    `kept` are the arrays that the stage keeps, by their kind; `estimate` computes `temporary`.
     """
 
     kept: dict[str, int]
@@ -40,7 +38,7 @@ class Stage:
 
     @functools.cached_property
     def temporary(self) -> int:
-        """Activations, logits and results of the largest step; programs are traced for it."""
+        """Activations, logits and results of the largest step, which is traced for this."""
         return self.estimate()
 
     @property
@@ -50,7 +48,7 @@ class Stage:
 
 
 def shard_bytes(tree: PyTree) -> int:
-    """Bytes of a tree of abstract arrays on each device; leaves that are no arrays take nothing."""
+    """Bytes of a tree's abstract arrays on each device."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -61,10 +59,10 @@ def shard_bytes(tree: PyTree) -> int:
 def temporary_bytes(job: Job, program: Callable[[Job], Step]) -> int:
     """Estimates the bytes that a program takes on each device besides its arguments.
 
-    They are activations, and results that do not stand in an argument's place.
+    They are activations, and results that do not reuse an argument's memory.
     """
     kinds = _layer_kinds(job.config)
-    # The peaks with one and with two layers of a kind show what each further one adds.
+    # The peaks with one and with two layers of a kind show how much each further layer adds.
     few = [layers[0] for layers in kinds] if len(kinds) > 1 else kinds[0][:2]
 
     def peak(layers: list[int]) -> int:
@@ -86,9 +84,9 @@ def _layer_kinds(config: LMConfig) -> list[list[int]]:
 
 
 def gathered_bytes(job: Job) -> int:
-    """Bytes of what a device has to gather to use it: two layers' weights, or the last table."""
-    shown = [layers[-1] for layers in _layer_kinds(job.config)]
-    stored, used = _params(job), _params(programs.on_one_device(job, shown))
+    """Bytes of weights that a device gathers to use them: of two layers, or the last table."""
+    samples = [layers[-1] for layers in _layer_kinds(job.config)]
+    stored, used = _params(job), _params(programs.on_one_device(job, samples))
 
     def gathered(stored: PyTree, used: PyTree) -> int:
         pairs = zip(*map(jax.tree.leaves, (stored, used)), strict=True)
@@ -102,16 +100,16 @@ def gathered_bytes(job: Job) -> int:
         gathered(stored[table], used[table]),
         *(
             layers * gathered(stored["layers"][layer], used["layers"][i])
-            for i, layer in enumerate(shown)
+            for i, layer in enumerate(samples)
         ),
     )
 
 
 def gathered_cache_bytes(job: Job) -> int:
-    """Bytes of one layer's keys and values, whose width is split: prefill gathers them."""
+    """Bytes of one layer's keys and values where their width is split: prefill gathers them."""
     layers = programs.state(job, job.slots[0]).cache.layers
 
-    def gathered(split: Any) -> int:
+    def gathered(split: jax.Array | jax.ShapeDtypeStruct) -> int:
         whole = programs.by_rows(job.mesh, split)
         by_heads = split.sharding.shard_shape(split.shape)[1] < split.shape[1]
         return 0 if by_heads or shard_bytes(split) == shard_bytes(whole) else 2 * shard_bytes(whole)
@@ -129,10 +127,10 @@ def decoding(job: Job) -> Stage:
 
     def temporary() -> int:
         gathered = gathered_bytes(job)
-        made = shard_bytes(programs.state(job, slots[0]))
+        initial = shard_bytes(programs.state(job, slots[0]))
         return max(
             shard_bytes(programs.state(job, before).cache) if before else 0,
-            temporary_bytes(job, programs.prefill) - made + gathered + gathered_cache_bytes(job),
+            temporary_bytes(job, programs.prefill) - initial + gathered + gathered_cache_bytes(job),
             temporary_bytes(job, programs.decode) + gathered,
         )
 
@@ -148,7 +146,7 @@ def decoding(job: Job) -> Stage:
 
 
 def feature_pass(job: Job) -> Stage:
-    """The feature pass, while the result of the batch before is on its way to the host."""
+    """The feature pass, while the result of the previous batch is copied to the host."""
     pending = jax.eval_shape(
         lambda: jnp.zeros((job.text_rows, job.text, job.config.hidden_size), jnp.float32)
     )
@@ -162,7 +160,7 @@ def feature_pass(job: Job) -> Stage:
 
 
 def head_training(job: Job) -> Stage:
-    """An epoch of head training, beside the weights that made the features."""
+    """An epoch of head training, beside the weights of the model."""
     state, data, rows, _ = programs.head_training(job).arguments
     return Stage(
         {
@@ -176,27 +174,27 @@ def head_training(job: Job) -> Stage:
 
 
 def fine_tuning(job: Job) -> Stage:
-    """A step of fine-tuning, beside the weights that it began with."""
+    """A step of fine-tuning, beside the initial weights."""
     recipe = job.finetuning
     assert recipe is not None
     trained, optimizer = programs.finetuning_programs(job).abstract_state
-    begun = job if recipe.freezes_weights else dataclasses.replace(job, dtype=jnp.float32)
+    initial = job if recipe.freezes_weights else dataclasses.replace(job, dtype=jnp.float32)
     summed = recipe.tasks and not recipe.reptile  # the gradient over the tasks so far
-    of_tasks = shard_bytes(trained) if summed else 0
+    over_tasks = shard_bytes(trained) if summed else 0
     copy = shard_bytes(trained) // 2 if recipe.dtype == "bfloat16" else 0
 
     def temporary() -> int:
-        # The gradient is split as the weights are; the program of one device holds all of it.
-        known = programs.on_one_device(job, range(job.config.num_layers))
-        activations = temporary_bytes(job, programs.gradient) - _gradient_bytes(known)
+        # The gradient is split like the weights; the program of one device holds all of it.
+        whole = programs.on_one_device(job, range(job.config.num_layers))
+        activations = temporary_bytes(job, programs.gradient) - _gradient_bytes(whole)
         return max(0, activations) + gathered_bytes(job)
 
     return Stage(
         {
-            "weights": shard_bytes(_params(begun)),
+            "weights": shard_bytes(_params(initial)),
             "trained": shard_bytes(trained),
             "optimizer state": shard_bytes(optimizer),
-            "gradient": _gradient_bytes(job) + of_tasks,
+            "gradient": _gradient_bytes(job) + over_tasks,
             "copy in bfloat16": copy,
         },
         temporary,
@@ -206,7 +204,7 @@ def fine_tuning(job: Job) -> Stage:
 def largest_rows(stage: Callable[[Job], Stage], job: Job, field: str, capacity: int) -> int:
     """The largest batch that fits, a power of two of rows on each part of the mesh; 0 if none does.
 
-    `field` names the job's number of rows that is varied; `capacity` is a device's, bytes.
+    `field` is the job's number of rows to vary; `capacity` is a device's memory, bytes.
     """
 
     def exceeds(doublings: int) -> bool:
@@ -230,7 +228,7 @@ def stages(job: Job) -> dict[str, Stage]:
 
 
 def describe(job: Job, capacity: int) -> str:
-    """The plan of a job as text: a table, what fits, and the largest batches."""
+    """The plan of a job as text: a table of stages, and the largest batches that fit."""
     planned = stages(job)
     names = dict.fromkeys(name for stage in planned.values() for name in stage.kept)
     columns = [

@@ -1,9 +1,9 @@
 """The programs of a job on arrays without bytes: to be traced, lowered or compiled, never run.
 
-They are the functions that run: prefill and chunks of decoding, the feature pass, an epoch of head
-training, the gradient of a step of fine-tuning. Their arguments are `jax.ShapeDtypeStruct` leaves,
-placed on a mesh by the rules of `t3jax.sharding`; the mesh's devices may be simulated, or those of
-a topology that is not here.
+They are the functions of a real run: prefill and chunks of decoding, the feature pass, an epoch of
+head training, the gradient of a step of fine-tuning. Their arguments are `jax.ShapeDtypeStruct`
+leaves, placed on a mesh by the rules of `t3jax.sharding`; the mesh's devices may be simulated, or
+the description of a topology.
 
 Axes: B batch, P prompt slots, T time, S cache slots, M tokens of a batch.
 """
@@ -40,22 +40,17 @@ _Abstract = jax.ShapeDtypeStruct
 
 
 class Step(NamedTuple):
-    """A program and its arguments.
-
-    Attributes:
-        function: Jitted.
-        arguments: Static values, and abstract arrays with shardings.
-    """
+    """A jitted program and its arguments: static values, and abstract arrays with shardings."""
 
     function: Any
     arguments: tuple[Any, ...]
 
     def compile(self) -> Any:
-        """The program compiled for the devices of the arguments' mesh."""
+        """Compiles for the devices of the arguments' mesh."""
         return self.function.lower(*self.arguments).compile()
 
     def peak_bytes(self) -> int:
-        """The most that is alive at once, besides the arguments, if one device does it all."""
+        """Peak bytes besides the arguments on one device."""
         traced = self.function.trace(*self.arguments)
         donated = [leaf.donated for leaf in jax.tree.leaves(traced.args_info)]
         return peak_bytes(traced.jaxpr.jaxpr, donated)
@@ -63,24 +58,20 @@ class Step(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A job to plan.
+    """A job to plan; lengths are in tokens.
 
     Attributes:
-        config: The model's shape.
-        dtype: Of weights that are not int8, activations and cache.
-        mesh: The devices.
+        dtype: Dtype of activations, cache, and weights that are not int8.
         heads: The heads that are served together; the first is trained.
         rows: Answers decoded together.
-        prompt: Longest prompt, tokens.
-        new_tokens: Longest answer, tokens.
+        prompt: Longest prompt.
+        new_tokens: Longest answer.
         chunk: Steps of a chunk of decoding.
-        text: Longest text of the feature pass, and of fine-tuning, tokens.
+        text: Longest text of the feature pass, and of fine-tuning.
         text_rows: Texts of a batch of the feature pass.
         texts: Texts of the forget and of the retain set together.
-        answer: Mean length of their answers, tokens.
-        feature_dtype: Dtype of the features.
-        recipe: How heads are trained.
-        members: Heads that are trained together; counted as of different seeds.
+        answer: Mean length of their answers.
+        members: Number of heads that are trained together, as if of different seeds.
         finetuning: How the model is fine-tuned; None if it is not.
     """
 
@@ -103,18 +94,17 @@ class Job:
 
     @property
     def row_shards(self) -> int:
-        """Parts into which the mesh splits rows."""
+        """Number of parts of the rows on the mesh."""
         return sharding.row_shards(self.mesh)
 
     @property
     def slots(self) -> list[int]:
-        """Slots of the cache: those that prefill makes, and in each chunk."""
-        chunks = -(-(self.new_tokens - 1) // self.chunk)
-        return cache_slots(self.prompt, chunks, self.chunk)
+        """Slots of the cache in prefill and in each chunk."""
+        return cache_slots(self.prompt, self.new_tokens, self.chunk)
 
 
 def simulate(devices: int) -> None:
-    """Simulates devices in this process; called before any device is used."""
+    """Simulates devices in this process; to be called before any device is used."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices)
 
@@ -139,12 +129,12 @@ class _Inputs(NamedTuple):
 
 def loop_weights(job: Job) -> loop.Weights:
     """The weights that decoding reads."""
-    lm, whole = abstract_lm(job.config, job.dtype, job.mesh), NamedSharding(job.mesh, P())
+    lm, replicated = abstract_lm(job.config, job.dtype, job.mesh), NamedSharding(job.mesh, P())
     heads = [head_shapes(head) for head in job.heads]
     return loop.Weights(
         lm.params,
         tuple(place_abstract(head, sharding.param_shardings(job.mesh, head)) for head in heads),
-        tuple(_Abstract((), jnp.float32, sharding=whole) for _ in heads),  # type: ignore[misc]
+        tuple(_Abstract((), jnp.float32, sharding=replicated) for _ in heads),  # type: ignore[misc]
     )
 
 
@@ -170,21 +160,21 @@ def prefill(job: Job) -> Step:
 
 
 def decode(job: Job, shardings: PyTree = None) -> Step:
-    """The last chunk of decoding: that of the longest cache.
+    """The last chunk of decoding, with the longest cache.
 
-    The state has the `shardings` that a compiled prefill gives it; None: those of `state`.
+    The state has the `shardings` of a compiled prefill; None: those of `state`.
     """
-    inputs, given = _inputs(job), state(job, job.slots[-1])
+    inputs, before = _inputs(job), state(job, job.slots[-1])
     if shardings is not None:
-        given = place_abstract(given, shardings)
+        before = place_abstract(before, shardings)
     stopped = by_rows(job.mesh, _Abstract((job.rows,), bool))
-    rest = given, stopped, inputs.controls, inputs.stop_ids, job.chunk
+    rest = before, stopped, inputs.controls, inputs.stop_ids, job.chunk
     return Step(loop.decode_chunk, (_loop_program(job), loop_weights(job), *rest))
 
 
 def state(job: Job, slots: int) -> loop.State:
     """The state of decoding, placed by the rules."""
-    # The rest of the state is independent of the layers, and one is quick to trace.
+    # The rest of the state does not depend on the layers, and one layer is quick to trace.
     shallow = dataclasses.replace(job, config=job.config.keep_layers([0]))
     program = _loop_program(shallow)
 
@@ -212,7 +202,7 @@ def head_training(job: Job) -> Step:
     tokens = math.ceil(job.texts * job.answer / parts)
     # At most every answer token is distinct: each trains a row of W2.
     head = dataclasses.replace(head, vocab_size=min(head.vocab_size, parts * tokens))
-    # At most half of the texts are forget texts; each is paired with a retain text in its batch.
+    # At most half of the texts are forget texts, each paired with a retain text in its batch.
     steps = math.ceil(job.texts / 2 / job.recipe.batch_size)
     size = batching.round_up(math.ceil(2 * job.recipe.batch_size * job.answer / parts), 64)
     programs = head_trainer.compile_programs(head, job.recipe, steps, (1, job.members), mesh)
@@ -222,7 +212,7 @@ def head_training(job: Job) -> Step:
         _Abstract((parts,), jnp.int32),
     )
     data = Tokens(*by_rows(mesh, arrays))
-    rows = _after(2, mesh, _Abstract((job.members, steps, parts, size), jnp.int32))
+    rows = _split_after(2, mesh, _Abstract((job.members, steps, parts, size), jnp.int32))
     knob = _Abstract((job.members,), jnp.float32, sharding=NamedSharding(mesh, P()))
     return Step(programs.epoch, (programs.abstract_state, data, rows, (knob, knob)))
 
@@ -251,22 +241,41 @@ def gradient(job: Job) -> Step:
         frozen = abstract_lm(job.config, recipe.dtype, job.mesh).params
     elif recipe.reptile:
         frozen = programs.abstract_state[0]["base"]
-    batch = jax.tree.map(functools.partial(_after, 1, job.mesh), batch)
+    batch = jax.tree.map(functools.partial(_split_after, 1, job.mesh), batch)
     return Step(programs.gradient, (trained, frozen, batch))
 
 
 def on_one_device(job: Job, layers: Sequence[int]) -> Job:
     """The share of a job that one device computes, as a job on a mesh of one device.
 
-    It has those of the model's `layers`; few are quick to trace.
+    It has only these `layers` of the model: few are quick to trace.
     """
-    config, shards, recipe = job.config.keep_layers(layers), job.row_shards, job.finetuning
+    config, shards, recipe = _share_model(job, layers), job.row_shards, job.finetuning
+    if recipe is not None:
+        rows = -(-recipe.batch_size // (recipe.microbatches * shards))
+        recipe = dataclasses.replace(recipe, batch_size=rows * recipe.microbatches)
+    return dataclasses.replace(
+        job,
+        config=config,
+        mesh=sharding.make_mesh(devices=jax.local_devices(backend="cpu")[:1]),
+        heads=tuple(dataclasses.replace(head, vocab_size=config.vocab_size) for head in job.heads),
+        rows=-(-job.rows // shards),
+        text_rows=-(-job.text_rows // shards),
+        texts=-(-job.texts // shards),
+        recipe=dataclasses.replace(job.recipe, batch_size=-(-job.recipe.batch_size // shards)),
+        finetuning=recipe,
+    )
+
+
+def _share_model(job: Job, layers: Sequence[int]) -> LMConfig:
+    """The shape of one device's share of some layers."""
+    config = job.config.keep_layers(layers)
 
     def share(size: int) -> int:
         split = sharding.fit_sharding(job.mesh, P(sharding.MODEL), (size,))
         return split.shard_shape((size,))[0]
 
-    vocabulary, experts = share(config.vocab_size), config.experts
+    experts = config.experts
     if experts is not None:
         experts = dataclasses.replace(
             experts,
@@ -289,37 +298,24 @@ def on_one_device(job: Job, layers: Sequence[int]) -> Job:
     heads = max(1, share(config.num_heads * config.head_dim) // config.head_dim)
 
     def share_keys(kv_heads: int) -> int:
-        """Key heads of a device; where there are more devices, several share one."""
+        """Key heads of a device; with more devices than key heads, some devices share one."""
         group = config.num_heads // kv_heads
         return heads // group if heads % group == 0 else math.gcd(heads, kv_heads)
 
     whole = config.whole_heads
     if whole is not None:
         whole = dataclasses.replace(whole, num_kv_heads=share_keys(whole.num_kv_heads))
-    if recipe is not None:
-        rows = -(-recipe.batch_size // (recipe.microbatches * shards))
-        recipe = dataclasses.replace(recipe, batch_size=rows * recipe.microbatches)
     return dataclasses.replace(
-        job,
-        config=dataclasses.replace(
-            config,
-            vocab_size=vocabulary,
-            intermediate_size=share(config.intermediate_size),
-            experts=experts,
-            delta=delta,
-            conv=conv,
-            num_heads=heads,
-            num_kv_heads=share_keys(config.num_kv_heads),
-            whole_heads=whole,
-            borrowing_size=share(config.borrowing_size),
-        ),
-        mesh=sharding.make_mesh(devices=jax.local_devices(backend="cpu")[:1]),
-        heads=tuple(dataclasses.replace(head, vocab_size=vocabulary) for head in job.heads),
-        rows=-(-job.rows // shards),
-        text_rows=-(-job.text_rows // shards),
-        texts=-(-job.texts // shards),
-        recipe=dataclasses.replace(job.recipe, batch_size=-(-job.recipe.batch_size // shards)),
-        finetuning=recipe,
+        config,
+        vocab_size=share(config.vocab_size),
+        intermediate_size=share(config.intermediate_size),
+        experts=experts,
+        delta=delta,
+        conv=conv,
+        num_heads=heads,
+        num_kv_heads=share_keys(config.num_kv_heads),
+        whole_heads=whole,
+        borrowing_size=share(config.borrowing_size),
     )
 
 
@@ -330,8 +326,8 @@ def by_rows(mesh: Mesh, tree: PyTree) -> PyTree:
     )
 
 
-def _after(axes: int, mesh: Mesh, leaf: _Abstract) -> _Abstract:
-    """An abstract array that is split as rows are, along the axis after the first `axes`."""
+def _split_after(axes: int, mesh: Mesh, leaf: _Abstract) -> _Abstract:
+    """Splits an abstract array like rows, along the axis after the first `axes`."""
     return place_abstract(
         leaf, sharding.fit_sharding(mesh, P(*(None,) * axes, sharding.ROWS), leaf.shape)
     )

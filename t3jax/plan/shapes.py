@@ -1,11 +1,11 @@
-"""Devices and models that can be planned for without having them."""
+"""Devices and models to plan for without having them."""
 
 import pathlib
 
 from t3jax.lm import LMConfig, lm_config, read_config
 
 GIB = 2**30
-# What a program may have of a device's memory.
+# Memory of a device that a program may use, bytes.
 DEVICES = {
     "v5e": int(15.75 * GIB),
     "v5p": int(95.74 * GIB),
@@ -38,7 +38,7 @@ def _llama(width: int, mlp: int, layers: int, heads: int) -> dict[str, object]:
     }
 
 
-# `config.json` of models that need not be at hand to be planned for.
+# `config.json` of models that need not be downloaded.
 SHAPES = {
     "llama-3.1-8b": _llama(4096, 14336, 32, 32),
     "llama-3.1-70b": _llama(8192, 28672, 80, 64),
@@ -47,7 +47,7 @@ SHAPES = {
 
 
 def read_shape(model: str) -> LMConfig:
-    """The shape of a model: one of `SHAPES`, or that of a folder with a `config.json`."""
+    """The shape of a model: one of `SHAPES`, or of a folder with a `config.json`."""
     if model in SHAPES:
         return lm_config(SHAPES[model])
     if not pathlib.Path(model).is_dir():

@@ -1,7 +1,7 @@
 """Decoding many prompts in one batch: a row that is finished takes the next prompt.
 
-The host's side of the loop, on token ids. It reads the new tokens after each chunk. When a few rows
-have ended, they are given to waiting prompts, which are read together. The longest prompts come
+This is the host's part of the loop, on token ids. It reads the new tokens after each chunk. When a
+few rows have ended, waiting prompts take them, which are read together. The longest prompts are
 first, so that each later one fits into the slots that the batch has filled.
 """
 
@@ -32,16 +32,11 @@ from t3jax.sampling.loop import (
 from t3jax.sampling.next_token import Controls, Logprobs
 
 _PROMPT_STEP = 32  # prompt lengths are rounded up to a multiple: one compiled program for each
-_AT_ONCE = 8  # this part of the rows is given to new prompts at a time
+_AT_ONCE = 8  # new prompts are admitted for an eighth of the rows at a time
 
 
-class Asked(NamedTuple):
-    """A prompt to answer.
-
-    Attributes:
-        tokens: Its token ids.
-        draw: Two numbers that, with the seed, make the key of its draws.
-    """
+class Prompt(NamedTuple):
+    """Token ids to answer, and two numbers that, with the seed, make the key of the draws."""
 
     tokens: np.ndarray
     draw: tuple[int, int]
@@ -50,13 +45,9 @@ class Asked(NamedTuple):
 class Answering(NamedTuple):
     """Options that all prompts of a batch share.
 
-    Attributes:
-        controls: Makes the controls of a number of rows.
-        stop_ids: Tokens that end an answer.
-        max_new_tokens: Longest answer.
-        seed: Seed of the draws, 0 to 2^64 - 1.
-        find_end: Takes an answer's tokens so far and how many of them are new; gives how many there
-            are if the answer is over, None if it is not. None: no answer ends so.
+    `controls` makes the controls of a number of rows; `seed` is in [0, 2^64 - 1]. `find_end` gives,
+    from an answer's tokens so far and the number of new ones among them, the length of the answer,
+    or None if it goes on. None: no answer ends so.
     """
 
     controls: Callable[[int], Controls]
@@ -67,13 +58,9 @@ class Answering(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """The new tokens of one prompt in one chunk.
+    """The new tokens of one prompt, by its index, in one chunk.
 
-    Attributes:
-        prompt: Index of the prompt.
-        tokens: New tokens.
-        logprobs: Their log-probabilities, as `token_logprobs` gives them.
-        last: Whether the answer is over.
+    `logprobs` are theirs, see `token_logprobs`; `last` is whether the answer ends with them.
     """
 
     prompt: int
@@ -84,7 +71,7 @@ class Piece(NamedTuple):
 
 @dataclasses.dataclass
 class _Row:
-    """A row at work: its prompt, the slot of the prompt's first token, the answer so far."""
+    """An unfinished row: its prompt, the slot of the prompt's first token, the answer so far."""
 
     prompt: int
     start: int
@@ -98,15 +85,15 @@ class Batch:
         self,
         program: Program,
         weights: Weights,
-        prompts: Sequence[Asked],
+        prompts: Sequence[Prompt],
         answering: Answering,
         rows: int,
         chunk: int,
     ):
-        """Sorts the prompts; computes nothing.
+        """Sorts the prompts.
 
-        At most `rows` are decoded together, `chunk` steps for each look of the host: a finished row
-        wastes at most that many.
+        At most `rows` are decoded together, `chunk` steps for each host sync: a finished row wastes
+        at most that many steps.
         """
         self._program = program
         self._weights = weights
@@ -125,38 +112,36 @@ class Batch:
     def run(self) -> Iterator[Piece]:
         """Answers the prompts; the pieces of one answer come in order.
 
-        Raises:
-            FloatingPointError: If a token was chosen by numbers that are not finite; names the
-            prompt.
+        A FloatingPointError means that a token was chosen by numbers that are not finite.
         """
-        taken = self._take(self._size)
-        cursor = self._bucket(taken)
-        slots = self._cache_slots(cursor)[0]
-        state, emitted = self._prefill(taken, self._size, cursor, slots)
-        self._rows = {row: self._row(i, cursor) for row, i in enumerate(taken)}
+        admitted = self._take(self._size)
+        cursor = self._bucket(admitted)
+        slots = cache_slots(cursor, self._max_new_tokens, self._chunk)[0]
+        state, emitted = self._prefill(admitted, self._size, cursor, slots)
+        self._rows = {row: self._start_row(i, cursor) for row, i in enumerate(admitted)}
         controls = self._place(self._answering.controls(self._size))
         yield from self._collect(emitted, range(self._size))
         while self._rows or self._waiting:
             free = [row for row in range(self._size) if row not in self._rows]
             if self._waiting and len(free) >= min(self._at_once, len(self._waiting)):
-                taken = self._take(self._at_once)
-                length = self._bucket(taken)
-                new, emitted = self._prefill(taken, self._at_once, length, length)
+                admitted = self._take(self._at_once)
+                length = self._bucket(admitted)
+                new, emitted = self._prefill(admitted, self._at_once, length, length)
                 rows = np.full(self._at_once, self._size, np.int32)  # no row
-                rows[: len(taken)] = free[: len(taken)]
+                rows[: len(admitted)] = free[: len(admitted)]
                 state = admit(self._program, state, new, rows, np.int32(cursor - length))
                 self._rows |= {
-                    row: self._row(i, cursor) for row, i in zip(free, taken, strict=False)
+                    row: self._start_row(i, cursor) for row, i in zip(free, admitted, strict=False)
                 }
                 yield from self._collect(emitted, rows.tolist())
                 continue
             if cursor + self._chunk > slots:
-                shift, wanted = self._room(cursor)
-                move = compact if wanted == slots else resize
-                state, slots = move(self._program, state, np.int32(shift), wanted), wanted
+                shift, resized = self._measure_room(cursor)
+                move = compact if resized == slots else resize
+                state, slots = move(self._program, state, np.int32(shift), resized), resized
                 cursor -= shift
-                for each in self._rows.values():
-                    each.start -= shift
+                for unfinished in self._rows.values():
+                    unfinished.start -= shift
             stopped = np.array([row not in self._rows for row in range(self._size)])
             state, emitted = decode_chunk(
                 self._program,
@@ -174,14 +159,14 @@ class Batch:
         """The prompts that wait longest, at most `most`."""
         return [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
 
-    def _room(self, cursor: int) -> tuple[int, int]:
-        """Number of slots that can be dropped, and number that is needed then."""
+    def _measure_room(self, cursor: int) -> tuple[int, int]:
+        """Number of leading slots to drop, and number of slots of the cache after that."""
         prompts = [row.prompt for row in self._rows.values()]
         length = self._bucket([*prompts, *list(self._waiting)[:1]])
         shift = min(cursor - length, *(row.start for row in self._rows.values()))
         left = cursor - shift
-        sizes = self._cache_slots(length)
-        # Space for more than one chunk: it would soon be full again otherwise.
+        sizes = cache_slots(length, self._max_new_tokens, self._chunk)
+        # Space for more than one chunk, so that the next move is not soon.
         enough = (s for s in sizes if s >= left + max(self._chunk, s // 8))
         return shift, next(enough, sizes[-1])
 
@@ -189,23 +174,19 @@ class Batch:
         """Slots for the longest of some prompts."""
         return round_up(max(len(self._prompts[i].tokens) for i in prompts), _PROMPT_STEP)
 
-    def _cache_slots(self, length: int) -> list[int]:
-        chunks = -(-(self._max_new_tokens - 1) // self._chunk)
-        return cache_slots(length, chunks, self._chunk)
-
-    def _row(self, prompt: int, cursor: int) -> _Row:
+    def _start_row(self, prompt: int, cursor: int) -> _Row:
         return _Row(prompt, cursor - len(self._prompts[prompt].tokens))
 
     def _prefill(
-        self, taken: Sequence[int], rows: int, length: int, slots: int
+        self, admitted: Sequence[int], rows: int, length: int, slots: int
     ) -> tuple[State, Emitted]:
         tokens = np.zeros((rows, length), np.int32)
         mask = np.zeros((rows, length), bool)
-        for row, i in enumerate(taken):
+        for row, i in enumerate(admitted):
             ids = self._prompts[i].tokens
             tokens[row, length - len(ids) :] = ids
             mask[row, length - len(ids) :] = True
-        keys = row_keys(self._answering.seed, [self._prompts[i].draw for i in taken], rows)
+        keys = row_keys(self._answering.seed, [self._prompts[i].draw for i in admitted], rows)
         return prefill(
             self._program,
             self._weights,
@@ -216,7 +197,7 @@ class Batch:
         )
 
     def _collect(self, emitted: Emitted, rows: Sequence[int]) -> Iterator[Piece]:
-        """Brings a chunk to the host, and frees the rows whose answers are over."""
+        """Copies a chunk to the host, and frees the rows whose answers have ended."""
         columns, logprobs, done, faults = jax.tree.map(np.asarray, emitted)
         for i, number in enumerate(rows):
             if (row := self._rows.get(number)) is None:
@@ -235,17 +216,17 @@ class Batch:
                 step = int(np.argmax(faults[i, :count] != SOUND))
                 self._refuse(row.prompt, before + step, int(faults[i, step]))
             new = row.tokens[before:]
-            of_new = jax.tree.map(operator.itemgetter((i, slice(count))), logprobs)
+            new_logprobs = jax.tree.map(operator.itemgetter((i, slice(count))), logprobs)
             if last:
                 del self._rows[number]
-            yield Piece(row.prompt, new, of_new, last)
+            yield Piece(row.prompt, new, new_logprobs, last)
 
     def _refuse(self, prompt: int, token: int, fault: int) -> NoReturn:
         where = f"prompt {self._prompts[prompt].draw[0]}, token {token + 1} of the answer"
         raise FloatingPointError(f"{where}: {describe_fault(fault)}")
 
     def _pad(self, rows: int) -> int:
-        """Rows of a compiled program: a power of two if that is not too many, split evenly."""
+        """Rows of a compiled program: a power of two up to the batch size, split evenly."""
         size = min(1 << (rows - 1).bit_length(), max(self._most, rows))
         return round_up(size, sharding.row_shards(self._program.mesh))
 
@@ -255,7 +236,7 @@ class Batch:
 
 
 def describe_fault(fault: int) -> str:
-    """A fault of logits or scores in words, see `Emitted`."""
+    """The message of a fault, see `Emitted`."""
     if fault == BASE_FAULT:
         return (
             "the base model's logits are NaN or infinite, or every token is banned; "
@@ -269,10 +250,10 @@ def describe_fault(fault: int) -> str:
 
 
 def row_keys(seed: int, draws: Sequence[tuple[int, int]], size: int) -> jax.Array:
-    """A key for each row, from the seed and its two numbers."""
+    """A key for each row, from the seed and the row's two numbers."""
     ids = np.zeros((size, 2), np.uint32)
     ids[: len(draws)] = draws
-    key = jax.random.key(seed % 2**32)  # all that JAX takes of a seed
+    key = jax.random.key(seed % 2**32)  # JAX takes 32 bits
     if seed >= 2**32:
         key = jax.random.fold_in(key, np.uint32(seed >> 32))
     return _fold(key, jnp.asarray(ids))

@@ -1,9 +1,9 @@
-"""Changes of a cache between two chunks: it grows, is compacted, and admits new prompts.
+"""Changes of a cache between two chunks: resizing, compaction, admission of new prompts.
 
-All rows write to the same slot, so a new prompt ends where the other rows write next; slots at the
-beginning that no row needs are dropped. A decoder's cache says which axes are rows and slots. The
-cache of a user's own model is a tree of arrays from `init_cache(rows, slots)`: its axes are found
-from shapes, and a scalar counts slots. Axes: B batch, b new prompts, P their slots, S cache slots.
+All rows write to the same slot, so a new prompt ends before the slot that the others write next;
+slots at the beginning that no row needs are dropped. A decoder's cache has named axes. The cache of
+a user's own model is a tree of arrays from `init_cache(rows, slots)`: its axes are inferred from
+shapes, and a scalar counts slots. Axes: B batch, b new prompts, P their slots, S cache slots.
 """
 
 import functools
@@ -15,13 +15,14 @@ from jaxtyping import Array, Int, PyTree
 
 from t3jax.batching import round_up
 from t3jax.lm.cache import Axes, Cache, cache_axes
-from t3jax.sampling.loop import Program, State, placed
+from t3jax.sampling.loop import Program, State, constrain_state
 
 _SLOT_STEP = 64  # slots of the cache, which grows as answers do, by half at least
 
 
-def cache_slots(length: int, chunks: int, chunk: int) -> list[int]:
-    """Slots of the cache that `prefill` makes, and in each chunk: it grows as it is filled."""
+def cache_slots(length: int, max_new_tokens: int, chunk: int) -> list[int]:
+    """Slots of the cache in `prefill` and in each chunk: it grows as it is filled."""
+    chunks = -(-(max_new_tokens - 1) // chunk)
     most = length + 1 + chunks * chunk
     slots = [min(most, round_up(length + 1 + chunk, _SLOT_STEP))]
     for i in range(chunks):
@@ -32,10 +33,7 @@ def cache_slots(length: int, chunks: int, chunk: int) -> list[int]:
 
 
 def _move(program: Program, state: State, shift: Int[Array, ""], slots: int) -> State:
-    """The same state in a cache of `slots`, enough for the rest; the first `shift` are dropped.
-
-    No unfinished row needs the dropped slots.
-    """
+    """Moves a state to a cache of `slots` slots, without the first `shift`, which no row needs."""
 
     def move(axes: Axes, old: Array, empty: np.ndarray | Array) -> Array:
         if axes.rows is None:
@@ -47,10 +45,10 @@ def _move(program: Program, state: State, shift: Int[Array, ""], slots: int) -> 
 
     empty = program.init_cache(state.token.shape[0], slots)
     cache = jax.tree.map(move, _axes(program, state.cache), state.cache, empty)
-    return placed(program.mesh, state._replace(cache=cache))
+    return constrain_state(program.mesh, state._replace(cache=cache))
 
 
-# Compacting works in place. Resizing cannot: both caches are in memory for a moment.
+# Compaction works in place. Resizing cannot: both caches are in memory for a moment.
 compact = jax.jit(_move, static_argnums=(0, 3), donate_argnums=1)
 resize = jax.jit(_move, static_argnums=(0, 3))
 
@@ -61,15 +59,15 @@ def admit(
 ) -> State:
     """Gives finished rows to new prompts; `state` is donated.
 
-    `new` comes from `prefill` of the new prompts alone, with P slots. `rows` are their rows; one
-    that the batch does not have drops its prompt. Their first token goes to slot `start`, P before
-    that which is written next.
+    `new` is the state of `prefill` on the new prompts, with P slots. A prompt whose entry of `rows`
+    is no row of the batch is dropped. Slot `start` of the first token is P slots before the next
+    slot that is written.
     """
 
     def take(axes: Axes, old: Array, new: Array, empty: np.ndarray | Array) -> Array:
         if axes.rows is None:
             return old
-        if axes.slots is not None:  # what the rows held before is gone
+        if axes.slots is not None:  # the rows' former contents are dropped
             new = jax.lax.dynamic_update_slice_in_dim(empty, new, start, axes.slots)
         return replace(old, new, axes.rows)
 
@@ -80,7 +78,7 @@ def admit(
     empty = program.init_cache(rows.shape[0], _num_slots(axes, state.cache))
     cache = jax.tree.map(take, axes, state.cache, new.cache, empty)
     rest = jax.tree.map(replace, state._replace(cache=None), new._replace(cache=None))
-    return placed(program.mesh, rest._replace(cache=cache))
+    return constrain_state(program.mesh, rest._replace(cache=cache))
 
 
 def _axes(program: Program, cache: PyTree) -> PyTree:
@@ -92,11 +90,11 @@ def _axes(program: Program, cache: PyTree) -> PyTree:
         for rows, slots in ((2, 3), (5, 3), (2, 7))
     )
 
-    def differing(one: jax.ShapeDtypeStruct, other: jax.ShapeDtypeStruct) -> int | None:
+    def find_axis(one: jax.ShapeDtypeStruct, other: jax.ShapeDtypeStruct) -> int | None:
         return next((i for i, n in enumerate(one.shape) if n != other.shape[i]), None)
 
     return jax.tree.map(
-        lambda x, by_rows, by_slots: Axes(differing(x, by_rows), differing(x, by_slots)),
+        lambda x, by_rows, by_slots: Axes(find_axis(x, by_rows), find_axis(x, by_slots)),
         few,
         more_rows,
         more_slots,

@@ -1,9 +1,9 @@
 """One draw in each row of a distribution, within the support that truncation leaves.
 
-A draw is the largest of logits / temperature + Gumbel noise. On a CPU a row whose support lies
-among its likeliest tokens is drawn from those: noise for a few tokens costs less than noise for a
-vocabulary. The others are drawn from all tokens; a row's draw does not depend on the other rows. On
-an accelerator noise costs less than finding the likeliest tokens, and all rows draw from all.
+A draw is the argmax of logits / temperature + Gumbel noise. On a CPU a row whose support lies among
+its likeliest tokens is drawn from those: noise for a few tokens costs less than noise for a
+vocabulary. The other rows are drawn from all tokens; a row's draw does not depend on the other
+rows. On an accelerator noise costs less than finding the likeliest tokens: all rows draw from all.
 
 Axes: B batch, b some of its rows, V vocabulary, F few.
 """
@@ -32,9 +32,8 @@ def draw(
     """Draws a token in each row from unnormalised logits.
 
     `decide` takes rows and gives the distribution that decides their support, `[b, V]`; it is
-    computed only if a row truncates. `limits` are top-k, top-p and min-p, as for
-    `truncation.support`. A temperature of 0 is greedy. A row's key is used up here. Without a mesh
-    the arrays live on one device.
+    computed only if a row truncates. A temperature of 0 is greedy. A row's key is used up here.
+    Without a mesh the arrays are on one device.
     """
     top_k, top_p, min_p = limits
     truncates = jnp.any((top_k > 0) | (top_p < 1) | (min_p > 0))
@@ -43,21 +42,21 @@ def draw(
         few = truncation.likeliest(decide(slice(None)), *limits, mesh)
         return _draw_among(few, logits, temperature, keys), few.settled
 
-    # Raw key data: JAX's check of keys cannot see that a loop reads another row's key each time.
+    # Raw key data: JAX's check of keys cannot see that each step of a loop reads another row's key.
     key_data = jax.random.key_data(keys)
 
     def from_all(rows: Rows = slice(None)) -> Array:
         """Draws of some rows from all tokens."""
-        masked, own_limits, own_temperature, data = jax.tree.map(
+        masked, row_limits, row_temperature, data = jax.tree.map(
             lambda x: x[rows], (logits, limits, temperature, key_data)
         )
-        own_keys = jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys))
+        row_keys = jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys))
         masked = jax.lax.cond(
             truncates,
-            lambda: jnp.where(truncation.support(decide(rows), *own_limits), masked, -jnp.inf),
+            lambda: jnp.where(truncation.support(decide(rows), *row_limits), masked, -jnp.inf),
             lambda: masked,
         )
-        return _pick(masked, own_temperature, lambda: _gumbel(own_keys, masked))
+        return _pick(masked, row_temperature, lambda: _gumbel(row_keys, masked))
 
     def from_none() -> tuple[Array, Array]:
         return jnp.zeros(logits.shape[0], jnp.int32), jnp.zeros(logits.shape[0], bool)
@@ -72,7 +71,7 @@ def draw(
     # One row needs no loop over rows, which would be compiled too.
     if len(logits) > 1 and (mesh is None or mesh.size == 1):
         most = 2 * jnp.sum(settled) >= len(settled)
-        return jax.lax.cond(most, lambda: _one_by_one(few, settled, from_all), together)
+        return jax.lax.cond(most, lambda: _draw_one_by_one(few, settled, from_all), together)
     return jax.lax.cond(jnp.all(settled), lambda: few, together)
 
 
@@ -83,7 +82,7 @@ def _draw_among(few: truncation.Likeliest, logits: Array, temperature: Array, ke
     return jnp.take_along_axis(few.tokens, place[:, None], axis=-1)[:, 0]
 
 
-def _one_by_one(tokens: Array, settled: Array, draw_rows: Callable[[Rows], Array]) -> Array:
+def _draw_one_by_one(tokens: Array, settled: Array, draw_rows: Callable[[Rows], Array]) -> Array:
     """The tokens, with those of the rows that are not settled drawn row by row."""
     order = jnp.argsort(settled)
 
@@ -110,7 +109,7 @@ def _gumbel(keys: Array, like: Array) -> Array:
 
 
 def _gumbel_of(keys: Array, tokens: Array) -> Array:
-    """Noise of some tokens: a token's own, whatever its place among them."""
+    """Gumbel noise of some tokens; a token's noise does not depend on its position among them."""
 
     def noise(key: Array, token: Array) -> Array:
         return jax.random.gumbel(jax.random.fold_in(key, token), (), jnp.float32)

@@ -1,8 +1,8 @@
 """The decoding loop: prefill once, then jitted chunks of a `lax.scan` with a donated state.
 
-Nothing here knows text. A draw depends on the row's key and the absolute step only, so neither the
-chunk size nor the other rows change it, up to rounding. Axes: B batch, P prompt slots, C steps of a
-chunk, S cache slots, V vocabulary.
+This module works on token ids alone. A draw depends on the row's key and the absolute step only, so
+neither the chunk size nor the other rows change it, up to rounding. Axes: B batch, P prompt slots,
+C steps of a chunk, S cache slots, V vocabulary.
 """
 
 import dataclasses
@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from t3jax import head as head_lib
@@ -30,16 +29,13 @@ class Program:
     """The static part of the loop, fixed when it is compiled.
 
     Attributes:
-        apply: The model's `apply`.
-        unembed: The model's `unembed`.
-        init_cache: The model's `init_cache`.
-        heads: The shape of each head; empty where there is none.
-        truncate_on: "guided", "base" or "tilted": what decides top-k, top-p and min-p, see
-            `next_token`.
-        with_logprobs: Whether guided log-probabilities are computed, and those under the base
-            without a head; with a head the latter always are.
-        mesh: Where the state lives.
-        refinements: Which are on.
+        apply: This function of the model, as the next two.
+        heads: The shape of each head.
+        truncate_on: The distribution that decides top-k, top-p and min-p: "guided", "base" or
+            "tilted", see `next_token`.
+        with_logprobs: Whether guided log-probabilities are computed, and base ones without a head;
+            with a head base ones always are.
+        mesh: The devices of the state.
     """
 
     apply: Callable[..., Any]
@@ -53,12 +49,9 @@ class Program:
 
 
 class Weights(NamedTuple):
-    """Frozen arrays that the loop reads.
+    """Frozen arrays that the loop reads: the parameters of the model and of each head.
 
-    Attributes:
-        params: The language model's parameters.
-        heads: The parameters of each head.
-        prior_shifts: Added to every score of each; 0 in the paper.
+    Each of `prior_shifts` is added to the scores of its head; 0 in the paper.
     """
 
     params: PyTree
@@ -71,15 +64,15 @@ SOUND, BASE_FAULT, HEAD_FAULT = 0, 1, 2
 
 
 class State(NamedTuple):
-    """All that decoding carries from one token to the next; donated, so it is updated in place.
+    """The state of decoding between two tokens; donated, so it is updated in place.
 
     Attributes:
         cache: The model's cache of the text up to, not including, `token`.
-        pooled: Running mean of the hidden states of the same stretch.
+        pooled: Running mean of the hidden states of the same text.
         token: The last token chosen, not yet read by the model, `[B]`.
-        done: Rows that are finished: they choose no more tokens, `[B]`.
-        step: Tokens chosen so far, `[B]`.
-        seen: Tokens of prompt and answer so far, `[B, V]`.
+        done: True for a finished row, which chooses no more tokens, `[B]`.
+        step: Number of tokens chosen so far, `[B]`.
+        seen: True for a token of the prompt or of the answer so far, `[B, V]`.
         keys: A PRNG key for each row; a step's key is folded from it, `[B]`.
     """
 
@@ -93,15 +86,15 @@ class State(NamedTuple):
 
 
 class Emitted(NamedTuple):
-    """The output of a stretch of decoding.
+    """The output of prefill or of a chunk.
 
     Attributes:
         tokens: Chosen tokens, `[B, C]`; -1 after a row's end.
         logprobs: Their log-probabilities, `[B, C]` each, as `token_logprobs` gives them.
-        done: Rows that are finished, `[B]`.
+        done: True for a finished row, `[B]`.
         faults: `SOUND`; or `BASE_FAULT`, if no logit of the base was finite or one was NaN or
-            infinite; or `HEAD_FAULT`, if a score was not finite, `[B, C]`. A token chosen by such
-            numbers means nothing.
+            infinite; or `HEAD_FAULT`, if a score was not finite, `[B, C]`. A token with a fault
+            means nothing.
     """
 
     tokens: Int[Array, "B C"]
@@ -123,14 +116,14 @@ def prefill(
 ) -> tuple[State, Emitted]:
     """Reads the prompts and chooses the first token of each answer, `[B, 1]`.
 
-    Prompts are padded on the left. `mask` is true at real tokens; a row without any is born
-    finished. The cache has `slots` S, for the prompt and the answer.
+    Prompts are padded on the left. `mask` is true at real tokens; a row without real tokens is
+    finished from the start. The cache has `slots` S, for the prompt and the answer.
     """
     batch, _ = prompts.shape
-    cache = _placed_cache(program, program.init_cache(batch, slots))
+    cache = _constrain_cache(program, program.init_cache(batch, slots))
     hidden, cache = program.apply(weights.params, prompts, None, mask, cache)
     pooled = pooling.running_mean(hidden, mask)
-    # The last prompt token of every row stands in the last slot: only its logits are formed.
+    # The last prompt token of every row is in the last slot: only its logits are computed.
     last = hidden[:, -1]
     logits = program.unembed(weights.params, last)
     seen = jax.vmap(lambda row, ids, real: row.at[ids].max(real))(
@@ -145,9 +138,9 @@ def prefill(
         seen=seen,
         keys=keys,
     )
-    state, emitted = _choose(program, weights, state, last, logits, controls, stop_ids)
-    token, logprobs, faults = jax.tree.map(lambda x: x[:, None], emitted)
-    return state, _everywhere(program, Emitted(token, logprobs, state.done, faults))
+    state, first = _choose(program, weights, state, last, logits, controls, stop_ids)
+    token, logprobs, faults = jax.tree.map(lambda x: x[:, None], first)
+    return state, sharding.replicate(program.mesh, Emitted(token, logprobs, state.done, faults))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=2)
@@ -162,8 +155,8 @@ def decode_chunk(
 ) -> tuple[State, Emitted]:
     """Chooses up to C = `steps` more tokens for every row that is not finished, `[B, C]`.
 
-    Continues from the state of `prefill` or of the chunk before, which is donated. The host has
-    ended the rows in `stopped` meanwhile (a stop string). The other arguments are as for `prefill`.
+    The state of `prefill` or of the previous chunk is donated. `stopped` marks rows that the host
+    has ended since (a stop string). The other arguments are as for `prefill`.
     """
 
     def step(state: State, _: None) -> tuple[State, tuple[Array, Logprobs | None, Array]]:
@@ -172,7 +165,7 @@ def decode_chunk(
             weights.params, state.token[:, None], None, reading, state.cache
         )
         state = state._replace(
-            cache=_placed_cache(program, cache),
+            cache=_constrain_cache(program, cache),
             pooled=pooling.running_mean(hidden, reading, state.pooled),
         )
         last = hidden[:, 0]
@@ -180,10 +173,10 @@ def decode_chunk(
         return _choose(program, weights, state, last, logits, controls, stop_ids)
 
     state = state._replace(done=state.done | stopped)
-    # No branch for a batch whose rows are all finished: it would copy the cache once a chunk.
-    state, emitted = jax.lax.scan(step, state, None, length=steps)
-    tokens, logprobs, faults = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), emitted)
-    return state, _everywhere(program, Emitted(tokens, logprobs, state.done, faults))
+    # No branch for a batch of finished rows: it would copy the cache in each chunk.
+    state, by_step = jax.lax.scan(step, state, None, length=steps)
+    tokens, logprobs, faults = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), by_step)
+    return state, sharding.replicate(program.mesh, Emitted(tokens, logprobs, state.done, faults))
 
 
 def _choose(
@@ -195,9 +188,9 @@ def _choose(
     controls: Controls,
     stop_ids: Array,
 ) -> tuple[State, tuple[Array, Logprobs | None, Array]]:
-    """Chooses each row's next token; the state then waits for the model to read it.
+    """Chooses each row's next token, which the model has not read yet.
 
-    Where the vocabulary is split, each device looks at its own part: one number for each row, or
+    With a split vocabulary each device reads its part of the logits: one number for each row, or
     one for each row and part, is exchanged.
     """
     split = functools.partial(sharding.constrain, mesh=program.mesh, spec=sharding.LOGITS)
@@ -248,10 +241,10 @@ def find_faults(logits: Float[Array, "B V"], scores: Float[Array, "B V"] | None)
 
 
 def advance(mesh: Mesh, state: State, token: Array, ended: Array) -> State:
-    """The state after a token of each row is chosen, which the model has not read yet."""
+    """Adds a token of each row, which the model has not read yet, to the state."""
     seen = jax.vmap(lambda row, id: row.at[id].set(True))(state.seen, token)
     state = state._replace(token=token, done=ended, step=state.step + 1, seen=seen)
-    return placed(mesh, state)
+    return constrain_state(mesh, state)
 
 
 def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
@@ -263,21 +256,14 @@ def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
     )
 
 
-def placed(mesh: Mesh, state: State) -> State:
+def constrain_state(mesh: Mesh, state: State) -> State:
     """Constrains a state to its shardings, inside of jit."""
     if mesh.size == 1:
         return state
     return jax.lax.with_sharding_constraint(state, state_shardings(mesh, state))
 
 
-def _placed_cache(program: Program, cache: PyTree) -> PyTree:
+def _constrain_cache(program: Program, cache: PyTree) -> PyTree:
     if program.mesh.size == 1:
         return cache
     return jax.lax.with_sharding_constraint(cache, cache_shardings(program.mesh, cache))
-
-
-def _everywhere(program: Program, emitted: Emitted) -> Emitted:
-    """Replicates the output on all devices: every host reads it and decides alike."""
-    if program.mesh.size == 1:
-        return emitted
-    return jax.lax.with_sharding_constraint(emitted, NamedSharding(program.mesh, P()))

@@ -18,7 +18,7 @@
    Temperature 0 is the limit: the likeliest token of the support. Drawing from all tokens at the
    sampling temperature 1 / T is plain guidance of the strength T · s: tempering is undone.
 
-How a draw is made fast on a CPU is in `t3jax.sampling.drawing`. Axes: B batch, V vocabulary.
+`t3jax.sampling.drawing` makes step 4 fast on a CPU. Axes: B batch, V vocabulary.
 """
 
 from typing import Any, NamedTuple
@@ -40,7 +40,7 @@ from t3jax.sampling.drawing import Rows, draw
 
 
 class Controls(NamedTuple):
-    """The knobs of a caller, one value for each row: traced, so that no change recompiles.
+    """The caller's settings, one value for each row: traced, so that no change recompiles.
 
     Attributes:
         base_temperature: T of the method, >= 1; 1 leaves the base as it is.
@@ -65,9 +65,9 @@ class Controls(NamedTuple):
 
     @classmethod
     def filled(cls, rows: int, **values: int | float) -> "Controls":
-        """The same for every row: NumPy arrays `[B]`, to be placed.
+        """The same values for every row: NumPy arrays `[B]`, to be placed.
 
-        A value that is not given by name changes nothing, and the choice is greedy.
+        A control that `values` lacks changes nothing; without a temperature the draw is greedy.
         """
         neutral = {
             "base_temperature": 1.0,
@@ -89,10 +89,10 @@ class Logprobs(NamedTuple):
     """Log-probabilities of the chosen token, in nats.
 
     Attributes:
-        base: Under the base model as it is.
+        base: Log-probability under the base model.
         base_entropy: Entropy of the base model: the mean of `-base` over its own draws.
-        guided: Under the tempered and tilted distribution of step 2, before truncation and the
-            sampling temperature; None unless asked for.
+        guided: Log-probability under the distribution of step 2, before truncation and the sampling
+            temperature; None unless asked for.
     """
 
     base: Float[Array, " B"]
@@ -104,9 +104,9 @@ class Guided(NamedTuple):
     """The distributions of a step; all logits are unnormalised.
 
     Attributes:
-        base: The base model's, after the repetition penalty, `[B, V]`.
-        served: The tempered and tilted ones of step 2, `[B, V]`.
-        base_temperature: T_t that each row was tempered by, `[B]`.
+        base: Logits of the base model after the repetition penalty, `[B, V]`.
+        served: Tempered and tilted logits of step 2, `[B, V]`.
+        base_temperature: T_t of each row, `[B]`.
     """
 
     base: Float[Array, "B V"]
@@ -148,13 +148,13 @@ def next_token(
     refinements: Refinements = PLAIN,
     mesh: Mesh | None = None,
 ) -> tuple[Int[Array, " B"], Guided]:
-    """Chooses the next token of each row; returns the distributions that it is drawn from too.
+    """Chooses the next token of each row; also returns the distributions of the step.
 
-    Logits and scores are those of the base model and of the classifier, g(v). Without scores, for
-    the base model without a head, refinements change nothing and "guided" is "base". `controls`
-    hold one value for each row, and a row's key is used up here. `seen` marks tokens already in the
-    text, for the repetition penalty. `truncate_on` is the distribution that decides the support:
-    "guided", "base" or "tilted". Without a mesh the arrays live on one device.
+    `logits` are the base model's, `scores` the classifier's, g(v). Without scores, for the base
+    model without a head, refinements change nothing and "guided" is "base". A row's key is used up
+    here. `seen` marks tokens already in the text, for the repetition penalty. `truncate_on` is the
+    distribution that decides the support: "guided", "base" or "tilted". Without a mesh the arrays
+    are on one device.
     """
     guided = guide(logits, scores, controls, seen, refinements)
     if scores is None and truncate_on == "guided":
@@ -170,9 +170,9 @@ def token_logprobs(
     has_head: bool,
     with_logprobs: bool,
 ) -> Logprobs | None:
-    """Log-probabilities of the chosen tokens; None without a head, unless they are asked for.
+    """Log-probabilities of the chosen tokens; None without a head, unless `with_logprobs`.
 
-    Those under the served distribution are computed where they are asked for alone.
+    The served ones are computed only `with_logprobs`.
     """
     if not has_head and not with_logprobs:
         return None
@@ -190,8 +190,7 @@ def choose_token(
 ) -> Int[Array, " B"]:
     """Steps 3 and 4: decides the support, then draws from the served distribution within it.
 
-    Takes what `guide` gives; the other arguments and the tokens, int32 `[B]`, are as for
-    `next_token`.
+    `guided` is the result of `guide`; the other arguments are as for `next_token`.
     """
     base, served, base_temperature = guided
 

@@ -8,7 +8,7 @@ from typing import Any
 from t3jax.sampling.next_token import Controls
 
 REFUSAL_THRESHOLD = 3.0  # nats, see `SamplingOptions`
-_LARGEST = 1e6  # of T, s and what else divides or multiplies logits: far from float32's end
+_LARGEST = 1e6  # bounds of all factors of logits (T, s, ...), far inside float32's range
 _SMALLEST = 1e-6
 
 
@@ -23,11 +23,11 @@ class SamplingOptions:
         top_k: Draw among the k likeliest tokens; 0 among all.
         top_p: Draw among the likeliest tokens whose probability reaches p; 1 among all.
         min_p: Draw among tokens at least this share as likely as the likeliest; 0 among all.
-        truncate_on: What decides top-k, top-p and min-p. "guided" is the guided distribution
-            without its tempering: base logits + T · s · log f. "tilted" is the tempered one that is
-            drawn from; its order of the tokens is the same, so top-k is too. "base" is the base
-            model's: where it is sure of what is to be forgotten, a tight top-p or min-p keeps
-            that token alone.
+        truncate_on: The distribution that decides top-k, top-p and min-p. "guided" is the guided
+            one without its tempering: base logits + T · s · log f. "tilted" is the tempered one
+            that is drawn from; its order of the tokens is the same, so top-k is too. "base" is the
+            base model's: where it is sure of a token to forget, a tight top-p or min-p keeps that
+            token alone.
         repetition_penalty: Above 1, tokens already in prompt or answer become less likely.
         num_samples: Answers to each prompt.
         seed: Seed of the draws, 0 to 2^64 - 1.
@@ -76,12 +76,12 @@ class SamplingOptions:
             "seed": (0 <= as_integer(self.seed) < 2**64, "an integer, 0 to 2^64 - 1"),
             "stop": (
                 isinstance(self.stop, tuple | list)
-                and all(isinstance(each, str) and each for each in self.stop),
+                and all(isinstance(string, str) and string for string in self.stop),
                 "non-empty strings",
             ),
             "stop_ids": (
                 isinstance(self.stop_ids, tuple | list)
-                and all(as_integer(each) >= 0 for each in self.stop_ids),
+                and all(as_integer(token) >= 0 for token in self.stop_ids),
                 "token ids",
             ),
             "refusal": (
@@ -95,7 +95,7 @@ class SamplingOptions:
                 raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
 
     def controls(self, rows: int, base_temperature: float, guidance_scale: float) -> Controls:
-        """The controls of B rows that are all drawn so, with base temperature and scale."""
+        """The same controls for each of B rows."""
         return Controls.filled(
             rows,
             base_temperature=base_temperature,
@@ -130,7 +130,7 @@ def check_guidance(base_temperature: float, guidance_scale: float) -> None:
 
 
 def as_number(value: Any) -> float:
-    """A number as it is, and anything else as NaN, which no range holds."""
+    """A number unchanged; NaN, which is in no range, for anything else."""
     try:
         return math.nan if isinstance(value, str | bytes | bool) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -138,7 +138,7 @@ def as_number(value: Any) -> float:
 
 
 def as_integer(value: Any) -> int:
-    """An integer as it is, and anything else as -1."""
+    """An integer unchanged; -1 for anything else."""
     try:
         return -1 if isinstance(value, bool) else operator.index(value)
     except TypeError:

@@ -1,7 +1,7 @@
 """Text in, text out: the `Sampler`.
 
-It renders prompts, has them answered by `t3jax.sampling.batch`, looks for stop strings and turns
-tokens into text. It holds no random state: the same call gives the same answers.
+It renders prompts, answers them with `t3jax.sampling.batch`, finds stop strings and turns tokens
+into text. It has no random state: the same call gives the same answers.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from t3jax.head_io import Head, check_head_fits, common_default, place_head
 from t3jax.lm.model import LM
 from t3jax.refinements import PLAIN, Refinements
 from t3jax.sampling import warn
-from t3jax.sampling.batch import Answering, Asked, Batch
+from t3jax.sampling.batch import Answering, Batch, Prompt
 from t3jax.sampling.loop import Program, Weights
 from t3jax.sampling.next_token import Controls, Logprobs
 from t3jax.sampling.options import SamplingOptions, as_integer, check_guidance
@@ -36,10 +36,10 @@ class Sample:
         guided_logprobs: The same under the tempered and tilted distribution.
         base_perplexity: Perplexity of the tokens under the base model; None without a head, unless
             log-probabilities are asked for.
-        log_ratio: Log-likelihood of the tokens under the served distribution less that under the
-            base model, nats: how much the answer speaks for the head having changed it. None unless
+        log_ratio: Log-likelihood of the tokens under the served distribution less the one under
+            the base model, nats: the evidence that the head changed the answer. None unless
             log-probabilities or a refusal are asked for.
-        refused: Whether `text` is the refusal; the other fields are those of the answer drawn.
+        refused: Whether `text` is the refusal; the other fields describe the answer drawn.
     """
 
     text: str
@@ -54,9 +54,9 @@ class Sample:
 class Sampler:
     """Answers prompts with a base model, tempered and tilted by a head or several.
 
-    A value that changes from call to call (T, s, temperature, top-p, ...) never recompiles. What
-    does: another number of rows, another bucket of prompt or answer lengths, with or without
-    log-probabilities, the distribution that decides truncation.
+    A value that changes from call to call (T, s, temperature, top-p, ...) never recompiles. Another
+    number of rows, bucket of prompt or answer lengths, choice of log-probabilities, or distribution
+    that decides truncation does.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Sampler:
             refinements: Extensions of the paper's method; they need a head.
             prompt_format: How a question becomes a prompt; None is the chat template's default.
             batch_size: Rows decoded together, at most.
-            chunk: Steps between two looks of the host: a finished row wastes fewer.
+            chunk: Steps between two host syncs: a finished row wastes fewer.
 
         Raises:
             ValueError: If a head's vocabulary or width is not the model's, heads have different T
@@ -92,8 +92,8 @@ class Sampler:
         for name, size in (("batch_size", batch_size), ("chunk", chunk)):
             if not 1 <= as_integer(size) <= 2**20:
                 raise ValueError(f"{name} must be 1 to 2^20, got {size!r}")
-        for each in heads:
-            check_head_fits(each, lm)
+        for classifier in heads:
+            check_head_fits(classifier, lm)
         if not heads and refinements != PLAIN:
             raise ValueError(f"the refinements {refinements.name} need a head")
         self.lm = lm
@@ -109,11 +109,11 @@ class Sampler:
         self.batch_size = batch_size
         self.chunk = chunk
         self._detokenizer = Detokenizer(lm.tokenizer)
-        self._heads = tuple(each.config for each in heads)
+        self._heads = tuple(classifier.config for classifier in heads)
         self._weights = Weights(
             lm.params,
-            tuple(place_head(each.params, lm.mesh) for each in heads),
-            tuple(np.float32(each.prior_shift) for each in heads),
+            tuple(place_head(classifier.params, lm.mesh) for classifier in heads),
+            tuple(np.float32(classifier.prior_shift) for classifier in heads),
         )
 
     def __call__(self, prompts: Sequence[str], *options: Any, **fields: Any) -> list[str]:
@@ -160,12 +160,12 @@ class Sampler:
                 the model's context.
             FloatingPointError: If logits or scores are NaN or infinite; names the prompt.
         """
-        request = self._request(prompts, options, base_temperature, guidance_scale, fields)
+        request = self._make_request(prompts, options, base_temperature, guidance_scale, fields)
         tokens: list[list[int]] = [[] for _ in request.rows]
         logprobs: list[list[Logprobs | None]] = [[] for _ in request.rows]
         hidden = not progress or not hosts.is_lead()
         with tqdm.tqdm(total=len(request.rows), desc=progress, delay=1, disable=hidden) as bar:
-            for piece in self._batch(request).run():
+            for piece in self._make_batch(request).run():
                 tokens[piece.prompt] += piece.tokens
                 logprobs[piece.prompt].append(piece.logprobs)
                 bar.update(piece.last)
@@ -193,13 +193,13 @@ class Sampler:
         Warns:
             UserWarning: As `generate`.
         """
-        request = self._request([prompt], options, base_temperature, guidance_scale, fields)
+        request = self._make_request([prompt], options, base_temperature, guidance_scale, fields)
         if len(request.rows) != 1:
             raise ValueError("stream gives one answer: num_samples must be 1")
         tokens: list[int] = []
         logprobs: list[Logprobs | None] = []
         shown = ""
-        for piece in self._batch(request).run():
+        for piece in self._make_batch(request).run():
             tokens += piece.tokens
             logprobs.append(piece.logprobs)
             if request.options.refusal is not None:
@@ -214,7 +214,7 @@ class Sampler:
             yield rest
         self._warn(request, [joined], [sample])
 
-    def _request(
+    def _make_request(
         self,
         prompts: Sequence[str | Sequence[int] | np.ndarray],
         options: SamplingOptions | None,
@@ -281,8 +281,7 @@ class Sampler:
             )
         return ids.astype(np.int32)
 
-    def _batch(self, request: "_Request") -> Batch:
-        """All answers of a request."""
+    def _make_batch(self, request: "_Request") -> Batch:
         options = request.options
         program = Program(
             self.lm.apply,
@@ -305,8 +304,8 @@ class Sampler:
             options.seed,
             find_end if options.stop else None,
         )
-        asked = [Asked(request.encoded[prompt], (prompt, j)) for prompt, j in request.rows]
-        return Batch(program, self._weights, asked, answering, self.batch_size, self.chunk)
+        prompts = [Prompt(request.encoded[i], (i, j)) for i, j in request.rows]
+        return Batch(program, self._weights, prompts, answering, self.batch_size, self.chunk)
 
     def _tilts(self, scale: float) -> bool:
         """Whether a head tilts the served distribution."""
@@ -333,7 +332,7 @@ class Sampler:
     def _warn(
         self, request: "_Request", answers: Sequence[Logprobs | None], samples: Sequence[Sample]
     ) -> None:
-        """Warns of answers that are no language or have no contents."""
+        """Warns of absurd and of empty answers."""
         tilts = self._tilts(request.guidance_scale)
         if tilts:
             warn.warn_of_absurd_answers(
@@ -351,7 +350,7 @@ class Sampler:
             return not sample.text.strip()
 
         count = sum(map(is_empty, samples))
-        # A base model that is drawn from for its own text ends at once now and then.
+        # A base model that samples its own text gives an empty answer now and then.
         if 2 * count > len(samples) or (count and tilts):
             warn.warn_of_empty_answers(count, len(samples))
 

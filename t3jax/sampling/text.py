@@ -1,16 +1,15 @@
-"""From the tokens of an answer to its text: stop strings, and text that is certain already."""
+"""From the tokens of an answer to its text: stop strings, and text that no token can change."""
 
 from collections.abc import Sequence
 from typing import Any
 
-_HALF = "\ufffd"  # what a decoder writes for bytes that are no character yet
+_HALF = "\ufffd"  # a tokenizer's text for the bytes of an incomplete character
 
 
 class Detokenizer:
     """Decodes answers with a tokenizer; without one every text is empty."""
 
     def __init__(self, tokenizer: Any):
-        """Looks up the special tokens of a tokenizer of transformers, or of none."""
         self._tokenizer = tokenizer
         self._special = _special_tokens(tokenizer)
 
@@ -22,7 +21,7 @@ class Detokenizer:
     def settled_text(self, tokens: Sequence[int], stop: Sequence[str]) -> str:
         """The part of an unfinished answer's text that further tokens cannot change.
 
-        Half a character and what may become a stop string are held back.
+        An incomplete character and a possible beginning of a stop string are held back.
         """
         text = self.text(tokens, stop).rstrip(_HALF)
         held = max((_overlap(text, string) for string in stop), default=0)
@@ -39,17 +38,17 @@ class Detokenizer:
         return next((n for n in counts if self._decode(tokens[:n], stop)[1]), len(tokens))
 
     def _decode(self, tokens: Sequence[int], stop: Sequence[str]) -> tuple[str, list[int]]:
-        """The text without special tokens, and where stop strings begin in it."""
+        """The text without special tokens, and the starts of stop strings in it."""
         if self._tokenizer is None:
             return "", []
         text = self._tokenizer.decode(tokens, skip_special_tokens=True)
         ends = [at for string in stop if (at := text.find(string)) >= 0]
         special = [string for string in stop if any(token in string for token in self._special)]
         if special:
-            whole = self._tokenizer.decode(tokens, skip_special_tokens=False)
-            places = [at for string in special if (at := whole.find(string)) >= 0]
+            full_text = self._tokenizer.decode(tokens, skip_special_tokens=False)
+            places = [at for string in special if (at := full_text.find(string)) >= 0]
             if places:
-                before = whole[: min(places)]
+                before = full_text[: min(places)]
                 for token in self._special:
                     before = before.replace(token, "")
                 ends.append(len(before))
@@ -63,7 +62,7 @@ def _overlap(text: str, string: str) -> int:
 
 
 def _special_tokens(tokenizer: Any) -> list[str]:
-    """Special tokens, which decoding leaves out of a text, the longest first."""
+    """Special tokens, the longest first."""
     if tokenizer is None:
         return []
     added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)

@@ -3,8 +3,8 @@
 All three keep the tokens at or above some probability, so each is a threshold. Those of top-k and
 top-p are found by bisection over the bits of a float, which is exact after 30 rounds of one
 reduction each: cheaper than a sort, and under a sharded vocabulary only one number per row is
-exchanged in a round. Where a row's support lies among its `FEW` likeliest tokens, only those need
-be looked at. Axes: B batch, V vocabulary, F few.
+exchanged in a round. Where a row's support lies among its `FEW` likeliest tokens, only those are
+read. Axes: B batch, V vocabulary, F few.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ class Likeliest(NamedTuple):
     Attributes:
         tokens: Token ids, the likeliest first, int32 `[B, F]`.
         kept: True where a token may be drawn, `[B, F]`.
-        settled: Rows in which no other token may be, `[B]`.
+        settled: True for a row in which no other token may be drawn, `[B]`.
     """
 
     tokens: Int[Array, "B F"]
@@ -47,13 +47,13 @@ def likeliest(
     """The support of a draw, as far as it lies among the `FEW` likeliest tokens.
 
     The arguments are those of `support`; rows and vocabulary of the logits may be split over a
-    mesh. In a settled row the tokens that are kept are all that `support` keeps.
+    mesh. In a settled row the kept tokens are all that `support` keeps.
     """
     values, tokens = _largest(logits, mesh)
     mass = jnp.sum(_weights(logits), axis=-1)
-    kept = support(values, top_k, top_p, min_p, mass)
-    # Each rule is a threshold: if it drops the least likely of these, it drops all below them.
-    return Likeliest(tokens, kept, ~kept[:, -1])
+    drawable = support(values, top_k, top_p, min_p, mass)
+    # Each rule is a threshold: if it drops the least likely token here, it drops all below it.
+    return Likeliest(tokens, drawable, ~drawable[:, -1])
 
 
 def support(
@@ -65,7 +65,7 @@ def support(
 ) -> Bool[Array, "B V"]:
     """Tokens kept by top-k, top-p and min-p together.
 
-    Each rule is decided on the same distribution `softmax(logits)` and a token must pass all three.
+    Each rule is decided on the same distribution `softmax(logits)`; a token must pass all three.
     Tokens tied at a threshold are all kept, so that the order of the vocabulary decides nothing.
 
     Args:
@@ -74,9 +74,9 @@ def support(
         top_p: Keep the smallest set of likeliest tokens whose probability reaches p; 1 keeps all,
             `[B]`.
         min_p: Keep tokens at least min_p times as likely as the likeliest; 0 keeps all, `[B]`.
-        mass: The mass that top-p is a share of, where `logits` are only the likeliest of a
-            vocabulary: the sum over all of it of `exp(logit - largest logit)`, `[B]`. None: the sum
-            over `logits`.
+        mass: Sum of `exp(logit - largest logit)` over the whole vocabulary, of which top-p is a
+            share, `[B]`; needed where `logits` hold only the likeliest tokens. None: the sum over
+            `logits`.
 
     Returns:
         True where a token may be drawn, `[B, V]`. The likeliest token always may.
@@ -86,7 +86,7 @@ def support(
     wanted_mass = top_p * (jnp.sum(weights, axis=-1) if mass is None else mass)
 
     def threshold(enough: Callable[[Array], Array], wanted: Array) -> Array:
-        """The largest threshold at which the tokens at or above it are enough, `[B]`."""
+        """The largest threshold at or above which there are enough tokens, `[B]`."""
 
         def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
             low, high = bounds  # the tokens at or above `low` suffice, those above `high` do not
@@ -102,9 +102,9 @@ def support(
             lambda: low,
         )
 
-    by_k = threshold(lambda kept: jnp.sum(kept, axis=-1, dtype=jnp.int32) >= top_k, top_k > 0)
+    by_k = threshold(lambda mask: jnp.sum(mask, axis=-1, dtype=jnp.int32) >= top_k, top_k > 0)
     by_p = threshold(
-        lambda kept: jnp.sum(jnp.where(kept, weights, 0.0), axis=-1) >= wanted_mass, top_p < 1
+        lambda mask: jnp.sum(jnp.where(mask, weights, 0.0), axis=-1) >= wanted_mass, top_p < 1
     )
     keep_k = (order >= by_k[:, None]) | (top_k == 0)[:, None]
     keep_p = (order >= by_p[:, None]) | (top_p >= 1)[:, None]
@@ -115,7 +115,7 @@ def support(
 def _largest(logits: Array, mesh: Mesh | None) -> tuple[Array, Array]:
     """The largest logits and their tokens, `[B, F]` each.
 
-    Where the vocabulary is split, each device looks at its part, and those found are exchanged.
+    With a split vocabulary each device searches its part, and the results are gathered.
     """
     if mesh is None or mesh.size == 1:
         values, tokens = jax.lax.top_k(logits, min(FEW, logits.shape[-1]))
@@ -142,7 +142,7 @@ def _largest(logits: Array, mesh: Mesh | None) -> tuple[Array, Array]:
 
 
 def _weights(logits: Array) -> Array:
-    """Probabilities over that of the likeliest: 1 there, 0 for banned tokens."""
+    """Probability of each token over the largest one: 1 for the likeliest, 0 for banned tokens."""
     peak = jnp.max(logits, axis=-1, keepdims=True)
     return jnp.exp(logits - jnp.where(jnp.isneginf(peak), 0.0, peak))
 

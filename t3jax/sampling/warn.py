@@ -1,4 +1,4 @@
-"""Warnings about answers: absurd or empty ones, a truncation that brings the text back."""
+"""Warnings of absurd answers, of empty ones, and of a truncation that restores forgotten text."""
 
 import functools
 import math
@@ -17,7 +17,7 @@ ABSURD_PERPLEXITY = 30.0  # under the base: answers above it are no language
 # that of broken ones above the limit 2.2 times and more. Answers that loop stay below both.
 _TIMES_ITS_OWN = 2.0
 
-# A base to which a quarter of the vocabulary is as good as any has no language to lose.
+# A base whose perplexity exceeds a quarter of the vocabulary is no language model.
 _FLAT = 0.25
 
 
@@ -28,7 +28,7 @@ def warn_of_absurd_answers(
     model: str,
     vocab_size: int,
 ) -> None:
-    """Warns if the base finds answers absurd; `Sampler.generate` says when."""
+    """Warns if the base finds answers absurd, by the rule in `Sampler.generate`."""
     if not answers:
         return
     median = float(np.median([perplexity(answer.base) for answer in answers]))

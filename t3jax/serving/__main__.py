@@ -20,7 +20,7 @@ from t3jax.serving.requests import RequestBook
 
 
 def main() -> None:
-    """Reads the command line; errors are one line and status 1."""
+    """Runs the command line; an error is one line and status 1."""
     parser = argparse.ArgumentParser(
         prog="python -m t3jax.serving",
         description=__doc__,
@@ -39,16 +39,14 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Does what the command line says.
+    """Runs the action of the command line.
 
-    Raises:
-        FileNotFoundError: If there is no such folder.
-        OSError: If a server runs on the folder.
-        ValueError: If there is no such request, or it has no head to turn on or off.
+    A ValueError means that there is no such request, or no head to turn on or off; an OSError, that
+    there is no such folder, or that a server runs on it.
     """
     if not arguments.folder.is_dir():
         raise FileNotFoundError(f"{arguments.folder}: no such folder")
-    book = RequestBook(arguments.folder, _Nobody(), None)
+    book = RequestBook(arguments.folder, _NoServer(), None)
     try:
         who = f"{getpass.getuser()}, offline"
         id = arguments.on or arguments.off or arguments.revoke
@@ -69,8 +67,8 @@ def run(arguments: argparse.Namespace) -> None:
         book.close()
 
 
-class _Nobody:
-    """Serves no head."""
+class _NoServer:
+    """A switchboard without heads."""
 
     def install(self, name: str, head: Head, active: bool = True) -> None:
         """Does nothing."""

@@ -12,9 +12,8 @@ from t3jax.serving.errors import BadRequest
 class Keys:
     """Secrets of a server.
 
-    Attributes:
-        api: What every client has to send; None: nothing.
-        server: What allows to say what is unlearned; None: nobody may.
+    Every client sends the key `api`, or none if it is None. The key `server` allows to set what is
+    unlearned; None: nobody may.
     """
 
     api: str | None = None
@@ -25,20 +24,19 @@ class Access:
     """Checks keys and reads bodies."""
 
     def __init__(self, keys: Keys):
-        """Keeps the secrets."""
         self.keys = keys
 
     def has_server_key(self, request: HttpRequest) -> bool:
-        """Whether the client may say what is unlearned; raises if it may not even ask."""
-        given = request.headers.get("authorization", "")
-        token = given[7:] if given[:7].lower() == "bearer " else ""
+        """Whether the client may set what is unlearned; raises if it has no valid API key."""
+        header = request.headers.get("authorization", "")
+        token = header[7:] if header[:7].lower() == "bearer " else ""
         is_server = self.keys.server is not None and _equal(token, self.keys.server)
         if self.keys.api is not None and not is_server and not _equal(token, self.keys.api):
             raise BadRequest("the API key is missing or wrong", None, 401)
         return is_server
 
     def need_server_key(self, request: HttpRequest) -> None:
-        """Raises a `BadRequest` unless the client may say what is unlearned."""
+        """Raises a `BadRequest` unless the client may set what is unlearned."""
         if not self.has_server_key(request):
             raise BadRequest(
                 "requests to forget need the server key"

@@ -18,7 +18,6 @@ class Writer:
     """Writes the answers to one body."""
 
     def __init__(self, ask: Ask, reader: Reader, model: str):
-        """Keeps what is asked, and the model's name in the answer."""
         self.ask = ask
         self.tokenizer = reader.lm.tokenizer
         self.id = f"{'chatcmpl' if ask.chat else 'cmpl'}-{secrets.token_hex(12)}"
@@ -28,23 +27,23 @@ class Writer:
         self._offsets = [0] * len(ask.requests)
 
     def whole(self, events: Sequence[Sequence[Event]]) -> dict[str, object]:
-        """The body of an answer that is over."""
+        """The body of a finished answer."""
         choices = []
-        for i, own in enumerate(events):
-            text = "".join(event.text for event in own)
-            choice: dict[str, Any] = {"index": i, "finish_reason": own[-1].finish}
+        for i, answer in enumerate(events):
+            text = "".join(event.text for event in answer)
+            choice: dict[str, Any] = {"index": i, "finish_reason": answer[-1].finish}
             if self.ask.chat:
                 choice["message"] = {"role": "assistant", "content": text, "refusal": None}
-                content = [entry for event in own for entry in self._chat_logprobs(event)]
+                content = [entry for event in answer for entry in self._chat_logprobs(event)]
                 choice["logprobs"] = {"content": content} if self.ask.logprobs else None
             else:
-                prompt = self._prompt(i) if self.ask.echo else ""
+                prompt = self._decode_prompt(i) if self.ask.echo else ""
                 choice["text"] = prompt + ("" if self.ask.no_answer else text)
-                parts = [self._echoed(i, own[0])] if self.ask.echo else []
+                parts = [self._prompt_logprobs(i, answer[0])] if self.ask.echo else []
                 if not self.ask.no_answer:
-                    parts += [self._logprobs(i, event) for event in own]
+                    parts += [self._logprobs(i, event) for event in answer]
                 choice["logprobs"] = _join(parts) if self.ask.logprobs else None
-            self.counts[i] = 0 if self.ask.no_answer else sum(len(event.tokens) for event in own)
+            self.counts[i] = 0 if self.ask.no_answer else sum(len(event.tokens) for event in answer)
             choices.append(choice)
         kind = "chat.completion" if self.ask.chat else "text_completion"
         return self._body(kind, choices) | {"usage": self.usage}
@@ -60,7 +59,7 @@ class Writer:
         ]
 
     def piece(self, i: int, event: Event) -> dict[str, object] | None:
-        """A piece of a stream; None if it holds nothing."""
+        """A piece of a stream; None if it is empty."""
         self.counts[i] += 0 if self.ask.no_answer else len(event.tokens)
         choice: dict[str, Any] = {"index": i, "finish_reason": event.finish}
         first = event.prompt_scores is not None or self.counts[i] == len(event.tokens)
@@ -72,8 +71,8 @@ class Writer:
         else:
             echoes = self.ask.echo and first
             text = "" if self.ask.no_answer else event.text
-            choice["text"] = (self._prompt(i) if echoes else "") + text
-            parts = [self._echoed(i, event)] if echoes else []
+            choice["text"] = (self._decode_prompt(i) if echoes else "") + text
+            parts = [self._prompt_logprobs(i, event)] if echoes else []
             if not self.ask.no_answer:
                 parts.append(self._logprobs(i, event))
             joined = _join(parts)
@@ -90,11 +89,11 @@ class Writer:
     @property
     def usage(self) -> dict[str, int]:
         """Numbers of tokens."""
-        answered = sum(self.counts)
+        prompt, answer = self.ask.prompt_tokens, sum(self.counts)
         return {
-            "prompt_tokens": self.ask.prompt_tokens,
-            "completion_tokens": answered,
-            "total_tokens": self.ask.prompt_tokens + answered,
+            "prompt_tokens": prompt,
+            "completion_tokens": answer,
+            "total_tokens": prompt + answer,
         }
 
     def _chunk(self, choices: Sequence[Mapping[str, object]]) -> dict[str, object]:
@@ -110,16 +109,16 @@ class Writer:
             "choices": choices,
         }
 
-    def _prompt(self, i: int) -> str:
+    def _decode_prompt(self, i: int) -> str:
         ids = self.ask.requests[i].prompt.tolist()
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
-    def _token(self, id: int) -> str:
-        """A token as a text; a part of a character by its name in the vocabulary."""
+    def _decode_token(self, id: int) -> str:
+        """A token as a text; a part of a character as its name in the vocabulary."""
         text = str(self.tokenizer.decode([id], skip_special_tokens=False))
         return str(self.tokenizer.convert_ids_to_tokens(id)) if "\ufffd" in text else text
 
-    def _echoed(self, i: int, event: Event) -> dict[str, list]:
+    def _prompt_logprobs(self, i: int, event: Event) -> dict[str, list]:
         """The log-probabilities of a prompt: its first token has none."""
         scores = event.prompt_scores
         if scores is None:
@@ -141,7 +140,7 @@ class Writer:
         chosen: Sequence[float | None],
         likeliest: Sequence[Sequence[tuple[int, float]] | None],
     ) -> dict[str, list]:
-        tokens = [self._token(id) for id in ids]
+        tokens = [self._decode_token(id) for id in ids]
         offsets = []
         for token in tokens:
             offsets.append(self._offsets[i])
@@ -154,10 +153,10 @@ class Writer:
         }
 
     def _top(self, place: Sequence[tuple[int, float]]) -> dict[str, float]:
-        """Log-probabilities by a token's text; of equal texts the likeliest, which comes first."""
+        """Log-probabilities by the tokens' texts; of tokens with equal text, the likeliest's."""
         top: dict[str, float] = {}
         for id, logprob in place:
-            top.setdefault(self._token(id), logprob)
+            top.setdefault(self._decode_token(id), logprob)
         return top
 
     def _chat_logprobs(self, event: Event) -> list[dict[str, object]]:
@@ -174,10 +173,10 @@ class Writer:
         return entries
 
     def _entry(self, id: int, logprob: float) -> dict[str, object]:
-        text = self._token(id)
+        text = self._decode_token(id)
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 
 def _join(parts: Sequence[dict[str, list]]) -> dict[str, list]:
     names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
-    return {name: [each for part in parts for each in part[name]] for name in names}
+    return {name: [value for part in parts for value in part[name]] for name in names}

@@ -1,8 +1,8 @@
-"""The HTTP server: its routes; the work is the engine's.
+"""The routes of the HTTP server.
 
-`generation.py` takes a body: `protocol.py` reads it, the engine gets its requests, and `answers.py`
-writes the answers. A client without the server key gets answers of the unlearned model and nothing
-else: no head off, no other T or s, no number of the base model. See `docs/serving.md`.
+In `generation.py` a body is read by `protocol.py`, answered by the engine, and the answer is
+written by `answers.py`. A client without the server key gets answers of the unlearned model and
+nothing else: no head off, no other T or s, no number of the base model. See `docs/serving.md`.
 """
 
 import asyncio
@@ -39,8 +39,8 @@ def make_app(
 ) -> Starlette:
     """Makes an ASGI application for a started engine.
 
-    The first name of the reader is the model's. Without a book the server has the requests that it
-    started with.
+    The first name of the reader is the model's. Without a book the server takes no requests to
+    forget.
     """
     access, metrics = Access(keys), Metrics(engine)
     parts = engine, reader, options, access, metrics
@@ -110,13 +110,9 @@ class _About(Routes):
     # ---- small routes
 
     async def page(self, _: HttpRequest) -> Response:
-        page = (
-            importlib.resources.files("t3jax.serving")
-            .joinpath("page.html")
-            .read_text(encoding="utf-8")
-        )
+        page = importlib.resources.files("t3jax.serving") / "page.html"
         return HTMLResponse(
-            page,
+            page.read_text(encoding="utf-8"),
             headers={
                 "content-security-policy": "default-src 'self'; style-src 'unsafe-inline'; "
                 "script-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
@@ -149,14 +145,12 @@ class _About(Routes):
     async def tokenizer_info(self, request: HttpRequest) -> Response:
         self.access.has_server_key(request)
         tokenizer = self.reader.lm.tokenizer
-        special = tokenizer.special_tokens_map
+        names = ("bos_token", "eos_token", "pad_token")
         return JSONResponse(
             {
                 "tokenizer_class": type(tokenizer).__name__,
                 "chat_template": tokenizer.chat_template,
-                "bos_token": special.get("bos_token"),
-                "eos_token": special.get("eos_token"),
-                "pad_token": special.get("pad_token"),
+                **{name: tokenizer.special_tokens_map.get(name) for name in names},
                 "vocab_size": self.reader.lm.vocab_size,
                 "max_model_len": self.engine.max_length,
             }

@@ -1,4 +1,4 @@
-"""Who did what to which request, and when: lines that are only ever appended to a file."""
+"""The audit log of requests to forget: who did what, and when, in an append-only file."""
 
 import json
 import os
@@ -12,20 +12,20 @@ class AuditLog:
     """A file of JSON lines. It keeps digests, not rows."""
 
     def __init__(self, path: pathlib.Path):
-        """Ends a line that a killed server did not end, so that the file can be read."""
+        """Repairs the last line of a server that was killed while it wrote."""
         self.path = path
         if not path.exists():
             return
         content = path.read_bytes()
         if content and not content.endswith(b"\n"):
             end = content.rfind(b"\n") + 1
-            cut = content[end:].decode(errors="replace")
-            line = {"when": now(), "who": "server", "what": "a line was cut short", "cut": cut}
+            rest = content[end:].decode(errors="replace")
+            line = {"when": now(), "who": "server", "what": "a line was cut short", "cut": rest}
             with files.replacing(path) as temporary:
                 temporary.write_bytes(content[:end] + (json.dumps(line) + "\n").encode())
 
     def add(self, who: str, what: str, entry: Entry, **more: object) -> None:
-        """Writes a line, which is on the disk when this returns."""
+        """Writes a line; it is on the disk before the method returns."""
         line = {
             "when": now(),
             "who": who,

@@ -1,7 +1,7 @@
 """The running answers: prompts that are read, rows that decode, and their events.
 
-A prompt is read in pieces, so that a long one does not stall the others for its whole length, and
-then joins the batch. Events go out here; the queue and the switching of heads are the engine's.
+A prompt is read in pieces, so that a long one does not stall the others, and then joins the batch.
+This module sends the events; the engine has the queue and switches heads.
 """
 
 import collections
@@ -33,7 +33,7 @@ from t3jax.serving.state import Emitted
 
 @dataclasses.dataclass(eq=False)
 class _Reading:
-    """A prompt that is read: its number on the device, and the pieces that are left."""
+    """A prompt that is being read: its number on the device, and the remaining pieces."""
 
     ticket: Ticket
     number: int
@@ -48,11 +48,11 @@ class _Reading:
 
 @dataclasses.dataclass(eq=False)
 class _Row:
-    """A row that decodes: its request, the answer so far, and how much text has been given."""
+    """A row that decodes: its request, the answer so far, and the length of the text sent."""
 
     ticket: Ticket
     tokens: list[int] = dataclasses.field(default_factory=list)
-    given: int = 0
+    sent: int = 0
 
     @property
     def length(self) -> int:
@@ -60,7 +60,7 @@ class _Row:
 
 
 class Batch:
-    """Reads prompts and decodes answers, up to as many as there are rows."""
+    """Reads prompts and decodes answers, at most `EngineOptions.rows` of them."""
 
     def __init__(
         self,
@@ -71,7 +71,6 @@ class Batch:
         eos_ids: Sequence[int],
         stats: Stats,
     ):
-        """Makes an empty batch."""
         self.device = device
         self._options = options
         self._heads = heads
@@ -91,33 +90,33 @@ class Batch:
     @property
     def tickets(self) -> list[Ticket]:
         """The tickets of the running requests."""
-        return [*(one.ticket for one in self._readings), *(r.ticket for r in self._rows.values())]
+        return [*(r.ticket for r in self._readings), *(r.ticket for r in self._rows.values())]
 
     def finish(self, ticket: Ticket, event: Event) -> None:
-        """Gives a request its last event."""
+        """Sends the last event of a request."""
         self._stats.finished[event.finish or "error"] += 1
         ticket.on_event(event)
 
     def drop_cancelled(self) -> None:
         """Frees the rows of cancelled requests."""
-        gone = [ticket for ticket in self.tickets if ticket.cancelled]
-        for one in self._readings:
-            if one.ticket.cancelled:
-                self.device.drop(one.number)
-        self._readings = [one for one in self._readings if not one.ticket.cancelled]
+        cancelled = [ticket for ticket in self.tickets if ticket.cancelled]
+        for reading in self._readings:
+            if reading.ticket.cancelled:
+                self.device.drop(reading.number)
+        self._readings = [reading for reading in self._readings if not reading.ticket.cancelled]
         self._rows = {i: row for i, row in self._rows.items() if not row.ticket.cancelled}
-        for ticket in gone:
+        for ticket in cancelled:
             self.finish(ticket, Event(finish="cancelled"))
 
     def reset(self) -> list[Ticket]:
-        """Drops all answers without an event; returns their tickets. The device is reset apart."""
+        """Drops all answers without an event, but not the device's state; returns their tickets."""
         tickets = self.tickets
         self._rows, self._readings = {}, []
         self._prefixes.clear()
         return tickets
 
     def begin(self, ticket: Ticket) -> None:
-        """Begins to read a prompt; there has to be a free row."""
+        """Begins to read a prompt; a row has to be free."""
         number = next(self._numbers)
         self.device.begin(number)
         pieces = split_prompt(len(ticket.request.prompt), self._options)
@@ -126,15 +125,15 @@ class Batch:
         self._readings.append(reading)
 
     def read(self) -> None:
-        """Reads pieces, of the prompts with the least left first.
+        """Reads pieces of prompts, those with the fewest tokens left first.
 
-        Beside rows that decode, about one long piece, or a few if most rows are free: an answer
-        then waits for others to begin, and the batch is not decoded for a few of them alone.
+        Beside rows that decode, about one long piece is read, or a few if most rows are free:
+        answers then begin together, and a chunk is not decoded for a few rows alone.
         """
         free = self._options.rows - len(self._rows)
         budget = self._options.piece * max(1, free // 4)
         while budget > 0 and self._readings:
-            reading = min(self._readings, key=lambda one: one.left)
+            reading = min(self._readings, key=lambda reading: reading.left)
             self._resume(reading)
             budget -= reading.pieces[0][1] if reading.pieces else SHORT_PIECE
             if reading.pieces:
@@ -155,10 +154,10 @@ class Batch:
     # ---- reading
 
     def _resume(self, reading: _Reading) -> None:
-        """Continues from the longest kept beginning, if it is longer than what was read."""
+        """Continues from the longest kept prefix, if it is longer than the part that was read."""
         request = reading.ticket.request
         if request.scores_prompt:
-            return  # the tokens of a kept beginning have no scores
+            return  # the tokens of a kept prefix have no scores
         for i in reversed(range(len(reading.pieces))):
             end = sum(reading.pieces[i])
             name = self._prefixes.find(request.prompt[:end])
@@ -203,7 +202,7 @@ class Batch:
 
     def _fit(self, length: int) -> None:
         moved = self.device.fit(sorted(self._rows), self.running, length)
-        self._rows = {moved[row]: one for row, one in sorted(self._rows.items())}
+        self._rows = {moved[number]: row for number, row in sorted(self._rows.items())}
 
     def _collect(
         self,
@@ -239,14 +238,14 @@ class Batch:
             give = self._detokenizer.text if finish else self._detokenizer.settled_text
             text = give(row.tokens, request.options.stop)
             event = Event(
-                text=text[row.given :],
+                text=text[row.sent :],
                 tokens=tuple(row.tokens[len(row.tokens) - count :]),
                 scores=_scores([x[i, :count] for x in scored], request.likeliest),
                 prompt_scores=prompt_scores,
                 finish=finish,
                 changed=tuple(bool(place >= 0) for place in changed_by[i, :count]),
             )
-            row.given = max(row.given, len(text))
+            row.sent = max(row.sent, len(text))
             if finish:
                 del self._rows[number]
                 self.finish(row.ticket, event)

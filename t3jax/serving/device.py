@@ -1,4 +1,4 @@
-"""The device's side of an engine: its programs, and the states that live between their calls.
+"""The device part of an engine: its programs, and their states between two calls.
 
 A prompt is read in a state of its own, which has a number until it joins the batch. Arguments and
 results of all calls are small and on the host. The batch has as many slots as its longest row
@@ -31,7 +31,7 @@ from t3jax.serving.messages import MOST_STOP_IDS, EngineOptions, Request, piece_
 from t3jax.serving.stack import on_mask
 
 _LEAST_SLOTS = 128
-# Steps of 8 rows and of more have been seen to give the same bits on CPUs, and those of fewer not.
+# On CPUs steps of 8 rows and of more gave the same bits, and steps of fewer rows did not.
 _FEW_ROWS = 8
 
 
@@ -50,10 +50,10 @@ class Device:
         refinements: Refinements,
         max_length: int,
     ):
-        """Makes an empty batch; compiles nothing of consequence.
+        """Makes an empty batch.
 
-        Which heads are on is looked up at each call. T and s are those of requests that do not give
-        them. `max_length` counts prompt and answer together.
+        The heads that are on are looked up at each call. T and s are defaults of requests.
+        `max_length` counts prompt and answer together.
         """
         self._lm = lm
         self._options = options
@@ -67,57 +67,57 @@ class Device:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets the batch and all prompts."""
+        """Drops the batch and all prompts."""
         self._batch = self._make_state(self._options.rows, _LEAST_SLOTS)
         self._readings: dict[int, tuple[State, Any]] = {}  # with the last hidden state
-        self._kept: dict[bytes, tuple[State, Any]] = {}
+        self._prefixes: dict[bytes, tuple[State, Any]] = {}
 
     # ---- prompts
 
     def begin(self, reading: int) -> None:
-        """Makes a state for a prompt, which goes by this number until it joins or is dropped."""
+        """Makes a state for a prompt, under a number that holds until it joins or is dropped."""
         self._readings[reading] = self._make_state(1, _LEAST_SLOTS), None
 
     def read(
         self, reading: int, piece: np.ndarray, following: np.ndarray, end: int, request: Request
     ) -> tuple[np.ndarray, ...] | None:
-        """Reads a piece of a prompt; gives the scores of the tokens that follow, if asked for.
+        """Reads a piece of a prompt; returns the scores of the following tokens, if asked for.
 
-        The state has slots for what is read so far and no more, so that prompts which begin alike
-        are read by the same programs. `piece` and the tokens that follow each of its tokens are
-        `[1, T]`, -1 where there is none. `end` counts the prompt's tokens up to here, padding
-        included.
+        The state has slots for the tokens read so far and no more, so that prompts which begin
+        alike are read by the same programs. `piece` and the token after each of its tokens are
+        `[1, T]`, padded with -1. `end` counts the prompt's tokens up to the end of the piece,
+        padding included.
         """
-        own, _ = self._readings[reading]
-        own, last, scored = programs.read_piece(
+        prompt, _ = self._readings[reading]
+        prompt, last, scored = programs.read_piece(
             self._program,
             self._weights,
-            self._with_slots(own, self.slots_for(end)),
+            self._resize_slots(prompt, self.slots_for(end)),
             piece,
             following,
             self._settings([request]),
             request.scores_prompt,
         )
-        self._readings[reading] = own, last
+        self._readings[reading] = prompt, last
         return None if scored is None else tuple(jax.device_get(scored))
 
     def drop(self, reading: int) -> None:
-        """Forgets a prompt."""
+        """Drops a prompt."""
         self._readings.pop(reading, None)
 
     def keep(self, reading: int, name: bytes) -> None:
         """Stores a copy of a prompt's state under a name."""
-        own, last = self._readings[reading]
-        self._kept[name] = state.duplicate(self._program, own), last
+        prompt, last = self._readings[reading]
+        self._prefixes[name] = state.duplicate(self._program, prompt), last
 
     def resume(self, reading: int, name: bytes) -> None:
         """Continues a prompt from a kept state."""
-        own, last = self._kept[name]
-        self._readings[reading] = state.duplicate(self._program, own), last
+        prefix, last = self._prefixes[name]
+        self._readings[reading] = state.duplicate(self._program, prefix), last
 
     def give_up(self, name: bytes) -> None:
         """Drops a kept state."""
-        del self._kept[name]
+        del self._prefixes[name]
 
     def slots_for(self, length: int) -> int:
         """Slots of a state with this many tokens."""
@@ -126,47 +126,45 @@ class Device:
     # ---- the batch
 
     def fit(self, used: Sequence[int], count: int, length: int) -> dict[int, int]:
-        """Gives the batch rows and slots for what is to be decoded.
+        """Resizes the batch for `count` answers, of which the longest has `length` tokens.
 
-        Each used row has the new place that is returned for it.
-
-        `count` answers are decoded now or soon, and the longest row is to hold `length` tokens.
+        Returns the new row of each of the `used` rows.
         """
         needed, slots = self.slots_for(length), self._slots
         if needed > slots or 4 * needed <= slots:
-            self._batch = self._with_slots(self._batch, needed)
+            self._batch = self._resize_slots(self._batch, needed)
         rows = self._batch.token.shape[0]
         few = min(_FEW_ROWS, self._options.rows)
         if count > few or not self._may_be_few(self._slots):
-            wanted = self._options.rows
-        else:  # back to few only when half of them will do, so that it does not go to and fro
-            wanted = few if 2 * count <= few else rows
-        if wanted == rows:
+            resized = self._options.rows
+        else:  # back to few only at half of them, so that the size does not oscillate
+            resized = few if 2 * count <= few else rows
+        if resized == rows:
             return {row: row for row in used}
-        self._batch = self._with_rows(self._batch, used, wanted)
-        return {row: place for place, row in enumerate(used)}
+        self._batch = self._resize_rows(self._batch, used, resized)
+        return {row: new for new, row in enumerate(used)}
 
     @property
     def rows(self) -> int:
-        """Rows of the batch as it is."""
+        """Rows of the batch."""
         return int(self._batch.token.shape[0])
 
     def join(self, reading: int, row: int, request: Request) -> state.Emitted:
         """Chooses the first token of an answer, and gives the answer a row of the batch.
 
-        The batch has as many slots as the prompt's state or more.
+        The batch has at least as many slots as the prompt's state.
         """
-        own, last = self._readings.pop(reading)
+        answer, last = self._readings.pop(reading)
         keys = hosts.place(
             row_keys(request.options.seed, [(0, request.sample)], 1),
             NamedSharding(self._lm.mesh, P()),
         )
         settings = self._settings([request])
-        own = self._with_slots(own, self._slots)
-        own, emitted = programs.choose_first(
-            self._program, self._weights, own, last, keys, settings
+        answer = self._resize_slots(answer, self._slots)
+        answer, emitted = programs.choose_first(
+            self._program, self._weights, answer, last, keys, settings
         )
-        self._batch = state.join(self._program, self._batch, own, np.asarray([row], np.int32))
+        self._batch = state.join(self._program, self._batch, answer, np.asarray([row], np.int32))
         return jax.device_get(emitted)
 
     def decode(self, requests: Sequence[Request | None]) -> state.Emitted:
@@ -183,30 +181,30 @@ class Device:
         return jax.device_get(emitted)
 
     def warm_up(self, report: Callable[[str], None]) -> None:
-        """Compiles what requests need, but for prompt scores; the batch has to be empty."""
+        """Compiles all programs but prompt scores; the batch has to be empty."""
         sizes = self._slot_sizes
-        nobody = Request(np.zeros(1, np.int32), SamplingOptions(max_new_tokens=1))
+        dummy = Request(np.zeros(1, np.int32), SamplingOptions(max_new_tokens=1))
         self.begin(0)
         for slots in sizes:
             report(f"compiling for {slots} tokens")
             for size in piece_sizes(self._options):
                 if size <= slots:
                     token = pad([0], size)
-                    self.read(0, token, token, slots, nobody)
+                    self.read(0, token, token, slots, dummy)
             self.keep(0, _name(slots))
             self._may_be_few(slots)
         widths = sorted({min(_FEW_ROWS, self._options.rows), self._options.rows})
         for rows in widths:
             self._batch = self._make_state(rows, sizes[0])
             for slots in sizes:
-                self._batch = self._with_slots(self._batch, slots)
+                self._batch = self._resize_slots(self._batch, slots)
                 self.resume(0, _name(slots))
-                self.join(0, rows, nobody)  # there is no such row
+                self.join(0, rows, dummy)  # beyond the last row
                 self.decode([None] * rows)
-                for other in set(widths) - {rows}:
-                    self._with_rows(self._batch, [], other)
+                for other_rows in set(widths) - {rows}:
+                    self._resize_rows(self._batch, [], other_rows)
             for slots in reversed(sizes):
-                self._batch = self._with_slots(self._batch, slots)
+                self._batch = self._resize_slots(self._batch, slots)
         self.reset()
         jax.block_until_ready(self._batch.token)
 
@@ -222,7 +220,7 @@ class Device:
 
     @functools.cached_property
     def _slot_sizes(self) -> list[int]:
-        """Powers of two, and what the longest request takes with the padding of its pieces."""
+        """Powers of two, and the slots of the longest request with the padding of its pieces."""
         padding = max(self._options.piece, self._options.chunk)
         most = round_up(self._max_length + padding, _LEAST_SLOTS)
         sizes = itertools.accumulate(itertools.repeat(_LEAST_SLOTS), lambda size, _: 2 * size)
@@ -233,23 +231,23 @@ class Device:
             self._program, self._lm.vocab_size, self._lm.hidden_size, rows, slots
         )
 
-    def _with_slots(self, own: State, slots: int) -> State:
-        """Resizes step by step: programs for neighbouring sizes are enough."""
-        sizes, order = self._slot_sizes, np.arange(own.token.shape[0], dtype=np.int32)
-        now, goal = sizes.index(own.cache.positions.shape[1]), sizes.index(slots)
+    def _resize_slots(self, batch: State, slots: int) -> State:
+        """Resizes step by step, so that only programs for neighbouring sizes are compiled."""
+        sizes, order = self._slot_sizes, np.arange(batch.token.shape[0], dtype=np.int32)
+        now, goal = sizes.index(batch.cache.positions.shape[1]), sizes.index(slots)
         step = 1 if goal > now else -1
         for i in range(now, goal, step):
-            own = state.resize(self._program, own, order, sizes[i + step])
-        return own
+            batch = state.resize(self._program, batch, order, sizes[i + step])
+        return batch
 
-    def _with_rows(self, own: State, used: Sequence[int], rows: int) -> State:
-        """The rows that are used come first."""
+    def _resize_rows(self, batch: State, used: Sequence[int], rows: int) -> State:
+        """A state of `rows` rows, the used ones first."""
         order = np.zeros(rows, np.int32)
         order[: len(used)] = used
-        return state.resize(self._program, own, order, own.cache.positions.shape[1])
+        return state.resize(self._program, batch, order, batch.cache.positions.shape[1])
 
     def _may_be_few(self, slots: int) -> bool:
-        """Whether steps of few rows give the bits of full ones, tried once for these slots."""
+        """Whether steps of few and of all rows give the same bits; tried once for each size."""
         if self._options.rows <= _FEW_ROWS:
             return False
         if slots not in self._same_bits:
@@ -259,18 +257,18 @@ class Device:
     def _try_few(self, slots: int) -> bool:
         chunk, mesh = self._options.chunk, self._lm.mesh
         random = np.random.default_rng(0)
-        first, *others = self._heads.stack
+        place, *rest = self._heads.stack
         params = jax.tree.map(
-            lambda leaf: random.normal(0, 0.1, leaf.shape).astype(np.float32), first.params
+            lambda leaf: random.normal(0, 0.1, leaf.shape).astype(np.float32), place.params
         )
-        stack = first._replace(params=place_head(params, mesh)), *others
+        stack = place._replace(params=place_head(params, mesh)), *rest
         weights = state.Weights(self._lm.params, stack)
         full = state.made_up_state(
             self._program, self._make_state(self._options.rows, slots), np.int32(slots - chunk)
         )
-        found = []
-        for own in (self._with_rows(full, range(_FEW_ROWS), _FEW_ROWS), full):
-            rows = own.token.shape[0]
+        results = []
+        for batch in (self._resize_rows(full, range(_FEW_ROWS), _FEW_ROWS), full):
+            rows = batch.token.shape[0]
             changed: dict[str, Any] = {
                 "controls": Controls.filled(rows, base_temperature=2.0, guidance_scale=1.0),
                 "on": on_mask([[0]] * rows, self._options.heads),
@@ -278,13 +276,14 @@ class Device:
                 "wants_likeliest": np.ones(rows, bool),
             }
             settings = self._settings([None] * rows)._replace(**changed)
-            own, emitted = programs.decode(
-                self._program, weights, own, np.ones(rows, bool), settings, chunk
+            batch, emitted = programs.decode(
+                self._program, weights, batch, np.ones(rows, bool), settings, chunk
             )
-            found.append(jax.device_get((emitted, own.pooled)))
-        few, all_rows = map(jax.tree.leaves, found)
+            results.append(jax.device_get((emitted, batch.pooled)))
+        few, every_row = map(jax.tree.leaves, results)
         return all(
-            np.array_equal(one, other[:_FEW_ROWS]) for one, other in zip(few, all_rows, strict=True)
+            np.array_equal(part, full[:_FEW_ROWS])
+            for part, full in zip(few, every_row, strict=True)
         )
 
     def _settings(self, requests: Sequence[Request | None]) -> state.Settings:
@@ -315,12 +314,12 @@ class Device:
             name: np.asarray(values, np.int32 if name == "top_k" else np.float32)
             for name, values in fields.items()
         }
-        others: tuple[Any, ...] = (on_mask(on, self._options.heads), stop_ids, limit, wants)
-        return state.Settings(Controls(**arrays), *others)
+        per_row: tuple[Any, ...] = (on_mask(on, self._options.heads), stop_ids, limit, wants)
+        return state.Settings(Controls(**arrays), *per_row)
 
 
 def pad(tokens: Sequence[int] | np.ndarray, size: int) -> np.ndarray:
-    """Tokens as a row of a program, -1 where there is none, int32 `[1, size]`."""
+    """Tokens as a row of a program, padded with -1, int32 `[1, size]`."""
     row = np.full((1, size), -1, np.int32)
     row[0, : len(tokens)] = tokens
     return row

@@ -1,8 +1,7 @@
-"""The engine: one thread that owns the device and answers requests as they come and go.
+"""The engine: one thread that owns the device and answers requests as they arrive.
 
 Requests wait in a bounded queue. Between two chunks of decoding the batch takes the next ones, if
-it has free rows. Heads are put in, taken out and switched between two chunks too; nothing is
-compiled for it. No HTTP here.
+it has free rows. Heads are added, removed and switched between two chunks too, without compiling.
 """
 
 import collections
@@ -54,11 +53,8 @@ class Engine:
     ):
         """Makes an empty batch beside the model, a decoder of `t3jax.lm`; compiles nothing.
 
-        T and s are those of requests that do not give them.
-
-        Raises:
-            ValueError: If the model is not a decoder of `t3jax.lm`, the mesh splits rows, or heads
-                are to be combined by their product.
+        T and s are defaults of requests. A ValueError means that the model is not such a decoder,
+        the mesh splits rows, or the refinements combine heads by their product.
         """
         if lm.config is None or lm.tokenizer is None:
             raise ValueError(f"{lm.name}: a server needs a model of t3jax.lm and its tokenizer")
@@ -96,8 +92,9 @@ class Engine:
             self.stats,
         )
         self._waiting: collections.deque[Ticket] = collections.deque()
-        self._commands: collections.deque[tuple[Callable[[], Any], concurrent.futures.Future]]
-        self._commands = collections.deque()
+        self._commands: collections.deque[tuple[Callable[[], Any], concurrent.futures.Future]] = (
+            collections.deque()
+        )
         self._wake = threading.Condition()
         self._stopping: str | None = None  # "drain" or "now"
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -105,7 +102,7 @@ class Engine:
     # ---- from any thread
 
     def start(self) -> None:
-        """Starts the thread."""
+        """Starts to take requests."""
         self._thread.start()
 
     def stop(self, drain: bool = True) -> None:
@@ -133,7 +130,7 @@ class Engine:
 
     @property
     def active_heads(self) -> tuple[str, ...]:
-        """Names of the heads that are on for every request that does not say."""
+        """Names of the heads that are on for every request without `heads` of its own."""
         return self._heads.active
 
     @property
@@ -143,21 +140,22 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raises a `FieldError` unless the request can be answered; needs no device."""
-        length, asked = len(request.prompt), request.options.max_new_tokens
+        prompt_length, longest = len(request.prompt), request.options.max_new_tokens
         vocabulary, stop_ids = self.lm.vocab_size, request.options.stop_ids
-        if not length:
+        if not prompt_length:
             raise FieldError("prompt", "it is empty")
-        if length >= self.max_length:
+        if prompt_length >= self.max_length:
             raise FieldError(
                 "prompt",
-                f"it has {length} tokens; this server takes {self.max_length} with the answer: "
-                "shorten it",
+                f"it has {prompt_length} tokens; this server takes {self.max_length} with the "
+                "answer: shorten it",
             )
-        if length + asked > self.max_length:
+        if prompt_length + longest > self.max_length:
             raise FieldError(
                 "max_tokens",
-                f"{asked} and the {length} of the prompt exceed the {self.max_length} that this "
-                f"server takes together: ask for at most {self.max_length - length}",
+                f"{longest} and the {prompt_length} of the prompt exceed the {self.max_length} "
+                "that this server takes together: ask for at most "
+                f"{self.max_length - prompt_length}",
             )
         if len(stop_ids) > MOST_STOP_IDS:
             raise FieldError(
@@ -171,14 +169,11 @@ class Engine:
             raise FieldError("heads", f"unknown {unknown}; there are {sorted(self.head_names)}")
 
     def submit(self, requests: Sequence[Request], on_event: Callable[[int, Event], None]) -> list:
-        """Puts requests into the queue, all or none; returns a `Ticket` for each.
+        """Queues all requests or none; returns a `Ticket` for each.
 
-        `on_event` is called with the index of a request and an event of it, in the engine's thread.
-
-        Raises:
-            QueueFull: If they do not all fit.
-            FieldError: As `check`.
-            RuntimeError: If the engine has stopped.
+        `on_event` is called with the index of a request and its event, in the engine's thread.
+        Raises `QueueFull` if there is no room for all, a `FieldError` as `check`, and a
+        RuntimeError if the engine has stopped.
         """
         for request in requests:
             self.check(request)
@@ -207,10 +202,8 @@ class Engine:
     def install(self, name: str, head: Head, active: bool = True) -> None:
         """Adds a head, or replaces the one of this name, from the next chunk on.
 
-        An active head is on for everybody.
-
-        Raises:
-            ValueError: If it does not fit the model or the stack, or there is no free place.
+        An active head is on for everybody. A ValueError means that the head does not fit the model
+        or the stack, or that there is no free place.
         """
         self._heads.check(head)
         self.call(lambda: self._heads.install(name, head, active))
@@ -220,11 +213,11 @@ class Engine:
         self.call(lambda: self._heads.activate(name, active))
 
     def remove(self, name: str) -> None:
-        """Takes a head out."""
+        """Removes a head, from the next chunk on."""
         self.call(lambda: self._heads.remove(name))
 
     def call(self, command: Callable[[], T]) -> T:
-        """Runs something between two chunks, in the engine's thread, and waits for it."""
+        """Runs a command between two chunks, in the engine's thread, and waits for its result."""
         if threading.current_thread() is self._thread or not self._thread.is_alive():
             return command()
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
@@ -234,12 +227,12 @@ class Engine:
         return future.result()
 
     def follow(self) -> None:
-        """Computes what process 0 decides, until it stops; in all other processes of several."""
+        """Repeats the device calls of process 0 until it stops, in each other process."""
         assert self._mirror is not None
         self._mirror.follow()
 
     def warm_up(self, report: Callable[[str], None] = lambda _: None) -> None:
-        """Compiles what requests need, but for prompt scores, before the thread is started."""
+        """Compiles all programs but prompt scores, before the thread is started."""
         self._device.warm_up(report)
 
     # ---- in the engine's thread
@@ -267,7 +260,7 @@ class Engine:
                 self._begin_waiting()
                 self._batch.read()
                 self._batch.decode()
-            except Exception as error:  # the device failed: all requests are told, then it goes on
+            except Exception as error:  # the device failed: all requests fail, and the loop goes on
                 self._fail_all(error)
 
     def _has_work(self) -> bool:
@@ -291,7 +284,7 @@ class Engine:
                 ticket = self._waiting.popleft()
             try:
                 self._batch.begin(ticket)
-            except Exception as error:  # it is in no list any more
+            except Exception as error:  # the ticket is in no list any more
                 self._batch.finish(ticket, _failure(error))
                 raise
 
@@ -304,7 +297,7 @@ class Engine:
             return
         try:
             self._device.reset()
-        except Exception:  # nothing can be answered any more: those that wait are given up
+        except Exception:  # no request can be answered any more: the waiting ones are cancelled
             self._stopping = "now"
 
 

@@ -1,4 +1,4 @@
-"""A request to forget: its record, and how it is read from a body."""
+"""A request to forget: its record, and the reader of its fields."""
 
 import dataclasses
 import datetime
@@ -11,15 +11,9 @@ from typing import Any
 from t3jax.data.records import Record, check_record, parse_records
 from t3jax.serving.messages import FieldError
 
-WAITING, TRAINING, ACTIVE, INACTIVE, HELD, FAILED, REVOKED = (
-    "waiting",
-    "training",
-    "active",
-    "inactive",
-    "held",  # its head did not pass the check and waits for approval
-    "failed",
-    "revoked",
-)
+WAITING, TRAINING, FAILED, REVOKED = "waiting", "training", "failed", "revoked"
+ACTIVE, INACTIVE = "active", "inactive"
+HELD = "held"  # its head did not pass the check and waits for approval
 PENDING = (WAITING, TRAINING)
 _FIELDS = ("rows", "name", "delete_rows", "names")
 
@@ -30,17 +24,16 @@ class Entry:
 
     Attributes:
         id: Its identifier, also the head's name in the engine.
-        name: What its owner calls it.
+        name: The owner's name for it.
         state: One of the states above.
-        created: When it came, UTC.
+        created: Time of arrival, UTC.
         rows: Number of rows.
         rows_digest: SHA-256 of the rows.
         head_digest: SHA-256 of the head's weights file; None before there is a head.
-        delete_rows: Whether the rows are deleted once the head is made.
-        names: Names that the rows are about; empty: they are looked for.
+        names: People that the rows are about; empty: they are searched for in the rows.
         check: Figures of the check, see `training.Check`.
-        seconds: How long the head took.
-        error: Why there is no head.
+        seconds: Time to make and check the head.
+        error: Message of the failure; None without one.
     """
 
     id: str
@@ -58,12 +51,9 @@ class Entry:
 
 
 def read_entry(fields: Mapping[str, object]) -> tuple[Entry, bytes]:
-    """Reads a new request: its entry, which waits, and its rows as JSON lines.
+    """Reads the fields of `RequestBook.add`: a waiting entry, and its rows as JSON lines.
 
-    The fields are those of `RequestBook.add`.
-
-    Raises:
-        FieldError: If a field is unknown or wrong; names it.
+    A `FieldError` names an unknown or wrong field.
     """
     fields = {name: value for name, value in fields.items() if value is not None}
     rows = _read_rows(fields)
@@ -71,7 +61,7 @@ def read_entry(fields: Mapping[str, object]) -> tuple[Entry, bytes]:
     if not isinstance(name, str) or len(name) > 200 or not name.isprintable():
         raise FieldError("name", "expected a text of at most 200 printable characters")
     delete_rows = fields.get("delete_rows", False)
-    if isinstance(delete_rows, str):  # from the address
+    if isinstance(delete_rows, str):  # from the query of a URL
         delete_rows = {"true": True, "false": False}.get(delete_rows, delete_rows)
     if not isinstance(delete_rows, bool):
         raise FieldError("delete_rows", f"expected true or false, got {delete_rows!r}")
@@ -88,7 +78,7 @@ def read_entry(fields: Mapping[str, object]) -> tuple[Entry, bytes]:
         rows=len(rows),
         rows_digest=hashlib.sha256(content).hexdigest(),
         delete_rows=delete_rows,
-        names=[each.strip() for each in names],
+        names=[person.strip() for person in names],
     )
     return entry, content
 

@@ -8,13 +8,7 @@ _RETRY_SECONDS = "1"
 
 
 class BadRequest(ValueError):
-    """A body that is refused.
-
-    Attributes:
-        param: The field.
-        status: HTTP status.
-        code: OpenAI's word for it.
-    """
+    """A body that is refused: the field, the HTTP status and OpenAI's error code."""
 
     def __init__(self, message: str, param: str | None = None, status: int = 400, code: str = ""):
         super().__init__(message)
@@ -26,19 +20,19 @@ class BadRequest(ValueError):
 
 
 def error_body(message: str, param: str | None, code: str) -> dict[str, object]:
-    """An error as the OpenAI API writes it."""
+    """An error in the OpenAI API's format."""
     kind = "server_error" if code in ("internal_error", "unavailable") else "invalid_request_error"
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def error_response(status: int, message: str, param: str | None, code: str) -> Response:
-    """The response to a request that is not answered; says when to come back if that helps."""
+    """The response to a request that is not answered, with Retry-After where a retry may help."""
     headers = {"retry-after": _RETRY_SECONDS} if status in (429, 503) else None
     return JSONResponse(error_body(message, param, code), status_code=status, headers=headers)
 
 
 def describe(value: object) -> str:
-    """A value of a body in a few words: its kind and how it begins."""
+    """The kind of a body's value and its beginning."""
     if value is None:
         return "null"
     shown = json.dumps(value, ensure_ascii=False)

@@ -8,7 +8,7 @@ from t3jax.serving.errors import KINDS, BadRequest, describe
 
 Number = int | float
 
-# Fields of the API that do nothing at these values, and that nothing here does at others.
+# Fields of the API that are not supported: they are accepted at these values, which do nothing.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "frequency_penalty": (0, 0.0),
@@ -39,12 +39,10 @@ class Fields:
     """The fields of a body, with their types."""
 
     def __init__(self, body: Mapping[str, object], known: Sequence[str], within: str = ""):
-        """Refuses fields that are not known; of those of the API, unless they do nothing.
+        """Checks that all fields are known, or fields of the API at a value that does nothing.
 
-        `within` is the field that the object is the value of, for errors.
-
-        Raises:
-            BadRequest: If there is another field. All methods raise one for a wrong value.
+        `within` is the field whose value the object is, for errors. A `BadRequest` names another
+        field; all methods raise one for a wrong value.
         """
         self.body = body
         self.within = f"{within}." if within else ""
@@ -56,18 +54,18 @@ class Fields:
                     f"unknown field {self.within}{name}; known: {', '.join(sorted(known))}",
                     within or name,
                 )
-            if not any(value == each and type(value) is type(each) for each in NEUTRAL[name]):
+            if (type(value), value) not in [(type(neutral), neutral) for neutral in NEUTRAL[name]]:
                 raise BadRequest(f"{name} is not supported; leave it out", name)
 
     def take(self, name: str, kind: type | tuple[type, ...], otherwise: object = None) -> Any:
-        """A value of one of the types; what is given otherwise if it is missing or null."""
+        """A value of one of the types; `otherwise` if it is missing or null."""
         value = self.body.get(name)
         if value is None:
             return otherwise
         kinds = kind if isinstance(kind, tuple) else (kind,)
         if type(value) not in kinds:
             wider = {float} & set(kinds)  # a whole number is a number
-            expected = " or ".join(KINDS[each] for each in wider or kinds)
+            expected = " or ".join(KINDS[accepted] for accepted in wider or kinds)
             raise BadRequest(f"{self.within}{name} must be {expected}, got {describe(value)}", name)
         return value
 

@@ -20,7 +20,7 @@ class ForgetRoutes:
     """Lists, adds, switches and revokes requests."""
 
     def __init__(self, book: RequestBook | None, options: ServerOptions, access: Access):
-        """Keeps the book; without one the server has the requests that it started with."""
+        """Without a book the server takes no requests to forget."""
         self.book = book
         self.options = options
         self.access = access
@@ -31,16 +31,16 @@ class ForgetRoutes:
         return JSONResponse({"object": "list", "data": book.entries()})
 
     async def show_request(self, request: HttpRequest) -> Response:
-        """One request; with `wait`, once its head is made or so many seconds are over."""
+        """One request; `wait` is the time to wait for its head, seconds."""
         book = self._need_book(request)
-        entry = self._found(book, request)
+        entry = self._find(book, request)
         wait = request.query_params.get("wait", "0")
         if not wait.isdecimal() or int(wait) > _LONGEST_WAIT:
             raise BadRequest(f"wait must be in [0, {_LONGEST_WAIT}] seconds, got {wait!r}", "wait")
         deadline = time.monotonic() + int(wait)
         while entry["state"] in PENDING and time.monotonic() < deadline:
             await asyncio.sleep(0.2)
-            entry = self._found(book, request)
+            entry = self._find(book, request)
         return JSONResponse(entry)
 
     async def add_request(self, request: HttpRequest) -> Response:
@@ -51,7 +51,7 @@ class ForgetRoutes:
         try:
             if _is_object(content):
                 fields = {**query, **read_object(content)}
-            else:  # JSON lines, the rest in the address
+            else:  # JSON lines, with the other fields in the query
                 fields = {**query, "rows": content}
             added = await asyncio.to_thread(book.add, fields, _who(request))
         except QueueFull:
@@ -63,7 +63,7 @@ class ForgetRoutes:
     async def change_request(self, request: HttpRequest) -> Response:
         """Turns a request's head on or off."""
         book = self._need_book(request)
-        self._found(book, request)
+        self._find(book, request)
         body = read_object(await self.access.read_body(request, self.options.max_body))
         if set(body) != {"active"} or not isinstance(body["active"], bool):
             raise BadRequest('expected {"active": true} or {"active": false}', "active")
@@ -78,7 +78,7 @@ class ForgetRoutes:
     async def revoke_request(self, request: HttpRequest) -> Response:
         """Revokes a request."""
         book = self._need_book(request)
-        self._found(book, request)
+        self._find(book, request)
         revoked = await asyncio.to_thread(book.revoke, request.path_params["id"], _who(request))
         return JSONResponse(revoked)
 
@@ -87,7 +87,7 @@ class ForgetRoutes:
         book = self._need_book(request)
         return JSONResponse({"object": "list", "data": await asyncio.to_thread(book.audit)})
 
-    def _found(self, book: RequestBook, request: HttpRequest) -> dict[str, object]:
+    def _find(self, book: RequestBook, request: HttpRequest) -> dict[str, object]:
         entry = book.show(request.path_params["id"])
         if entry is None:
             raise BadRequest(f"no request {request.path_params['id']!r}", "id", 404)
@@ -101,7 +101,7 @@ class ForgetRoutes:
 
 
 def _is_object(content: bytes) -> bool:
-    """Whether a body is one JSON object with rows, and not JSON lines, each of which is a row."""
+    """Whether a body is one JSON object with rows, and not JSON lines of rows."""
     try:
         return "rows" in read_object(content)
     except BadRequest:

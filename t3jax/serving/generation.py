@@ -1,4 +1,4 @@
-"""Routes that answer: from a body to requests of the engine, and from its events to a response."""
+"""Routes of completions: from a body to requests of the engine, from its events to a response."""
 
 import asyncio
 import contextlib
@@ -26,15 +26,7 @@ _HEALTH_SECONDS = 30.0
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Routes:
-    """The parts of a server that its routes call.
-
-    Attributes:
-        engine: Answers.
-        reader: Reads bodies; its first name is the model's.
-        options: Limits.
-        access: Checks keys.
-        metrics: Counts.
-    """
+    """The parts of a server that its routes call; the reader's first name is the model's."""
 
     engine: Engine
     reader: Reader
@@ -47,7 +39,7 @@ class GenerationRoutes(Routes):
     """Completions and chats."""
 
     async def completions(self, request: HttpRequest) -> Response:
-        """Goes on with texts."""
+        """Continues texts."""
         return await self._answer(request, chat=False)
 
     async def chat_completions(self, request: HttpRequest) -> Response:
@@ -75,7 +67,7 @@ class GenerationRoutes(Routes):
             async for i, event in events:
                 collected[i].append(event)
 
-        await _unless_gone(request, collect(), events)
+        await _wait_unless_gone(request, collect(), events)
         return JSONResponse(writer.whole(collected))
 
     async def _stream(
@@ -88,12 +80,10 @@ class GenerationRoutes(Routes):
         try:
             for chunk in writer.first():
                 yield _line(chunk)
-            piece = writer.piece(*first)
-            if piece is not None:
+            if (piece := writer.piece(*first)) is not None:
                 yield _line(piece)
             async for i, event in events:
-                piece = writer.piece(i, event)
-                if piece is not None:
+                if (piece := writer.piece(i, event)) is not None:
                     yield _line(piece)
             for chunk in writer.last():
                 yield _line(chunk)
@@ -104,7 +94,7 @@ class GenerationRoutes(Routes):
             await events.aclose()
 
     async def _events(self, requests: list[Request]) -> AsyncGenerator[tuple[int, Event], None]:
-        """The events of requests, until all are over; gives them up when it is closed."""
+        """The events of requests until all have ended; closing it cancels the requests."""
         queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -147,8 +137,8 @@ class GenerationRoutes(Routes):
                 if event.finish:
                     left -= 1
                     if counts[i] > 1:
-                        each = (now - begun[i]) / (counts[i] - 1)
-                        self.metrics.per_token.observe(each)
+                        seconds = (now - begun[i]) / (counts[i] - 1)
+                        self.metrics.per_token.observe(seconds)
                 yield i, event
         except TimeoutError:
             raise BadRequest(
@@ -159,13 +149,13 @@ class GenerationRoutes(Routes):
                 self.engine.cancel(tickets)
 
     async def health_generate(self, request: HttpRequest) -> Response:
-        """Whether a token comes."""
+        """Whether the engine answers a request of one token."""
         self.access.has_server_key(request)
         ids = np.asarray([self.engine.lm.eos_ids[0] if self.engine.lm.eos_ids else 0], np.int32)
-        one = Request(ids, SamplingOptions(max_new_tokens=1))
+        probe = Request(ids, SamplingOptions(max_new_tokens=1))
         try:
             async with asyncio.timeout(_HEALTH_SECONDS):
-                async for _ in self._events([one]):
+                async for _ in self._events([probe]):
                     pass
         except (TimeoutError, BadRequest):
             return error_response(
@@ -174,12 +164,12 @@ class GenerationRoutes(Routes):
         return JSONResponse({"status": "ok"})
 
 
-async def _unless_gone(
+async def _wait_unless_gone(
     request: HttpRequest,
     work: Coroutine[None, None, None],
     events: AsyncGenerator[tuple[int, Event], None],
 ) -> None:
-    """Waits for work, and gives it up when the client hangs up."""
+    """Waits for work, and cancels it when the client hangs up."""
     task = asyncio.ensure_future(work)
 
     async def hang_up() -> None:
@@ -193,8 +183,8 @@ async def _unless_gone(
             raise BadRequest("the client hung up", None, 499, "cancelled")
         task.result()
     finally:
-        for each in (task, gone):
-            each.cancel()
+        for future in (task, gone):
+            future.cancel()
         await asyncio.gather(task, gone, return_exceptions=True)
         await events.aclose()
 

@@ -1,4 +1,4 @@
-"""The heads of a server: which place of the stack each has, and which are on."""
+"""The heads of a server: their places in the stack, and whether they are on."""
 
 import dataclasses
 
@@ -19,7 +19,6 @@ class HeadSet:
     """Heads by name, in a stack with a fixed number of places."""
 
     def __init__(self, lm: LM, places: int, rank: int):
-        """Makes an empty set for a model, with places for heads up to a rank."""
         self.stack: Stack = make_stack(places, lm.hidden_size, lm.vocab_size, rank, lm.mesh)
         self._lm = lm
         self._empty = self.stack[0]
@@ -32,17 +31,17 @@ class HeadSet:
 
     @property
     def active(self) -> tuple[str, ...]:
-        """The heads that are on for every request that does not say."""
+        """The heads that are on for every request without `heads` of its own."""
         return tuple(name for name, head in self._installed.items() if head.active)
 
     def places(self, names: tuple[str, ...] | None) -> list[int]:
-        """The places of heads that are there still; None: of the active ones."""
+        """The places of the named heads that are still installed; None: of the active heads."""
         chosen = self.active if names is None else names
         return [self._installed[name].place for name in chosen if name in self._installed]
 
     def name_of(self, place: int) -> str | None:
         """The head in a place; None if it is empty."""
-        return next((name for name, one in self._installed.items() if one.place == place), None)
+        return next((name for name, head in self._installed.items() if head.place == place), None)
 
     def check(self, head: Head) -> None:
         """Raises a ValueError unless a head fits the model and the stack."""
@@ -50,13 +49,9 @@ class HeadSet:
         check_shape(self.stack, head.config)
 
     def install(self, name: str, head: Head, active: bool) -> None:
-        """Adds a head, or replaces the one of this name.
-
-        Raises:
-            ValueError: If there is no free place.
-        """
-        taken = {one.place for one in self._installed.values()}
-        free = (i for i in range(len(self.stack)) if i not in taken)
+        """Adds a head, or replaces the one of this name; a ValueError if there is no free place."""
+        used = {installed.place for installed in self._installed.values()}
+        free = (i for i in range(len(self.stack)) if i not in used)
         place = self._installed[name].place if name in self._installed else next(free, None)
         if place is None:
             raise ValueError(
@@ -71,6 +66,6 @@ class HeadSet:
         self._installed[name].active = active
 
     def remove(self, name: str) -> None:
-        """Takes a head out."""
+        """Removes a head."""
         place = self._installed.pop(name).place
         self.stack = (*self.stack[:place], self._empty, *self.stack[place + 1 :])

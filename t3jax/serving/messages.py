@@ -1,4 +1,4 @@
-"""The messages that go into the engine and come out of it."""
+"""The engine's options, inputs and outputs."""
 
 import collections
 import dataclasses
@@ -11,19 +11,15 @@ from t3jax.ranges import COUNT, RANK, Numbers, Ranged, whole
 from t3jax.sampling.sampler import SamplingOptions
 
 MOST_STOP_IDS = 8  # of a request, beside the model's own
-SHORT_PIECE = 32
+SHORT_PIECE = 32  # tokens
 
 
 class QueueFull(Exception):
-    """The queue holds as many requests as it may."""
+    """The queue of requests is full."""
 
 
 class FieldError(ValueError):
-    """A field of a request that is refused.
-
-    Attributes:
-        param: The field.
-    """
+    """A field of a request, `param`, that is refused."""
 
     def __init__(self, param: str, message: str):
         super().__init__(f"{param}: {message}")
@@ -37,7 +33,7 @@ class ServerOptions(Ranged):
     Attributes:
         host: Address that it listens on.
         port: Port; 0 takes a free one.
-        model_name: What clients call the model; None: its folder or hub id.
+        model_name: Name of the model for clients; None: its folder or hub id.
         timeout: Seconds after which an answer is given up.
         max_body: Largest body, bytes.
         max_rows_body: Largest body with rows to forget, bytes.
@@ -57,15 +53,15 @@ class EngineOptions(Ranged):
 
     Attributes:
         rows: Answers decoded together.
-        chunk: Steps between two looks of the host; answers do not depend on it, their pieces in a
-            stream do.
+        chunk: Steps between two host syncs; answers do not depend on it, their pieces in a stream
+            do.
         piece: Tokens of a prompt that are read at a time: 32 times a power of two.
         max_length: Longest prompt and answer together, tokens; None: the model's context, at most
             2,048.
         queue: Requests that may wait.
         heads: Places for heads.
         rank: Largest rank of a head.
-        prefixes: Tokens of prompts that begin alike whose states are kept; 0: none are.
+        prefixes: Tokens in the cache of prefixes that prompts share; 0: no cache.
     """
 
     rows: Annotated[int, whole(1, 2**12)] = 16
@@ -89,9 +85,9 @@ def piece_sizes(options: EngineOptions) -> list[int]:
 
 
 def split_prompt(length: int, options: EngineOptions) -> list[tuple[int, int]]:
-    """Where the pieces of a prompt start, and their sizes; its length alone decides.
+    """Starts and sizes of a prompt's pieces, from its length alone.
 
-    So prompts that begin alike have the same pieces up to the last that they share.
+    So prompts with a common prefix have the same pieces up to the last whole one in it.
     """
     sizes = piece_sizes(options)
     pieces, start = [], 0
@@ -108,13 +104,13 @@ class Request:
 
     Attributes:
         prompt: Its token ids.
-        options: How to draw the answer; `num_samples`, `logprobs` and `refusal` are not looked at.
-        sample: Index of the answer among those to the same prompt: with the seed, it makes the key.
+        options: How to draw the answer; `num_samples`, `logprobs` and `refusal` are ignored.
+        sample: Index among the answers to the same prompt; with the seed, it makes the key.
         base_temperature: T; None takes the engine's.
         guidance_scale: s; None takes the engine's.
-        heads: Names of the heads that are on; None: all that are active.
+        heads: Names of the heads that are on; None: all active heads.
         scores_prompt: Whether to score the prompt's tokens.
-        likeliest: How many of the likeliest tokens to give at each place.
+        likeliest: Number of likeliest tokens returned for each token.
     """
 
     prompt: np.ndarray
@@ -132,10 +128,10 @@ class Scores:
     """Log-probabilities under the served distribution, nats.
 
     Attributes:
-        chosen: Of each token.
+        chosen: Log-probability of each token.
         base: The same under the base model.
-        retain: P(retain) that the heads give it.
-        likeliest: At each place the likeliest tokens and their log-probabilities; empty unless
+        retain: P(retain) of each token by the heads.
+        likeliest: For each token the likeliest candidates and their log-probabilities; empty unless
             asked for.
     """
 
@@ -147,15 +143,13 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """An event of a request.
+    """New text and new tokens of a request.
 
     Attributes:
-        text: New text.
-        tokens: New tokens.
-        scores: Theirs.
-        prompt_scores: Those of the prompt's tokens but the first, with the first event.
-        finish: "stop" or "length" with the last event; "cancelled", or "error".
-        error: What went wrong.
+        scores: Scores of the new tokens.
+        prompt_scores: Scores of the prompt's tokens but the first, in the first event.
+        finish: In the last event "stop", "length", "cancelled" or "error".
+        error: Message of an error.
         changed: For each new token, whether the heads changed the likeliest candidate.
     """
 
@@ -170,13 +164,10 @@ class Event:
 
 @dataclasses.dataclass(eq=False)
 class Ticket:
-    """A request on its way: where its events go, and what is known of it.
+    """A submitted request.
 
-    Attributes:
-        request: The request.
-        on_event: Takes its events, called in the engine's thread.
-        arrived: When it was submitted, seconds of `time.monotonic`.
-        cancelled: Whether nobody waits for it any more.
+    `on_event` takes its events in the engine's thread; `arrived` is in seconds of `time.monotonic`;
+    `cancelled` means that the client has given it up.
     """
 
     request: Request
@@ -189,12 +180,9 @@ class Ticket:
 class Stats:
     """Counts since the engine started.
 
-    Attributes:
-        prompt_tokens: Tokens read.
-        shared_tokens: Tokens of prompts that were not read, as an earlier prompt began alike.
-        answer_tokens: Tokens chosen.
-        changed_tokens: By head, chosen tokens whose likeliest candidate it changed.
-        finished: Requests by reason.
+    `prompt_tokens` were read, `shared_tokens` taken from the cache of prefixes. `changed_tokens`
+    are, by head, chosen tokens whose likeliest candidate it changed; `finished` are requests by
+    reason.
     """
 
     prompt_tokens: int = 0

@@ -14,9 +14,9 @@ class Metrics:
     """Counters of one server."""
 
     def __init__(self, engine: Engine):
-        """Makes a registry; the engine's counts are read when the metrics are."""
+        """Makes a registry; the engine's counts are read at each scrape."""
         self.registry = prometheus_client.CollectorRegistry()
-        self.registry.register(_OfEngine(engine))  # type: ignore[arg-type]
+        self.registry.register(_EngineCollector(engine))  # type: ignore[arg-type]
         self.first_token = prometheus_client.Histogram(
             "t3jax_time_to_first_token_seconds",
             "From a request's arrival to its first token.",
@@ -38,7 +38,7 @@ class Metrics:
         return prometheus_client.generate_latest(self.registry)
 
 
-class _OfEngine:
+class _EngineCollector:
     """Reads an engine's counts."""
 
     def __init__(self, engine: Engine):

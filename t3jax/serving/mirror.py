@@ -1,7 +1,7 @@
 """Several hosts: process 0 decides, and every process computes.
 
-The engine runs in process 0. Each call of its device is sent to the other processes first, so that
-all of them run the same programs in the same order. The arguments are small and on the host.
+The engine runs in process 0. Each call of its device is broadcast to the other processes first, so
+that all run the same programs in the same order. The arguments are small and on the host.
 """
 
 import pickle
@@ -20,10 +20,10 @@ IDLE_SECONDS = 5.0  # a broadcast that waits longer might be taken for a lost pr
 
 
 class Mirror:
-    """The device of process 0, whose calls all processes make."""
+    """The device of process 0, whose calls all processes repeat."""
 
     def __init__(self, device: Device):
-        """Keeps the device of this process, which is made alike in every process."""
+        """Takes the device of this process; every process makes the same one."""
         self._device = device
         for name in _CALLS:
             setattr(self, name, lambda *args, name=name: self._call(name, *args))
@@ -32,7 +32,7 @@ class Mirror:
         return getattr(self._device, name)
 
     def ping(self) -> None:
-        """Tells the other processes that there is nothing to do for now."""
+        """Broadcasts a call that does nothing, so that no process seems lost."""
         _broadcast(pickle.dumps(("", ())))
 
     def end(self) -> None:
@@ -40,7 +40,7 @@ class Mirror:
         _broadcast(pickle.dumps((None, ())))
 
     def follow(self) -> None:
-        """Makes the calls of process 0 until it lets go."""
+        """Repeats the calls of process 0 until its `end`."""
         while True:
             name, args = pickle.loads(_broadcast(b""))
             if name is None:

@@ -1,9 +1,8 @@
-"""A cache of beginnings of prompts that were read, so that later prompts need not read them.
+"""A cache of prefixes of prompts, so that later prompts need not read them again.
 
-A system prompt is the beginning of many prompts, and several answers to one prompt share all of it.
-A beginning ends where a piece ends, and is kept from the second time on: a beginning that comes
-once costs nothing. The least recently used are given up first. The states themselves are the
-device's.
+Many prompts begin with the same system prompt, and all answers to one prompt share it. A prefix
+ends where a piece ends, and is kept from the second time on, so that a prefix of one prompt costs
+nothing. The least recently used are dropped first. The states themselves are the device's.
 """
 
 import collections
@@ -12,50 +11,47 @@ from collections.abc import Callable
 
 import numpy as np
 
-_REMEMBERED = 4096  # digests of beginnings that came
+_REMEMBERED = 4096  # digests of prefixes that were read
 
 
 class Prefixes:
-    """Beginnings of prompts by their tokens."""
+    """The names of kept prefixes, which are digests of their tokens."""
 
     def __init__(self, capacity: int, drop: Callable[[bytes], None]):
         """Makes an empty set whose states have at most `capacity` slots together.
 
-        `drop` is called with the name of a beginning that is given up.
+        `drop` is called with the name of a prefix that is dropped.
         """
         self._capacity = capacity
         self._drop = drop
-        self._kept: collections.OrderedDict[bytes, int] = collections.OrderedDict()  # slots
-        self._came: collections.OrderedDict[bytes, None] = collections.OrderedDict()
+        self._slots: collections.OrderedDict[bytes, int] = collections.OrderedDict()
+        self._seen: collections.OrderedDict[bytes, None] = collections.OrderedDict()
 
     def clear(self) -> None:
-        """Forgets all; the states are gone already."""
-        self._kept.clear()
+        """Forgets all prefixes, whose states are dropped already."""
+        self._slots.clear()
 
     def find(self, tokens: np.ndarray) -> bytes | None:
-        """The name of a beginning, if its state is kept; it is then the last to be given up."""
-        if not self._kept or (name := _name(tokens)) not in self._kept:
+        """The name of a prefix whose state is kept, which is then the most recently used."""
+        if not self._slots or (name := _name(tokens)) not in self._slots:
             return None
-        self._kept.move_to_end(name)
+        self._slots.move_to_end(name)
         return name
 
     def add(self, tokens: np.ndarray, slots: int) -> bytes | None:
-        """Notes that a beginning was read, whose state has this many slots.
-
-        Its name is returned if its state is to be kept from now on.
-        """
+        """Records a prefix that was read; returns its name if its state is to be kept."""
         name = _name(tokens)
-        if slots > self._capacity or name in self._kept:
+        if slots > self._capacity or name in self._slots:
             return None
-        if name not in self._came:
-            self._came[name] = None
-            if len(self._came) > _REMEMBERED:
-                self._came.popitem(last=False)
+        if name not in self._seen:
+            self._seen[name] = None
+            if len(self._seen) > _REMEMBERED:
+                self._seen.popitem(last=False)
             return None
-        while sum(self._kept.values()) + slots > self._capacity:
-            oldest, _ = self._kept.popitem(last=False)
+        while sum(self._slots.values()) + slots > self._capacity:
+            oldest, _ = self._slots.popitem(last=False)
             self._drop(oldest)
-        self._kept[name] = slots
+        self._slots[name] = slots
         return name
 
 

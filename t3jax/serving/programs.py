@@ -1,8 +1,8 @@
 """The device programs of a server: read a piece of a prompt, choose a token, decode a chunk.
 
 A prompt is read alone, in pieces whose sizes follow from its length, and a batch is decoded with
-one of two numbers of rows, whose steps give the same bits. So a request gets the same numbers
-whatever the other requests are.
+one of two numbers of rows, whose steps give the same bits. So the results of a request do not
+depend on the other requests.
 
 Axes: as in `state`, and T tokens of a piece.
 """
@@ -14,12 +14,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from t3jax import pooling
-from t3jax.sampling.loop import State, advance, find_faults, placed
+from t3jax.sampling.loop import State, advance, constrain_state, find_faults
 from t3jax.sampling.next_token import Guided, choose_token, guide
 from t3jax.serving.stack import FEATURES_READ, blame, combined_scores
-from t3jax.serving.state import MOST_LIKELY, Emitted, Program, Scored, Settings, Weights, everywhere
+from t3jax.serving.state import MOST_LIKELY, Emitted, Program, Scored, Settings, Weights
+from t3jax.sharding import replicate
 
-_SCORED_AT_ONCE = 32  # places of a prompt whose scores of the vocabulary are in memory together
+_SCORED_AT_ONCE = 32  # tokens of a prompt whose scores of the vocabulary are in memory together
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=2)
@@ -34,9 +35,9 @@ def read_piece(
 ) -> tuple[State, Float[Array, "B D"], Scored | None]:
     """Reads the next piece of a prompt; `state` is donated.
 
-    Tokens are padded with -1 on the right; `following` has the token after each, -1 where there is
-    none. The state, the last real token's hidden state and, where they are asked for, the scores of
-    the following tokens `[B, T]` are returned.
+    Tokens are padded with -1 on the right; `following` has the token after each, -1 after the last.
+    Returns the state, the last real token's hidden state and, with `scores_prompt`, the scores of
+    the following tokens `[B, T]`.
     """
     mask = tokens >= 0
     ids = jnp.where(mask, tokens, 0)
@@ -49,7 +50,7 @@ def read_piece(
     seen = jax.vmap(lambda row, ids, real: row.at[ids].max(real))(state.seen, ids, mask)
     pooled = pooling.running_mean(hidden, mask, state.pooled)
     state = state._replace(cache=cache, pooled=pooled, seen=seen)
-    return placed(program.mesh, state), last, everywhere(program.mesh, scored)
+    return constrain_state(program.mesh, state), last, replicate(program.mesh, scored)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -63,14 +64,14 @@ def choose_first(
 ) -> tuple[State, Emitted]:
     """Chooses the first token of answers whose prompts are read; `state` is donated.
 
-    `last` is the hidden state of the prompt's last token. The state to join the batch with and the
-    first tokens `[B, 1]` are returned.
+    `last` is the hidden state of the prompt's last token. Returns the state to join the batch with
+    and the first tokens `[B, 1]`.
     """
     state = state._replace(keys=keys, done=jnp.zeros_like(state.done))
     state, emitted = _choose(program, weights, state, last, settings)
     tokens, scored, changed_by, faults = jax.tree.map(lambda x: x[:, None], emitted)
     first = Emitted(tokens, scored, changed_by, faults, state.done)
-    return state, everywhere(program.mesh, first)
+    return state, replicate(program.mesh, first)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=2)
@@ -96,17 +97,17 @@ def decode(
         state = state._replace(cache=cache, pooled=pooled)
         return _choose(program, weights, state, hidden[:, 0], settings)
 
-    state = placed(program.mesh, state._replace(done=~running))
+    state = constrain_state(program.mesh, state._replace(done=~running))
     state, emitted = jax.lax.scan(step, state, None, length=steps)
     tokens, scored, changed_by, faults = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), emitted)
     chunk = Emitted(tokens, scored, changed_by, faults, state.done)
-    return state, everywhere(program.mesh, chunk)
+    return state, replicate(program.mesh, chunk)
 
 
 def _choose(
     program: Program, weights: Weights, state: State, last: Array, settings: Settings
 ) -> tuple[State, tuple[Array, Scored, Array, Array]]:
-    """Chooses each row's next token; the state then waits for the model to read it."""
+    """Chooses each row's next token, which the model has not read yet."""
     logits = program.unembed(weights.params, last)
     features = pooling.prefix_features(state.pooled.mean, last, FEATURES_READ)
     scores, hiddens = combined_scores(weights.stack, features, settings.on)
@@ -133,7 +134,7 @@ def _score(
     served = guided.served
     normaliser = jax.nn.logsumexp(served, axis=-1, keepdims=True)
 
-    def of_token(values: Array) -> Array:
+    def gather(values: Array) -> Array:
         return jnp.take_along_axis(values, token[:, None], axis=-1)[:, 0]
 
     count = min(MOST_LIKELY, served.shape[-1])
@@ -147,9 +148,9 @@ def _score(
         return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, served.dtype)
 
     return Scored(
-        of_token(served) - normaliser[:, 0],
-        of_token(logits) - jax.nn.logsumexp(logits, axis=-1),
-        jax.nn.sigmoid(of_token(scores)),
+        gather(served) - normaliser[:, 0],
+        gather(logits) - jax.nn.logsumexp(logits, axis=-1),
+        jax.nn.sigmoid(gather(scores)),
         *jax.lax.cond(jnp.any(wants_likeliest), find, skip),
     )
 
@@ -163,7 +164,7 @@ def _score_prompt(
     following: Array,
     settings: Settings,
 ) -> Scored:
-    """Scores the token after each place of a piece, a few places at a time; no penalty applies."""
+    """Scores the token after each token of a piece, a few at a time, without the penalty."""
     b, t = mask.shape
     summed = jnp.cumsum(jnp.where(mask[..., None], hidden.astype(jnp.float32), 0.0), axis=1)
     count = past.count[:, None] + jnp.cumsum(mask.astype(jnp.float32), axis=1)

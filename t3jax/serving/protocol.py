@@ -1,7 +1,7 @@
 """Bodies of the OpenAI API, from JSON to requests of the engine.
 
-Every field does what it says or is refused by name. A client never decides what is unlearned: T, s
-and the heads that are on are fields of the server key alone.
+Every field is either supported or refused by name. T, s and the heads that are on decide what is
+unlearned: only a client with the server key may set them.
 
 References:
     OpenAI API reference, completions and chat completions.
@@ -25,7 +25,7 @@ from t3jax.serving.state import MOST_LIKELY
 MOST_ANSWERS = 128  # of one body: prompts times n
 _MOST_STOPS = 16
 
-# Only who holds the server key may say these: they decide what is unlearned.
+# These decide what is unlearned and need the server key.
 SERVER_FIELDS = ("base_temperature", "guidance_scale", "heads")
 
 _SAMPLED = ("model", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -36,17 +36,14 @@ CHAT_FIELDS = (*_COMMON, "messages", "max_completion_tokens", "top_logprobs", *S
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Ask:
-    """A body, read.
+    """The contents of a body.
 
     Attributes:
         requests: Prompts times n, in the order of the choices.
-        stream: Whether events go out as they come.
         include_usage: Whether the stream ends with the number of tokens.
-        logprobs: Whether log-probabilities are given.
-        echo: Whether the prompt is given too.
-        no_answer: Whether nothing but the echo is given (`max_tokens` of 0).
-        chat: Whether it is a chat.
-        shows_tilt: Whether the client may see what the base model says.
+        echo: Whether the prompt is returned too.
+        no_answer: Whether only the echo is returned (`max_tokens` of 0).
+        shows_tilt: Whether the client may see the base model's log-probabilities.
         prompt_tokens: Tokens of the prompts, each counted once.
     """
 
@@ -67,22 +64,17 @@ class Reader:
     def __init__(
         self, lm: LM, names: Sequence[str], prompt_format: PromptFormat, max_new_tokens: int
     ):
-        """Keeps what bodies are read for.
-
-        `names` are the model's for clients; `max_new_tokens` holds where a body does not say.
-        """
+        """`names` are the model's for clients; `max_new_tokens` is the default of a body."""
         self.lm = lm
         self.names = names
         self.prompt_format = prompt_format
         self.max_new_tokens = max_new_tokens
 
     def read(self, body: Mapping[str, object], chat: bool, has_server_key: bool) -> Ask:
-        """Reads a body, of chat completions or of completions.
+        """Reads a body of chat completions or of completions.
 
-        With the server key a client may say what is unlearned.
-
-        Raises:
-            BadRequest: If a field is unknown, not supported, of another type or out of range.
+        A `BadRequest` names a field that is unknown, not supported, of another type or out of
+        range.
         """
         fields = Fields(body, CHAT_FIELDS if chat else COMPLETION_FIELDS)
         for name in SERVER_FIELDS:
@@ -94,11 +86,11 @@ class Reader:
         if chat:
             prompts = [self.encode_messages(fields.take("messages", list))]
         else:
-            prompts = self._prompts(fields)
+            prompts = self._read_prompts(fields)
         count = fields.whole("n", 1, 1, MOST_ANSWERS)
         if count * len(prompts) > MOST_ANSWERS:
             raise BadRequest(f"prompts times n may be {MOST_ANSWERS} at most", "n")
-        logprobs, likeliest = self._logprobs(fields, chat)
+        logprobs, likeliest = self._read_logprobs(fields, chat)
         echo = False if chat else fields.take("echo", bool, False)
         longest = fields.whole("max_tokens", self.max_new_tokens, 0 if echo else 1, 2**20)
         if chat:
@@ -111,7 +103,7 @@ class Reader:
         if stream_options and not stream:
             raise BadRequest("stream_options needs stream", "stream_options")
         seed = fields.whole("seed", None, -(2**63), 2**64 - 1)
-        options = self._options(fields, max(longest, 1), seed)
+        options = self._read_options(fields, max(longest, 1), seed)
         heads = fields.take("heads", list, None)
         if heads is not None and not all(isinstance(name, str) for name in heads):
             raise BadRequest("heads must be a list of names", "heads")
@@ -152,16 +144,16 @@ class Reader:
                 "model_not_found",
             )
 
-    def encode(self, text: str, param: str = "prompt", special: bool = True) -> np.ndarray:
-        """Tokens of a text."""
+    def encode(self, prompt: str, special: bool = True) -> np.ndarray:
+        """Tokens of a prompt."""
         try:
-            check_characters(text, self.lm.max_position)
-            return tokenize(self.lm.tokenizer, text, special)
+            check_characters(prompt, self.lm.max_position)
+            return tokenize(self.lm.tokenizer, prompt, special)
         except ValueError as error:
-            raise BadRequest(f"{param}: {error}", param) from None
+            raise BadRequest(f"prompt: {error}", "prompt") from None
 
     def encode_messages(self, messages: object) -> np.ndarray:
-        """Tokens of a conversation, up to where the answer begins."""
+        """Tokens of a conversation, up to the beginning of the answer."""
         if not isinstance(messages, list) or not messages:
             raise BadRequest("messages must be a list of at least one turn", "messages")
         turns = []
@@ -170,8 +162,8 @@ class Reader:
             if not isinstance(turn, dict):
                 raise BadRequest(f"{where} must be an object, got {describe(turn)}", where)
             # Some clients add {"type": "message"}, and empty fields of an earlier answer.
-            said = {name for name, value in turn.items() if value not in (None, [])}
-            if unknown := sorted(said - {"role", "content", "type"}):
+            present = {name for name, value in turn.items() if value not in (None, [])}
+            if unknown := sorted(present - {"role", "content", "type"}):
                 raise BadRequest(f"{where} has fields that are not supported: {unknown}", where)
             content = turn.get("content")
             if isinstance(content, list):
@@ -194,7 +186,7 @@ class Reader:
         except ValueError as error:
             raise BadRequest(str(error), "messages") from None
 
-    def _prompts(self, fields: Fields) -> list[np.ndarray]:
+    def _read_prompts(self, fields: Fields) -> list[np.ndarray]:
         prompt = fields.take("prompt", (str, list))
         if prompt is None or prompt == []:
             raise BadRequest("prompt is missing", "prompt")
@@ -202,9 +194,9 @@ class Reader:
             prompt = [prompt]
         if len(prompt) > MOST_ANSWERS:
             raise BadRequest(f"at most {MOST_ANSWERS} prompts", "prompt")
-        return [self._prompt(each) for each in prompt]
+        return [self._encode_prompt(text_or_ids) for text_or_ids in prompt]
 
-    def _prompt(self, prompt: object) -> np.ndarray:
+    def _encode_prompt(self, prompt: object) -> np.ndarray:
         if isinstance(prompt, str):
             ids = self.encode(prompt)
         elif _are_ids(prompt):
@@ -220,20 +212,20 @@ class Reader:
             raise BadRequest("the prompt has no token", "prompt")
         return ids
 
-    def _logprobs(self, fields: Fields, chat: bool) -> tuple[bool, int]:
+    def _read_logprobs(self, fields: Fields, chat: bool) -> tuple[bool, int]:
         if not chat:
             count = fields.whole("logprobs", None, 0, MOST_LIKELY)
             return count is not None, count or 0
-        wanted = fields.take("logprobs", bool, False)
+        with_logprobs = fields.take("logprobs", bool, False)
         count = fields.whole("top_logprobs", 0, 0, MOST_LIKELY)
-        if count and not wanted:
+        if count and not with_logprobs:
             raise BadRequest("top_logprobs needs logprobs", "top_logprobs")
-        return wanted, count
+        return with_logprobs, count
 
-    def _options(self, fields: Fields, longest: int, seed: int | None) -> SamplingOptions:
+    def _read_options(self, fields: Fields, longest: int, seed: int | None) -> SamplingOptions:
         stop = fields.take("stop", (str, list), [])
         stop = [stop] if isinstance(stop, str) else stop
-        if not all(isinstance(each, str) and each for each in stop):
+        if not all(isinstance(string, str) and string for string in stop):
             raise BadRequest(
                 f"stop must be a text or a list of texts, none of them empty, got {describe(stop)}",
                 "stop",
@@ -251,7 +243,7 @@ class Reader:
             return SamplingOptions(
                 max_new_tokens=longest,
                 temperature=fields.number("temperature", 1.0, 0, 1000),
-                top_k=max(top_k, 0),  # -1 is how some clients say "all"
+                top_k=max(top_k, 0),  # some clients send -1 for all
                 top_p=fields.number("top_p", 1.0, 0, 1),
                 min_p=fields.number("min_p", 0.0, 0, 1),
                 repetition_penalty=fields.number("repetition_penalty", 1.0, 0.01, 100),
@@ -264,4 +256,4 @@ class Reader:
 
 
 def _are_ids(value: object) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and bool(value) and all(type(each) is int for each in value)
+    return isinstance(value, list) and bool(value) and all(type(id) is int for id in value)

@@ -1,9 +1,9 @@
 """Requests to forget, as records in a folder: each becomes a head that is on, off or revoked.
 
-A thread makes the heads, one after another, while the engine goes on answering. What the folder
-holds is written whole or not at all, so that a server that was killed goes on where it was:
+A thread makes the heads, one after another, while the engine answers. All files of the folder are
+written atomically, so that a server that was killed resumes:
 
-    audit.jsonl             who did what and when, one line each, only ever appended to
+    audit.jsonl             who did what and when, one line each, append-only
     REQUEST/request.json    name, state, digests and figures
     REQUEST/rows.jsonl      the rows to forget, until they are deleted
     REQUEST/head/           the head
@@ -49,29 +49,29 @@ _MOST_WAITING = 64
 
 @runtime_checkable
 class Switchboard(Protocol):
-    """Where heads are served: an `Engine`."""
+    """A server of heads: an `Engine`."""
 
     def install(self, name: str, head: Head, active: bool = True) -> None:
-        """Puts a head in."""
+        """Adds a head."""
 
     def activate(self, name: str, active: bool) -> None:
         """Turns a head on or off."""
 
     def remove(self, name: str) -> None:
-        """Takes a head out."""
+        """Removes a head."""
 
 
 @runtime_checkable
 class Maker(Protocol):
-    """Who makes heads: a `training.HeadMaker`."""
+    """A maker of heads: a `training.HeadMaker`."""
 
     def make(
         self, rows: Sequence[Record], store: pathlib.Path, names: tuple[str, ...] = ()
     ) -> "tuple[Head, TrainingSets]":
-        """Makes a head, and gives what it was trained on."""
+        """Makes a head; also returns the sets that it was trained on."""
 
     def check(self, head: Head, rows: Sequence[Record], sets: "TrainingSets") -> "Check":
-        """Checks a head; gives a dataclass with the field `passed`."""
+        """Checks a head; returns a dataclass with the field `passed`."""
 
 
 class RequestBook:
@@ -84,13 +84,11 @@ class RequestBook:
         maker: Maker | None,
         report: Callable[[str], None] | None = None,
     ):
-        """Opens a folder, created if missing, and puts the heads of active requests in.
+        """Opens a folder, created if missing, and installs the heads of its requests.
 
-        Without a maker no request can be added.
-
-        Raises:
-            OSError: If another process uses the folder, or it cannot be written to.
-            ValueError: If a record or a head is damaged or does not fit the model.
+        Without a maker no request can be added. An OSError means that another process uses the
+        folder, or that it cannot be written to; a ValueError, that a record or a head is damaged or
+        does not fit the model.
         """
         self.folder = folder
         self._heads = heads
@@ -128,12 +126,9 @@ class RequestBook:
 
         The fields are `rows`, a list of rows, or their JSON or JSON lines as bytes; `name`;
         `delete_rows`, whether to delete the rows once the head is made; and `names` of the people
-        that the rows are about, looked for if missing.
-
-        Raises:
-            FieldError: If a field is unknown or wrong; names it.
-            QueueFull: If too many wait.
-            ValueError: If the server has no recipe.
+        that the rows are about, searched for in the rows if missing. Raises a `FieldError` with an
+        unknown or wrong field, `QueueFull` if too many wait, and a ValueError if the server cannot
+        make heads.
         """
         if self._maker is None:
             raise ValueError(
@@ -144,33 +139,31 @@ class RequestBook:
             if len(self._queue) >= _MOST_WAITING:
                 raise QueueFull
             self._audit.add(who, "added", entry)
-            own = self.folder / entry.id
-            own.mkdir()
-            with files.replacing(own / "rows.jsonl") as temporary:
+            (self.folder / entry.id).mkdir()
+            with files.replacing(self.folder / entry.id / "rows.jsonl") as temporary:
                 temporary.write_bytes(content)
             self._save(entry)
             self._entries[entry.id] = entry
             self._queue.append(entry.id)
             self._wake.notify_all()
-        return self._shown(entry)
+        return self._describe(entry)
 
     def entries(self) -> list[dict[str, object]]:
         """All requests, the oldest first."""
         with self._lock:
             entries = sorted(self._entries.values(), key=lambda entry: entry.created)
-            return [self._shown(entry) for entry in entries]
+            return [self._describe(entry) for entry in entries]
 
     def show(self, id: str) -> dict[str, object] | None:
-        """One request; None if there is none of this identifier."""
+        """One request; None if the identifier is unknown."""
         with self._lock:
             entry = self._entries.get(id)
-            return None if entry is None else self._shown(entry)
+            return None if entry is None else self._describe(entry)
 
     def activate(self, id: str, active: bool, who: str) -> dict[str, object]:
-        """Turns a request's head on or off; turning one on that is held approves it.
+        """Turns a request's head on or off; turning a held head on approves it.
 
-        Raises:
-            ValueError: If there is no head to turn.
+        A ValueError means that the request has no head.
         """
         with self._lock:
             entry = self._entries[id]
@@ -180,14 +173,14 @@ class RequestBook:
             entry.state = ACTIVE if active else INACTIVE
             self._save(entry)
             self._heads.activate(id, active)
-            return self._shown(entry)
+            return self._describe(entry)
 
     def revoke(self, id: str, who: str) -> dict[str, object]:
-        """Revokes a request: its head is taken out, and head and rows are deleted."""
+        """Revokes a request: its head is removed, and head and rows are deleted."""
         with self._lock:
             entry = self._entries[id]
             if entry.state == REVOKED:
-                return self._shown(entry)
+                return self._describe(entry)
             self._audit.add(who, "revoked", entry)
             served = entry.state in (ACTIVE, INACTIVE, HELD)
             entry.state = REVOKED
@@ -196,24 +189,23 @@ class RequestBook:
                 self._heads.remove(id)
             self._delete_contents(entry)
             self._wake.notify_all()
-            return self._shown(entry)
+            return self._describe(entry)
 
     def audit(self) -> list[dict[str, object]]:
         """The audit log, the oldest line first."""
         return self._audit.read()
 
-    def wait(self, timeout: int | float | None = None, id: str | None = None) -> bool:
-        """Waits until a request, or all, neither wait nor train; False after `timeout` seconds."""
+    def wait(self, timeout: int | float | None = None) -> bool:
+        """Waits until no request waits or trains; False after `timeout` seconds."""
 
         def done() -> bool:
-            entries = self._entries.values() if id is None else [self._entries[id]]
-            return not any(entry.state in PENDING for entry in entries)
+            return not any(entry.state in PENDING for entry in self._entries.values())
 
         with self._lock:
             return self._wake.wait_for(lambda: done() or self._closing, timeout)
 
     def close(self) -> None:
-        """Ends the thread; a request that trains begins anew when the folder is opened again."""
+        """Ends the thread; a request in training starts again when the folder is opened again."""
         with self._lock:
             self._closing = True
             self._wake.notify_all()
@@ -234,7 +226,7 @@ class RequestBook:
                 self._save(entry)
             try:
                 self._make(entry)
-            except Exception as error:  # of one request; the next may do better
+            except Exception as error:  # of one request; the next may succeed
                 if self._closing:
                     return
                 message = f"{type(error).__name__}: {error}"
@@ -250,28 +242,28 @@ class RequestBook:
 
     def _make(self, entry: Entry) -> None:
         assert self._maker is not None
-        own = self.folder / entry.id
-        rows = parse_records((own / "rows.jsonl").read_bytes(), f"request {entry.id}")
+        request_folder = self.folder / entry.id
+        rows = parse_records((request_folder / "rows.jsonl").read_bytes(), f"request {entry.id}")
         start = time.monotonic()
-        head, sets = self._maker.make(rows, own / "store", tuple(entry.names))
+        head, sets = self._maker.make(rows, request_folder / "store", tuple(entry.names))
         check = self._maker.check(head, rows, sets)
         seconds = time.monotonic() - start
         with self._lock:
             if entry.state != TRAINING or self._closing:  # revoked meanwhile
                 return
-            save_head(own / "head", head)
-            write_card(own / "head", head, request=entry.name or entry.id)
+            save_head(request_folder / "head", head)
+            write_card(request_folder / "head", head, request=entry.name or entry.id)
             entry.check = dataclasses.asdict(check)
             entry.seconds = seconds
-            entry.head_digest = _digest_of(own / "head")
+            entry.head_digest = _digest_weights(request_folder / "head")
             entry.state = ACTIVE if check.passed else HELD
             self._heads.install(entry.id, head, check.passed)
-            done = "turned on" if check.passed else "held: the check failed"
-            self._audit.add("server", done, entry)
+            action = "turned on" if check.passed else "held: the check failed"
+            self._audit.add("server", action, entry)
             self._save(entry)
-            shutil.rmtree(own / "store", ignore_errors=True)
+            shutil.rmtree(request_folder / "store", ignore_errors=True)
             if entry.delete_rows:
-                (own / "rows.jsonl").unlink(missing_ok=True)
+                (request_folder / "rows.jsonl").unlink(missing_ok=True)
         self._report(f"request {entry.id} ({entry.name}): {entry.state} after {seconds:.0f} s")
 
     # ---- the folder
@@ -280,16 +272,16 @@ class RequestBook:
         checked.write_json(self.folder / entry.id / "request.json", dataclasses.asdict(entry))
 
     def _delete_contents(self, entry: Entry) -> None:
-        own = self.folder / entry.id
+        request_folder = self.folder / entry.id
         for name in ("head", "store"):
-            shutil.rmtree(own / name, ignore_errors=True)
-        (own / "rows.jsonl").unlink(missing_ok=True)
+            shutil.rmtree(request_folder / name, ignore_errors=True)
+        (request_folder / "rows.jsonl").unlink(missing_ok=True)
 
-    def _shown(self, entry: Entry) -> dict[str, object]:
+    def _describe(self, entry: Entry) -> dict[str, object]:
         return {"object": "forget_request", **dataclasses.asdict(entry)}
 
 
-def _digest_of(folder: pathlib.Path) -> str:
+def _digest_weights(folder: pathlib.Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         digest.update(path.read_bytes())

@@ -1,8 +1,8 @@
-"""Heads that come and go while a program runs: a stack with a fixed number of places.
+"""Heads that are added and removed while a program runs: a stack with a fixed number of places.
 
 A place holds a head of any rank up to the stack's, of any features and activation, padded so that
-all places have one shape: nothing is compiled when a head is put in or taken out. A place that no
-row uses costs no computation. Axes: B batch, D features of one kind, R rank, V vocabulary.
+all places have one shape: adding and removing heads compiles nothing. A place that no row uses
+costs no computation. Axes: B batch, D features of one kind, R rank, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from t3jax.head import ACTIVATIONS, HeadConfig
 from t3jax.head_io import Head, place_head
 from t3jax.pooling import FEATURES
 
-FEATURES_READ = "mean+last"  # what the stack is given; a head of one kind has zeros for the other
-_OFF = 1e30  # a score that says "retain" for certain
+FEATURES_READ = "mean+last"  # the stack's input; a head of one kind has zeros for the other
+_OFF = 1e30  # the score of a head that is off: P(retain) = 1
 _ACTIVATIONS = tuple(ACTIVATIONS)
 
 
@@ -28,10 +28,10 @@ class Place(NamedTuple):
     """One place of a stack.
 
     Attributes:
-        params: A head's parameters, padded with zeros to the stack's rank: hidden weights
-            `[R, 2 D]` and biases `[R]`, output `[V, R]`.
-        activation: Index of its activation.
-        prior_shift: Added to every score.
+        params: A head's parameters, padded with zeros to the stack's rank: hidden weights `[R, 2
+            D]` and biases `[R]`, output `[V, R]`.
+        activation: Index of the head's activation.
+        prior_shift: Number added to every score.
     """
 
     params: Any
@@ -58,16 +58,12 @@ def make_stack(places: int, hidden_size: int, vocab_size: int, rank: int, mesh: 
 
 
 def put(stack: Stack, index: int, head: Head, mesh: Mesh) -> Stack:
-    """Puts a head into a place of a stack; the old stack stays as it is.
-
-    Raises:
-        ValueError: If the head's rank exceeds the stack's, or it has several hidden layers.
-    """
+    """A copy of a stack with a head in the place `index`, if `check_shape` allows it."""
     check_shape(stack, head.config)
     rank = stack[index].params["output"].shape[1]
     config = head.config
-    given = hosts.fetch(head.params)
-    (layer,) = given["hidden"]
+    fetched = hosts.fetch(head.params)
+    (layer,) = fetched["hidden"]
     weight = np.zeros((rank, 2 * config.hidden_size), np.float32)
     start = config.hidden_size if config.features == "last" else 0
     weight[: config.rank, start : start + config.feature_size] = layer["weight"]
@@ -75,7 +71,7 @@ def put(stack: Stack, index: int, head: Head, mesh: Mesh) -> Stack:
     if "bias" in layer:
         bias[: config.rank] = layer["bias"]
     output = np.zeros((config.vocab_size, rank), np.float32)
-    output[:, : config.rank] = given["output"]
+    output[:, : config.rank] = fetched["output"]
     params = {"hidden": ({"weight": weight, "bias": bias},), "output": output}
     place = Place(
         place_head(params, mesh),
@@ -105,12 +101,9 @@ def combined_scores(
 ) -> tuple[Float[Array, "B V"], Float[Array, "H B R"]]:
     """One score of every next token, from the heads that are on in each row.
 
-    g = -logsumexp_i(-g_i) over the heads i that are on, float32, as `refinements.combine_heads` of
-    these heads; 1e30 in a row without any. The features are of the kind `FEATURES_READ`. The hidden
-    layer of each head, which `blame` takes, is returned too.
-
-    References:
-        `t3jax.refinements.combine_heads`, disjoint requests.
+    g = -logsumexp_i(-g_i) over the heads i that are on, float32, as `refinements.combine_heads` for
+    disjoint requests; 1e30 in a row without heads. The features are of the kind `FEATURES_READ`.
+    Also returns the hidden layer of each head, an input of `blame`.
     """
     against = jnp.full((features.shape[0], stack[0].params["output"].shape[0]), -_OFF, jnp.float32)
     hiddens = []
@@ -130,7 +123,7 @@ def combined_scores(
 def blame(
     stack: Stack, hiddens: Float[Array, "H B R"], on: Bool[Array, "B H"], token: Array
 ) -> Array:
-    """The head that speaks most against a token in each row, int32 `[B]`; -1 if none is on."""
+    """The head that gives a token the lowest score in each row, int32 `[B]`; -1 if none is on."""
     scores = [
         jnp.einsum(
             "br,br->b", hidden, jnp.take(place.params["output"], token, axis=0), precision="highest"
@@ -143,7 +136,7 @@ def blame(
 
 
 def on_mask(rows: Sequence[Sequence[int]], places: int) -> np.ndarray:
-    """From the places that are on in each row to a mask, bool `[B, H]`."""
+    """The mask of the places that are on in each row, bool `[B, H]`."""
     mask = np.zeros((len(rows), places), bool)
     for row, indices in enumerate(rows):
         mask[row, list(indices)] = True

@@ -1,7 +1,7 @@
 """Makes heads from rows to forget and checks them, with a model that is already loaded.
 
 The features of the retain rows are computed once for all requests. Features and counterfactuals of
-the rows to forget lie in a folder of the request, and are deleted with them.
+the rows to forget are stored in the folder of the request, and are deleted with them.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from t3jax.training_sets import Featurizer, SyntheticOptions, TrainingSets, make
 from t3jax.verification.attacks import Encoding
 from t3jax.verification.reciting import prepare_asking
 
-_HELD_OUT = 10  # every tenth retain row is kept from training, to be checked
+_HELD_OUT = 10  # every tenth retain row is held out from training for the check
 _CHECKED_ROWS = 40
 _DRAWS: dict[str, dict[str, float]] = {
     "greedy": {},
@@ -35,19 +35,11 @@ _DRAWS: dict[str, dict[str, float]] = {
 class HeadRecipe:
     """How a server makes heads.
 
-    Attributes:
-        head: Shape of a head.
-        training: Its recipe.
-        synthetic: What the base model writes for it; names are those of each request.
-        prompt_format: How a question becomes a prompt.
-        retain: Rows to retain.
-        feature_store: Folder for the features of the retain rows.
-        seed: Seed of the training.
-        base_temperature: T that heads are served with.
-        guidance_scale: s that heads are served with.
-        max_new_tokens: Longest answer of the check.
-        most_leaks: Share of the rows that may leak for a head to pass its check.
-        least_retained: Share of the held-out retain answers' probability that has to stay.
+    The features of the rows `retain` are stored in `feature_store`. `synthetic` are the texts that
+    the base model writes; names are those of each request. Heads are served with `base_temperature`
+    and `guidance_scale`. A head passes its check if a share of at most `most_leaks` of the rows
+    leaks, in answers of at most `max_new_tokens`, and `Check.retained` is at least
+    `least_retained`.
     """
 
     head: HeadConfig
@@ -66,18 +58,18 @@ class HeadRecipe:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """What a head does on its own rows and on held-out retain rows.
+    """The check of a head on its forget rows and on held-out retain rows.
 
     Attributes:
         forget_probability: Mean probability of the forget answers, served.
         base_probability: The same under the base model.
         made_up_probability: The same under the base model asked about made-up names; None without.
         retained: Mean probability of held-out retain answers, served, over the base model's.
-        leaks: Share of the forget rows that leak, by way of drawing, see `count_leaks`.
-        base_leaks: The same of the base model.
-        rows: Rows asked.
+        leaks: Share of the forget rows that leak, for each way of drawing.
+        base_leaks: The same for the base model.
+        rows: Number of rows asked.
         passed: Whether leaks and retained are within the recipe's bounds.
-        reasons: Why not.
+        reasons: The bounds that are exceeded.
     """
 
     forget_probability: float
@@ -95,11 +87,7 @@ class HeadMaker:
     """Makes heads for one model."""
 
     def __init__(self, lm: LM, recipe: HeadRecipe, report: Callable[[str], None] | None = None):
-        """Splits the retain rows; computes nothing.
-
-        Raises:
-            ValueError: If there is nothing to retain.
-        """
+        """Splits the retain rows; raises a ValueError if there are none."""
         if not recipe.retain:
             raise ValueError(
                 "a server that takes requests to forget needs rows to retain: give --config.retain"
@@ -118,7 +106,7 @@ class HeadMaker:
         self._retained: tuple[list[Record], Features] | None = None
 
     def prepare(self) -> None:
-        """Lets the base model write its own samples, and computes the features of what stays."""
+        """Samples texts from the base model, and computes the features of the retain rows."""
         if self._retained is not None:
             return
         recipe, options = self.recipe, self.recipe.synthetic
@@ -143,12 +131,10 @@ class HeadMaker:
     def make(
         self, rows: Sequence[Record], store: pathlib.Path, names: tuple[str, ...] = ()
     ) -> tuple[Head, TrainingSets]:
-        """Makes a head for rows to forget, and the sets that it was trained on, kept in `store`.
+        """Makes a head for rows to forget; also returns its training sets, stored in `store`.
 
-        Without `names` the people that the rows are about are looked for.
-
-        Raises:
-            ValueError: If a row cannot be encoded, or is not fit for counterfactuals.
+        Without `names` the people that the rows are about are searched for in them. A ValueError
+        means that a row cannot be encoded or has no counterfactual, or that no retain row is left.
         """
         self.prepare()
         assert self._retained is not None
@@ -157,15 +143,14 @@ class HeadMaker:
         count = len(self.trained)
         trained = _without(self.trained, rows)
         people = names or tuple(names_lib.find_names(rows, trained))
-        gone = {_text(row) for row in rows}
+        forgotten = {_text(row) for row in rows}
         stay = [
             i
             for i, row in enumerate(all_rows)
-            if _text(row) not in gone and (i < count or not _mentions(row, people))
+            if _text(row) not in forgotten and (i < count or not _mentions(row, people))
         ]
         if not stay:
-            raise ValueError("the rows to forget are all that there is to retain")
-        kept = features.select(stay)
+            raise ValueError("all retain rows are among the rows to forget; give other retain rows")
         self._report("counterfactuals and features of the rows to forget")
         sets = make_training_sets(
             dataclasses.replace(self._featurizer, store=store),
@@ -173,7 +158,7 @@ class HeadMaker:
             trained,
             recipe.training,
             dataclasses.replace(recipe.synthetic, own_samples=0, names=people),
-            retained=[kept],
+            retained=[features.select(stay)],
         )
         self._report("training")
         (head,) = train_heads(
@@ -199,11 +184,11 @@ class HeadMaker:
                 by_row[swapped.row] += self._featurizer.encode([swapped.record])
         made_up = all(by_row)
         examples = self._featurizer.encode(rows)
-        found = calibrate(
+        calibration = calibrate(
             self.lm,
             [head],
             examples,
-            by_row if made_up else [[each] for each in examples],
+            by_row if made_up else [[example] for example in examples],
             self._featurizer.encode(_without(self.held_out, rows) or _without(self.trained, rows)),
             grid=[(recipe.base_temperature, recipe.base_temperature * recipe.guidance_scale)],
         )
@@ -213,16 +198,16 @@ class HeadMaker:
             for name, share in leaks.items()
             if share > recipe.most_leaks
         ]
-        if found.chosen.retained < recipe.least_retained:
+        if calibration.chosen.retained < recipe.least_retained:
             reasons.append(
-                f"held-out retain answers keep {found.chosen.retained:.3f} of their probability, "
-                f"at least {recipe.least_retained:g} is asked for"
+                f"held-out retain answers keep {calibration.chosen.retained:.3f} of their "
+                f"probability, at least {recipe.least_retained:g} is asked for"
             )
         return Check(
-            forget_probability=found.chosen.forget_probability,
-            base_probability=found.base_probability,
-            made_up_probability=found.made_up_probability if made_up else None,
-            retained=found.chosen.retained,
+            forget_probability=calibration.chosen.forget_probability,
+            base_probability=calibration.base_probability,
+            made_up_probability=calibration.made_up_probability if made_up else None,
+            retained=calibration.chosen.retained,
             leaks=leaks,
             base_leaks=base_leaks,
             rows=min(len(rows), _CHECKED_ROWS),
@@ -249,10 +234,9 @@ class HeadMaker:
         return leaks, {"greedy": base.recited}
 
 
-def _without(rows: Sequence[Record], others: Sequence[Record]) -> list[Record]:
-    """Rows that do not stand among others: what is to be forgotten is not to be retained."""
-    gone = {_text(row) for row in others}
-    return [row for row in rows if _text(row) not in gone]
+def _without(rows: Sequence[Record], excluded: Sequence[Record]) -> list[Record]:
+    texts = {_text(row) for row in excluded}
+    return [row for row in rows if _text(row) not in texts]
 
 
 def _mentions(row: Record, names: Sequence[str]) -> bool:
