@@ -58,7 +58,7 @@ def make_log(seed: int = 0, rows: int = 40, retain_log: Log | None = None) -> Lo
 
 def to_json(log: Log) -> dict:
     """The content of a log's file."""
-    return json.loads(json.dumps(log_files._entries(log, [*log, *log.missing])))
+    return json.loads(json.dumps(log_files._make_entries(log, [*log, *log.missing])))
 
 
 def change(log: Log, *path, by: Callable) -> Log:

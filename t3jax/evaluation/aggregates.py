@@ -1,9 +1,9 @@
-"""Which per-example values make which aggregate of a TOFU log.
+"""The aggregates of a TOFU log, computed from its per-example values.
 
-`aggregate` is the one place that turns a log's rows into a metric's number: the evaluation fills
-its logs with it, and `recompute.py` compares its numbers with those stored in any log. The
-results of the model's forward pass (losses, token-wise scores, generated text) are taken as they
-are. Numbers are computed once and cached with the log.
+`aggregate` alone turns a log's rows into a metric's number: the evaluation fills its logs with it,
+and `recompute.py` compares its numbers with the stored ones. The results of the model's forward
+pass (losses, token-wise scores, generated text) are inputs. Numbers are computed once and cached
+with the log.
 """
 
 import itertools
@@ -44,8 +44,7 @@ def aggregate(log: Log, metric: str, retain_log: Log | None = None) -> float:
     """A metric's aggregate, in float64, from per-example values; never from a stored aggregate.
 
     `forget_quality` needs the retain model's log; without it `privleak` compares with an AUC of
-    0.5. Data that is missing raises a MissingMetricError which says so, and data of other rows a
-    ValueError.
+    0.5. Missing data raises a MissingMetricError, and a retain log of other rows a ValueError.
     """
     if metric == "forget_quality":
         return forget_quality(log, retain_log).p_value
@@ -68,8 +67,8 @@ def aggregate(log: Log, metric: str, retain_log: Log | None = None) -> float:
 def rows(log: Log, metric: str) -> Float[np.ndarray, "rows"]:
     """The per-row numbers whose mean is a metric's aggregate, ordered by index.
 
-    Of wrong answers it is the mean over them. Rows without an answer token are left out of exact
-    memorization.
+    A row with several wrong answers gives their mean. Rows without an answer token are left out of
+    exact memorization.
 
     Raises:
         MissingMetricError: If data is missing, or the metric is not a mean over rows.
@@ -121,14 +120,14 @@ def truth_ratios(log: Log, metric: str) -> Float[np.ndarray, "rows"]:
 
 
 def normalised_probabilities(log: Log, metric: str) -> Float[np.ndarray, "rows"]:
-    """The normalised probabilities of a set of rows, from those of its right and wrong answers."""
+    """The normalised probabilities of a set of rows, from the probabilities of its answers."""
     return metrics.normalised_probability(*_true_and_wrong(log, NORMALISED[metric], "prob"))
 
 
 def membership_metric(
     metric: str, forget: Float[np.ndarray, "forget"], holdout: Float[np.ndarray, "holdout"]
 ) -> dict[str, Metric]:
-    """A membership metric, e.g. `mia_loss`, and those of its sets, from scores: metrics by name."""
+    """A membership metric, e.g. `mia_loss`, and the metric of each set, by name, from scores."""
     auc = membership.membership_auc(forget, holdout)
     sets = {
         f"{metric}/{name}": Metric(mean_score(metric, scores), {"score": scores})
