@@ -68,10 +68,7 @@ def rows(log: Log, metric: str) -> Float[np.ndarray, "rows"]:
     """The per-row numbers whose mean is a metric's aggregate, ordered by index.
 
     A row with several wrong answers gives their mean. Rows without an answer token are left out of
-    exact memorization.
-
-    Raises:
-        MissingMetricError: If data is missing, or the metric is not a mean over rows.
+    exact memorization. A metric that is not a mean over rows raises a MissingMetricError.
     """
     if metric == "forget_truth_ratio":
         return metrics.closeness_to_one(logs.column(log, metric, "score"))
@@ -99,12 +96,7 @@ def interval(log: Log, metric: str) -> metrics.Interval:
 
 @compute_once
 def forget_quality(log: Log, retain_log: Log | None) -> metrics.ForgetQuality:
-    """The Kolmogorov-Smirnov test of a log's forget rows against the retain model's log.
-
-    Raises:
-        MissingMetricError: If there is no retain log, or either log lacks `forget_truth_ratio`.
-        ValueError: If the retain log is of other forget rows.
-    """
+    """The Kolmogorov-Smirnov test of forget rows against a retain log, which must have the same."""
     if retain_log is None:
         raise MissingMetricError("it needs the retain model's log")
     logs.check_retain_log(log, retain_log)

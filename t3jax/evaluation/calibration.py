@@ -130,6 +130,9 @@ def calibrate(
     """
     if not forget or not retain:
         raise ValueError("choosing T and s needs forget and retain rows; one of the sets is empty")
+    if not all(counterfactuals):
+        row = next(i for i, of_row in enumerate(counterfactuals, start=1) if not of_row)
+        raise ValueError(f"forget row {row} has no counterfactual; give at least one for each row")
     pairs = evenly_spread(list(zip(forget, counterfactuals, strict=True)), _MOST_ROWS)
     rows = [row for row, _ in pairs]
     made_up = [counterfactual for _, of_row in pairs for counterfactual in of_row]

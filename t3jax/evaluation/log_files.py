@@ -60,8 +60,7 @@ def read_summary(path: pathlib.Path) -> dict[str, int | float]:
 def write_log(folder: pathlib.Path, log: Log) -> None:
     """Writes `TOFU_EVAL.json`, then `TOFU_SUMMARY.json`, each whole or not at all.
 
-    Raises:
-        ValueError: If a number is not finite or not possible; nothing is then written.
+    A log that `check_log` refuses is not written.
     """
     check_log(log, EVAL_NAME)
     if hosts.is_lead():

@@ -205,12 +205,7 @@ def detail(log: Log, metric: str, name: str) -> int | float:
 
 
 def check_same_rows(log: Log, *metrics: str) -> None:
-    """Checks that metrics which are combined row by row have the same rows.
-
-    Raises:
-        MissingMetricError: If the log lacks a metric.
-        ValueError: If their indices differ.
-    """
+    """Checks that metrics which are combined row by row have the same rows."""
     first = indices(log, metrics[0])
     for metric in metrics[1:]:
         if not np.array_equal(indices(log, metric), first):
@@ -259,11 +254,7 @@ def check_retain_log(log: Log, retain_log: Log) -> None:
 
 
 def check_log(log: Log, name: str) -> None:
-    """Checks that all numbers of a log are finite and in range; errors begin with `name`.
-
-    Raises:
-        ValueError: If a number is not; names the metric, row and field.
-    """
+    """Checks that all numbers of a log are finite and in range; errors begin with `name`."""
     for metric, measured in log.metrics.items():
         where = f"{name}: {metric.replace('/', ', ')}"
         numbers = {"agg_value": measured.aggregate, **measured.details}

@@ -98,11 +98,8 @@ def load_sets(
 
     Sources are by key of `SETS`: "tofu:SPLIT" or a file of question-answer rows, as for
     `load_dataset`; None leaves the set out. `max_length` counts the tokens of a text. `max_rows` of
-    each set are taken, evenly spread over it; None takes all.
-
-    Raises:
-        FileNotFoundError: A file does not exist.
-        ValueError: A broken file, or rows as in `encode_set`.
+    each set are taken, evenly spread over it; None takes all. Errors are those of `load_dataset`
+    and `encode_set`.
     """
     sets = {}
     for name, source in sources.items():
@@ -128,6 +125,8 @@ def encode_set(
     """
     if name not in SETS:
         raise ValueError(f"unknown set {name!r}; expected one of {sorted(SETS)}")
+    if not records:
+        raise ValueError(f"the {SETS[name]} set has no rows; give at least one, or leave it out")
     for number, record in enumerate(records, start=1):
         if "text" in record:
             raise ValueError(f"{SETS[name]} row {number}: expected a question and an answer")
@@ -145,10 +144,15 @@ def encode_set(
     reworded = _field(name, records, "paraphrased_question")
     wrong = _field(name, records, "perturbed_answer") or [[] for _ in records]
     for number, offered in enumerate(wrong, start=1):
-        if isinstance(offered, str) or len(offered) != len(wrong[0]):
+        if not isinstance(offered, list | tuple):
+            raise ValueError(
+                f"{SETS[name]} row {number}: perturbed_answer must be a list of wrong answers, got "
+                f"{offered!r:.80}"
+            )
+        if len(offered) != len(wrong[0]):
             raise ValueError(
                 f"{SETS[name]} row {number} has {len(offered)} wrong answers, row 1 has "
-                f"{len(wrong[0])}: perturbed_answer must be a list of equally many in every row"
+                f"{len(wrong[0])}: give equally many in every row"
             )
     encoded = encode("answers", questions, answers)
     return QuestionSet(

@@ -84,11 +84,8 @@ def compare_summary(log: Log, summary: Mapping[str, int | float]) -> list[Compar
 def compare_files(path: pathlib.Path, retain_path: pathlib.Path | None = None) -> tuple[str, bool]:
     """Compares a log, and the summary beside it if there is one, with the recomputed numbers.
 
-    Returns the comparison as text, and whether any number differs.
-
-    Raises:
-        FileNotFoundError: If a log does not exist.
-        ValueError: If a log is broken, or the retain log is of other rows.
+    Returns the comparison as text, and whether any number differs. A broken log, or a retain log of
+    other rows, raises a ValueError.
     """
     log = log_files.read_log(path)
     retain_log = None if retain_path is None else log_files.read_log(retain_path)

@@ -141,9 +141,7 @@ RULES: dict[str, Rule] = {
 def rows_of(log: Log) -> Rows:
     """The rows of a log, with real authors and world facts if it has both.
 
-    Raises:
-        MissingMetricError: If the log lacks values of the forget or of the retain rows.
-        ValueError: If a set's metrics are not of the same rows.
+    A log without values of the forget or the retain rows raises a MissingMetricError.
     """
     answered = "retain_Q_A_ROUGE" in log
 

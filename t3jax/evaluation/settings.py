@@ -105,11 +105,9 @@ def settings_grid(
     """The base model, every head at every (T, s), and the controls of each (T, s).
 
     Without temperatures or scales each head's own are taken. `groups` are indices of heads that
-    are served together; None: each by itself. Settings are as `make_setting` gives them, each
-    distribution once, the base model first.
-
-    Raises:
-        ValueError: If heads of a group differ in T or s and none is given.
+    are served together; None: each alone. Settings are as `make_setting` gives them, each
+    distribution once, the base model first. If heads of a group differ in T or s, values of these
+    are required.
     """
     settings = [BASE]
     for group in [(index,) for index in range(len(heads))] if groups is None else groups:

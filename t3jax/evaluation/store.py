@@ -112,11 +112,8 @@ class Store:
         Greedy text depends on T · s alone, so settings of equal product share one run, unless they
         are gated or protect tokens. `label` is for file names and the progress bar.
         `reference_mask` removes padding tokens inside prompts, since the reference evaluator masks
-        them, and positions do not count them, when it generates. The options are fields of
-        `SamplingOptions`.
-
-        Raises:
-            ValueError: As `Sampler.generate`; or a prompt ends in padding under `reference_mask`.
+        them, and positions do not count them, when it generates; a prompt that ends in padding
+        raises a ValueError. The options are fields of `SamplingOptions`.
         """
         if reference_mask:
             prompts = _drop_padding(prompts, padding_id(self.lm), label)

@@ -127,9 +127,6 @@ def assemble_log(
     """Makes a log of scores and generated answers, with reasons for missing metrics.
 
     `reference_losses` are the retain model's on the answers of forget and holdout.
-
-    Raises:
-        ValueError: If the retain log is of another split or a score is not finite.
     """
     makers = _Columns(sets, scores, generations, reference_losses).makers()
     return logs.collect(makers, lambda log, metric: aggregates.aggregate(log, metric, retain_log))

@@ -97,11 +97,7 @@ def load_sets(config: Settings, lm: LM) -> dict[str, questions.QuestionSet]:
 
 
 def examine(config: Settings, lm: LM, heads: Sequence[Head], mesh: Mesh | None = None) -> Examined:
-    """Loads the question sets and the retain model, and opens the stores in `eval.dir`.
-
-    Raises:
-        ValueError: If a file is bad, or the retain model has another tokenizer.
-    """
+    """Loads the question sets and the retain model, and opens the stores in `eval.dir`."""
     sets = load_sets(config, lm)
     folder = pathlib.Path(config["eval.dir"]) / "store"
     store = Store(lm, heads, folder, rows=config.rows, progress=True)

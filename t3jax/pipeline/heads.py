@@ -293,9 +293,6 @@ def refinements(name: str, lm: LM) -> Refinements:
     """Refinements by name: `plain`, or some of `gated`, `protected` and `product`, joined by "-".
 
     The protected tokens are the model's stop tokens.
-
-    Raises:
-        ValueError: If a part of the name is unknown.
     """
     parts = set(name.split("-")) - {"plain"}
     if unknown := sorted(parts - {"gated", "protected", "product"}):

@@ -110,11 +110,7 @@ def attacks(
     names: Sequence[str],
     rewordings: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[list[Attack], dict[str, str]]:
-    """All attacks on rows, and the reasons for those that cannot be made, by name.
-
-    Raises:
-        ValueError: If a row cannot be encoded.
-    """
+    """All attacks on rows, and the reasons for those that cannot be made, by name."""
     results = dict(_make_attacks(_Rows(encoding, records, names), rewordings or {}))
     made = [attack for attack in results.values() if isinstance(attack, Attack)]
     return made, {name: reason for name, reason in results.items() if isinstance(reason, str)}
@@ -171,11 +167,7 @@ def _respell(spell: Callable[[str], str | None]) -> Wordings:
 
 
 def ask_once(encoding: Encoding, records: Sequence[Record], names: Sequence[str]) -> Attack:
-    """The attack that asks every row once, and documents by their first half.
-
-    Raises:
-        ValueError: If a row cannot be encoded; names the row.
-    """
+    """The attack that asks every row once, and documents by their first half."""
     return _Rows(encoding, records, names).ask_once()
 
 
@@ -201,7 +193,7 @@ _Part = tuple[int, str, list[np.ndarray], list[str]]
 
 
 class _Rows:
-    """Rows as tokens, and the attacks that ask them."""
+    """Rows as tokens, and the attacks that ask them; errors of encoding begin with a row's name."""
 
     def __init__(self, encoding: Encoding, records: Sequence[Record], names: Sequence[str]):
         self.tokenizer = encoding.tokenizer
