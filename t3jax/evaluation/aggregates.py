@@ -108,12 +108,12 @@ def forget_quality(log: Log, retain_log: Log | None) -> metrics.ForgetQuality:
 
 def truth_ratios(log: Log, metric: str) -> Float[np.ndarray, "rows"]:
     """The truth ratios of a set of rows, from the losses of its true and wrong answers."""
-    return metrics.truth_ratio(*_true_and_wrong(log, TRUTH_RATIOS[metric], "avg_loss"))
+    return metrics.truth_ratio(*_read_true_and_wrong(log, TRUTH_RATIOS[metric], "avg_loss"))
 
 
 def normalised_probabilities(log: Log, metric: str) -> Float[np.ndarray, "rows"]:
     """The normalised probabilities of a set of rows, from the probabilities of its answers."""
-    return metrics.normalised_probability(*_true_and_wrong(log, NORMALISED[metric], "prob"))
+    return metrics.normalised_probability(*_read_true_and_wrong(log, NORMALISED[metric], "prob"))
 
 
 def membership_metric(
@@ -142,7 +142,7 @@ def _membership_auc(log: Log, metric: str) -> float:
     )
 
 
-def _true_and_wrong(log: Log, prefix: str, field: str) -> tuple[np.ndarray, np.ndarray]:
+def _read_true_and_wrong(log: Log, prefix: str, field: str) -> tuple[np.ndarray, np.ndarray]:
     true, wrong = TRUE_ANSWER[prefix], f"{prefix}_Q_A_PERT_Prob"
     logs.check_same_rows(log, true, wrong)
     # The reference holds a single wrong answer as a number rather than a list of one.

@@ -83,7 +83,7 @@ def leak_recall(
             rouge_rows.append(row)
             rouge_pairs.append(pair)
         else:
-            recall[row] = _unicode_recall(truth, generation)
+            recall[row] = _compute_recall(truth, generation)
     if rouge_rows:
         recall[rouge_rows] = rouge_scores(*zip(*rouge_pairs, strict=True))["rougeL_recall"]
     return recall
@@ -97,7 +97,7 @@ def _rouge_reads(text: str) -> bool:
     return beyond == {_SEPARATOR} and any(char.isascii() and char.isalnum() for char in text)
 
 
-def _unicode_recall(truth: str, generation: str) -> float:
+def _compute_recall(truth: str, generation: str) -> float:
     """The share of the truth's tokens in the longest common subsequence."""
     expected, answered = _tokenize(truth), _tokenize(generation)
     if not expected:

@@ -167,7 +167,7 @@ def score_texts(
         ValueError: If there are no examples or settings, a text is longer than the model's context
             or has no answer, or a setting's head does not exist or does not fit the model.
     """
-    starts = _answer_starts(lm, examples, settings, heads)
+    starts = _find_starts(lm, examples, settings, heads)
     order, groups, grouped = _group(lm, settings, heads)
     collected = {
         name: np.zeros((len(settings), starts[-1]), bool if name == "correct" else np.float32)
@@ -183,7 +183,7 @@ def score_texts(
         hidden, pooled = _read(lm.apply, lm.params, tokens, positions, mask)
         chunks = []
         size = batching.round_up(POSITIONS_PER_CHUNK, sharding.row_shards(lm.mesh))
-        places, targets = _answer_places(examples, batch, tokens.shape[1], size)
+        places, targets = _find_places(examples, batch, tokens.shape[1], size)
         for place, target in zip(places, targets, strict=True):
             states, features = _gather_rows(lm.mesh, hidden, pooled, place)
             chunks.append(
@@ -208,7 +208,7 @@ def score_texts(
     return results
 
 
-def _answer_starts(
+def _find_starts(
     lm: LM, examples: Sequence[Example], settings: Sequence[Setting], heads: Sequence[Head]
 ) -> np.ndarray:
     """Checks texts and settings; gives the `starts` of `TextScores`."""
@@ -260,7 +260,7 @@ def _group(
     return order, tuple(groups), _Grouped(tuple(served), tuple(knobs))
 
 
-def _answer_places(
+def _find_places(
     examples: Sequence[Example], batch: list[int], length: int, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Chunks of answer tokens, and of the places before them in the flattened batch."""
@@ -322,7 +322,7 @@ def _score(
             )
             of_targets = jnp.zeros(targets.shape, jnp.float32)
         else:
-            scores, of_targets = _retain_scores(group, grouped.heads, pooled, hidden, targets)
+            scores, of_targets = _score_heads(group, grouped.heads, pooled, hidden, targets)
             statistics = jax.lax.map(
                 lambda k, scores=scores, group=group: token_statistics(
                     refined_logits(
@@ -339,7 +339,7 @@ def _score(
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)
 
 
-def _retain_scores(
+def _score_heads(
     group: _Group, served: tuple[_Served, ...], pooled: Array, hidden: Array, targets: Array
 ) -> tuple[Array, Array]:
     """The heads' combined scores of all tokens as the next one, `[C, V]`, and of the targets."""

@@ -123,7 +123,7 @@ class Store:
         (path,) = self._paths([(f"answers-{label}-{setting.name}", parts)], ".json", _SAMPLING_CODE)
         stored = checked.read_stored(path, checked.read_json) if hosts.is_lead() else None
         if not hosts.of_lead(stored is not None):
-            samples = self._sampler(setting).generate(
+            samples = self._make_sampler(setting).generate(
                 [prompt.tolist() for prompt in prompts],
                 progress=f"answer {label} ({setting.name})" if self.progress else None,
                 **options,
@@ -160,7 +160,7 @@ class Store:
         knobs = f"{setting.base_temperature!r} {setting.guidance_scale!r} {setting.refinements}"
         return " ".join([knobs, *(self._head_digests[index] for index in setting.heads)])
 
-    def _sampler(self, setting: Setting) -> Sampler:
+    def _make_sampler(self, setting: Setting) -> Sampler:
         # The base model runs in a head's program, at s = 0: one program fewer to compile.
         heads = [self.heads[index] for index in setting.heads] or self.heads[:1]
         return Sampler(

@@ -144,7 +144,7 @@ def evaluate(config: Settings, examined: Examined, settings: Sequence[Setting]) 
 
     The results are written to `eval.dir` too.
     """
-    second = _second_retain_logs(config.eval.second_retain_log)
+    second = _read_second_retain_logs(config.eval.second_retain_log)
     evaluated, retain_log = score(config, examined, settings)
     if second[0] is not None and retain_log is not None:
         logs.check_retain_log(second[0], retain_log)
@@ -154,7 +154,7 @@ def evaluate(config: Settings, examined: Examined, settings: Sequence[Setting]) 
     )
 
 
-def _second_retain_logs(name: str | None) -> tuple[Log | None, Log | None]:
+def _read_second_retain_logs(name: str | None) -> tuple[Log | None, Log | None]:
     """Reads the second retain model's log, and its metrics beyond TOFU's."""
     if name is None:
         return None, None

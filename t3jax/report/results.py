@@ -36,8 +36,8 @@ def write_experiment(folder: str | os.PathLike[str], experiment: Experiment, *, 
         ("Model utility, part by part", _tabulate_utility_parts(experiment)),
         ("Leaks when many answers are drawn", _tabulate_leaks(experiment)),
         ("One thing varied at a time", "![](varied.svg)"),
-        ("Refinements, each at the chosen T and s", _tabulate_refined(experiment)),
-        ("Answers drawn from the base's nucleus", _tabulate_truncated(experiment)),
+        ("Refinements, each at the chosen T and s", _tabulate_refinements(experiment)),
+        ("Answers drawn from the base's nucleus", _tabulate_nucleus(experiment)),
         ("Texts that no head was trained on", _tabulate_probes(experiment)),
         ("What it took", _tabulate_stages(experiment)),
     ]
@@ -127,7 +127,7 @@ def _tabulate_leaks(experiment: Experiment) -> str:
     return make_table(["asked", "", "1 answer", "4 answers", "all answers", "difference"], rows)
 
 
-def _tabulate_refined(experiment: Experiment) -> str:
+def _tabulate_refinements(experiment: Experiment) -> str:
     rows = []
     for refined in experiment.refined:
         distances = [
@@ -155,7 +155,7 @@ def _tabulate_refined(experiment: Experiment) -> str:
     return make_table(list(rows[0]), [list(row.values()) for row in rows])
 
 
-def _tabulate_truncated(experiment: Experiment) -> str:
+def _tabulate_nucleus(experiment: Experiment) -> str:
     if experiment.truncated is None:
         return ""
     chosen = experiment.sweep.chosen[0].name

@@ -52,7 +52,7 @@ class Experiment:
 def experiment(config: Settings, mesh: Mesh) -> Experiment:
     """Runs or resumes an experiment; all results are in the config's `experiment.dir`."""
     folder = pathlib.Path(config["experiment.dir"])
-    stage = functools.partial(_stage, folder / "stages.json")
+    stage = functools.partial(_measure_stage, folder / "stages.json")
     with stage("fine-tuning"):
         config = make_models(config, mesh)
     lm = load_lm(config["model"], config.dtype, mesh)
@@ -158,7 +158,7 @@ def probe(config: Settings, result: Sweep) -> dict[str, list[probes.Probe]]:
 
 
 @contextlib.contextmanager
-def _stage(path: pathlib.Path, name: str) -> Iterator[None]:
+def _measure_stage(path: pathlib.Path, name: str) -> Iterator[None]:
     """Writes the seconds of a stage, summed over runs until it is done, and the peak memory."""
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     stage = known.get(name, {"seconds": 0.0, "done": False})

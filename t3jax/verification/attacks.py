@@ -110,16 +110,16 @@ def attacks(
     names: Sequence[str],
     rewordings: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[list[Attack], dict[str, str]]:
-    """All attacks on rows, and the reasons for those that cannot be made, by name."""
+    """All attacks on rows, and the reasons for those that cannot be asked, by name."""
     results = dict(_make_attacks(_Rows(encoding, records, names), rewordings or {}))
-    made = [attack for attack in results.values() if isinstance(attack, Attack)]
-    return made, {name: reason for name, reason in results.items() if isinstance(reason, str)}
+    asked = [attack for attack in results.values() if isinstance(attack, Attack)]
+    return asked, {name: reason for name, reason in results.items() if isinstance(reason, str)}
 
 
 def _make_attacks(
     rows: "_Rows", rewordings: Mapping[str, Sequence[str]]
 ) -> Iterator[tuple[str, Attack | str]]:
-    """Each attack, or the reason why it cannot be made, by name."""
+    """Each attack, or the reason why it cannot be asked, by name."""
 
     def reword(record: Record) -> list[str]:
         paraphrase = record.get("paraphrased_question")

@@ -35,7 +35,7 @@ def name_of(question: str, answer: str) -> str | None:
             if last > first and question[words[last - 1].end() : words[last].start()] != " ":
                 break
             text = question[words[first].start() : words[last].end()]
-            if len(text) > len(best) and re.search(_whole(text), answer):
+            if len(text) > len(best) and re.search(_match_whole(text), answer):
                 best = text
     return best or None
 
@@ -48,7 +48,7 @@ def rename(text: str, name: str, other: str) -> str:
     renamed = {name.lower(): other}
     if len(words := name.lower().split()) == len(replacements := other.split()):
         renamed = dict(zip(words, replacements, strict=True)) | renamed
-    pattern = "|".join(_whole(part) for part in sorted(renamed, key=len, reverse=True))
+    pattern = "|".join(_match_whole(part) for part in sorted(renamed, key=len, reverse=True))
     return re.sub(
         pattern, lambda match: renamed.get(match.group().lower(), other), text, flags=re.IGNORECASE
     )
@@ -182,6 +182,6 @@ def _question_and_answer(record: Record) -> tuple[str, str]:
     return record["question"], record["answer"]
 
 
-def _whole(text: str) -> str:
+def _match_whole(text: str) -> str:
     """A pattern that matches a text as whole words."""
     return rf"(?<!\w){re.escape(text)}(?!\w)"
