@@ -269,4 +269,6 @@ def _read_json(path: pathlib.Path) -> object:
     try:
         return read_json(path)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is not there: name a {EVAL_NAME} or its folder") from None
+        raise FileNotFoundError(
+            f"{path} does not exist: name a {EVAL_NAME} or its folder"
+        ) from None

@@ -52,10 +52,10 @@ def _plot_trade_off(evaluation: Evaluation, featured: Setting | None) -> Figure 
             points.append(figures.Point("", RETAIN_MODEL, 1.0, utility))
     return Figure(
         f"Forget quality against {name}",
-        "Every point is a setting: the higher, the less a test tells its truth ratios on the "
-        "forget set from the retain model's (above the dashed line it does not at the 5 % level); "
-        "the further right, the more is kept. The retain model is the target, at p = 1 by "
-        f"definition. What is below {figures.FLOOR:g} stands on the bottom line.",
+        "Every point is a setting: the higher, the closer its truth ratios on the forget set are "
+        "to the retain model's (above the dashed line a test at the 5 % level does not distinguish "
+        "them); the further right, the higher the utility. The retain model is the target, at p = "
+        f"1 by definition. Points below {figures.FLOOR:g} are drawn on the bottom line.",
         [figures.trade_off(points, name)],
     )
 
