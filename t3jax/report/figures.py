@@ -192,7 +192,11 @@ def draw_variations(points: Sequence["variations.Point"]) -> bytes:
 
 
 def _plot_line(
-    axes: "Axes", x: Sequence[float], y: Sequence[float], style: tuple[str, str, str], label: str
+    axes: "Axes",
+    x: Sequence[int | float],
+    y: Sequence[int | float],
+    style: tuple[str, str, str],
+    label: str,
 ) -> None:
     colour, marker, dashes = style
     axes.plot(x, y, color=colour, marker=marker, linestyle=dashes, label=label)
