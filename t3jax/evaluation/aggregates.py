@@ -85,7 +85,7 @@ def rows(log: Log, metric: str) -> Float[np.ndarray, "rows"]:
     if metric.endswith(("_Prob", "_Prob_normalised")):
         prob = logs.column(log, metric, "prob")
         return prob.mean(axis=1) if prob.ndim == 2 else prob
-    raise MissingMetricError(f"no rule computes {metric} from per-example values")
+    raise MissingMetricError(f"a rule for {metric} from per-example values is not known")
 
 
 @compute_once
