@@ -230,7 +230,8 @@ class _Columns:
 
     def answer_scores(self, name: str) -> TextScores:
         """Scores of the right answers of a set."""
-        return self.scores[name].select(0, self.questions(name).num_rows)
+        rows = self.questions(name).num_rows  # first: it names a missing set
+        return self.scores[name].select(0, rows)
 
     def questions(self, name: str) -> QuestionSet:
         if name not in self.sets:
