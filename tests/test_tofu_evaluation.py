@@ -56,7 +56,7 @@ FILE_ORDER = [
 
 def to_json(log):
     """The content of a log's file."""
-    return json.loads(json.dumps(log_files._entries(log, [*log, *log.missing])))
+    return json.loads(json.dumps(log_files._make_entries(log, [*log, *log.missing])))
 
 
 @pytest.fixture(scope="module")
