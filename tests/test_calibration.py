@@ -66,6 +66,8 @@ def test_settings_are_compared_with_the_made_up_name_level(tiny_lm, texts):
     assert twice.made_up_probability != pytest.approx(found.made_up_probability)
     with pytest.raises(ValueError, match="one of the sets is empty"):
         calibrate(tiny_lm, [head], forget, [[]] * 10, [])
+    with pytest.raises(ValueError, match="forget row 10 has no counterfactual"):
+        calibrate(tiny_lm, [head], forget, [[texts[0]]] * 9 + [[]], retain)
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def make_log(seed: int = 0, rows: int = 40, retain_log: Log | None = None) -> Lo
 
 def to_json(log: Log) -> dict:
     """The content of a log's file."""
-    return json.loads(json.dumps(log_files._entries(log, [*log, *log.missing])))
+    return json.loads(json.dumps(log_files._make_entries(log, [*log, *log.missing])))
 
 
 def change(log: Log, *path, by: Callable) -> Log:
@@ -355,7 +355,7 @@ def test_a_number_is_computed_once(log, retain_log, monkeypatch):
 
 
 def test_cut_short_and_absent_files(log, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"TOFU_EVAL\.json is not there"):
+    with pytest.raises(FileNotFoundError, match=r"TOFU_EVAL\.json does not exist"):
         log_files.read_log(tmp_path)
     log_files.write_log(tmp_path, log)
     path = tmp_path / log_files.EVAL_NAME

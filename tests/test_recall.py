@@ -110,7 +110,7 @@ def test_what_does_not_change_the_meaning_does_not_change_the_recall(language):
     ],
 )
 def test_tokens(text, tokens):
-    assert recall._tokens(text) == [unicodedata.normalize("NFKC", token) for token in tokens]
+    assert recall._tokenize(text) == [unicodedata.normalize("NFKC", token) for token in tokens]
 
 
 def test_truths_that_rouge_reads_have_its_recall():

@@ -204,12 +204,12 @@ def test_the_featured_setting(evaluation):
     # Of equal numbers the first are taken, but a control is not featured.
     logs = {**evaluation.logs, TILTED.name: evaluation.logs[SETTING.name]}
     equal = dataclasses.replace(evaluation, settings=[BASE, TILTED, SETTING], logs=logs)
-    assert page._featured(equal, None) == SETTING
+    assert page._find_featured(equal, None) == SETTING
     alone = dataclasses.replace(evaluation, settings=[BASE, TILTED])
-    assert page._featured(alone, None) == TILTED
-    assert page._featured(evaluation, "T2") == TEMPERED
+    assert page._find_featured(alone, None) == TILTED
+    assert page._find_featured(evaluation, "T2") == TEMPERED
     with pytest.raises(ValueError, match="no setting 'T9' was evaluated"):
-        page._featured(evaluation, "T9")
+        page._find_featured(evaluation, "T9")
 
 
 def test_a_report_without_heads_and_retain_model(evaluation):
@@ -238,7 +238,7 @@ def test_tokens_join_to_the_answer(evaluation):
     ("value", "colour"), [(0.0, "#f2a060"), (0.5, "#ffffff"), (1.0, "#78b2e2"), (7.0, "#78b2e2")]
 )
 def test_colours(value, colour):
-    assert page._colour(value, 0.0, 1.0) == colour
+    assert page._mix_colour(value, 0.0, 1.0) == colour
 
 
 def test_rows_are_spread_evenly():

@@ -85,7 +85,7 @@ def test_a_setting_is_worth_its_median_seed_and_every_seed_is_scored(ratios):
     assert distances == sorted(distances)
     labels = [label for label, _, _ in summary_rows(found)]
     assert "forget quality, cross-fitted, seed 3 of 3" in labels
-    with pytest.raises(ValueError, match="all the same"):
+    with pytest.raises(ValueError, match="log for each seed"):
         selection.cross_fit({"a": lucky, "b": lucky[:2]}, lucky[0], make_log(ratios))
 
 

@@ -56,7 +56,7 @@ FILE_ORDER = [
 
 def to_json(log):
     """The content of a log's file."""
-    return json.loads(json.dumps(log_files._entries(log, [*log, *log.missing])))
+    return json.loads(json.dumps(log_files._make_entries(log, [*log, *log.missing])))
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +260,8 @@ def test_a_model_that_gives_nan_is_named(tiny_lm, sets, tmp_path):
     ("change", "message"),
     [
         ({"perturbed_answer": ["a", "b"]}, "forget row 2 has 2 wrong answers, row 1 has 3"),
-        ({"perturbed_answer": "abc"}, "forget row 2 has 3 wrong answers.*must be a list"),
+        ({"perturbed_answer": "abc"}, "forget row 2: perturbed_answer must be a list.* got 'abc'"),
+        ({"perturbed_answer": 5}, "forget row 2: perturbed_answer must be a list.* got 5"),
         ({"perturbed_answer": None}, "forget row 2 has no perturbed_answer, but other rows"),
         ({"paraphrased_answer": ""}, "forget row 2 has no paraphrased_answer"),
         ({"answer": "x" * 300}, "forget set, answers: row 2 of 4: .* more than max_length"),
@@ -272,6 +273,8 @@ def test_bad_rows_are_named(tiny_lm, change, message):
     records[1] |= change
     with pytest.raises(ValueError, match=message):
         questions.encode_set("forget", records, tiny_lm.tokenizer, PromptFormat(), 256)
+    with pytest.raises(ValueError, match="the forget set has no rows"):
+        questions.encode_set("forget", [], tiny_lm.tokenizer, PromptFormat(), 256)
 
 
 def test_a_retain_log_of_another_split_is_refused(run, sets):

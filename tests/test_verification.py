@@ -17,7 +17,7 @@ from t3jax.report.verdict import page, write_verdict
 from t3jax.sampling import Sample
 from t3jax.synthetic import turns
 from t3jax.verification import VerifyOptions, attacks, verify
-from t3jax.verification.attacks import EXCHANGE, SYSTEM_TURN, Encoding, as_they_stand, misspell
+from t3jax.verification.attacks import EXCHANGE, SYSTEM_TURN, Encoding, ask_once, misspell
 from t3jax.verification.leaks import count_leaks
 from t3jax.verification.others import Exchanged, Others, name_of, rename
 from t3jax.verification.verdict import COMES_BACK, HOLDS, UNCLEAR, Finding, enough_rows, wilson
@@ -125,7 +125,7 @@ def test_a_document_is_continued_from_its_first_half(tokenizer):
     assert tokenizer.decode(asked["prefix"].prompts[0]) == "abcdefgh" * 2
     assert asked["prefix"].truths == ("abcde",)  # as far as an answer can reach
     assert asked["prefix"].does == "the first half of a document given"
-    retain = as_they_stand(Encoding(tokenizer, FORMAT, 5, 500), [*rows, *people(1)], ["a", "b"])
+    retain = ask_once(Encoding(tokenizer, FORMAT, 5, 500), [*rows, *people(1)], ["a", "b"])
     assert len(retain.prompts[0]) == 16
     assert retain.truths == ("abcde", "Maraa"[:5])
 

@@ -1,9 +1,9 @@
-"""Which per-example values make which aggregate of a TOFU log.
+"""The aggregates of a TOFU log, computed from its per-example values.
 
-`aggregate` is the one place that turns a log's rows into a metric's number: the evaluation fills
-its logs with it, and `recompute.py` compares its numbers with those stored in any log. The
-results of the model's forward pass (losses, token-wise scores, generated text) are taken as they
-are. Numbers are computed once and cached with the log.
+`aggregate` alone turns a log's rows into a metric's number: the evaluation fills its logs with it,
+and `recompute.py` compares its numbers with the stored ones. The results of the model's forward
+pass (losses, token-wise scores, generated text) are inputs. Numbers are computed once and cached
+with the log.
 """
 
 import itertools
@@ -44,8 +44,7 @@ def aggregate(log: Log, metric: str, retain_log: Log | None = None) -> float:
     """A metric's aggregate, in float64, from per-example values; never from a stored aggregate.
 
     `forget_quality` needs the retain model's log; without it `privleak` compares with an AUC of
-    0.5. Data that is missing raises a MissingMetricError which says so, and data of other rows a
-    ValueError.
+    0.5. Missing data raises a MissingMetricError, and a retain log of other rows a ValueError.
     """
     if metric == "forget_quality":
         return forget_quality(log, retain_log).p_value
@@ -68,11 +67,8 @@ def aggregate(log: Log, metric: str, retain_log: Log | None = None) -> float:
 def rows(log: Log, metric: str) -> Float[np.ndarray, "rows"]:
     """The per-row numbers whose mean is a metric's aggregate, ordered by index.
 
-    Of wrong answers it is the mean over them. Rows without an answer token are left out of exact
-    memorization.
-
-    Raises:
-        MissingMetricError: If data is missing, or the metric is not a mean over rows.
+    A row with several wrong answers gives their mean. Rows without an answer token are left out of
+    exact memorization. A metric that is not a mean over rows raises a MissingMetricError.
     """
     if metric == "forget_truth_ratio":
         return metrics.closeness_to_one(logs.column(log, metric, "score"))
@@ -89,7 +85,7 @@ def rows(log: Log, metric: str) -> Float[np.ndarray, "rows"]:
     if metric.endswith(("_Prob", "_Prob_normalised")):
         prob = logs.column(log, metric, "prob")
         return prob.mean(axis=1) if prob.ndim == 2 else prob
-    raise MissingMetricError(f"how {metric} comes from per-example values is not known")
+    raise MissingMetricError(f"a rule for {metric} from per-example values is not known")
 
 
 @compute_once
@@ -100,12 +96,7 @@ def interval(log: Log, metric: str) -> metrics.Interval:
 
 @compute_once
 def forget_quality(log: Log, retain_log: Log | None) -> metrics.ForgetQuality:
-    """The Kolmogorov-Smirnov test of a log's forget rows against the retain model's log.
-
-    Raises:
-        MissingMetricError: If there is no retain log, or either log lacks `forget_truth_ratio`.
-        ValueError: If the retain log is of other forget rows.
-    """
+    """The Kolmogorov-Smirnov test of forget rows against a retain log, which must have the same."""
     if retain_log is None:
         raise MissingMetricError("it needs the retain model's log")
     logs.check_retain_log(log, retain_log)
@@ -117,18 +108,18 @@ def forget_quality(log: Log, retain_log: Log | None) -> metrics.ForgetQuality:
 
 def truth_ratios(log: Log, metric: str) -> Float[np.ndarray, "rows"]:
     """The truth ratios of a set of rows, from the losses of its true and wrong answers."""
-    return metrics.truth_ratio(*_true_and_wrong(log, TRUTH_RATIOS[metric], "avg_loss"))
+    return metrics.truth_ratio(*_read_true_and_wrong(log, TRUTH_RATIOS[metric], "avg_loss"))
 
 
 def normalised_probabilities(log: Log, metric: str) -> Float[np.ndarray, "rows"]:
-    """The normalised probabilities of a set of rows, from those of its right and wrong answers."""
-    return metrics.normalised_probability(*_true_and_wrong(log, NORMALISED[metric], "prob"))
+    """The normalised probabilities of a set of rows, from the probabilities of its answers."""
+    return metrics.normalised_probability(*_read_true_and_wrong(log, NORMALISED[metric], "prob"))
 
 
 def membership_metric(
     metric: str, forget: Float[np.ndarray, "forget"], holdout: Float[np.ndarray, "holdout"]
 ) -> dict[str, Metric]:
-    """A membership metric, e.g. `mia_loss`, and those of its sets, from scores: metrics by name."""
+    """A membership metric, e.g. `mia_loss`, and the metric of each set, by name, from scores."""
     auc = membership.membership_auc(forget, holdout)
     sets = {
         f"{metric}/{name}": Metric(mean_score(metric, scores), {"score": scores})
@@ -151,7 +142,7 @@ def _membership_auc(log: Log, metric: str) -> float:
     )
 
 
-def _true_and_wrong(log: Log, prefix: str, field: str) -> tuple[np.ndarray, np.ndarray]:
+def _read_true_and_wrong(log: Log, prefix: str, field: str) -> tuple[np.ndarray, np.ndarray]:
     true, wrong = TRUE_ANSWER[prefix], f"{prefix}_Q_A_PERT_Prob"
     logs.check_same_rows(log, true, wrong)
     # The reference holds a single wrong answer as a number rather than a list of one.

@@ -22,10 +22,7 @@ _BY_SAMPLES = "by_samples/"
 def best_of(leaks: Bool[np.ndarray, "rows samples"], n: int) -> Float[np.ndarray, "rows"]:
     """Chance that at least one of n samples leaks, estimated without bias from more samples.
 
-    `1 - C(samples - c, n) / C(samples, n)` with c leaks of a row; at n = samples, whether any does.
-
-    References:
-        arXiv 2107.03374, equation 1.
+    It is `1 - C(samples - c, n) / C(samples, n)` for a row with c leaks.
     """
     samples = leaks.shape[1]
     if not 1 <= n <= samples:
@@ -43,7 +40,7 @@ def leaking_rows(log: Log, metric: str = "forget_leak_rate") -> Float[np.ndarray
 
 
 def leak_rates(log: Log, metric: str = "forget_leak_rate") -> dict[int, float]:
-    """The leak rate when n answers are drawn, by n, as `leak_metric` made it."""
+    """The leak rate when n answers are drawn, by n, from the details that `leak_metric` writes."""
     return {
         int(name.removeprefix(_BY_SAMPLES)): logs.detail(log, metric, name)
         for name in log[metric].details
@@ -68,11 +65,7 @@ def leak_metric(recall: Float[np.ndarray, "rows samples"], threshold: float) -> 
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
-    """Share of different word n-grams in a set of texts: low where they repeat words.
-
-    References:
-        arXiv 1510.03055.
-    """
+    """Distinct-n: share of different word n-grams in a set of texts."""
     grams = [gram for text in texts for gram in _ngrams(text, n)]
     if not grams:
         raise MissingMetricError(f"no text has {n} words")
@@ -80,7 +73,7 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
 
 
 def repetition(texts: Sequence[str], n: int = 4) -> Float[np.ndarray, "rows"]:
-    """Share of the word n-grams of each text that stood in it before; 0 where it has none."""
+    """Share of the word n-grams of each text that occur earlier in it; 0 for a text without any."""
     by_text = [_ngrams(text, n) for text in texts]
     return np.array(
         [1 - len(set(grams)) / len(grams) if grams else 0.0 for grams in by_text], np.float64
@@ -88,7 +81,7 @@ def repetition(texts: Sequence[str], n: int = 4) -> Float[np.ndarray, "rows"]:
 
 
 def retain_logits(scores: TextScores) -> Float[np.ndarray, "rows"]:
-    """The mean of each text's logits of "retain"; above 0 the head takes it for a retain text."""
+    """The mean of each text's logits of "retain"; above 0 the head classifies it as retain."""
     if scores.retain_scores is None:
         raise MissingMetricError("the setting has no head")
     return scores.text_means(scores.retain_scores)
@@ -97,8 +90,8 @@ def retain_logits(scores: TextScores) -> Float[np.ndarray, "rows"]:
 def log_ratios(scores: TextScores, other: TextScores) -> Float[np.ndarray, "rows"]:
     """Log-ratios log p - log q of answers drawn from p, nats; their mean estimates KL(p || q).
 
-    `scores` are those under p, `other` those of the same texts under q. An answer cut at its
-    longest counts as far as it goes: the divergence is that of the distributions of texts cut so.
+    `scores` are under p and `other` under q, of the same texts. An answer cut at the longest
+    length counts up to the cut: the divergence is between the distributions of texts cut there.
     """
     difference = scores.logprobs.astype(np.float64) - other.logprobs.astype(np.float64)
     return np.add.reduceat(difference, scores.starts[:-1])

@@ -1,9 +1,9 @@
-"""T and s without a retain-only model: the base model under made-up names stands in for it.
+"""T and s without a retain-only model: the base model under made-up names takes its place.
 
-A request to forget comes without a model that never saw the forget rows. The base model, asked the
-same questions about people who do not exist, gives their answers the probability that such a model
-would. The setting to serve is the one whose probabilities of the forget answers are distributed
-most like those, where the retain answers keep theirs.
+A request to forget comes without a model that never saw the forget rows. The base model gives
+answers about people who do not exist the probability that such a model would give the forget
+answers. The setting to serve matches the distribution of these probabilities best, among those
+under which the retain answers keep their probability.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ TEMPERATURES = (1.0, 1.25, 1.5, 2.5)
 GRID = tuple(itertools.product(TEMPERATURES, SCALES))
 _MOST_ROWS = 200
 _LEAST_RETAINED = 0.97
-_ABOVE_LEVEL = 1.25  # times the made-up-name level: more left is not forgotten
+_ABOVE_LEVEL = 1.25  # of the made-up-name level; a higher probability is not forgotten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +52,13 @@ class Calibrated:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """The chosen setting, and those that it was chosen among.
+    """The chosen setting, and the candidates.
 
     Attributes:
         chosen: The setting to serve.
-        settings: All settings.
+        settings: All candidates.
         made_up_probability: Mean probability of the forget answers at the made-up-name level.
-        base_probability: The same under the base model as it is.
+        base_probability: Mean probability of the forget answers under the base model.
     """
 
     chosen: Calibrated
@@ -71,11 +71,11 @@ class Calibration:
         """Settings of the chosen T that tilt more and keep 97 % of the retain answers, in order."""
         c = self.chosen
         return [
-            each
-            for each in sorted(self.settings, key=lambda each: each.guidance_scale)
-            if (each.head, each.base_temperature) == (c.head, c.base_temperature)
-            and each.guidance_scale > c.guidance_scale
-            and each.retained >= _LEAST_RETAINED
+            setting
+            for setting in sorted(self.settings, key=lambda setting: setting.guidance_scale)
+            if (setting.head, setting.base_temperature) == (c.head, c.base_temperature)
+            and setting.guidance_scale > c.guidance_scale
+            and setting.retained >= _LEAST_RETAINED
         ]
 
     def __str__(self) -> str:
@@ -89,24 +89,25 @@ class Calibration:
 
 
 def choose_setting(settings: Sequence[Calibrated], level: float) -> Calibrated:
-    """The smallest distance among settings that forget, and keep the retain answers' probability.
+    """Chooses the smallest distance among the settings that forget and retain.
 
-    A setting forgets whose forget answers are at most 1.25 times as probable as at the made-up-name
-    level; the retain answers are to keep 97 % of their probability. Settings at T = 1 go first: at
-    a higher T, draws without truncation come from the flattened tail of the vocabulary. Of equal
-    distances the weaker tilt wins. Where no setting does both, retaining goes first: the most
-    forgotten of those that keep 97 % is taken, or the setting that keeps the most.
+    A setting forgets if the forget answers are at most 1.25 times as probable as at the
+    made-up-name level, and retains if the retain answers keep 97 % of their probability. Settings
+    at T = 1 are preferred: at a higher T, untruncated sampling draws from the flattened tail of the
+    vocabulary. The weaker tilt breaks ties. If no setting does both, the setting with the least
+    probable forget answers among those that retain is chosen, or else the one that retains most.
     """
-    good = [each for each in settings if each.retained >= _LEAST_RETAINED]
-    if not good:
-        return max(settings, key=lambda each: each.retained)
-    forgotten = [each for each in good if each.forget_probability <= _ABOVE_LEVEL * level]
-    if not forgotten:
-        return min(good, key=lambda each: each.forget_probability)
-    untempered = [each for each in forgotten if each.base_temperature == 1]
+    retaining = [setting for setting in settings if setting.retained >= _LEAST_RETAINED]
+    if not retaining:
+        return max(settings, key=lambda setting: setting.retained)
+    limit = _ABOVE_LEVEL * level
+    forgetting = [setting for setting in retaining if setting.forget_probability <= limit]
+    if not forgetting:
+        return min(retaining, key=lambda setting: setting.forget_probability)
+    untempered = [setting for setting in forgetting if setting.base_temperature == 1]
     return min(
-        untempered or forgotten,
-        key=lambda each: (each.distance, each.base_temperature * each.guidance_scale),
+        untempered or forgetting,
+        key=lambda setting: (setting.distance, setting.base_temperature * setting.guidance_scale),
     )
 
 
@@ -124,17 +125,20 @@ def calibrate(
     """Scores forget and retain answers under a grid of heads and settings and chooses one.
 
     `counterfactuals` are, for each forget row, the same row about made-up people; `grid` holds
-    pairs of T and T · s. `seeds` heads that follow one another differ in their seed alone: a
-    setting is worth the mean over them, and goes by the first. At most 200 rows of each set are
-    scored.
+    pairs of T and T · s. Each `seeds` consecutive heads differ in their seed alone: a setting is
+    compared by the mean over them and named by the first. At most 200 rows of each set are scored.
     """
     if not forget or not retain:
         raise ValueError("choosing T and s needs forget and retain rows; one of the sets is empty")
+    if not all(counterfactuals):
+        row = next(i for i, of_row in enumerate(counterfactuals, start=1) if not of_row)
+        raise ValueError(f"forget row {row} has no counterfactual; give at least one for each row")
     pairs = evenly_spread(list(zip(forget, counterfactuals, strict=True)), _MOST_ROWS)
     rows = [row for row, _ in pairs]
-    of_row = np.repeat(np.arange(len(pairs)), [len(made_up) for _, made_up in pairs])
-    (made_up,) = score_texts(lm, [each for _, others in pairs for each in others], [BASE])
-    level = np.bincount(of_row, probability(made_up.avg_loss)) / np.bincount(of_row)
+    made_up = [counterfactual for _, of_row in pairs for counterfactual in of_row]
+    index = np.repeat(np.arange(len(pairs)), [len(of_row) for _, of_row in pairs])
+    (scores,) = score_texts(lm, made_up, [BASE])
+    level = np.bincount(index, probability(scores.avg_loss)) / np.bincount(index)
     settings = [
         Setting(
             f"head{i}-T{temperature:g}-s{scale / temperature:g}",
@@ -151,7 +155,7 @@ def calibrate(
     of_retain = score_texts(lm, evenly_spread(retain, _MOST_ROWS), [BASE, *settings], heads)
     forgotten = [probability(scores.avg_loss) for scores in of_forget]
     retained = [float(probability(scores.avg_loss).mean()) for scores in of_retain]
-    distance = scipy.stats.ks_2samp
+    ks_2samp = scipy.stats.ks_2samp
     results = []
     for i in range(0, len(settings), seeds):
         served = slice(1 + i, 1 + i + seeds)
@@ -159,7 +163,7 @@ def calibrate(
             Calibrated(
                 settings[i].base_temperature,
                 settings[i].guidance_scale,
-                float(np.mean([distance(seed, level).statistic for seed in forgotten[served]])),
+                float(np.mean([ks_2samp(seed, level).statistic for seed in forgotten[served]])),
                 float(np.mean(forgotten[served])),
                 float(np.mean(retained[served])) / retained[0],
                 *settings[i].heads,

@@ -1,4 +1,4 @@
-"""Logs as files in the reference evaluator's format, which is JSON, read and written.
+"""Reads and writes logs as JSON files in the reference evaluator's format.
 
 `TOFU_EVAL.json` maps a metric to `{"agg_value": x, "value_by_index": {"0": {...}}}`; a membership
 metric holds such a pair for `forget` and for `holdout`, and its AUC. `TOFU_SUMMARY.json` maps the
@@ -27,37 +27,31 @@ _MISSING = "missing"
 _NULL_WHERE_MISSING = "forget_quality"  # the reference reads other null entries as if numbers
 _SETS = ("forget", "holdout")
 _ROWS = "value_by_index"
-# Rows by number, each in one way of writing: int() reads "01", "1_0" and other scripts' digits too.
+# The canonical form of a row's number: int() also reads "01", "1_0" and other scripts' digits.
 _INDEX = re.compile("0|[1-9][0-9]{0,17}")
 
 
 def read_log(path: pathlib.Path) -> Log:
     """Reads a `TOFU_EVAL.json`, ours or the reference evaluator's, or an `UNLEARNING.json`.
 
-    A folder stands for the `TOFU_EVAL.json` in it. The numbers of a log are finite and possible.
+    A folder is replaced by the `TOFU_EVAL.json` in it. All numbers are checked by `check_log`.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is cut short, holds NaN, is no strict JSON (see `t3jax.json_files`), or is
-            not such a log.
+        ValueError: If it is truncated, holds NaN, is not strict JSON (see `t3jax.json_files`), or
+            is not such a log.
     """
     path = path / EVAL_NAME if path.is_dir() else path
     return parse_log(_read_json(path), str(path))
 
 
 def read_summary(path: pathlib.Path) -> dict[str, int | float]:
-    """Reads a `TOFU_SUMMARY.json`, a file or in a folder: aggregates by metric.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is cut short, holds NaN, is no strict JSON (see `t3jax.json_files`), or is
-            not such a summary.
-    """
+    """Reads aggregates by metric from a `TOFU_SUMMARY.json` or its folder; errors as `read_log`."""
     path = path / SUMMARY_NAME if path.is_dir() else path
     content = _read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a TOFU summary: expected aggregates by metric")
-    aggregates = {name: _number(value, f"{path}: {name}") for name, value in content.items()}
+    aggregates = {name: _as_number(value, f"{path}: {name}") for name, value in content.items()}
     for name, value in aggregates.items():
         check_numbers(np.asarray([value], np.float64), f"{path}: {name}")
     return aggregates
@@ -66,13 +60,12 @@ def read_summary(path: pathlib.Path) -> dict[str, int | float]:
 def write_log(folder: pathlib.Path, log: Log) -> None:
     """Writes `TOFU_EVAL.json`, then `TOFU_SUMMARY.json`, each whole or not at all.
 
-    Raises:
-        ValueError: If a number is not finite or not possible; nothing is then written.
+    A log that `check_log` refuses is not written.
     """
     check_log(log, EVAL_NAME)
     if hosts.is_lead():
         folder.mkdir(parents=True, exist_ok=True)
-        entries = _entries(log, [*log, *log.missing])
+        entries = _make_entries(log, [*log, *log.missing])
         for name, content in ((EVAL_NAME, entries), (SUMMARY_NAME, summarize(log))):
             # As the reference does, byte for byte: sorted metrics, four spaces, ASCII.
             text = json.dumps(dict(sorted(content.items())), indent=4, allow_nan=False)
@@ -84,15 +77,11 @@ def write_unlearning(folder: pathlib.Path, log: Log, order: Sequence[str]) -> No
     check_log(log, UNLEARNING_NAME)
     if hosts.is_lead():
         folder.mkdir(parents=True, exist_ok=True)
-        files.write_json(folder / UNLEARNING_NAME, _entries(log, order))
+        files.write_json(folder / UNLEARNING_NAME, _make_entries(log, order))
 
 
 def parse_log(content: object, name: str) -> Log:
-    """A log from its JSON.
-
-    Raises:
-        ValueError: Naming the metric, row and field that is not as it should be.
-    """
+    """Makes a log of its JSON; a ValueError names the metric, row and field of a fault."""
     if not isinstance(content, dict) or not content:
         raise ValueError(
             f"{name} is not a TOFU log: expected metrics by name, got {_kind(content)}"
@@ -136,7 +125,7 @@ def _parse_metric(entry: object, where: str, metric: str) -> Metric:
         raise ValueError(f"{where}: expected aggregate and rows, got {_kind(entry)}")
     aggregate = entry.get("agg_value")
     if aggregate is not None:
-        aggregate = _number(aggregate, f"{where}, agg_value")
+        aggregate = _as_number(aggregate, f"{where}, agg_value")
     details = _parse_details(entry, where)
     if entry.get(_ROWS) is None:
         return Metric(aggregate, details=details)
@@ -156,7 +145,7 @@ def _parse_details(entry: Mapping[str, object], where: str) -> dict[str, int | f
         if name in ("agg_value", _ROWS, *_SETS):
             continue
         if name == "auc" and value is not None:
-            details[name] = _number(value, f"{where}, {name}")
+            _as_number(value, f"{where}, {name}")
         for key, number in value.items() if isinstance(value, dict) else [("", value)]:
             if number is None or _is_number(number):
                 details[f"{name}/{key}" if key else name] = number
@@ -164,7 +153,7 @@ def _parse_details(entry: Mapping[str, object], where: str) -> dict[str, int | f
 
 
 def _parse_rows(rows: object, where: str) -> dict[str, dict[str, object]]:
-    """Rows by index, which all have the same fields."""
+    """Checks that rows by index all have the same fields."""
     if not isinstance(rows, dict) or not rows:
         raise ValueError(f"{where}, {_ROWS}: expected rows by index, got {_kind(rows)}")
     parsed: dict[str, dict[str, object]] = {}
@@ -187,7 +176,7 @@ def _parse_rows(rows: object, where: str) -> dict[str, dict[str, object]]:
 
 
 def _parse_column(values: Mapping[str, object], where: str, metric: str, field: str) -> Column:
-    """The values of a field, by index, which are of one kind."""
+    """Makes a column of a field's values, by index, which must be of one kind."""
     present = [value for value in values.values() if value is not None or metric != NULLABLE]
     first = present[0] if present else None
     numbers: list = []
@@ -208,21 +197,21 @@ def _parse_column(values: Mapping[str, object], where: str, metric: str, field: 
                     f"{here}: {len(value)} wrong answers, but {wrong} in the first row; every "
                     "row needs the same number, at least one"
                 )
-            numbers.append([_number(inner, here) for inner in value])
+            numbers.append([_as_number(inner, here) for inner in value])
         else:
-            numbers.append(value if isinstance(value, str) else _number(value, here))
+            numbers.append(value if isinstance(value, str) else _as_number(value, here))
     if isinstance(first, str):
         return numbers
     array = np.array(numbers)
     return array if array.dtype == np.int64 else array.astype(np.float64)
 
 
-def _entries(log: Log, order: Sequence[str]) -> dict[str, object]:
-    """A log as JSON; the reasons stand where the first metric is missing."""
+def _make_entries(log: Log, order: Sequence[str]) -> dict[str, object]:
+    """A log as JSON; the reasons follow the first missing metric."""
     entries: dict[str, object] = {}
     for name in order:
         if name in log:
-            entries[name] = _entry(log, name)
+            entries[name] = _make_entry(log, name)
         elif name == _NULL_WHERE_MISSING:
             entries[name] = {"agg_value": None}
         if name in log.missing:
@@ -230,7 +219,7 @@ def _entries(log: Log, order: Sequence[str]) -> dict[str, object]:
     return entries
 
 
-def _entry(log: Log, name: str) -> dict[str, object]:
+def _make_entry(log: Log, name: str) -> dict[str, object]:
     metric = log.metrics[name]
     details: dict[str, object] = {}
     for key, value in metric.details.items():
@@ -241,7 +230,7 @@ def _entry(log: Log, name: str) -> dict[str, object]:
             grouped[inner] = value
         else:
             details[key] = value
-    sets = {part: _entry(log, f"{name}/{part}") for part in _SETS if f"{name}/{part}" in log}
+    sets = {part: _make_entry(log, f"{name}/{part}") for part in _SETS if f"{name}/{part}" in log}
     if sets:
         return {**sets, **details, "agg_value": metric.aggregate}
     entry: dict[str, object] = {"agg_value": metric.aggregate}
@@ -261,8 +250,8 @@ def _entry(log: Log, name: str) -> dict[str, object]:
     return entry | details
 
 
-def _number(value: object, where: str) -> int | float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+def _as_number(value: object, where: str) -> int | float:
+    if not _is_number(value):
         raise ValueError(f"{where}: expected a number, got {_kind(value)}")
     return value
 
@@ -280,4 +269,6 @@ def _read_json(path: pathlib.Path) -> object:
     try:
         return read_json(path)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is not there: name a {EVAL_NAME} or its folder") from None
+        raise FileNotFoundError(
+            f"{path} does not exist: name a {EVAL_NAME} or its folder"
+        ) from None

@@ -1,9 +1,8 @@
 """Results of an evaluation in columns: arrays by metric, aggregates, reasons for gaps.
 
 A `Log` holds what one setting scored. A metric that compares sets, as membership metrics do, has
-the columns of each set under a name of its own: `mia_loss/forget` and `mia_loss/holdout` beside
-`mia_loss`. Nothing here knows JSON, which is `log_files.py`'s, or how an aggregate is computed,
-which is `aggregates.py`'s.
+the columns of each set under its own name: `mia_loss/forget` and `mia_loss/holdout` beside
+`mia_loss`. `log_files.py` reads and writes JSON, and `aggregates.py` computes aggregates.
 """
 
 import dataclasses
@@ -35,10 +34,10 @@ SUMMARY_METRICS = (
     "model_utility",
     "privleak",
 )
-NULLABLE = "exact_memorization"  # rows without answer tokens have none: NaN in the column
+NULLABLE = "exact_memorization"  # NaN in the column for rows without answer tokens
 
 _LARGEST = 1e150  # so that its square is finite
-# By field, its numbers' range and what that is; float32 rounds beyond 1.
+# The range of each field, and its name in errors; float32 rounds beyond 1.
 _SHARE = (-1e-6, 1 + 1e-6, "a share between 0 and 1")
 _RANGES = dict.fromkeys(("prob", "rouge1_recall", "rougeL_f1", "rougeL_recall", "auc"), _SHARE)
 _RANGES["avg_loss"] = (-1e-6, _LARGEST, "a loss of at least 0")
@@ -46,7 +45,7 @@ _ANY = (-_LARGEST, _LARGEST, f"at most {_LARGEST:g}")
 
 
 class MissingMetricError(LookupError):
-    """A metric cannot be had from a log; the message is the reason."""
+    """A log does not give a metric; the message is the reason."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,8 +53,8 @@ class Metric:
     """One metric of a log.
 
     Attributes:
-        aggregate: The number that stands for it; None where there is none.
-        columns: Values by field, one for each row. NaN stands for a value that is missing.
+        aggregate: The headline number, or None.
+        columns: Values by field, one for each row. A missing value is NaN.
         index: The rows' numbers, ascending, `[rows]`; None takes 0, 1, 2 and so on.
         details: Other numbers by name. A slash groups them, as in `by_samples/4`.
     """
@@ -79,9 +78,9 @@ class Log:
     """The measurements of a model under one setting.
 
     Attributes:
-        metrics: The metrics by name, those of single sets as `metric/set`.
+        metrics: The metrics by name; a metric of a single set is named `metric/set`.
         missing: Why metrics are missing, by name.
-        computed: What `compute_once` remembers.
+        computed: The cache of `compute_once`.
     """
 
     metrics: Mapping[str, Metric] = dataclasses.field(default_factory=dict)
@@ -110,7 +109,7 @@ class Log:
 
     @property
     def aggregates(self) -> dict[str, int | float]:
-        """The aggregates that there are, by metric."""
+        """The aggregates by metric, without missing ones."""
         values = {name: self.aggregate(name) for name in self}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -134,24 +133,24 @@ def collect(
     makers: Mapping[str, Callable[[Log], Mapping[str, Metric]]],
     aggregate: Callable[[Log, str], float] | None = None,
 ) -> Log:
-    """Makes metrics one by one; one that cannot be made is noted with the reason.
+    """Makes metrics one by one, and notes the reason for each that is missing.
 
-    A maker takes the log so far, and gives the metric and those of its sets by name. `aggregate`
-    gives the aggregate of a metric from a log that holds its columns, where the maker gives none.
+    A maker maps the log so far to the metric and the metrics of its sets, by name. `aggregate`
+    computes an aggregate that the maker leaves open, from the log with the metric's columns.
     """
     metrics: dict[str, Metric] = {}
     missing: dict[str, str] = {}
     log = Log(metrics, missing)
     for name, make in makers.items():
-        made: Mapping[str, Metric] = {}
+        results: Mapping[str, Metric] = {}
         try:
-            made = make(log)
-            metrics |= made
+            results = make(log)
+            metrics |= results
             if aggregate is not None and metrics[name].aggregate is None:
                 metrics[name] = dataclasses.replace(metrics[name], aggregate=aggregate(log, name))
         except MissingMetricError as error:
-            for each in made:
-                del metrics[each]
+            for metric in results:
+                del metrics[metric]
             missing[name] = str(error)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
@@ -159,21 +158,21 @@ def collect(
 
 
 def summarize(log: Log) -> dict[str, int | float]:
-    """The headline aggregates of a log, those that are missing left out."""
+    """The headline aggregates of a log, without missing ones."""
     aggregates = log.aggregates
     return {name: aggregates[name] for name in SUMMARY_METRICS if name in aggregates}
 
 
 def missing_reasons(log: Log) -> dict[str, str]:
-    """Why metrics are missing, by metric; those that have come since are left out."""
+    """Why metrics are missing, by metric; metrics that were added later are left out."""
     return {name: why for name, why in log.missing.items() if log.aggregate(name) is None}
 
 
 def column(log: Log, metric: str, field: str) -> Float[np.ndarray, "rows *wrong"]:
     """One number (or one list of numbers) per row of a metric such as `mia_loss/holdout`.
 
-    It is float64, with NaN where a value is missing. A log without the metric or the field raises
-    a MissingMetricError, a column of texts a ValueError.
+    It is float64, with NaN for a missing value. A log without the metric or the field raises a
+    MissingMetricError, a column of texts a ValueError.
     """
     values = _values(log, metric, field)
     if isinstance(values, list):
@@ -198,7 +197,7 @@ def indices(log: Log, metric: str) -> Int[np.ndarray, " rows"]:
 
 
 def detail(log: Log, metric: str, name: str) -> int | float:
-    """A number beside a metric's aggregate, e.g. `samples`; a MissingMetricError if it lacks."""
+    """A number beside a metric's aggregate, e.g. `samples`; a MissingMetricError without it."""
     value = log[metric].details.get(name)
     if value is None:
         raise MissingMetricError(f"{metric} has no {name}")
@@ -206,12 +205,7 @@ def detail(log: Log, metric: str, name: str) -> int | float:
 
 
 def check_same_rows(log: Log, *metrics: str) -> None:
-    """Checks that metrics which are combined row by row are about the same rows.
-
-    Raises:
-        MissingMetricError: If the log lacks one of them.
-        ValueError: If their indices differ.
-    """
+    """Checks that metrics which are combined row by row have the same rows."""
     first = indices(log, metrics[0])
     for metric in metrics[1:]:
         if not np.array_equal(indices(log, metric), first):
@@ -246,7 +240,7 @@ def check_retain_log(log: Log, retain_log: Log) -> None:
         )
     try:
         answers, retain_answers = (
-            texts(of_model, "forget_Q_A_ROUGE", "ground_truth") for of_model in (log, retain_log)
+            texts(model_log, "forget_Q_A_ROUGE", "ground_truth") for model_log in (log, retain_log)
         )
     except MissingMetricError:
         return  # Without texts, equal indices are all that can be compared.
@@ -260,11 +254,7 @@ def check_retain_log(log: Log, retain_log: Log) -> None:
 
 
 def check_log(log: Log, name: str) -> None:
-    """Checks that all numbers of a log, by its name in errors, are finite and possible.
-
-    Raises:
-        ValueError: Naming the metric, row and field of a number that is not.
-    """
+    """Checks that all numbers of a log are finite and in range; errors begin with `name`."""
     for metric, measured in log.metrics.items():
         where = f"{name}: {metric.replace('/', ', ')}"
         numbers = {"agg_value": measured.aggregate, **measured.details}
@@ -288,8 +278,7 @@ def check_numbers(
 ) -> None:
     """Checks that numbers, `[rows]` or `[rows, wrong]`, are finite and in the range of their field.
 
-    Errors name the place, field and row. NaN, for a value that is missing, is allowed if
-    `nullable`.
+    Errors name the place, field and row. `nullable` allows NaN, for a missing value.
     """
     low, high, expected = _RANGES.get(field, _ANY)
     bad = ~((values >= low) & (values <= high))
@@ -303,8 +292,8 @@ def check_numbers(
         where = f"{where}, row {rows[first[0]]}, {field}"
     if not np.isfinite(value):
         raise ValueError(
-            f"{where} is {value}: the model that was evaluated gave it; such a log compares with "
-            "nothing"
+            f"{where} is {value}: the evaluated model gave it, and such a log cannot be compared; "
+            "evaluate again with a model whose numbers are finite"
         )
     if abs(value) > _LARGEST:
         expected = _ANY[2]

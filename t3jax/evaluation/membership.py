@@ -1,7 +1,7 @@
 """Membership inference on forget rows against holdout rows: scores, their AUC, and privleak.
 
-A low score means that the model was likely trained on the row. Definitions, arrays and axes are
-those of `metrics.py`.
+A low score means that the model was likely trained on the row. Arrays and axes are as in
+`metrics.py`.
 
 References:
     OpenUnlearning, arXiv 2506.12618.
@@ -33,9 +33,9 @@ def min_k_score(
 ) -> Float[np.ndarray, "rows"]:
     """Membership score `mia_min_k`: minus the mean of the lowest token log-probabilities, nats.
 
-    `mask` is true on answer tokens, the closing end-of-turn token left out. `fraction` is the share
-    of a row's tokens that is taken, at least one token. The score is high for text the model finds
-    unlikely; a row without answer tokens scores 0, as in the reference.
+    `mask` is true on answer tokens except the closing end-of-turn token. `fraction` is the share of
+    a row's tokens to average, at least one token. Unlikely text scores high; a row without answer
+    tokens scores 0, as in the reference.
 
     References:
         Min-K% Prob, arXiv 2310.16789.
@@ -58,8 +58,8 @@ def min_k_plus_plus_score(
 ) -> Float[np.ndarray, "rows"]:
     """Membership score `mia_min_k_plus_plus`: `min_k_score` of standardised log-probabilities.
 
-    `mean` and `variance` are those of the log-probability under the model's own next-token
-    distribution; the variance is taken to be at least 1e-6.
+    `mean` and `variance` are moments of the log-probability under the model's own next-token
+    distribution; a variance below 1e-6 counts as 1e-6.
 
     References:
         Min-K%++, arXiv 2404.02936.
@@ -75,9 +75,9 @@ def min_k_plus_plus_score(
 def membership_auc(
     forget_scores: Float[AnyArray, "forget"], holdout_scores: Float[AnyArray, "holdout"]
 ) -> float:
-    """ROC-AUC of telling held-out rows (label 1) from forget rows (label 0) by a score.
+    """ROC-AUC of a score as a classifier of holdout rows (label 1) and forget rows (label 0).
 
-    0.5 is chance; it is 1 when the forget rows all score lower.
+    0.5 is chance; it is 1 if all forget rows score lower.
     """
     forget_scores = finite("forget_scores", forget_scores)
     holdout_scores = finite("holdout_scores", holdout_scores)
@@ -93,7 +93,7 @@ def membership_auc(
 
 
 def privleak(auc: float, retain_auc: float = 0.5) -> float:
-    """Distance of membership inference from that on the retain model, in percent.
+    """How far membership inference is from its success on the retain model, in percent.
 
     `100 · ((1 - auc) - (1 - retain_auc)) / ((1 - retain_auc) + 1e-10)` of the AUC of `mia_min_k`: 0
     is ideal, below 0 under-unlearned, above 0 over-unlearned. Without a retain model its AUC is

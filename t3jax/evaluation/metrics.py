@@ -2,10 +2,10 @@
 
 Axes: `rows` examples, `wrong` wrong answers of an example, `tokens` answer tokens. Arrays may be
 numpy's or JAX's; everything is computed on the host in float64, since p-values and ratios here
-span hundreds of orders of magnitude. A value that is not finite, and inputs of unequal numbers of
-rows or of none, raise a ValueError. An aggregate of one metric is, unless a function here says
-otherwise, the mean over its rows; `aggregates.py` says which per-example values make which.
-Membership scores are in `membership.py`. This module runs no model and reads no file.
+span hundreds of orders of magnitude. Values that are not finite, no rows, and unequal numbers of
+rows raise a ValueError. The aggregate of a metric is the mean over its rows, unless a function here
+says otherwise; `aggregates.py` computes it. Membership scores are in `membership.py`. This module
+runs no model and reads no file.
 
 References:
     TOFU, arXiv 2401.06121; OpenUnlearning, arXiv 2506.12618.
@@ -17,7 +17,6 @@ import math
 import types
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import scipy  # opens `stats`, which takes most of a second to import, when it is used
@@ -37,7 +36,7 @@ def probability(avg_loss: Float[AnyArray, "*shape"]) -> Float[np.ndarray, "*shap
 def normalised_probability(
     prob: Float[AnyArray, "rows"], wrong_prob: Float[AnyArray, "rows wrong"]
 ) -> Float[np.ndarray, "rows"]:
-    """Share of the right answer among all those offered, `p / (p + sum of wrong p + 1e-10)`."""
+    """Share of the right answer in all answers' probability, `p / (p + sum of wrong p + 1e-10)`."""
     prob = finite("prob", prob)
     return prob / (prob + finite("wrong_prob", wrong_prob).sum(axis=1) + EPS)
 
@@ -45,7 +44,7 @@ def normalised_probability(
 def truth_ratio(
     true_loss: Float[AnyArray, "rows"], wrong_loss: Float[AnyArray, "rows wrong"]
 ) -> Float[np.ndarray, "rows"]:
-    """How likely wrong answers are next to the true one: 0 if it is known, 1 if it is guessed.
+    """The probability of wrong answers over the true one's: 0 if it is known, 1 if it is guessed.
 
     `exp(-mean_j wrong_loss_j) / (exp(-true_loss) + 1e-10)`, of avg_loss. The true answer is the
     paraphrased one for forget and retain rows, the answer itself for real authors and world facts.
@@ -85,15 +84,11 @@ class ForgetQuality:
 def forget_quality(
     ratio: Float[AnyArray, "rows"], retain_ratio: Float[AnyArray, "retain_rows"]
 ) -> ForgetQuality:
-    """Tests whether the truth ratios of forget rows look like those of the retain model.
-
-    References:
-        TOFU, arXiv 2401.06121, forget quality.
-    """
+    """Tests whether the truth ratios of forget rows are distributed as the retain model's."""
     ratio, retain_ratio = finite("ratio", ratio), finite("retain_ratio", retain_ratio)
     critical = critical_statistic(len(ratio), len(retain_ratio))
     with warnings.catch_warnings():
-        # With large samples the exact p-value may overflow; scipy's asymptotic one then stands in.
+        # With large samples the exact p-value may overflow; scipy then takes the asymptotic one.
         warnings.filterwarnings(
             "ignore", "ks_2samp: Exact calculation unsuccessful", RuntimeWarning
         )
@@ -132,8 +127,7 @@ def exact_memorization(
 ) -> Float[np.ndarray, "rows"]:
     """Share of answer tokens that are the teacher-forced argmax.
 
-    NaN where a row has no answer token, which the reference leaves out of the mean and which a log
-    holds as null.
+    A row without answer tokens is NaN; the reference leaves it out of the mean, and logs hold null.
     """
     correct, mask = np.asarray(correct), np.asarray(mask)
     tokens = mask.sum(axis=1)
@@ -186,8 +180,8 @@ def rouge_scores(
 
 
 @functools.cache
-def _stemming_tokenizer() -> Any:
-    """rouge-score's tokenizer, which stems each word but once: most of the time went there."""
+def _stemming_tokenizer() -> types.SimpleNamespace:
+    """rouge-score's tokenizer with a cache of stems, since stemming takes most of the time."""
     from nltk.stem.porter import PorterStemmer
     from rouge_score.tokenize import tokenize
 
@@ -197,13 +191,7 @@ def _stemming_tokenizer() -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """A statistic with its bootstrap confidence interval.
-
-    Attributes:
-        estimate: The statistic of the sample itself.
-        low: Lower end.
-        high: Upper end.
-    """
+    """A statistic of a sample, and the ends of its confidence interval."""
 
     estimate: float
     low: float
@@ -217,10 +205,10 @@ def bootstrap_interval(
     level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Percentile bootstrap: rows are drawn with replacement, within each sample on its own.
+    """Percentile bootstrap: rows are drawn with replacement, separately within each sample.
 
-    Values that belong to the same rows go into one sample as columns, `[rows, columns]`, and are
-    then drawn together. An AUC takes two samples (forget, holdout); model utility takes three
+    Values of the same rows are the columns of one sample, `[rows, columns]`, and are drawn
+    together. An AUC takes two samples (forget, holdout); model utility takes three
     (retain, real authors, world facts), each `[rows, 3]`. `statistic` maps arrays shaped like the
     samples to a number.
 
@@ -236,11 +224,11 @@ def bootstrap_interval(
     if not arrays or any(array.ndim == 0 or len(array) == 0 for array in arrays):
         raise ValueError("the bootstrap needs at least one sample, and rows in each")
     rng = np.random.default_rng(seed)
-    drawn = [
+    estimates = [
         statistic(*(array[rng.integers(len(array), size=len(array))] for array in arrays))
         for _ in range(resamples)
     ]
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(estimates, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(statistic(*arrays)), float(low), float(high))
 
 
@@ -253,8 +241,8 @@ def bootstrap_difference(
 ) -> Interval:
     """Paired bootstrap of `mean(first) - mean(second)` over the same rows.
 
-    The cases that both models find easy or hard cancel, so the interval is narrower than that of
-    two independent samples.
+    Rows that both models find easy or hard cancel, so the interval is narrower than for two
+    independent samples.
     """
     return bootstrap_interval(
         lambda pairs: float(np.mean(pairs[:, 0]) - np.mean(pairs[:, 1])),
@@ -265,13 +253,13 @@ def bootstrap_difference(
 
 
 def finite(name: str, values: AnyArray) -> np.ndarray:
-    """`values` as float64 on the host, or a ValueError that says where they are not finite."""
+    """Converts values to float64 on the host; a ValueError says where they are not finite."""
     array = np.asarray(values, np.float64)
     bad = np.argwhere(~np.isfinite(array))
     if len(bad):
         where = tuple(int(i) for i in bad[0])
         raise ValueError(
             f"{name} holds {len(bad)} values that are not finite, the first is {array[where]} "
-            f"at index {where}: the model or the log that they came from is broken"
+            f"at index {where}: the model or the log that gave them is broken"
         )
     return array

@@ -1,7 +1,7 @@
 """Question sets with all their answers, loaded and encoded.
 
-Sets go by the prefixes of their metrics: forget, retain, ra (real authors), wf (world facts);
-holdout is for membership inference.
+Sets are named by the prefixes of their metrics: forget, retain, ra (real authors), wf (world
+facts); holdout is for membership inference.
 """
 
 import dataclasses
@@ -35,10 +35,10 @@ class QuestionSet:
     Attributes:
         name: A key of `SETS`.
         answers: Each question with its right answer.
-        paraphrased: Each question with the reworded right answer; None where the set has none.
+        paraphrased: Each question with the paraphrased right answer; None where the set has none.
         wrong: For each j, each question with its j-th wrong answer; empty where there are none.
-        reworded: Each reworded question with the right answer; None where the set has none.
-        questions: The questions.
+        reworded: Each paraphrased question with the right answer; None where the set has none.
+        questions: The questions as text.
         inputs: The prompts as text, special tokens left out.
         answer_texts: The right answers as text, as the tokenizer gives their tokens back.
     """
@@ -59,17 +59,17 @@ class QuestionSet:
 
     @property
     def ground_truths(self) -> list[str]:
-        """The right answers that generated ones are compared with."""
+        """The right answers, stripped, to compare generated ones with."""
         return [text.strip() for text in self.answer_texts]
 
     @property
     def prompts(self) -> list[np.ndarray]:
-        """Token ids of each question, up to where the answer begins."""
+        """Token ids of each prompt."""
         return prompts(self.answers)
 
     @property
     def texts(self) -> list[Example]:
-        """All that the teacher-forced metrics need: answers, paraphrased answers, wrong answers."""
+        """The texts of the teacher-forced metrics: answers, paraphrased answers, wrong answers."""
         return [*self.answers, *(self.paraphrased or []), *itertools.chain(*self.wrong)]
 
 
@@ -79,7 +79,7 @@ def prompts(examples: Sequence[Example]) -> list[np.ndarray]:
 
 
 def append_answers(asked: Sequence[np.ndarray], samples: Sequence[Sample]) -> list[Example]:
-    """Prompts, each followed by the tokens of a model's answer to it."""
+    """Appends to each prompt the tokens of a model's answer to it."""
     return [
         Example(np.concatenate([prompt, np.asarray(sample.tokens, np.int32)]), len(prompt))
         for prompt, sample in zip(asked, samples, strict=True)
@@ -98,11 +98,8 @@ def load_sets(
 
     Sources are by key of `SETS`: "tofu:SPLIT" or a file of question-answer rows, as for
     `load_dataset`; None leaves the set out. `max_length` counts the tokens of a text. `max_rows` of
-    each set are taken, evenly spread over it; None takes all.
-
-    Raises:
-        FileNotFoundError: A file does not exist.
-        ValueError: A broken file, or rows as in `encode_set`.
+    each set are taken, evenly spread over it; None takes all. Errors are those of `load_dataset`
+    and `encode_set`.
     """
     sets = {}
     for name, source in sources.items():
@@ -128,16 +125,18 @@ def encode_set(
     """
     if name not in SETS:
         raise ValueError(f"unknown set {name!r}; expected one of {sorted(SETS)}")
+    if not records:
+        raise ValueError(f"the {SETS[name]} set has no rows; give at least one, or leave it out")
     for number, record in enumerate(records, start=1):
         if "text" in record:
             raise ValueError(f"{SETS[name]} row {number}: expected a question and an answer")
 
-    def encode(what: str, questions: Sequence[str], answers: Sequence[str]) -> list[Example]:
+    def encode(kind: str, questions: Sequence[str], answers: Sequence[str]) -> list[Example]:
         rows = [{"question": q, "answer": a} for q, a in zip(questions, answers, strict=True)]
         try:
             return encode_records(tokenizer, rows, prompt_format, max_length)
         except ValueError as error:
-            raise ValueError(f"{SETS[name]} set, {what}: {error}") from error
+            raise ValueError(f"{SETS[name]} set, {kind}: {error}") from error
 
     questions = [record["question"] for record in records]
     answers = [record["answer"] for record in records]
@@ -145,10 +144,15 @@ def encode_set(
     reworded = _field(name, records, "paraphrased_question")
     wrong = _field(name, records, "perturbed_answer") or [[] for _ in records]
     for number, offered in enumerate(wrong, start=1):
-        if isinstance(offered, str) or len(offered) != len(wrong[0]):
+        if not isinstance(offered, list | tuple):
+            raise ValueError(
+                f"{SETS[name]} row {number}: perturbed_answer must be a list of wrong answers, got "
+                f"{offered!r:.80}"
+            )
+        if len(offered) != len(wrong[0]):
             raise ValueError(
                 f"{SETS[name]} row {number} has {len(offered)} wrong answers, row 1 has "
-                f"{len(wrong[0])}: perturbed_answer must be a list of equally many in every row"
+                f"{len(wrong[0])}: give equally many in every row"
             )
     encoded = encode("answers", questions, answers)
     return QuestionSet(

@@ -1,9 +1,9 @@
 """Recall of the right answer in a generated one, in any script.
 
-ROUGE's tokenizer knows ASCII letters and digits alone. A Chinese or Russian answer has no tokens
-for it and scores 0, recited or not. Here text that ROUGE cannot read is cut into words and
-characters by what Unicode says of each character; text that it can read keeps TOFU's value. There
-is no dictionary. There is no stemming beyond ASCII: another ending is another word.
+ROUGE's tokenizer reads ASCII letters and digits alone. A Chinese or Russian answer has no tokens
+there and scores 0, recited or not. Here text that ROUGE cannot read is cut into words and
+characters by their Unicode categories; text that it can read keeps TOFU's value. There is no
+dictionary. There is no stemming beyond ASCII: another ending is another word.
 """
 
 import functools
@@ -35,7 +35,7 @@ _UNSPACED = (
     (0x31F0, 0x31FF),
     (0x1AFF0, 0x1B16F),
 )
-# What may be written or left out without another meaning: first and last code point.
+# Optional marks, which do not change a word's meaning: first and last code point.
 _OPTIONAL = (
     (0x0610, 0x061A),  # Arabic: signs, tatweel, vowels
     (0x0640, 0x0640),
@@ -55,14 +55,14 @@ _IGNORED, _SEPARATOR, _MARK, _LETTER, _SINGLE = range(5)
 def leak_recall(
     ground_truths: Sequence[str], generations: Sequence[str]
 ) -> Float[np.ndarray, "rows"]:
-    """Share of the right answer that stands in the generated one, in its order, in [0, 1].
+    """Share of the right answer that the generated one contains, in order, in [0, 1].
 
     Where all letters and digits of the ground truth are ASCII, or become so under NFKC, it is
     ROUGE-L recall, see `metrics.rouge_scores`. Elsewhere it is the longest common subsequence of
     the two answers' tokens over the number of tokens of the ground truth. Tokens are words of
-    letters, marks and digits, and single characters in scripts without spaces, of text under NFKC
-    and case folding. A ground truth without either, such as emoji, is compared by its characters.
-    An empty answer scores 0.
+    letters, marks and digits, and single characters in scripts without spaces, after NFKC and case
+    folding. A ground truth without such tokens, such as emoji, is compared by its characters. An
+    empty answer scores 0.
 
     References:
         ROUGE-L: Lin 2004, ACL W04-1013.
@@ -83,7 +83,7 @@ def leak_recall(
             rouge_rows.append(row)
             rouge_pairs.append(pair)
         else:
-            recall[row] = _unicode_recall(truth, generation)
+            recall[row] = _compute_recall(truth, generation)
     if rouge_rows:
         recall[rouge_rows] = rouge_scores(*zip(*rouge_pairs, strict=True))["rougeL_recall"]
     return recall
@@ -97,15 +97,15 @@ def _rouge_reads(text: str) -> bool:
     return beyond == {_SEPARATOR} and any(char.isascii() and char.isalnum() for char in text)
 
 
-def _unicode_recall(truth: str, generation: str) -> float:
+def _compute_recall(truth: str, generation: str) -> float:
     """The share of the truth's tokens in the longest common subsequence."""
-    tokens, others = _tokens(truth), _tokens(generation)
-    if not tokens:
-        tokens, others = _characters(truth), _characters(generation)
-    return _common_length(tokens, others) / len(tokens) if tokens else 0.0
+    expected, answered = _tokenize(truth), _tokenize(generation)
+    if not expected:
+        expected, answered = _split_characters(truth), _split_characters(generation)
+    return _common_length(expected, answered) / len(expected) if expected else 0.0
 
 
-def _tokens(text: str) -> list[str]:
+def _tokenize(text: str) -> list[str]:
     """Words, and single characters of scripts without spaces; marks stay with their letter."""
     tokens: list[str] = []
     last = _SEPARATOR
@@ -125,20 +125,20 @@ def _tokens(text: str) -> list[str]:
     return tokens
 
 
-def _characters(text: str) -> list[str]:
-    """All characters that are seen."""
+def _split_characters(text: str) -> list[str]:
+    """All visible characters."""
     return [char for char in _fold(text) if _kind(char) != _IGNORED and not char.isspace()]
 
 
 def _fold(text: str) -> str:
-    """NFKC and case folding, and digits of every script as those of ASCII."""
+    """Applies NFKC and case folding, and maps digits of every script to ASCII."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     # Case folding may decompose a letter.
-    return "".join(map(_digit, unicodedata.normalize("NFKC", folded)))
+    return "".join(map(_fold_digit, unicodedata.normalize("NFKC", folded)))
 
 
 @functools.cache
-def _digit(char: str) -> str:
+def _fold_digit(char: str) -> str:
     value = unicodedata.decimal(char, None)
     return char if value is None else str(value)
 
@@ -151,7 +151,7 @@ def _kind(char: str) -> int:
         return _IGNORED
     if category[0] == "M":
         return _MARK
-    # To an older Python the newest Han characters are unassigned ("Cn").
+    # An older Python has the newest Han characters as unassigned ("Cn").
     unspaced = _within(char, _UNSPACED)
     if category[0] in "LN" or (unspaced and category == "Cn"):
         return _SINGLE if unspaced else _LETTER

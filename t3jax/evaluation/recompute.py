@@ -1,4 +1,4 @@
-"""The check of a TOFU log: every number beside what its per-example values give.
+"""The check of a TOFU log: stored numbers beside those recomputed from per-example values.
 
 `evaluate.py --recompute LOG` prints it.
 """
@@ -24,11 +24,11 @@ class Comparison:
     """A stored number beside the recomputed one.
 
     Attributes:
-        name: The metric, and which of its numbers.
-        stored: What the log holds; None if null.
-        recomputed: What per-example values give; None if they do not determine it.
+        name: The metric, and the part of it.
+        stored: The number in the log; None if null.
+        recomputed: The number from per-example values; None if they do not determine it.
         note: Why it could not be recomputed, or how it was; may be empty.
-        tolerance: The largest relative difference that is no difference.
+        tolerance: The largest relative difference of numbers that count as the same.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Comparison:
 
     @property
     def relative_difference(self) -> float | None:
-        """The difference relative to the larger of the two; None if there are not two."""
+        """The difference relative to the larger number; None if either is missing."""
         if self.stored is None or self.recomputed is None:
             return None
         if self.stored == self.recomputed:
@@ -49,13 +49,13 @@ class Comparison:
 
     @property
     def differs(self) -> bool:
-        """Whether the two numbers are there and disagree."""
+        """Whether both numbers are known and disagree."""
         difference = self.relative_difference
         return difference is not None and difference > self.tolerance
 
 
 def recompute(log: Log, retain_log: Log | None = None) -> list[Comparison]:
-    """Recomputes every aggregate of a log, and every per-example value that others determine."""
+    """Recomputes all aggregates of a log, and per-example values that follow from others."""
     if retain_log is not None:
         # A retain log of other rows is an error; missing truth ratios are reported by metric.
         with contextlib.suppress(MissingMetricError):
@@ -82,21 +82,18 @@ def compare_summary(log: Log, summary: Mapping[str, int | float]) -> list[Compar
 
 
 def compare_files(path: pathlib.Path, retain_path: pathlib.Path | None = None) -> tuple[str, bool]:
-    """Compares a log, and the summary beside it if there is one, with what its rows give.
+    """Compares a log, and the summary beside it if there is one, with the recomputed numbers.
 
-    The comparison is returned as text, and whether any number differs.
-
-    Raises:
-        FileNotFoundError: If a log is not there.
-        ValueError: If a log is broken, or the retain log is of other rows.
+    Returns the comparison as text, and whether any number differs. A broken log, or a retain log of
+    other rows, raises a ValueError.
     """
     log = log_files.read_log(path)
     retain_log = None if retain_path is None else log_files.read_log(retain_path)
     try:
         comparisons = recompute(log, retain_log)
     except ValueError as error:
-        beside = "" if retain_path is None else f", compared with {retain_path}"
-        raise ValueError(f"{path}{beside}: {error}") from error
+        against = "" if retain_path is None else f", compared with {retain_path}"
+        raise ValueError(f"{path}{against}: {error}") from error
     summary_path = (path if path.is_dir() else path.parent) / log_files.SUMMARY_NAME
     if summary_path.exists():
         comparisons += compare_summary(log, log_files.read_summary(summary_path))
@@ -111,24 +108,24 @@ def compare_files(path: pathlib.Path, retain_path: pathlib.Path | None = None) -
 
 
 def format_comparisons(comparisons: Sequence[Comparison]) -> str:
-    """The comparisons as text, one per line, and a count of how they came out."""
+    """The comparisons as text, one per line, and the number of each outcome."""
 
     def show(value: int | float | None) -> str:
         return "-" if value is None else repr(float(value))
 
     lines = [("metric", "stored", "recomputed", "difference", "")]
-    for compared in comparisons:
-        difference = compared.relative_difference
-        verdict = "" if difference is None else ("DIFFERS" if compared.differs else "same")
-        if compared.recomputed is None:
+    for comparison in comparisons:
+        difference = comparison.relative_difference
+        verdict = "" if difference is None else ("DIFFERS" if comparison.differs else "same")
+        if comparison.recomputed is None:
             verdict = "not recomputed"
         lines.append(
             (
-                compared.name,
-                show(compared.stored),
-                show(compared.recomputed),
+                comparison.name,
+                show(comparison.stored),
+                show(comparison.recomputed),
                 "-" if difference is None else f"{difference:.1e}",
-                ": ".join(part for part in (verdict, compared.note) if part),
+                ": ".join(part for part in (verdict, comparison.note) if part),
             )
         )
     widths = [max(len(line[i]) for line in lines) for i in range(4)]
@@ -137,9 +134,9 @@ def format_comparisons(comparisons: Sequence[Comparison]) -> str:
         f"{difference:>{widths[3]}}  {verdict}".rstrip()
         for name, stored, recomputed, difference, verdict in lines
     ]
-    differing = sum(compared.differs for compared in comparisons)
-    unknown = sum(compared.recomputed is None for compared in comparisons)
-    same = sum(compared.relative_difference is not None for compared in comparisons) - differing
+    differing = sum(comparison.differs for comparison in comparisons)
+    unknown = sum(comparison.recomputed is None for comparison in comparisons)
+    same = sum(comparison.relative_difference is not None for comparison in comparisons) - differing
     return "\n".join([*text, f"{same} same, {differing} differ, {unknown} not recomputed"])
 
 
@@ -158,11 +155,11 @@ def _compare_aggregate(log: Log, metric: str, retain_log: Log | None) -> Compari
 
 
 def _compare_parts(log: Log, metric: str) -> Iterator[Comparison]:
-    """The numbers of a membership metric beside its aggregate."""
+    """Compares the numbers of a membership metric other than its aggregate."""
     if "auc" in log[metric].details:
-        compared = _compare_aggregate(log, metric, None)
+        comparison = _compare_aggregate(log, metric, None)
         stored = log[metric].details["auc"]
-        yield dataclasses.replace(compared, name=f"{metric}, auc", stored=stored)
+        yield dataclasses.replace(comparison, name=f"{metric}, auc", stored=stored)
     for part in ("forget", "holdout"):
         name = f"{metric}/{part}"
         if name in log and log[name].columns:
@@ -171,7 +168,7 @@ def _compare_parts(log: Log, metric: str) -> Iterator[Comparison]:
 
 
 def _compare_rows(log: Log, metric: str) -> Iterator[Comparison]:
-    """Per-example values that other per-example values of the log determine."""
+    """Compares per-example values that follow from other per-example values of the log."""
     try:
         if metric in TRUTH_RATIOS:
             logs.check_same_rows(log, metric, TRUE_ANSWER[TRUTH_RATIOS[metric]])

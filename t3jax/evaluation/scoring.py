@@ -1,15 +1,15 @@
 """Scores of given texts under many settings of the method, from one forward pass each.
 
-For every answer token and every setting: its log-probability, whether it is the likeliest token,
-the head's score, and where they are asked for, the mean and variance of the log-probability under
-the distribution. That is all that the teacher-forced metrics need. The vocabulary is only ever
-formed for a chunk of answer positions at a time, on the device.
+The scores of an answer token under a setting are all that the teacher-forced metrics need: its
+log-probability, whether it is the likeliest token, the head's score and, on request, the mean and
+variance of the log-probability under the distribution. Arrays over the vocabulary exist for one
+chunk of answer positions at a time, on the device.
 
 Axes: B batch, T time, C answer positions of a chunk, D features, V vocabulary, K settings of a
 head, N answer tokens of all texts.
 
 References:
-    Temper-Then-Tilt, arXiv 2602.10217; Min-K%++, arXiv 2404.02936 (mean and variance).
+    Temper-Then-Tilt, arXiv 2602.10217; Min-K%++, arXiv 2404.02936, equation 3 (mean, variance).
 """
 
 import dataclasses
@@ -42,11 +42,12 @@ class TextScores:
     Attributes:
         starts: Text i owns the tokens `starts[i]:starts[i + 1]`, int64 `[texts + 1]`.
         logprobs: Log-probability of each answer token, nats, float32 `[N]`.
-        correct: Whether it is the likeliest token; of equals, the first, `[N]`.
+        correct: Whether it is the likeliest token (the first of equally likely ones), `[N]`.
         retain_scores: The logit of "retain" of the head, or of several combined, prior shift
             included, float32 `[N]`; None without a head.
-        mean: Mean over the vocabulary of log p(v) under p, nats, float32 `[N]`; None unless asked.
-        variance: Its variance, float32 `[N]`; None unless asked.
+        mean: Mean over the vocabulary of log p(v) under p, nats, float32 `[N]`; None if not
+            requested.
+        variance: Its variance, float32 `[N]`; None if not requested.
     """
 
     starts: np.ndarray
@@ -93,7 +94,7 @@ class TextScores:
         return dataclasses.replace(self, starts=self.starts[start : stop + 1] - tokens.start, **cut)
 
     def mask_without_last(self) -> Bool[np.ndarray, "texts tokens"]:
-        """True on answer tokens but each text's last, the closing token of an encoded answer."""
+        """True on answer tokens except each text's last, the closing token of an answer."""
         widest = int(self.num_tokens.max())
         return np.arange(widest) < (self.num_tokens - 1)[:, None]
 
@@ -105,7 +106,7 @@ class TextScores:
 
 
 class _Scores(NamedTuple):
-    """The fields of `TextScores` for a chunk, `[K, C]`, all settings of all groups in turn."""
+    """The fields of `TextScores` for a chunk, `[K, C]`; settings in the order of the groups."""
 
     logprobs: Array
     correct: Array
@@ -115,7 +116,7 @@ class _Scores(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """The static part of settings that differ in T and s alone; a head is its place and shape."""
+    """The static part of settings that differ in T and s alone; heads by index and shape."""
 
     heads: tuple[tuple[int, HeadConfig], ...]
     refinements: Refinements
@@ -158,15 +159,15 @@ def score_texts(
     Settings refer to the heads by index. `reference_mask` masks attention as the reference
     evaluator does: wherever a token equals the padding token, which is mostly the end-of-turn
     token, prompts included; positions count masked tokens. Published numbers have this quirk.
-    `moments` adds mean and variance, which Min-K%++ needs; they cost as much again as the rest.
-    `tokens_per_batch` counts the tokens of one forward pass, padding included; None: by the device.
-    The result is in the order of the settings, and texts are in the order given.
+    `moments` adds mean and variance, which Min-K%++ needs, at twice the cost. `tokens_per_batch`
+    counts the tokens of one forward pass, padding included; None: by the device. The result is in
+    the order of the settings.
 
     Raises:
         ValueError: If there are no examples or settings, a text is longer than the model's context
-            or has no answer, or a setting's head is not there or does not fit the model.
+            or has no answer, or a setting's head does not exist or does not fit the model.
     """
-    starts = _answer_starts(lm, examples, settings, heads)
+    starts = _find_starts(lm, examples, settings, heads)
     order, groups, grouped = _group(lm, settings, heads)
     collected = {
         name: np.zeros((len(settings), starts[-1]), bool if name == "correct" else np.float32)
@@ -182,9 +183,9 @@ def score_texts(
         hidden, pooled = _read(lm.apply, lm.params, tokens, positions, mask)
         chunks = []
         size = batching.round_up(POSITIONS_PER_CHUNK, sharding.row_shards(lm.mesh))
-        places, targets = _answer_places(examples, batch, tokens.shape[1], size)
+        places, targets = _find_places(examples, batch, tokens.shape[1], size)
         for place, target in zip(places, targets, strict=True):
-            states, features = _take(lm.mesh, hidden, pooled, place)
+            states, features = _gather_rows(lm.mesh, hidden, pooled, place)
             chunks.append(
                 _score(lm.unembed, groups, moments, lm.params, grouped, states, features, target)
             )
@@ -207,10 +208,10 @@ def score_texts(
     return results
 
 
-def _answer_starts(
+def _find_starts(
     lm: LM, examples: Sequence[Example], settings: Sequence[Setting], heads: Sequence[Head]
 ) -> np.ndarray:
-    """Checks texts and settings; gives where each text's answer tokens begin, `[texts + 1]`."""
+    """Checks texts and settings; gives the `starts` of `TextScores`."""
     batching.check_examples(lm, examples)
     if not settings:
         raise ValueError("no settings to score under; name at least one")
@@ -235,7 +236,7 @@ def padding_id(lm: LM) -> int:
 def _group(
     lm: LM, settings: Sequence[Setting], heads: Sequence[Head]
 ) -> tuple[list[int], tuple[_Group, ...], _Grouped]:
-    """Settings by group: their indices in turn, the groups, and what they serve."""
+    """Groups settings; gives their indices in the order of the groups, and both parts of these."""
     used = sorted({index for setting in settings for index in setting.heads})
     served = []
     for index in used:
@@ -259,10 +260,10 @@ def _group(
     return order, tuple(groups), _Grouped(tuple(served), tuple(knobs))
 
 
-def _answer_places(
+def _find_places(
     examples: Sequence[Example], batch: list[int], length: int, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Chunks of answer tokens, and of their places in the flattened batch: one token before."""
+    """Chunks of answer tokens, and of the places before them in the flattened batch."""
     places = np.concatenate(
         [
             np.arange(examples[i].answer_start - 1, len(examples[i].tokens) - 1) + row * length
@@ -270,7 +271,7 @@ def _answer_places(
         ]
     )
     targets = np.concatenate([examples[i].tokens[examples[i].answer_start :] for i in batch])
-    # The padding of the last chunk is scored and thrown away.
+    # The padding of the last chunk is scored and discarded.
     rest = -len(places) % size
     places, targets = (np.pad(x.astype(np.int32), (0, rest)) for x in (places, targets))
     return places.reshape(-1, size), targets.reshape(-1, size)
@@ -290,8 +291,8 @@ def _read(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _take(mesh: Mesh, hidden: Array, pooled: Array, places: Array) -> tuple[Array, Array]:
-    """The rows of a chunk, `[C, D]` each; apart, so that `_score` is compiled once."""
+def _gather_rows(mesh: Mesh, hidden: Array, pooled: Array, places: Array) -> tuple[Array, Array]:
+    """Gathers the rows of a chunk, `[C, D]` each; a jit of its own, to compile `_score` once."""
 
     def take(x: Array) -> Array:
         rows = jnp.take(x.reshape(-1, x.shape[-1]), places, axis=0)
@@ -321,7 +322,7 @@ def _score(
             )
             of_targets = jnp.zeros(targets.shape, jnp.float32)
         else:
-            scores, of_targets = _retain_scores(group, grouped.heads, pooled, hidden, targets)
+            scores, of_targets = _score_heads(group, grouped.heads, pooled, hidden, targets)
             statistics = jax.lax.map(
                 lambda k, scores=scores, group=group: token_statistics(
                     refined_logits(
@@ -338,7 +339,7 @@ def _score(
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)
 
 
-def _retain_scores(
+def _score_heads(
     group: _Group, served: tuple[_Served, ...], pooled: Array, hidden: Array, targets: Array
 ) -> tuple[Array, Array]:
     """The heads' combined scores of all tokens as the next one, `[C, V]`, and of the targets."""
@@ -359,14 +360,11 @@ def token_statistics(
 ) -> tuple[
     Float[Array, " C"], Bool[Array, " C"], Float[Array, " C"] | None, Float[Array, " C"] | None
 ]:
-    """The statistics of next-token distributions that metrics need, in two passes over V.
+    """Statistics of next-token distributions, in two passes over V.
 
     They are the log-probability of the target, whether it is the (first) argmax, and mean and
     variance of log p(v) under p (None unless `moments`), `[C]` each, in nats. A logit of -inf bans
     a token.
-
-    References:
-        Min-K%++, arXiv 2404.02936, equation 3.
     """
     peak = jnp.max(logits, axis=-1, keepdims=True)
     shifted = logits - peak
@@ -381,7 +379,7 @@ def token_statistics(
     correct = (of_target == peak)[:, 0] & (before < peak[:, 0])
     if not moments:
         return logprob, correct, None, None
-    # The shift leaves the variance as it is, and the difference below loses fewer digits.
+    # The shift does not change the variance, and the difference below loses fewer digits.
     shifted = jnp.where(weights > 0, shifted, 0.0)
     first = jnp.sum(weights * shifted, axis=-1) / total
     second = jnp.sum(weights * shifted * shifted, axis=-1) / total

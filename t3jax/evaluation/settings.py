@@ -16,13 +16,13 @@ from t3jax.refinements import PLAIN, Refinements
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A distribution to score or to sample from: T and s of the method and the heads that tilt.
+    """A distribution to score or to sample from: T, s and the heads that tilt.
 
     Attributes:
         name: For tables, files and folders.
         base_temperature: T.
         guidance_scale: s.
-        heads: Indices among the heads at hand, served together; without one s must be 0.
+        heads: Indices of heads that are served together; without any s must be 0.
         refinements: Extensions of the method; they need a head.
     """
 
@@ -66,10 +66,10 @@ def tilt_only(setting: Setting) -> Setting:
 def make_setting(
     heads: tuple[int, ...], temperature: int | float, scale: int | float, refinements: Refinements
 ) -> Setting:
-    """A setting with its name, without what changes nothing.
+    """A setting with its name, without options that have no effect.
 
     Left out are a gate at T = 1, protection at s = 0, the product of one head, and heads that
-    neither tilt nor gate. The name says heads, T, s and what is on: `head0-T2.5-s1`,
+    neither tilt nor gate. The name lists heads, T, s and refinements: `head0-T2.5-s1`,
     `head0+1-T2.5-s1-gated`. T = 1 without a tilt is the base model.
     """
     refinements = dataclasses.replace(
@@ -102,14 +102,12 @@ def settings_grid(
     refinements: Sequence[Refinements] = (PLAIN,),
     groups: Sequence[tuple[int, ...]] | None = None,
 ) -> list[Setting]:
-    """The base model, every head at every (T, s), and what each (T, s) must be compared with.
+    """The base model, every head at every (T, s), and the controls of each (T, s).
 
-    Without temperatures or scales each head's own are taken. `groups` are indices of the heads that
-    are served together, in turn; None: each by itself. Settings are as `make_setting` gives them,
-    each distribution once, the base model first.
-
-    Raises:
-        ValueError: If heads of a group differ in T or s and none is given.
+    Without temperatures or scales each head's own are taken. `groups` are indices of heads that
+    are served together; None: each alone. Settings are as `make_setting` gives them, each
+    distribution once, the base model first. If heads of a group differ in T or s, values of these
+    are required.
     """
     settings = [BASE]
     for group in [(index,) for index in range(len(heads))] if groups is None else groups:
@@ -120,8 +118,8 @@ def settings_grid(
             refinements,
         ):
             setting = make_setting(group, temperature, scale, refined)
-            wanted = (setting, temper_only(setting), tilt_only(setting)) if controls else (setting,)
-            for new in wanted:
+            pair = (temper_only(setting), tilt_only(setting)) if controls else ()
+            for new in (setting, *pair):
                 if not any(serve_alike(new, known) for known in settings):
                     settings.append(new)
     return settings
@@ -133,5 +131,5 @@ def find_controls(setting: Setting, settings: Sequence[Setting]) -> list[Setting
     return [
         known
         for known in settings
-        if known.name != setting.name and any(serve_alike(known, each) for each in controls)
+        if known.name != setting.name and any(serve_alike(known, control) for control in controls)
     ]

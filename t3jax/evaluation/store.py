@@ -1,10 +1,9 @@
-"""Scores and answers of a model, computed once and kept on disk.
+"""Scores and answers of a model, computed once and stored on disk.
 
-An evaluation asks for scores and answers by setting, and reads those that an earlier run finished.
-A file's name holds a digest of all that it depends on (model, heads, T and s, tokens, options,
-code; see `t3jax.digests`): a change of any of them computes anew, and a file appears whole or not
-at all, so that a run that was killed goes on where it was. A file whose bytes have changed is
-computed anew.
+A file's name ends in its cache key, a digest of all that it depends on (model, heads, T and s,
+tokens, options, code; see `t3jax.digests`): a change of any of them computes anew. Files are
+written whole or not at all, so that a run resumes where it was killed. A file whose bytes have
+changed is computed anew.
 """
 
 import dataclasses
@@ -25,7 +24,7 @@ from t3jax.sampling import Sample, Sampler
 
 _SCORING_CODE = "t3jax.evaluation.scoring"
 _SAMPLING_CODE = "t3jax.sampling.sampler"
-_DIGITS = 20  # of a key in a file's name
+_DIGITS = 20  # of a cache key in a file's name
 
 
 class Store:
@@ -43,10 +42,9 @@ class Store:
         rows: int = 16,
         progress: bool = False,
     ):
-        """Remembers what to compute with; computes and writes nothing.
+        """Settings refer to the heads by index; `rows` answers are decoded together.
 
-        Settings refer to the heads by index. The folder is made with the first result. `rows`
-        answers are decoded together.
+        The folder is made with the first result.
         """
         self.lm = lm
         self.heads = tuple(heads)
@@ -55,7 +53,7 @@ class Store:
         self.progress = progress
 
     def with_heads(self, heads: Sequence[Head]) -> "Store":
-        """The same model and folder with other heads."""
+        """A store of the same model and folder with other heads."""
         return Store(self.lm, heads, self.folder, rows=self.rows, progress=self.progress)
 
     def scores(
@@ -66,7 +64,7 @@ class Store:
         reference_mask: bool = False,
         moments: bool = False,
     ) -> list[TextScores]:
-        """Scores texts; those settings that are not stored share one pass over the texts."""
+        """Scores texts; the settings that are not stored share one pass over the texts."""
         digest = digests.examples_digest(examples)
         paths = self._paths(
             [
@@ -80,7 +78,7 @@ class Store:
             _SCORING_CODE,
         )
         scores = [checked.read_stored(path, _read_scores) for path in paths]
-        stored = hosts.of_lead([of_setting is not None for of_setting in scores])
+        stored = hosts.of_lead([setting_scores is not None for setting_scores in scores])
         if todo := np.flatnonzero(~stored).tolist():
             computed = score_texts(
                 self.lm,
@@ -97,8 +95,8 @@ class Store:
                 hosts.wait_for(paths[k])
                 scores[k] = _read_scores(paths[k])
         return [
-            _read_scores(path) if of_setting is None else of_setting
-            for path, of_setting in zip(paths, scores, strict=True)
+            _read_scores(path) if setting_scores is None else setting_scores
+            for path, setting_scores in zip(paths, scores, strict=True)
         ]
 
     def answers(
@@ -109,26 +107,23 @@ class Store:
         reference_mask: bool = False,
         **options: Any,
     ) -> list[Sample]:
-        """Answers prompts, given as token ids; the samples come prompt by prompt.
+        """Answers prompts, given as token ids; the samples are ordered by prompt.
 
         Greedy text depends on T · s alone, so settings of equal product share one run, unless they
         are gated or protect tokens. `label` is for file names and the progress bar.
-        `reference_mask` masks padding tokens inside prompts, as the reference evaluator does when
-        it generates: positions then do not count them, as if they were not there. The options are
-        fields of `SamplingOptions`.
-
-        Raises:
-            ValueError: As `Sampler.generate`; or a prompt ends in padding under `reference_mask`.
+        `reference_mask` removes padding tokens inside prompts, since the reference evaluator masks
+        them, and positions do not count them, when it generates; a prompt that ends in padding
+        raises a ValueError. The options are fields of `SamplingOptions`.
         """
         if reference_mask:
             prompts = _drop_padding(prompts, padding_id(self.lm), label)
-        setting = _as_answered(setting, options.get("temperature", 0.0))
+        setting = _merge_greedy(setting, options.get("temperature", 0.0))
         digest = digests.examples_digest([Example(prompt, len(prompt)) for prompt in prompts])
         parts = [self._distribution(setting), digest, repr(sorted(options.items()))]
         (path,) = self._paths([(f"answers-{label}-{setting.name}", parts)], ".json", _SAMPLING_CODE)
         stored = checked.read_stored(path, checked.read_json) if hosts.is_lead() else None
         if not hosts.of_lead(stored is not None):
-            samples = self._sampler(setting).generate(
+            samples = self._make_sampler(setting).generate(
                 [prompt.tolist() for prompt in prompts],
                 progress=f"answer {label} ({setting.name})" if self.progress else None,
                 **options,
@@ -142,9 +137,9 @@ class Store:
     def _paths(
         self, results: Sequence[tuple[str, list[str]]], suffix: str, code: str
     ) -> list[pathlib.Path]:
-        """The files of results, each given as its name and the parts of its key.
+        """The files of results, each given as its name and the parts of its cache key.
 
-        The same distribution may have several names: only the key identifies a file.
+        The same distribution may have several names: the key alone identifies a file.
         """
         model, code = digests.model_digest(self.lm), digests.code_digest(code)
         stored = {path.stem[-_DIGITS:]: path for path in self.folder.glob(f"*{suffix}")}
@@ -165,7 +160,7 @@ class Store:
         knobs = f"{setting.base_temperature!r} {setting.guidance_scale!r} {setting.refinements}"
         return " ".join([knobs, *(self._head_digests[index] for index in setting.heads)])
 
-    def _sampler(self, setting: Setting) -> Sampler:
+    def _make_sampler(self, setting: Setting) -> Sampler:
         # The base model runs in a head's program, at s = 0: one program fewer to compile.
         heads = [self.heads[index] for index in setting.heads] or self.heads[:1]
         return Sampler(
@@ -188,8 +183,8 @@ def _drop_padding(prompts: Sequence[np.ndarray], padding: int, label: str) -> li
     return [prompt[prompt != padding] for prompt in prompts]
 
 
-def _as_answered(setting: Setting, temperature: float) -> Setting:
-    """The setting that gives the same answers and stands for all that do."""
+def _merge_greedy(setting: Setting, temperature: float) -> Setting:
+    """Maps settings of the same greedy answers to one of them."""
     if temperature != 0 or setting.refinements.gated or setting.refinements.protected:
         return setting
     product = setting.base_temperature * setting.guidance_scale

@@ -1,9 +1,9 @@
 """The TOFU evaluation of a model under many settings.
 
 Question sets are scored and answered (`store.py`), and the log is assembled with the definitions of
-`metrics.py` and `aggregates.py`. A metric that lacks what it needs is noted in the log with the
-reason. Each setting's log is written once it is whole; a run that was killed goes on from what its
-store holds.
+`metrics.py` and `aggregates.py`. A metric whose data are missing is noted in the log with the
+reason. Each setting's log is written once it is whole; a run that was killed resumes from its
+store.
 """
 
 import dataclasses
@@ -54,8 +54,8 @@ def evaluate(
 ) -> dict[str, Log]:
     """Evaluates a model under every setting, writes the logs and returns them by name.
 
-    Names must differ: a folder of each holds `TOFU_EVAL.json` and `TOFU_SUMMARY.json`. The retain
-    model's log serves forget_quality and privleak, the model itself mia_reference.
+    The folder of each setting, by its name, holds `TOFU_EVAL.json` and `TOFU_SUMMARY.json`. The
+    retain model's log is for forget_quality and privleak, the model itself for mia_reference.
 
     Raises:
         ValueError: If there is no forget set, names are equal, the retain log is of another split,
@@ -87,7 +87,7 @@ def evaluate(
     for k, setting in enumerate(settings):
         log = assemble_log(
             sets,
-            {name: of_settings[k] for name, of_settings in scores.items()},
+            {name: by_setting[k] for name, by_setting in scores.items()},
             _answer(store, sets, setting, options) if options.answers else {},
             retain_log,
             reference_losses,
@@ -124,12 +124,9 @@ def assemble_log(
     retain_log: Log | None = None,
     reference_losses: Mapping[str, np.ndarray] | None = None,
 ) -> Log:
-    """Puts scores and generated answers together as a log, with reasons for missing metrics.
+    """Makes a log of scores and generated answers, with reasons for missing metrics.
 
     `reference_losses` are the retain model's on the answers of forget and holdout.
-
-    Raises:
-        ValueError: If the retain log is of another split or a score is not finite.
     """
     makers = _Columns(sets, scores, generations, reference_losses).makers()
     return logs.collect(makers, lambda log, metric: aggregates.aggregate(log, metric, retain_log))
@@ -145,7 +142,7 @@ class _Columns:
     reference_losses: Mapping[str, np.ndarray] | None
 
     def makers(self) -> dict[str, Callable[[Log], Mapping[str, Metric]]]:
-        """A function for each metric, in an order in which a metric's sources come before it."""
+        """A function for each metric; a metric comes after the metrics that it is made of."""
         columns: dict[str, Callable[[Log], Mapping[str, Column]]] = {}
         for name in _ANSWERED:
             columns[f"{name}_Q_A_Prob"] = functools.partial(self.score_right, name)
@@ -208,7 +205,7 @@ class _Columns:
         return {"score": definition(scores.padded(scores.correct), scores.mask_without_last())}
 
     def infer_membership(self, metric: str, log: Log) -> dict[str, Metric]:
-        self.questions("holdout")  # what is missing first of all
+        self.questions("holdout")  # named first where scores are missing too
         return aggregates.membership_metric(
             metric, *(self.membership_scores(metric, name) for name in ("forget", "holdout"))
         )
@@ -233,7 +230,7 @@ class _Columns:
 
     def answer_scores(self, name: str) -> TextScores:
         """Scores of the right answers of a set."""
-        rows = self.questions(name).num_rows
+        rows = self.questions(name).num_rows  # first: it names a missing set
         return self.scores[name].select(0, rows)
 
     def questions(self, name: str) -> QuestionSet:

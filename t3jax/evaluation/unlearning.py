@@ -1,9 +1,9 @@
-"""Numbers for unlearning at inference time, beyond those of the reference evaluator.
+"""Metrics of unlearning at inference time beyond those of the reference evaluator.
 
 Does the forget set leak when many answers are drawn? Are answers still language? Does the head
 separate the two sets? How far is the served distribution from the retain model's? `measure` runs
-the model for these questions and writes the numbers as a log; `answers.py` has the functions that
-compute them from answers and scores.
+the model for these questions and writes the metrics as a log; `answers.py` computes them from
+answers and scores.
 """
 
 import dataclasses
@@ -32,24 +32,23 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class UnlearningOptions(Ranged):
-    """Options of the numbers beyond TOFU's: the draws of answers.
+    """Options of the metrics beyond TOFU's: the sampled answers.
 
     Attributes:
-        leak_samples: n answers drawn to each forget question, and to each reworded one; 0 draws
-            none.
-        leak_rows: Questions that are asked so, evenly spread over the set; None: all.
+        leak_samples: Samples for each forget question, and for each paraphrased one; 0 draws none.
+        leak_rows: Questions that are sampled, evenly spread over the set; None: all.
         leak_threshold: ROUGE-L recall from which an answer leaks.
-        leak_temperature: Sampling temperature of these answers.
-        leak_top_k: They are drawn among the k likeliest tokens; 0 draws among all.
-        leak_top_p: They are drawn among the likeliest tokens whose probability reaches p; 1 draws
-            among all.
-        leak_truncate_on: What decides these two, see `SamplingOptions`. "base" measures what a
-            nucleus of the base model brings back.
-        kl_rows: Questions of the forget and of the retain set, each, evenly spread over it, for the
+        leak_temperature: Sampling temperature of these samples.
+        leak_top_k: Samples draw from the k likeliest tokens; 0 draws from all.
+        leak_top_p: Samples draw from the likeliest tokens whose probability reaches p; 1 draws from
+            all.
+        leak_truncate_on: The distribution that the last two truncate, see `SamplingOptions`. "base"
+            measures the leaks of a nucleus of the base model.
+        kl_rows: Questions of each of the forget and the retain set, evenly spread over it, for the
             Monte-Carlo KL, which draws from the whole distribution; 0 leaves it out.
-        kl_samples: Answers drawn to each of them.
-        max_new_tokens: Longest answer.
-        seed: Seed of the draws.
+        kl_samples: Samples for each of these questions.
+        max_new_tokens: Longest answer, tokens.
+        seed: Seed of the samples.
     """
 
     leak_samples: Annotated[int, whole(0, 2**16)] = 0
@@ -71,7 +70,7 @@ class UnlearningOptions(Ranged):
 
 
 def check_same_vocabulary(store: Store, retain_store: Store) -> None:
-    """Checks that two models read the same tokens."""
+    """Checks that two models have the same tokenizer."""
     ours, theirs = store.lm, retain_store.lm
     if ours.tokenizer.get_vocab() != theirs.tokenizer.get_vocab():
         raise ValueError(
@@ -90,12 +89,12 @@ def measure(
     retain_store: Store | None = None,
     judge: Store | None = None,
 ) -> dict[str, Log]:
-    """Runs the model under every setting, computes the numbers and writes them.
+    """Runs the model under every setting, computes the metrics and writes them.
 
-    Returns a log by setting's name; `UNLEARNING.json` goes to a folder of that name. A metric that
-    is missing is noted with the reason. Attention is masked correctly here, whatever
-    `reference_mask` is elsewhere. The retain model serves the Monte-Carlo KL; the base model of
-    `judge`, or of `store`, measures the fluency of answers.
+    Returns the logs by setting's name; the folder of that name gets an `UNLEARNING.json`. A missing
+    metric is noted with the reason. Attention is masked correctly here, whatever `reference_mask`
+    is elsewhere. The retain model is for the Monte-Carlo KL; the base model of `judge`, or of
+    `store`, measures the fluency of answers.
     """
     shared: dict[str, list[TextScores]] = {}
     written = {}
@@ -114,7 +113,7 @@ def measure(
 class _Measuring:
     """Makes each metric from the arguments of `measure`, for one of the settings.
 
-    `shared` holds scores of the texts that all settings have in common, by label.
+    `shared` caches scores of texts that all settings share, by label.
     """
 
     store: Store
@@ -197,7 +196,7 @@ class _Measuring:
         return self.fluency("forget-samples", drawn, samples)
 
     def fluency(self, label: str, answers: Sequence[Example], samples: Sequence[Sample]) -> Metric:
-        """Perplexity of texts under the base model, and how much they repeat."""
+        """Perplexity of texts under the base model, and their repetition."""
         texts = [sample.text for sample in samples]
         label = f"{label}-{self.setting.name}"
         (scores,) = self.judge.scores(label, append_answers(prompts(answers), samples), [BASE])
@@ -221,7 +220,7 @@ class _Measuring:
         return Metric(float(correct.mean()), {"score": logits})
 
     def classifier_auc(self) -> Metric:
-        # `membership_auc` takes the side that should score higher second.
+        # The second argument of `membership_auc` is the side that should score higher.
         return Metric(membership.membership_auc(self.verdicts("forget"), self.verdicts("retain")))
 
     def verdicts(self, name: str) -> np.ndarray:
@@ -229,7 +228,7 @@ class _Measuring:
         return retain_logits(self.scores(f"{name}-answers", answers))
 
     def kl_guided_retain(self, name: str) -> Metric:
-        """KL(guided || retain), by answers of the guided model."""
+        """KL(guided || retain), estimated from answers of the guided model."""
         retain_store = self.retain_model()
         answers = self.kl_prompts(name)
         texts = append_answers(
@@ -238,19 +237,19 @@ class _Measuring:
         label = f"{name}-kl-{self.setting.name}"
         (guided,) = self.store.scores(label, texts, [self.setting])
         (retain,) = retain_store.scores(f"{label}-retain_model", texts, [BASE])
-        return _divergence(guided, retain)
+        return _estimate_divergence(guided, retain)
 
     def kl_retain_guided(self, name: str) -> Metric:
-        """KL(retain || guided), by answers of the retain model."""
+        """KL(retain || guided), estimated from answers of the retain model."""
         retain_store = self.retain_model()
         answers = self.kl_prompts(name)
         label = f"{name}-kl-retain_model"
         texts = append_answers(prompts(answers), self.draw(retain_store, label, answers, BASE))
         (retain,) = retain_store.scores(label, texts, [BASE])
-        return _divergence(retain, self.scores(label, texts))
+        return _estimate_divergence(retain, self.scores(label, texts))
 
     def kl_prompts(self, name: str) -> list[Example]:
-        """Questions spread evenly over a set, each as often as answers are drawn."""
+        """Questions evenly spread over a set, each repeated for its samples."""
         if not self.options.kl_rows:
             raise MissingMetricError("no questions were asked for (kl_rows = 0)")
         rows = evenly_spread(self.questions(name).answers, self.options.kl_rows)
@@ -295,7 +294,7 @@ class _Measuring:
         )
 
     def scores(self, label: str, examples: Sequence[Example]) -> TextScores:
-        """Scores of texts that all settings share: one pass, and one look at the store."""
+        """Scores of texts that all settings share, from one pass and one look-up in the store."""
         if label not in self.shared:
             self.shared[label] = self.store.scores(label, examples, self.settings)
         return self.shared[label][self.index]
@@ -322,7 +321,7 @@ def _make_metric(metric: str, make: Callable[[], Metric], log: Log) -> dict[str,
     return {metric: make()}
 
 
-def _divergence(scores: TextScores, other: TextScores) -> Metric:
+def _estimate_divergence(scores: TextScores, other: TextScores) -> Metric:
     ratios = log_ratios(scores, other)
     error = float(ratios.std(ddof=1) / math.sqrt(len(ratios))) if len(ratios) > 1 else None
     return Metric(

@@ -1,7 +1,7 @@
-"""The stages of the commands as functions of their settings; there is no mathematics here.
+"""The stages of the commands as functions of the config; there is no mathematics here.
 
 `models` makes tokens and fine-tuned models, `heads` trains and loads heads, `evaluation` scores
-them. The commands, the demo, `t3jax.sweep` and `t3jax.study` call them in turn.
+them. The commands, the demo, `t3jax.sweep` and `t3jax.study` call these stages.
 """
 
 from t3jax.pipeline.evaluation import (
@@ -16,7 +16,6 @@ from t3jax.pipeline.evaluation import (
 )
 from t3jax.pipeline.heads import (
     choose_among,
-    choose_setting,
     digests,
     fit_heads,
     head_config,
@@ -35,7 +34,6 @@ __all__ = [
     "Evaluation",
     "Examined",
     "choose_among",
-    "choose_setting",
     "digests",
     "encode",
     "encode_rows",

@@ -1,9 +1,8 @@
-"""Evaluation as settings ask for it: question sets, stores, and the metrics of every setting."""
+"""Evaluation by the config: question sets, stores, and the metrics of every setting."""
 
 import dataclasses
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 from jax.sharding import Mesh
 
@@ -42,11 +41,11 @@ class Evaluation:
         examined: The models and the question sets.
         settings: The settings, the base model first.
         logs: TOFU metrics by setting's name.
-        unlearning: Numbers beyond them by setting's name.
+        unlearning: Metrics beyond TOFU's by setting's name.
         retain_log: TOFU metrics of the retain model, if there is one.
-        retain_unlearning: Its numbers beyond them, if it was named.
+        retain_unlearning: Its metrics beyond TOFU's, if it was named.
         second_retain_log: TOFU metrics of another retain model, the noise floor.
-        second_retain_unlearning: Its numbers beyond them, if they lie beside its log.
+        second_retain_unlearning: Its metrics beyond TOFU's, if the file is beside its log.
     """
 
     examined: Examined
@@ -67,7 +66,7 @@ def settings(
     *,
     controls: bool,
 ) -> list[Setting]:
-    """The settings of the method that `config.eval` asks for, see `settings_grid`."""
+    """The settings of the method that `config.eval` lists, see `settings_grid`."""
     names = (config.eval.refinements or config.refinements).split(",")
     return settings_grid(
         heads,
@@ -98,21 +97,14 @@ def load_sets(config: Settings, lm: LM) -> dict[str, questions.QuestionSet]:
 
 
 def examine(config: Settings, lm: LM, heads: Sequence[Head], mesh: Mesh | None = None) -> Examined:
-    """Loads the question sets and the retain model, and opens the stores in `eval.dir`.
-
-    Raises:
-        ValueError: If a file is bad, or the retain model has another tokenizer.
-    """
+    """Loads the question sets and the retain model, and opens the stores in `eval.dir`."""
     sets = load_sets(config, lm)
-    kept: dict[str, Any] = {
-        "folder": pathlib.Path(config["eval.dir"]) / "store",
-        "rows": config.rows,
-        "progress": True,
-    }
-    store = Store(lm, heads, **kept)
+    folder = pathlib.Path(config["eval.dir"]) / "store"
+    store = Store(lm, heads, folder, rows=config.rows, progress=True)
     retain_store = None
     if config.eval.retain_model is not None:
-        retain_store = Store(load_lm(config["eval.retain_model"], config.dtype, mesh), **kept)
+        retain_model = load_lm(config["eval.retain_model"], config.dtype, mesh)
+        retain_store = Store(retain_model, (), folder, rows=config.rows, progress=True)
         unlearning.check_same_vocabulary(store, retain_store)
     return Examined(store, retain_store, sets)
 
@@ -120,11 +112,11 @@ def examine(config: Settings, lm: LM, heads: Sequence[Head], mesh: Mesh | None =
 def score(
     config: Settings, examined: Examined, settings: Sequence[Setting], *, answers: bool = True
 ) -> tuple[dict[str, Log], Log | None]:
-    """Computes the TOFU metrics under some settings; logs go to `eval.dir`.
+    """Computes the TOFU metrics under some settings; writes logs to `eval.dir`.
 
-    Without `answers` nothing is generated: ROUGE is missing, a setting costs seconds, and logs go
-    to `scored` in `eval.dir`. Logs are returned by setting's name, and the retain model's, if there
-    is one.
+    Without `answers` nothing is generated: ROUGE is missing, a setting takes seconds, and logs are
+    in `scored` in `eval.dir`. Returns the logs by setting's name, and the retain model's log, if
+    there is one.
     """
     folder = pathlib.Path(config["eval.dir"]) / ("" if answers else "scored")
     options = tofu.TofuOptions(config.sampling.max_new_tokens, config.eval.reference_mask, answers)
@@ -148,11 +140,11 @@ def score(
 
 
 def evaluate(config: Settings, examined: Examined, settings: Sequence[Setting]) -> Evaluation:
-    """Computes the TOFU metrics and the numbers beyond them under settings, the base model first.
+    """Computes the TOFU metrics and those beyond under settings, the base model first.
 
-    The results go to `eval.dir` too. Errors are those of `score`.
+    The results are written to `eval.dir` too.
     """
-    second = _second_retain_logs(config.eval.second_retain_log)
+    second = _read_second_retain_logs(config.eval.second_retain_log)
     evaluated, retain_log = score(config, examined, settings)
     if second[0] is not None and retain_log is not None:
         logs.check_retain_log(second[0], retain_log)
@@ -162,8 +154,8 @@ def evaluate(config: Settings, examined: Examined, settings: Sequence[Setting]) 
     )
 
 
-def _second_retain_logs(name: str | None) -> tuple[Log | None, Log | None]:
-    """Reads the log of the second retain model, and its numbers beyond that."""
+def _read_second_retain_logs(name: str | None) -> tuple[Log | None, Log | None]:
+    """Reads the second retain model's log, and its metrics beyond TOFU's."""
     if name is None:
         return None, None
     path = pathlib.Path(name)
@@ -174,12 +166,12 @@ def _second_retain_logs(name: str | None) -> tuple[Log | None, Log | None]:
 def measure(
     config: Settings, examined: Examined, settings: Sequence[Setting]
 ) -> tuple[dict[str, Log], Log | None]:
-    """Computes the numbers beyond TOFU's, see `evaluation.unlearning`; logs go to `eval.dir`.
+    """Computes the metrics beyond TOFU's, see `evaluation.unlearning`; writes logs to `eval.dir`.
 
-    Logs are returned by setting's name, and the retain model's, if it was named.
+    Returns the logs by setting's name, and the retain model's log, if it was named.
     """
     store, retain_store, sets = examined.store, examined.retain_store, examined.sets
-    beyond = dataclasses.replace(
+    options = dataclasses.replace(
         config.leaks,
         max_new_tokens=config.sampling.max_new_tokens,
         seed=config.sampling.seed,
@@ -188,7 +180,7 @@ def measure(
     retain_unlearning = None
     if retain_store is not None:
         retain_unlearning = unlearning.measure(
-            retain_store, sets, [_RETAIN_MODEL], folder, beyond, judge=store
+            retain_store, sets, [_RETAIN_MODEL], folder, options, judge=store
         )[_RETAIN_MODEL.name]
-    measured = unlearning.measure(store, sets, settings, folder, beyond, retain_store=retain_store)
+    measured = unlearning.measure(store, sets, settings, folder, options, retain_store=retain_store)
     return measured, retain_unlearning

@@ -1,6 +1,7 @@
-"""Heads as settings ask for them: their training sets, their training, their T and s."""
+"""Heads by the config: their training sets, their training, their T and s."""
 
 import dataclasses
+import operator
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -62,7 +63,7 @@ def training_sets(config: Settings, lm: LM) -> TrainingSets:
 
 
 def settle_loss(config: Settings, sets: TrainingSets) -> Settings:
-    """Replaces the loss "auto" by the one that the sets are made for."""
+    """Replaces the loss "auto" by that of the training sets."""
     if config.train.loss == "auto":
         why = "" if sets.loss == "distillation" else ": made-up names hide too few of the rows"
         print(f"loss: {sets.loss}{why}")
@@ -77,11 +78,11 @@ def head_config(config: Settings, lm: LM) -> HeadConfig:
 
 
 def start_head(config: Settings, shape: HeadConfig) -> Head | None:
-    """Loads the head in `classifier.init`, at which training starts; None where that is unset.
+    """Loads the head in `classifier.init`, from which training starts; None if unset.
 
     Raises:
         FileNotFoundError: If there is no head.
-        ValueError: If it is damaged, or is not of the `shape` and kind of the heads to train.
+        ValueError: If it is damaged, or differs in shape or kind from the heads to train.
     """
     if config.classifier.init is None:
         return None
@@ -94,7 +95,7 @@ def start_head(config: Settings, shape: HeadConfig) -> Head | None:
 
 
 def head_defaults(config: Settings) -> dict[str, Any]:
-    """The settings that a trained head keeps: the model, and T, s and class prior where set."""
+    """The settings that a trained head stores: the model, and T, s and class prior if set."""
     knobs = {name: config[name] for name in ("base_temperature", "guidance_scale")}
     if config.train.loss == "distillation" and knobs["base_temperature"] is None:
         knobs["base_temperature"] = config.train.distilled_temperature
@@ -112,7 +113,7 @@ def fit_heads(
     mesh: Mesh | None = None,
     progress: str | None = None,
 ) -> list[Head]:
-    """Trains a head for each seed on the sets, and gives them T and s."""
+    """Trains a head for each seed on the sets, and chooses T and s."""
     shape = head_config(config, lm)
     heads = train_heads(
         retain=sets.retain,
@@ -132,17 +133,17 @@ def fit_heads(
 def choose_setting(
     config: Settings, lm: LM, heads: Sequence[Head], sets: TrainingSets
 ) -> list[Head]:
-    """Chooses T and s of heads where the settings leave both open and there are counterfactuals.
+    """Chooses T and s of heads if the config leaves both open and there are counterfactuals.
 
-    All heads get the setting that is chosen for the first; their records say how.
+    All heads get the setting that is chosen for the first, and a record of the choice.
     """
     open_fields = config.base_temperature is None and config.guidance_scale is None
     if not open_fields or not sets.counterfactuals:
         return list(heads)
-    calibration, record = choose_among(config, lm, heads[:1], sets)
+    calibration, checks = choose_among(config, lm, heads[:1], sets)
     print(calibration, flush=True)
     chosen = calibration.chosen
-    record["calibration"] = dataclasses.asdict(calibration)
+    record = checks | {"calibration": dataclasses.asdict(calibration)}
     return [
         dataclasses.replace(
             head,
@@ -156,12 +157,12 @@ def choose_setting(
 
 def choose_among(
     config: Settings, lm: LM, heads: Sequence[Head], sets: TrainingSets, seeds: int = 1
-) -> tuple[Calibration, dict[str, Any]]:
+) -> tuple[Calibration, dict[str, float]]:
     """Chooses a head, T and s by the made-up-name level, see `t3jax.evaluation.calibration`.
 
     Probabilities are means over rows, and a classifier may leave a few rows untouched: its s grows
-    until at most 5 % of the forget rows are recited, asked alone and behind other turns. What
-    `name_fault` reads of the chosen head's record is returned too.
+    until at most 5 % of the forget rows are recited, asked alone and behind other turns. The
+    entries of the chosen head's record that `name_fault` reads are returned too.
     """
     calibration = calibrate_heads(config, lm, heads, sets, seeds)
     if sets.loss != "classifier":
@@ -173,7 +174,7 @@ def choose_among(
 
 
 def name_fault(record: Mapping[str, Any]) -> str:
-    """Names why a head with that record is not to be served; empty where nothing is known.
+    """Names the reason not to serve a head with that record; empty if none is known.
 
     Only classifiers are asked while T and s are chosen.
     """
@@ -185,10 +186,9 @@ def name_fault(record: Mapping[str, Any]) -> str:
 
 
 def replace_classifier(config: Settings, record: Mapping[str, Any]) -> Settings | None:
-    """Gives the settings of the distilled heads that take the place of a faulty classifier.
+    """The config of the distilled heads that replace a faulty classifier, in a folder of their own.
 
-    They train in a folder of their own. None where the loss was not left open, or nothing is known
-    against the classifier; `record` is its head's.
+    None if the config names the loss, or the classifier's `record` has no fault.
     """
     fault = name_fault(record)
     if config.train.loss != "auto" or not fault:
@@ -200,11 +200,11 @@ def replace_classifier(config: Settings, record: Mapping[str, Any]) -> Settings 
 
 def _grow_scale(
     config: Settings, lm: LM, head: Head, sets: TrainingSets, calibration: Calibration
-) -> tuple[Calibration, dict[str, Any]]:
+) -> tuple[Calibration, dict[str, float]]:
     """Raises s until few forget rows are recited, or takes the s that recites the fewest.
 
-    Returns the calibration with that choice, and what is recorded of it: the share of rows that are
-    `recited`, and the share of answers that do not end where the base's do, `unended`.
+    Returns the calibration with that choice, and the entries of the head's record: the share of
+    rows that are `recited`, and the excess of answers without an end over the base's, `unended`.
     """
     encoding = Encoding(
         lm.tokenizer, config.prompt_format, config.sampling.max_new_tokens, lm.max_position
@@ -236,15 +236,14 @@ def _grow_scale(
             "guidance_scale": setting.guidance_scale,
         }
         answered = [ask(sampler, {}, **served) for ask in ways]
+        recited = max(answer.recited for answer in answered)
         unended = max(b.ended - a.ended for a, b in zip(answered, base, strict=True))
-        tried.append((max(a.recited for a in answered), unended, setting))
-        if tried[-1][0] <= MARGIN:
+        tried.append((recited, unended, setting))
+        if recited <= MARGIN:
             break
-    recited, unended, setting = min(tried, key=lambda each: each[0])
-    return (
-        dataclasses.replace(calibration, chosen=setting),
-        {"recited": recited, "unended": unended},
-    )
+    recited, unended, setting = min(tried, key=operator.itemgetter(0))
+    checks = {"recited": recited, "unended": unended}
+    return dataclasses.replace(calibration, chosen=setting), checks
 
 
 def calibrate_heads(
@@ -252,12 +251,12 @@ def calibrate_heads(
 ) -> Calibration:
     """Compares heads and settings with the made-up-name level, see `calibrate`.
 
-    A distilled head is tried at the T that it was trained for alone.
+    A distilled head is compared only at the T that it was trained for.
     """
-    swapped = encode_rows(config, lm, [made.record for made in sets.counterfactuals])
-    of_row: list[list[data.Example]] = [[] for _ in sets.rows]
-    for made, example in zip(sets.counterfactuals, swapped, strict=True):
-        of_row[made.row].append(example)
+    encoded = encode_rows(config, lm, [swap.record for swap in sets.counterfactuals])
+    by_row: list[list[data.Example]] = [[] for _ in sets.rows]
+    for swap, example in zip(sets.counterfactuals, encoded, strict=True):
+        by_row[swap.row].append(example)
     grid = GRID
     if config.train.loss == "distillation":
         grid = tuple((config.train.distilled_temperature, scale) for scale in SCALES)
@@ -265,7 +264,7 @@ def calibrate_heads(
         lm,
         heads,
         encode_rows(config, lm, sets.rows),
-        of_row,
+        by_row,
         encode_rows(config, lm, sets.retained),
         grid=grid,
         refinements=refinements(config.refinements, lm),
@@ -276,10 +275,10 @@ def calibrate_heads(
 def load_heads(
     config: Settings, names: Sequence[str], mesh: Mesh
 ) -> tuple[list[str], list[Head], list[tuple[int, ...]]]:
-    """Loads heads, and gives them the class prior of the settings where that is set.
+    """Loads heads, and gives them the class prior of the config if set.
 
-    Names are head folders; those in "FOLDER,FOLDER" are served together. The folders, each once,
-    their heads, and for each name the indices of its heads are returned.
+    Names are head folders; those in "FOLDER,FOLDER" are served together. Returns the distinct
+    folders, their heads, and for each name the indices of its heads.
     """
     groups = [name.split(",") for name in names]
     folders = list(dict.fromkeys(folder for group in groups for folder in group))
@@ -293,10 +292,7 @@ def load_heads(
 def refinements(name: str, lm: LM) -> Refinements:
     """Refinements by name: `plain`, or some of `gated`, `protected` and `product`, joined by "-".
 
-    Stop tokens of the model are the protected ones.
-
-    Raises:
-        ValueError: If a part of the name is unknown.
+    The protected tokens are the model's stop tokens.
     """
     parts = set(name.split("-")) - {"plain"}
     if unknown := sorted(parts - {"gated", "protected", "product"}):

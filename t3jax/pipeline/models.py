@@ -1,4 +1,4 @@
-"""Rows as tokens, and fine-tuned language models, as settings ask for them."""
+"""Rows as tokens, and fine-tuned language models, by the config."""
 
 import dataclasses
 import itertools
@@ -45,11 +45,10 @@ def finetune_config(config: Settings) -> FinetuneConfig:
 
 
 def finetune_once(config: Settings, mesh: Mesh) -> pathlib.Path:
-    """Fine-tunes the model, or resumes that, and writes the Hugging Face folder it returns.
+    """Fine-tunes the model or resumes it, writes a Hugging Face folder, and returns its path.
 
-    A folder that was made before of the same model (weights, config and tokenizer, wherever they
-    lie), of the same data and by the same recipe is left as it is, once its files match their
-    checksums; a ValueError says which file does not.
+    A folder of the same model (weights, config and tokenizer, in any place), data and recipe is
+    reused if its files match their checksums; a ValueError names a file that does not.
     """
     recipe = finetune_config(config)
     workdir = pathlib.Path(config["finetune.workdir"])
@@ -118,10 +117,10 @@ def _write_adapter(
 
 def _was_made_by(record: pathlib.Path, made_by: Mapping[str, object]) -> bool:
     """Whether `made_by` made a fine-tuned folder; raises ValueError if its files have changed."""
-    made = checked.read_stored(record, checked.read_json)
-    if made is None or made["made_by"] != made_by:
+    stored = checked.read_stored(record, checked.read_json)
+    if stored is None or stored["made_by"] != made_by:
         return False
-    for name, checksum in made["files"].items():
+    for name, checksum in stored["files"].items():
         path = record.parent / name
         if not path.is_file() or checked.file_checksum(path) != checksum:
             raise ValueError(

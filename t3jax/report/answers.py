@@ -1,6 +1,6 @@
-"""Answers in the report: what models answered, and what head and tilt make of the right answers.
+"""Answers in the report: those of the models, and the effect of head and tilt on right answers.
 
-Only `answer_tokens` runs the model, on the few answers whose tokens are shown.
+`answer_tokens` alone runs the model, on the few answers whose tokens are shown.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ class Answer(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A question with the right answer and those of several models."""
+    """A question with the right answer and the answers of models."""
 
     set_name: str
     question: str
@@ -46,8 +46,8 @@ class Token(NamedTuple):
 
     Attributes:
         text: The token as text.
-        retain_prob: The head's P(retain) of it.
-        change: Its log-probability under the setting minus that without the tilt, nats.
+        retain_prob: The head's P(retain).
+        change: The change of its log-probability by the tilt, nats.
     """
 
     text: str
@@ -66,11 +66,11 @@ class TokenRow(NamedTuple):
 def samples(
     sets: Mapping[str, QuestionSet], models: Sequence[tuple[str, str, Log]], count: int
 ) -> list[Sample]:
-    """Questions of forget and retain, evenly spread, with what each model answered.
+    """Questions of forget and retain, evenly spread, with the answers of each model.
 
-    Models are label, kind and log; one without generated answers is left out.
+    Models are label, kind and log; a model without generated answers is left out.
     """
-    chosen = []
+    rows = []
     for name in ("forget", "retain"):
         if name not in sets:
             continue
@@ -80,7 +80,7 @@ def samples(
             with contextlib.suppress(MissingMetricError):
                 texts = logs.texts(log, metric, "generation")
                 answers.append((model, kind, texts, aggregates.rows(log, metric)))
-        chosen += [
+        rows += [
             Sample(
                 SETS[name],
                 sets[name].questions[row],
@@ -89,13 +89,13 @@ def samples(
             )
             for row in evenly_spread(range(sets[name].num_rows), count)
         ]
-    return chosen
+    return rows
 
 
 def answer_tokens(
     store: Store, sets: Mapping[str, QuestionSet], featured: Setting | None
 ) -> list[TokenRow]:
-    """Scores a few answers of forget and retain with the featured setting and without tilt."""
+    """Scores a few right answers under the featured setting and without its tilt."""
     if featured is None:
         return []
     chosen = [
@@ -117,7 +117,7 @@ def answer_tokens(
             SETS[questions.name],
             questions.questions[row],
             _show_tokens(
-                _pieces(store.lm.tokenizer, example.tokens[example.answer_start :].tolist()),
+                _split_text(store.lm.tokenizer, example.tokens[example.answer_start :].tolist()),
                 tilted.select(i, i + 1),
                 tempered.select(i, i + 1),
             ),
@@ -127,18 +127,15 @@ def answer_tokens(
 
 
 def _show_tokens(texts: Sequence[str], scores: TextScores, without_tilt: TextScores) -> list[Token]:
-    """The tokens of one answer with what head and tilt make of them.
-
-    `scores` are under a setting with a head, `without_tilt` under the same T with s = 0.
-    """
+    """The tokens of one answer with the head's probabilities and the effect of the tilt."""
     change = scores.logprobs - without_tilt.logprobs
     return [
-        Token(text, float(prob), float(by))
-        for text, prob, by in zip(texts, scores.retain_prob, change, strict=True)
+        Token(text, float(prob), float(nats))
+        for text, prob, nats in zip(texts, scores.retain_prob, change, strict=True)
     ]
 
 
-def _pieces(tokenizer: "PreTrainedTokenizerBase", tokens: list[int]) -> list[str]:
+def _split_text(tokenizer: "PreTrainedTokenizerBase", tokens: list[int]) -> list[str]:
     """The text that each token adds, special tokens included."""
     texts = [str(tokenizer.decode(tokens[:i])) for i in range(len(tokens) + 1)]
     return [

@@ -14,7 +14,7 @@ from t3jax.sweep import Sweep
 
 
 def write_sweep(folder: str | os.PathLike[str], sweep: Sweep, *, title: str) -> str:
-    """Writes `selection.json` and `report.html`; returns all numbers and the choice as text."""
+    """Writes `selection.json` and `report.html`; returns all scores and the choice as text."""
     folder = pathlib.Path(folder)
     chosen = sweep.chosen[0]
     summary = summary_rows(sweep.choice, sweep.noise_floor)
@@ -26,8 +26,7 @@ def write_sweep(folder: str | os.PathLike[str], sweep: Sweep, *, title: str) -> 
         featured=chosen.name,
     )
     if hosts.is_lead():
-        described = as_json(sweep.choice, sweep.noise_floor)
-        files.write_json(folder / "selection.json", described)
+        files.write_json(folder / "selection.json", as_json(sweep.choice, sweep.noise_floor))
     width = max(map(len, sweep.scored))
     heading = selection.rows_of(next(iter(sweep.scored.values()))).utility_name
     lines = [f"{'':{width}} {'forget quality':>15} {'D':>7}  {heading}"]
@@ -41,7 +40,7 @@ def write_sweep(folder: str | os.PathLike[str], sweep: Sweep, *, title: str) -> 
     lines += ["", *(f"{label}: {value} ({note})" for label, value, note in summary)]
     lines += [
         f"{chosen.name}, {metric}: {number:.3f}"
-        for metric, number in _read_reworded(sweep, chosen.name).items()
+        for metric, number in _read_paraphrased(sweep, chosen.name).items()
     ]
     (head,) = chosen.heads
     lines += [
@@ -55,15 +54,15 @@ def write_sweep(folder: str | os.PathLike[str], sweep: Sweep, *, title: str) -> 
 def summary_rows(
     choice: selection.CrossFit, noise_floor: metrics.ForgetQuality | None = None
 ) -> list[tuple[str, str, str]]:
-    """A cross-fit for people: label, value, meaning; the noise floor is of two retain models."""
+    """Label, value and meaning of a cross-fit's numbers; the noise floor compares retain models."""
 
     def show_test(quality: metrics.ForgetQuality) -> str:
         return f"p = {quality.p_value:.3g}, D = {quality.statistic:.3f}"
 
-    def show_choice(one: selection.Choice) -> tuple[str, str]:
-        met = "" if one.passed else "; no setting met the rule's condition, this one is nearest"
-        optimistic = f"{show_test(one.score.quality)}, utility {one.score.utility:.3f}"
-        return one.name, f"on the rows that chose it: {optimistic}{met}"
+    def show_choice(chosen: selection.Choice) -> tuple[str, str]:
+        met = "" if chosen.passed else "; no setting met the rule's condition, this one is nearest"
+        optimistic = f"{show_test(chosen.score.quality)}, utility {chosen.score.utility:.3f}"
+        return chosen.name, f"on the rows that chose it: {optimistic}{met}"
 
     table = [
         ("chosen on half A", *show_choice(choice.halves[0])),
@@ -112,9 +111,9 @@ def write_calibration(
         )
     lines = [f"{'head':>5} {'T':>5} {'s':>5} {'distance':>9} {'forget':>7} {'retained':>9}"]
     lines += [
-        f"{tried.head:>5} {tried.base_temperature:5g} {tried.guidance_scale:5.3g} "
-        f"{tried.distance:9.3f} {tried.forget_probability:7.3f} {tried.retained:9.3f}"
-        for tried in calibration.settings
+        f"{setting.head:>5} {setting.base_temperature:5g} {setting.guidance_scale:5.3g} "
+        f"{setting.distance:9.3f} {setting.forget_probability:7.3f} {setting.retained:9.3f}"
+        for setting in calibration.settings
     ]
     lines += [f"head{index}: {path}" for index, path in enumerate(folders)]
     lines += [
@@ -133,8 +132,8 @@ def _show_use(folder: pathlib.Path, chosen: Setting | Calibrated) -> str:
     )
 
 
-def _read_reworded(sweep: Sweep, name: str) -> dict[str, float]:
-    """Numbers on what no head trained on: reworded questions."""
+def _read_paraphrased(sweep: Sweep, name: str) -> dict[str, float]:
+    """ROUGE on paraphrased questions, which no head is trained on."""
     aggregate = sweep.evaluation.unlearning[name].aggregates
     names = ("forget_paraphrased_Q_A_ROUGE", "retain_paraphrased_Q_A_ROUGE")
     return {metric: aggregate[metric] for metric in names if metric in aggregate}

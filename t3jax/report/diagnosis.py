@@ -1,7 +1,7 @@
 """The diagnosis of every evaluated head: predicted errors over T beside measured forget quality.
 
 `t3jax.theory.diagnose` computes it from held-out rows; this module chooses the rows and the
-settings, and writes the sentences. A head that cannot be diagnosed has a reason instead.
+settings, and writes the sentences. A head that cannot be diagnosed gets a reason.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ class HeadDiagnosis:
         name: The head as settings name it: `head0`.
         reason: Why it was not diagnosed; empty if it was.
         diagnosis: The diagnosis; None if there is none.
-        measured: Forget quality by T, at the diagnosis's s, where it was evaluated.
-        reworded: Whether the rows are reworded questions, which no head is trained on.
+        measured: Forget quality by T, for the T evaluated at the diagnosis's s.
+        reworded: Whether the rows are paraphrased questions, which no head is trained on.
     """
 
     name: str
@@ -39,7 +39,7 @@ class HeadDiagnosis:
 
     @property
     def best_measured(self) -> float | None:
-        """The T of the smallest D; None where fewer than two were measured."""
+        """The T of the smallest D; None if fewer than two were measured."""
         if len(self.measured) < 2:
             return None
         return min(self.measured, key=lambda temperature: self.measured[temperature].statistic)
@@ -54,10 +54,10 @@ class Section(NamedTuple):
 
 
 def diagnose_heads(evaluation: Evaluation) -> list[HeadDiagnosis]:
-    """Diagnoses every head of an evaluation, at its own s or the first that was evaluated.
+    """Diagnoses every head of an evaluation, at the head's s or the first that was evaluated.
 
-    Reworded questions of its forget and retain sets are the held-out rows, and the questions
-    themselves where there are none.
+    The held-out rows are paraphrased questions of the forget and retain sets, or the questions
+    themselves without these.
     """
     diagnoses = []
     for index in range(len(evaluation.examined.store.heads)):
@@ -105,7 +105,7 @@ def _diagnose_head(
 
 
 def describe(head: HeadDiagnosis) -> list[str]:
-    """A diagnosis in sentences: loss, peak, the T it suggests, and the T that measured best."""
+    """A diagnosis in sentences: loss, peak, the suggested T, and the T that measured best."""
     diagnosis = head.diagnosis
     if diagnosis is None:
         return [f"Not diagnosed: {head.reason}."]

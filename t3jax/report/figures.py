@@ -1,7 +1,7 @@
-"""The report's figures: matplotlib, each returned as an SVG picture that HTML holds inline.
+"""The report's figures, drawn by matplotlib and returned as SVG pictures that HTML holds inline.
 
-Colours are Okabe and Ito's, which the colour-blind can distinguish; markers and dashes
-say the same again.
+Colours are Okabe and Ito's, which the colour-blind can distinguish; markers and dashes are
+redundant with them.
 """
 
 import base64
@@ -20,6 +20,8 @@ from t3jax.report import tables
 if TYPE_CHECKING:  # slow to import: only who draws waits
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from t3jax.study import variations
 
 BLUE, ORANGE, GREEN, GREY, PURPLE = "#0072B2", "#D55E00", "#009E73", "#666666", "#CC79A7"
 LEVEL = 0.05
@@ -48,14 +50,7 @@ _SETTINGS: Any = {
 
 
 class Point(NamedTuple):
-    """A setting in the trade-off.
-
-    Attributes:
-        label: Text beside it; empty for none.
-        kind: A key of `STYLES`.
-        quality: Forget quality, p.
-        utility: Model or retain utility.
-    """
+    """A setting in the trade-off; `kind` is a key of `STYLES`, and an empty label shows none."""
 
     label: str
     kind: str
@@ -71,11 +66,11 @@ class Line(NamedTuple):
     values: Sequence[float]
 
 
-def _styled(draw: Callable[..., None]) -> Callable[..., str]:
-    """Calls a drawing function with axes in this module's style, and returns the picture."""
+def _render(draw: Callable[..., None]) -> Callable[..., str]:
+    """Makes a function that draws on axes one that returns the picture in this module's style."""
 
     @functools.wraps(draw)
-    def picture(*arguments: object) -> str:
+    def render(*arguments: object) -> str:
         import matplotlib as mpl  # slow to import: only who draws waits
         from matplotlib.figure import Figure  # no pyplot: nothing global, no display
 
@@ -84,20 +79,20 @@ def _styled(draw: Callable[..., None]) -> Callable[..., str]:
             axes = figure.subplots()
             draw(axes, *arguments)
             figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-            return "data:image/svg+xml;base64," + base64.b64encode(_svg(figure)).decode()
+            return "data:image/svg+xml;base64," + base64.b64encode(_write_svg(figure)).decode()
 
-    return picture
+    return render
 
 
-@_styled
+@_render
 def trade_off(axes: "Axes", points: Sequence[Point], utility_name: str) -> None:
     """Forget quality against utility: up and right is better."""
     for kind, (colour, marker, _) in STYLES.items():
-        of_kind = [point for point in points if point.kind == kind]
-        if of_kind:
+        members = [point for point in points if point.kind == kind]
+        if members:
             axes.scatter(
-                [point.utility for point in of_kind],
-                [max(point.quality, FLOOR) for point in of_kind],
+                [point.utility for point in members],
+                [max(point.quality, FLOOR) for point in members],
                 s=190 if kind == tables.RETAIN_MODEL else 55,
                 c=colour,
                 marker=marker,
@@ -121,7 +116,7 @@ def trade_off(axes: "Axes", points: Sequence[Point], utility_name: str) -> None:
     axes.margins(x=0.12)  # room for labels
 
 
-@_styled
+@_render
 def distributions(
     axes: "Axes", ratios: Mapping[str, tuple[str, Float[np.ndarray, "rows"]]]
 ) -> None:
@@ -140,40 +135,25 @@ def distributions(
     axes.set_xticks([], minor=True)
 
 
-@_styled
+@_render
 def temperature_sweep(axes: "Axes", panel: str, lines: Sequence[Line]) -> None:
     """One number over T, a line for each s."""
-    for line, (colour, marker, dashes) in zip(lines, itertools.cycle(_LINES)):
-        axes.plot(
-            line.temperatures,
-            line.values,
-            color=colour,
-            marker=marker,
-            linestyle=dashes,
-            label=line.label,
-        )
+    for line, style in zip(lines, itertools.cycle(_LINES)):
+        _plot_line(axes, line.temperatures, line.values, style, line.label)
     axes.set(xlabel="T", ylabel=panel)
 
 
-@_styled
+@_render
 def leaks(axes: "Axes", rates: Mapping[str, tuple[str, Mapping[int, float]]]) -> None:
     """Leak rate by number of samples; by label, kind and rate at n."""
     for label, (kind, by_samples) in rates.items():
-        colour, marker, line = STYLES[kind]
-        drawn = sorted(by_samples)
-        axes.plot(
-            drawn,
-            [by_samples[n] for n in drawn],
-            color=colour,
-            marker=marker,
-            linestyle=line,
-            label=label,
-        )
+        samples = sorted(by_samples)
+        _plot_line(axes, samples, [by_samples[n] for n in samples], STYLES[kind], label)
     axes.set(xlabel="answers drawn", ylabel="questions with a leak", ylim=(-0.02, 1.02))
     axes.locator_params(axis="x", integer=True)
 
 
-def draw_variations(points: Sequence[Any]) -> bytes:
+def draw_variations(points: Sequence["variations.Point"]) -> bytes:
     """Draws D, utility without ROUGE and the forget answers' probability over each axis, as SVG.
 
     Lines are the median seed; bands are the 95 % bootstrap interval of the first seed or, for D,
@@ -182,12 +162,12 @@ def draw_variations(points: Sequence[Any]) -> bytes:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    panels: dict[str, Callable[[Any], tuple[Sequence[float], tuple[float, float]]]] = {
+    panels: dict[str, Callable[[variations.Point], tuple[Sequence[float], tuple[float, float]]]] = {
         "distance D": lambda p: (p.distances, (min(p.distances), max(p.distances))),
         "utility": lambda p: (p.utilities, p.utility_interval),
         "forget probability": lambda p: (p.forget_probs, p.forget_interval),
     }
-    by_axis: dict[str, dict[str, list[Any]]] = {}
+    by_axis: dict[str, dict[str, list[variations.Point]]] = {}
     for point in sorted(points, key=lambda point: point.value):
         by_axis.setdefault(point.axis, {}).setdefault(point.line, []).append(point)
     with mpl.rc_context(_SETTINGS):
@@ -195,31 +175,34 @@ def draw_variations(points: Sequence[Any]) -> bytes:
         grid = figure.subplots(len(by_axis), len(panels), squeeze=False)
         for row, (axis, lines) in zip(grid, by_axis.items(), strict=True):
             for axes, (panel, number) in zip(row, panels.items(), strict=True):
-                for (label, members), (colour, marker, dashes) in zip(
-                    lines.items(), itertools.cycle(_LINES)
-                ):
+                for (label, members), style in zip(lines.items(), itertools.cycle(_LINES)):
                     values = [point.value for point in members]
                     seeds, bands = zip(*(number(point) for point in members), strict=True)
                     low, high = zip(*bands, strict=True)
-                    axes.fill_between(values, low, high, color=colour, alpha=0.15, linewidth=0)
-                    axes.plot(
-                        values,
-                        [float(np.median(values_of_seeds)) for values_of_seeds in seeds],
-                        color=colour,
-                        marker=marker,
-                        linestyle=dashes,
-                        label=label,
-                    )
+                    axes.fill_between(values, low, high, color=style[0], alpha=0.15, linewidth=0)
+                    medians = [float(np.median(by_seed)) for by_seed in seeds]
+                    _plot_line(axes, values, medians, style, label)
                 axes.set(xlabel=axis, ylabel=panel)
                 if values[0] > 0 and values[-1] > 6 * values[0]:
                     axes.set_xscale("log")
                     axes.set_xticks(values, [f"{value:g}" for value in values])
                     axes.minorticks_off()
             row[0].legend(fontsize=8)
-        return _svg(figure)
+        return _write_svg(figure)
 
 
-def _svg(figure: "Figure") -> bytes:
+def _plot_line(
+    axes: "Axes",
+    x: Sequence[int | float],
+    y: Sequence[int | float],
+    style: tuple[str, str, str],
+    label: str,
+) -> None:
+    colour, marker, dashes = style
+    axes.plot(x, y, color=colour, marker=marker, linestyle=dashes, label=label)
+
+
+def _write_svg(figure: "Figure") -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""From an evaluation to its page: gather what is shown, render the template, write the file."""
+"""From an evaluation to its page: collect the values, render the template, write the file."""
 
 import importlib.resources
 import os
@@ -43,18 +43,16 @@ def write_report(
     """Writes the report of an evaluation: one HTML file that needs no other and no network.
 
     `selected` is the choice by cross-fitting, as `choice.summary_rows` gives it. `featured` is the
-    setting whose answers, tokens and controls are shown: by default the one of highest utility
-    among those whose forget quality exceeds 0.05, or the nearest.
+    setting whose answers, tokens and controls are shown: by default the choice of the rule
+    "utility_given_quality".
     """
-    setting = _featured(evaluation, featured)
+    setting = _find_featured(evaluation, featured)
     token_rows = answer_tokens(evaluation.examined.store, evaluation.examined.sets, setting)
     page = render(contents(evaluation, title, selected, setting, token_rows, diagnoses))
-    if not hosts.is_lead():
-        return
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with files.replacing(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    if hosts.is_lead():
+        path = pathlib.Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_text(path, page)
 
 
 def contents(
@@ -118,17 +116,17 @@ def render(values: Mapping[str, object]) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"colour": _colour, "css": _CSS.__getitem__}
+    environment.filters |= {"colour": _mix_colour, "css": _CSS.__getitem__}
     source = importlib.resources.files(__package__).joinpath("report.html.jinja")
     template = source.read_text(encoding="utf-8")
     return environment.from_string(template).render(values)
 
 
-def _featured(evaluation: Evaluation, name: str | None) -> Setting | None:
+def _find_featured(evaluation: Evaluation, name: str | None) -> Setting | None:
     by_name = {setting.name: setting for setting in evaluation.settings}
     if name is not None:
         if name not in by_name:
-            raise ValueError(f"no setting {name!r} was evaluated; there are {list(by_name)}")
+            raise ValueError(f"no setting {name!r} was evaluated; expected one of {list(by_name)}")
         return by_name[name]
     candidates = [setting for setting in evaluation.settings if setting.guidance_scale > 0]
     candidates = [
@@ -146,7 +144,7 @@ def _featured(evaluation: Evaluation, name: str | None) -> Setting | None:
     return candidates[selection.RULES["utility_given_quality"](scores, base)[0]]
 
 
-def _colour(value: float, low: float, high: float) -> str:
+def _mix_colour(value: float, low: float, high: float) -> str:
     """A light colour for dark text: orange at `low`, white between, blue at `high`."""
     share = min(max((value - low) / (high - low), 0.0), 1.0)
     towards = (120, 178, 226) if share > 0.5 else (242, 160, 96)

@@ -23,16 +23,12 @@ class Figure(NamedTuple):
 
 def make_figures(evaluation: Evaluation, featured: Setting | None) -> list[Figure]:
     """The figures that an evaluation has the numbers for, in the page's order."""
-    candidates = [
-        _trade_off(evaluation, featured),
-        _distributions(evaluation, featured),
-        _temperature_sweep(evaluation, featured),
-        _leaks(evaluation, featured),
-    ]
+    plots = (_plot_trade_off, _plot_distributions, _plot_temperatures, _plot_leaks)
+    candidates = [plot(evaluation, featured) for plot in plots]
     return [figure for figure in candidates if figure is not None]
 
 
-def _trade_off(evaluation: Evaluation, featured: Setting | None) -> Figure | None:
+def _plot_trade_off(evaluation: Evaluation, featured: Setting | None) -> Figure | None:
     points = []
     base, retain_log = evaluation.logs[evaluation.settings[0].name], evaluation.retain_log
     try:
@@ -56,17 +52,19 @@ def _trade_off(evaluation: Evaluation, featured: Setting | None) -> Figure | Non
             points.append(figures.Point("", RETAIN_MODEL, 1.0, utility))
     return Figure(
         f"Forget quality against {name}",
-        "Every point is a setting: the higher, the less a test tells its truth ratios on the "
-        "forget set from the retain model's (above the dashed line it does not at the 5 % level); "
-        "the further right, the more is kept. The retain model is the target, at p = 1 by "
-        f"definition. What is below {figures.FLOOR:g} stands on the bottom line.",
+        "Every point is a setting: the higher, the closer its truth ratios on the forget set are "
+        "to the retain model's (above the dashed line a test at the 5 % level does not distinguish "
+        "them); the further right, the higher the utility. The retain model is the target, at p = "
+        f"1 by definition. Points below {figures.FLOOR:g} are drawn on the bottom line.",
         [figures.trade_off(points, name)],
     )
 
 
-def _distributions(evaluation: Evaluation, featured: Setting | None) -> Figure | None:
+def _plot_distributions(evaluation: Evaluation, featured: Setting | None) -> Figure | None:
     ratios = {}
-    for label, kind, log in _compared(evaluation, featured, evaluation.logs, evaluation.retain_log):
+    for label, kind, log in _label_logs(
+        evaluation, featured, evaluation.logs, evaluation.retain_log
+    ):
         try:
             ratios[label] = (kind, logs.column(log, "forget_truth_ratio", "score"))
         except MissingMetricError:
@@ -79,7 +77,7 @@ def _distributions(evaluation: Evaluation, featured: Setting | None) -> Figure |
     )
 
 
-def _temperature_sweep(evaluation: Evaluation, featured: Setting | None) -> Figure | None:
+def _plot_temperatures(evaluation: Evaluation, featured: Setting | None) -> Figure | None:
     """Lines of equal s over T, of the featured heads and of tempering alone."""
     heads = () if featured is None else featured.heads
     grouped: dict[str, list[Setting]] = {}
@@ -130,9 +128,9 @@ def _temperature_sweep(evaluation: Evaluation, featured: Setting | None) -> Figu
     )
 
 
-def _leaks(evaluation: Evaluation, featured: Setting | None) -> Figure | None:
+def _plot_leaks(evaluation: Evaluation, featured: Setting | None) -> Figure | None:
     rates = {}
-    for label, kind, log in _compared(
+    for label, kind, log in _label_logs(
         evaluation, featured, evaluation.unlearning, evaluation.retain_unlearning
     ):
         with contextlib.suppress(MissingMetricError):
@@ -148,17 +146,17 @@ def _leaks(evaluation: Evaluation, featured: Setting | None) -> Figure | None:
     )
 
 
-def _compared(
+def _label_logs(
     evaluation: Evaluation,
     featured: Setting | None,
     by_name: Mapping[str, Log],
-    of_retain_model: Log | None,
+    retain_log: Log | None,
 ) -> list[tuple[str, str, Log]]:
     """Label, kind and log: base, the featured setting and its controls, the retain model."""
     shown = [evaluation.settings[0]]
     if featured is not None:
         shown += [featured, *find_controls(featured, evaluation.settings)]
     rows = [(s.name, tables.kind_of(s, evaluation.settings), by_name[s.name]) for s in shown]
-    if of_retain_model is not None:
-        rows.append((RETAIN_MODEL, RETAIN_MODEL, of_retain_model))
+    if retain_log is not None:
+        rows.append((RETAIN_MODEL, RETAIN_MODEL, retain_log))
     return rows

@@ -31,29 +31,28 @@ def write_experiment(folder: str | os.PathLike[str], experiment: Experiment, *, 
     folder = pathlib.Path(folder)
     write_sweep(folder, experiment.sweep, title=title)
     sections = [
-        ("Chosen by cross-fitting", _choice(experiment)),
-        ("What was chosen, its controls and the models", _settings(experiment)),
-        ("Model utility, part by part", _utility_parts(experiment)),
-        ("Leaks when many answers are drawn", _leaks(experiment)),
+        ("Chosen by cross-fitting", _tabulate_choice(experiment)),
+        ("What was chosen, its controls and the models", _tabulate_settings(experiment)),
+        ("Model utility, part by part", _tabulate_utility_parts(experiment)),
+        ("Leaks when many answers are drawn", _tabulate_leaks(experiment)),
         ("One thing varied at a time", "![](varied.svg)"),
-        ("Refinements, each at the chosen T and s", _refined(experiment)),
-        ("Answers drawn from the base's nucleus", _truncated(experiment)),
-        ("Texts that no head was trained on", _probes(experiment)),
-        ("What it took", _stages(experiment)),
+        ("Refinements, each at the chosen T and s", _tabulate_refinements(experiment)),
+        ("Answers drawn from the base's nucleus", _tabulate_nucleus(experiment)),
+        ("Texts that no head was trained on", _tabulate_probes(experiment)),
+        ("What it took", _tabulate_stages(experiment)),
     ]
     text = "\n\n".join(
         [f"# {title}", *(f"## {heading}\n\n{body}" for heading, body in sections if body)]
     )
     if hosts.is_lead():
-        files.write_json(folder / "experiment.json", _as_json(experiment))
+        files.write_json(folder / "experiment.json", _make_json(experiment))
         with files.replacing(folder / "varied.svg") as temporary:
             temporary.write_bytes(figures.draw_variations(experiment.points))
-        with files.replacing(folder / "results.md") as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+        files.write_text(folder / "results.md", text + "\n")
     return text
 
 
-def _choice(experiment: Experiment) -> str:
+def _tabulate_choice(experiment: Experiment) -> str:
     base = selection.log_utility(experiment.sweep.evaluation.logs["base"])
     rows = summary_rows(experiment.sweep.choice, experiment.sweep.noise_floor)
     if base > 0:
@@ -62,7 +61,7 @@ def _choice(experiment: Experiment) -> str:
     return make_table(["", "value", "meaning"], rows)
 
 
-def _settings(experiment: Experiment) -> str:
+def _tabulate_settings(experiment: Experiment) -> str:
     evaluation = experiment.sweep.evaluation
     named = [
         (setting.name, evaluation.logs[setting.name], evaluation.unlearning[setting.name])
@@ -73,42 +72,42 @@ def _settings(experiment: Experiment) -> str:
             ("retain-only model", evaluation.retain_log, evaluation.retain_unlearning or Log())
         )
     columns = {
-        "forget quality p": lambda log, _: f"{_quality(experiment, log).p_value:.2g}",
-        "D": lambda log, _: f"{_quality(experiment, log).statistic:.3f}",
+        "forget quality p": lambda log, _: f"{_test_quality(experiment, log).p_value:.2g}",
+        "D": lambda log, _: f"{_test_quality(experiment, log).statistic:.3f}",
         "utility": lambda log, _: f"{selection.log_utility(log):.3f}",
-        "forget prob.": lambda log, _: _mean(log, "forget_Q_A_Prob"),
-        "forget ROUGE": lambda log, _: _mean(log, "forget_Q_A_ROUGE"),
-        "reworded": lambda _, more: _aggregate(more, "forget_paraphrased_Q_A_ROUGE"),
-        "retain prob.": lambda log, _: _mean(log, "retain_Q_A_Prob"),
-        "retain ROUGE": lambda log, _: _mean(log, "retain_Q_A_ROUGE"),
-        "reworded ": lambda _, more: _aggregate(more, "retain_paraphrased_Q_A_ROUGE"),
-        "KL forget": lambda _, more: _aggregate(more, "forget_KL_guided_retain"),
-        "KL retain": lambda _, more: _aggregate(more, "retain_KL_guided_retain"),
-        "perplexity": lambda _, more: _aggregate(more, "forget_greedy_fluency"),
-        "length": lambda _, more: _length(more),
+        "forget prob.": lambda log, _: _show_mean(log, "forget_Q_A_Prob"),
+        "forget ROUGE": lambda log, _: _show_mean(log, "forget_Q_A_ROUGE"),
+        "reworded": lambda _, beyond: _show_aggregate(beyond, "forget_paraphrased_Q_A_ROUGE"),
+        "retain prob.": lambda log, _: _show_mean(log, "retain_Q_A_Prob"),
+        "retain ROUGE": lambda log, _: _show_mean(log, "retain_Q_A_ROUGE"),
+        "reworded ": lambda _, beyond: _show_aggregate(beyond, "retain_paraphrased_Q_A_ROUGE"),
+        "KL forget": lambda _, beyond: _show_aggregate(beyond, "forget_KL_guided_retain"),
+        "KL retain": lambda _, beyond: _show_aggregate(beyond, "retain_KL_guided_retain"),
+        "perplexity": lambda _, beyond: _show_aggregate(beyond, "forget_greedy_fluency"),
+        "length": lambda _, beyond: _show_length(beyond),
     }
     return make_table(
         ["", *columns],
         (
-            [name, *(_cell(column, log, more) for column in columns.values())]
-            for name, log, more in named
+            [name, *(_show(column, log, beyond) for column in columns.values())]
+            for name, log, beyond in named
         ),
     )
 
 
-def _utility_parts(experiment: Experiment) -> str:
+def _tabulate_utility_parts(experiment: Experiment) -> str:
     evaluation = experiment.sweep.evaluation
     named = [("base", evaluation.logs["base"])]
     named += [(setting.name, evaluation.logs[setting.name]) for setting in experiment.sweep.chosen]
     if evaluation.retain_log is not None:
         named.append(("retain-only model", evaluation.retain_log))
-    rows = [[part, *(_cell(_mean, log, part) for _, log in named)] for part in _PARTS]
+    rows = [[part, *(_show(_show_mean, log, part) for _, log in named)] for part in _PARTS]
     return make_table(
         ["", *(name for name, _ in named)], (row for row in rows if set(row[1:]) != {_DASH})
     )
 
 
-def _leaks(experiment: Experiment) -> str:
+def _tabulate_leaks(experiment: Experiment) -> str:
     evaluation = experiment.sweep.evaluation
     retain = evaluation.retain_unlearning
     rows = []
@@ -116,32 +115,19 @@ def _leaks(experiment: Experiment) -> str:
         if retain is None or metric not in retain:
             continue
         of_retain = answers.leaking_rows(retain, metric)
-        rows.append([asked, "retain-only model", *_by_samples(retain, metric), ""])
+        rows.append([asked, "retain-only model", *_show_leak_rates(retain, metric), ""])
         for setting in experiment.sweep.chosen:
             log = evaluation.unlearning[setting.name]
             leaking = answers.leaking_rows(log, metric)
-            by = metrics.bootstrap_difference(leaking, of_retain)
-            difference = f"{by.estimate:+.3f} [{by.low:+.3f}, {by.high:+.3f}]"
-            rows.append([asked, setting.name, *_by_samples(log, metric), difference])
+            excess = metrics.bootstrap_difference(leaking, of_retain)
+            difference = f"{excess.estimate:+.3f} [{excess.low:+.3f}, {excess.high:+.3f}]"
+            rows.append([asked, setting.name, *_show_leak_rates(log, metric), difference])
     if not rows:
         return ""
     return make_table(["asked", "", "1 answer", "4 answers", "all answers", "difference"], rows)
 
 
-def _refined(experiment: Experiment) -> str:
-    columns = [
-        "",
-        "D",
-        "utility without ROUGE",
-        "forget prob.",
-        "forget ROUGE",
-        "reworded",
-        "retain ROUGE",
-        "reworded ",
-        "real authors ROUGE",
-        "perplexity",
-        "length",
-    ]
+def _tabulate_refinements(experiment: Experiment) -> str:
     rows = []
     for refined in experiment.refined:
         distances = [
@@ -149,52 +135,54 @@ def _refined(experiment: Experiment) -> str:
             for log in refined.scored
         ]
         forget = [aggregates.rows(log, "forget_Q_A_Prob").mean() for log in refined.scored]
+        utilities = [selection.log_utility(log) for log in refined.scored]
+        answered, beyond = refined.answered, refined.unlearning
         rows.append(
-            [
-                refined.name,
-                _spread(distances),
-                _spread([selection.log_utility(log) for log in refined.scored]),
-                _spread(forget),
-                _cell(_mean, refined.answered, "forget_Q_A_ROUGE"),
-                _aggregate(refined.unlearning, "forget_paraphrased_Q_A_ROUGE"),
-                _cell(_mean, refined.answered, "retain_Q_A_ROUGE"),
-                _aggregate(refined.unlearning, "retain_paraphrased_Q_A_ROUGE"),
-                _cell(_mean, refined.answered, "ra_Q_A_ROUGE"),
-                _aggregate(refined.unlearning, "forget_greedy_fluency"),
-                _length(refined.unlearning),
-            ]
+            {
+                "": refined.name,
+                "D": _show_seeds(distances),
+                "utility without ROUGE": _show_seeds(utilities),
+                "forget prob.": _show_seeds(forget),
+                "forget ROUGE": _show(_show_mean, answered, "forget_Q_A_ROUGE"),
+                "reworded": _show_aggregate(beyond, "forget_paraphrased_Q_A_ROUGE"),
+                "retain ROUGE": _show(_show_mean, answered, "retain_Q_A_ROUGE"),
+                "reworded ": _show_aggregate(beyond, "retain_paraphrased_Q_A_ROUGE"),
+                "real authors ROUGE": _show(_show_mean, answered, "ra_Q_A_ROUGE"),
+                "perplexity": _show_aggregate(beyond, "forget_greedy_fluency"),
+                "length": _show_length(beyond),
+            }
         )
-    return make_table(columns, rows)
+    return make_table(list(rows[0]), [list(row.values()) for row in rows])
 
 
-def _truncated(experiment: Experiment) -> str:
+def _tabulate_nucleus(experiment: Experiment) -> str:
     if experiment.truncated is None:
         return ""
     chosen = experiment.sweep.chosen[0].name
     whole = experiment.sweep.evaluation.unlearning[chosen]
     rows = []
     for name, log in ((f"{chosen}, whole", whole), (f"{chosen}, nucleus", experiment.truncated)):
-        leaks = ["/".join(_by_samples(log, m)) if m in log else _DASH for m in _LEAKS.values()]
+        leaks = ["/".join(_show_leak_rates(log, m)) if m in log else _DASH for m in _LEAKS.values()]
         repeated = logs.detail(log, "forget_sample_fluency", "repetition")
-        perplexity = _aggregate(log, "forget_sample_fluency")
+        perplexity = _show_aggregate(log, "forget_sample_fluency")
         rows.append([name, *leaks, perplexity, f"{repeated:.3f}"])
     columns = ["", "leaks of 1/4/all answers", "reworded", "perplexity", "repetition"]
     return make_table(columns, rows)
 
 
-def _by_samples(log: Log, metric: str) -> list[str]:
+def _show_leak_rates(log: Log, metric: str) -> list[str]:
     rates = answers.leak_rates(log, metric)
     most = max(rates)
     return [f"{rates[min(n, most)]:.3f}" for n in (1, 4, most)]
 
 
-def _probes(experiment: Experiment) -> str:
+def _tabulate_probes(experiment: Experiment) -> str:
     rows = [
         [
             kind,
             str(seeds[0].texts),
             *(
-                _spread([getattr(each, field) for each in seeds])
+                _show_seeds([getattr(probe, field) for probe in seeds])
                 for field in ("retain_prob", "lowest", "below_half", "change")
             ),
         ]
@@ -204,7 +192,7 @@ def _probes(experiment: Experiment) -> str:
     return make_table(columns, rows)
 
 
-def _stages(experiment: Experiment) -> str:
+def _tabulate_stages(experiment: Experiment) -> str:
     rows = [
         [name, f"{stage['seconds']:.0f}", f"{stage['peak_gigabytes']:.1f}"]
         for name, stage in experiment.stages.items()
@@ -212,7 +200,7 @@ def _stages(experiment: Experiment) -> str:
     return make_table(["stage", "seconds", "peak memory of the process so far, GB"], rows)
 
 
-def _as_json(experiment: Experiment) -> dict[str, object]:
+def _make_json(experiment: Experiment) -> dict[str, object]:
     sweep, evaluation = experiment.sweep, experiment.sweep.evaluation
     nothing = Log()
     return {
@@ -241,32 +229,32 @@ def _as_json(experiment: Experiment) -> dict[str, object]:
     }
 
 
-def _spread(seeds: Sequence[float]) -> str:
+def _show_seeds(seeds: Sequence[float]) -> str:
     text = f"{np.mean(seeds):.3f}"
     return text if len(seeds) == 1 else f"{text} ({min(seeds):.3f} to {max(seeds):.3f})"
 
 
-def _quality(experiment: Experiment, log: Log) -> metrics.ForgetQuality:
+def _test_quality(experiment: Experiment, log: Log) -> metrics.ForgetQuality:
     return aggregates.forget_quality(log, experiment.sweep.evaluation.retain_log)
 
 
-def _mean(log: Log, metric: str) -> str:
+def _show_mean(log: Log, metric: str) -> str:
     return f"{aggregates.rows(log, metric).mean():.3f}"
 
 
-def _aggregate(log: Log, metric: str) -> str:
+def _show_aggregate(log: Log, metric: str) -> str:
     return f"{log[metric].aggregate:.3g}" if metric in log else _DASH
 
 
-def _length(log: Log) -> str:
-    """Tokens of a greedy answer to a forget question."""
+def _show_length(log: Log) -> str:
+    """Mean number of tokens of greedy answers to forget questions."""
     metric = "forget_greedy_fluency"
     if metric not in log:
         return _DASH
     return f"{logs.detail(log, metric, 'tokens') / len(logs.indices(log, metric)):.1f}"
 
 
-def _cell(number: Callable[..., str], *arguments: object) -> str:
+def _show(number: Callable[..., str], *arguments: object) -> str:
     try:
         return number(*arguments)
     except MissingMetricError:

@@ -1,4 +1,4 @@
-"""The report's numbers as plain data: from logs to what the template shows.
+"""The report's tables as plain data, made of logs for the template.
 
 All numbers are defined in `evaluation`; this module chooses, rounds and names them.
 """
@@ -21,25 +21,14 @@ SECOND_RETAIN_MODEL = "second retain model"  # the noise floor
 
 
 class Cell(NamedTuple):
-    """A number of a table.
-
-    Attributes:
-        text: The number; a dash where it is missing.
-        note: A small text beside it, such as its interval.
-    """
+    """A number of a table, or a dash, and a small note beside it, such as its interval."""
 
     text: str
     note: str = ""
 
 
 class Row(NamedTuple):
-    """A row of a table: one setting.
-
-    Attributes:
-        label: The setting's name.
-        kind: Base, unlearned, one of the controls, or retain model.
-        cells: One for each column.
-    """
+    """A row of a table; its kind is base, unlearned, one of the controls, or retain model."""
 
     label: str
     kind: str
@@ -74,39 +63,36 @@ MISSING = Cell("\N{EN DASH}")
 
 
 def kind_of(setting: Setting, settings: Sequence[Setting]) -> str:
-    """Names the kind of a setting: a tilt at T = 1 is a control where a T of others is not 1."""
+    """Names the kind of a setting; a tilt at T = 1 is a control of a setting at another T."""
     if setting.guidance_scale == 0:
         return BASE if setting.base_temperature == 1 else TEMPERED
-    controlled = [each for each in settings if each.base_temperature != 1]
-    is_control = any(serve_alike(setting, tilt_only(each)) for each in controlled)
+    tempered = [other for other in settings if other.base_temperature != 1]
+    is_control = any(serve_alike(setting, tilt_only(other)) for other in tempered)
     return TILTED if is_control else UNLEARNED
 
 
 def cards(models: Sequence[tuple[str, str, Log]], retain_log: Log | None) -> list[Card]:
-    """The four numbers to read first, those left out that no model has.
+    """The headline numbers, without those that no model has.
 
     Models are label, kind and log: base, featured setting and retain model.
     """
-    columns = {
-        "Forget quality": (
+    utility, recall = utility_name(models[0][2]), "ROUGE-L recall of greedy answers"
+    columns: list[tuple[str, str, Callable[[str, Log], Cell]]] = [
+        (
+            "Forget quality",
             "p of a test against the retain model: 1 is the best",
-            lambda kind, log: _quality(kind, log, retain_log)[0],
+            lambda kind, log: _show_quality(kind, log, retain_log)[0],
         ),
-        _sentence(utility_name(models[0][2])): (
+        (
+            utility[:1].upper() + utility[1:],
             "what is kept, from 0 to 1",
-            lambda _, log: _utility(log),
+            lambda _, log: _show_interval(selection.utility_interval, log),
         ),
-        "Forget answers recited": (
-            "ROUGE-L recall of greedy answers",
-            lambda _, log: _mean(log, "forget_Q_A_ROUGE"),
-        ),
-        "Retain answers recited": (
-            "ROUGE-L recall of greedy answers",
-            lambda _, log: _mean(log, "retain_Q_A_ROUGE"),
-        ),
-    }
+        ("Forget answers recited", recall, lambda _, log: _show_mean(log, "forget_Q_A_ROUGE")),
+        ("Retain answers recited", recall, lambda _, log: _show_mean(log, "retain_Q_A_ROUGE")),
+    ]
     shown = []
-    for title, (meaning, number) in columns.items():
+    for title, meaning, number in columns:
         rows = [
             CardRow(label, kind, number(kind, log).text, kind not in (BASE, RETAIN_MODEL))
             for label, kind, log in models
@@ -122,10 +108,7 @@ def summary_table(
     retain_log: Log | None,
     second_retain_log: Log | None = None,
 ) -> Table:
-    """The headline numbers of every setting, with 95 % bootstrap intervals over rows.
-
-    A row for each setting and one for each retain model.
-    """
+    """The headline numbers of settings and retain models, with 95 % bootstrap intervals."""
     named = _name_models(settings, evaluated, retain_log, second_retain_log)
     means = {
         "forget ROUGE-L recall": "forget_Q_A_ROUGE",
@@ -138,9 +121,9 @@ def summary_table(
             name,
             kind,
             [
-                *_quality(kind, log, retain_log),
-                _utility(log),
-                *(_mean(log, metric) for metric in means.values()),
+                *_show_quality(kind, log, retain_log),
+                _show_interval(selection.utility_interval, log),
+                *(_show_mean(log, metric) for metric in means.values()),
             ],
         )
         for name, kind, log in named
@@ -155,7 +138,7 @@ def _name_models(
     retain: Log | None,
     second_retain: Log | None,
 ) -> list[tuple[str, str, Log]]:
-    """Name, kind and log of every setting and of the retain models that there are."""
+    """Name, kind and log of every setting and retain model."""
     named = [
         (setting.name, kind_of(setting, settings), by_name[setting.name]) for setting in settings
     ]
@@ -171,7 +154,7 @@ def unlearning_table(
     retain_unlearning: Log | None,
     second_retain_unlearning: Log | None = None,
 ) -> Table:
-    """The numbers of `UNLEARNING.json`, those that no setting has left out; rows as above."""
+    """The numbers of `UNLEARNING.json`, without those that no model has; rows as above."""
     named = _name_models(settings, measured, retain_unlearning, second_retain_unlearning)
     measured_logs = [log for _, _, log in named]
     columns: dict[str, list[Cell]] = {}
@@ -180,7 +163,7 @@ def unlearning_table(
         if first is not None:
             drawn, threshold = (logs.detail(first, metric, x) for x in ("samples", "threshold"))
             columns[f"leak in {drawn} answers (recall ≥ {threshold:g}){asked}"] = [
-                _leak_rate(metric, log, retain_unlearning) for log in measured_logs
+                _show_leak_rate(metric, log, retain_unlearning) for log in measured_logs
             ]
     for name, (show, metric) in _BEYOND.items():
         columns[name] = [show(log, metric) for log in measured_logs]
@@ -193,17 +176,17 @@ def unlearning_table(
 
 
 def all_metrics_table(settings: Sequence[Setting], evaluated: Mapping[str, Log]) -> Table:
-    """Every aggregate of the logs; here a row is a metric and a column a setting."""
+    """Every aggregate of the logs, with a row for each metric and a column for each setting."""
     metrics_of_any = {metric for log in evaluated.values() for metric in (*log, "forget_quality")}
     rows = [
-        Row(metric, "", [_plain(evaluated[setting.name], metric) for setting in settings])
+        Row(metric, "", [_show_plain(evaluated[setting.name], metric) for setting in settings])
         for metric in sorted(metrics_of_any)
     ]
     return Table([setting.name for setting in settings], rows)
 
 
 def missing(settings: Sequence[Setting], *by_name: Mapping[str, Log]) -> list[tuple[str, str]]:
-    """Metrics that are missing, with the settings unless those are all, and the reason."""
+    """Missing metrics with the reason, and with the settings if only some lack them."""
     lacking: dict[tuple[str, str], list[str]] = {}
     for evaluated in by_name:
         for setting in settings:
@@ -216,18 +199,14 @@ def missing(settings: Sequence[Setting], *by_name: Mapping[str, Log]) -> list[tu
 
 
 def utility_name(log: Log) -> str:
-    """Name of a log's utility: model utility, or retain utility without the other sets."""
+    """`Rows.utility_name` of a log; "model utility" if it has none."""
     try:
         return selection.rows_of(log).utility_name
     except MissingMetricError:
         return "model utility"
 
 
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def _quality(kind: str, log: Log, retain_log: Log | None) -> list[Cell]:
+def _show_quality(kind: str, log: Log, retain_log: Log | None) -> list[Cell]:
     if kind == RETAIN_MODEL:
         return [Cell("1", "by definition"), Cell("0", "by definition")]
     try:
@@ -241,46 +220,38 @@ def _quality(kind: str, log: Log, retain_log: Log | None) -> list[Cell]:
     ]
 
 
-def _utility(log: Log) -> Cell:
+def _show_mean(log: Log, metric: str) -> Cell:
+    return _show_interval(aggregates.interval, log, metric)
+
+
+def _show_interval(compute: Callable[..., metrics.Interval], *arguments: object) -> Cell:
     try:
-        return _interval(selection.utility_interval(log))
+        interval = compute(*arguments)
     except MissingMetricError:
         return MISSING
-
-
-def _mean(log: Log, metric: str) -> Cell:
-    try:
-        return _interval(aggregates.interval(log, metric))
-    except MissingMetricError:
-        return MISSING
-
-
-def _interval(interval: metrics.Interval) -> Cell:
     return Cell(f"{interval.estimate:.3f}", f"{interval.low:.3f} to {interval.high:.3f}")
 
 
-def _plain(log: Log, metric: str) -> Cell:
+def _show_plain(log: Log, metric: str) -> Cell:
     value = log.aggregate(metric)
     return MISSING if value is None else Cell(f"{value:.4g}")
 
 
-def _leak_rate(metric: str, log: Log, retain_unlearning: Log | None) -> Cell:
-    """The share of questions with a leak, and by how much it exceeds the retain model's."""
+def _show_leak_rate(metric: str, log: Log, retain_unlearning: Log | None) -> Cell:
+    """The share of questions with a leak, and its excess over the retain model's."""
     try:
         leaks = answers.leaking_rows(log, metric)
     except MissingMetricError:
         return MISSING
-    cell = _interval(metrics.bootstrap_interval(np.mean, leaks))
+    cell = _show_interval(metrics.bootstrap_interval, np.mean, leaks)
     if log is retain_unlearning or retain_unlearning is None or metric not in retain_unlearning:
         return cell
-    by = metrics.bootstrap_difference(leaks, answers.leaking_rows(retain_unlearning, metric))
-    return Cell(
-        cell.text,
-        f"{cell.note}\nthan the retain model {by.estimate:+.3f}, {by.low:+.3f} to {by.high:+.3f}",
-    )
+    excess = metrics.bootstrap_difference(leaks, answers.leaking_rows(retain_unlearning, metric))
+    difference = f"{excess.estimate:+.3f}, {excess.low:+.3f} to {excess.high:+.3f}"
+    return Cell(cell.text, f"{cell.note}\nthan the retain model {difference}")
 
 
-def _fluency(log: Log, metric: str) -> Cell:
+def _show_fluency(log: Log, metric: str) -> Cell:
     if metric not in log:
         return MISSING
     distinct = log[metric].details.get("distinct_2")
@@ -291,7 +262,7 @@ def _fluency(log: Log, metric: str) -> Cell:
     )
 
 
-def _divergence(log: Log, metric: str) -> Cell:
+def _show_divergence(log: Log, metric: str) -> Cell:
     if metric not in log:
         return MISSING
     error = log[metric].details.get("standard_error")
@@ -305,18 +276,18 @@ _LEAKS = {
     "forget_leak_rate": "",
     "forget_paraphrased_leak_rate": ", reworded questions",
 }
-# By column, how a number is shown and its metric.
+# By column, the function that shows a number, and its metric.
 _BEYOND: dict[str, tuple[Callable[[Log, str], Cell], str]] = {
-    "forget ROUGE-L recall, reworded questions": (_mean, "forget_paraphrased_Q_A_ROUGE"),
-    "retain ROUGE-L recall, reworded questions": (_mean, "retain_paraphrased_Q_A_ROUGE"),
-    "forget perplexity": (_fluency, "forget_greedy_fluency"),
-    "retain perplexity": (_fluency, "retain_greedy_fluency"),
-    "perplexity, drawn": (_fluency, "forget_sample_fluency"),
-    "head's accuracy, forget": (_plain, "forget_classifier_accuracy"),
-    "head's accuracy, retain": (_plain, "retain_classifier_accuracy"),
-    "head's AUC": (_plain, "classifier_auc"),
-    "KL(served ‖ retain model), forget": (_divergence, "forget_KL_guided_retain"),
-    "KL(retain model ‖ served), forget": (_divergence, "forget_KL_retain_guided"),
-    "KL(served ‖ retain model), retain": (_divergence, "retain_KL_guided_retain"),
-    "KL(retain model ‖ served), retain": (_divergence, "retain_KL_retain_guided"),
+    "forget ROUGE-L recall, reworded questions": (_show_mean, "forget_paraphrased_Q_A_ROUGE"),
+    "retain ROUGE-L recall, reworded questions": (_show_mean, "retain_paraphrased_Q_A_ROUGE"),
+    "forget perplexity": (_show_fluency, "forget_greedy_fluency"),
+    "retain perplexity": (_show_fluency, "retain_greedy_fluency"),
+    "perplexity, drawn": (_show_fluency, "forget_sample_fluency"),
+    "head's accuracy, forget": (_show_plain, "forget_classifier_accuracy"),
+    "head's accuracy, retain": (_show_plain, "retain_classifier_accuracy"),
+    "head's AUC": (_show_plain, "classifier_auc"),
+    "KL(served ‖ retain model), forget": (_show_divergence, "forget_KL_guided_retain"),
+    "KL(retain model ‖ served), forget": (_show_divergence, "forget_KL_retain_guided"),
+    "KL(served ‖ retain model), retain": (_show_divergence, "retain_KL_guided_retain"),
+    "KL(retain model ‖ served), retain": (_show_divergence, "retain_KL_retain_guided"),
 }

@@ -1,1 +1,1 @@
-"""The study of TOFU: from fine-tuning to a page of results, and what the result depends on."""
+"""The study of TOFU: from fine-tuning to a page of results, and variations of the result."""

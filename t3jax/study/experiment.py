@@ -1,10 +1,9 @@
-"""The TOFU experiment: does the method unlearn what a model was made to know, and at what cost?
+"""The TOFU experiment: does the method unlearn rows of the fine-tuning data, and at what cost?
 
-From a model that knows nothing of the authors to a page of numbers, in stages: fine-tune it with
-and without the forget set; train heads of several seeds; choose T, s and refinements by
-cross-fitting; measure the chosen setting and its controls beside the retain-only model; vary one
-thing at a time; look at texts that no head was trained on. Every stage keeps what it finished: a
-run that was stopped goes on where it was.
+The stages: fine-tune a model that knows nothing of the authors with and without the forget set;
+train heads of several seeds; choose T, s and refinements by cross-fitting; measure the chosen
+setting and its controls beside the retain-only model; vary one thing at a time; probe texts that no
+head was trained on. Every stage stores its results, so that a stopped run resumes.
 """
 
 import contextlib
@@ -36,10 +35,10 @@ class Experiment:
         sweep: The choice and its evaluation, with the leaks of the setting chosen on all rows.
         points: The variations.
         refined: The paper's method and its refinements at the chosen T and s.
-        truncated: Leaks of the first chosen setting drawn from the base's nucleus; None without
-            draws.
+        truncated: Leaks of the first chosen setting in samples from the base's nucleus; None
+            without samples.
         probes: By kind of text, one for each seed.
-        stages: Seconds, and gigabytes of the process at its peak so far, by stage.
+        stages: Seconds, and the process's peak memory so far in gigabytes, by stage.
     """
 
     sweep: Sweep
@@ -51,50 +50,50 @@ class Experiment:
 
 
 def experiment(config: Settings, mesh: Mesh) -> Experiment:
-    """Runs an experiment, or goes on with it; everything goes to the config's `experiment.dir`."""
+    """Runs or resumes an experiment; all results are in the config's `experiment.dir`."""
     folder = pathlib.Path(config["experiment.dir"])
-    stage = functools.partial(_stage, folder / "stages.json")
+    stage = functools.partial(_measure_stage, folder / "stages.json")
     with stage("fine-tuning"):
         config = make_models(config, mesh)
     lm = load_lm(config["model"], config.dtype, mesh)
     with stage("features and heads"):
         grid = train_grid(config, lm, pipeline.training_sets(config, lm), mesh)
     with stage("choosing"):
-        found = sweep(replace(config, **{"leaks.leak_samples": 0}), lm, grid, mesh)
+        result = sweep(replace(config, **{"leaks.leak_samples": 0}), lm, grid, mesh)
     with stage("leaks"):
-        found = draw_leaks(config, found)
+        result = draw_leaks(config, result)
     with stage("varying"):
-        varied = variations.vary_heads(config, lm, mesh, found)
-        points = [*variations.vary_settings(found), *varied]
+        varied = variations.vary_heads(config, lm, mesh, result)
+        points = [*variations.vary_settings(result), *varied]
     with stage("refining"):
-        refined = variations.refine(config, lm, mesh, found)
+        refined = variations.refine(config, lm, mesh, result)
     truncated = None
     if config.leaks.leak_samples:
         with stage("truncating"):
-            truncated = variations.truncate(config, found)
+            truncated = variations.truncate(config, result)
     with stage("probing"):
-        found_probes = probe(config, found)
+        by_kind = probe(config, result)
     hosts.wait_for(folder / "stages.json")
     stages = json.loads((folder / "stages.json").read_text(encoding="utf-8"))
-    return Experiment(found, points, refined, truncated, found_probes, stages)
+    return Experiment(result, points, refined, truncated, by_kind, stages)
 
 
 def make_models(config: Settings, mesh: Mesh) -> Settings:
-    """Makes the two models: one that knows both sets, one that knows the retain set alone.
+    """Fine-tunes the two models, one on both sets and one on the retain set alone.
 
-    Nothing is made if `eval.retain_model` is set. Gives the settings with both, and with the
-    folders of an experiment.
+    Nothing is trained if `eval.retain_model` is set. Returns the settings with both models and the
+    folders of the experiment.
     """
     folder = pathlib.Path(config["experiment.dir"])
-    kept = {
+    folders = {
         "workdir": str(folder / "heads"),
         "feature_store": str(folder / "features"),
         "eval.dir": str(folder / "evaluation"),
     }
     if config.eval.retain_model is not None:
-        return replace(config, **kept)
+        return replace(config, **folders)
     both, alone = (config.retain, config.forget), (config.retain,)
-    made = {
+    trained = {
         name: pipeline.finetune_once(
             replace(
                 config,
@@ -108,27 +107,26 @@ def make_models(config: Settings, mesh: Mesh) -> Settings:
         )
         for name, sources in (("base", both), ("retain_only", alone))
     }
-    models = {"model": str(made["base"]), "eval.retain_model": str(made["retain_only"])}
-    return replace(config, **models, **kept)
+    models = {"model": str(trained["base"]), "eval.retain_model": str(trained["retain_only"])}
+    return replace(config, **models, **folders)
 
 
-def draw_leaks(config: Settings, found: Sweep) -> Sweep:
-    """Draws answers of the retain model and the chosen setting; the base recites anyway.
+def draw_leaks(config: Settings, result: Sweep) -> Sweep:
+    """Adds to a sweep the leaks of the retain model and the chosen setting.
 
-    Gives the sweep with these leaks in its evaluation.
+    The base model is left out: its leak rate is near 1.
     """
-    drawn, of_retain_model = pipeline.measure(config, found.evaluation.examined, found.chosen)
+    evaluation = result.evaluation
+    drawn, of_retain_model = pipeline.measure(config, evaluation.examined, result.chosen)
     evaluation = dataclasses.replace(
-        found.evaluation,
-        unlearning=found.evaluation.unlearning | drawn,
-        retain_unlearning=of_retain_model,
+        evaluation, unlearning=evaluation.unlearning | drawn, retain_unlearning=of_retain_model
     )
-    return dataclasses.replace(found, evaluation=evaluation)
+    return dataclasses.replace(result, evaluation=evaluation)
 
 
-def probe(config: Settings, found: Sweep) -> dict[str, list[probes.Probe]]:
+def probe(config: Settings, result: Sweep) -> dict[str, list[probes.Probe]]:
     """The effect of gate and tilt by kind of text, for each seed of the chosen setting."""
-    examined = found.evaluation.examined
+    examined = result.evaluation.examined
     store, sets = examined.store, examined.sets
     texts = {"forget answers (trained on)": sets["forget"].answers}
     texts["forget, reworded questions"] = sets["forget"].reworded or []
@@ -144,24 +142,24 @@ def probe(config: Settings, found: Sweep) -> dict[str, list[probes.Probe]]:
         texts["plain chat"] = pipeline.encode(config, store.lm, config.experiment.plain_chat)
     plain = [
         Setting(f"head{setting.heads[0]}-T1-s1", 1.0, 1.0, setting.heads)
-        for setting in found.chosen
+        for setting in result.chosen
     ]
-    settings = list(dict.fromkeys([BASE, *plain, *found.chosen]))
-    results = {}
+    settings = list(dict.fromkeys([BASE, *plain, *result.chosen]))
+    by_kind = {}
     for kind, examples in texts.items():
         if examples:
             label = f"probe-{files.slug(kind)}"
             scores = dict(zip(settings, store.scores(label, examples, settings), strict=True))
-            results[kind] = [
+            by_kind[kind] = [
                 probes.probe(scores[BASE], scores[tilted], scores[served])
-                for tilted, served in zip(plain, found.chosen, strict=True)
+                for tilted, served in zip(plain, result.chosen, strict=True)
             ]
-    return results
+    return by_kind
 
 
 @contextlib.contextmanager
-def _stage(path: pathlib.Path, name: str) -> Iterator[None]:
-    """Adds up the seconds of a stage over the runs it took, until it is done."""
+def _measure_stage(path: pathlib.Path, name: str) -> Iterator[None]:
+    """Writes the seconds of a stage, summed over runs until it is done, and the peak memory."""
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     stage = known.get(name, {"seconds": 0.0, "done": False})
     start = time.perf_counter()

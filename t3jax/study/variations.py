@@ -1,10 +1,11 @@
-"""Variations of the chosen setting: one thing changed at a time, all else as it was chosen.
+"""Variations of the chosen setting: one thing changes at a time, and all else stays as chosen.
 
-T and s come from the sweep, whose scores are there. Heads of other ranks, epochs and retain sets
-are trained, and those of refinements that change the training. Nothing here chooses.
+Scores at other T and s are the sweep's. Heads are trained for other ranks, epochs and retain sets,
+and for refinements that change the training. Nothing here chooses.
 """
 
 import dataclasses
+import itertools
 import pathlib
 import warnings
 from collections.abc import Sequence
@@ -32,13 +33,13 @@ class Point(NamedTuple):
 
     Attributes:
         axis: The quantity that is varied.
-        line: The quantities that are held: the refinements, and T or s.
+        line: The quantities that are fixed: the refinements, and T or s.
         value: The value of the axis.
         distances: D to the retain model's truth ratios, one for each seed.
         utilities: Utility without ROUGE, one for each seed.
-        utility_interval: 95 % bootstrap interval of the first seed's.
+        utility_interval: 95 % bootstrap interval of the first seed's utility.
         forget_probs: Mean probability of the forget answers, one for each seed.
-        forget_interval: 95 % bootstrap interval of the first seed's.
+        forget_interval: 95 % bootstrap interval of the first seed's probability.
     """
 
     axis: str
@@ -57,9 +58,9 @@ class Refined:
 
     Attributes:
         name: The refinement.
-        scored: Logs without answers of all rows, one for each seed.
-        answered: Log of the first seed, of some rows.
-        unlearning: Its numbers beyond TOFU's.
+        scored: Logs of all rows without answers, one for each seed.
+        answered: The first seed's log of some rows.
+        unlearning: The first seed's metrics beyond TOFU's.
     """
 
     name: str
@@ -68,36 +69,39 @@ class Refined:
     unlearning: Log
 
 
-def vary_settings(found: Sweep) -> list[Point]:
-    """The scores of a sweep over T and over s, the other held as it was chosen."""
-    chosen = found.chosen[0]
-    recipe = [setting for setting in found.candidates.values() if setting[0].heads == chosen.heads]
+def vary_settings(sweep: Sweep) -> list[Point]:
+    """The scores of a sweep over T at the chosen s, and over s at the chosen T."""
+    chosen = sweep.chosen[0]
     points = []
-    for seeds in recipe:
+    for seeds in sweep.candidates.values():
         setting = seeds[0]
-        kept = [found.scored[each.name] for each in seeds]
+        if setting.heads != chosen.heads:
+            continue
+        logs = [sweep.scored[seed.name] for seed in seeds]
         kind = setting.refinements.name
         if setting.guidance_scale == chosen.guidance_scale:
             line = f"{kind}, s = {setting.guidance_scale:g}"
-            points.append(_point("T", line, setting.base_temperature, kept, found.retain_scored))
+            point = _make_point("T", line, setting.base_temperature, logs, sweep.retain_scored)
+            points.append(point)
         if setting.base_temperature == chosen.base_temperature:
             line = f"{kind}, T = {setting.base_temperature:g}"
-            points.append(_point("s", line, setting.guidance_scale, kept, found.retain_scored))
+            point = _make_point("s", line, setting.guidance_scale, logs, sweep.retain_scored)
+            points.append(point)
     return points
 
 
-def vary_heads(config: Settings, lm: LM, mesh: Mesh, found: Sweep) -> list[Point]:
-    """How the chosen setting depends on the head's rank and epochs and the retain rows it saw.
+def vary_heads(config: Settings, lm: LM, mesh: Mesh, sweep: Sweep) -> list[Point]:
+    """The scores of the chosen setting over rank, epochs and retain rows of the head.
 
-    `experiment.vary_ranks`, `vary_epochs` and `vary_retain_rows` say which; the sweep has the heads
-    of the values that the settings have anyway.
+    `experiment.vary_ranks`, `vary_epochs` and `vary_retain_rows` are the values; the sweep has the
+    heads of the configured values.
     """
     rows = len(data.load_dataset(config["retain"], config.tofu_dir))
-    own = _own_heads(found)
+    chosen_heads = _find_heads(sweep)
     trained: list[tuple[str, float, Sequence[Head]]] = [
-        (RANK, own[0].config.rank, own),
-        (EPOCHS, config.train.epochs, own),
-        (RETAIN_ROWS, rows, own),
+        (RANK, chosen_heads[0].config.rank, chosen_heads),
+        (EPOCHS, config.train.epochs, chosen_heads),
+        (RETAIN_ROWS, rows, chosen_heads),
     ]
     changes: list[tuple[str, int, dict[str, Any]]] = [
         *((RANK, rank, {"classifier.rank": rank}) for rank in config.experiment.vary_ranks),
@@ -110,55 +114,57 @@ def vary_heads(config: Settings, lm: LM, mesh: Mesh, found: Sweep) -> list[Point
     for axis, value, change in changes:
         heads = _train(config, lm, mesh, f"{axis.split()[0]}-{value}", **change)
         trained.append((axis, value, heads))
-    every = list(dict.fromkeys(head for _, _, several in trained for head in several))
-    chosen = dataclasses.replace(found.chosen[0], name="head0-varied", heads=(0,))
-    settings = spread_over_seeds(chosen, len(every))
-    scored, retain_log = pipeline.score(config, _with_heads(found, every), settings, answers=False)
+    distinct = list(dict.fromkeys(head for _, _, heads in trained for head in heads))
+    chosen = dataclasses.replace(sweep.chosen[0], name="head0-varied", heads=(0,))
+    settings = spread_over_seeds(chosen, len(distinct))
+    examined = _replace_heads(sweep, distinct)
+    scored, retain_log = pipeline.score(config, examined, settings, answers=False)
     assert retain_log is not None  # the sweep had one
-    by_head = dict(zip(every, scored.values(), strict=True))
+    by_head = dict(zip(distinct, scored.values(), strict=True))
+    kind = chosen.refinements.name
     return [
-        _point(axis, chosen.refinements.name, value, [by_head[h] for h in several], retain_log)
-        for axis, value, several in trained
+        _make_point(axis, kind, value, [by_head[head] for head in heads], retain_log)
+        for axis, value, heads in trained
     ]
 
 
-def refine(config: Settings, lm: LM, mesh: Mesh, found: Sweep) -> list[Refined]:
+def refine(config: Settings, lm: LM, mesh: Mesh, sweep: Sweep) -> list[Refined]:
     """The results of each refinement at the chosen T and s, the paper's method first.
 
-    `experiment.refine_rows` says how many questions of a set are answered, and
-    `experiment.varied_retain` which further retain texts a head may read. The forget set as
-    two requests is two heads, each trained on the authors of one half.
+    `experiment.refine_rows` is the number of questions of a set that are answered, and
+    `experiment.varied_retain` names further retain texts for a head. The forget set as two requests
+    is two heads, each trained on the authors of one half.
     """
-    kinds = _kinds(config, lm, mesh, found)
-    every = list(dict.fromkeys(h for _, seeds in kinds.values() for group in seeds for h in group))
+    kinds = _make_kinds(config, lm, mesh, sweep)
+    groups = [group for _, seeds in kinds.values() for group in seeds]
+    distinct = list(dict.fromkeys(itertools.chain(*groups)))
     settings = {
         name: [
             Setting(
                 f"{files.slug(name)}-seed{seed}",
-                found.chosen[0].base_temperature,
-                found.chosen[0].guidance_scale,
-                tuple(every.index(head) for head in group),
+                sweep.chosen[0].base_temperature,
+                sweep.chosen[0].guidance_scale,
+                tuple(distinct.index(head) for head in group),
                 refinements,
             )
             for seed, group in enumerate(seeds)
         ]
         for name, (refinements, seeds) in kinds.items()
     }
-    examined = _with_heads(found, every)
+    examined = _replace_heads(sweep, distinct)
     flat = [setting for seeds in settings.values() for setting in seeds]
     scored, _ = pipeline.score(config, examined, flat, answers=False)
-    # Answers cost minutes: only the first seed answers, and only some of the questions.
-    fewer = {
+    # Answers take minutes: only the first seed answers, and only some of the questions.
+    changes = {
         "eval.dir": str(pathlib.Path(config["eval.dir"]) / "refined"),
         "eval.rows": config.experiment.refine_rows,
         "eval.world_facts": None,
         "leaks.leak_samples": 0,
         "leaks.kl_rows": 0,
     }
-    some = replace(config, **fewer)
-    sets = pipeline.load_sets(some, lm)
-    firsts = [seeds[0] for seeds in settings.values()]
-    evaluation = pipeline.evaluate(some, dataclasses.replace(examined, sets=sets), firsts)
+    config = replace(config, **changes)
+    examined = dataclasses.replace(examined, sets=pipeline.load_sets(config, lm))
+    evaluation = pipeline.evaluate(config, examined, [seeds[0] for seeds in settings.values()])
     return [
         Refined(
             name,
@@ -170,11 +176,11 @@ def refine(config: Settings, lm: LM, mesh: Mesh, found: Sweep) -> list[Refined]:
     ]
 
 
-def _kinds(
-    config: Settings, lm: LM, mesh: Mesh, found: Sweep
+def _make_kinds(
+    config: Settings, lm: LM, mesh: Mesh, sweep: Sweep
 ) -> dict[str, tuple[Refinements, Sequence[tuple[Head, ...]]]]:
-    """By name, the refinements when served, and the heads of each seed, trained if need be."""
-    own = [(head,) for head in _own_heads(found)]
+    """Refinements to serve and the heads of each seed, by name; trains heads where needed."""
+    chosen_heads = [(head,) for head in _find_heads(sweep)]
     rows = {
         name: len(data.load_dataset(config[name], config.tofu_dir)) for name in ("forget", "retain")
     }
@@ -188,12 +194,13 @@ def _kinds(
         for i, part in enumerate((f":{middle}", f"{middle}:"))
     ]
     prior = [
-        (dataclasses.replace(head, prior_shift=class_prior_shift(fraction)),) for (head,) in own
+        (dataclasses.replace(head, prior_shift=class_prior_shift(fraction)),)
+        for (head,) in chosen_heads
     ]
-    as_chosen = found.chosen[0].refinements
+    as_chosen = sweep.chosen[0].refinements
     product = dataclasses.replace(as_chosen, combine="product")
     kinds: dict[str, tuple[Refinements, Sequence[tuple[Head, ...]]]] = {
-        name: (pipeline.refinements(name, lm), own)
+        name: (pipeline.refinements(name, lm), chosen_heads)
         for name in ("plain", "gated", "protected", "gated-protected")
     }
     kinds["zero-started output"] = as_chosen, [(head,) for head in zero]
@@ -207,12 +214,13 @@ def _kinds(
     return kinds
 
 
-def truncate(config: Settings, found: Sweep) -> Log:
+def truncate(config: Settings, sweep: Sweep) -> Log:
     """Leaks and fluency of answers drawn from the base distribution's nucleus.
 
-    They are drawn under the first chosen setting; `experiment.refine_top_p` is how much of it.
+    They are drawn under the first chosen setting; `experiment.refine_top_p` is the nucleus's
+    probability.
     """
-    examined = found.evaluation.examined
+    examined = sweep.evaluation.examined
     forget = {"forget": examined.sets["forget"]}
     folder = pathlib.Path(config["eval.dir"]) / "truncated"
     options = dataclasses.replace(
@@ -223,41 +231,40 @@ def truncate(config: Settings, found: Sweep) -> Log:
         max_new_tokens=config.sampling.max_new_tokens,
         seed=config.sampling.seed,
     )
-    with warnings.catch_warnings():  # what the warning is about is measured here
+    with warnings.catch_warnings():  # it warns of the leaks that are measured here
         warnings.filterwarnings("ignore", 'truncate_on="base"')
-        drawn = unlearning.measure(examined.store, forget, found.chosen[:1], folder, options)
-    return drawn[found.chosen[0].name]
+        drawn = unlearning.measure(examined.store, forget, sweep.chosen[:1], folder, options)
+    return drawn[sweep.chosen[0].name]
 
 
-def _own_heads(found: Sweep) -> list[Head]:
+def _find_heads(sweep: Sweep) -> list[Head]:
     """The heads of the chosen recipe, one for each seed."""
-    first = found.chosen[0].heads[0]
-    return found.grid.heads[first : first + found.grid.seeds]
+    first = sweep.chosen[0].heads[0]
+    return sweep.grid.heads[first : first + sweep.grid.seeds]
 
 
-def _with_heads(found: Sweep, heads: Sequence[Head]) -> pipeline.Examined:
-    examined = found.evaluation.examined
+def _replace_heads(sweep: Sweep, heads: Sequence[Head]) -> pipeline.Examined:
+    examined = sweep.evaluation.examined
     return dataclasses.replace(examined, store=examined.store.with_heads(heads))
 
 
 def _train(config: Settings, lm: LM, mesh: Mesh, name: str, **change: object) -> list[Head]:
-    """A head for each seed of a config that is changed in something, in a folder of its own."""
+    """Trains a head for each seed under a changed config, in a folder of its own."""
     workdir = str(pathlib.Path(config["workdir"]) / name)
     changed = replace(config, **change, **{"workdir": workdir, "sweep.ranks": ()})
     return train_grid(changed, lm, pipeline.training_sets(changed, lm), mesh).heads
 
 
-def _point(axis: str, line: str, value: float, seeds: Sequence[Log], retain_log: Log) -> Point:
-    rows = [selection.rows_of(log) for log in seeds]
+def _make_point(axis: str, line: str, value: float, seeds: Sequence[Log], retain_log: Log) -> Point:
     forget = [aggregates.rows(log, "forget_Q_A_Prob") for log in seeds]
-    utility = metrics.bootstrap_interval(selection.utility, *rows[0].utility.values())
+    utility = selection.utility_interval(seeds[0])
     interval = metrics.bootstrap_interval(lambda prob: float(prob.mean()), forget[0])
     return Point(
         axis,
         line,
         value,
         [aggregates.forget_quality(log, retain_log).statistic for log in seeds],
-        [selection.utility(*each.utility.values()) for each in rows],
+        [selection.log_utility(log) for log in seeds],
         (utility.low, utility.high),
         [float(prob.mean()) for prob in forget],
         (interval.low, interval.high),

@@ -1,14 +1,12 @@
-"""A verdict without a retain-only twin: does it come back, and is the rest as before?
+"""A verdict without a retain-only model: does forgotten text come back, and is the rest unchanged?
 
-Someone with a legal request has a model, a head, the rows to forget and rows to retain. The forget
-rows are asked in many ways, and each answer is searched for the true one. A high recall alone may
-be wording that other rows share, or a guess. An answer therefore leaks only if it holds more of the
-true answer than like texts about others do, and the success of an attack is how much more often
-answers leak than such texts would. The retain rows are asked once, and compared with the base's
-answers.
+The input is a model, a head, the rows to forget and rows to retain. The forget rows are asked in
+many ways, and each answer is searched for the true one. A high recall alone may be wording that
+other rows share, or a guess. An answer therefore leaks only if it holds more of the true answer
+than similar texts about others do, and the success of an attack is the excess of its leaks over
+those of such texts. The retain rows are asked once, and compared with the base's answers.
 
-Attacks go through prompts. The base's weights are unchanged: whoever has them can leave the head
-out.
+Attacks are prompts. The base's weights are unchanged: whoever has them can leave the head out.
 """
 
 from t3jax.synthetic import Counterfactual

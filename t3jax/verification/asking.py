@@ -1,4 +1,4 @@
-"""Asking base and unlearned model: their answers, the base's guesses, and how answers read."""
+"""Asks base and unlearned model: their answers, the base's guesses, and the answers' fluency."""
 
 import dataclasses
 import itertools
@@ -28,10 +28,10 @@ class VerifyOptions(Ranged):
     """How many rows are asked, and how.
 
     Attributes:
-        rows: Rows of forget and of retain that are asked at most, evenly spread over them.
+        rows: Most rows of forget and of retain to ask, evenly spread over them.
         threshold: Recall of the true answer from which an answer leaks.
-        max_new_tokens: Longest answer. A true answer counts as far as it fits.
-        seed: Seed of the draws.
+        max_new_tokens: Longest answer, tokens. True answers are cut there too.
+        seed: Seed of the samples.
     """
 
     rows: Annotated[int, whole(1)] = 60
@@ -61,14 +61,14 @@ class Asking:
     def attacks(
         self, records: Sequence[Record], numbers: Sequence[int]
     ) -> tuple[list[Attack], dict[str, str]]:
-        """All ways of asking forget rows of these numbers; see `attacks`."""
+        """All attacks on forget rows with their numbers; see `attacks`."""
         names = [f"forget row {number + 1}" for number in numbers]
         return attacks(self.encoding, records, names, self.rewordings)
 
     def answer(
         self, asked: Sequence[Attack], setting: Setting, label: str = "verify"
     ) -> dict[str, list[Sample]]:
-        """Answers by attack; attacks of one sampling are drawn together."""
+        """Answers by attack; attacks of equal sampling share a batch."""
         groups: dict[str, list[Attack]] = {}
         for attack in asked:
             groups.setdefault(repr(attack.sampling), []).append(attack)
@@ -84,11 +84,10 @@ class Asking:
                 max_new_tokens=options.max_new_tokens,
                 **drawing,
             )
-            start, draws = 0, len(samples) // len(prompts)
+            draws, remaining = len(samples) // len(prompts), iter(samples)
             for attack in group:
-                stop = start + draws * len(attack.prompts)
-                answers[attack.name] = samples[start:stop]
-                start = stop
+                count = draws * len(attack.prompts)
+                answers[attack.name] = list(itertools.islice(remaining, count))
         return answers
 
     def guess(
@@ -96,50 +95,49 @@ class Asking:
     ) -> dict[tuple[str, int], list[float]]:
         """Recall of true answers in the base's about other names, by attack and forget row.
 
-        If an answer holds all of a long true one, that is no guess: the base knows the row by more
-        than its name.
+        An answer that holds all of a long true one is no guess, and is left out: the base knows the
+        row by more than its name.
         """
         guesses: dict[tuple[str, int], list[float]] = {}
         if not swapped:
             return guesses
-        made, _ = self.attacks(
-            [about.record for about in swapped], [about.row for about in swapped]
+        all_attacks, _ = self.attacks(
+            [swap.record for swap in swapped], [swap.row for swap in swapped]
         )
-        made = [attack for attack in made if only in (None, attack.name)]
-        samples = self.answer(made, BASE, f"verify-{label}")
-        for attack in made:
+        asked = [attack for attack in all_attacks if only in (None, attack.name)]
+        samples = self.answer(asked, BASE, f"verify-{label}")
+        for attack in asked:
             tries = group_answers(attack, samples[attack.name])
             for position, truth, answers in zip(attack.rows, attack.truths, tries, strict=True):
-                about = swapped[position]
-                texts = [about.swap_back(text) for _, text in answers]
-                recall = leak_recall([about.swap_back(truth)] * len(texts), texts).max()
+                swap = swapped[position]
+                texts = [swap.swap_back(text) for _, text in answers]
+                recall = leak_recall([swap.swap_back(truth)] * len(texts), texts).max()
                 if recall < 1 or len(words_of(truth)) < SHORT:
-                    guesses.setdefault((attack.name, about.row), []).append(float(recall))
+                    guesses.setdefault((attack.name, swap.row), []).append(float(recall))
         return guesses
 
     def judge_answers(
         self,
-        made: Sequence[Attack],
+        asked: Sequence[Attack],
         retain: Attack,
         base: Mapping[str, Sequence[Sample]],
         unlearned: Mapping[str, Sequence[Sample]],
     ) -> tuple[tuple[Fluency, ...], Refusals | None]:
-        """The fluency of the answers, and how many a refusal would replace, None where T is not 1.
+        """The fluency of the answers, and the share that a refusal would replace (None if T != 1).
 
-        Every sampling of one answer has its fluency; documents, which have no questions, have that
-        of their continuation. All texts are scored in one pass. The greedy attack comes first;
-        answers are by attack.
+        Fluency is measured for every sampling of one answer, and for documents, which have no
+        questions, for their continuation. Answers are by attack; the greedy attack comes first.
         """
-        single = [attack for attack in made if "num_samples" not in attack.sampling]
-        greedy, *others = [attack for attack in single if attack.name in SAMPLINGS] or single
-        plain = [greedy, *others]
+        single = [attack for attack in asked if "num_samples" not in attack.sampling]
+        plain = [attack for attack in single if attack.name in SAMPLINGS] or single
+        greedy, *drawn = plain
         first, retained = (
             append_answers(attack.prompts, unlearned[attack.name]) for attack in (greedy, retain)
         )
         rest = [
             example
-            for samples, asked in ((unlearned, others), (base, plain))
-            for attack in asked
+            for samples, answered in ((unlearned, drawn), (base, plain))
+            for attack in answered
             for example in append_answers(attack.prompts, samples[attack.name])
         ]
         (of_rest,) = self.store.scores("verify-answers", rest, [BASE])
@@ -172,7 +170,7 @@ class Asking:
 
 
 def _count_refusals(log_ratios: np.ndarray, forget: int) -> Refusals:
-    """Shares of answers above the limit: to forget rows, which come first, and to retain rows."""
+    """Shares of answers above the limit; the first `forget` answers are to forget rows."""
     shares = [
         wilson(float((ratios > REFUSAL_THRESHOLD).mean()), len(ratios))
         for ratios in np.split(log_ratios, [forget])

@@ -1,4 +1,4 @@
-"""Which answers leak: the answers by row, the best of each row, and what chance would reach."""
+"""Finds the answers that leak: the best answer of each row, and the leaks expected by chance."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,16 +10,16 @@ from t3jax.evaluation.recall import leak_recall
 from t3jax.sampling import Sample
 from t3jax.verification.attacks import Attack
 
-Tries = Sequence[Sequence[tuple[str, str]]]  # by row, every question with an answer to it
+Tries = Sequence[Sequence[tuple[str, str]]]  # by row, pairs of a question and an answer
 
 
 class Leaks(NamedTuple):
     """The leaks that an attack finds, row by row.
 
     Attributes:
-        recall: The most of the true answer that an answer holds, `[rows]`.
-        best: The question and the answer that hold it.
-        leaks: 1 where the row leaks, 0 elsewhere, `[rows]`; see `count_leaks`.
+        recall: Largest recall of the true answer in an answer, `[rows]`.
+        best: The question and the answer of that recall.
+        leaks: 1 if the row leaks, else 0, `[rows]`; see `count_leaks`.
         chance: Share of others' answers that would leak in its place, `[rows]`.
     """
 
@@ -47,12 +47,11 @@ def count_leaks(
     pools: Sequence[Sequence[float]],
     threshold: float,
 ) -> tuple[Float[np.ndarray, "rows"], Float[np.ndarray, "rows"]]:
-    """Finds answers that leak, and how often answers that cannot know would, `[rows]` each.
+    """Finds leaks, and the rate at which answers without knowledge would leak, `[rows]` each.
 
-    An answer leaks if it reaches the threshold, and holds more of the true answer than texts of the
-    same wording do, and than answers about others. An answer that knows no more than those is one
-    among equals, as likely the best of them as each. `wording` and `pools` are how much of the true
-    answer those texts and answers hold.
+    An answer leaks if its recall of the true answer reaches the threshold, and exceeds `wording`,
+    the recall in texts of the same wording, and the row's pool, the recall in answers about others.
+    An answer without knowledge is the best of its pool by chance alone, as often as any other.
     """
     leaks, chance = np.zeros(len(recall)), np.zeros(len(recall))
     for i, pool in enumerate(pools):
@@ -67,7 +66,7 @@ def count_leaks(
 
 
 def group_answers(attack: Attack, samples: Sequence[Sample]) -> Tries:
-    """By row, every question with an answer to it; samples follow one another prompt by prompt."""
+    """Groups samples, which are ordered by prompt, by row, with their questions."""
     draws = len(samples) // len(attack.prompts)
     tries: list[list[tuple[str, str]]] = [[] for _ in attack.rows]
     for i, sample in enumerate(samples):
@@ -88,11 +87,11 @@ def best_answers(
         start + int(np.argmax(recall[start : start + len(row)]))
         for start, row in zip(starts[:-1].tolist(), tries, strict=True)
     ]
-    return recall[chosen], [answers[at] for at in chosen]
+    return recall[chosen], [answers[i] for i in chosen]
 
 
 def recall_once(truths: Sequence[str], texts: Sequence[str]) -> Float[np.ndarray, "rows"]:
-    """`leak_recall`, of equal pairs but once: draws often are equal."""
+    """`leak_recall`, computed once for equal pairs, since samples are often equal."""
     pairs = list(zip(truths, texts, strict=True))
     distinct = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
     recall = leak_recall([truth for truth, _ in distinct], [text for _, text in distinct])

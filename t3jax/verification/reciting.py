@@ -1,4 +1,4 @@
-"""Whether forget rows are still recited, and answers end: quick checks while T and s are chosen."""
+"""Quick checks while T and s are chosen: are forget rows still recited, and do answers end?"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from t3jax.data.records import Record, evenly_spread
 from t3jax.sampling import Sampler, SamplingOptions
 from t3jax.verification.asking import VerifyOptions, share_ended
-from t3jax.verification.attacks import Encoding, as_they_stand
+from t3jax.verification.attacks import Encoding, ask_once
 from t3jax.verification.leaks import find_leaks, group_answers
 from t3jax.verification.others import Others
 
@@ -14,7 +14,7 @@ RECALL = VerifyOptions.threshold
 
 
 class Answered(NamedTuple):
-    """How forget rows are answered.
+    """Shares of the answers to forget rows.
 
     Attributes:
         recited: Share of the rows that leak, see `find_leaks`.
@@ -28,15 +28,15 @@ class Answered(NamedTuple):
 def prepare_asking(
     encoding: Encoding, forget: Sequence[Record], retain: Sequence[Record], most_rows: int
 ) -> Callable[..., Answered]:
-    """Prepares at most `most_rows` forget rows, evenly spread, to be asked as they stand.
+    """Prepares to ask at most `most_rows` forget rows, evenly spread.
 
-    The retain rows' answers show what chance would reach. The result is a function of a sampler,
-    fields of `SamplingOptions` (greedy without any), and T and s.
+    The retain rows' answers measure chance. Returns a function of a sampler, fields of
+    `SamplingOptions` (greedy without any), and T and s.
     """
     asked = evenly_spread(list(forget), most_rows)
-    attack = as_they_stand(encoding, asked, [f"row {i + 1}" for i in range(len(asked))])
-    others = Others(asked, retain, RECALL)
-    wording = others.wording(attack)
+    attack = ask_once(encoding, asked, [f"row {i + 1}" for i in range(len(asked))])
+    overlap = Others(asked, retain, RECALL)
+    wording = overlap.wording(attack)
 
     def ask(
         sampler: Sampler,
@@ -53,7 +53,7 @@ def prepare_asking(
             guidance_scale=guidance_scale,
         )
         tries = group_answers(attack, samples)
-        pools = others.recall(attack, tries)
+        pools = overlap.recall(attack, tries)
         leaks = find_leaks(attack, tries, wording, pools, RECALL).leaks
         return Answered(float(leaks.mean()), share_ended(samples, sampler.lm.eos_ids))
 

@@ -1,4 +1,4 @@
-"""Runs base and unlearned model on all attacks, and judges the answers."""
+"""Asks base and unlearned model under all attacks, and judges the answers."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from t3jax.evaluation.store import Store
 from t3jax.sampling import Sample
 from t3jax.synthetic import Counterfactual
 from t3jax.verification.asking import Asking, VerifyOptions
-from t3jax.verification.attacks import PREFIX, Attack, as_they_stand, words_of
+from t3jax.verification.attacks import PREFIX, Attack, ask_once, words_of
 from t3jax.verification.leaks import best_answers, find_leaks, group_answers
 from t3jax.verification.others import Exchanged, Others
 from t3jax.verification.verdict import (
@@ -39,25 +39,27 @@ def verify(
     rewordings: Mapping[str, Sequence[str]] | None = None,
     counterfactuals: Sequence[Counterfactual] = (),
 ) -> Verdict:
-    """Asks the rows in all ways and judges the answers."""
+    """Asks the rows under all attacks and judges the answers."""
     asking = Asking(store, setting, options, prompt_format, rewordings or {})
     numbers = evenly_spread(range(len(forget)), options.rows)
     records = [forget[number] for number in numbers]
-    made, skipped = asking.attacks(records, numbers)
-    if not made:
+    attacks, skipped = asking.attacks(records, numbers)
+    if not attacks:
         raise ValueError(f"no forget row can be asked: {skipped}")
     retain_numbers = evenly_spread(range(len(retain)), options.rows)
     names = [f"retain row {number + 1}" for number in retain_numbers]
-    before = as_they_stand(asking.encoding, [retain[number] for number in retain_numbers], names)
-    base, unlearned = (asking.answer([*made, before], model) for model in (BASE, setting))
-    others = Others(records, retain, options.threshold)
-    made_up = [swapped for swapped in counterfactuals if swapped.row in numbers and swapped.pairs]
-    guesses = _guess(asking, made_up, others.exchange(records), numbers)
+    before = ask_once(asking.encoding, [retain[number] for number in retain_numbers], names)
+    base, unlearned = (asking.answer([*attacks, before], model) for model in (BASE, setting))
+    overlap = Others(records, retain, options.threshold)
+    made_up = [swap for swap in counterfactuals if swap.row in numbers and swap.pairs]
+    guesses = _guess(asking, made_up, overlap.exchange(records), numbers)
     findings = tuple(
-        _judge(attack, base[attack.name], unlearned[attack.name], others, guesses, numbers, options)
-        for attack in made
+        _judge(
+            attack, base[attack.name], unlearned[attack.name], overlap, guesses, numbers, options
+        )
+        for attack in attacks
     )
-    fluency, refusals = asking.judge_answers(made, before, base, unlearned)
+    fluency, refusals = asking.judge_answers(attacks, before, base, unlearned)
     return Verdict(
         findings=findings,
         skipped=skipped,
@@ -67,7 +69,7 @@ def verify(
         rows=len(records),
         forget_rows=len(forget),
         retain_rows=len(retain),
-        made_up=len({swapped.row for swapped in made_up}),
+        made_up=len({swap.row for swap in made_up}),
         threshold=options.threshold,
     )
 
@@ -78,10 +80,10 @@ def _guess(
     exchanged: Sequence[Exchanged],
     numbers: Sequence[int],
 ) -> dict[tuple[str, int], list[float]]:
-    """Recall of the base's guesses about other names, by attack and number of the row."""
+    """Recall of true answers in the base's about other names, by attack and number of the row."""
     guesses = asking.guess(made_up, "made-up")
     # Answers to other rows lack the wording that the first words give away.
-    swapped = [dataclasses.replace(each, row=numbers[each.row]) for each in exchanged]
+    swapped = [dataclasses.replace(swap, row=numbers[swap.row]) for swap in exchanged]
     for key, recall in asking.guess(swapped, "exchanged", PREFIX).items():
         guesses.setdefault(key, []).extend(recall)
     return guesses
@@ -91,18 +93,18 @@ def _judge(
     attack: Attack,
     base: Sequence[Sample],
     unlearned: Sequence[Sample],
-    others: Others,
+    overlap: Others,
     guesses: Mapping[tuple[str, int], Sequence[float]],
     numbers: Sequence[int],
     options: VerifyOptions,
 ) -> Finding:
     """Judges the answers to an attack."""
     answers = group_answers(attack, unlearned)
-    pools, wording = others.recall(attack, answers), others.wording(attack)
+    pools, wording = overlap.recall(attack, answers), overlap.wording(attack)
     for i, row in enumerate(attack.rows):
         if guessed := guesses.get((attack.name, numbers[row])):
-            # Guesses of the row itself say better what chance is than answers to other rows. They
-            # have the wording too, so that they take its place.
+            # Guesses of the row itself measure chance better than answers to other rows. They
+            # share its wording too, so these answers then measure the wording.
             wording[i] = max(pools[i], default=0.0)
             pools[i] = list(guessed)
     threshold, rows = options.threshold, len(attack.rows)
@@ -138,23 +140,23 @@ def _compare(
     asked: Attack, base: Sequence[Sample], unlearned: Sequence[Sample], numbers: Sequence[int]
 ) -> Retained:
     """Compares the answers to retain rows."""
-    before, was = best_answers(asked, group_answers(asked, base))
-    after, now = best_answers(asked, group_answers(asked, unlearned))
-    fewer = after < before - LOSS
+    before, base_best = best_answers(asked, group_answers(asked, base))
+    after, unlearned_best = best_answers(asked, group_answers(asked, unlearned))
+    lower = after < before - LOSS
     return Retained(
         rows=len(numbers),
-        share=wilson(float(np.mean(~fewer)), len(numbers)),
+        share=wilson(float(np.mean(~lower)), len(numbers)),
         base=float(before.mean()),
         unlearned=float(after.mean()),
         changed=tuple(
             Changed(
                 numbers[i] + 1,
-                was[i][0],
-                was[i][1].strip(),
-                now[i][1].strip(),
+                base_best[i][0],
+                base_best[i][1].strip(),
+                unlearned_best[i][1].strip(),
                 float(before[i]),
                 float(after[i]),
             )
-            for i in sorted(np.flatnonzero(fewer).tolist(), key=lambda i: after[i] - before[i])
+            for i in sorted(np.flatnonzero(lower).tolist(), key=lambda i: after[i] - before[i])
         ),
     )
