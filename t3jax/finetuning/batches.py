@@ -5,9 +5,8 @@ shard.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from t3jax.batching import round_up
@@ -17,11 +16,10 @@ _LENGTH_STEP = 16  # lengths are rounded up to a multiple: each length compiles 
 _PARTS = 8  # A is a multiple of 1 / _PARTS of a shard's tokens: few programs, little padding
 
 
-Array = np.ndarray | jax.Array
-
-
 class Batch(NamedTuple):
     """The rows of a step. Only scored tokens get logits; a shard scores tokens of its own rows.
+
+    The fields are arrays, or their shapes (`jax.ShapeDtypeStruct`).
 
     Attributes:
         tokens: Padded on the right, `[M, B, T]`; the B rows are in the order of the shards.
@@ -31,10 +29,10 @@ class Batch(NamedTuple):
         weights: Their weights in the loss, 0 for padding, `[M, S, A]`.
     """
 
-    tokens: Array
-    places: Array
-    labels: Array
-    weights: Array
+    tokens: Any
+    places: Any
+    labels: Any
+    weights: Any
 
 
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
