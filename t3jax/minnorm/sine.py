@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from t3jax import optimizer
 from t3jax.minnorm.projection import span_coefficients
 
-Params = list[dict[str, jax.Array]]  # "w" and "b" of each layer
+Params = PyTree  # a list of layers, "w" and "b" of each
 Method = Literal["minnorm", "retrain", "ridge", "l1", "gd", "ngd", "ngp", "ga"]
 METHODS: tuple[Method, ...] = ("minnorm", "retrain", "ridge", "l1", "gd", "ngd", "ngp", "ga")
 _EDGE = 5 * np.pi  # points lie in [-_EDGE, _EDGE]
