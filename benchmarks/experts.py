@@ -24,7 +24,7 @@ from benchmarks.side_by_side import Measured, alternate, announce, make_parser, 
 from t3jax.lm import from_params, init_params, lm_config, save_hf
 
 WAYS = ("eager", "grouped_mm")
-FOR_FEW = "batched_mm"  # copies the experts of every token, those of the prompt too
+FOR_FEW = "batched_mm"  # copies the experts of every token, also of the prompt
 CALLS = {"batch1": (1, 32, 33), "batch16": (16, 32, 33), "reading": (4, 512, 1)}
 
 

@@ -51,7 +51,7 @@ def alternate(
 ) -> dict[str, list[float]]:
     """Runs pieces of work in turn, so that a slow minute of the machine slows all of them.
 
-    A work takes the number of the repeat; `prepare` has what runs before it, not counted. Returned
+    A work takes the number of the repeat. `prepare` runs before a work and is not counted. Returned
     are the seconds of every repeat, by name.
     """
     times: dict[str, list[float]] = {name: [] for name in works}

@@ -70,7 +70,7 @@ def list_steps(config: Settings, paper: Settings) -> dict[str, Settings]:
         ),
         "default without own samples": change(**{"synthetic.own_samples": 0}),
         "default without retain rows": change(retain=None),
-        # A name that no question holds, as in a request without names.
+        # A name that is in no question, as in a request without names.
         "default, questions without names": change(**{"synthetic.names": ("Nobody at All",)}),
     }
 

@@ -1,4 +1,4 @@
-"""The sets that a head is trained on: the paper's two, or those of a distilled head.
+"""The sets that a head is trained on: the paper's two, or the sets of a distilled head.
 
 The paper has a forget and a retain set. Options of `SyntheticOptions` add, each on its own: the
 base model's own samples as a second retain source; counterfactual rows, which are retain rows for
@@ -138,7 +138,7 @@ def make_training_sets(
         train_config: The recipe: its loss decides whether there are soft targets. "auto" distils if
             made-up names hide the person in at least half of the forget rows; otherwise it trains a
             classifier on the same texts.
-        options: What the base model writes.
+        options: Texts that the base model writes.
         retained: Features of retain sources, with targets where the loss is distillation. They
             replace the features of the retain rows, which are then read for their names alone.
 

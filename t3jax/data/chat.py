@@ -1,7 +1,7 @@
 """From text to tokens: prompts and examples in the tokenizer's chat template.
 
 An example is the whole conversation as token ids and the position where its labels start: the
-tokens of the prompt carry no label, those of the answer do, the closing end-of-turn token
+tokens of the prompt have no label, all tokens of the answer do, the closing end-of-turn token
 included. Where the prompt's tokens are the first of the whole text, as with chat templates, the
 rule is the reference evaluator's (locuslab/open-unlearning), so that losses and probabilities can
 be compared with published ones. Nothing is padded, batched or truncated here.
@@ -79,8 +79,8 @@ def encode_chat(
     """Tokens of a conversation, up to where the next answer begins, int32 [T].
 
     Turns have `role` ("system", "user" or "assistant") and `content`; the last one is the user's. A
-    tokenizer without a chat template takes a single question. The tokens of a single question are
-    those of `encode_prompt`.
+    tokenizer without a chat template takes a single question, whose tokens are as for
+    `encode_prompt`.
 
     Raises:
         ValueError: a turn is of another kind, or as `encode_prompt`.
@@ -183,7 +183,7 @@ def encode_records(
 ) -> list[Example]:
     """Tokens of every row: documents where it has a "text", question and answer otherwise.
 
-    The arguments are those of `encode_question_answer`, the rows as `load_records` gives them.
+    Rows are as `load_records` returns them, the other arguments as for `encode_question_answer`.
 
     Raises:
         ValueError: as the functions for one row do; names the row, counted from 1.

@@ -92,7 +92,7 @@ def finetune(
 
 
 def merge_weights(params: Params, trained: Params, config: FinetuneConfig, mesh: Mesh) -> Params:
-    """The parameter tree of the model that a run trained, from what `train_weights` returns."""
+    """The parameter tree of the fine-tuned model, from the result of `train_weights`."""
     if config.tasks:
         return trained["base"]
     if config.lora_rank:
@@ -112,25 +112,23 @@ def train_weights(
     mesh: Mesh,
     progress: str | None,
 ) -> Params:
-    """Trains as `finetune` says, and returns what the recipe trains.
+    """Trains as `finetune` does, and returns the trained parameters.
 
-    That is the parameter tree; with LoRA its factors; with tasks the base and the adapters.
+    They are the parameter tree; with LoRA its factors; with tasks the base and the adapters.
     """
-    tasks: list[Sequence[Example]] = list(examples) if config.tasks else [examples]  # type: ignore[arg-type,list-item]
-    if config.tasks and len(tasks) != config.tasks:
-        raise ValueError(f"expected the texts of {config.tasks} tasks, got those of {len(tasks)}")
-    for texts in [*tasks, validation] if validation else tasks:
+    rows = _Rows(examples, config)
+    for texts in [*rows.tasks, validation] if validation else rows.tasks:
         check_examples(lm_config, texts)
-    rows = _Rows(tasks, config)
     steps_per_epoch = rows.steps_per_epoch
     steps = config.epochs * steps_per_epoch
     trainer = Trainer(lm_config, params, config, steps, mesh)
     schedule = learning_rate_schedule(config, steps)
+    digests = [examples_digest(texts) for texts in rows.tasks]
     settings = {
         "model": dataclasses.asdict(lm_config),
         "weights": params_digest(params),
         "finetuning": dataclasses.asdict(config),
-        "data": [*map(examples_digest, tasks)] if config.tasks else examples_digest(tasks[0]),
+        "data": digests if config.tasks else digests[0],
         "validation": examples_digest(validation),
     }
     if not hosts.is_lead():
@@ -180,14 +178,22 @@ def train_weights(
 
 
 class _Rows:
-    """The texts of the tasks, and the rows of each step.
+    """The texts of each task, a single one without tasks, and the rows of each step.
 
     Attributes:
+        tasks: The texts.
         steps_per_epoch: Steps in which the largest task is read once.
     """
 
-    def __init__(self, tasks: Sequence[Sequence[Example]], config: FinetuneConfig):
-        self._tasks, self._config = tasks, config
+    def __init__(
+        self, examples: Sequence[Example] | Sequence[Sequence[Example]], config: FinetuneConfig
+    ):
+        tasks: list[Sequence[Example]] = list(examples) if config.tasks else [examples]  # type: ignore[arg-type,list-item]
+        if config.tasks and len(tasks) != config.tasks:
+            raise ValueError(
+                f"expected the texts of {config.tasks} tasks, got those of {len(tasks)}"
+            )
+        self.tasks, self._config = tasks, config
         self._lengths = [np.array([len(text.tokens) for text in texts]) for texts in tasks]
         self._steps = [-(-len(texts) // config.batch_size) for texts in tasks]
         self.steps_per_epoch = max(self._steps)
@@ -195,7 +201,7 @@ class _Rows:
     def draw(self, step: int) -> list[list[Example]]:
         """Draws the rows of every task in a step, which counts from 0."""
         batches = []
-        for task, texts in enumerate(self._tasks):
+        for task, texts in enumerate(self.tasks):
             epoch, place = divmod(step, self._steps[task])
             seed = self._config.seed + task
             epoch_rows = epoch_batches(self._lengths[task], self._config.batch_size, seed, epoch)

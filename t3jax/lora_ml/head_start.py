@@ -85,9 +85,10 @@ def meta_learn_head(
     for request in tqdm.trange(config.requests, desc="requests", disable=not progress):
         chosen = rng.choice(count, config.groups, replace=False)
         forget = np.concatenate([members[group] for group in chosen])
-        kept = np.flatnonzero(~np.isin(group_of, chosen))
+        to_retain = np.flatnonzero(~np.isin(group_of, chosen))
         batches = np.concatenate(
-            [rng.choice(side, (config.steps, config.tokens)) for side in (kept, forget)], axis=1
+            [rng.choice(side, (config.steps, config.tokens)) for side in (to_retain, forget)],
+            axis=1,
         )
         share = config.share * (1 - request / config.requests)
         params = _follow_request(

@@ -62,7 +62,7 @@ class Result(NamedTuple):
 
     Attributes:
         sr_loss: SR's on its samples.
-        lora_ml_loss: LoRA-ML's on its samples; that of a perfect fit is noise^2.
+        lora_ml_loss: LoRA-ML's on its samples; a perfect fit has noise^2.
         sr_error: On fresh points of the test task, without noise, after SR's adaptation.
         lora_ml_error: The same after LoRA-ML's adaptation.
         unadapted_error: The same for LoRA-ML's base without adaptation.

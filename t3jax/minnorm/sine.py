@@ -13,7 +13,7 @@ References:
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from t3jax import optimizer
 from t3jax.minnorm.projection import span_coefficients
 
-Params = PyTree  # a list of layers, "w" and "b" of each
+Params = Any  # a list of layers, "w" and "b" of each
 Method = Literal["minnorm", "retrain", "ridge", "l1", "gd", "ngd", "ngp", "ga"]
 METHODS: tuple[Method, ...] = ("minnorm", "retrain", "ridge", "l1", "gd", "ngd", "ngp", "ga")
 _EDGE = 5 * np.pi  # points lie in [-_EDGE, _EDGE]

@@ -2,7 +2,7 @@
 
 Asked about a made-up name, the base model answers like a model that never saw the forget rows. Its
 answers, with the names swapped back, are examples of *other* answers in the *same* context, which
-the forget and the retain rows do not hold.
+neither the forget nor the retain rows have.
 """
 
 import dataclasses
@@ -39,8 +39,8 @@ class Counterfactual:
     Attributes:
         row: Index of the forget row.
         record: The row with its names swapped: question and answer, or text.
-        pairs: The made-up name for each name; empty where the row holds no name and its question
-            was replaced by an open one.
+        pairs: The made-up name for each name; empty where the row has no name and its question was
+            replaced by an open one.
     """
 
     row: int

@@ -165,7 +165,7 @@ def diagnose(
 ) -> Diagnosis:
     """Excess risk, peak, predicted errors and a T, from scores of held-out rows.
 
-    `shift` is the class prior that the logits hold, see `t3jax.head.class_prior_shift`.
+    `shift` is the class prior in the logits, see `t3jax.head.class_prior_shift`.
 
     Raises:
         ValueError: If there are no tokens of a kind, arrays do not fit, or a T is below 1.

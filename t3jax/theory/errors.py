@@ -2,7 +2,7 @@
 
 The estimate is q̂ = p^(1/T) f̂^s over its integral. The retain error is KL(p_r || q̂) in nats. The
 forget error is the integral of p_f |q̂ - p_r|, a density, in units of a unit Gaussian's peak; q*
-is q̂ with the exact classifier. See docs/theory.md for what is proved of them.
+is q̂ with the exact classifier. docs/theory.md has proved bounds of these errors.
 
 Axes: N nodes, D dimensions, I instances of a grid, C classifiers.
 
@@ -53,7 +53,7 @@ class Point(NamedTuple):
     """An instance of a grid, or arrays `[I]` of them.
 
     Attributes:
-        log_peak: Logarithm of the peak of p_f over that of a unit Gaussian.
+        log_peak: Logarithm of the peak of p_f relative to the peak of a unit Gaussian.
         gamma: γ.
         samples: n, samples that a classifier is trained on.
         excess_risk: ε of the leaky classifier, nats.

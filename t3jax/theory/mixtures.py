@@ -3,7 +3,7 @@
 Both parts are mixtures of isotropic Gaussians; p_f may be as narrow as one likes. Integrals come
 from a rule of nodes and weights: quadrature in one and two dimensions, importance sampling in more.
 Densities are with respect to Lebesgue measure over (2π)^(D/2), so that a unit Gaussian has peak 1
-in every dimension, and everything is kept as logarithms: peaks pass 1e100. Nothing is trained here.
+in every dimension. All densities are logarithms: peaks exceed 1e100. Nothing is trained here.
 
 Axes: N nodes or samples, D dimensions, K components.
 

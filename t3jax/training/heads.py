@@ -65,10 +65,10 @@ def train_heads(
         mesh: Where to train; None means one device.
         init: A head whose weights every seed begins with, such as a meta-learned one; None means
             PyTorch's start, drawn by the seed.
-        model: Folder or hub id of the base model, kept in the head.
-        base_temperature: T, kept in the head.
-        guidance_scale: s, kept in the head.
-        prior_shift: Added to scores when the head is used, see `class_prior_shift`; kept in it.
+        model: Folder or hub id of the base model, stored in the head.
+        base_temperature: T, stored in the head.
+        guidance_scale: s, stored in the head.
+        prior_shift: Added to scores when the head is used, see `class_prior_shift`; stored in it.
         report: Called with a line of text for each epoch and head, such as `print`.
         progress: Label of a bar with the mean loss and the remaining time; None shows none.
 

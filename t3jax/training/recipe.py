@@ -52,8 +52,8 @@ class TrainConfig(Ranged):
         holdout_fraction: Share of the retain and of the forget sequences that is held out and
             evaluated; the same sequences for every seed. The paper holds out none.
         patience: Training ends after this many evaluations in a row in which no head's held-out
-            loss became smaller; each head is then that of its best evaluation. 0: train to the
-            end and take the last. It needs a holdout_fraction.
+            loss became smaller; each head then has the weights of its best evaluation. 0: train to
+            the end and take the last. It needs a holdout_fraction.
         eval_every: Epochs between evaluations on the held-out sequences; the last always counts.
         checkpoint_every: Epochs between checkpoints; the last is always saved.
     """
@@ -146,7 +146,7 @@ class Member(NamedTuple):
 def make_members(configs: Sequence[TrainConfig], seeds: Sequence[int]) -> list[Member]:
     """A head for every recipe and every seed, recipe by recipe.
 
-    Recipes differ in learning rate and weight decay alone. Names hold the differences: `head`,
+    Recipes differ in learning rate and weight decay alone. Names show the differences: `head`,
     `head-seed1`, `head-lr0.01-wd0.1-seed1`.
     """
     # JAX keeps the lower 32 bits of a seed alone: 2^32 would draw as 0 does.

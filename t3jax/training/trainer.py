@@ -66,7 +66,7 @@ class Programs(NamedTuple):
 def compile_programs(
     head_config: HeadConfig, config: TrainConfig, steps: int, grid: tuple[int, int], mesh: Mesh
 ) -> Programs:
-    """The programs for a grid of heads whose vocabulary is that of the trained tokens."""
+    """The programs for a grid of heads whose vocabulary has the trained tokens alone."""
     adamw = make_optimizer(config, steps)
     activation = head_config.activation
     loss_fn = functools.partial(_batch_loss, config, activation)
@@ -172,7 +172,7 @@ class Trainer:
         mesh: Mesh,
         start: HeadParams | None = None,
     ):
-        """Compiles nothing yet; `members` are those of `make_members`, in its order."""
+        """Compiles nothing yet; `members` are as `make_members` returns them."""
         self._start = start
         self._data, self._head_config, self._members = data, head_config, members
         self._steps = steps
