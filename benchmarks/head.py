@@ -84,7 +84,7 @@ def compare(
         for rate, decay in itertools.product((1e-2, 1e-3), repeat=2)
     ]
     losses: dict[str, float] = {}
-    epochs: dict[str, list[float]] = {}
+    epochs: dict[str, list[float]] = {"ours": [], "sweep16": []}
 
     def ours(_: int = 0) -> None:
         (head,) = train_heads(retain, forget, head_config, recipe, (SEED,))
@@ -95,7 +95,6 @@ def compare(
         head = train_heads(retain, forget, head_config, grid, SWEEP_SEEDS)[0]
         epochs["sweep16"].append(head.record["seconds"])
 
-    epochs |= {"ours": [], "sweep16": []}
     first = {"ours": seconds(ours), "sweep16": seconds(sweep)}
     width, rank = head_config.hidden_size, head_config.rank
     with (
@@ -117,34 +116,18 @@ def compare(
             step_losses = full("train", chosen["peer"], steps, *knobs)
             losses["peer"] = float(np.mean(step_losses[-steps // recipe.epochs :]))
 
-        def theirs_same_rows(_: int) -> None:
-            same_rows("train", chosen["peer_same_rows"], steps, *knobs)
-
         works: dict[str, Callable[[int], Any]] = {
             "ours": ours,
             "peer": theirs,
-            "peer_same_rows": theirs_same_rows,
+            "peer_same_rows": lambda _: same_rows("train", chosen["peer_same_rows"], steps, *knobs),
             "sweep16": sweep,
         }
         epochs |= {"ours": [], "sweep16": []}
         times = alternate(works, repeats)
-        times |= {
-            "ours_whole_call": times["ours"],
-            "sweep16_whole_call": times["sweep16"],
-            **epochs,
-        }
+        whole_calls = {f"{name}_whole_call": times[name] for name in epochs}
+        times |= whole_calls | epochs
         peaks = {"all rows": full.peak_memory_gib, "same rows": same_rows.peak_memory_gib}
-    figures = {
-        "speedup_stored": ratio(times["peer"], times["ours"]),
-        "speedup_stored_same_rows": ratio(times["peer_same_rows"], times["ours"]),
-        "speedup_whole_call": ratio(times["peer"], times["ours_whole_call"]),
-        "sweep16_cost": ratio(times["sweep16"], times["ours"]),
-        "sweep16_speedup": ratio(16 * np.array(times["peer"]), times["sweep16"]),
-        "sweep16_speedup_same_rows": ratio(
-            16 * np.array(times["peer_same_rows"]), times["sweep16"]
-        ),
-    }
-    return figures, {
+    return compute_figures(times), {
         "seconds": times,
         "first_run_seconds_with_compilation": first,
         "peer_chose": chosen,
@@ -154,6 +137,19 @@ def compare(
         "steps": steps,
         "tokens_of_all_steps": sum(map(len, batches)),
         "trained_rows": len(vocabulary),
+    }
+
+
+def compute_figures(times: dict[str, list[float]]) -> dict[str, Any]:
+    """Speedups over the peer, and the cost of the sweep; the peer's sweep counts as 16 runs."""
+    ours, sweep = times["ours"], times["sweep16"]
+    return {
+        "speedup_stored": ratio(times["peer"], ours),
+        "speedup_stored_same_rows": ratio(times["peer_same_rows"], ours),
+        "speedup_whole_call": ratio(times["peer"], times["ours_whole_call"]),
+        "sweep16_cost": ratio(sweep, ours),
+        "sweep16_speedup": ratio(16 * np.array(times["peer"]), sweep),
+        "sweep16_speedup_same_rows": ratio(16 * np.array(times["peer_same_rows"]), sweep),
     }
 
 

@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import scipy.stats
@@ -22,6 +22,7 @@ from t3jax import files
 
 _PAUSE = 0.05  # seconds; libgomp's idle threads spin for 6 ms before they sleep, see `peer.py`
 
+Key = TypeVar("Key")
 Measured = tuple[dict[str, Any], dict[str, Any]]  # figures and details, as `write` takes them
 
 
@@ -32,7 +33,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     )
 
 
-def seconds(work: Callable[[], Any]) -> float:
+def seconds(work: Callable[[], object]) -> float:
     """Seconds that a piece of work takes; it must wait for its own results."""
     start = time.perf_counter()
     work()
@@ -45,9 +46,9 @@ def announce(text: str) -> None:
 
 
 def alternate(
-    works: Mapping[str, Callable[[int], Any]],
+    works: Mapping[str, Callable[[int], object]],
     repeats: int,
-    prepare: Mapping[str, Callable[[], Any]] | None = None,
+    prepare: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, list[float]]:
     """Runs pieces of work in turn, so that a slow minute of the machine slows all of them.
 
@@ -64,7 +65,7 @@ def alternate(
     return times
 
 
-def fastest(works: Mapping[Any, Callable[[], Any]]) -> tuple[Any, dict[Any, float]]:
+def fastest(works: Mapping[Key, Callable[[], object]]) -> tuple[Key, dict[Key, float]]:
     """The key of the fastest of several ways to do the same, and the seconds of all.
 
     Each runs twice, and the faster counts: the first may have to compile.
@@ -73,13 +74,13 @@ def fastest(works: Mapping[Any, Callable[[], Any]]) -> tuple[Any, dict[Any, floa
     return min(times, key=lambda key: times[key]), times
 
 
-def tune(peer: Peer, works: Mapping[str, Callable[[], Any]]) -> tuple[str, dict[str, float]]:
+def tune(peer: Peer, works: Mapping[str, Callable[[], object]]) -> tuple[str, dict[str, float]]:
     """Finds the peer's fastest way to do the same work, and sets the thread count for it.
 
     The name of the fastest is returned, and the seconds of all at all thread counts.
     """
 
-    def run(threads: int, work: Callable[[], Any]) -> None:
+    def run(threads: int, work: Callable[[], object]) -> None:
         peer.set_threads(threads)
         work()
 

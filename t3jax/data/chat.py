@@ -52,9 +52,6 @@ def encode_prompt(
     thought that the chat template puts before such an answer, or the name of the channel for
     answers, is a part of the prompt, unless `chat_template_kwargs` has "enable_thinking": True.
     Earlier turns have `role` and `content`; a system turn among them replaces the format's.
-
-    Raises:
-        ValueError: the tokenizer cannot express these turns, or the chat template fails.
     """
     text, add_special_tokens = render_prompt(tokenizer, question, prompt_format, before)
     if tokenizer.chat_template is None:
@@ -81,9 +78,6 @@ def encode_chat(
     Turns have `role` ("system", "user" or "assistant") and `content`; the last one is the user's. A
     tokenizer without a chat template takes a single question, whose tokens are as for
     `encode_prompt`.
-
-    Raises:
-        ValueError: a turn is of another kind, or as `encode_prompt`.
     """
     roles = [turn.get("role") for turn in messages]
     if not roles or roles[-1] != "user":
@@ -155,10 +149,7 @@ def encode_document(
 ) -> Example:
     """Tokens of a plain document; every token after the first is a label.
 
-    No eos is appended: a document may be an excerpt.
-
-    Raises:
-        ValueError: fewer than two tokens, or more than max_length (it is never cut).
+    No eos is appended: a document may be an excerpt. One that is too long is refused, never cut.
     """
     check_characters(text, max_length)
     tokens = tokenize(tokenizer, text, add_special_tokens=True)
@@ -183,10 +174,8 @@ def encode_records(
 ) -> list[Example]:
     """Tokens of every row: documents where it has a "text", question and answer otherwise.
 
-    Rows are as `load_records` returns them, the other arguments as for `encode_question_answer`.
-
-    Raises:
-        ValueError: as the functions for one row do; names the row, counted from 1.
+    Rows are as `load_records` returns them, the other arguments as for `encode_question_answer`. An
+    error names the row, counted from 1.
     """
     examples = []
     for number, record in enumerate(records, start=1):
@@ -225,11 +214,7 @@ def check_characters(text: str, max_length: int | None) -> None:
 def tokenize(
     tokenizer: "PreTrainedTokenizerBase", text: str, add_special_tokens: bool = True
 ) -> np.ndarray:
-    """Token ids of a text, int32 [T]; the tokenizer's special tokens before it, none after it.
-
-    Raises:
-        ValueError: the text holds half of a surrogate pair.
-    """
+    """Token ids of a text, int32 [T]; the tokenizer's special tokens before it, none after it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -63,11 +63,7 @@ def check_record(row: object, where: str) -> Record:
 
 
 def parse_records(content: bytes, name: str) -> list[Record]:
-    """Reads question-answer pairs or plain documents from the bytes of one file, in its order.
-
-    Raises:
-        ValueError: broken JSON, a wrong row, or no row at all; names the file and the line.
-    """
+    """Reads question-answer pairs or plain documents from the bytes of one file, in its order."""
     return _parse(content, name, check_record)
 
 

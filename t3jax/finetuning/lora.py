@@ -23,9 +23,6 @@ def init_lora(params: Params, rank: int, layers: Sequence[str], key: PRNGKeyArra
 
     `layers` are names of linear layers, such as "q" or "down"; all layers of these names are
     updated. The result has, by path of the layer, "a" `[R, in]` and "b" `[out, R]`, float32.
-
-    Raises:
-        ValueError: If no layer has one of the names, or a layer is a matrix of each expert.
     """
     shapes = {}
     for path, leaf in jax.tree.leaves_with_path(params):

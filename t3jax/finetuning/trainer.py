@@ -209,13 +209,8 @@ def of_task(trained: PyTree, task: int, config: FinetuneConfig) -> PyTree:
 class Trainer:
     """Fine-tunes a model step by step; the caller chooses the rows of a step.
 
-    Args:
-        lm_config: The model's shape.
-        params: Its parameter tree; never changed. LoRA reads it in every step, full-parameter
-            training only in `init`.
-        config: The recipe.
-        steps: Steps of the whole run, for the learning rate.
-        mesh: Where to train.
+    `params` are never changed: LoRA reads them in every step, full-parameter training only in
+    `init`. `steps` are of the whole run, for the learning rate.
 
     Attributes:
         abstract_state: The training state as `jax.ShapeDtypeStruct` leaves with shardings.

@@ -76,10 +76,6 @@ def span_coefficients(
     A block has a slice of all gradients `[N, D]` and of theta `[D]`; D may differ from block to
     block. Where gradients are linearly dependent, c is the smallest solution of sum_i c_i g_i = P
     theta.
-
-    Raises:
-        ValueError: If there are no blocks.
-        FloatingPointError: If a gradient or theta is infinite or NaN.
     """
     triangle: np.ndarray | None = None
     for gradients, theta in blocks:

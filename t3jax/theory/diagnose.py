@@ -166,9 +166,6 @@ def diagnose(
     """Excess risk, peak, predicted errors and a T, from scores of held-out rows.
 
     `shift` is the class prior in the logits, see `t3jax.head.class_prior_shift`.
-
-    Raises:
-        ValueError: If there are no tokens of a kind, arrays do not fit, or a T is below 1.
     """
     if min(temperatures, default=0.0) < 1:
         raise ValueError(f"temperatures must be at least 1, got {temperatures}")
@@ -244,10 +241,6 @@ def diagnose_head(config: Settings) -> Diagnosis:
 
     The head is served at its own s, unless the config sets one. `eval.retain_model` adds the
     measured errors. Scores are stored in `eval.dir`.
-
-    Raises:
-        ValueError: If a field is missing, there are several heads or a distilled one, or rows are
-            bad.
     """
     config.require("model", "head", "eval.forget", "eval.retain", "eval.dir")
     mesh = t3jax.make_mesh(config.mesh)

@@ -194,9 +194,6 @@ def run_grid(
     `samples` are n of a trained classifier, `excess_risks` are ε of the leaky one, and each seed is
     another mixture. The results are NumPy arrays with the axes (log_peaks, gammas, samples,
     excess_risks, seeds, temperatures, scales).
-
-    Raises:
-        ValueError: If n is larger than `most_samples`, T below 1 or γ not in (0, 1).
     """
     if max(samples) > shape.most_samples:
         raise ValueError(

@@ -175,15 +175,12 @@ def importance_rule(
 
 
 def quadrature_rule(world: World, narrowest: float) -> Rule:
-    """Quadrature in one or two dimensions that resolves every spike.
+    """Quadrature that resolves every spike, in one or two dimensions alone.
 
     It has polar coordinates around each spike, with the trapezoidal rule in the logarithm of the
     radius. With several spikes, weights that sum to 1 assign each point to the spikes near it.
     `narrowest` is the width of the narrowest spike among the mixtures that use the rule; it decides
     N. The integral of a Gaussian is exact to about 1e-4 in one dimension and 1e-6 in two.
-
-    Raises:
-        ValueError: If D is neither 1 nor 2.
     """
     spikes, dimensions = world.forget.mean.shape
     if dimensions not in (1, 2):

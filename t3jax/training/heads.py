@@ -333,11 +333,7 @@ class _Best:
             save_head(self._folder / self._members[k].name, head)
 
     def restore(self, metrics: Sequence[Metrics]) -> None:
-        """Restores the state that a resumed run had at its last metrics.
-
-        Raises:
-            ValueError: If the weights of a best evaluation are damaged or missing.
-        """
+        """Restores the state that a resumed run had at its last metrics."""
         if not self._patience or not metrics:
             return
         epochs = sorted({line["epoch"] for line in metrics if "held_out_loss" in line})
