@@ -29,7 +29,7 @@ from benchmarks.ceilings import (
     measure_accelerator_ceilings,
     weight_bytes,
 )
-from benchmarks.decode import draw_costs, guidance_costs, random_prompts
+from benchmarks.decode import measure_guidance, measure_sampling, random_prompts
 from benchmarks.features import compute_features, random_texts, report
 from benchmarks.head import answer_lengths, compare, random_features
 from benchmarks.peer import Peer
@@ -59,7 +59,12 @@ SEQUENCES = {"retain": 3800, "forget": 200}
 
 def main() -> None:
     """Reads the command line, measures, writes a file for each part."""
-    parts = {"steps": steps, "calls": calls, "features": features, "head": head}
+    parts = {
+        "steps": measure_steps,
+        "calls": measure_calls,
+        "features": measure_features,
+        "head": measure_head,
+    }
     parser = make_parser(__doc__)
     parser.add_argument("--parts", default=",".join(parts))
     parser.add_argument("--device", default="cuda", help="of PyTorch")
@@ -83,7 +88,7 @@ def main() -> None:
         write(f"accelerator_{part}", figures, details)
 
 
-def steps(arguments: argparse.Namespace, ceilings: Ceilings) -> Measured:
+def measure_steps(arguments: argparse.Namespace, ceilings: Ceilings) -> Measured:
     """Steps of decoding, without prefill."""
     config, lm = make_model(arguments)
     head = random_head(lm)
@@ -91,15 +96,15 @@ def steps(arguments: argparse.Namespace, ceilings: Ceilings) -> Measured:
     details: dict[str, Any] = {}
     weights = weight_bytes(config, lm.params)
     for rows in BATCHES:
-        guiding, times = guidance_costs(lm, head, rows, arguments)
-        drawing, draw_times = draw_costs(lm, head, rows, arguments)
+        guiding, times = measure_guidance(lm, head, rows, arguments)
+        drawing, draw_times = measure_sampling(lm, head, rows, arguments)
         figures |= guiding | drawing
         figures[f"bandwidth_share_batch{rows}"] = weights / ceilings.bandwidth / times["plain"]
         details[f"step_seconds_batch{rows}"] = times | draw_times
     return figures, details
 
 
-def calls(arguments: argparse.Namespace, ceilings: Ceilings) -> Measured:
+def measure_calls(arguments: argparse.Namespace, ceilings: Ceilings) -> Measured:
     """Whole calls of both sides in turn."""
     config, lm = make_model(arguments)
     figures: dict[str, Any] = {}
@@ -128,7 +133,7 @@ def calls(arguments: argparse.Namespace, ceilings: Ceilings) -> Measured:
     return figures, details
 
 
-def features(arguments: argparse.Namespace, ceilings: Ceilings) -> Measured:
+def measure_features(arguments: argparse.Namespace, ceilings: Ceilings) -> Measured:
     """Forward passes with causal means; the peer's forward passes."""
     config, lm = make_model(arguments)
     sets = {f"_{n}": random_texts(lm, max(1, arguments.tokens // n), n) for n in LENGTHS}
@@ -181,7 +186,7 @@ def compare_features(
     return times, report(tokens, times, first, rows, tried)
 
 
-def head(arguments: argparse.Namespace, ceilings: Ceilings) -> Measured:
+def measure_head(arguments: argparse.Namespace, ceilings: Ceilings) -> Measured:
     """One run and 16 at once, and PyTorch's, on features that are stored on the device."""
     config = HeadConfig(arguments.width, arguments.vocab_size, rank=20)
     mean = answer_lengths(sum(SEQUENCES.values()), np.random.default_rng(0)).mean()

@@ -47,13 +47,13 @@ def _measure(size: int, side: int, dtypes: Sequence[str], device: str) -> Ceilin
     numbers = np.ones(size // 4, np.float32)
     placed = jax.device_put(numbers)
     total = jax.jit(jnp.sum)
-    reads = {"jax": _typical(lambda: jax.block_until_ready(total(placed)))}
+    reads = {"jax": _time(lambda: jax.block_until_ready(total(placed)))}
     if device == "cpu":
-        reads["numpy"] = _typical(lambda: numbers.sum())
+        reads["numpy"] = _time(lambda: numbers.sum())
     del numbers, placed
     square = jax.random.normal(jax.random.key(0), (side, side), dtypes[0])
     product = jax.jit(lambda a: a @ a)
-    products = {(dtypes[0], "jax"): _typical(lambda: jax.block_until_ready(product(square)))}
+    products = {(dtypes[0], "jax"): _time(lambda: jax.block_until_ready(product(square)))}
     with Peer("Machine", device) as peer:
         reads["torch"] = peer("read", size, _REPEATS)
         for dtype in dtypes:
@@ -101,7 +101,7 @@ def forward_operations(config: LMConfig, params: Params, length: int) -> float:
     return 2 * weights * length + 4 * pairs * config.num_heads * config.head_dim * config.num_layers
 
 
-def _typical(work: Callable[[], Any]) -> float:
+def _time(work: Callable[[], Any]) -> float:
     """Median seconds; the smallest may be an outlier on a shared machine."""
     work()
     return statistics.median(seconds(work) for _ in range(_REPEATS))

@@ -85,7 +85,7 @@ def main() -> None:
         write("decode_growth", {}, details)
         return
     ceilings = measure_ceilings()
-    lm, int8 = (without_end(arguments.model, dtype) for dtype in ("float32", "int8"))
+    lm, int8 = (load_without_end(arguments.model, dtype) for dtype in ("float32", "int8"))
     head = random_head(lm)
     figures: dict[str, Any] = {}
     details = {"ceilings": dataclasses.asdict(ceilings)}
@@ -94,9 +94,9 @@ def main() -> None:
         measured, details[f"batch{rows}"] = compare(lm, int8, head, rows, arguments)
         figures |= {f"{name}_batch{rows}": value for name, value in measured.items()}
     for rows in BATCHES:
-        costs, details[f"step_seconds_batch{rows}"] = guidance_costs(lm, head, rows, arguments)
+        costs, details[f"step_seconds_batch{rows}"] = measure_guidance(lm, head, rows, arguments)
         figures |= costs
-    figures |= draw_costs(lm, head, rows, arguments)[0]
+    figures |= measure_sampling(lm, head, rows, arguments)[0]
     needed = weight_bytes(load_config(arguments.model), lm.params) / ceilings.bandwidth
     figures["bandwidth_share_batch1"] = needed / details["step_seconds_batch1"]["plain"]
     announce("answers of uneven length")
@@ -179,7 +179,7 @@ def choose(
     )
 
 
-def guidance_costs(
+def measure_guidance(
     lm: t3jax.LM, head: t3jax.Head, rows: int, arguments: argparse.Namespace
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """The cost of guidance, plain and gated, for a step; and the seconds of a step of each."""
@@ -187,11 +187,11 @@ def guidance_costs(
     stretch = functools.partial(Stretch, lm, rows, arguments)
     gated = stretch(head, Refinements(gated=True))
     variants = {"plain": stretch(), "guidance": stretch(head), "gated": gated}
-    costs, steps = step_costs(variants, "plain", arguments.rounds)
+    costs, steps = measure_steps(variants, "plain", arguments.rounds)
     return {f"{name}_overhead_batch{rows}": value for name, value in costs.items()}, steps
 
 
-def draw_costs(
+def measure_sampling(
     lm: t3jax.LM, head: t3jax.Head, rows: int, arguments: argparse.Namespace
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """The cost of sampling for a guided step; and the seconds of a step of each."""
@@ -199,11 +199,11 @@ def draw_costs(
     stretch = functools.partial(Stretch, lm, rows, arguments, head)
     variants = {"greedy": stretch()}
     variants |= {name: stretch(temperature=1.0, **x) for name, x in TRUNCATIONS.items()}
-    costs, steps = step_costs(variants, "greedy", -(-arguments.rounds // 3))
+    costs, steps = measure_steps(variants, "greedy", -(-arguments.rounds // 3))
     return {f"{name}_cost_batch{rows}": value for name, value in costs.items()}, steps
 
 
-def step_costs(
+def measure_steps(
     variants: Mapping[str, "Stretch"], base: str, rounds: int
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """The cost of each variant over the base, as a fraction, and the seconds of a step of each."""
@@ -334,7 +334,7 @@ def compare_refilling(arguments: argparse.Namespace) -> Measured:
 
 def measure_growth(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """New tokens a second, prefill included, as batches and prompts grow."""
-    lm = without_end(arguments.model, "float32")
+    lm = load_without_end(arguments.model, "float32")
     lines = []
     shapes = [(1, 32), (4, 32), (16, 32), (64, 32), (1, 128), (1, 512), (1, 2048)]
     with Peer("LanguageModel", arguments.model) as peer:
@@ -378,7 +378,7 @@ def measure_model_growth(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 "plain": Stretch(lm, rows, arguments),
                 "guidance": Stretch(lm, rows, arguments, random_head(lm)),
             }
-            costs, steps = step_costs(variants, "plain", -(-arguments.rounds // 3))
+            costs, steps = measure_steps(variants, "plain", -(-arguments.rounds // 3))
             lines.append({**shape, "rows": rows, "step_seconds": steps["plain"], **costs})
     return lines
 
@@ -390,7 +390,7 @@ def loss(lm: t3jax.LM) -> float:
     return -float(scores.logprobs.mean(dtype=np.float64))
 
 
-def without_end(model: str, dtype: str) -> t3jax.LM:
+def load_without_end(model: str, dtype: str) -> t3jax.LM:
     """The model without an end of text: all rows run to the end."""
     return dataclasses.replace(t3jax.load_lm(model, dtype), eos_ids=())
 

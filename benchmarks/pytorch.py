@@ -26,12 +26,12 @@ class Machine:
     def read(self, size: int, repeats: int) -> float:
         """A sum over an array of float32."""
         numbers = torch.ones(size // 4, device=self.device)
-        return statistics.median(_times(numbers.sum, repeats))
+        return statistics.median(_time(numbers.sum, repeats))
 
     def product(self, side: int, dtype: str, repeats: int) -> float:
         """A product of two square matrices."""
         square = torch.randn(side, side, device=self.device).to(getattr(torch, dtype))
-        return statistics.median(_times(lambda: square @ square, repeats))
+        return statistics.median(_time(lambda: square @ square, repeats))
 
 
 class LanguageModel:
@@ -226,7 +226,7 @@ class HeadTrainer:
                 pooled = (hidden.cumsum(dim=1) / count)[:, :-1][answer[:, 1:]]
             step(pooled, tokens[answer], labels)
 
-        return min(_times(work, steps))
+        return min(_time(work, steps))
 
     def _make_step(
         self, optimizer: str, steps: int, rate: float, decay: float
@@ -254,7 +254,7 @@ class HeadTrainer:
         return step
 
 
-def _times(work: Callable[[], object], repeats: int) -> list[float]:
+def _time(work: Callable[[], object], repeats: int) -> list[float]:
     """Seconds of each repeat, after a first one that is not counted."""
     times = []
     for _ in range(repeats + 1):

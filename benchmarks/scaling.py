@@ -56,7 +56,7 @@ def main() -> None:
             for n in DEVICES
         ]
         figures[axis] = {
-            name: growth([count(program(job).compile()) for job in jobs])
+            name: collect_counts([count(program(job).compile()) for job in jobs])
             for name, program in PROGRAMS.items()
         }
     write("scaling", figures, {"devices": DEVICES, **vars(arguments)})
@@ -97,6 +97,6 @@ def count(compiled: Any) -> dict[str, float]:
     }
 
 
-def growth(counts: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+def collect_counts(counts: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
     """The counts by name, one for each number of devices."""
     return {name: [of_devices[name] for of_devices in counts] for name in counts[0]}

@@ -237,7 +237,7 @@ async def stress(url: str, pid: int, requests: int) -> dict[str, Any]:
     statuses: collections.Counter[str] = collections.Counter()
     kinds = ["whole", "stream", "hang up", "slow", "malformed", "unknown field", "huge", "too long"]
     waiting = collections.deque(draw.choice(kinds) for _ in range(requests))
-    memory = [_memory(pid)]
+    memory = [_read_memory(pid)]
 
     async def ask(client: httpx.AsyncClient) -> None:
         while waiting:
@@ -259,7 +259,7 @@ async def stress(url: str, pid: int, requests: int) -> dict[str, Any]:
         base_url=url, timeout=600, limits=httpx.Limits(max_connections=64)
     ) as client:
         await asyncio.gather(*(ask(client) for _ in range(64)))
-        memory.append(_memory(pid))
+        memory.append(_read_memory(pid))
         seconds = time.monotonic() - start
         await asyncio.sleep(3)
         metrics = (await client.get("/metrics")).text
@@ -313,7 +313,7 @@ def _questions() -> list[str]:
     return random.Random(0).sample(questions, len(questions))
 
 
-def _memory(pid: int) -> int:
+def _read_memory(pid: int) -> int:
     """Resident memory of a process, MiB."""
     status = pathlib.Path(f"/proc/{pid}/status").read_text()
     (line,) = (line for line in status.splitlines() if line.startswith("VmRSS"))

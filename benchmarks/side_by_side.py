@@ -122,7 +122,7 @@ def random_head(lm: t3jax.LM) -> t3jax.Head:
     return t3jax.Head(config, params, base_temperature=2.5, guidance_scale=1.0, model=lm.name)
 
 
-def machine() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     """The hardware and the versions, for the file."""
     cpu = next(
         (
@@ -165,7 +165,7 @@ def write(name: str, figures: Mapping[str, Any], details: Mapping[str, Any]) -> 
         "bounds": bounds,
         "peak_memory_gib": peak_memory_gib(),
         **details,
-        "machine": machine(),
+        "machine": describe_machine(),
     }
     path = pathlib.Path("out/benchmarks") / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -160,7 +160,7 @@ def unlearn(config: SineConfig, params: Params, x: Array, y: Array, seeds: Seque
                 if done + config.every < config.epochs - config.last_epochs:
                     steps = config.every
             if config.stale:
-                state = _stale_step(before, state, x, y, settings)
+                state = _take_stale_step(before, state, x, y, settings)
                 steps, done = steps - 1, done + 1
         if steps:
             state = _run(config.method, steps, state, x, y, keys, strength, settings)
@@ -220,7 +220,7 @@ def project_one(params: Params, x: np.ndarray, share: float) -> Params:
     """
     layers = jax.device_get(params)
     blocks, bases = [], []
-    for layer, given, back in zip(layers, *jax.device_get(_factors(params, x)), strict=True):
+    for layer, given, back in zip(layers, *jax.device_get(_find_factors(params, x)), strict=True):
         left, given = np.linalg.qr(given.T.astype(np.float64))  # [in, n], [n, N]
         right, returned = np.linalg.qr(back.T.astype(np.float64))
         gradients = np.einsum("an,bn->nab", given, returned).reshape(len(x), -1)
@@ -244,7 +244,7 @@ def project_one(params: Params, x: np.ndarray, share: float) -> Params:
 
 
 @jax.jit
-def _factors(params: Params, x: Array) -> tuple[list[Array], list[Array]]:
+def _find_factors(params: Params, x: Array) -> tuple[list[Array], list[Array]]:
     """Inputs of each layer, and the outputs' derivatives by the layer's outputs, `[N, W]`."""
     inputs, before = _forward(params, x)
     return inputs, _backward(params, before, jnp.ones_like(x))
@@ -277,7 +277,7 @@ def _project_seeds(params: Params, x: Array, share: float) -> Params:
 
 
 @jax.jit
-def _stale_step(
+def _take_stale_step(
     old: Params, state: PyTree, x: Array, y: Array, settings: tuple[Array, Array]
 ) -> PyTree:
     """A step after a projection, as published: activations of the weights before it."""

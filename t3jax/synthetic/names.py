@@ -142,9 +142,9 @@ def unique_wordings(
         # `swap_names` needs as many words as the name has.
         blanks = {name: " ".join(["_"] * len(name.split())) for name in present}
         text = swap_names(record["question"], blanks) if present else record["question"]
-        wordings.append(_without_names(text))
-        people.setdefault(_without_names(text), set()).add(present)
-    shared = {_without_names(record["question"]) for record in retain if "question" in record}
+        wordings.append(_blank_names(text))
+        people.setdefault(_blank_names(text), set()).add(present)
+    shared = {_blank_names(record["question"]) for record in retain if "question" in record}
     return {
         row
         for row, text in enumerate(wordings)
@@ -152,7 +152,7 @@ def unique_wordings(
     }
 
 
-def _without_names(text: str) -> str:
+def _blank_names(text: str) -> str:
     """A text with one blank for each name."""
     blanked = _RUN.sub(" _ ", text).casefold()
     return re.sub(r"(?:_\s*)+", "_ ", " ".join(blanked.split())).strip()
