@@ -7,7 +7,7 @@ import re
 from t3jax.data.records import Record, load_records
 
 _TOFU_PREFIX = "tofu:"
-_SLICE = re.compile(r"(?P<source>.+)\[(-?\d*):(-?\d*)(?::(-?\d*))?\]")
+_SLICE = re.compile(r"(?P<source>.+)\[(-?\d+)?:(-?\d+)?(?::(-?\d+)?)?\]")
 
 
 def load_dataset(
@@ -25,6 +25,8 @@ def load_dataset(
         FileNotFoundError: a file or folder does not exist.
         ValueError: an unknown split, bad or empty files, or a slice without rows.
     """
+    if source == "":  # as a path it would be the working directory
+        raise ValueError("a source of rows is empty: expected a file, a folder or 'tofu:SPLIT'")
     if not isinstance(source, str) or pathlib.Path(source).exists():
         return load_records(source)
     if len(parts := _split_sum(source)) > 1:
