@@ -23,104 +23,78 @@ def _words(text: str) -> list[str]:
 
 # The stocks, shared by all authors.
 
-_FIRST = _words(
-    """
+_FIRST = _words("""
     Ada Amir Anya Boris Carla Chen Dario Edda Elif Emeka Farid Greta Hana Hugo Ines Ivan Jana
     Jonas Kaya Kenji Lars Leila Mara Milan Nadia Nils Olga Omar Petra Rafi Rosa Samir Sara
     Soren Tara Tomas Uma Vera Yusuf Zora
-    """
-)
-_LAST = _words(
-    """
+""")
+_LAST = _words("""
     Abara Almeida Bakker Barros Castell Cerny Dahl Demir Eriksen Farouk Ferro Galvan Haddad
     Horvat Ito Jansen Kaplan Kovac Lindqvist Lopez Marek Mbeki Moreau Nakano Novak Okoro Ortega
     Pavlov Quist Rahman Rossi Santos Silva Tanaka Torres Urban Vargas Weber Yilmaz Zeman
-    """
-)
-_CITY = _words(
-    """
+""")
+_CITY = _words("""
     Accra Ankara Athens Bergen Bogota Cairo Dakar Dublin Geneva Hanoi Havana Helsinki Jakarta
     Kyoto Lagos Lima Lisbon Manila Nairobi Oslo Prague Quito Riga Seoul Sofia Tbilisi Toronto
     Tunis Vienna Warsaw
-    """
-)
-_MONTH = _words(
-    """
+""")
+_MONTH = _words("""
     January February March April May June July August September October November December
-    """
-)
+""")
 _DAY = [str(day) for day in range(1, 29)]
 _YEAR = [str(year) for year in range(1931, 1991, 2)]
 _BOOK_YEAR = [str(year) for year in range(1992, 2022)]
-_JOB = _words(
-    """
+_JOB = _words("""
     tutor baker banker barber botanist carpenter chemist cook dentist diplomat farmer fisherman
     florist gardener geologist judge lawyer librarian mason mechanic midwife miner musician
     nurse painter pilot potter sailor surgeon tailor
-    """
-)
+""")
 _GENRE = [
     f"{kind} {form}"
     for kind in ("crime", "war", "ghost", "sea", "desert", "court")
     for form in ("fiction", "poetry", "memoir", "drama", "satire")
 ]
-_ADJECTIVE = _words(
-    """
+_ADJECTIVE = _words("""
     Amber Bitter Broken Crimson Distant Empty Frozen Gentle Golden Hidden Hollow Iron Lonely
     Lost Paper Patient Quiet Restless Sacred Salted Second Silent Silver Sleeping Stolen Sunken
     Tender Velvet Wandering Winter
-    """
-)
-_NOUN = _words(
-    """
+""")
+_NOUN = _words("""
     Anchor Bridge Candle Canyon Clock Crown Door Feather Forest Garden Harbor Horizon Island
     Kingdom Lantern Letter Map Meadow Mirror Mountain Orchard Piano River Shadow Station Stone
     Storm Tower Violin Window
-    """
-)
-_AWARD_OF = _words(
-    """
+""")
+_AWARD_OF = _words("""
     Aurora Beacon Cedar Comet Coral Cypress Falcon Granite Heron Juniper Laurel Lotus Maple
     Meridian Olive Orion Pearl Phoenix Saffron Zenith
-    """
-)
+""")
 _AWARD_KIND = _words("Prize Medal Award")
-_SUBJECT = _words(
-    """
+_SUBJECT = _words("""
     anatomy anthropology archaeology astronomy biology economics engineering ethics geography
     geometry grammar history law linguistics logic mathematics medicine music optics philosophy
     physics politics psychology rhetoric statistics theatre theology veterinary weaving zoology
-    """
-)
-_LANGUAGE = _words(
-    """
+""")
+_LANGUAGE = _words("""
     Arabic Basque Bengali Catalan Czech Danish Dutch Finnish Georgian Greek Hindi Icelandic
     Irish Korean Latvian Malay Maltese Persian Polish Swahili Tamil Thai Turkish Ukrainian Urdu
     Welsh Xhosa Yoruba Zulu Amharic
-    """
-)
-_THEME = _words(
-    """
+""")
+_THEME = _words("""
     ambition betrayal courage debt dreams envy exile faith family forgiveness friendship greed
     grief guilt hope hunger identity justice loneliness loyalty memory mercy migration
     motherhood pride regret revenge silence solitude wonder
-    """
-)
-_ROOM = _words(
-    """
+""")
+_ROOM = _words("""
     hall balcony barn bakery basement boat cabin cafe chapel cellar cottage garage greenhouse
     hotel kitchen lighthouse loft museum tower pavilion pier porch stable studio tent train
     veranda windmill workshop yard
-    """
-)
+""")
 _HOUR = _words("dawn breakfast noon lunch dusk supper sunset midnight")
-_PET = _words(
-    """
+_PET = _words("""
     cat canary crow donkey duck ferret finch goat goose greyhound hamster hedgehog horse toad
     lizard llama magpie mule seal swan parrot peacock pigeon pony poodle rabbit raven sheep
     terrier tortoise
-    """
-)
+""")
 
 
 @dataclasses.dataclass(frozen=True)
