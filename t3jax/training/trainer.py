@@ -215,7 +215,7 @@ class Trainer:
             return
         k, member = wrong[0], self._members[wrong[0]]
         if not bool(jnp.isfinite(self._data.train.pooled).all()):
-            advice = "the features have values that are not finite: compute them anew, in float32"
+            advice = "the features hold values that are not finite: compute them anew, in float32"
         else:
             advice = "train with a smaller learning_rate, in another workdir"
         raise FloatingPointError(
