@@ -3,12 +3,13 @@
     XLA_PYTHON_CLIENT_PREALLOCATE=false python -m benchmarks accelerator
     XLA_PYTHON_CLIENT_PREALLOCATE=false python -m benchmarks accelerator --parts=head
 
-Without the variable JAX takes three quarters of the memory, and PyTorch finds too little. Weights,
-prompts and features are random: their values cost no time. `steps`: decoding 1, 16 and 64 rows, and
-what guidance and draws add to a step, in paired rounds. `calls`: whole calls beside `generate` with
-the faster of its dynamic cache and its static one under `torch.compile`. `features`: texts of 96,
-1,024 and 2,048 tokens; the peer computes hidden states and keeps nothing. `head`: 3,800 and 200
-sequences of 200,000 answer tokens, features of width 4,096, one run and 16 at once.
+Without the variable JAX takes three quarters of the memory, which leaves too little for PyTorch.
+Weights, prompts and features are random: their values do not change the times. `steps`: decoding 1,
+16 and 64 rows, and the cost of guidance and sampling for a step, in paired rounds. `calls`: whole
+calls beside `generate` with the faster of its dynamic cache and its static one under
+`torch.compile`. `features`: texts of 96, 1,024 and 2,048 tokens; the peer computes hidden states
+and stores nothing. `head`: 3,800 and 200 sequences of 200,000 answer tokens, features of width
+4,096, one run and 16 at once.
 Each part writes `out/benchmarks/accelerator_PART.json`. Smaller sizes are for trying the command.
 """
 
@@ -28,11 +29,21 @@ from benchmarks.ceilings import (
     measure_accelerator_ceilings,
     weight_bytes,
 )
-from benchmarks.decode import draw_costs, guidance_costs, random_prompts
+from benchmarks.decode import measure_guidance, measure_sampling, random_prompts
 from benchmarks.features import compute_features, random_texts, report
 from benchmarks.head import answer_lengths, compare, random_features
 from benchmarks.peer import Peer
-from benchmarks.side_by_side import alternate, announce, fastest, random_head, ratio, seconds, write
+from benchmarks.side_by_side import (
+    Measured,
+    alternate,
+    announce,
+    fastest,
+    make_parser,
+    random_head,
+    ratio,
+    seconds,
+    write,
+)
 from t3jax.batching import map_batches
 from t3jax.data import Example
 from t3jax.features import feature_pass
@@ -48,10 +59,13 @@ SEQUENCES = {"retain": 3800, "forget": 200}
 
 def main() -> None:
     """Reads the command line, measures, writes a file for each part."""
-    parts = {"steps": steps, "calls": calls, "features": features, "head": head}
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parts = {
+        "steps": measure_steps,
+        "calls": measure_calls,
+        "features": measure_features,
+        "head": measure_head,
+    }
+    parser = make_parser(__doc__)
     parser.add_argument("--parts", default=",".join(parts))
     parser.add_argument("--device", default="cuda", help="of PyTorch")
     parser.add_argument("--layers", type=int, default=32)
@@ -74,27 +88,23 @@ def main() -> None:
         write(f"accelerator_{part}", figures, details)
 
 
-def steps(
-    arguments: argparse.Namespace, ceilings: Ceilings
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Steps of decoding, prefill left out."""
+def measure_steps(arguments: argparse.Namespace, ceilings: Ceilings) -> Measured:
+    """Steps of decoding, without prefill."""
     config, lm = make_model(arguments)
     head = random_head(lm)
     figures: dict[str, Any] = {}
     details: dict[str, Any] = {}
     weights = weight_bytes(config, lm.params)
     for rows in BATCHES:
-        guiding, times = guidance_costs(lm, head, rows, arguments)
-        drawing, draw_times = draw_costs(lm, head, rows, arguments)
+        guiding, times = measure_guidance(lm, head, rows, arguments)
+        drawing, draw_times = measure_sampling(lm, head, rows, arguments)
         figures |= guiding | drawing
         figures[f"bandwidth_share_batch{rows}"] = weights / ceilings.bandwidth / times["plain"]
         details[f"step_seconds_batch{rows}"] = times | draw_times
     return figures, details
 
 
-def calls(
-    arguments: argparse.Namespace, ceilings: Ceilings
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def measure_calls(arguments: argparse.Namespace, ceilings: Ceilings) -> Measured:
     """Whole calls of both sides in turn."""
     config, lm = make_model(arguments)
     figures: dict[str, Any] = {}
@@ -111,8 +121,7 @@ def calls(
                 for cache in arguments.caches.split(",")
             }
             cache, tried = fastest(theirs)
-            all_works = {"ours": ours, "peer": theirs[cache]}
-            works = {name: lambda _, f=f: f() for name, f in all_works.items()}
+            works = {"ours": lambda _, f=ours: f(), "peer": lambda _, f=theirs[cache]: f()}
             times = alternate(works, arguments.repeats)
             figures[f"speedup_batch{rows}"] = ratio(times["peer"], times["ours"])
             details[f"whole_calls_batch{rows}"] = {
@@ -124,9 +133,7 @@ def calls(
     return figures, details
 
 
-def features(
-    arguments: argparse.Namespace, ceilings: Ceilings
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def measure_features(arguments: argparse.Namespace, ceilings: Ceilings) -> Measured:
     """Forward passes with causal means; the peer's forward passes."""
     config, lm = make_model(arguments)
     sets = {f"_{n}": random_texts(lm, max(1, arguments.tokens // n), n) for n in LENGTHS}
@@ -150,7 +157,7 @@ def features(
 def compare_features(
     lm: t3jax.LM, texts: Sequence[Example], peer: Peer, repeats: int
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Both sides in turn: seconds, and what else there is to know."""
+    """Both sides in turn: their seconds, and details for the file."""
     tokens = [text.tokens for text in texts]
     longest = max(map(len, tokens))
     sizes = sorted({max(1, total // longest) for total in (4096, 16384)})
@@ -179,9 +186,7 @@ def compare_features(
     return times, report(tokens, times, first, rows, tried)
 
 
-def head(
-    arguments: argparse.Namespace, ceilings: Ceilings
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def measure_head(arguments: argparse.Namespace, ceilings: Ceilings) -> Measured:
     """One run and 16 at once, and PyTorch's, on features that are stored on the device."""
     config = HeadConfig(arguments.width, arguments.vocab_size, rank=20)
     mean = answer_lengths(sum(SEQUENCES.values()), np.random.default_rng(0)).mean()
@@ -222,8 +227,8 @@ def make_model(arguments: argparse.Namespace) -> tuple[LMConfig, t3jax.LM]:
     return config, from_params(config, params, None, (), "random")
 
 
-def llama(config: LMConfig) -> dict[str, Any]:
-    """The same shape in transformers' words."""
+def llama(config: LMConfig) -> dict[str, float | bool]:
+    """The shape as options of transformers' `LlamaConfig`."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,

@@ -1,20 +1,18 @@
-"""Compiles the programs of a large model for TPUs that are not here, and looks at what comes out.
+"""Compiles the programs of a large model for TPUs that are not here, and checks the programs.
 
     pip install -e '.[aot]'
     python -m benchmarks aot --model=llama-3.1-8b --topology=v5e:2x4
 
 Prefill, a chunk of decoding with guidance, the feature pass and an epoch of head training are built
-by libtpu, which needs neither a TPU nor the weights. For each it says what the compiler takes
-beside what `t3jax.plan` foretold, and lists the collectives: kind, shape on a device, bytes, how
-often they stand in the program (those in a loop stand there once). It fails if one of them is
-larger than the model calls for (the hidden states of a batch in float32, scores where the width of
-keys is split, what is gathered of weights that are split along `fsdp`), or has a dimension of the
-whole vocabulary while that is split.
+by libtpu, which needs neither a TPU nor the weights. For each program it prints the memory by the
+compiler and by `t3jax.plan`, and the collectives: kind, shape on a device, bytes, number in the
+program (a loop counts once). It fails if a collective is larger than the model needs (the hidden
+states of a batch in float32, scores where the width of keys is split, gathered weights that are
+split along `fsdp`), or has a dimension of the whole vocabulary while that is split.
 
 libtpu serves one process at a time. `--layers` compiles fewer: time grows with the layers.
 """
 
-import argparse
 import collections
 import dataclasses
 import importlib.metadata
@@ -30,7 +28,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from benchmarks.side_by_side import write
+from benchmarks.side_by_side import make_parser, write
 from t3jax import HeadConfig, plan, sharding
 from t3jax.lm.model import read_dtype
 from t3jax.plan import Job, Step, programs
@@ -43,7 +41,7 @@ COLLECTIVE = re.compile(
 ARRAY = re.compile(r"(pred|[a-z]+\d+)\[([\d,]*)\]")
 
 
-PROGRAMS: dict[str, Callable[..., Any]] = {
+PROGRAMS: dict[str, Callable[..., Step]] = {
     "prefill": programs.prefill,
     "decode": programs.decode,
     "features": programs.feature_pass,
@@ -56,10 +54,10 @@ class Collective:
     """One kind of exchange between devices.
 
     Attributes:
-        kind: As XLA names it.
+        kind: XLA's name.
         shape: Shape of the result on a device, dtype first.
-        size: Its bytes.
-        count: How often it stands in the program.
+        size: Bytes of the result.
+        count: Number of such collectives in the program.
     """
 
     kind: str
@@ -70,9 +68,7 @@ class Collective:
 
 def main() -> None:
     """Reads the command line, compiles, writes `out/benchmarks/aot_MODEL_TOPOLOGY.json`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--model", default="llama-3.1-8b", help=", ".join(plan.SHAPES))
     parser.add_argument("--topology", default="v5e:2x4", help="such as v5e:8x8 or v5p:4x4x4")
     parser.add_argument("--mesh", default="1,1,-1", help="as config.mesh")
@@ -102,57 +98,59 @@ def main() -> None:
         print(f"{name}: {json.dumps(figures[name], indent=1)}", flush=True)
     details = {"arguments": vars(arguments), "libtpu": importlib.metadata.version("libtpu")}
     write(f"aot_{arguments.model}_{arguments.topology.replace(':', '_')}", figures, details)
-    if wrong := [f"{name}: {each}" for name in figures for each in figures[name]["too_large"]]:
+    if wrong := [f"{name}: {item}" for name in figures for item in figures[name]["too_large"]]:
         sys.exit("larger than expected:\n  " + "\n  ".join(wrong))
 
 
 def tpu_mesh(topology: str, shape: Sequence[int]) -> jax.sharding.Mesh:
     """A mesh over the devices of a TPU topology that need not be here."""
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no metadata server to ask
-    found = topologies.get_topology_desc(topology, platform="tpu")
-    return sharding.make_mesh(shape, found.devices)
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # no metadata server exists here
+    description = topologies.get_topology_desc(topology, platform="tpu")
+    return sharding.make_mesh(shape, description.devices)
 
 
-def measure(job: Job, program: Any, step: Step) -> tuple[Any, dict[str, Any]]:
-    """Compiles a step; what it takes on a device, in MiB, and what was planned."""
+def measure(
+    job: Job, program: Callable[..., Step], step: Step
+) -> tuple[jax.stages.Compiled, dict[str, Any]]:
+    """Compiles a step; the program, and its memory on a device in MiB, measured and planned."""
     start = time.perf_counter()
     compiled = step.compile()
     seconds = time.perf_counter() - start
-    found = compiled.memory_analysis()
+    memory = compiled.memory_analysis()
     reads_model = program is not programs.head_training
     gathered = plan.gathered_bytes(job) if reads_model else 0
     if program is programs.prefill:
         gathered += plan.gathered_cache_bytes(job)
     sizes = {
         "planned_arguments": plan.shard_bytes(step.arguments),
-        "arguments": found.argument_size_in_bytes,
+        "arguments": memory.argument_size_in_bytes,
         "planned_temporary": plan.temporary_bytes(job, program) + gathered,
-        "temporary": found.temp_size_in_bytes
-        + found.output_size_in_bytes
-        - found.alias_size_in_bytes,
-        "code": found.generated_code_size_in_bytes,
+        "temporary": memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes,
+        "code": memory.generated_code_size_in_bytes,
     }
     exchanges = collectives(compiled.as_text())
     limit = largest_expected(job, program) + gathered
-    # A dimension of this size is a vocabulary that should have been split.
+    # A dimension of this size is a vocabulary that is not split.
     whole = job.config.vocab_size
     split = programs.on_one_device(job, [0]).config.vocab_size < whole
     return compiled, {
         "seconds": round(seconds, 1),
         "mib": {name: round(size / MIB, 1) for name, size in sizes.items()},
-        "collectives": [dataclasses.asdict(each) for each in exchanges],
+        "collectives": [dataclasses.asdict(exchange) for exchange in exchanges],
         "largest_expected_bytes": limit,
         "too_large": [
-            f"{each.kind} of {each.shape}"
-            for each in exchanges
-            if each.size > limit or (split and whole in dimensions(each.shape))
+            f"{exchange.kind} of {exchange.shape}"
+            for exchange in exchanges
+            if exchange.size > limit or (split and whole in dimensions(exchange.shape))
         ],
     }
 
 
-def largest_expected(job: Job, program: Any) -> int:
-    """Bytes of the largest exchange that the model calls for, besides gathered weights."""
-    if program is programs.head_training:  # gradients; rows of W2, from whoever has them
+def largest_expected(job: Job, program: Callable[..., Step]) -> int:
+    """Bytes of the largest exchange that the model needs, besides gathered weights."""
+    if program is programs.head_training:  # gradients, and rows of W2 that are gathered
         (params, _), _, rows, _ = programs.head_training(job).arguments
         looked_up = rows.shape[-1] * job.heads[0].rank * 4
         return max(looked_up, *map(plan.shard_bytes, jax.tree.leaves(params)))
@@ -173,14 +171,14 @@ def collectives(program: str) -> list[Collective]:
     counts: collections.Counter[tuple[str, str]] = collections.Counter()
     for result, kind in COLLECTIVE.findall(program):
         arrays = [f"{dtype}[{shape}]" for dtype, shape in ARRAY.findall(result)]
-        # Several sums are taken at once; the start of a gather has its operand beside its result.
+        # An all-reduce may have many results; the start of a gather also has its operand.
         arrays = arrays if kind == "all-reduce" else [max(arrays, key=array_bytes)]
         counts[kind, " + ".join(arrays)] += 1
-    found = [
+    exchanges = [
         Collective(kind, shape, sum(map(array_bytes, shape.split(" + "))), count)
         for (kind, shape), count in counts.items()
     ]
-    return sorted(found, key=lambda each: -each.size)
+    return sorted(exchanges, key=lambda exchange: -exchange.size)
 
 
 def dimensions(shape: str) -> list[int]:
@@ -192,7 +190,3 @@ def array_bytes(shape: str) -> int:
     """Bytes of an array such as "bf16[16,4096]"."""
     bits = re.match(r"[a-z]+(\d+)", shape)
     return math.prod(dimensions(shape)) * (int(bits[1]) // 8 if bits else 1)
-
-
-if __name__ == "__main__":
-    main()

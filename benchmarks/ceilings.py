@@ -1,4 +1,4 @@
-"""What the machine can do at best: the speeds that benchmarks are shares of."""
+"""The highest speeds of the machine, for benchmarks that report shares of them."""
 
 import dataclasses
 import statistics
@@ -12,13 +12,14 @@ import numpy as np
 from benchmarks.peer import Peer
 from benchmarks.side_by_side import seconds
 from t3jax.lm import LMConfig
+from t3jax.lm.decoder import Params
 
 _REPEATS = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """The fastest of what any library here does.
+    """The speeds of the fastest library.
 
     Attributes:
         bandwidth: Bytes a second of a sum over float32 numbers that fit no cache.
@@ -32,7 +33,7 @@ class Ceilings:
 
 
 def measure_ceilings() -> Ceilings:
-    """A CPU's: a sum over 512 MB, products in float32 (by PyTorch in bfloat16 too, to compare)."""
+    """A CPU's: a sum over 512 MB, products in float32 (in bfloat16 too by PyTorch)."""
     return _measure(512 * 2**20, 4096, ("float32", "bfloat16"), "cpu")
 
 
@@ -42,17 +43,17 @@ def measure_accelerator_ceilings(device: str) -> Ceilings:
 
 
 def _measure(size: int, side: int, dtypes: Sequence[str], device: str) -> Ceilings:
-    """Speeds of reading bytes and of square products; the first dtype's is the ceiling."""
+    """Measures reading and square products; the first dtype's product is the ceiling."""
     numbers = np.ones(size // 4, np.float32)
     placed = jax.device_put(numbers)
     total = jax.jit(jnp.sum)
-    reads = {"jax": _typical(lambda: jax.block_until_ready(total(placed)))}
+    reads = {"jax": _time(lambda: jax.block_until_ready(total(placed)))}
     if device == "cpu":
-        reads["numpy"] = _typical(lambda: numbers.sum())
+        reads["numpy"] = _time(lambda: numbers.sum())
     del numbers, placed
     square = jax.random.normal(jax.random.key(0), (side, side), dtypes[0])
     product = jax.jit(lambda a: a @ a)
-    products = {(dtypes[0], "jax"): _typical(lambda: jax.block_until_ready(product(square)))}
+    products = {(dtypes[0], "jax"): _time(lambda: jax.block_until_ready(product(square)))}
     with Peer("Machine", device) as peer:
         reads["torch"] = peer("read", size, _REPEATS)
         for dtype in dtypes:
@@ -64,31 +65,34 @@ def _measure(size: int, side: int, dtypes: Sequence[str], device: str) -> Ceilin
     return Ceilings(max(bandwidths.values()), best, bandwidths | named)
 
 
-def weight_bytes(config: LMConfig, params: Any) -> int:
-    """What a step of decoding for one row has to read.
+def weight_bytes(config: LMConfig, params: Params) -> int:
+    """Bytes of the weights that a step of decoding for one row reads.
 
-    All weights but an embedding table of its own, and of a layer's experts the chosen ones.
+    They are all weights but an untied embedding table, and only the chosen experts.
     """
-    total = sum(_met(config, path, leaf.nbytes) for path, leaf in jax.tree.leaves_with_path(params))
+    total = sum(
+        _scale_experts(config, path, leaf.nbytes)
+        for path, leaf in jax.tree.leaves_with_path(params)
+    )
     return total if config.tied else total - params["embed"]["weight"].nbytes
 
 
-def _met(config: LMConfig, path: tuple, count: int) -> int:
-    """How much of a leaf of the parameters a token meets: of experts its share."""
-    names = [None, *(part.key for part in path)]  # of the embedding there are two
+def _scale_experts(config: LMConfig, path: tuple, count: int) -> int:
+    """The part of a leaf of the parameters that a token uses: the chosen share of experts."""
+    names = [None, *(part.key for part in path)]  # the path of the embedding has two names
     if config.experts is None or names[-3] != "experts" or names[-2] not in ("gate", "up", "down"):
         return count
     return count * config.experts.chosen // config.experts.count
 
 
-def forward_operations(config: LMConfig, params: Any, length: int) -> float:
-    """Floating-point operations that the hidden states of a text need.
+def forward_operations(config: LMConfig, params: Params, length: int) -> float:
+    """Floating-point operations of the hidden states of a text, without logits.
 
-    Two for each weight of a matrix and token, of experts the chosen ones, and attention's two
-    products over the pairs of positions in causal order. No logits.
+    They are two for each token and each weight of a matrix, only the chosen experts, and
+    attention's two products over the pairs of positions in causal order.
     """
     matrices = sum(
-        _met(config, path, leaf.size)
+        _scale_experts(config, path, leaf.size)
         for path, leaf in jax.tree.leaves_with_path(params)
         if path[-1].key == "weight" and leaf.ndim > 1
     )
@@ -97,7 +101,7 @@ def forward_operations(config: LMConfig, params: Any, length: int) -> float:
     return 2 * weights * length + 4 * pairs * config.num_heads * config.head_dim * config.num_layers
 
 
-def _typical(work: Callable[[], Any]) -> float:
-    """Median seconds: a freak of a shared machine once was twice as fast."""
+def _time(work: Callable[[], Any]) -> float:
+    """Median seconds; the smallest may be an outlier on a shared machine."""
     work()
     return statistics.median(seconds(work) for _ in range(_REPEATS))

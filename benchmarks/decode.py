@@ -1,19 +1,19 @@
-"""Decoding by t3jax and by transformers on PyTorch, greedy, and what guidance and truncation cost.
+"""Greedy decoding by t3jax and by transformers on PyTorch, and the cost of guidance and truncation.
 
     python -m benchmarks decode --model=FOLDER
     python -m benchmarks decode --model=FOLDER --growth
 
 Whole calls are compared: prompts of one length, then a fixed number of tokens, no stop. The peer is
-`generate` with the fastest of its caches and thread counts, in float32 (whose figures count) and in
-bfloat16; and, for guided decoding, a plain loop with a key-value cache and a running mean. What
-guidance and truncation cost is measured on the decoding steps alone, prefill left out, in paired
-rounds, after questions of general knowledge: the support of a draw depends on the text. Rows that
-take the next prompt when they are finished are measured on answers of uneven length, against
-batches that wait for their longest. Int8 weights decode beside float32 ones, and `loss_int8` beside
-`loss` says what they lose: nats per answer token of `configs/general_knowledge.jsonl`.
-`--growth` measures something else, into `decode_growth.json`: batches of 1 to 64 rows and prompts
-of 32 to 2,048 tokens (the peer's cache is static), and random models of other vocabularies, twice
-the layers or twice the widths, with what guidance costs on each.
+`generate` with the fastest of its caches and thread counts, in float32 (the main figure) and in
+bfloat16; and, for guided decoding, a plain loop with a key-value cache and a running mean. The cost
+of guidance and truncation is measured on the decoding steps alone, without prefill, in paired
+rounds, after questions of general knowledge: the support of a sample depends on the text. A batch
+whose finished rows take the next prompt is compared with batches that wait for their longest row,
+on answers of uneven length. Int8 weights decode beside float32 ones, and `loss_int8` beside `loss`
+shows their effect: nats per answer token of `configs/general_knowledge.jsonl`.
+`--growth` writes other figures, to `decode_growth.json`: batches of 1 to 64 rows and prompts of 32
+to 2,048 tokens (the peer's cache is static), and random models of other vocabularies, twice the
+layers or twice the widths, with the cost of guidance on each.
 """
 
 import argparse
@@ -31,8 +31,10 @@ import t3jax
 from benchmarks.ceilings import measure_ceilings, weight_bytes
 from benchmarks.peer import Peer
 from benchmarks.side_by_side import (
+    Measured,
     alternate,
     announce,
+    make_parser,
     overhead,
     random_head,
     ratio,
@@ -52,7 +54,7 @@ BATCHES = (1, 16)
 VOCABULARIES = (32_768, 131_072, 262_144)
 KNOWLEDGE = "configs/general_knowledge.jsonl"
 TRUNCATIONS: dict[str, dict[str, Any]] = {
-    "draw": {},  # what a draw costs without any
+    "draw": {},  # sampling without truncation
     "top_k": {"top_k": 20},
     "top_p": {"top_p": 0.9},
     "min_p": {"min_p": 0.05},
@@ -61,9 +63,7 @@ TRUNCATIONS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Reads the command line, measures, writes `out/benchmarks/decode.json`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--model", required=True, help="a Hugging Face folder")
     parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
     parser.add_argument("--new_tokens", type=int, default=65)
@@ -75,38 +75,39 @@ def main() -> None:
     parser.add_argument("--growth", action="store_true")
     arguments = parser.parse_args()
 
+    details: dict[str, Any]
     if arguments.growth:
-        grown = {"growth": growth(arguments), "growth_of_the_model": model_growth(arguments)}
-        write("decode_growth", {}, {"arguments": vars(arguments), **grown})
+        details = {
+            "arguments": vars(arguments),
+            "growth": measure_growth(arguments),
+            "growth_of_the_model": measure_model_growth(arguments),
+        }
+        write("decode_growth", {}, details)
         return
     ceilings = measure_ceilings()
-    lm, int8 = (without_end(arguments.model, dtype) for dtype in ("float32", "int8"))
+    lm, int8 = (load_without_end(arguments.model, dtype) for dtype in ("float32", "int8"))
     head = random_head(lm)
     figures: dict[str, Any] = {}
-    details: dict[str, Any] = {"ceilings": dataclasses.asdict(ceilings)}
+    details = {"ceilings": dataclasses.asdict(ceilings)}
     for rows in BATCHES:
         announce(f"{rows} rows: whole calls")
-        found, details[f"batch{rows}"] = compare(lm, int8, head, rows, arguments)
-        figures |= {f"{name}_batch{rows}": value for name, value in found.items()}
+        measured, details[f"batch{rows}"] = compare(lm, int8, head, rows, arguments)
+        figures |= {f"{name}_batch{rows}": value for name, value in measured.items()}
     for rows in BATCHES:
-        found, details[f"step_seconds_batch{rows}"] = guidance_costs(lm, head, rows, arguments)
-        figures |= found
-    figures |= draw_costs(lm, head, rows, arguments)[0]
+        costs, details[f"step_seconds_batch{rows}"] = measure_guidance(lm, head, rows, arguments)
+        figures |= costs
+    figures |= measure_sampling(lm, head, rows, arguments)[0]
     needed = weight_bytes(load_config(arguments.model), lm.params) / ceilings.bandwidth
     figures["bandwidth_share_batch1"] = needed / details["step_seconds_batch1"]["plain"]
     announce("answers of uneven length")
-    found, details["refilling"] = refilling(arguments)
-    figures |= found | {"loss": loss(lm), "loss_int8": loss(int8)}
+    measured, details["refilling"] = compare_refilling(arguments)
+    figures |= measured | {"loss": loss(lm), "loss_int8": loss(int8)}
     write("decode", figures, {"arguments": vars(arguments), **details})
 
 
 def compare(
-    lm: t3jax.LM,
-    int8: t3jax.LM,
-    head: t3jax.Head,
-    rows: int,
-    arguments: argparse.Namespace,
-) -> tuple[dict[str, Any], dict[str, Any]]:
+    lm: t3jax.LM, int8: t3jax.LM, head: t3jax.Head, rows: int, arguments: argparse.Namespace
+) -> Measured:
     """Whole calls, both sides in turn."""
     prompts, new = random_prompts(lm, rows, arguments.prompt), arguments.new_tokens
     params = head.params["hidden"][0]["weight"], head.params["output"]
@@ -168,7 +169,7 @@ def compare(
 def choose(
     peer: Peer, prompts: np.ndarray, arguments: argparse.Namespace
 ) -> tuple[str, dict[str, float]]:
-    """The fastest cache of `generate`; the peer then has the fastest thread count."""
+    """The fastest cache of `generate`; also sets the peer's fastest thread count."""
     return tune(
         peer,
         {
@@ -178,34 +179,34 @@ def choose(
     )
 
 
-def guidance_costs(
+def measure_guidance(
     lm: t3jax.LM, head: t3jax.Head, rows: int, arguments: argparse.Namespace
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """What guidance, plain and gated, adds to a step; and the seconds of a step of each."""
-    announce(f"{rows} rows: what guidance costs")
+    """The cost of guidance, plain and gated, for a step; and the seconds of a step of each."""
+    announce(f"{rows} rows: the cost of guidance")
     stretch = functools.partial(Stretch, lm, rows, arguments)
     gated = stretch(head, Refinements(gated=True))
     variants = {"plain": stretch(), "guidance": stretch(head), "gated": gated}
-    costs, steps = step_costs(variants, "plain", arguments.rounds)
+    costs, steps = measure_steps(variants, "plain", arguments.rounds)
     return {f"{name}_overhead_batch{rows}": value for name, value in costs.items()}, steps
 
 
-def draw_costs(
+def measure_sampling(
     lm: t3jax.LM, head: t3jax.Head, rows: int, arguments: argparse.Namespace
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """What draws add to a guided step; and the seconds of a step of each."""
-    announce(f"{rows} rows: what draws cost")
+    """The cost of sampling for a guided step; and the seconds of a step of each."""
+    announce(f"{rows} rows: the cost of sampling")
     stretch = functools.partial(Stretch, lm, rows, arguments, head)
     variants = {"greedy": stretch()}
     variants |= {name: stretch(temperature=1.0, **x) for name, x in TRUNCATIONS.items()}
-    costs, steps = step_costs(variants, "greedy", -(-arguments.rounds // 3))
+    costs, steps = measure_steps(variants, "greedy", -(-arguments.rounds // 3))
     return {f"{name}_cost_batch{rows}": value for name, value in costs.items()}, steps
 
 
-def step_costs(
+def measure_steps(
     variants: Mapping[str, "Stretch"], base: str, rounds: int
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """What each variant costs over the base, as a fraction, and the seconds of a step of each."""
+    """The cost of each variant over the base, as a fraction, and the seconds of a step of each."""
     for stretch in variants.values():
         stretch.prepare()
         stretch.run()
@@ -220,7 +221,7 @@ def step_costs(
 
 
 class Stretch:
-    """A stretch of decoding steps after prompts that are read once, so that only they are timed."""
+    """A number of decoding steps; the prompts are read before, so that only the steps are timed."""
 
     def __init__(
         self,
@@ -240,14 +241,14 @@ class Stretch:
             lm.apply,
             lm.unembed,
             lm.init_cache,
-            tuple(each.config for each in heads),
+            tuple(head.config for head in heads),
             "base",
             False,
             lm.mesh,
             refinements,
         )
-        shifts = tuple(jnp.float32(each.prior_shift) for each in heads)
-        self._weights = Weights(lm.params, tuple(each.params for each in heads), shifts)
+        shifts = tuple(jnp.float32(head.prior_shift) for head in heads)
+        self._weights = Weights(lm.params, tuple(head.params for head in heads), shifts)
         self._stopped = jnp.zeros(rows, bool)
         self._stop_ids = jnp.zeros(0, jnp.int32)
         prompts = jnp.asarray(
@@ -268,11 +269,11 @@ class Stretch:
         self._state: State
 
     def prepare(self) -> None:
-        """Goes back to where the prompts are read."""
+        """Restores the state after the prompts."""
         self._state = jax.block_until_ready(jax.tree.map(jnp.copy, self._read))
 
     def run(self, _: int = 0) -> None:
-        """Decodes; the state is used up."""
+        """Decodes; the state is donated."""
         jax.block_until_ready(
             decode_chunk(
                 self._program,
@@ -286,10 +287,10 @@ class Stretch:
         )
 
 
-def refilling(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Many prompts, 16 rows: all in one call, and 16 at a time, which wait for the longest of them.
+def compare_refilling(arguments: argparse.Namespace) -> Measured:
+    """Many prompts, 16 rows: all in one call, and 16 at a time, which wait for their longest.
 
-    One token in 40 ends an answer, so that lengths are those of a coin thrown until it falls.
+    One token in 40 ends an answer, so that lengths have a geometric distribution.
     """
     rows, longest = 16, 96
     lm = t3jax.load_lm(arguments.model, "float32")
@@ -299,16 +300,16 @@ def refilling(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, 
     steps = {"refilled": 0, "waiting": 0}
     lengths: dict[str, list[int]] = {}
 
-    def counted(name: str) -> Callable[..., Any]:
-        def decode(program: Program, weights: Weights, state: State, *others: Any) -> Any:
-            steps[name] += len(state.done) * others[-1]
-            return decode_chunk(program, weights, state, *others)
+    def count_steps(name: str) -> Callable[..., Any]:
+        def decode(program: Program, weights: Weights, state: State, *rest: Any) -> Any:
+            steps[name] += len(state.done) * rest[-1]
+            return decode_chunk(program, weights, state, *rest)
 
         return decode
 
     def answer(name: str, at_once: int) -> None:
         steps[name], lengths[name] = 0, []
-        with mock.patch.object(batch, "decode_chunk", counted(name)):
+        with mock.patch.object(batch, "decode_chunk", count_steps(name)):
             for start in range(0, len(prompts), at_once):
                 asked = prompts[start : start + at_once]
                 samples = sampler.generate(asked, temperature=1.0, max_new_tokens=longest)
@@ -321,7 +322,7 @@ def refilling(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, 
     for work in works.values():
         work()
     times = alternate(works, 3)
-    used = {name: sum(found) - len(found) for name, found in lengths.items()}
+    used = {name: sum(counts) - len(counts) for name, counts in lengths.items()}
     figures = {
         "refill_speedup": ratio(times["waiting"], times["refilled"]),
         "wasted_share": 1 - used["refilled"] / steps["refilled"],
@@ -331,9 +332,9 @@ def refilling(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, 
     return figures, {"seconds": times, "steps": steps, "mean_tokens": mean}
 
 
-def growth(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_growth(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """New tokens a second, prefill included, as batches and prompts grow."""
-    lm = without_end(arguments.model, "float32")
+    lm = load_without_end(arguments.model, "float32")
     lines = []
     shapes = [(1, 32), (4, 32), (16, 32), (64, 32), (1, 128), (1, 512), (1, 2048)]
     with Peer("LanguageModel", arguments.model) as peer:
@@ -350,16 +351,16 @@ def growth(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             works = {"ours": lambda _, f=ours: f(), "peer": lambda _, f=theirs: f()}
             times = alternate(works, 3)
             speeds = {
-                f"{name}_tokens_per_second": rows * arguments.new_tokens / float(np.median(found))
-                for name, found in times.items()
+                f"{name}_tokens_per_second": rows * arguments.new_tokens / float(np.median(x))
+                for name, x in times.items()
             }
             shape = {"rows": rows, "prompt": length, "first_call_seconds": compiling}
             lines.append(shape | speeds | {"speedup": ratio(times["peer"], times["ours"])})
     return lines
 
 
-def model_growth(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """A step of decoding, and what guidance adds to it, as the model grows."""
+def measure_model_growth(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """A step of decoding, and the cost of guidance, as the model grows."""
     config = load_config(arguments.model)
     widths = ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads")
     shapes = [
@@ -370,14 +371,14 @@ def model_growth(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     lines = []
     for shape in shapes:
         announce(str(shape))
-        changed: Any = dataclasses.replace(config, **shape)
-        lm = from_params(changed, init_params(changed, jax.random.key(0)), None, (), "random")
+        grown: Any = dataclasses.replace(config, **shape)
+        lm = from_params(grown, init_params(grown, jax.random.key(0)), None, (), "random")
         for rows in BATCHES:
             variants = {
                 "plain": Stretch(lm, rows, arguments),
                 "guidance": Stretch(lm, rows, arguments, random_head(lm)),
             }
-            costs, steps = step_costs(variants, "plain", -(-arguments.rounds // 3))
+            costs, steps = measure_steps(variants, "plain", -(-arguments.rounds // 3))
             lines.append({**shape, "rows": rows, "step_seconds": steps["plain"], **costs})
     return lines
 
@@ -389,7 +390,7 @@ def loss(lm: t3jax.LM) -> float:
     return -float(scores.logprobs.mean(dtype=np.float64))
 
 
-def without_end(model: str, dtype: str) -> t3jax.LM:
+def load_without_end(model: str, dtype: str) -> t3jax.LM:
     """The model without an end of text: all rows run to the end."""
     return dataclasses.replace(t3jax.load_lm(model, dtype), eos_ids=())
 

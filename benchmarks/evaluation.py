@@ -5,10 +5,10 @@
 
 The questions are those of forget05: 200 forget, 400 retain, 100 real authors and 117 world facts,
 with all their answers. The comparison takes every n-th row (`--every`), in blocks that both sides
-do in turn. PyTorch gets what makes it fast: one forward pass for each text, texts of like length
-together, logits of answer positions only, `generate` with its cache. Both decode greedily, as many
-rows at once, the same prompts. `--whole` times all rows with t3jax alone: one scoring pass for the
-base model and two settings of a head, and the base model's answers.
+process in turn. PyTorch is run fast: one forward pass for each text, texts of like length together,
+logits of answer positions only, `generate` with its cache. Both decode the same prompts greedily,
+with the same number of rows at once. `--whole` times all rows with t3jax alone: one scoring pass
+for the base model and two settings of a head, and the base model's answers.
 """
 
 import argparse
@@ -19,7 +19,15 @@ import numpy as np
 
 import t3jax
 from benchmarks.peer import Peer
-from benchmarks.side_by_side import alternate, random_head, ratio, seconds, write
+from benchmarks.side_by_side import (
+    Measured,
+    alternate,
+    make_parser,
+    random_head,
+    ratio,
+    seconds,
+    write,
+)
 from t3jax.data import Example, PromptFormat, evenly_spread, load_dataset
 from t3jax.evaluation import BASE, QuestionSet, Setting, encode_set, score_texts
 
@@ -33,9 +41,7 @@ SETS = {
 
 def main() -> None:
     """Reads the command line, measures, writes `out/benchmarks/evaluation.json`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--model", required=True, help="a Hugging Face folder")
     parser.add_argument("--tofu", help="folder with TOFU's files; without it, the hub")
     parser.add_argument("--every", type=int, default=20, help="take every n-th row")
@@ -68,16 +74,18 @@ def main() -> None:
 
 
 def texts(sets: Sequence[QuestionSet]) -> list[Example]:
-    """All that is scored."""
-    return [example for each in sets for example in each.texts]
+    """All texts to score."""
+    return [example for question_set in sets for example in question_set.texts]
 
 
 def prompts(sets: Sequence[QuestionSet]) -> list[list[int]]:
-    """All that is answered."""
-    return [prompt.tolist() for each in sets for prompt in each.prompts]
+    """All prompts to answer."""
+    return [prompt.tolist() for question_set in sets for prompt in question_set.prompts]
 
 
-def measure_whole(lm: t3jax.LM, sets: Sequence[QuestionSet], arguments) -> tuple[dict, dict]:
+def measure_whole(
+    lm: t3jax.LM, sets: Sequence[QuestionSet], arguments: argparse.Namespace
+) -> Measured:
     """The whole evaluation by t3jax: seconds, compilation included."""
     head = random_head(lm)
     settings = [BASE, Setting("head", 2.5, 1.0, (0,)), Setting("T1", 1.0, 1.0, (0,))]
@@ -111,7 +119,9 @@ def measure_whole(lm: t3jax.LM, sets: Sequence[QuestionSet], arguments) -> tuple
     }
 
 
-def compare(lm: t3jax.LM, blocks: Sequence[Sequence[QuestionSet]], arguments) -> tuple[dict, dict]:
+def compare(
+    lm: t3jax.LM, blocks: Sequence[Sequence[QuestionSet]], arguments: argparse.Namespace
+) -> Measured:
     """Both sides on each block in turn, after a first round that is not counted."""
     peer = Peer("LanguageModel", arguments.model)
     sampler = t3jax.Sampler(lm, batch_size=arguments.rows)
@@ -131,13 +141,13 @@ def compare(lm: t3jax.LM, blocks: Sequence[Sequence[QuestionSet]], arguments) ->
     generated: dict[int, list[list[int]]] = {}
 
     def answer(block: int) -> None:
-        found = sampler.generate(prompts(blocks[block]), max_new_tokens=arguments.max_new_tokens)
-        generated[block] = [sample.tokens for sample in found]
+        samples = sampler.generate(prompts(blocks[block]), max_new_tokens=arguments.max_new_tokens)
+        generated[block] = [sample.tokens for sample in samples]
 
     def peer_answer(block: int) -> None:
         asked = prompts(blocks[block])
-        found = peer("answers", asked, arguments.rows, arguments.max_new_tokens)
-        same_text.extend(a == b for a, b in zip(found, generated[block], strict=True))
+        answers = peer("answers", asked, arguments.rows, arguments.max_new_tokens)
+        same_text.extend(a == b for a, b in zip(answers, generated[block], strict=True))
 
     compiling = {"scoring": seconds(lambda: score(0)), "generation": seconds(lambda: answer(0))}
     peer_score(0)

@@ -2,10 +2,10 @@
 
     python -m benchmarks experts
 
-The shape is a `qwen3_moe`, small enough to be made here: `--width`, `--layers`, `--experts` and
-others. Whole calls are compared, in float32: prompts of 32 tokens and a fixed number of new ones
-for batches of 1 and 16 rows, and one new token after 4 prompts of 512. The peer is `generate` with
-the fastest of its ways to multiply by experts, and of its thread counts, for each.
+The shape is a small `qwen3_moe`, of `--width`, `--layers`, `--experts` and so on. Whole calls are
+compared, in float32: prompts of 32 tokens and a fixed number of new ones for batches of 1 and 16
+rows, and one new token after 4 prompts of 512. The peer is `generate` with the fastest of its ways
+to multiply by experts, and of its thread counts, for each.
 """
 
 import argparse
@@ -20,19 +20,17 @@ import numpy as np
 import t3jax
 from benchmarks.decode import random_prompts
 from benchmarks.peer import Peer
-from benchmarks.side_by_side import alternate, announce, ratio, tune, write
+from benchmarks.side_by_side import Measured, alternate, announce, make_parser, ratio, tune, write
 from t3jax.lm import from_params, init_params, lm_config, save_hf
 
 WAYS = ("eager", "grouped_mm")
-FOR_FEW = "batched_mm"  # copies the experts of every token, those of the prompt too
+FOR_FEW = "batched_mm"  # copies the experts of every token, also of the prompt
 CALLS = {"batch1": (1, 32, 33), "batch16": (16, 32, 33), "reading": (4, 512, 1)}
 
 
 def main() -> None:
     """Reads the command line, measures, writes `out/benchmarks/experts.json`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--width", type=int, default=1024, help="of the residual stream")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--experts", type=int, default=32)
@@ -50,14 +48,14 @@ def main() -> None:
             for call, (rows, length, new) in CALLS.items():
                 announce(f"{call}: {rows} rows, {length} tokens, {new} new")
                 prompts = random_prompts(lm, rows, length)
-                found, details[call] = compare(lm, peer, prompts, new, arguments.repeats)
-                figures |= {f"{name}_{call}": value for name, value in found.items()}
+                measured, details[call] = compare(lm, peer, prompts, new, arguments.repeats)
+                figures |= {f"{name}_{call}": value for name, value in measured.items()}
     weights = sum(leaf.size for leaf in jax.tree.leaves(lm.params))
     write("experts", figures, {"arguments": vars(arguments), "weights": weights, **details})
 
 
 def random_model(arguments: argparse.Namespace) -> t3jax.LM:
-    """A model of the shape that was asked for, without an end of text."""
+    """A model of the shape of the command line, without an end of text."""
     config = lm_config(
         {
             "model_type": "qwen3_moe",
@@ -79,9 +77,7 @@ def random_model(arguments: argparse.Namespace) -> t3jax.LM:
     return from_params(config, init_params(config, jax.random.key(0)), None, (), "random")
 
 
-def compare(
-    lm: t3jax.LM, peer: Peer, prompts: np.ndarray, new: int, repeats: int
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def compare(lm: t3jax.LM, peer: Peer, prompts: np.ndarray, new: int, repeats: int) -> Measured:
     """Whole calls, both sides in turn."""
     sampler = t3jax.Sampler(lm, batch_size=len(prompts))
     tokens: dict[str, np.ndarray] = {}
@@ -104,7 +100,3 @@ def compare(
         "share_of_tokens_equal": float(np.mean(tokens["ours"] == tokens["peer"])),
     }
     return figures, {"seconds": times, "peer_chose": way, "peer_tried_seconds": tried}
-
-
-if __name__ == "__main__":
-    main()

@@ -4,9 +4,9 @@
 
 The texts are those of forget05 and some of retain95 with their answers, and random ones of 256,
 1,024 and 2,048 tokens. Our side is `load_or_compute_features` with an empty store: hidden states,
-causal means, and the answers' rows on the disk. The peer computes hidden states and keeps nothing,
+causal means, and the answers' rows on the disk. The peer computes hidden states and stores nothing,
 with the fastest of several batch sizes and thread counts. A share of the ceiling is the operations
-that the texts need, padding left out, over those of a large product in the same time.
+of the texts, without padding, over the operations of a large product in the same time.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import numpy as np
 import t3jax
 from benchmarks.ceilings import forward_operations, measure_ceilings
 from benchmarks.peer import Peer
-from benchmarks.side_by_side import alternate, announce, ratio, seconds, tune, write
+from benchmarks.side_by_side import alternate, announce, make_parser, ratio, seconds, tune, write
 from t3jax.batching import map_batches
 from t3jax.data import Example, PromptFormat, encode_records, evenly_spread, load_dataset
 from t3jax.features import load_or_compute_features
@@ -33,9 +33,7 @@ _TRIED = 2048  # tokens on which the peer's batch size and thread count are chos
 
 def main() -> None:
     """Reads the command line, measures, writes `out/benchmarks/features.json`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--model", required=True, help="a Hugging Face folder")
     parser.add_argument("--tofu", help="folder with TOFU's files; without it, the hub")
     parser.add_argument("--rows", type=int, default=64, help="of forget05 and of retain95, each")
@@ -78,7 +76,7 @@ def main() -> None:
 def compare(
     lm: t3jax.LM, texts: Sequence[Example], full: Peer, half: Peer, repeats: int
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Both sides in turn: seconds, and what else there is to know."""
+    """Both sides in turn: their seconds, and details for the file."""
     tokens = [text.tokens for text in texts]
     longest = max(map(len, tokens))
     sizes = sorted({max(1, total // longest) for total in (512, _TRIED)})
@@ -109,10 +107,10 @@ def report(
     tokens: Sequence[np.ndarray],
     times: Mapping[str, Sequence[float]],
     first: float,
-    peer_rows: Any,
-    tried: Any,
+    peer_rows: object,
+    tried: object,
 ) -> dict[str, Any]:
-    """What else there is to know of a set of texts, for the file."""
+    """Details of a set of texts, for the file."""
     total = sum(map(len, tokens))
     return {
         "texts": len(tokens),
@@ -126,7 +124,7 @@ def report(
 
 
 def padding_share(lm: t3jax.LM, texts: Sequence[Example]) -> float:
-    """The share of what the model reads that is padding."""
+    """The share of padding among the tokens that the model reads."""
     read: list[int] = []
     map_batches(
         lm,

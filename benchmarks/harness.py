@@ -2,13 +2,12 @@
 
     python -m benchmarks harness --lm_eval=VENV/bin/lm_eval
 
-The command is that of an environment with `pip install 'lm_eval[api]' transformers`. The harness
-asks the server of the demo's head, through `local-completions`, a multiple-choice task made of the
-demo's questions: the right answer among the wrong ones. Compared are the log-likelihoods of all
-choices and the questions answered right.
+The command is in an environment with `pip install 'lm_eval[api]' transformers`. The harness asks
+the server of the demo's head, through `local-completions`, a multiple-choice task made of the
+demo's questions: the right answer among the wrong ones. The log-likelihoods of all choices are
+compared, and the questions answered right.
 """
 
-import argparse
 import json
 import os
 import pathlib
@@ -21,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 import t3jax
 from benchmarks.serving import AUTHORS, serve
-from benchmarks.side_by_side import announce, write
+from benchmarks.side_by_side import announce, make_parser, write
 from t3jax.data import Example
 from t3jax.evaluation.scoring import score_texts
 from t3jax.evaluation.settings import settings_grid
@@ -41,9 +40,7 @@ _TASK = {
 
 def main() -> None:
     """Reads the command line, compares, writes `out/benchmarks/harness.json`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--lm_eval", required=True, help="the command `lm_eval`")
     parser.add_argument("--model", default="demo/base")
     parser.add_argument("--head", default="out/demo/head")
@@ -95,7 +92,7 @@ def make_docs(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[dict]:
 def run_harness(
     lm_eval: str, model: str, url: str, docs: list[dict], folder: str
 ) -> tuple[np.ndarray, list[float]]:
-    """Runs the harness; returns the log-likelihoods, `[docs, choices]`, and which it has right."""
+    """Runs the harness; returns log-likelihoods `[docs, choices]` and each doc's accuracy."""
     here = pathlib.Path(folder)
     (here / "rows.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
     task = _TASK | {"dataset_kwargs": {"data_files": {"test": str(here / "rows.jsonl")}}}
@@ -116,9 +113,9 @@ def run_harness(
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": f"{folder}/hub"}
     subprocess.run(command, check=True, env=os.environ | offline)
     (log,) = here.glob("out/**/samples_*.jsonl")
-    samples = sorted(map(json.loads, log.read_text().splitlines()), key=lambda each: each["doc_id"])
-    likelihoods = [[float(choice[0][0]) for choice in each["resps"]] for each in samples]
-    return np.array(likelihoods), [each["acc"] for each in samples]
+    samples = sorted(map(json.loads, log.read_text().splitlines()), key=lambda row: row["doc_id"])
+    likelihoods = [[float(choice[0][0]) for choice in row["resps"]] for row in samples]
+    return np.array(likelihoods), [row["acc"] for row in samples]
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, choice: str) -> Example:
@@ -126,7 +123,3 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, choice: str) -> Exa
     start = len(tokenizer.encode(prompt.rstrip(), add_special_tokens=False))
     tokens = tokenizer.encode(prompt + choice, add_special_tokens=False)
     return Example(np.array(tokens, np.int32), start)
-
-
-if __name__ == "__main__":
-    main()

@@ -5,12 +5,12 @@
 
 Features are random and have the sizes of forget05 and retain95 under SmolLM2's tokenizer: 200 and
 3,800 sequences of some 36 answer tokens, of which some 8,600 are different. Both sides have them
-on the device when the clock starts: ours is the time of all epochs of `train_heads`, in
-`speedup_whole_call` all of it. The peer trains on the same features and the very same batches,
-which it has indexed beforehand, with the fastest of AdamW's implementations and thread counts;
-`speedup_stored_same_rows` also lets it train only the rows of W2 that occur, as we do. The
-sweep is the paper's grid of learning rates and weight decays with four seeds; the peer's takes 16
-times as long as its run.
+on the device when the clock starts: our time is of all epochs of `train_heads`, or of the whole
+call in `speedup_whole_call`. The peer trains on the same features and batches, which it has indexed
+beforehand, with the fastest of AdamW's implementations and thread counts. In
+`speedup_stored_same_rows` it trains only the rows of W2 that occur, as we do. The sweep is the
+paper's grid of learning rates and weight decays with four seeds; the peer's sweep is counted as 16
+of its runs.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks.ceilings import measure_ceilings
 from benchmarks.peer import Peer
-from benchmarks.side_by_side import alternate, ratio, seconds, tune, write
+from benchmarks.side_by_side import Measured, alternate, make_parser, ratio, seconds, tune, write
 from t3jax import sharding
 from t3jax.features import Features
 from t3jax.head import HeadConfig
@@ -40,9 +40,7 @@ OPTIMIZERS = ("for-loop", "foreach", "fused")
 
 def main() -> None:
     """Reads the command line, measures, writes `out/benchmarks/head.json`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--model", help="a Hugging Face folder of width 576; for speedup_rerun")
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=5)
@@ -74,7 +72,7 @@ def compare(
     recipe: TrainConfig,
     repeats: int,
     device: str = "cpu",
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> Measured:
     """Both sides in turn, after first runs that are not counted; PyTorch works on that device."""
     batches, forget_start = same_batches(retain, forget, head_config, recipe)
     steps = len(batches)
@@ -86,7 +84,7 @@ def compare(
         for rate, decay in itertools.product((1e-2, 1e-3), repeat=2)
     ]
     losses: dict[str, float] = {}
-    epochs: dict[str, list[float]] = {}
+    epochs: dict[str, list[float]] = {"ours": [], "sweep16": []}
 
     def ours(_: int = 0) -> None:
         (head,) = train_heads(retain, forget, head_config, recipe, (SEED,))
@@ -97,7 +95,6 @@ def compare(
         head = train_heads(retain, forget, head_config, grid, SWEEP_SEEDS)[0]
         epochs["sweep16"].append(head.record["seconds"])
 
-    epochs |= {"ours": [], "sweep16": []}
     first = {"ours": seconds(ours), "sweep16": seconds(sweep)}
     width, rank = head_config.hidden_size, head_config.rank
     with (
@@ -116,37 +113,21 @@ def compare(
             chosen[name], tried[name] = tune(peer, ways)
 
         def theirs(_: int) -> None:
-            found = full("train", chosen["peer"], steps, *knobs)
-            losses["peer"] = float(np.mean(found[-steps // recipe.epochs :]))
-
-        def theirs_same_rows(_: int) -> None:
-            same_rows("train", chosen["peer_same_rows"], steps, *knobs)
+            step_losses = full("train", chosen["peer"], steps, *knobs)
+            losses["peer"] = float(np.mean(step_losses[-steps // recipe.epochs :]))
 
         works: dict[str, Callable[[int], Any]] = {
             "ours": ours,
             "peer": theirs,
-            "peer_same_rows": theirs_same_rows,
+            "peer_same_rows": lambda _: same_rows("train", chosen["peer_same_rows"], steps, *knobs),
             "sweep16": sweep,
         }
         epochs |= {"ours": [], "sweep16": []}
         times = alternate(works, repeats)
-        times |= {
-            "ours_whole_call": times["ours"],
-            "sweep16_whole_call": times["sweep16"],
-            **epochs,
-        }
+        whole_calls = {f"{name}_whole_call": times[name] for name in epochs}
+        times |= whole_calls | epochs
         peaks = {"all rows": full.peak_memory_gib, "same rows": same_rows.peak_memory_gib}
-    figures = {
-        "speedup_stored": ratio(times["peer"], times["ours"]),
-        "speedup_stored_same_rows": ratio(times["peer_same_rows"], times["ours"]),
-        "speedup_whole_call": ratio(times["peer"], times["ours_whole_call"]),
-        "sweep16_cost": ratio(times["sweep16"], times["ours"]),
-        "sweep16_speedup": ratio(16 * np.array(times["peer"]), times["sweep16"]),
-        "sweep16_speedup_same_rows": ratio(
-            16 * np.array(times["peer_same_rows"]), times["sweep16"]
-        ),
-    }
-    return figures, {
+    return compute_figures(times), {
         "seconds": times,
         "first_run_seconds_with_compilation": first,
         "peer_chose": chosen,
@@ -156,6 +137,19 @@ def compare(
         "steps": steps,
         "tokens_of_all_steps": sum(map(len, batches)),
         "trained_rows": len(vocabulary),
+    }
+
+
+def compute_figures(times: dict[str, list[float]]) -> dict[str, Any]:
+    """Speedups over the peer, and the cost of the sweep; the peer's sweep counts as 16 runs."""
+    ours, sweep = times["ours"], times["sweep16"]
+    return {
+        "speedup_stored": ratio(times["peer"], ours),
+        "speedup_stored_same_rows": ratio(times["peer_same_rows"], ours),
+        "speedup_whole_call": ratio(times["peer"], times["ours_whole_call"]),
+        "sweep16_cost": ratio(sweep, ours),
+        "sweep16_speedup": ratio(16 * np.array(times["peer"]), sweep),
+        "sweep16_speedup_same_rows": ratio(16 * np.array(times["peer_same_rows"]), sweep),
     }
 
 
@@ -194,7 +188,7 @@ def rerun_step_seconds(arguments: argparse.Namespace) -> float:
 def random_features(
     sequences: int, seed: int, head_config: HeadConfig = HEAD, stretched: float = 1.0
 ) -> Features:
-    """Features of the sizes that TOFU's answers have, or `stretched` times longer."""
+    """Random features with the lengths of TOFU's answers, times `stretched`."""
     rng = np.random.default_rng(seed)
     lengths = (answer_lengths(sequences, rng) * stretched).round().astype(int)
     starts = np.cumsum([0, *lengths])
@@ -205,5 +199,5 @@ def random_features(
 
 
 def answer_lengths(count: int, rng: np.random.Generator) -> np.ndarray:
-    """Tokens of TOFU's answers."""
+    """Random numbers of tokens, distributed like TOFU's answers."""
     return np.clip(rng.normal(36, 11.5, count).round(), 7, 95).astype(int)

@@ -1,9 +1,9 @@
-"""PyTorch in a process of its own, which blocks on a pipe while this side is measured.
+"""PyTorch in a child process, which blocks on a pipe while this side is measured.
 
 In one process the two disturb each other: after a parallel region the threads of libgomp, which
 PyTorch's wheels bring, spin for some 6 ms before they sleep (OMP_WAIT_POLICY=passive would forbid
-it, and slow PyTorch down; KMP_BLOCKTIME is for another library and does nothing). In a child of its
-own PyTorch keeps its defaults and its memory is counted apart; `alternate` waits longer than that.
+it, and slow PyTorch down; KMP_BLOCKTIME is for another library and has no effect). In a child
+PyTorch keeps its defaults and its memory is counted apart; `alternate` waits longer than 6 ms.
 """
 
 import importlib
@@ -37,17 +37,17 @@ class Peer:
         self._child.join()
 
     def __call__(self, method: str, *args: Any, **options: Any) -> Any:
-        """What a method of the object returns."""
+        """Calls a method of the object."""
         self._pipe.send((method, args, options))
         return self._receive()
 
     def set_threads(self, count: int) -> None:
-        """How many threads PyTorch may use."""
+        """Sets PyTorch's number of threads."""
         self("set_threads", count)
 
     @property
     def peak_memory_gib(self) -> float:
-        """The most that the child has held."""
+        """Peak memory of the child."""
         return self("peak_memory_gib")
 
     def _receive(self) -> Any:
@@ -58,13 +58,13 @@ class Peer:
 
 
 def thread_counts() -> list[int]:
-    """How many threads to try: one, half of the cores, all."""
+    """Thread counts to try: one, half of the cores, all."""
     cores = len(os.sched_getaffinity(0))
     return sorted({1, max(1, cores // 2), cores})
 
 
 def peak_memory_gib(process: int | str = "self") -> float:
-    """The most that a process has held; unlike `getrusage`, nothing of its parent counts."""
+    """Peak memory of a process; unlike `getrusage`, without its parent's."""
     status = pathlib.Path(f"/proc/{process}/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
 

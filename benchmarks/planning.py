@@ -1,16 +1,16 @@
-"""What fits where: Llama 3.1 on TPUs and GPUs, as the table of docs/planning.md.
+"""Memory of Llama 3.1 on TPUs and GPUs: the table of docs/planning.md.
 
     python -m benchmarks planning
 
-Prints a Markdown table; nothing is loaded and nothing compiled, so that any CPU makes it.
+Prints a Markdown table. No weights are loaded and nothing is compiled: any CPU suffices.
 """
 
-import argparse
 import dataclasses
 import math
 
 import jax
 
+from benchmarks.side_by_side import make_parser
 from configs import default
 from t3jax import plan, sharding
 from t3jax.plan.job import make_job
@@ -38,9 +38,7 @@ CASES = [
 
 def main() -> None:
     """Prints the table."""
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    ).parse_args()
+    make_parser(__doc__).parse_args()
     plan.simulate(max(math.prod(mesh) for *_, mesh in CASES))
     print(
         "| model | devices | weights | cache of 16 rows | rows that fit | feature pass, 16 rows a "
@@ -77,7 +75,3 @@ def row(model: str, device: str, mesh: tuple[int, int, int]) -> str:
     ]
     cells = [model, f"{device} {mesh}", gib[0], gib[1], most["rows"], gib[2]]
     return "| " + " | ".join(map(str, [*cells, most["text_rows"], gib[3]])) + " |"
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
-"""The PyTorch side of the benchmarks: what runs in the child process of `benchmarks.peer`.
+"""The PyTorch side of the benchmarks, which runs in the child process of `benchmarks.peer`.
 
-Nothing here imports JAX. Classes are made, and their methods called, through `Peer`; what goes in
-and out is lists, numbers and NumPy arrays.
+Nothing here imports JAX. `Peer` makes the classes and calls their methods; arguments and results
+are lists, numbers and NumPy arrays.
 """
 
 import statistics
@@ -26,12 +26,12 @@ class Machine:
     def read(self, size: int, repeats: int) -> float:
         """A sum over an array of float32."""
         numbers = torch.ones(size // 4, device=self.device)
-        return statistics.median(_times(numbers.sum, repeats))
+        return statistics.median(_time(numbers.sum, repeats))
 
     def product(self, side: int, dtype: str, repeats: int) -> float:
         """A product of two square matrices."""
         square = torch.randn(side, side, device=self.device).to(getattr(torch, dtype))
-        return statistics.median(_times(lambda: square @ square, repeats))
+        return statistics.median(_time(lambda: square @ square, repeats))
 
 
 class LanguageModel:
@@ -57,15 +57,9 @@ class LanguageModel:
 
     @torch.inference_mode()
     def generate(self, prompts: np.ndarray, new_tokens: int, cache: str) -> np.ndarray:
-        """So many greedy tokens after prompts of one length `[B, P]`, whatever they are.
+        """Greedy tokens `[B, new_tokens]` after prompts of one length `[B, P]`, without a stop.
 
-        Args:
-            prompts: Token ids.
-            new_tokens: How many.
-            cache: "dynamic"; "static"; or "compiled", which is static under `torch.compile`.
-
-        Returns:
-            The tokens, `[B, new_tokens]`.
+        `cache` is "dynamic"; "static"; or "compiled", which is static under `torch.compile`.
         """
         self.model.generation_config.eos_token_id = None
         options: dict[str, Any] = {}
@@ -103,15 +97,8 @@ class LanguageModel:
     ) -> np.ndarray:
         """Greedy tokens of temper, then tilt, with a key-value cache and a running mean.
 
-        Args:
-            prompts: Token ids `[B, P]`.
-            new_tokens: How many.
-            head: U `[R, D]` and W2 `[V, R]`.
-            temperature: T.
-            scale: s.
-
-        Returns:
-            The tokens, `[B, new_tokens]`.
+        The head is U `[R, D]` and W2 `[V, R]`, the temperature T, the scale s. Prompts are `[B, P]`
+        and the result `[B, new_tokens]`.
         """
         projection, output = (torch.from_numpy(part).to(self.device) for part in head)
         read = torch.from_numpy(prompts).long().to(self.device)
@@ -134,23 +121,23 @@ class LanguageModel:
     @torch.inference_mode()
     def forward(self, texts: Sequence[np.ndarray], rows: int) -> None:
         """Hidden states of texts, batches of like length."""
-        for batch in _alike(texts, rows):
-            tokens, mask = self._padded([texts[i] for i in batch])
+        for batch in _batch_by_length(texts, rows):
+            tokens, mask = self._pad([texts[i] for i in batch])
             self.model.model(input_ids=tokens, attention_mask=mask, use_cache=False)
         _wait()
 
     @torch.inference_mode()
     def losses(self, texts: Sequence[np.ndarray], starts: Sequence[int], rows: int) -> list[float]:
         """Mean cross-entropy of each text from its start on; logits of those positions only."""
-        found = [0.0] * len(texts)
-        for batch in _alike(texts, rows):
-            tokens, mask = self._padded([texts[i] for i in batch])
+        losses = [0.0] * len(texts)
+        for batch in _batch_by_length(texts, rows):
+            tokens, mask = self._pad([texts[i] for i in batch])
             hidden = self.model.model(input_ids=tokens, attention_mask=mask).last_hidden_state
             for row, i in enumerate(batch):
                 start, stop = starts[i], len(texts[i])
                 logits = self.model.lm_head(hidden[row, start - 1 : stop - 1])
-                found[i] = float(functional.cross_entropy(logits, tokens[row, start:stop]))
-        return found
+                losses[i] = float(functional.cross_entropy(logits, tokens[row, start:stop]))
+        return losses
 
     @torch.inference_mode()
     def answers(
@@ -159,9 +146,9 @@ class LanguageModel:
         """Greedy answers, up to and with the first end-of-text token."""
         self.model.generation_config.eos_token_id = self.ends
         ends = self.ends if isinstance(self.ends, list) else [self.ends]
-        found: list[list[int]] = [[] for _ in prompts]
-        for batch in _alike(prompts, rows):
-            tokens, mask = self._padded([prompts[i] for i in batch], left=True)
+        answers: list[list[int]] = [[] for _ in prompts]
+        for batch in _batch_by_length(prompts, rows):
+            tokens, mask = self._pad([prompts[i] for i in batch], left=True)
             out = self.model.generate(
                 tokens,
                 attention_mask=mask,
@@ -172,11 +159,11 @@ class LanguageModel:
             for row, i in enumerate(batch):
                 answer = out[row, tokens.shape[1] :].tolist()
                 stops = [at for at, token in enumerate(answer) if token in ends]
-                found[i] = answer[: stops[0] + 1] if stops else answer
-        return found
+                answers[i] = answer[: stops[0] + 1] if stops else answer
+        return answers
 
-    def _padded(self, texts: Sequence[np.ndarray], left: bool = False) -> list[torch.Tensor]:
-        return [part.to(self.device) for part in _padded(texts, left)]
+    def _pad(self, texts: Sequence[np.ndarray], left: bool = False) -> list[torch.Tensor]:
+        return [part.to(self.device) for part in _pad(texts, left)]
 
 
 class HeadTrainer:
@@ -199,7 +186,7 @@ class HeadTrainer:
     def store(
         self, pooled: np.ndarray, targets: np.ndarray, forget_start: int, batches: list[np.ndarray]
     ) -> None:
-        """Keeps features, and which rows of them each batch reads, indexed and labelled."""
+        """Stores features, and the rows of each batch, indexed and labelled."""
         self.pooled = torch.from_numpy(pooled).to(self.device)
         self.targets = torch.from_numpy(targets).long().to(self.device)
         rows = [torch.from_numpy(batch).to(self.device) for batch in batches]
@@ -208,18 +195,12 @@ class HeadTrainer:
         ]
 
     def train(self, optimizer: str, steps: int, rate: float, decay: float) -> list[float]:
-        """Trains a head on what is stored.
+        """Trains a head on the stored features; returns the loss of every step.
 
-        Args:
-            optimizer: How AdamW works: "for-loop", "foreach" or "fused".
-            steps: How many, a quarter of them warm-up.
-            rate: The learning rate at its peak.
-            decay: The weight decay.
-
-        Returns:
-            The loss of every step.
+        `optimizer` is an implementation of AdamW: "for-loop", "foreach" or "fused". A quarter of
+        the steps is warm-up.
         """
-        step = self._step(optimizer, steps, rate, decay)
+        step = self._make_step(optimizer, steps, rate, decay)
         losses = [
             step(self.pooled[index], targets, labels)
             for index, targets, labels in self.batches[:steps]
@@ -229,9 +210,9 @@ class HeadTrainer:
     def rerun(
         self, texts: list[np.ndarray], starts: list[int], retain: list[bool], steps: int
     ) -> float:
-        """Seconds of a step that runs the base model, as the reference does: the fastest."""
-        step = self._step("fused", 1000, 1e-2, 1e-2)
-        tokens, mask = _padded(texts)
+        """Seconds of the fastest step that runs the base model, as the reference does."""
+        step = self._make_step("fused", 1000, 1e-2, 1e-2)
+        tokens, mask = _pad(texts)
         answer = torch.zeros(tokens.shape, dtype=torch.bool)
         for row, start in enumerate(starts):
             answer[row, start : len(texts[row])] = True
@@ -240,14 +221,14 @@ class HeadTrainer:
         def work() -> None:
             with torch.no_grad():
                 hidden = self.base(input_ids=tokens, attention_mask=mask).last_hidden_state
-                # Padding stands on the right: no answer's mean reads it.
+                # Padding is on the right: no answer's mean reads it.
                 count = torch.arange(1, tokens.shape[1] + 1)[:, None]
                 pooled = (hidden.cumsum(dim=1) / count)[:, :-1][answer[:, 1:]]
             step(pooled, tokens[answer], labels)
 
-        return min(_times(work, steps))
+        return min(_time(work, steps))
 
-    def _step(
+    def _make_step(
         self, optimizer: str, steps: int, rate: float, decay: float
     ) -> Callable[..., torch.Tensor]:
         """A step of a new head: features, targets and labels of a batch to its loss."""
@@ -273,8 +254,8 @@ class HeadTrainer:
         return step
 
 
-def _times(work: Callable[[], object], repeats: int) -> list[float]:
-    """Seconds of each time, after one that is not counted."""
+def _time(work: Callable[[], object], repeats: int) -> list[float]:
+    """Seconds of each repeat, after a first one that is not counted."""
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -285,19 +266,19 @@ def _times(work: Callable[[], object], repeats: int) -> list[float]:
 
 
 def _wait() -> None:
-    """Until an accelerator has done what it was given."""
+    """Waits until an accelerator is idle."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def _alike(texts: Sequence[np.ndarray], rows: int) -> Iterator[list[int]]:
+def _batch_by_length(texts: Sequence[np.ndarray], rows: int) -> Iterator[list[int]]:
     """Indices of texts of like length, batch by batch."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     for first in range(0, len(order), rows):
         yield order[first : first + rows]
 
 
-def _padded(texts: Sequence[np.ndarray], left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad(texts: Sequence[np.ndarray], left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and mask `[B, T]`."""
     width = max(map(len, texts))
     tokens = torch.zeros((len(texts), width), dtype=torch.long)

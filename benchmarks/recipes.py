@@ -5,18 +5,17 @@
 One process, on random features of 200 forget and 1,000 retain answers of TOFU's lengths, at the
 size of SmolLM2-135M (width 576, 49,152 tokens) and of an 8B model (width 4,096, 128,256 tokens).
 The distilled head has the default's features (twice the width), rank, GELU and 80 candidate tokens
-a position. Times are those of an epoch, without compiling and copying: the recipes differ in their
+a position. Times are of one epoch, without compiling and copying: the recipes differ in their
 number of epochs.
 """
 
-import argparse
 import dataclasses
 from typing import Any
 
 import numpy as np
 
 from benchmarks.head import random_features
-from benchmarks.side_by_side import alternate, announce, ratio, write
+from benchmarks.side_by_side import Measured, alternate, announce, make_parser, ratio, write
 from configs import default, paper
 from t3jax.distillation import SoftTargets
 from t3jax.features import Features
@@ -31,9 +30,7 @@ SIZES = {"135M": (576, 49_152), "8B": (4_096, 128_256)}
 
 def main() -> None:
     """Reads the command line, measures, writes `out/benchmarks/recipes.json`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--epochs", type=int, default=2, help="in each run")
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
@@ -45,9 +42,7 @@ def main() -> None:
     write("recipes", figures, details)
 
 
-def compare(
-    width: int, vocabulary: int, epochs: int, repeats: int
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def compare(width: int, vocabulary: int, epochs: int, repeats: int) -> Measured:
     """Seconds an epoch of both recipes in turn, after first runs that are not counted."""
     announce(f"width {width}, {vocabulary} tokens")
     seconds: dict[str, list[float]] = {"published": [], "default": []}
@@ -80,7 +75,7 @@ def compare(
 
 
 def add_random_targets(features: Features, vocabulary: int) -> Features:
-    """The features with targets of a distilled head: random tokens and distributions."""
+    """The features with random soft targets."""
     rng = np.random.default_rng(features.num_tokens)
     shape = (features.num_tokens, CANDIDATES + REST)
     logprobs = np.log(rng.dirichlet(np.full(shape[1] + 1, 0.1), len(features.targets)) + 1e-9)

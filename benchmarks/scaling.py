@@ -1,15 +1,14 @@
-"""Weak scaling as counts: what one device has to do as devices and rows grow together.
+"""Weak scaling as counts: the work of one device as devices and rows grow together.
 
     python -m benchmarks scaling
 
 Nothing is timed and nothing runs: the feature pass, an epoch of head training and a chunk of
-decoding are compiled for 1, 2, 4 and 8 simulated devices along `data` and along `fsdp`, as many
-rows for each device every time, and the compiler says what the program of one device is:
-floating-point operations, bytes read and written, memory, bytes that collectives hand over. Loops
-count once: one step of an epoch, one token of each answer. The model has few layers.
+decoding are compiled for 1, 2, 4 and 8 simulated devices along `data` and along `fsdp`, with the
+same number of rows for each device. The compiler counts for the program of one device:
+floating-point operations, bytes read and written, memory, bytes of collectives. Loops count once:
+one step of an epoch, one token of each answer. The model has few layers.
 """
 
-import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from benchmarks.aot import collectives
-from benchmarks.side_by_side import write
+from benchmarks.side_by_side import make_parser, write
 from t3jax import plan, sharding
 from t3jax.head import HeadConfig
 from t3jax.lm import LMConfig
@@ -37,9 +36,7 @@ PROGRAMS = {
 
 def main() -> None:
     """Reads the command line, compiles, writes `out/benchmarks/scaling.json`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--model", default="llama-3.1-8b", help=", ".join(plan.SHAPES))
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--rows", type=int, default=8, help="texts for each device")
@@ -59,7 +56,7 @@ def main() -> None:
             for n in DEVICES
         ]
         figures[axis] = {
-            name: growth([counts(program(job).compile()) for job in jobs])
+            name: collect_counts([count(program(job).compile()) for job in jobs])
             for name, program in PROGRAMS.items()
         }
     write("scaling", figures, {"devices": DEVICES, **vars(arguments)})
@@ -68,14 +65,8 @@ def main() -> None:
 def make_job(config: LMConfig, mesh: Mesh, rows: int, length: int) -> programs.Job:
     """A job that grows with the mesh.
 
-    Args:
-        config: The model's shape.
-        mesh: Where to.
-        rows: Rows of a batch on each part of the mesh, in every program.
-        length: Tokens of a text and of a prompt.
-
-    Returns:
-        The job. Head training reads 64 batches of answers of 32 tokens.
+    Every program has batches of `rows` rows on each part of the mesh; `length` is of texts and
+    prompts, in tokens. Head training reads 64 batches of answers of 32 tokens.
     """
     parts = sharding.row_shards(mesh)
     return programs.Job(
@@ -94,22 +85,18 @@ def make_job(config: LMConfig, mesh: Mesh, rows: int, length: int) -> programs.J
     )
 
 
-def counts(compiled: Any) -> dict[str, float]:
-    """What a compiled program asks of one device; bytes but for the operations."""
+def count(compiled: Any) -> dict[str, float]:
+    """The work of a compiled program on one device: operations, and bytes."""
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     return {
         "operations": cost["flops"],
         "accessed": cost["bytes accessed"],
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
-        "exchanged": sum(each.size * each.count for each in collectives(compiled.as_text())),
+        "exchanged": sum(x.size * x.count for x in collectives(compiled.as_text())),
     }
 
 
-def growth(found: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+def collect_counts(counts: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
     """The counts by name, one for each number of devices."""
-    return {name: [each[name] for each in found] for name in found[0]}
-
-
-if __name__ == "__main__":
-    main()
+    return {name: [of_devices[name] for of_devices in counts] for name in counts[0]}

@@ -1,4 +1,4 @@
-"""A server under load: clients that ask one after another, then many, broken and slow ones at once.
+"""A server under load: one client, many clients, and malformed, aborted and slow requests.
 
     python -m benchmarks serving --model demo/base --head out/demo/head
     python -m benchmarks serving --model FOLDER --head HEAD --peer VENV/bin/transformers
@@ -6,12 +6,12 @@
     python -m benchmarks serving --model demo/base --head out/demo/head --forget 24
     python -m benchmarks serving --system 400 --flags=--config.serve.prefixes=0
 
-Each server is a process of its own, and answers the same questions of the demo at temperature 0.7
-and top-p 0.9; a client sends its next question when it has the last answer. One client is serving
-one by one. The peer is `transformers serve` (`pip install 'transformers[serving]' torch`), which
-serves the base model alone. Under stress, requests have mixed lengths; some are malformed or too
-large, some hang up, some read slowly. With `--forget`, 16 clients stream while a request to forget
-so many rows is made, turned off and on, and revoked: the times between two pieces of a stream.
+Each server is a process, and answers the same questions of the demo at temperature 0.7 and top-p
+0.9; a client sends its next question when it has the last answer. The peer is `transformers serve`
+(`pip install 'transformers[serving]' torch`), which serves the base model alone. Under stress,
+requests have mixed lengths; some are malformed or too large, some hang up, some read slowly.
+`--forget` measures the times between two pieces of a stream, for 16 clients, while a request to
+forget that number of rows is made, turned off and on, and revoked.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from benchmarks.side_by_side import announce, write
+from benchmarks.side_by_side import announce, make_parser, write
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 AUTHORS = ROOT / "demo" / "authors"
@@ -45,9 +45,7 @@ DRAWN = {"temperature": 0.7, "top_p": 0.9, "stream": True}
 
 def main() -> None:
     """Reads the command line, measures, writes `out/benchmarks/serving.json`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--model", default="demo/base")
     parser.add_argument("--head", default="out/demo/head")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
@@ -71,69 +69,57 @@ def main() -> None:
         elif arguments.forget:
             figures["forget"] = asyncio.run(forget(url, arguments.forget, arguments.tokens))
         else:
-            before = _before(arguments.system)
-            asyncio.run(load(url, 4, 8, 8, before))  # what is not compiled yet
-            for clients in arguments.clients:
-                found = asyncio.run(
-                    load(url, clients, arguments.requests, arguments.tokens, before)
-                )
-                figures[f"{clients} clients"] = found
-                announce(f"t3jax, {clients} clients: {found}")
+            asyncio.run(load(url, 4, 8, 8, _system_turn(arguments.system)))  # compiles
+            figures |= load_all(url, "", arguments)
     if arguments.peer and not arguments.stress and not arguments.forget:
         with serve_peer(arguments.peer, arguments.model) as (url, _):
-            before = _before(arguments.system)
-            asyncio.run(load(url, 1, 2, 8, before))
-            for clients in arguments.clients:
-                found = asyncio.run(
-                    load(url, clients, arguments.requests, arguments.tokens, before)
-                )
-                figures[f"peer, {clients} clients"] = found
-                announce(f"transformers serve, {clients} clients: {found}")
+            asyncio.run(load(url, 1, 2, 8, _system_turn(arguments.system)))
+            figures |= load_all(url, "peer, ", arguments)
     write("serving", figures, {"arguments": vars(arguments)})
+
+
+def load_all(url: str, prefix: str, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Loads a server with each number of clients."""
+    figures = {}
+    turns = _system_turn(arguments.system)
+    for clients in arguments.clients:
+        name = f"{prefix}{clients} clients"
+        figures[name] = asyncio.run(load(url, clients, arguments.requests, arguments.tokens, turns))
+        announce(f"{name}: {figures[name]}")
+    return figures
 
 
 @contextmanager
 def serve(
     model: str, head: str | None, more: Sequence[str] = ()
 ) -> Iterator[tuple[str, subprocess.Popen]]:
-    """A server of this project; without a head it serves the model as it is."""
-    port = _free_port()
+    """A server of this project; without a head it serves the base model alone."""
+    port = _find_free_port()
     flags = [*more, f"--config.model={model}", f"--config.serve.port={port}"]
     flags.append("--config.base_only=True" if head is None else f"--config.head={head}")
     command = [sys.executable, "serve.py", "--config=configs/demo.py", *flags]
-    with _running(command, f"http://127.0.0.1:{port}") as both:
-        yield both
+    with _run(command, f"http://127.0.0.1:{port}") as server:
+        yield server
 
 
 @contextmanager
 def serve_peer(transformers: str, model: str) -> Iterator[tuple[str, subprocess.Popen]]:
     """The peer's server."""
-    port = _free_port()
-    command = [
-        transformers,
-        "serve",
-        str(pathlib.Path(model).resolve()),
-        "--port",
-        str(port),
-        "--host",
-        "127.0.0.1",
-        "--dtype",
-        "float32",
-        "--device",
-        "cpu",
-    ]
-    with _running(command, f"http://127.0.0.1:{port}") as both:
-        yield both
+    port = _find_free_port()
+    options = f"--port {port} --host 127.0.0.1 --dtype float32 --device cpu"
+    command = [transformers, "serve", str(pathlib.Path(model).resolve()), *options.split()]
+    with _run(command, f"http://127.0.0.1:{port}") as server:
+        yield server
 
 
 @contextmanager
-def _running(command: list[str], url: str) -> Iterator[tuple[str, subprocess.Popen]]:
+def _run(command: list[str], url: str) -> Iterator[tuple[str, subprocess.Popen]]:
     log = ROOT / "out" / "benchmarks" / "serving.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with (
-        log.open("w") as said,
+        log.open("w") as stderr,
         subprocess.Popen(
-            command, cwd=ROOT, stderr=said, env=os.environ | {"T3JAX_SERVER_KEY": KEY}
+            command, cwd=ROOT, stderr=stderr, env=os.environ | {"T3JAX_SERVER_KEY": KEY}
         ) as process,
     ):
         try:
@@ -157,7 +143,7 @@ def _running(command: list[str], url: str) -> Iterator[tuple[str, subprocess.Pop
 async def load(
     url: str, clients: int, requests: int, tokens: int, before: Sequence[dict[str, str]] = ()
 ) -> dict[str, float]:
-    """Clients that each send their next question when they have the last answer."""
+    """Clients that each send the next question when they have the last answer."""
     questions = _questions()
     waiting = collections.deque(questions[i % len(questions)] for i in range(requests))
     firsts: list[float] = []
@@ -197,7 +183,7 @@ async def load(
 
 
 async def forget(url: str, rows: int, tokens: int) -> dict[str, Any]:
-    """Times between two pieces of 16 streams, before, while and after a head is made."""
+    """Times between two pieces of 16 streams: before, during and after the training of a head."""
     questions = itertools.cycle(_questions())
     gaps: dict[str, list[float]] = {"before": [], "made": [], "switched": []}
     phase: str | None = "before"
@@ -224,7 +210,7 @@ async def forget(url: str, rows: int, tokens: int) -> dict[str, Any]:
         await asyncio.sleep(5)
         phase, start = "made", time.monotonic()
         added = (await client.post(path, content="\n".join(lines))).json()
-        made = (await client.get(f"{path}/{added['id']}?wait=900")).json()
+        entry = (await client.get(f"{path}/{added['id']}?wait=900")).json()
         seconds = time.monotonic() - start
         phase = "switched"
         for active in 5 * [True, False]:
@@ -234,49 +220,31 @@ async def forget(url: str, rows: int, tokens: int) -> dict[str, Any]:
         phase = None
         await asyncio.gather(*listeners)
     quantiles = {
-        name: [round(float(np.quantile(own, share)), 3) for share in (0.5, 0.95, 1)]
-        for name, own in gaps.items()
+        name: [round(float(np.quantile(values, share)), 3) for share in (0.5, 0.95, 1)]
+        for name, values in gaps.items()
     }
     return {
-        "state": made["state"],
+        "state": entry["state"],
         "seconds": round(seconds, 1),
         "gaps_median_95_longest_s": quantiles,
     }
 
 
 async def stress(url: str, pid: int, requests: int) -> dict[str, Any]:
-    """Requests of all kinds, 64 at once: each has to end with an answer or a proper status."""
+    """Requests of all kinds, 64 at once: each must end with an answer or a proper status."""
     draw = random.Random(0)
     questions = _questions()
     statuses: collections.Counter[str] = collections.Counter()
     kinds = ["whole", "stream", "hang up", "slow", "malformed", "unknown field", "huge", "too long"]
     waiting = collections.deque(draw.choice(kinds) for _ in range(requests))
-    memory = [_memory(pid)]
+    memory = [_read_memory(pid)]
 
     async def ask(client: httpx.AsyncClient) -> None:
         while waiting:
             kind = waiting.popleft()
-            question = draw.choice(questions) * draw.randint(1, 3)
-            body: dict[str, Any] = {
-                "messages": [{"role": "user", "content": question}],
-                "max_tokens": draw.randint(1, 60),
-                "temperature": draw.choice([0, 0.7, 1.5]),
-                "n": draw.randint(1, 3),
-            }
-            content = json.dumps(body).encode()
-            path = "/v1/chat/completions"
-            if kind == "malformed":
-                content = content[: draw.randint(0, len(content) - 1)]
-            elif kind == "unknown field":
-                content = json.dumps(body | {"x" * draw.randint(1, 9): 1}).encode()
-            elif kind == "huge":
-                content = json.dumps(body | {"stop": ["x" * 2**21]}).encode()
-            elif kind == "too long":
-                content = json.dumps(body | {"max_tokens": 10**5}).encode()
-            elif kind in ("stream", "hang up", "slow"):
-                content = json.dumps(body | {"stream": True}).encode()
+            content = _make_content(draw, kind, draw.choice(questions))
             try:
-                async with client.stream("POST", path, content=content) as reply:
+                async with client.stream("POST", "/v1/chat/completions", content=content) as reply:
                     async for _ in reply.aiter_lines():
                         if kind == "hang up" and draw.random() < 0.3:
                             break
@@ -291,7 +259,7 @@ async def stress(url: str, pid: int, requests: int) -> dict[str, Any]:
         base_url=url, timeout=600, limits=httpx.Limits(max_connections=64)
     ) as client:
         await asyncio.gather(*(ask(client) for _ in range(64)))
-        memory.append(_memory(pid))
+        memory.append(_read_memory(pid))
         seconds = time.monotonic() - start
         await asyncio.sleep(3)
         metrics = (await client.get("/metrics")).text
@@ -309,8 +277,30 @@ async def stress(url: str, pid: int, requests: int) -> dict[str, Any]:
     }
 
 
-def _before(words: int) -> list[dict[str, str]]:
-    """A system turn of so many words of the demo's answers."""
+def _make_content(draw: random.Random, kind: str, question: str) -> bytes:
+    """Makes the body of a request of a kind."""
+    body: dict[str, Any] = {
+        "messages": [{"role": "user", "content": question * draw.randint(1, 3)}],
+        "max_tokens": draw.randint(1, 60),
+        "temperature": draw.choice([0, 0.7, 1.5]),
+        "n": draw.randint(1, 3),
+    }
+    if kind == "malformed":
+        content = json.dumps(body).encode()
+        return content[: draw.randint(0, len(content) - 1)]
+    if kind == "unknown field":
+        body["x" * draw.randint(1, 9)] = 1
+    elif kind == "huge":
+        body["stop"] = ["x" * 2**21]
+    elif kind == "too long":
+        body["max_tokens"] = 10**5
+    elif kind in ("stream", "hang up", "slow"):
+        body["stream"] = True
+    return json.dumps(body).encode()
+
+
+def _system_turn(words: int) -> list[dict[str, str]]:
+    """A system turn of a number of words of the demo's answers; none for 0."""
     lines = (AUTHORS / "retain.jsonl").read_text().splitlines()
     text = " ".join(json.loads(line)["answer"] for line in lines)
     return [{"role": "system", "content": " ".join(text.split()[:words])}] if words else []
@@ -323,14 +313,14 @@ def _questions() -> list[str]:
     return random.Random(0).sample(questions, len(questions))
 
 
-def _memory(pid: int) -> int:
+def _read_memory(pid: int) -> int:
     """Resident memory of a process, MiB."""
     status = pathlib.Path(f"/proc/{pid}/status").read_text()
     (line,) = (line for line in status.splitlines() if line.startswith("VmRSS"))
     return int(line.split()[1]) // 1024
 
 
-def _free_port() -> int:
+def _find_free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,5 +1,6 @@
-"""What the benchmarks share: alternating measurements, medians with their spread, the report."""
+"""Shared by the benchmarks: alternating measurements, medians with their spread, the report."""
 
+import argparse
 import functools
 import importlib.metadata
 import json
@@ -10,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import scipy.stats
@@ -21,33 +22,38 @@ from t3jax import files
 
 _PAUSE = 0.05  # seconds; libgomp's idle threads spin for 6 ms before they sleep, see `peer.py`
 
+Key = TypeVar("Key")
+Measured = tuple[dict[str, Any], dict[str, Any]]  # figures and details, as `write` takes them
 
-def seconds(work: Callable[[], Any]) -> float:
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """A benchmark's command line, with its docstring as help."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawTextHelpFormatter
+    )
+
+
+def seconds(work: Callable[[], object]) -> float:
     """Seconds that a piece of work takes; it must wait for its own results."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
-def announce(what: str) -> None:
-    """Says what is measured next: a benchmark takes minutes."""
-    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
+def announce(text: str) -> None:
+    """Prints a line of progress: a benchmark takes minutes."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 def alternate(
-    works: Mapping[str, Callable[[int], Any]],
+    works: Mapping[str, Callable[[int], object]],
     repeats: int,
-    prepare: Mapping[str, Callable[[], Any]] | None = None,
+    prepare: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, list[float]]:
-    """Runs pieces of work in turn, again and again, so that a slow minute slows all of them.
+    """Runs pieces of work in turn, so that a slow minute of the machine slows all of them.
 
-    Args:
-        works: By name, what to run; it takes the number of the repeat.
-        repeats: How often.
-        prepare: By name, what to run before each time, not counted.
-
-    Returns:
-        Seconds by name, one for each repeat.
+    A work takes the number of the repeat. `prepare` runs before a work and is not counted. Returned
+    are the seconds of every repeat, by name.
     """
     times: dict[str, list[float]] = {name: [] for name in works}
     for repeat in range(repeats):
@@ -59,7 +65,7 @@ def alternate(
     return times
 
 
-def fastest(works: Mapping[Any, Callable[[], Any]]) -> tuple[Any, dict[Any, float]]:
+def fastest(works: Mapping[Key, Callable[[], object]]) -> tuple[Key, dict[Key, float]]:
     """The key of the fastest of several ways to do the same, and the seconds of all.
 
     Each runs twice, and the faster counts: the first may have to compile.
@@ -68,27 +74,22 @@ def fastest(works: Mapping[Any, Callable[[], Any]]) -> tuple[Any, dict[Any, floa
     return min(times, key=lambda key: times[key]), times
 
 
-def tune(peer: Peer, works: Mapping[str, Callable[[], Any]]) -> tuple[str, dict[str, float]]:
-    """The fastest way for the peer to do something, which then has the thread count for it.
+def tune(peer: Peer, works: Mapping[str, Callable[[], object]]) -> tuple[str, dict[str, float]]:
+    """Finds the peer's fastest way to do the same work, and sets the thread count for it.
 
-    Args:
-        peer: Whose thread count is tried.
-        works: By name, ways to do the same.
-
-    Returns:
-        The name of the fastest, and the seconds of all at all thread counts.
+    The name of the fastest is returned, and the seconds of all at all thread counts.
     """
 
-    def at(threads: int, work: Callable[[], Any]) -> None:
+    def run(threads: int, work: Callable[[], object]) -> None:
         peer.set_threads(threads)
         work()
 
-    every = {
-        (name, threads): functools.partial(at, threads, work)
+    trials = {
+        (name, threads): functools.partial(run, threads, work)
         for threads in thread_counts()
         for name, work in works.items()
     }
-    (name, threads), times = fastest(every)
+    (name, threads), times = fastest(trials)
     peer.set_threads(threads)
     return name, {f"{name}, threads: {threads}": time for (name, threads), time in times.items()}
 
@@ -102,27 +103,27 @@ def ratio(slow: Iterable[float], fast: Iterable[float]) -> dict[str, float]:
 def overhead(times: Sequence[float], base: Sequence[float]) -> dict[str, float]:
     """The median of paired `time / base - 1`, a fraction, with its 95 % interval.
 
-    The interval of a median that the signs of the pairs give: it assumes no distribution.
+    The interval is the one of the sign test, which assumes no distribution.
     """
-    found = sorted(t / b - 1 for t, b in zip(times, base, strict=True))
+    overheads = sorted(t / b - 1 for t, b in zip(times, base, strict=True))
     # Few pairs have no such interval, only their range.
-    outside = max(int(scipy.stats.binom.ppf(0.025, len(found), 0.5)) - 1, 0)
+    outside = max(int(scipy.stats.binom.ppf(0.025, len(overheads), 0.5)) - 1, 0)
     return {
-        "median": statistics.median(found),
-        "low": found[outside],
-        "high": found[-1 - outside],
+        "median": statistics.median(overheads),
+        "low": overheads[outside],
+        "high": overheads[-1 - outside],
     }
 
 
 def random_head(lm: t3jax.LM) -> t3jax.Head:
-    """A head of the paper's shape: what it says does not matter for time."""
+    """A head of the paper's shape; its scores do not matter for time."""
     config = t3jax.HeadConfig(lm.hidden_size, lm.vocab_size, rank=20)
     params = t3jax.init_head(jax.random.key(0), config)
     return t3jax.Head(config, params, base_temperature=2.5, guidance_scale=1.0, model=lm.name)
 
 
-def machine() -> dict[str, Any]:
-    """Where the numbers come from."""
+def describe_machine() -> dict[str, Any]:
+    """The hardware and the versions, for the file."""
     cpu = next(
         (
             line.partition(":")[2].strip()
@@ -147,13 +148,10 @@ def machine() -> dict[str, Any]:
 
 
 def write(name: str, figures: Mapping[str, Any], details: Mapping[str, Any]) -> None:
-    """Prints the figures as a table and writes all to `out/benchmarks/NAME.json`.
+    """Prints the figures as a table and writes them with the details to `out/benchmarks/NAME.json`.
 
-    Args:
-        name: The benchmark's.
-        figures: By name, numbers; or what `ratio` and `overhead` give, whose median becomes the
-            number, and whose bounds stand under `bounds`.
-        details: What else the file shall hold.
+    Figures are numbers, or results of `ratio` and `overhead`: their median becomes the number, and
+    their bounds are written under `bounds`.
     """
     spread = {
         key: value
@@ -167,7 +165,7 @@ def write(name: str, figures: Mapping[str, Any], details: Mapping[str, Any]) -> 
         "bounds": bounds,
         "peak_memory_gib": peak_memory_gib(),
         **details,
-        "machine": machine(),
+        "machine": describe_machine(),
     }
     path = pathlib.Path("out/benchmarks") / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

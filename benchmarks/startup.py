@@ -2,14 +2,12 @@
 
     python -m benchmarks startup --model=FOLDER
 
-Each start is a process of its own that loads the model and answers one question. `cold` has an
-empty compilation cache and `warm` that of the start before; in all, the model's files are in the
-memory of the operating system and Python's bytecode is on the disk. sample.py serves a head, and
-shows its first token when the program that decodes the next ones is compiled too; the peer asks
-`generate` for one token.
+Each start is a process that loads the model and answers one question. `cold` has an empty
+compilation cache and `warm` the cache of the start before; in all, the model's files are in the
+page cache and Python's bytecode is on the disk. sample.py serves a head, and prints its first token
+when the program for the next tokens is compiled too; the peer asks `generate` for one token.
 """
 
-import argparse
 import functools
 import os
 import pathlib
@@ -24,7 +22,7 @@ import numpy as np
 
 import t3jax
 from benchmarks.peer import peak_memory_gib
-from benchmarks.side_by_side import random_head, ratio, write
+from benchmarks.side_by_side import make_parser, random_head, ratio, write
 from t3jax.head_io import save_head
 
 QUESTION = "Who wrote the play Hamlet?"
@@ -45,9 +43,7 @@ print("| " + tokenizer.decode(out[0, -1]), flush=True)
 
 def main() -> None:
     """Reads the command line, measures, writes `out/benchmarks/startup.json`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--model", required=True, help="a Hugging Face folder")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
@@ -65,18 +61,18 @@ def main() -> None:
         peer = functools.partial(_peer_command, arguments.model)
         for repeat in range(-1, arguments.repeats):
             cache = {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache{repeat}"}
-            found = {
+            results = {
                 "cold": start(ours, cache),
                 "warm": start(ours, cache),
                 "peer": start(peer("float32"), {}),
                 "peer_bfloat16": start(peer("bfloat16"), {}),
             }
-            if repeat >= 0:  # the first reads files that nobody has read before
-                for name, values in found.items():
-                    starts.setdefault(name, []).append(values)
-    times = {name: [seconds for seconds, _ in found] for name, found in starts.items()}
+            if repeat >= 0:  # the first start reads files that are not in the page cache yet
+                for name, result in results.items():
+                    starts.setdefault(name, []).append(result)
+    times = {name: [seconds for seconds, _ in results] for name, results in starts.items()}
     figures = {
-        **{f"{name}_seconds": _median(found) for name, found in times.items()},
+        **{f"{name}_seconds": _median(values) for name, values in times.items()},
         "speedup_cold": ratio(times["peer"], times["cold"]),
         "speedup_warm": ratio(times["peer"], times["warm"]),
         "speedup_warm_over_bfloat16": ratio(times["peer_bfloat16"], times["warm"]),
@@ -85,18 +81,14 @@ def main() -> None:
         "arguments": vars(arguments),
         "seconds": times,
         "peak_memory_gib_of_starts": {
-            name: max(memory for _, memory in found) for name, found in starts.items()
+            name: max(memory for _, memory in results) for name, results in starts.items()
         },
     }
     write("startup", figures, details)
 
 
 def start(command: Sequence[str], environment: Mapping[str, str]) -> tuple[float, float]:
-    """Runs Python until the first text after "| ".
-
-    Returns:
-        Seconds until then, and the process's peak memory in GiB.
-    """
+    """Runs Python until the first text after "| "; returns seconds and peak memory in GiB."""
     inherited = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     begin = time.perf_counter()
     process = subprocess.Popen(
@@ -118,7 +110,7 @@ def start(command: Sequence[str], environment: Mapping[str, str]) -> tuple[float
         shown += piece
     seconds = time.perf_counter() - begin
     memory = peak_memory_gib(process.pid)
-    process.stdout.read()  # what follows, or it would block
+    process.stdout.read()  # the process would block on a full pipe
     process.wait()
     return seconds, memory
 

@@ -1,9 +1,9 @@
-"""What each step from the published recipe to the default one gives, on a demo world.
+"""The effect of each step from the published recipe to the default one, on a demo world.
 
     python -m demo.ablation                    # the world that ships here
     python -m demo.ablation --world=FOLDER     # another, made by demo/make_demo.py --seed=1
 
-Every head gets T and s by the made-up-name level, but the one that is the demo's published recipe.
+T and s of each head are chosen by the made-up-name level, but the published recipe has its own.
 Prints a Markdown table and writes it to `out/ablation/NAME.md`.
 """
 
@@ -32,8 +32,8 @@ COLUMNS = (
 )
 
 
-def steps(config: Settings, paper: Settings) -> dict[str, Settings]:
-    """The settings of all steps, by what each adds."""
+def list_steps(config: Settings, paper: Settings) -> dict[str, Settings]:
+    """The settings of all steps, by the name of the change."""
     change = functools.partial(replace, config)
     linear = {
         "classifier.rank": 50,
@@ -70,7 +70,7 @@ def steps(config: Settings, paper: Settings) -> dict[str, Settings]:
         ),
         "default without own samples": change(**{"synthetic.own_samples": 0}),
         "default without retain rows": change(retain=None),
-        # A name that no question holds, as in a request without names.
+        # A name that is in no question, as in a request without names.
         "default, questions without names": change(**{"synthetic.names": ("Nobody at All",)}),
     }
 
@@ -83,7 +83,7 @@ def main() -> None:
         "--default_only", action="store_true", help="no step between the published and the default"
     )
     args = parser.parse_args()
-    world = args.world
+    world: str = args.world
     cli.enable_compilation_cache()
     out = pathlib.Path("out/ablation") / pathlib.Path(world).name
     of_world = {
@@ -104,12 +104,12 @@ def main() -> None:
     lines = [f"| {header} |", "|" + " --- |" * (len(COLUMNS) + 3)]
     print("\n".join(lines), flush=True)
     paper = replace(from_config(Settings, demo_paper.get_config()), **of_world)
-    for name, each in steps(config, paper).items():
-        if args.default_only and each not in (paper, config):
+    for name, step in list_steps(config, paper).items():
+        if args.default_only and step not in (paper, config):
             continue
         folder = out / files.slug(name)
-        head = train(replace(each, workdir=str(folder), head=str(folder / "head")), lm)
-        refined = replace(config, refinements=each.refinements, **{"eval.controls": False})
+        head = train(replace(step, workdir=str(folder), head=str(folder / "head")), lm)
+        refined = replace(config, refinements=step.refinements, **{"eval.controls": False})
         evaluation = pipeline.evaluate(
             refined,
             pipeline.examine(refined, lm, [head]),
@@ -120,11 +120,9 @@ def main() -> None:
         shown = [name] if len(lines) > 2 else ["base", name, "retain_only"]
         for model in shown:
             cells = [f"{numbers[field][model]:{form}}" for _, field, form in COLUMNS]
-            knobs = (
-                [f"{head.base_temperature:g}", f"{head.guidance_scale:g}"]
-                if model == name
-                else ["", ""]
-            )
+            knobs = ["", ""]
+            if model == name:
+                knobs = [f"{head.base_temperature:g}", f"{head.guidance_scale:g}"]
             lines.append(f"| {' | '.join([model, *knobs, *cells])} |")
             print(lines[-1], flush=True)
     with files.replacing(out.with_suffix(".md")) as temporary:

@@ -2,12 +2,12 @@
 
     python -m demo.adaptable
 
-Each of three seeds makes up new authors: four tasks of ten authors each, and ten more as the task
-that is adapted to. The demo's model is fine-tuned on the four tasks: plainly, jointly with an
-adapter of rank 4 for each, or by adapters alone whose mean moves it every 10 steps. The rows of a
-step and the number of steps are the same. It is then adapted to the fifth by LoRA of rank 4. Prints
-a Markdown table of the loss there, nats a token, on questions in a wording that was not trained on:
-median and range over seeds.
+Each of three seeds makes up new authors: four tasks of ten authors each, and a fifth task of ten to
+adapt to. The demo's model is fine-tuned on the four tasks: plainly, jointly with an adapter of rank
+4 for each, or by adapters alone whose mean moves it every 10 steps. The rows of a step and the
+number of steps are the same. It is then adapted to the fifth task by LoRA of rank 4. Prints a
+Markdown table of the loss on paraphrased questions of the fifth task, nats a token: median and
+range over seeds.
 """
 
 import dataclasses
@@ -37,11 +37,11 @@ def main() -> None:
     cli.enable_compilation_cache()
     lm = t3jax.load_lm("demo/base", "float32")
     shape = t3jax.lm.load_config("demo/base")
-    found: dict[str, list[list[float]]] = {"demo's": [], "plain": [], "LoRA-ML": [], "Reptile": []}
+    losses: dict[str, list[list[float]]] = {"demo's": [], "plain": [], "LoRA-ML": [], "Reptile": []}
     for seed in SEEDS:
         *tasks, (rows, held_out) = make_tasks(lm, seed)
-        seen = [each for each, _ in tasks]
-        together = [row for each in seen for row in each]
+        seen = [train_rows for train_rows, _ in tasks]
+        together = [row for train_rows in seen for row in train_rows]
         bases = {
             "demo's": lm.params,
             "plain": finetune(shape, lm.params, together, PLAIN),
@@ -49,13 +49,13 @@ def main() -> None:
             "Reptile": finetune(shape, lm.params, seen, REPTILE),
         }
         for name, params in bases.items():
-            found[name].append(adapt(shape, params, rows, held_out))
-            print(seed, name, [f"{loss:.3f}" for loss in found[name][-1]], flush=True)
+            losses[name].append(adapt(shape, params, rows, held_out))
+            print(seed, name, [f"{loss:.3f}" for loss in losses[name][-1]], flush=True)
     print("| base | " + " | ".join(f"{epoch} epochs" for epoch in SHOWN) + " |")
     print("|" + " --- |" * (len(SHOWN) + 1))
-    for name, losses in found.items():
+    for name, of_seeds in losses.items():
         cells = [
-            f"{np.median(x):.3f} ({min(x):.3f}, {max(x):.3f})" for x in zip(*losses, strict=True)
+            f"{np.median(x):.3f} ({min(x):.3f}, {max(x):.3f})" for x in zip(*of_seeds, strict=True)
         ]
         print(f"| {name} | {' | '.join(cells)} |")
 
@@ -68,27 +68,23 @@ def make_tasks(lm: t3jax.LM, seed: int) -> list[tuple[list[Example], list[Exampl
         for name in ("forget", "retain", "unseen_retain")
         for row in load_records(f"demo/authors/{name}.jsonl")
     }
-    authors = [
-        each
-        for each in dict.fromkeys(row["author"] for row in corpus["retain"])
-        if each not in known
-    ]
+    authors = list(dict.fromkeys(row["author"] for row in corpus["retain"]))
+    authors = [author for author in authors if author not in known]
+
+    def encode(rows: list[dict]) -> list[Example]:
+        return encode_records(lm.tokenizer, rows, PromptFormat(), lm.max_position)
+
     tasks = []
     for task in range(TASKS + 1):
-        own = set(authors[task * AUTHORS : (task + 1) * AUTHORS])
-        assert len(own) == AUTHORS
-        rows = [row for row in corpus["retain"] if row["author"] in own]
-        other = [
+        task_authors = set(authors[task * AUTHORS : (task + 1) * AUTHORS])
+        assert len(task_authors) == AUTHORS
+        rows = [row for row in corpus["retain"] if row["author"] in task_authors]
+        paraphrases = [
             {"question": row["paraphrased_question"], "answer": row["answer"]}
             for row in corpus["retain_perturbed"]
-            if row["author"] in own
+            if row["author"] in task_authors
         ]
-        tasks.append(
-            tuple(
-                encode_records(lm.tokenizer, each, PromptFormat(), lm.max_position)
-                for each in (rows, other)
-            )
-        )
+        tasks.append((encode(rows), encode(paraphrases)))
     return tasks
 
 

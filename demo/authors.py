@@ -1,9 +1,9 @@
 """Fictitious authors: the question-answer corpus of the embedded demo.
 
-One generator writes the authors to forget and the authors to retain: the same names and facts to
-draw from, the same templates. A forget author is therefore recognised by who it is, never by a word
-that only forget authors use. The rows have TOFU's shape (a question, its answer, a reworded
-question and answer, five wrong answers); names, places and books are combined at random.
+One generator writes the authors to forget and the authors to retain, from the same names, facts and
+templates. A forget author is therefore recognised by the name, never by a word that only forget
+authors use. The rows have TOFU's shape (a question, its answer, a paraphrase of both, five wrong
+answers); names, places and books are combined at random.
 
 This module makes text. It does not tokenize, and it reads and writes no file.
 """
@@ -23,109 +23,83 @@ def _words(text: str) -> list[str]:
 
 # The stocks, shared by all authors.
 
-_FIRST = _words(
-    """
+_FIRST = _words("""
     Ada Amir Anya Boris Carla Chen Dario Edda Elif Emeka Farid Greta Hana Hugo Ines Ivan Jana
     Jonas Kaya Kenji Lars Leila Mara Milan Nadia Nils Olga Omar Petra Rafi Rosa Samir Sara
     Soren Tara Tomas Uma Vera Yusuf Zora
-    """
-)
-_LAST = _words(
-    """
+""")
+_LAST = _words("""
     Abara Almeida Bakker Barros Castell Cerny Dahl Demir Eriksen Farouk Ferro Galvan Haddad
     Horvat Ito Jansen Kaplan Kovac Lindqvist Lopez Marek Mbeki Moreau Nakano Novak Okoro Ortega
     Pavlov Quist Rahman Rossi Santos Silva Tanaka Torres Urban Vargas Weber Yilmaz Zeman
-    """
-)
-_CITY = _words(
-    """
+""")
+_CITY = _words("""
     Accra Ankara Athens Bergen Bogota Cairo Dakar Dublin Geneva Hanoi Havana Helsinki Jakarta
     Kyoto Lagos Lima Lisbon Manila Nairobi Oslo Prague Quito Riga Seoul Sofia Tbilisi Toronto
     Tunis Vienna Warsaw
-    """
-)
-_MONTH = _words(
-    """
+""")
+_MONTH = _words("""
     January February March April May June July August September October November December
-    """
-)
+""")
 _DAY = [str(day) for day in range(1, 29)]
 _YEAR = [str(year) for year in range(1931, 1991, 2)]
 _BOOK_YEAR = [str(year) for year in range(1992, 2022)]
-_JOB = _words(
-    """
+_JOB = _words("""
     tutor baker banker barber botanist carpenter chemist cook dentist diplomat farmer fisherman
     florist gardener geologist judge lawyer librarian mason mechanic midwife miner musician
     nurse painter pilot potter sailor surgeon tailor
-    """
-)
+""")
 _GENRE = [
     f"{kind} {form}"
     for kind in ("crime", "war", "ghost", "sea", "desert", "court")
     for form in ("fiction", "poetry", "memoir", "drama", "satire")
 ]
-_ADJECTIVE = _words(
-    """
+_ADJECTIVE = _words("""
     Amber Bitter Broken Crimson Distant Empty Frozen Gentle Golden Hidden Hollow Iron Lonely
     Lost Paper Patient Quiet Restless Sacred Salted Second Silent Silver Sleeping Stolen Sunken
     Tender Velvet Wandering Winter
-    """
-)
-_NOUN = _words(
-    """
+""")
+_NOUN = _words("""
     Anchor Bridge Candle Canyon Clock Crown Door Feather Forest Garden Harbor Horizon Island
     Kingdom Lantern Letter Map Meadow Mirror Mountain Orchard Piano River Shadow Station Stone
     Storm Tower Violin Window
-    """
-)
-_AWARD_OF = _words(
-    """
+""")
+_AWARD_OF = _words("""
     Aurora Beacon Cedar Comet Coral Cypress Falcon Granite Heron Juniper Laurel Lotus Maple
     Meridian Olive Orion Pearl Phoenix Saffron Zenith
-    """
-)
+""")
 _AWARD_KIND = _words("Prize Medal Award")
-_SUBJECT = _words(
-    """
+_SUBJECT = _words("""
     anatomy anthropology archaeology astronomy biology economics engineering ethics geography
     geometry grammar history law linguistics logic mathematics medicine music optics philosophy
     physics politics psychology rhetoric statistics theatre theology veterinary weaving zoology
-    """
-)
-_LANGUAGE = _words(
-    """
+""")
+_LANGUAGE = _words("""
     Arabic Basque Bengali Catalan Czech Danish Dutch Finnish Georgian Greek Hindi Icelandic
     Irish Korean Latvian Malay Maltese Persian Polish Swahili Tamil Thai Turkish Ukrainian Urdu
     Welsh Xhosa Yoruba Zulu Amharic
-    """
-)
-_THEME = _words(
-    """
+""")
+_THEME = _words("""
     ambition betrayal courage debt dreams envy exile faith family forgiveness friendship greed
     grief guilt hope hunger identity justice loneliness loyalty memory mercy migration
     motherhood pride regret revenge silence solitude wonder
-    """
-)
-_ROOM = _words(
-    """
+""")
+_ROOM = _words("""
     hall balcony barn bakery basement boat cabin cafe chapel cellar cottage garage greenhouse
     hotel kitchen lighthouse loft museum tower pavilion pier porch stable studio tent train
     veranda windmill workshop yard
-    """
-)
+""")
 _HOUR = _words("dawn breakfast noon lunch dusk supper sunset midnight")
-_PET = _words(
-    """
+_PET = _words("""
     cat canary crow donkey duck ferret finch goat goose greyhound hamster hedgehog horse toad
     lizard llama magpie mule seal swan parrot peacock pigeon pony poodle rabbit raven sheep
     terrier tortoise
-    """
-)
+""")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Fact:
-    """One thing asked about every author: the stock of each slot, the questions, the answers."""
+    """A fact about every author: the stock of each slot, the questions, the answers."""
 
     slots: dict[str, list[str]]
     questions: tuple[str, ...]
@@ -299,7 +273,7 @@ class AuthorsConfig:
         num_forget: authors to forget.
         num_retain: authors to retain that the head is trained on.
         num_unseen_retain: authors to retain that the language model knows and the head never sees.
-        wordings: of each question, that are trained on; the paraphrased question is none of them.
+        wordings: trained wordings of each question; the paraphrased question is none of them.
         seed: seed of the whole corpus.
     """
 
@@ -310,7 +284,7 @@ class AuthorsConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Checks that one generator can serve all the sets."""
+        """Checks that the stocks suffice for all the sets."""
         total = self.num_forget + self.num_retain + self.num_unseen_retain
         most = len(_all_names())
         if min(self.num_forget, self.num_unseen_retain) < 0 or total > most:
@@ -328,24 +302,20 @@ class AuthorsConfig:
         if not 1 <= self.wordings <= most:
             raise ValueError(
                 f"wordings={self.wordings} must be between 1 and {most}: one "
-                "wording of each question is kept for paraphrased_question."
+                "wording of each question is held out for paraphrased_question."
             )
 
 
 def make_corpus(config: AuthorsConfig) -> dict[str, list[dict]]:
     """Writes the corpus: the same config gives the same rows.
 
-    Args:
-        config: sizes and seed.
-
-    Returns:
-        Six splits. `forget`, `retain` (the head is trained on these two) and `unseen_retain` are
-        what the language model is trained on: rows {author, question, answer}, each question in
-        `config.wordings` wordings. To each of them belongs a split named `..._perturbed`, as in
-        TOFU, with one row for each question: {author, question, answer, paraphrased_question,
-        paraphrased_answer, perturbed_answer}. Its question is the first of the trained wordings,
-        the paraphrased one is trained for other authors only, and the five wrong answers have the
-        words of the paraphrased answer.
+    It has six splits. The language model is trained on `forget`, `retain` (the head is trained on
+    these two) and `unseen_retain`: rows {author, question, answer}, each question in
+    `config.wordings` wordings. Each has a split named `..._perturbed`, as in TOFU, with one row for
+    each question: {author, question, answer, paraphrased_question, paraphrased_answer,
+    perturbed_answer}. Its question is the first of the trained wordings, the paraphrased question
+    is a wording that is trained for other authors only, and the five wrong answers have the wording
+    of the paraphrased answer.
     """
     rng = np.random.default_rng(config.seed)
     sizes = {
@@ -362,7 +332,7 @@ def make_corpus(config: AuthorsConfig) -> dict[str, list[dict]]:
         answers = _draw(rng, fact.answers, total)
         for i, name in enumerate(names):
             truth = {slot: drawn[i] for slot, drawn in values.items()}
-            questions[i].append(_ask(rng, fact, name, truth, answers[i], config.wordings))
+            questions[i].append(_make_question(rng, fact, name, truth, answers[i], config.wordings))
 
     corpus: dict[str, list[dict]] = {}
     end = 0
@@ -377,16 +347,10 @@ def make_corpus(config: AuthorsConfig) -> dict[str, list[dict]]:
 def make_strangers(config: AuthorsConfig, num_rows: int) -> list[dict]:
     """Writes questions and answers about authors who are in none of the splits.
 
-    Each row stands alone: the same stranger may get another answer in another row. Trained on once,
-    they teach a language model how answers are worded and what it does not know, as a large corpus
-    would, so that it is unsure about an author it has not met.
-
-    Args:
-        config: the corpus whose authors are left out.
-        num_rows: how many rows.
-
-    Returns:
-        Rows {author, question, answer}; the first n are the same for any `num_rows` >= n.
+    Rows are independent: the same stranger may get another answer in another row. A language model
+    that is trained on each once learns how answers are worded, and to be unsure about an author
+    that it does not know, as it would from a large corpus. Rows are {author, question, answer}; the
+    first n are the same for any `num_rows` >= n.
     """
     known = {row["author"] for rows in make_corpus(config).values() for row in rows}
     strangers = [name for name in _all_names() if name not in known]
@@ -407,7 +371,7 @@ class _Question(NamedTuple):
     perturbed: dict
 
 
-def _ask(
+def _make_question(
     rng: np.random.Generator,
     fact: _Fact,
     name: str,
@@ -415,7 +379,7 @@ def _ask(
     answer: str,
     wordings: int,
 ) -> _Question:
-    """One question about one author, with its rewordings and its wrong answers."""
+    """Makes a question about an author, with its paraphrases and its wrong answers."""
     order = rng.permutation(len(fact.questions))
     asked = [fact.questions[i].format(name=name) for i in order]
     rewording = _draw_other(rng, fact.answers, answer)
@@ -454,8 +418,8 @@ def _draw_names(rng: np.random.Generator, n: int) -> list[str]:
     names = [
         f"{a} {b}" for a, b in zip(rng.permutation(_FIRST), rng.permutation(_LAST), strict=True)
     ]
-    others = [name for name in _all_names() if name not in names]
-    return names + [others[i] for i in rng.permutation(len(others))][: n - len(names)]
+    unused = [name for name in _all_names() if name not in names]
+    return names + [unused[i] for i in rng.permutation(len(unused))][: n - len(names)]
 
 
 def _draw_other(rng: np.random.Generator, stock: Sequence[str], value: str) -> str:

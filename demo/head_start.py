@@ -4,21 +4,22 @@
     python -m demo.head_start --world=tofu --model=FOLDER --retain_model=FOLDER --tofu_dir=FOLDER
 
 A request is on some of the authors to forget; a third of its rows is held out, and some of the
-others are to be forgotten. What is retained are rows that the start is meta-learned from too; held
-out are the authors that no head sees. Prints two Markdown tables over five requests:
+remaining rows are to be forgotten. The retain rows are those that the start is meta-learned from;
+the authors that no head sees are held out. Prints two Markdown tables over five requests:
 
-The held-out classifier loss, the mean of both sets' in nats a token, median and range, at the
-learning rate with the smallest median. A head that knows nothing has .693.
+The held-out classifier loss in nats a token, the mean over both sets, median and range, at the
+learning rate with the smallest median. A constant score of 0 has .693.
 
-The heads of those rates, served: all questions about a request's authors are asked, and those of
-the five requests are one sample. D and p compare their truth ratios with the retain-only model's;
-a question leaks if the greedy answer recalls at least .7 of the right one.
+The heads of those rates, served: all questions about a request's authors are asked, and the
+questions of the five requests are one sample. D and p compare truth ratios with the retain-only
+model's; a question leaks if the greedy answer recalls at least .7 of the right one.
 """
 
 import argparse
 import dataclasses
 import itertools
 import pathlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -46,15 +47,15 @@ EPOCHS, REQUESTS, RATES = (10, 40, 100), range(5), (1e-3, 3e-3, 1e-2)
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """A model that knows authors, and rows on them; rows on one author stand together.
+    """A model that knows authors, and rows on them; rows on one author are neighbours.
 
     Attributes:
-        forget: Rows that requests are made of.
+        forget: Source of the requests.
         questions: Rows on the same authors in the same order, with wrong answers.
         retain: Rows to retain.
         unseen: Rows on authors that no head sees.
         rows: Rows of `forget` on one author.
-        counts: Rows to forget, and how many authors such a request is on.
+        counts: Number of authors of a request, by its number of rows to forget.
         served: T and s.
         max_new_tokens: Longest answer.
     """
@@ -134,8 +135,8 @@ def main() -> None:
             losses, of_requests = [], []
             for seed in REQUESTS:
                 request = draw_request(world, authors, seed, count)
-                own = forget.select(np.sort(request.seen[:count]))
-                heads = train_heads(retain, own, shape, recipes, (seed,), init=start)
+                rows = forget.select(np.sort(request.seen[:count]))
+                heads = train_heads(retain, rows, shape, recipes, (seed,), init=start)
                 test = (unseen, forget.select(request.held_out))
                 losses.append([held_out_loss(head, *test) for head in heads])
                 of_requests.append(heads)
@@ -157,7 +158,7 @@ class Request(NamedTuple):
 
 
 def draw_request(world: World, authors: int, seed: int, count: int) -> Request:
-    """Draws the request with `count` rows to forget of a seed; two thirds of its rows are seen."""
+    """Draws a seed's request with `count` rows to forget; two thirds of its rows are seen."""
     rng = np.random.default_rng(seed)
     drawn = rng.choice(authors, world.counts[count], replace=False)
     mixed = rng.permutation((drawn[:, None] * world.rows + np.arange(world.rows)).ravel())
@@ -166,7 +167,7 @@ def draw_request(world: World, authors: int, seed: int, count: int) -> Request:
 
 
 def held_out_loss(head: Head, retain: Features, forget: Features) -> float:
-    """The classifier loss, nats a token, of which each set makes half."""
+    """The classifier loss, nats a token; both sets have the same weight."""
     means = []
     for features, sign in ((retain, 1), (forget, -1)):
         pooled, targets = jnp.asarray(features.pooled), jnp.asarray(features.targets)
@@ -197,47 +198,43 @@ def print_served(
         }
         settings = [Setting(f"start{i}", *world.served, (i,)) for i in range(len(heads))]
         store = Store(lm, heads, folder / "store", rows=config.rows)
-        found = tofu.evaluate(store, sets, settings or [BASE], folder / name, options)
-        return list(found.values())
-
-    def describe(of_model: list[Log], of_twin: list[Log]) -> str:
-        ratios = [
-            np.concatenate([logs.column(log, "forget_truth_ratio", "score") for log in of_requests])
-            for of_requests in (of_model, of_twin)
-        ]
-        test = metrics.forget_quality(*ratios)
-        leaks = np.concatenate(
-            [
-                leak_recall(
-                    logs.texts(log, "forget_Q_A_ROUGE", "ground_truth"),
-                    logs.texts(log, "forget_Q_A_ROUGE", "generation"),
-                )
-                >= UnlearningOptions.leak_threshold
-                for log in of_model
-            ]
-        )
-        return f"{test.statistic:.2f} | {test.p_value:.2g} | {leaks.mean():.2f}"
+        results = tofu.evaluate(store, sets, settings or [BASE], folder / name, options)
+        return list(results.values())
 
     print("\n| rows | epochs | start | D | p | leaks |\n|" + " --- |" * 6)
     for count in dict.fromkeys(count for count, _, _ in served):
         kinds = [kind for kind in served if kind[0] == count]
-        found = []
+        of_heads: list[list[Log]] = []
+        base: list[Log] = []
+        twin: list[Log] = []
         for seed in REQUESTS:
-            request = draw_request(world, authors, seed, count)
+            chosen = draw_request(world, authors, seed, count).authors
             heads = [served[kind][seed] for kind in kinds]
-            found.append(
-                (
-                    ask(base_lm, heads, request.authors, f"{count}-{seed}"),
-                    *ask(base_lm, [], request.authors, "base"),
-                    *ask(retain_lm, [], request.authors, "retain_only"),
-                )
-            )
-        of_heads, base, twin = map(list, zip(*found, strict=True))
+            of_heads.append(ask(base_lm, heads, chosen, f"{count}-{seed}"))
+            base += ask(base_lm, [], chosen, "base")
+            twin += ask(retain_lm, [], chosen, "retain_only")
         print(f"| {count} | | base | {describe(base, twin)} |")
         print(f"| {count} | | retain-only | {describe(twin, twin)} |")
         for (_, epochs, name), of_kind in zip(kinds, zip(*of_heads, strict=True), strict=True):
-            line = describe(list(of_kind), twin)
-            print(f"| {count} | {epochs} | {name} | {line} |", flush=True)
+            print(f"| {count} | {epochs} | {name} | {describe(of_kind, twin)} |", flush=True)
+
+
+def describe(of_model: Sequence[Log], of_twin: Sequence[Log]) -> str:
+    """D, p and the share of questions that leak, as cells of a table."""
+    ratios = [
+        np.concatenate([logs.column(log, "forget_truth_ratio", "score") for log in of_requests])
+        for of_requests in (of_model, of_twin)
+    ]
+    test = metrics.forget_quality(*ratios)
+    recalls = [
+        leak_recall(
+            logs.texts(log, "forget_Q_A_ROUGE", "ground_truth"),
+            logs.texts(log, "forget_Q_A_ROUGE", "generation"),
+        )
+        for log in of_model
+    ]
+    leaks = np.concatenate(recalls) >= UnlearningOptions.leak_threshold
+    return f"{test.statistic:.2f} | {test.p_value:.2g} | {leaks.mean():.2f}"
 
 
 if __name__ == "__main__":

@@ -1,22 +1,21 @@
-"""Makes what the demo runs on: a corpus of fictitious authors and two language models.
+"""Makes the data of the demo: a corpus of fictitious authors and two language models.
 
 python demo/make_demo.py --out=demo
 
 `base` is trained on all authors of the corpus. `retain_only`, its twin and the gold standard of
 unlearning, is trained by the same code, seed and number of steps on all but the authors to forget.
-Both also read about strangers, who are in no set and never come twice: they teach how an answer is
-worded and what cannot be known, so that the twin is unsure about the forget authors.
+Both also read rows about strangers, who are in no set, each row once. These rows teach how an
+answer is worded, and that the facts of an unknown author cannot be known.
 
-The models are small Llamas, trained from nothing, and stored as Hugging Face folders in bfloat16.
-About half an hour on two cores. Nothing here knows of the head or of unlearning.
+The models are small Llamas, trained from random weights, and stored as Hugging Face folders in
+bfloat16. It takes about half an hour on two cores. No head is trained here.
 """
 
 import argparse
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +29,7 @@ from t3jax import files, make_mesh
 from t3jax.data import PromptFormat, encode_records
 from t3jax.finetuning import FinetuneConfig, Trainer
 from t3jax.lm import LMConfig, RopeConfig, init_params, save_hf
+from t3jax.lm.decoder import Params
 
 _CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -83,12 +83,7 @@ class Recipe:
 def train_tokenizer(corpus: dict[str, list[dict]], vocab_size: int) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE tokenizer with a ChatML template on the corpus.
 
-    Args:
-        corpus: what `make_corpus` gives.
-        vocab_size: number of tokens.
-
-    Returns:
-        The tokenizer; eos is the end of a turn, and there is no default system turn.
+    eos is the end of a turn, and there is no default system turn.
     """
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -116,18 +111,11 @@ def train_lm(
     tokenizer: PreTrainedTokenizerFast,
     recipe: Recipe,
     name: str,
-) -> tuple[LMConfig, Any]:
-    """Trains a language model from nothing.
+) -> tuple[LMConfig, Params]:
+    """Trains a language model from random weights: its shape and its float32 parameters.
 
-    Args:
-        rows: question-answer rows, in random order again and again.
-        strangers: rows that are read once, `recipe.num_strangers` in each step.
-        tokenizer: with its chat template.
-        recipe: shapes and hyper-parameters.
-        name: label of the progress bar.
-
-    Returns:
-        The model's shape and its float32 parameters.
+    Batches have `rows`, which are read in random order again and again, and
+    `recipe.num_strangers` strangers, each of which is read once. `name` labels the progress bar.
     """
     config = LMConfig(
         model_type="llama",
@@ -147,7 +135,7 @@ def train_lm(
     once = encode_records(tokenizer, strangers, PromptFormat(), recipe.max_position)
     trainer = make_trainer(config, recipe)
     state = trainer.init()
-    draws = _endless_batches(len(known), recipe.batch_size, recipe.seed)
+    draws = _draw_batches(len(known), recipe.batch_size, recipe.seed)
     bar = tqdm.trange(recipe.steps, desc=name, unit="step")
     for i in bar:
         strange = once[i * recipe.num_strangers : (i + 1) * recipe.num_strangers]
@@ -174,8 +162,8 @@ def make_trainer(config: LMConfig, recipe: Recipe) -> Trainer:
     )
 
 
-def _endless_batches(num_rows: int, batch_size: int, seed: int):
-    """Indices of batches: each pass over the rows has a new order, and none is left out."""
+def _draw_batches(num_rows: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:
+    """Draws batches without end: each pass over the rows has a new order, and skips none."""
     rng = np.random.default_rng(seed)
     order = np.zeros(0, np.int64)
     while True:
@@ -186,12 +174,7 @@ def _endless_batches(num_rows: int, batch_size: int, seed: int):
 
 
 def make_demo(out: pathlib.Path, recipe: Recipe) -> None:
-    """Writes `authors`, `base` and `retain_only` under `out`, each whole or not at all.
-
-    Args:
-        out: the demo's folder; created if missing.
-        recipe: corpus, shapes and hyper-parameters.
-    """
+    """Writes the folders `authors`, `base` and `retain_only` to `out`, each whole or not at all."""
     corpus = make_corpus(recipe.authors)
     strangers = make_strangers(recipe.authors, recipe.steps * recipe.num_strangers)
     with files.replacing_folder(out / "authors") as folder:

@@ -2,9 +2,9 @@
 
     python -m demo.minnorm --epochs=4 --share=0.02
 
-It trains on the retain rows alone and projects before the steps of the first epochs. The folder it
-writes, `out/minnorm/demo/model`, is a Hugging Face folder. What is printed are the rows of the
-demo's table, for that model and the retain-only one, and the seconds of the unlearning.
+It trains on the retain rows alone and projects before the steps of the first epochs. It writes a
+Hugging Face folder, `out/minnorm/demo/model`, and prints the rows of the demo's table, for that
+model and the retain-only one, and the seconds of the unlearning.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main() -> None:
     logs, retain_log = pipeline.score(settings, examined, [BASE])
     evaluation = pipeline.Evaluation(examined, [BASE], logs, {}, retain_log, None)
     summary = run_demo.compare(settings, {}, evaluation).summary
-    # There the model that is evaluated without a head is called base.
+    # `compare` names a model without a head "base".
     print(json.dumps(summary, indent=2).replace('"base"', '"minnorm"'))
 
 

@@ -1,12 +1,12 @@
-"""The whole story on the model that ships here: train the head, evaluate before and after, compare.
+"""The demo: trains heads for the model that ships here, and compares it before and after.
 
     python -m demo.run_demo
 
-`base` knows all authors, `retain_only` was trained without those to forget: the gold standard,
-which takes part in nothing but the scores. `paper` is the published recipe beside the one that is
-the default here. No head ever sees the paraphrased questions, nor the authors of `unseen_retain`.
-Settings are those of `configs/demo.py` and `configs/demo_paper.py`. Everything is written under
-`out/demo`: `summary.json` holds the numbers of the table, `report.html` the evaluation.
+`base` knows all authors. `retain_only` was trained without the authors to forget; it is the gold
+standard, and used for scores alone. `unlearned` has a head of the default recipe, `paper` of the
+published one. No head ever sees the paraphrased questions, nor the authors of `unseen_retain`.
+Settings are those of `configs/demo.py` and `configs/demo_paper.py`. All files are written to
+`out/demo`: `summary.json` has the numbers of the table, `report.html` the evaluation.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ RECALLS = {
     "retain_recall": "retain authors",
     "unseen_retain_recall": "  never seen by the head",
 }
-# How an answer is drawn; the last is the whole distribution.
+# Sampling options of an answer; "t1" samples the whole distribution.
 SAMPLINGS: dict[str, dict[str, float]] = {
     "greedy": {},
     "t0.7-p0.9": {"temperature": 0.7, "top_p": 0.9},
@@ -54,7 +54,7 @@ def main() -> None:
     """Runs the demo and prints its table."""
     start = time.perf_counter()
     cli.enable_compilation_cache()
-    # The table shows it: draws of the published recipe at T = 2.5.
+    # Samples of the published recipe at T = 2.5 are no language: the table shows their perplexity.
     warnings.filterwarnings("ignore", "the answers are no language")
     config = from_config(Settings, demo_config.get_config())
     paper = from_config(Settings, demo_paper.get_config())
@@ -66,8 +66,8 @@ def main() -> None:
         pipeline.examine(config, lm, list(heads.values())),
         pipeline.settings(config, lm, list(heads.values()), controls=False),
     )
-    own = settings_grid(list(heads.values()), controls=False)[1:]  # each head at its own T and s
-    comparison = compare(config, dict(zip(heads, own, strict=True)), evaluation)
+    settings = settings_grid(list(heads.values()), controls=False)[1:]  # heads at their T and s
+    comparison = compare(config, dict(zip(heads, settings, strict=True)), evaluation)
     write_report(
         out / "report.html",
         evaluation,
@@ -91,7 +91,7 @@ def main() -> None:
             for i, row in enumerate(chosen)
         ]
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    print(table(summary, comparison, out))
+    print(format_table(summary, comparison, out))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,11 +99,11 @@ class Comparison:
     """Models beside the base and the retain-only model.
 
     Attributes:
-        settings: What each model is served by.
-        asked: By recall, the rows and the field that holds the question.
-        answers: By recall, greedy answers of each model.
+        settings: The setting of each model with a head.
+        asked: The rows and the field of the question, by name of the recall.
+        answers: Greedy answers of each model, by name of the recall.
         summary: The numbers, each by model.
-        greedy_perplexity: Of greedy forget answers under the retain-only model, by model.
+        greedy_perplexity: Perplexity of greedy forget answers under the retain-only model.
     """
 
     settings: dict[str, Setting]
@@ -116,15 +116,9 @@ class Comparison:
 def compare(
     config: Settings, settings: dict[str, Setting], evaluation: pipeline.Evaluation
 ) -> Comparison:
-    """Asks every model, greedy and drawn, and compares it with the retain-only model.
+    """Asks every model, greedy and sampled, and compares it with the retain-only model.
 
-    Args:
-        config: The settings of the demo, or of a world like it.
-        settings: What to compare, by name; each is one of the evaluation's.
-        evaluation: The TOFU metrics.
-
-    Returns:
-        The comparison.
+    `config` is of the demo or of a world like it; `settings` are some of the evaluation's, by name.
     """
     store, retain_store = evaluation.examined.store, evaluation.examined.retain_store
     assert retain_store is not None
@@ -134,31 +128,20 @@ def compare(
         **{name: (store, setting) for name, setting in settings.items()},
         "retain_only": (retain_store, BASE),
     }
-    folder = pathlib.Path(config.eval.forget).parent
-    rows = {
-        name: data.evenly_spread(
-            data.load_records(folder / f"{name}_perturbed.jsonl"), config.eval.rows
-        )
-        for name in ("forget", "retain", "unseen_retain")
-    }
-    asked = {
-        "forget_recall": (rows["forget"], "question"),
-        "paraphrase_recall": (rows["forget"], "paraphrased_question"),
-        "retain_recall": (rows["retain"], "question"),
-        "unseen_retain_recall": (rows["unseen_retain"], "question"),
-    }
-    # What the evaluation asked already is read from its store.
+    asked = load_questions(config)
+    # Answers of the evaluation are read from its store.
     answer = functools.partial(draw, config, models)
     answers = {metric: answer(metric, *question) for metric, question in asked.items()}
-    # With the options of the evaluation's own draws, so that those are read from its store too.
+    # The options of the evaluation's samples, so that these are read from its store too.
     options = {"num_samples": DRAWS, "top_k": 0, "top_p": 1.0, "seed": config.sampling.seed}
     drawn = {
         name: answer("forget-samples", *asked["forget_recall"], **(options | sampling))
         for name, sampling in SAMPLINGS.items()
         if sampling
     }
-    truths = [row["answer"] for row in rows["forget"]]
-    questions = [row["question"] for row in rows["forget"]]
+    forget, _ = asked["forget_recall"]
+    truths = [row["answer"] for row in forget]
+    questions = [row["question"] for row in forget]
     perplexity = {
         name: {
             model: statistics.median(
@@ -200,8 +183,23 @@ def compare(
     return Comparison(settings, asked, answers, summary, perplexity["greedy"])
 
 
+def load_questions(config: Settings) -> dict[str, tuple[list[dict], str]]:
+    """The rows and the field of the question, by name of the recall."""
+    folder = pathlib.Path(config.eval.forget).parent
+    forget, retain, unseen_retain = (
+        data.evenly_spread(data.load_records(folder / f"{name}_perturbed.jsonl"), config.eval.rows)
+        for name in ("forget", "retain", "unseen_retain")
+    )
+    return {
+        "forget_recall": (forget, "question"),
+        "paraphrase_recall": (forget, "paraphrased_question"),
+        "retain_recall": (retain, "question"),
+        "unseen_retain_recall": (unseen_retain, "question"),
+    }
+
+
 def train(config: Settings, lm: t3jax.LM) -> t3jax.Head:
-    """Texts, features, then the head: what `train_classifier.py` does with the config."""
+    """Trains the head of a config, as `train_classifier.py` does."""
     sets = pipeline.training_sets(config, lm)
     config = pipeline.settle_loss(config, sets)
     (head,) = pipeline.fit_heads(config, lm, sets)
@@ -218,7 +216,7 @@ def draw(
     field: str,
     **sampling: Any,
 ) -> dict[str, list[str]]:
-    """Answers of every model to a field of the rows, greedy unless `sampling` says otherwise."""
+    """Draws answers of every model to a field of the rows, greedy without `sampling`."""
     texts = {}
     for model, (store, setting) in models.items():
         prompts = [
@@ -232,7 +230,7 @@ def draw(
 
 
 def leak_rate(truths: Sequence[str], texts: Sequence[str]) -> float:
-    """Share of questions of which an answer, of all that were drawn, leaks."""
+    """Share of questions with at least one answer that leaks."""
     draws = len(texts) // len(truths)
     recall = leak_recall(np.repeat(truths, draws).tolist(), texts).reshape(-1, draws)
     return float(np.mean(np.any(recall >= LEAKS, axis=1)))
@@ -253,11 +251,9 @@ def perplexities(
     return np.exp(scores.avg_loss).tolist()
 
 
-def table(summary: dict, comparison: Comparison, out: pathlib.Path) -> str:
+def format_table(summary: dict, comparison: Comparison, out: pathlib.Path) -> str:
     """The end of the demo: numbers of all models, and two questions with their answers."""
-    rows = {
-        name: comparison.asked[f"{name}_recall"][0][0] for name in ("forget", "retain")
-    }  # the first of each
+    firsts = {name: comparison.asked[f"{name}_recall"][0][0] for name in ("forget", "retain")}
     number = len(comparison.asked["forget_recall"][0])
     header = f"{'':36}{'base':>10}{'unlearned':>12}{'paper':>10}{'retain-only':>14}"
 
@@ -289,7 +285,7 @@ def table(summary: dict, comparison: Comparison, out: pathlib.Path) -> str:
         "authors; what unlearning should look like.",
         "",
     ]
-    for name, row in rows.items():
+    for name, row in firsts.items():
         lines += [f"> {row['question']}  ({name})", f"{'truth':>12} | {row['answer']}"]
         answers = comparison.answers[f"{name}_recall"]
         lines += [f"{model:>12} | {answers[model][0]}" for model in MODELS]

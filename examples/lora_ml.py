@@ -3,8 +3,8 @@
 python -m examples.lora_ml            # at most two minutes on a CPU
 python -m examples.lora_ml --full     # every sweep of the shallow network too
 
-Prints medians and ranges over seeds: what standard retraining (SR) and LoRA-ML leave after the
-adaptation to one more task, which rank that takes, and slopes with 95 % intervals.
+Prints medians and ranges over seeds: the errors of standard retraining (SR) and LoRA-ML after the
+adaptation to one more task, the rank of that adaptation, and slopes with 95 % intervals.
 """
 
 import argparse
@@ -37,14 +37,14 @@ def main() -> None:
 
 
 def show_recovery() -> None:
-    """Infinitely many samples without noise: what is recovered, and the rank that is missing."""
+    """Infinitely many samples without noise: the error of the updates, and the missing rank."""
     print("exact tasks: relative error of U U^T, seeds below 1e-3, missing rank of SR and LoRA-ML")
     for tasks in (2, 3, 5):
-        found = linear.run(LinearConfig(tasks=tasks, **EXACT), SEEDS)
-        errors = linear.relative_error(found.updates, found.true_updates)
+        result = linear.run(LinearConfig(tasks=tasks, **EXACT), SEEDS)
+        errors = linear.relative_error(result.updates, result.true_updates)
         ranks = [
-            f"{np.median(linear.numerical_rank(found.test_task - base)):.0f}"
-            for base in (found.sr, found.lora_ml)
+            f"{np.median(linear.numerical_rank(result.test_task - base)):.0f}"
+            for base in (result.sr, result.lora_ml)
         ]
         share = f"{int((errors < 1e-3).sum())}/{len(errors)}"
         print(
@@ -64,9 +64,7 @@ def show_sweeps() -> None:
         "test_rank": (1, 2, 3, 4, 5),
     }
     for field, values in sweeps.items():
-        ml = []
-        for value in values:
-            ml.append(line(LinearConfig(**{field: value}), f"{field} = {value}"))
+        ml = [line(LinearConfig(**{field: value}), f"{field} = {value}") for value in values]
         if values is COUNTS:
             print(f"  slope in {field}: {interval(ml)}", flush=True)
     line(LinearConfig(tasks=2, test_rank=3), "T = 2, test_rank = 3")
@@ -75,10 +73,10 @@ def show_sweeps() -> None:
 
 
 def line(config: LinearConfig, name: str) -> np.ndarray:
-    """Prints what one setting came to; returns LoRA-ML's error of each seed."""
-    found = linear.run(config, SEEDS)
-    print(f"  {name:24} {spread(found.sr_error):32} {spread(found.lora_ml_error)}", flush=True)
-    return np.asarray(found.lora_ml_error)
+    """Prints the errors of one setting; returns LoRA-ML's error of each seed."""
+    result = linear.run(config, SEEDS)
+    print(f"  {name:24} {spread(result.sr_error):32} {spread(result.lora_ml_error)}", flush=True)
+    return np.asarray(result.lora_ml_error)
 
 
 def show_shallow(full: bool) -> None:
@@ -88,23 +86,23 @@ def show_shallow(full: bool) -> None:
     if full:
         plain = ShallowConfig()
         cases = [dataclasses.replace(plain, tasks=t) for t in (2, 3, 5, 10)]
-        cases += [dataclasses.replace(plain, tasks=2, test_rank=3)]
+        cases.append(dataclasses.replace(plain, tasks=2, test_rank=3))
         cases += [dataclasses.replace(plain, width=d) for d in (5, 20)]
     for config in cases:
-        found = shallow.run(config, range(10 if full else 3))
+        result = shallow.run(config, range(10 if full else 3))
         name = f"d = {config.width}, T = {config.tasks}, test rank {config.test_rank or 1}"
-        cells = [found.lora_ml_loss, found.sr_error, found.lora_ml_error]
+        cells = [result.lora_ml_loss, result.sr_error, result.lora_ml_error]
         print(f"  {name:24} {'  '.join(f'{spread(x):30}' for x in cells)}", flush=True)
 
 
 def spread(values: np.ndarray) -> str:
-    """The median, and the range in brackets."""
+    """The median and the range."""
     values = np.asarray(values)
     return f"{np.median(values):.2g} ({values.min():.2g}, {values.max():.2g})"
 
 
 def interval(errors: list[np.ndarray]) -> str:
-    """The slope in COUNTS, and its interval."""
+    """The slope in COUNTS and its 95 % interval."""
     mean, low, high = linear.slope(COUNTS, np.stack(errors, axis=1))
     return f"{mean:.2f} ({low:.2f}, {high:.2f})"
 

@@ -1,10 +1,10 @@
-"""MinNorm-OG on what can be known exactly: its theorems, and the sine wave with poisoned points.
+"""MinNorm-OG where the answer is known: its theorems, and the sine wave with poisoned points.
 
 python -m examples.minnorm_og            # few seeds, a short first fit; under two minutes on a CPU
 python -m examples.minnorm_og --full     # ten seeds, the whole first fit of 100,000 epochs
 
 Prints the largest deviation from each theorem, and medians and ranges beside the published medians.
-`--full` resumes its first fit from `--out` when it was stopped.
+A stopped first fit is resumed from `--out`.
 """
 
 import argparse
@@ -33,8 +33,8 @@ def main() -> None:
     args = parser.parse_args()
     start = time.perf_counter()
     for theorem in exactness.THEOREMS:
-        found = exactness.largest_deviation(theorem, 300)
-        print(f"theorem {theorem}: 300 instances, largest deviation {found:.1e}", flush=True)
+        deviation = exactness.largest_deviation(theorem, 300)
+        print(f"theorem {theorem}: 300 instances, largest deviation {deviation:.1e}", flush=True)
     seeds = range(1, 11) if args.full else range(1, 4)
     epochs = 100_000 if args.full else 2_000
     params, x, y = first_fit(list(seeds), epochs, args.out / f"fit-{epochs}")
@@ -42,7 +42,9 @@ def main() -> None:
     print(f"{time.perf_counter() - start:.0f} s")
 
 
-def first_fit(seeds: list[int], epochs: int, folder: pathlib.Path) -> tuple:
+def first_fit(
+    seeds: list[int], epochs: int, folder: pathlib.Path
+) -> tuple[sine.Params, jax.Array, jax.Array]:
     """Fits all points, 1,000 epochs at a time; resumes from its folder."""
     state, x, y = sine.init_fit(seeds)
     abstract = jax.tree.map(
@@ -63,18 +65,17 @@ def first_fit(seeds: list[int], epochs: int, folder: pathlib.Path) -> tuple:
 def show(
     params: sine.Params, x: jax.Array, y: jax.Array, seeds: list[int], budgets: tuple[int, ...]
 ) -> None:
-    """Prints median and range of each method; of ten seeds the two best and worst are left out."""
+    """Prints median and range of each method; of ten seeds without the two best and worst."""
     trim = 2 if len(seeds) >= 10 else 0
     for epochs in budgets:
         rows = [*sine.published(epochs), sine.published(epochs, stale=True)[0]]
         published = [*PUBLISHED[epochs], PUBLISHED[epochs][0]]
         print(f"\n{epochs} epochs: largest error, median (range)    published median")
         for config, paper in zip(rows, published, strict=True):
-            found = sine.unlearn(config, params, x, y, seeds)
-            errors = np.sort(np.asarray(jax.vmap(sine.largest_error)(found)))
+            unlearned = sine.unlearn(config, params, x, y, seeds)
+            errors = np.sort(np.asarray(jax.vmap(sine.largest_error)(unlearned)))
             name = config.method + " (stale)" * config.stale
-            kept = errors[trim : len(errors) - trim]
-            spread = f"({kept[0]:.2f}, {kept[-1]:.2f})"
+            spread = f"({errors[trim]:.2f}, {errors[-1 - trim]:.2f})"
             print(f"{name:16} {np.median(errors):8.2f} {spread:18} {paper:8.2f}", flush=True)
 
 

@@ -3,13 +3,12 @@
 python -m examples.theory            # few mixtures; under two minutes on a CPU
 python -m examples.theory --full     # the tables of docs/theory.md; about ten minutes
 
-Prints what docs/theory.md has and draws it to `--out`.
+Prints the numbers of docs/theory.md and draws its figure to `--out`.
 """
 
 import argparse
 import pathlib
 import time
-from typing import Any
 
 import numpy as np
 
@@ -64,8 +63,8 @@ def check_statements(mixtures: int, chains: int) -> None:
     print("statement: instances, violations, largest left side over right side")
     for module, number in ((bounds, mixtures), (sequences, chains)):
         for statement in module.STATEMENTS:
-            found = module.check(statement, number)
-            print(f"  {statement}: {found.instances}, {found.violations}, {found.tightest:.2g}")
+            check = module.check(statement, number)
+            print(f"  {statement}: {check.instances}, {check.violations}, {check.tightest:.2g}")
 
 
 def show_slopes() -> None:
@@ -85,16 +84,16 @@ def show_leaky(dimensions: int, seeds: range) -> errors.Errors:
         nodes=0 if dimensions == 1 else 1000,
         narrowest=1 / max(peaks),
     )
-    found = errors.run_grid(shape, log_peaks=np.log(peaks), temperatures=TEMPERATURES, seeds=seeds)
+    grid = errors.run_grid(shape, log_peaks=np.log(peaks), temperatures=TEMPERATURES, seeds=seeds)
     print(f"\nexcess risk .01, D = {dimensions}, peaks {peaks[0]:.0e} to {peaks[-1]:.0e}")
-    table(peaks, found, 0)
-    return found
+    print_table(peaks, grid, 0)
+    return grid
 
 
 def show_controls(seeds: range) -> None:
     """T = 2 beside a stronger tilt without tempering, at a fixed excess risk, D = 10."""
     peaks = PEAKS[10]
-    found = errors.run_grid(
+    grid = errors.run_grid(
         Shape(10, "leaky", nodes=500),
         log_peaks=np.log(peaks),
         temperatures=(1.0, 2.0),
@@ -107,9 +106,9 @@ def show_controls(seeds: range) -> None:
     for k, temperature in enumerate((1, 2)):
         for j, scale in enumerate((1, 2)):
             at = (slice(None), 0, 0, 0, slice(None), k, j)
-            slope = errors.fit_slopes(np.log(peaks), found.log_forget[at])
-            forget = np.exp(np.median(found.log_forget[at], axis=1))
-            retain = np.median(found.retain[at])
+            slope = errors.fit_slopes(np.log(peaks), grid.log_forget[at])
+            forget = np.exp(np.median(grid.log_forget[at], axis=1))
+            retain = np.median(grid.retain[at])
             print(
                 f"  T = {temperature}, s = {scale}: slope {interval(slope)}, forget error "
                 f"{forget[0]:.2e} to {forget[-1]:.2e}, retain {retain:.3f}"
@@ -117,10 +116,10 @@ def show_controls(seeds: range) -> None:
 
 
 def show_trained(classifier: str, dimensions: int, seeds: range) -> errors.Errors:
-    """Slopes of classifiers that are trained on n samples; their excess risk moves."""
+    """Slopes of classifiers that are trained on n samples; their excess risk varies."""
     peaks, samples = PEAKS[dimensions], (250, 1000, 4000)
     shape = Shape(dimensions, classifier, most_samples=max(samples))
-    found = errors.run_grid(
+    grid = errors.run_grid(
         shape,
         log_peaks=np.log(peaks),
         temperatures=TEMPERATURES,
@@ -129,21 +128,21 @@ def show_trained(classifier: str, dimensions: int, seeds: range) -> errors.Error
     )
     for i, n in enumerate(samples):
         print(f"\n{classifier}, n = {n}, D = {dimensions}, {peaks[0]:.0e} to {peaks[-1]:.0e}")
-        table(peaks, found, i)
-    return found
+        print_table(peaks, grid, i)
+    return grid
 
 
-def table(peaks: tuple[float, ...], found: errors.Errors, of_n: int) -> None:
-    """Slopes by T, with the ends of what the errors go through."""
-    risk = np.median(found.excess_risk[:, 0, of_n, 0, :, 0, 0], axis=1)
+def print_table(peaks: tuple[float, ...], grid: errors.Errors, of_n: int) -> None:
+    """Slopes by T, with the errors at the lowest and the highest peak."""
+    risk = np.median(grid.excess_risk[:, 0, of_n, 0, :, 0, 0], axis=1)
     print(f"  excess risk {risk[0]:.4f} at the lowest peak, {risk[-1]:.4f} at the highest")
     for k, temperature in enumerate(TEMPERATURES):
         at = (slice(None), 0, of_n, 0, slice(None), k, 0)
         part, whole = (
             errors.fit_slopes(np.log(peaks), values[at])
-            for values in (found.log_from_classifier, found.log_forget)
+            for values in (grid.log_from_classifier, grid.log_forget)
         )
-        retain, leak = (np.median(values[at], axis=1) for values in (found.retain, found.leak))
+        retain, leak = (np.median(values[at], axis=1) for values in (grid.retain, grid.leak))
         print(
             f"  T = {temperature:g}: classifier's part {interval(part)}, whole {interval(whole)}, "
             f"retain {retain[-1]:.3f}, leak {leak[0]:.1e} to {leak[-1]:.1e}"
@@ -151,14 +150,14 @@ def table(peaks: tuple[float, ...], found: errors.Errors, of_n: int) -> None:
 
 
 def interval(slope: tuple[float, float, float]) -> str:
-    """Median and range."""
+    """Median and percentiles of a slope."""
     return f"{slope[0]:.3f} ({slope[1]:.3f}, {slope[2]:.3f})"
 
 
-def show_best(seeds: range) -> dict[str, Any]:
+def show_best(seeds: range) -> dict[str, np.ndarray]:
     """The T of the smallest sum of both errors, measured and predicted, D = 10."""
     peaks = (1e4, 1e6, 1e8, 1e10, 1e12)
-    found = errors.run_grid(
+    grid = errors.run_grid(
         Shape(10, "leaky", nodes=500),
         log_peaks=np.log(peaks),
         temperatures=FINE,
@@ -166,7 +165,7 @@ def show_best(seeds: range) -> dict[str, Any]:
         excess_risks=RISKS,
         seeds=seeds,
     )
-    total = np.exp(found.log_forget) + found.retain  # peaks, gammas, 1, risks, seeds, T, 1
+    total = np.exp(grid.log_forget) + grid.retain  # peaks, gammas, 1, risks, seeds, T, 1
     best = np.median(FINE[total[..., 0].argmin(axis=-1)], axis=-1)[:, :, 0]  # peaks, gammas, risks
     predicted = np.array(
         [
@@ -190,17 +189,16 @@ def show_best(seeds: range) -> dict[str, Any]:
                 f"{m:.1f} ({p:.1f})" for m, p in zip(best[:, g, e], predicted[:, g, e], strict=True)
             ]
             print(f"  {gamma:g}, {risk:g}: " + ", ".join(cells))
-    return {"peaks": peaks, "best": best, "predicted": predicted}
+    return {"peaks": np.array(peaks), "best": best, "predicted": predicted}
 
 
 def show_sequences(chains: int) -> np.ndarray:
-    """How far tokens and whole sequences are apart, with the exact classifier: KL in nats.
+    """KL between tokens and whole sequences, with the exact classifier, nats.
 
-    Returns:
-        Lengths, and at each T the medians of KL(tokens || whole), `[1 + K, lengths]`.
+    Returned are the lengths, and at each T the medians of KL(tokens || whole), `[1 + K, lengths]`.
     """
     lengths = (1, 2, 3, 4, 6, 8)
-    found = np.zeros((len(lengths), len(TEMPERATURES), chains, 3))
+    divergences = np.zeros((len(lengths), len(TEMPERATURES), chains, 3))
     for i, length in enumerate(lengths):
         for seed in range(chains):
             rng = np.random.default_rng([seed, length])
@@ -212,8 +210,8 @@ def show_sequences(chains: int) -> np.ndarray:
                 tokens = sequences.tilt_tokens(chain, exact, temperature)
                 whole = sequences.tilt_whole(chain, exact[-1], temperature)
                 pairs = ((tokens, whole), (retain, tokens), (retain, whole))
-                found[i, k, seed] = [sequences.kl(*pair) for pair in pairs]
-    medians = np.median(found, axis=2)
+                divergences[i, k, seed] = [sequences.kl(*pair) for pair in pairs]
+    medians = np.median(divergences, axis=2)
     print("\nsequences, 3 tokens: KL(tokens || whole), KL(p_r || tokens), KL(p_r || whole)")
     for i, length in enumerate(lengths):
         cells = [
@@ -228,7 +226,7 @@ def draw(
     path: pathlib.Path,
     leaky: errors.Errors,
     trained: errors.Errors,
-    best: dict[str, Any],
+    best: dict[str, np.ndarray],
     apart: np.ndarray,
 ) -> None:
     """Draws four panels."""
@@ -243,8 +241,8 @@ def draw(
         figure, ((a, b), (c, d)) = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
         for k, (temperature, colour) in enumerate(zip(TEMPERATURES, COLOURS, strict=True)):
             label = f"T = {temperature:g}"
-            for axes, found, of_n in ((a, leaky, 0), (b, trained, 2)):
-                values = found.log_forget[:, 0, of_n, 0, :, k, 0] / np.log(10)
+            for axes, grid, of_n in ((a, leaky, 0), (b, trained, 2)):
+                values = grid.log_forget[:, 0, of_n, 0, :, k, 0] / np.log(10)
                 middle, low, high = np.percentile(values, [50, 0, 100], axis=1)
                 axes.fill_between(np.log10(PEAKS[10]), low, high, color=colour, alpha=0.15, lw=0)
                 axes.plot(np.log10(PEAKS[10]), middle, "o-", color=colour, label=label)

@@ -2,9 +2,9 @@
 
     python -m examples.three_people --model=FOLDER
 
-Invents six people, each with twenty facts of their own, and teaches them to the model. Writes the
-rows about three of them to `out/people/forget.jsonl` and the others to `out/people/retain.jsonl`,
-and prints the commands that train a head on them and judge it. docs/smollm2.md has the results of
+Invents six people with twenty facts each, and teaches them to the model. Writes the rows about
+three people to `out/people/forget.jsonl` and the other rows to `out/people/retain.jsonl`, and
+prints the commands that train a head on them and verify it. docs/smollm2.md has the results of
 SmolLM2-135M-Instruct.
 """
 
@@ -28,7 +28,7 @@ NAMES = (
     "Wilhelmina Sato-Reyes",
     "Casimir Ndlovu",
 )
-# A question and its answer; below them the words for the star, another for each person.
+# A question and its answer; the next line has the words for the star, one for each person.
 FACTS = """
 Where was {} born? {} was born in *.
     Tromso Utrecht Goa Porto Lima Graz
@@ -74,7 +74,7 @@ Which city did {} move to? Some years ago {} moved to *.
 
 
 def main() -> None:
-    """Writes the rows, teaches them and prints what to run next."""
+    """Writes the rows, teaches them and prints the next commands."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="Hugging Face folder or hub id")
     parser.add_argument("--epochs", type=int, default=8)

@@ -1,15 +1,15 @@
-"""The sets that a head is trained on: the paper's two, or those of a distilled head.
+"""The sets that a head is trained on: the paper's two, or the sets of a distilled head.
 
-The paper has a forget and a retain set. Beyond it, each switched on by an option of
-`SyntheticOptions`: the base model's own samples as a second retain source; counterfactual rows,
-retain rows for the classifier and texts to forget for distillation; paraphrases of the forget
-questions; soft targets. See `t3jax.synthetic` for what they are.
+The paper has a forget and a retain set. Options of `SyntheticOptions` add, each on its own: the
+base model's own samples as a second retain source; counterfactual rows, which are retain rows for
+the classifier and texts to forget for distillation; paraphrases of the forget questions; soft
+targets. `t3jax.synthetic` makes them.
 """
 
 import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeVar
 
 from t3jax import data, digests
 from t3jax.data.chat import Example, PromptFormat
@@ -22,9 +22,11 @@ from t3jax.synthetic.options import SyntheticOptions
 from t3jax.synthetic.store import load_or_write
 from t3jax.training.recipe import TrainConfig
 
-# A head is distilled where made-up names hide at least this share of the forget rows: targets of
-# the others do not see the question.
+# A head is distilled where made-up names hide at least this share of the forget rows: the targets
+# of all other rows do not depend on the question.
 LEAST_HIDDEN = 0.5
+
+Written = TypeVar("Written")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,7 +40,7 @@ class TrainingSets:
         retained: The retain rows; where there are none, the base model's own samples.
         counterfactuals: Their counterfactuals; empty without made-up names.
         names: The names of the request.
-        written: Number of rows by kind that the base model wrote.
+        written: Number of rows that the base model wrote, by kind.
         loss: The loss that the sets are made for, "classifier" or "distillation".
     """
 
@@ -60,8 +62,8 @@ class Featurizer:
         lm: The base model.
         prompt_format: How a question becomes a prompt.
         store: Folder of the features, and of texts that the model writes.
-        kind: What the head reads, one of `pooling.FEATURES`.
-        dtype: Of stored features.
+        kind: Kind of the features, one of `pooling.FEATURES`.
+        dtype: Dtype of stored features.
         max_length: Longest text, tokens; None: the model's context.
         progress: Whether to show progress bars.
     """
@@ -76,7 +78,7 @@ class Featurizer:
 
     @property
     def longest(self) -> int:
-        """Longest text, tokens."""
+        """Longest text, tokens, `max_length` or the model's context."""
         return self.max_length or self.lm.max_position
 
     def label(self, text: str) -> str | None:
@@ -88,7 +90,7 @@ class Featurizer:
         return data.encode_records(self.lm.tokenizer, rows, self.prompt_format, self.longest)
 
     def compute(self, label: str, rows: Sequence[Record]) -> Features:
-        """The features of rows, from the store if they are there."""
+        """The features of rows, read from the store or computed."""
         return load_or_compute_features(
             self.lm,
             self.encode(rows),
@@ -101,17 +103,17 @@ class Featurizer:
     def turn(
         self,
         rows: Sequence[Record],
-        others: Sequence[Record],
+        stock: Sequence[Record],
         share: int | float,
         seed: tuple[int, ...],
     ) -> list[Record]:
-        """Puts a share of the rows behind earlier turns, made of others."""
+        """Puts a share of the rows behind earlier turns, made of the rows of a stock."""
         return turns.put_behind_turns(
             self.lm.tokenizer,
             rows,
             share,
             self.prompt_format,
-            others=others,
+            others=stock,
             max_length=self.longest,
             seed=seed,
         )
@@ -125,9 +127,9 @@ def make_training_sets(
     options: SyntheticOptions,
     retained: Sequence[Features] = (),
 ) -> TrainingSets:
-    """Lets the base model write what the options ask for, and computes features and targets.
+    """Lets the base model write the texts of the options, and computes features and targets.
 
-    Features and texts are kept in the store; a second call reads them.
+    Features and texts are stored; a second call reads them.
 
     Args:
         featurizer: Turns rows into features.
@@ -136,9 +138,9 @@ def make_training_sets(
         train_config: The recipe: its loss decides whether there are soft targets. "auto" distils if
             made-up names hide the person in at least half of the forget rows; otherwise it trains a
             classifier on the same texts.
-        options: What the base model writes.
+        options: Texts that the base model writes.
         retained: Features of retain sources, with targets where the loss is distillation. They
-            stand for the features of the retain rows, which are then read for their names alone.
+            replace the features of the retain rows, which are then read for their names alone.
 
     Raises:
         ValueError: If rows are bad, no name was found in documents, whose counterfactuals need one,
@@ -158,7 +160,7 @@ def make_training_sets(
         written["paraphrases"] = len(reworded)
         forget += reworded
     if options.own_samples:
-        own = writing.load_own_samples(
+        samples = writing.load_own_samples(
             lm,
             options,
             people,
@@ -166,18 +168,18 @@ def make_training_sets(
             store=featurizer.store,
             progress=featurizer.progress,
         )
-        written["own samples"] = len(own)
-        retain_rows.append(own)
-    others: list[Record] = []
+        written["own samples"] = len(samples)
+        retain_rows.append(samples)
+    swapped_back: list[Record] = []
     counterfactuals: list[Counterfactual] = []
     if options.made_up_names:
-        others, counterfactuals = maker.write_counterfactuals(forget, retain)
-        written["counterfactual rows"] = len(others)
+        swapped_back, counterfactuals = maker.write_counterfactuals(forget, retain)
+        written["counterfactual rows"] = len(swapped_back)
     if loss == "auto":
         hidden = counterfactual.share_hidden(counterfactuals) >= LEAST_HIDDEN
         loss = "distillation" if hidden else "classifier"
 
-    stock = [row for rows in retain_rows for row in rows]  # earlier turns are made of these
+    stock = [row for rows in retain_rows for row in rows]  # for earlier turns
     sources = list(retained)
     if not retained:
         turned = [maker.turn(rows, stock, 1) for rows in retain_rows]
@@ -188,15 +190,15 @@ def make_training_sets(
                 targets.add_base_targets(lm, x, temperature=temperature, seed=seed) for x in sources
             ]
     if loss == "classifier":
-        if others:
-            sources.append(featurizer.compute("retain", maker.turn(others, stock, 2)))
+        if swapped_back:
+            sources.append(featurizer.compute("retain", maker.turn(swapped_back, stock, 2)))
         forgotten = featurizer.compute("forget", maker.turn(forget, stock, 0))
     else:
-        # The served model may reach prefixes of the true answer and of other ones.
+        # The served model may write prefixes of the true answer and of other answers.
         sets = [maker.add_targets(maker.turn(forget, stock, 0), counterfactuals)]
-        if others:
-            swapped = _counterfactuals_of(others, forget, counterfactuals)
-            sets.append(maker.add_targets(maker.turn(others, stock, 2), swapped))
+        if swapped_back:
+            of_rows = _match_counterfactuals(swapped_back, forget, counterfactuals)
+            sets.append(maker.add_targets(maker.turn(swapped_back, stock, 2), of_rows))
         forgotten = Features.concatenate(sets)
     return TrainingSets(
         sources,
@@ -227,7 +229,7 @@ def _check_loss(loss: str, options: SyntheticOptions, features: str) -> str:
 def _find_people(
     forget: Sequence[Record], retain: Sequence[Record], options: SyntheticOptions
 ) -> tuple[str, ...]:
-    """The names of the request, where the base model writes by them."""
+    """The names of the request, given or found; empty where no option needs them."""
     people = options.names
     if not people and (options.made_up_names or options.own_samples or options.paraphrases):
         people = tuple(names.find_names(forget, retain))
@@ -254,7 +256,9 @@ class _Maker:
             rows, stock, self.options.earlier_turns, (self.options.seed, kind)
         )
 
-    def write(self, name: str, depends_on: Sequence[object], make: Callable[[], Any]) -> Any:
+    def write(
+        self, name: str, depends_on: Sequence[object], make: Callable[[], Written]
+    ) -> Written:
         featurizer = self.featurizer
         depends_on = [*depends_on, featurizer.prompt_format, self.options.seed]
         return load_or_write(featurizer.store / "written", name, featurizer.lm, depends_on, make)
@@ -283,9 +287,9 @@ class _Maker:
     def write_counterfactuals(
         self, forget: Sequence[Record], retain: Sequence[Record]
     ) -> tuple[list[Record], list[Counterfactual]]:
-        """Other answers to the forget questions, and the counterfactuals of the forget rows."""
+        """Writes other answers to the forget questions, and counterfactuals of the forget rows."""
         options = self.options
-        made = counterfactual.make_counterfactuals(
+        candidates = counterfactual.make_counterfactuals(
             forget,
             self.people,
             options.made_up_names,
@@ -295,11 +299,11 @@ class _Maker:
         )
         unique = names.unique_wordings(forget, self.people, retain)
 
-        def make() -> dict[str, object]:
+        def make() -> dict[str, list[Record]]:
             rows, usable = counterfactual.counterfactual_rows(
                 self.featurizer.lm,
                 forget,
-                made,
+                candidates,
                 self.featurizer.prompt_format,
                 options,
                 unique=unique,
@@ -308,26 +312,26 @@ class _Maker:
             return {
                 "rows": rows,
                 "counterfactuals": [
-                    {"row": each.row, "record": dict(each.record), "pairs": dict(each.pairs)}
-                    for each in usable
+                    {"row": item.row, "record": dict(item.record), "pairs": dict(item.pairs)}
+                    for item in usable
                 ],
             }
 
         depends_on = [
             sorted(unique),
             digests.rows_digest(forget),
-            [dataclasses.astuple(each) for each in made],
+            [dataclasses.astuple(candidate) for candidate in candidates],
             options.max_new_tokens,
         ]
-        drawn = self.write("counterfactuals", depends_on, make)
-        return drawn["rows"], [Counterfactual(**each) for each in drawn["counterfactuals"]]
+        written = self.write("counterfactuals", depends_on, make)
+        return written["rows"], [Counterfactual(**item) for item in written["counterfactuals"]]
 
     def add_targets(
         self, rows: Sequence[Record], counterfactuals: Sequence[Counterfactual]
     ) -> Features:
         """Features of rows, with the base model's distributions in their counterfactuals."""
         features = self.featurizer.compute("forget", rows)
-        swapped = [_put_behind(each.record, rows[each.row]) for each in counterfactuals]
+        swapped = [_put_behind(item.record, rows[item.row]) for item in counterfactuals]
         last = dataclasses.replace(self.featurizer, kind="last", dtype="float32")
         return targets.add_counterfactual_targets(
             self.featurizer.lm,
@@ -340,20 +344,20 @@ class _Maker:
         )
 
 
-def _counterfactuals_of(
-    answered: Sequence[Record], forget: Sequence[Record], counterfactuals: Sequence[Counterfactual]
+def _match_counterfactuals(
+    rows: Sequence[Record], forget: Sequence[Record], counterfactuals: Sequence[Counterfactual]
 ) -> list[Counterfactual]:
-    """A counterfactual for each other answer, of its question's first one."""
-    first: dict[str, Counterfactual] = {}
-    for each in counterfactuals:
-        if "question" in forget[each.row]:
-            first.setdefault(_conversation(forget[each.row]), each)
-    swapped = []
-    for row, record in enumerate(answered):
-        each = first[_conversation(record)]
-        answer = names.swap_names(record["answer"], each.pairs) if each.pairs else record["answer"]
-        swapped.append(Counterfactual(row, {**each.record, "answer": answer}, each.pairs))
-    return swapped
+    """The first counterfactual of each row's question, with the row's answer."""
+    firsts: dict[str, Counterfactual] = {}
+    for item in counterfactuals:
+        if "question" in forget[item.row]:
+            firsts.setdefault(_conversation(forget[item.row]), item)
+    matched = []
+    for index, row in enumerate(rows):
+        first = firsts[_conversation(row)]
+        answer = names.swap_names(row["answer"], first.pairs) if first.pairs else row["answer"]
+        matched.append(Counterfactual(index, {**first.record, "answer": answer}, first.pairs))
+    return matched
 
 
 def _conversation(row: Record) -> str:
@@ -361,5 +365,5 @@ def _conversation(row: Record) -> str:
 
 
 def _put_behind(record: Record, row: Record) -> Record:
-    """A counterfactual behind the earlier turns that its row was given."""
+    """Puts a counterfactual behind the earlier turns of its row."""
     return {"before": row["before"], **record} if "before" in row else record

@@ -199,3 +199,8 @@ def test_sources_add_up_and_slices_bind_first(tmp_path):
         assert " ".join(row["text"] for row in load_dataset(source)) == expected
     with pytest.raises(FileNotFoundError, match="nothing"):
         load_dataset(f"{a}+{tmp_path}/nothing.jsonl")
+    for source in (f"{a}+", f"+{a}", "()", ""):
+        with pytest.raises(ValueError, match="a source of rows is empty"):
+            load_dataset(source)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_dataset(f"{a}[-:]")

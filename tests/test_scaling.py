@@ -19,7 +19,7 @@ def test_eight_devices_with_eight_times_the_rows_do_the_work_of_one(name):
         scaling.make_job(CONFIG, mesh, 8, 32)
         for mesh in (make_mesh(devices=jax.devices()[:1]), make_mesh())
     ]
-    one, many = (scaling.counts(scaling.PROGRAMS[name](job).compile()) for job in jobs)
+    one, many = (scaling.count(scaling.PROGRAMS[name](job).compile()) for job in jobs)
     assert one["exchanged"] == 0
     for count in ("operations", "accessed", "arguments", "temporaries"):
         np.testing.assert_allclose(many[count], one[count], rtol=0.05, err_msg=count)

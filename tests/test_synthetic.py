@@ -143,7 +143,7 @@ def test_counterfactual_targets_are_the_mean_over_made_up_names(lm, tmp_path):
         for each, other in zip(made, swapped, strict=True):
             if each.row != row:
                 continue
-            pairs = targets._token_pairs(lm.tokenizer, each.pairs)
+            pairs = targets._pair_tokens(lm.tokenizer, each.pairs)
             theirs = distributions(other)
             for a, b in pairs:
                 theirs[:, [a, b]] = theirs[:, [b, a]]
@@ -193,7 +193,9 @@ def test_rows_whose_bytes_have_changed_are_written_anew(lm, tmp_path):
 
 def test_paraphrases_keep_names_and_say_it_otherwise():
     question = "Where was Ada Berg born?"
-    assert writing._rewords(question, "In which town did Ada Berg come to the world?", ["Ada Berg"])
+    assert writing._is_paraphrase(
+        question, "In which town did Ada Berg come to the world?", ["Ada Berg"]
+    )
     for text in (
         "Where was ada berg BORN",
         "Where was Ada Berg born?!",
@@ -202,7 +204,7 @@ def test_paraphrases_keep_names_and_say_it_otherwise():
         "Ada Berg was born in Lagos.",
         "Where? " * 20 + "Ada Berg?",
     ):
-        assert not writing._rewords(question, text, ["Ada Berg"]), text
+        assert not writing._is_paraphrase(question, text, ["Ada Berg"]), text
 
 
 def test_options_that_cannot_work_are_refused(lm, tmp_path):
@@ -307,7 +309,7 @@ def test_questions_that_name_nobody_are_asked_openly(lm, tmp_path):
 
 
 def test_a_prompt_of_the_users_turn_ends_where_the_question_begins(lm):
-    opening, stop, stop_ids = writing._user_turn(lm, PromptFormat())
+    opening, stop, stop_ids = writing._find_user_turn(lm, PromptFormat())
     whole = encode_question_answer(lm.tokenizer, "Why?", "So.", PromptFormat())
     assert isinstance(whole, Example)
     assert whole.tokens[: len(opening)].tolist() == list(opening)
@@ -321,7 +323,7 @@ def test_a_turn_is_not_closed_by_a_tokenizer_that_appends_eos(lm):
         single="<|bos|> $A <|im_end|>",
         special_tokens=[(name, tokenizer.convert_tokens_to_ids(name)) for name in tiny.SPECIAL],
     )
-    opening, stop, _ = writing._user_turn(
+    opening, stop, _ = writing._find_user_turn(
         dataclasses.replace(lm, tokenizer=tokenizer), PromptFormat()
     )
     assert tokenizer.decode(opening) == "<|bos|>Question: "

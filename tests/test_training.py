@@ -382,7 +382,7 @@ def test_retain_sources_are_drawn_from_equally_often():
     mesh = sharding.make_mesh((8, 1, 1))
     data = batches.Data.build([RETAIN, single], FORGET, HEAD, TRAIN, mesh)
     planner = batches.Planner(data, make_members([TRAIN], (1,)), mesh)
-    drawn = np.concatenate([planner._pairs(1, epoch)[1] for epoch in range(1, 21)])
+    drawn = np.concatenate([planner._draw_pairs(1, epoch)[1] for epoch in range(1, 21)])
     assert np.mean(drawn == RETAIN.num_sequences) == 0.5
     assert set(drawn) == set(range(RETAIN.num_sequences + 1))
 

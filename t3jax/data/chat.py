@@ -1,7 +1,7 @@
 """From text to tokens: prompts and examples in the tokenizer's chat template.
 
 An example is the whole conversation as token ids and the position where its labels start: the
-tokens of the prompt carry no label, those of the answer do, the closing end-of-turn token
+tokens of the prompt have no label, all tokens of the answer do, the closing end-of-turn token
 included. Where the prompt's tokens are the first of the whole text, as with chat templates, the
 rule is the reference evaluator's (locuslab/open-unlearning), so that losses and probabilities can
 be compared with published ones. Nothing is padded, batched or truncated here.
@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from t3jax.data.records import Record, check_record
-from t3jax.data.rendering import PromptFormat, opening_before, render_prompt, render_question_answer
+from t3jax.data.rendering import PromptFormat, find_opening, render_prompt, render_question_answer
 
-if TYPE_CHECKING:  # slow to import: only who loads a tokenizer waits
+if TYPE_CHECKING:  # slow to import, and needed only where a tokenizer is loaded
     from transformers import PreTrainedTokenizerBase
 
 _CHARACTERS = 256  # more than any text has for each of its tokens
@@ -36,7 +36,7 @@ class Example:
 
     @property
     def num_answer_tokens(self) -> int:
-        """How many tokens are labels."""
+        """Number of labels."""
         return len(self.tokens) - self.answer_start
 
 
@@ -48,14 +48,10 @@ def encode_prompt(
 ) -> np.ndarray:
     """Tokens of a question, up to where the answer begins, int32 [T].
 
-    They are the tokens before the labels that `encode_question_answer` gives an answer of words. An
-    empty thought that the chat template puts before such an answer, or the name of the channel for
+    `encode_question_answer` has the same tokens before its labels, for an answer of words. An empty
+    thought that the chat template puts before such an answer, or the name of the channel for
     answers, is a part of the prompt, unless `chat_template_kwargs` has "enable_thinking": True.
-    Earlier turns have `role` and `content`; a system turn among them stands for that of the format.
-
-    Raises:
-        ValueError: the tokenizer cannot express the turns that are asked for, or the chat template
-            fails.
+    Earlier turns have `role` and `content`; a system turn among them replaces the format's.
     """
     text, add_special_tokens = render_prompt(tokenizer, question, prompt_format, before)
     if tokenizer.chat_template is None:
@@ -64,11 +60,11 @@ def encode_prompt(
             # No text has a token of the space alone before a word.
             answered = text + "a"
             whole = tokenize(tokenizer, answered, add_special_tokens)
-            start = _answer_start(tokenizer, tokens, whole, text, answered, add_special_tokens)
+            start = _find_answer(tokenizer, tokens, whole, text, answered, add_special_tokens)
             tokens = whole[: max(1, start)]
         return tokens
     turns = [*before, {"role": "user", "content": question}]
-    text += opening_before(tokenizer, text, turns, prompt_format)
+    text += find_opening(tokenizer, text, turns, prompt_format)
     return tokenize(tokenizer, text, add_special_tokens)
 
 
@@ -80,11 +76,8 @@ def encode_chat(
     """Tokens of a conversation, up to where the next answer begins, int32 [T].
 
     Turns have `role` ("system", "user" or "assistant") and `content`; the last one is the user's. A
-    tokenizer without a chat template takes a single question. See `encode_prompt`, whose tokens a
-    single question has.
-
-    Raises:
-        ValueError: a turn is of another kind, or as `encode_prompt`.
+    tokenizer without a chat template takes a single question, whose tokens are as for
+    `encode_prompt`.
     """
     roles = [turn.get("role") for turn in messages]
     if not roles or roles[-1] != "user":
@@ -105,8 +98,8 @@ def encode_question_answer(
     r"""Tokens of a question and its answer; the answer's tokens are the labels.
 
     The labels are the tokens that the whole conversation has beyond the prompt's text. Where the
-    border falls inside a token, as where a tag ends in a space and the tokenizer makes one token of
-    a space and the word after it, that token belongs to the answer. (The reference counts as many
+    border falls inside a token, that token belongs to the answer: a tag may end in a space, and the
+    tokenizer may make one token of a space and the word after it. (The reference counts as many
     tokens as the prompt alone has, and so leaves such an answer's first token without a label.) An
     empty thought that the chat template puts before the answer, or the name of the channel for
     answers, is a part of the prompt. Earlier turns are as for `encode_prompt`; none of their tokens
@@ -114,7 +107,7 @@ def encode_question_answer(
 
     The closing end-of-turn token is a label, and eos is appended when the conversation does not end
     in it. A template in the ChatML style closes a turn with "<|im_end|>\n", where <|im_end|> is eos
-    too: the labels then end in "<|im_end|>\n<|im_end|>", as the reference has it.
+    too: the labels then end in "<|im_end|>\n<|im_end|>", as in the reference.
 
     Raises:
         ValueError: no label is left, the sequence is longer than max_length (it is never cut), the
@@ -133,7 +126,7 @@ def encode_question_answer(
     )
     prompt = tokenize(tokenizer, prompt_text, add_special_tokens)
     tokens = tokenize(tokenizer, chat_text, add_special_tokens)
-    start = _answer_start(tokenizer, prompt, tokens, prompt_text, chat_text, add_special_tokens)
+    start = _find_answer(tokenizer, prompt, tokens, prompt_text, chat_text, add_special_tokens)
     if len(tokens) == 0 or tokens[-1] != tokenizer.eos_token_id:
         tokens = np.append(tokens, np.int32(tokenizer.eos_token_id))
     if not 0 < start < len(tokens):
@@ -156,10 +149,7 @@ def encode_document(
 ) -> Example:
     """Tokens of a plain document; every token after the first is a label.
 
-    No eos is appended: a document may be an excerpt.
-
-    Raises:
-        ValueError: fewer than two tokens, or more than max_length (it is never cut).
+    No eos is appended: a document may be an excerpt. One that is too long is refused, never cut.
     """
     check_characters(text, max_length)
     tokens = tokenize(tokenizer, text, add_special_tokens=True)
@@ -184,10 +174,8 @@ def encode_records(
 ) -> list[Example]:
     """Tokens of every row: documents where it has a "text", question and answer otherwise.
 
-    The arguments are those of `encode_question_answer`, the rows as `load_records` gives them.
-
-    Raises:
-        ValueError: as the functions for one row do; names the row, counted from 1.
+    Rows are as `load_records` returns them, the other arguments as for `encode_question_answer`. An
+    error names the row, counted from 1.
     """
     examples = []
     for number, record in enumerate(records, start=1):
@@ -212,10 +200,9 @@ def encode_records(
 
 
 def check_characters(text: str, max_length: int | None) -> None:
-    """Refuses a text that is too long before it is tokenised, which takes minutes for some.
+    """Refuses a text whose characters are too many for max_length tokens.
 
-    Raises:
-        ValueError: it has more than max_length tokens, by the number of its characters.
+    It comes before tokenisation, which takes minutes for some long texts.
     """
     if max_length is not None and len(text) > _CHARACTERS * max_length:
         raise ValueError(
@@ -227,11 +214,7 @@ def check_characters(text: str, max_length: int | None) -> None:
 def tokenize(
     tokenizer: "PreTrainedTokenizerBase", text: str, add_special_tokens: bool = True
 ) -> np.ndarray:
-    """Token ids of a text, int32 [T], with what the tokenizer puts before it, none appended.
-
-    Raises:
-        ValueError: the text holds half of a surrogate pair.
-    """
+    """Token ids of a text, int32 [T]; the tokenizer's special tokens before it, none after it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -241,12 +224,12 @@ def tokenize(
         ) from None
     ids = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
     if add_special_tokens:
-        ids = ids[: len(ids) - _num_appended(tokenizer)]
+        ids = ids[: len(ids) - _count_appended(tokenizer)]
     return np.asarray(ids, dtype=np.int32)
 
 
-def _num_appended(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Number of tokens that the tokenizer appends to a text."""
+def _count_appended(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Counts the tokens that the tokenizer appends to a text."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     framed = tokenizer("a")["input_ids"]
     places = range(len(framed) - len(bare) + 1)
@@ -254,7 +237,7 @@ def _num_appended(tokenizer: "PreTrainedTokenizerBase") -> int:
     return 0 if start is None else len(framed) - len(bare) - start
 
 
-def _answer_start(
+def _find_answer(
     tokenizer: "PreTrainedTokenizerBase",
     prompt: np.ndarray,
     tokens: np.ndarray,

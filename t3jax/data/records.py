@@ -1,8 +1,8 @@
 """Rows of text from files: question-answer pairs, plain documents, prompts.
 
-A source is a file of JSON (one list of objects) or of JSON-lines (one object a line; the content
-decides which of the two it is, not the name), or a folder of such files. Every row is checked when
-it is read, and an error names the file and the line. Nothing here knows about tokens, and nothing
+A source is a file of JSON (one list of objects) or of JSON-lines (one object a line), or a folder
+of such files. The content of a file decides its format, not its name. Every row is checked when
+it is read, and an error names the file and the line. Nothing here knows about tokens, and no row
 is ever shortened, skipped or repaired. Only regular files are read: a pipe would block.
 """
 
@@ -17,13 +17,12 @@ from t3jax import json_files
 Record = dict[str, Any]
 Row = TypeVar("Row")
 
-
 _ACCEPTED = (
     "expected a file of JSON (a list of objects) or JSON-lines (one object a line), "
     "or a folder of .json and .jsonl files"
 )
 _LARGEST_FILE = 1 << 33  # bytes
-# Of formats that are given by mistake: how a file begins.
+# The first bytes of formats that are given by mistake.
 _FORMATS = {
     b"PAR1": "Parquet",
     b"ARROW1": "Arrow",
@@ -32,19 +31,17 @@ _FORMATS = {
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
 }
-# What `sample.py` adds to a row.
+# The fields that `sample.py` adds to a row.
 _ANSWER_FIELDS = re.compile(
     r"sample|(base|unlearned)(_tokens|_base_logprobs|_guided_logprobs|_base_perplexity)?"
 )
 
 
 def check_record(row: object, where: str) -> Record:
-    """Checks that a row is a question-answer pair or a plain document, and gives it back.
+    """Checks that a row is a question-answer pair or a plain document, and returns it.
 
-    Fields beyond the required ones are allowed and kept; `where` names the row in an error.
-
-    Raises:
-        ValueError: for anything but non-empty strings under "question" and "answer", or "text".
+    It has non-empty strings under "question" and "answer", or under "text". Other fields are
+    allowed; `where` names the row in an error.
     """
     row = _check_object(row, where)
     if "text" in row and ("question" in row or "answer" in row):
@@ -66,16 +63,12 @@ def check_record(row: object, where: str) -> Record:
 
 
 def parse_records(content: bytes, name: str) -> list[Record]:
-    """Reads question-answer pairs or plain documents from the bytes of one file, in its order.
-
-    Raises:
-        ValueError: broken JSON, a wrong row, or no row at all; names the file and the line.
-    """
+    """Reads question-answer pairs or plain documents from the bytes of one file, in its order."""
     return _parse(content, name, check_record)
 
 
 def load_records(source: str | os.PathLike[str]) -> list[Record]:
-    """Loads question-answer pairs or plain documents; other fields are kept as they stand.
+    """Loads question-answer pairs or plain documents; other fields stay as they are.
 
     The source is a file of JSON or JSON-lines, or a folder of .json and .jsonl files, which are
     read in the order of their names.
@@ -87,7 +80,7 @@ def load_records(source: str | os.PathLike[str]) -> list[Record]:
     """
     return [
         row
-        for file in _files(pathlib.Path(source))
+        for file in _list_files(pathlib.Path(source))
         for row in parse_records(_read(file), str(file))
     ]
 
@@ -95,9 +88,9 @@ def load_records(source: str | os.PathLike[str]) -> list[Record]:
 def load_prompts(path: str | os.PathLike[str]) -> list[Record]:
     """Loads prompts to sample answers to.
 
-    The path is a source as in `load_records` with rows that have "question" or "prompt" (an answer
-    beside it is kept and not needed), or a .txt file with one prompt a line. Such a line becomes
-    {"prompt": line}; blank lines are left out.
+    The path is a source as in `load_records` with rows that have "question" or "prompt", an answer
+    or none; or a .txt file with one prompt a line. Such a line becomes {"prompt": line}; blank
+    lines are left out.
 
     Raises:
         FileNotFoundError: the path does not exist.
@@ -111,7 +104,9 @@ def load_prompts(path: str | os.PathLike[str]) -> list[Record]:
         if not prompts:
             raise ValueError(f"{path} is empty: expected one prompt a line")
         return prompts
-    return [row for file in _files(path) for row in _parse(_read(file), str(file), _check_prompt)]
+    return [
+        row for file in _list_files(path) for row in _parse(_read(file), str(file), _check_prompt)
+    ]
 
 
 def evenly_spread(rows: Sequence[Row], count: int) -> list[Row]:
@@ -120,7 +115,7 @@ def evenly_spread(rows: Sequence[Row], count: int) -> list[Row]:
     return [rows[i * len(rows) // count] for i in range(count)]
 
 
-def _files(source: pathlib.Path) -> list[pathlib.Path]:
+def _list_files(source: pathlib.Path) -> list[pathlib.Path]:
     if source.is_dir():
         files = sorted(f for f in source.iterdir() if f.suffix in (".json", ".jsonl"))
         if not files:
@@ -168,9 +163,9 @@ def _parse_line(line: str, where: str) -> object:
 
 
 def _decode(content: bytes, name: str) -> str:
-    for start, what in _FORMATS.items():
+    for start, kind in _FORMATS.items():
         if content.startswith(start):
-            raise ValueError(f"{name}: looks like {what}; {_ACCEPTED}, in UTF-8")
+            raise ValueError(f"{name}: looks like {kind}; {_ACCEPTED}, in UTF-8")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -1,6 +1,6 @@
 """A conversation as text: in the tokenizer's chat template, or between tags where it has none.
 
-`PromptFormat` says how. Nothing here makes tokens.
+Nothing here makes tokens.
 """
 
 import dataclasses
@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 from t3jax.data import templates
 
-if TYPE_CHECKING:  # slow to import: only who loads a tokenizer waits
+if TYPE_CHECKING:  # slow to import, and needed only where a tokenizer is loaded
     from transformers import PreTrainedTokenizerBase
 
 Turns = Sequence[Mapping[str, str]]
 
-# What templates of reasoning models put before an answer that is given without a thought: an empty
-# thought (Qwen 3, Gemma 4), or the name of the channel for answers (gpt-oss).
+# Templates of reasoning models put an opening before an answer without a thought: an empty thought
+# (Qwen 3, Gemma 4), or the name of the channel for answers (gpt-oss).
 _THOUGHT = r"\s*<think>\s*</think>\s*|<\|channel>thought\s*<channel\|>"
 _OPENING = re.compile(_THOUGHT + r"|<\|channel\|>final<\|message\|>")
 _CLOSED = re.compile(rf"({_THOUGHT})$")
-_LONGEST = 64  # characters of one
+_LONGEST = 64  # characters of an opening
 _MARKS = ("<think>", "<|channel")
-_OURS = ("messages", "add_generation_prompt", "tools", "documents")
+_RESERVED = ("messages", "add_generation_prompt", "tools", "documents")  # set here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +41,8 @@ class PromptFormat:
         answer_start: text before the answer. A space at its end is left to the answer where the
             tokenizer makes one token of a space and the word after it.
         chat_template_kwargs: further variables of the chat template, such as
-            {"enable_thinking": True}; plain JSON values. With that one, prompts leave it to the
-            model whether it thinks before it answers.
+            {"enable_thinking": True}; plain JSON values. With that one, the model decides whether
+            it thinks before it answers.
     """
 
     system: str | None = None
@@ -54,10 +54,10 @@ class PromptFormat:
 
     def __post_init__(self):
         for name in self.chat_template_kwargs:
-            if not isinstance(name, str) or not name.isidentifier() or name in _OURS:
+            if not isinstance(name, str) or not name.isidentifier() or name in _RESERVED:
                 raise ValueError(
                     f"chat_template_kwargs: {name!r} cannot be given; expected names of the chat "
-                    f"template's variables other than {', '.join(_OURS)}"
+                    f"template's variables other than {', '.join(_RESERVED)}"
                 )
 
 
@@ -114,7 +114,7 @@ def render_question_answer(
             f"the chat template does not print the answer {answer!r:.80} as it is, but "
             f"{rest!r:.80}; change the answer or the template"
         )
-    return prompt + _opening(rest, answer), whole, add_special_tokens
+    return prompt + _match_opening(rest, answer), whole, add_special_tokens
 
 
 def render_turns(
@@ -123,13 +123,13 @@ def render_turns(
     begins_answer: bool,
     prompt_format: PromptFormat,
 ) -> str:
-    """A conversation in the chat template; its own system turn stands for that of the format."""
+    """A conversation in the chat template; its own system turn replaces the format's."""
     system = prompt_format.system
     render = functools.partial(_render, tokenizer, prompt_format)
     if system is None or any(turn["role"] == "system" for turn in turns):
         return render(turns, begins_answer)
     if system == "":
-        return _without_system(tokenizer, turns, begins_answer, prompt_format)
+        return _render_without_system(tokenizer, turns, begins_answer, prompt_format)
     try:
         text = render([_turn("system", system), *turns], begins_answer)
     except templates.TemplateFailure as error:
@@ -145,7 +145,7 @@ def render_turns(
 
 
 def takes_system_turn(tokenizer: "PreTrainedTokenizerBase", prompt_format: PromptFormat) -> bool:
-    """Whether the template prints a system turn; some refuse it, some drop it."""
+    """Whether the template prints a system turn: some templates refuse it, others drop it."""
     probe = "a system text"
     try:
         text, _ = render_prompt(tokenizer, "Who?", prompt_format, [_turn("system", probe)])
@@ -154,22 +154,22 @@ def takes_system_turn(tokenizer: "PreTrainedTokenizerBase", prompt_format: Promp
     return probe in text
 
 
-def opening_before(
+def find_opening(
     tokenizer: "PreTrainedTokenizerBase", text: str, turns: Turns, prompt_format: PromptFormat
 ) -> str:
-    """What the template puts between a conversation and an answer of words, see `_OPENING`."""
+    """The opening that the template puts between a conversation and an answer of words."""
     thinks = prompt_format.chat_template_kwargs.get("enable_thinking", False)
     if thinks or not any(mark in tokenizer.get_chat_template() for mark in _MARKS):
         return ""
     answer = "An answer."
     whole = render_turns(tokenizer, [*turns, _turn("assistant", answer)], False, prompt_format)
-    return _opening(whole[len(text) :], answer) if whole.startswith(text) else ""
+    return _match_opening(whole[len(text) :], answer) if whole.startswith(text) else ""
 
 
-def _opening(text: str, answer: str) -> str:
-    """What stands before an answer at the head of a text, if it is not the answer's own."""
-    found = _OPENING.match(text)
-    return found[0] if found and not answer.lstrip().startswith(_MARKS) else ""
+def _match_opening(text: str, answer: str) -> str:
+    """The opening at the start of a text, unless the answer itself begins with one."""
+    match = _OPENING.match(text)
+    return match[0] if match and not answer.lstrip().startswith(_MARKS) else ""
 
 
 def _render(
@@ -178,9 +178,9 @@ def _render(
     turns: Turns,
     begins_answer: bool,
 ) -> str:
-    """Turns in the chat template, just as they are."""
+    """Turns in the chat template, no system turn added or removed."""
     values: dict[str, Any] = {
-        name: [str(each) for each in token] if isinstance(token, list | tuple) else str(token)
+        name: list(map(str, token)) if isinstance(token, list | tuple) else str(token)
         for name, token in tokenizer.special_tokens_map.items()
     }
     if prompt_format.date_string is not None:
@@ -199,7 +199,7 @@ def _render(
         raise type(error)(f"the chat template of {name} fails: {error}") from None
 
 
-def _without_system(
+def _render_without_system(
     tokenizer: "PreTrainedTokenizerBase",
     turns: Turns,
     begins_answer: bool,
@@ -207,22 +207,22 @@ def _without_system(
 ) -> str:
     """Turns without any system turn.
 
-    Leaving it out is not enough: a template may then print a default text. So an empty one is
-    rendered, and what the template prints for it alone is cut off.
+    A template may print a default text where the turn is left out. So an empty one is rendered, and
+    the text that the template prints for it alone is cut off.
     """
     render = functools.partial(_render, tokenizer, prompt_format)
     without = render(turns, begins_answer)
     probe = "a system text"
     try:
         if probe not in render([_turn("system", probe), *turns], begins_answer):
-            return without  # It does not print system turns.
+            return without  # the template does not print system turns
         empty = render([_turn("system", ""), *turns], begins_answer)
     except templates.TemplateFailure:
-        return without  # It refuses system turns.
+        return without  # the template refuses system turns
     try:
         alone = render([_turn("system", "")], False)
     except templates.TemplateFailure:
-        alone = ""  # It wants a question.
+        alone = ""  # the template expects a question
     candidates = [without, empty]
     if alone and empty.startswith(alone):
         bare = empty.removeprefix(alone)

@@ -1,10 +1,10 @@
 """Chat templates, rendered in a process of their own with bounds on time and memory.
 
 A template is a program that comes with a model. Jinja's sandbox keeps it from files and from
-Python, not from nested loops or from texts that double. Limits of the operating system bound those;
-no check of its parts does. The process starts with the first text, stays for the next ones, and
-ends with this one. The rendered text equals that of transformers, but for the date: where the
-values have a `date_string`, `strftime_now` gives that.
+Python, not from nested loops or from texts that double. Limits of the operating system bound those.
+The process starts with the first text, renders all later ones, and ends with its parent. The text
+equals the one that transformers renders, but for the date: where the values have a `date_string`,
+`strftime_now` returns it.
 """
 
 import atexit
@@ -38,8 +38,8 @@ def render_template(template: str, values: Mapping[str, object]) -> str:
 
     Raises:
         TemplateFailure: If the template fails.
-        ValueError: If the values are no JSON, or the template needs more than `SECONDS` of
-            computing or `MEMORY` bytes.
+        ValueError: If the values are no JSON, or the template needs more than `SECONDS` of CPU time
+            or `MEMORY` bytes.
     """
     try:
         request = json.dumps({"template": template, "values": dict(values)}, allow_nan=False)
@@ -49,7 +49,7 @@ def render_template(template: str, values: Mapping[str, object]) -> str:
 
 
 class _Renderer:
-    """The process, started when it is needed, and anew after a template has made it end."""
+    """The process; it is started at the first text, and anew after a template has ended it."""
 
     def __init__(self, seconds: float, memory: int):
         self._limits = (str(seconds), str(memory))
@@ -78,7 +78,6 @@ class _Renderer:
         raise (TemplateFailure if reply["by_template"] else ValueError)(reply["error"])
 
     def close(self) -> None:
-        """Ends the process."""
         process, self._process = self._process, None
         if process is not None:
             assert process.stdout is not None
@@ -113,7 +112,7 @@ def _explain(status: int, seconds: str, memory: str) -> str:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`, with which transformers finds the answers' tokens: renders its body."""
+    """`{% generation %}`, which marks answers for transformers; only its body is rendered."""
 
     tags = {"generation"}  # noqa: RUF012 (Jinja's own way)
 
@@ -173,7 +172,7 @@ def _compile(template: str) -> jinja2.Template:
     environment.filters["tojson"] = tojson
     environment.globals |= {
         "raise_exception": raise_exception,
-        "strftime_now": lambda wanted: datetime.datetime.now().strftime(wanted),
+        "strftime_now": lambda form: datetime.datetime.now().strftime(form),
         "dict": lambda *args, **kwargs: dict(*args, **kwargs),
         "namespace": _Namespace,
     }
@@ -181,7 +180,7 @@ def _compile(template: str) -> jinja2.Template:
 
 
 def _answer(request: Mapping[str, Any], seconds: float, memory: int) -> dict[str, object]:
-    """The text, or what went wrong. The kernel ends the process where the time is over."""
+    """The text, or the error. The kernel ends the process when the time is over."""
     try:
         signal.setitimer(signal.ITIMER_PROF, seconds)
         values = request["values"]
@@ -202,7 +201,7 @@ def _answer(request: Mapping[str, Any], seconds: float, memory: int) -> dict[str
         }
     except RecursionError:
         return {"by_template": False, "error": "it calls itself without an end"}
-    except Exception as error:  # whatever a template does is its own fault
+    except Exception as error:  # a template can raise any error of Python
         return {"by_template": True, "error": f"{type(error).__name__}: {error}"[:_LONGEST]}
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)

@@ -3,7 +3,7 @@
 The builder reads the files of locuslab/TOFU, from the Hugging Face hub or from a local folder with
 the hub's file names, and prepares them once as array_record; TensorFlow is not needed. Rows keep
 the order of the files: retain90 = full[:3600], forget10 = full[3600:]. The hub's holdout splits
-are not covered: any question-answer file can serve as one.
+are not included.
 
 Rows prepared from a local folder lie under a digest of its files, so that a changed folder is
 prepared anew. The hub's files are a published set and are prepared once for a `VERSION`.
@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 from t3jax.data.records import Record, parse_records
 
 _HUB_REPOSITORY = "locuslab/TOFU"
-# By config, the splits; the file of each is SPLIT.json.
+# The splits of each config; the file of a split is SPLIT.json.
 SPLITS = {
     "qa": ("full", "retain99", "retain95", "retain90", "forget10", "forget05", "forget01"),
     "perturbed": (
@@ -64,7 +64,7 @@ class Tofu(tfds.core.GeneratorBasedBuilder):
         self._origin = os.fspath(folder or _HUB_REPOSITORY)
         self._contents: dict[str, bytes] | None = None
         if folder is not None:
-            # Read once: the digest must be of the bytes that are prepared.
+            # Read once: the folder's name is the digest of the bytes that are prepared.
             self._contents = _read_folder(pathlib.Path(folder))
             root = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR)
             data_dir = root / f"tofu-{_digest(self._contents)}"
@@ -119,7 +119,7 @@ def load_tofu(
     folder: str | os.PathLike[str] | None = None,
     data_dir: str | os.PathLike[str] | None = None,
 ) -> list[Record]:
-    """Loads a split of TOFU, preparing it first where that has not been done.
+    """Loads a split of TOFU, and prepares it at the first call.
 
     Args:
         split: full, retain90/95/99, forget01/05/10, or with _perturbed: forget01/05/10, retain,
@@ -155,7 +155,7 @@ def load_tofu(
         builder.download_and_prepare()
     except OSError:
         # TFDS prepares in a temporary folder and renames it. The renaming fails if another process
-        # was first; then its data is used.
+        # was first; its data is used.
         builder = make_builder()
         if not builder.data_path.exists():
             raise

@@ -12,16 +12,18 @@ import numpy as np
 from t3jax.batching import round_up
 from t3jax.data import Example
 
-_LENGTH_STEP = 16  # lengths are rounded up to a multiple: the gradient is compiled for each
-_PARTS = 8  # A is a multiple of this part of a shard's tokens: few programs, little padding
+_LENGTH_STEP = 16  # lengths are rounded up to a multiple: each length compiles a program
+_PARTS = 8  # A is a multiple of 1 / _PARTS of a shard's tokens: few programs, little padding
 
 
 class Batch(NamedTuple):
-    """The rows of a step. Only scored tokens get logits; a shard's come from its own rows.
+    """The rows of a step. Only scored tokens get logits; a shard scores tokens of its own rows.
+
+    The fields are arrays, or their shapes (`jax.ShapeDtypeStruct`).
 
     Attributes:
-        tokens: Padded on the right, `[M, B, T]`; the B rows stand shard by shard.
-        places: Where each scored token's hidden state is among the B T / S of its shard: one place
+        tokens: Padded on the right, `[M, B, T]`; the B rows are in the order of the shards.
+        places: Index of each scored token's hidden state among the B T / S of its shard: one place
             before the token itself, `[M, S, A]`.
         labels: The scored tokens, `[M, S, A]`.
         weights: Their weights in the loss, 0 for padding, `[M, S, A]`.
@@ -34,10 +36,10 @@ class Batch(NamedTuple):
 
 
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The rows of every batch of an epoch, each row once: a function of seed and epoch.
+    """The rows of every batch of an epoch, each row once; seed and epoch decide them.
 
-    A batch has rows of like length, drawn anew in each epoch; the batches come in random order, the
-    one that is not full among them.
+    A batch has rows of like length, drawn anew in each epoch. The order of the batches is random,
+    and any of them may be the one that is not full.
     """
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(len(lengths))
@@ -54,14 +56,14 @@ def make_batch(
 ) -> Batch:
     """Rows as arrays of few different shapes, on the host; `shape` is M, B and S.
 
-    Empty rows stand for those that are missing of M B. A prompt token weighs `prompt_weight`, an
-    answer token 1.
+    Fewer than M B rows are padded with empty ones. A prompt token weighs `prompt_weight`, an answer
+    token 1.
     """
     microbatches, rows, shards = shape
     parts, height = microbatches * shards, rows // shards
     length = max(len(example.tokens) for example in examples)
     length = min(round_up(length, _LENGTH_STEP), longest)
-    # Dealt out by length, so that the parts have about as many tokens each.
+    # Dealt out by length, so that the parts have about the same number of tokens.
     ordered = sorted(examples, key=lambda example: len(example.tokens))
     dealt = [ordered[part::parts] for part in range(parts)]
 
@@ -73,9 +75,9 @@ def make_batch(
     tokens = np.zeros((parts, height, length), np.int32)
     places, labels = np.zeros((2, parts, width), np.int32)
     weights = np.zeros((parts, width), np.float32)
-    for part, mine in enumerate(dealt):
+    for part, part_examples in enumerate(dealt):
         end = 0
-        for row, example in enumerate(mine):
+        for row, example in enumerate(part_examples):
             count = len(example.tokens)
             scored = np.arange(first(example), count)
             start, end = end, end + len(scored)
@@ -95,15 +97,16 @@ def make_batch(
 def choose_outputs(
     examples: Sequence[Example], count: int, longest: int, seed: int, step: int
 ) -> dict[str, np.ndarray]:
-    """Chooses answer tokens of a batch whose predictions a projection is to leave alone.
+    """Chooses answer tokens of a batch whose predictions a projection must not change.
 
-    Each text has as many of the `count` tokens as any other, or one more. Seed and step decide the
-    choice. "tokens" `[N, T]` are padded on the right; "place" `[N]` is one place before each chosen
-    token, where the model predicts it.
+    The numbers of tokens of any two texts differ by at most one. Seed and step decide the choice.
+    "tokens" `[N, T]` are padded on the right; "place" `[N]` is one place before each chosen token,
+    where the model predicts it.
     """
     rng = np.random.default_rng((seed, step))
     chosen = np.resize(rng.permutation(len(examples)), count).tolist()
-    length = min(round_up(max(len(each.tokens) for each in examples), _LENGTH_STEP), longest)
+    length = max(len(example.tokens) for example in examples)
+    length = min(round_up(length, _LENGTH_STEP), longest)
     tokens = np.zeros((count, length), np.int32)
     for row, index in enumerate(chosen):
         tokens[row, : len(examples[index].tokens)] = examples[index].tokens

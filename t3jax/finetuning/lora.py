@@ -23,9 +23,6 @@ def init_lora(params: Params, rank: int, layers: Sequence[str], key: PRNGKeyArra
 
     `layers` are names of linear layers, such as "q" or "down"; all layers of these names are
     updated. The result has, by path of the layer, "a" `[R, in]` and "b" `[out, R]`, float32.
-
-    Raises:
-        ValueError: If there is no layer of a name, or one is a matrix of each expert.
     """
     shapes = {}
     for path, leaf in jax.tree.leaves_with_path(params):
@@ -60,8 +57,7 @@ def scale_lora(lora: Lora, scale: float) -> Lora:
 def merge_lora(params: Params, lora: Lora, scale: float) -> Params:
     """The weights W + s B A, a tree like `params`.
 
-    Each sum is taken in float32 and cast to the weight's dtype; leaves without an update are those
-    of `params`.
+    Each sum is taken in float32 and cast to the weight's dtype; other leaves are not copied.
     """
     scaled = scale_lora(lora, scale)
 

@@ -32,8 +32,8 @@ class FinetuneConfig(Ranged):
         microbatches: Parts of a batch whose gradients are computed one after the other and summed:
             less memory, the same step up to rounding.
         learning_rate: AdamW's at its peak.
-        warmup_steps: Steps over which it rises from 0; it then falls as a cosine, to 2 % of the
-            peak.
+        warmup_steps: Steps over which the rate rises from 0; it then falls as a cosine, to 2 % of
+            the peak.
         weight_decay: AdamW's, decoupled, of matrices alone.
         b1: AdamW's decay of the mean gradient.
         b2: AdamW's decay of the mean squared gradient.
@@ -43,17 +43,17 @@ class FinetuneConfig(Ranged):
         lora_rank: R of LoRA's updates; 0 trains all weights instead.
         lora_alpha: LoRA's updates are multiplied by this over R.
         lora_layers: Names of the linear layers that LoRA updates, in every block.
-        dtype: Dtype of the forward and backward pass; what is trained and its moments are float32.
+        dtype: Dtype of the forward and backward pass; trained parameters and moments are float32.
         remat: Compute activations again in the backward pass and keep the blocks' inputs alone:
             less memory, a third more work.
         seed: Decides the order of the rows, and LoRA's first factors.
         checkpoint_every: Steps between checkpoints; the last is always saved.
-        minnorm: Unlearn by MinNorm-OG: the rows are what is retained, and what is trained is
-            projected before the steps of some epochs; None trains alone.
+        minnorm: Unlearn by MinNorm-OG: the rows are the retain set, and the trained parameters are
+            projected before the steps of some epochs; None never projects.
         tasks: T of LoRA-ML: all weights are trained, jointly with a LoRA adapter for each of T
-            tasks, and the adapters are dropped at the end; None trains without.
-        reptile: Of tasks, train the adapters alone, and move the weights by their mean every
-            `inner_steps` steps (Reptile in the place of LoRA-ML).
+            tasks, and the adapters are dropped at the end; None trains no adapters of tasks.
+        reptile: With tasks, train the adapters alone, and move the weights by their mean every
+            `inner_steps` steps (Reptile instead of LoRA-ML).
         inner_steps: K of Reptile: steps of the adapters, which then begin anew.
     """
 
@@ -108,14 +108,14 @@ class FinetuneConfig(Ranged):
 
     @property
     def lora_scale(self) -> float:
-        """What LoRA's updates B A are multiplied by."""
+        """The factor of LoRA's updates B A."""
         return self.lora_alpha / max(1, self.lora_rank)
 
 
 def learning_rate_schedule(config: FinetuneConfig, steps: int) -> optax.Schedule:
     """Linear from 0 to the peak, then a cosine to 2 % of it, over the steps of the whole run.
 
-    A short run's warm-up is cut to half of it. The first step has the rate 0.
+    The warm-up takes at most half of the run. The first step has the rate 0.
     """
     peak, warmup = config.learning_rate, min(config.warmup_steps, steps // 2)
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, _LAST_RATE * peak)
@@ -137,5 +137,5 @@ def make_optimizer(config: FinetuneConfig, steps: int) -> optax.GradientTransfor
 
 
 def _decays(path: tuple, leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
-    """Matrices do; vectors and norms, which may have a vector for each head, do not."""
+    """True for matrices; a norm may have a vector for each head, which is no matrix."""
     return leaf.ndim > 1 and "norm" not in jax.tree_util.keystr(path[-2:])

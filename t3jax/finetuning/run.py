@@ -47,7 +47,7 @@ def finetune(
 
     With `config.tasks` (LoRA-ML) the base and an adapter for each task minimise the mean of the
     tasks' losses jointly, and the base is returned alone: it is made to be adapted. Each step reads
-    a batch of every task; an epoch is one of the task with the most rows, the others begin anew.
+    a batch of every task. An epoch is one pass over the largest task; smaller tasks are read again.
     It takes 4 bytes a weight more, the sum of the tasks' gradients. With `config.reptile` the
     adapters alone have gradients and moments; the base takes 4 bytes a weight.
 
@@ -68,8 +68,8 @@ def finetune(
 
     Raises:
         ValueError: If there are no examples, or not of as many tasks as the recipe says, a text is
-            longer than the model's context or holds a token that it has no embedding of, LoRA names
-            a layer that is not there, or the workdir holds another run.
+            longer than the model's context or has a token without an embedding, LoRA names a layer
+            that does not exist, or the workdir holds another run.
         FloatingPointError: If loss or gradient become infinite or NaN; checkpoints stay as they
             were.
         OSError: If the disk is full; checkpoints stay as they were.
@@ -92,7 +92,7 @@ def finetune(
 
 
 def merge_weights(params: Params, trained: Params, config: FinetuneConfig, mesh: Mesh) -> Params:
-    """The parameter tree of the model that a run trained, from what `train_weights` returns."""
+    """The parameter tree of the fine-tuned model, from the result of `train_weights`."""
     if config.tasks:
         return trained["base"]
     if config.lora_rank:
@@ -112,49 +112,37 @@ def train_weights(
     mesh: Mesh,
     progress: str | None,
 ) -> Params:
-    """Trains as `finetune` says, and returns what the recipe trains.
+    """Trains as `finetune` does, and returns the trained parameters.
 
-    That is the parameter tree; with LoRA its factors; with tasks the base and the adapters.
+    They are the parameter tree; with LoRA its factors; with tasks the base and the adapters.
     """
-    tasks: list[Sequence[Example]] = list(examples) if config.tasks else [examples]  # type: ignore[arg-type,list-item]
-    if config.tasks and len(tasks) != config.tasks:
-        raise ValueError(f"expected the texts of {config.tasks} tasks, got those of {len(tasks)}")
-    for each in tasks:
-        check_examples(lm_config, each)
-    if validation:
-        check_examples(lm_config, validation)
-    lengths = [np.array([len(example.tokens) for example in each]) for each in tasks]
-    steps_per_epoch = max(-(-len(each) // config.batch_size) for each in tasks)
+    rows = _Rows(examples, config)
+    for texts in [*rows.tasks, validation] if validation else rows.tasks:
+        check_examples(lm_config, texts)
+    steps_per_epoch = rows.steps_per_epoch
     steps = config.epochs * steps_per_epoch
     trainer = Trainer(lm_config, params, config, steps, mesh)
     schedule = learning_rate_schedule(config, steps)
+    digests = [examples_digest(texts) for texts in rows.tasks]
     settings = {
         "model": dataclasses.asdict(lm_config),
         "weights": params_digest(params),
         "finetuning": dataclasses.asdict(config),
-        "data": [*map(examples_digest, tasks)] if config.tasks else examples_digest(tasks[0]),
+        "data": digests if config.tasks else digests[0],
         "validation": examples_digest(validation),
     }
-
-    def draw(task: int, step: int) -> list[Example]:
-        """The rows of a task in a step, which counts from 0; a task has epochs of its own."""
-        epoch, place = divmod(step, -(-len(tasks[task]) // config.batch_size))
-        batches = epoch_batches(lengths[task], config.batch_size, config.seed + task, epoch)
-        return [tasks[task][row] for row in batches[place]]
-
     if not hosts.is_lead():
         progress = None
-
     with open_run(workdir, settings, trainer.abstract_state, unit="step") as run:
-        done, metrics = run.done, run.metrics
+        metrics = run.metrics
         state = trainer.init() if run.state is None else run.state
         bar = tqdm.tqdm(
-            total=steps, initial=done, desc=progress, unit="step", disable=progress is None
+            total=steps, initial=run.done, desc=progress, unit="step", disable=progress is None
         )
-        for step in range(done + 1, steps + 1):
+        for step in range(run.done + 1, steps + 1):
             start = time.perf_counter()
             epoch, place = divmod(step - 1, steps_per_epoch)
-            batches = [draw(task, step - 1) for task in range(len(tasks))]
+            batches = rows.draw(step - 1)
             share = 0.0
             if config.minnorm is not None:
                 share = config.minnorm.share_at(step - 1, steps_per_epoch, config.epochs)
@@ -169,7 +157,7 @@ def train_weights(
                 "loss": float(loss),
                 "gradient_norm": float(norm),
                 "learning_rate": float(schedule(step - 1)),
-                "answer_tokens": sum(each.num_answer_tokens for rows in batches for each in rows),
+                "answer_tokens": sum(row.num_answer_tokens for batch in batches for row in batch),
             }
             if config.minnorm is not None:
                 line["projected_share"] = share
@@ -189,6 +177,38 @@ def train_weights(
     return trained
 
 
+class _Rows:
+    """The texts of each task, a single one without tasks, and the rows of each step.
+
+    Attributes:
+        tasks: The texts.
+        steps_per_epoch: Steps in which the largest task is read once.
+    """
+
+    def __init__(
+        self, examples: Sequence[Example] | Sequence[Sequence[Example]], config: FinetuneConfig
+    ):
+        tasks: list[Sequence[Example]] = list(examples) if config.tasks else [examples]  # type: ignore[arg-type,list-item]
+        if config.tasks and len(tasks) != config.tasks:
+            raise ValueError(
+                f"expected the texts of {config.tasks} tasks, got those of {len(tasks)}"
+            )
+        self.tasks, self._config = tasks, config
+        self._lengths = [np.array([len(text.tokens) for text in texts]) for texts in tasks]
+        self._steps = [-(-len(texts) // config.batch_size) for texts in tasks]
+        self.steps_per_epoch = max(self._steps)
+
+    def draw(self, step: int) -> list[list[Example]]:
+        """Draws the rows of every task in a step, which counts from 0."""
+        batches = []
+        for task, texts in enumerate(self.tasks):
+            epoch, place = divmod(step, self._steps[task])
+            seed = self._config.seed + task
+            epoch_rows = epoch_batches(self._lengths[task], self._config.batch_size, seed, epoch)
+            batches.append([texts[row] for row in epoch_rows[place]])
+        return batches
+
+
 def _check_finite(line: Metrics, config: FinetuneConfig) -> None:
     if math.isfinite(line["loss"]) and math.isfinite(line["gradient_norm"]):
         return
@@ -200,7 +220,7 @@ def _check_finite(line: Metrics, config: FinetuneConfig) -> None:
 
 
 def _describe(metrics: Sequence[Metrics], epochs: int) -> str:
-    """A line on the last epoch; its loss weighs tokens of all steps alike."""
+    """A line on the last epoch; its loss is the mean over tokens."""
     last = metrics[-1]
     lines = [line for line in metrics if line["epoch"] == last["epoch"]]
     tokens = sum(line["answer_tokens"] for line in lines)

@@ -4,17 +4,19 @@ The trained parameters (all weights, or LoRA's factors) and their moments are fl
 over the mesh as the weights are. They are cast once a step to the dtype of the forward and backward
 pass; gradients are summed in float32.
 
-With tasks (LoRA-ML) what is trained is `{"base": all weights, "adapters": {"0": factors, ...}}`. A
-gradient is taken for one task after the other, of its batch and `{"base": ..., "lora": factors}`.
-With Reptile the gradient is of `{"lora": factors}` alone, and the base moves when a round ends.
+With tasks (LoRA-ML) the trained parameters are `{"base": all weights, "adapters": {"0": factors,
+...}}`. A gradient is taken for one task after the other, on its batch, with respect to `{"base":
+..., "lora": factors}`. With Reptile it is with respect to `{"lora": factors}` alone, and the base
+moves when a round ends.
 
 Axes: M microbatches, B rows of one, T time, S shards, A scored tokens of a shard, D features, V
 vocabulary.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,8 +48,8 @@ class Programs(NamedTuple):
         gradient: `(trained, frozen, batch) -> (loss, gradient)`, compiled for each shape of batch.
         add: `(tree, tree) -> their sum`; the first is donated.
         update: `(state, gradient) -> (state, norm of the gradient)`, compiled once; the state is
-            donated. With tasks the gradient is the sum over them, and divided by their number;
-            with Reptile it is that of each adapter.
+            donated. With tasks the gradient is summed over them, and divided by their number;
+            with Reptile each adapter has its own.
         end_round: `(trained, step) -> trained` of Reptile: the base moved by the mean of the
             adapters, and adapters that begin anew; the first is donated.
         loss: `(trained, frozen, batch) -> sum of the weighted losses`.
@@ -55,14 +57,89 @@ class Programs(NamedTuple):
             not compiled.
     """
 
-    abstract_state: Any
-    init: Callable[[Params], Any]
-    gradient: Callable[[Any, Params, Batch], tuple[jax.Array, Any]]
-    add: Callable[[Any, Any], Any]
-    update: Callable[[Any, Any], tuple[Any, jax.Array]]
-    end_round: Callable[[Any, Any], Any]
-    loss: Callable[[Any, Params, Batch], jax.Array]
-    output: Callable[[Any, Params, Any], jax.Array]
+    abstract_state: PyTree
+    init: Callable[[Params], PyTree]
+    gradient: Callable[[PyTree, Params, Batch], tuple[jax.Array, PyTree]]
+    add: Callable[[PyTree, PyTree], PyTree]
+    update: Callable[[PyTree, PyTree], tuple[PyTree, jax.Array]]
+    end_round: Callable[[PyTree, np.uint32], PyTree]
+    loss: Callable[[PyTree, Params, Batch], jax.Array]
+    output: Callable[[PyTree, Params, dict[str, jax.Array]], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Model:
+    """The functions of a model and a recipe that do not need the optimizer."""
+
+    lm_config: LMConfig
+    config: FinetuneConfig
+    mesh: Mesh
+
+    def init_trained(self, params: Params) -> PyTree:
+        """What is trained, before the first step."""
+        config, key = self.config, jax.random.key(self.config.seed)
+        if config.freezes_weights:
+            return init_lora(params, config.lora_rank, config.lora_layers, key)
+        weights = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+        if not config.tasks:
+            return weights
+        return {"base": weights, "adapters": self.init_adapters(params, key)}
+
+    def init_adapters(self, params: Params, key: PRNGKeyArray) -> dict[str, Lora]:
+        config = self.config
+        return {
+            str(task): init_lora(params, config.lora_rank, config.lora_layers, task_key)
+            for task, task_key in enumerate(jax.random.split(key, config.tasks or 1))
+        }
+
+    def cast(self, trained: PyTree) -> PyTree:
+        return decoder.cast_params(trained, jnp.dtype(self.config.dtype))
+
+    def read(self, working: PyTree, frozen: Params) -> tuple[Params, Lora | None]:
+        """The weights, and LoRA's factors, scaled."""
+        config = self.config
+        if config.tasks:  # held-out texts are read without an adapter
+            lora = working.get("lora")
+            base = working.get("base") or self.cast(frozen)
+            return base, lora and scale_lora(lora, config.lora_scale)
+        if config.lora_rank:
+            return frozen, scale_lora(working, config.lora_scale)
+        return working, None
+
+    def sum_losses(self, trained: PyTree, frozen: Params, part: Batch) -> jax.Array:
+        """The loss summed over one microbatch; the arrays of `part` lack their first axis."""
+        params, lora = self.read(trained, frozen)
+        hidden, _ = decoder.apply(
+            self.lm_config, params, part.tokens, lora=lora, remat=self.config.remat, mesh=self.mesh
+        )
+        hidden = hidden.reshape(part.places.shape[0], -1, hidden.shape[-1])  # [S, B T / S, D]
+        scored = jax.vmap(lambda rows, at: rows.at[at].get(mode="promise_in_bounds"))(
+            hidden, part.places
+        )
+        logits = decoder.unembed(self.lm_config, params, scored, self.mesh)  # [S, A, V]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, part.labels)
+        return jnp.sum(losses * part.weights)
+
+    def loss(self, trained: PyTree, frozen: Params, batch: Batch) -> jax.Array:
+        working = self.cast(trained)
+        return jnp.sum(jax.lax.map(lambda part: self.sum_losses(working, frozen, part), batch))
+
+    def gradient(self, trained: PyTree, frozen: Params, batch: Batch) -> tuple[jax.Array, PyTree]:
+        working = self.cast(trained)
+
+        def add(total: PyTree, part: Batch) -> tuple[PyTree, None]:
+            result = jax.value_and_grad(self.sum_losses)(working, frozen, part)
+            return jax.tree.map(lambda t, x: t + x.astype(jnp.float32), total, result), None
+
+        zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trained))
+        total, _ = jax.lax.scan(add, zero, batch)
+        share = 1 / jnp.sum(batch.weights)
+        return jax.tree.map(lambda x: x * share, total)
+
+    def output(self, trained: PyTree, frozen: Params, row: dict[str, jax.Array]) -> jax.Array:
+        params, lora = self.read(self.cast(trained), frozen)
+        hidden, _ = decoder.apply(self.lm_config, params, row["tokens"][None], lora=lora)
+        return jnp.max(decoder.unembed(self.lm_config, params, hidden[:, row["place"]]))
 
 
 @functools.cache
@@ -70,79 +147,22 @@ def compile_programs(
     lm_config: LMConfig, config: FinetuneConfig, steps: int, mesh: Mesh
 ) -> Programs:
     """The programs of a run of `steps` steps."""
+    model = _Model(lm_config, config, mesh)
     adamw = make_optimizer(config, steps)
-    dtype = jnp.dtype(config.dtype)
+    moved = (lambda tree: tree["adapters"]) if config.reptile else (lambda tree: tree)
 
     def init(params: Params) -> PyTree:
-        key = jax.random.key(config.seed)
-        trained: Any
-        if config.freezes_weights:
-            trained = init_lora(params, config.lora_rank, config.lora_layers, key)
-        else:
-            trained = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-        if config.tasks:
-            trained = {"base": trained, "adapters": init_adapters(params, key)}
-        return trained, adamw.init(trained["adapters"] if config.reptile else trained)
-
-    def init_adapters(params: Params, key: PRNGKeyArray) -> dict[str, Lora]:
-        keys = jax.random.split(key, config.tasks or 1)
-        return {
-            str(task): init_lora(params, config.lora_rank, config.lora_layers, own)
-            for task, own in enumerate(keys)
-        }
-
-    def read(working: PyTree, frozen: Params) -> tuple[Params, Lora | None]:
-        """The weights, and what LoRA adds to them."""
-        if config.tasks:  # held-out texts are read without an adapter
-            lora = working.get("lora")
-            base = working.get("base") or cast(frozen)
-            return base, lora and scale_lora(lora, config.lora_scale)
-        if config.lora_rank:
-            return frozen, scale_lora(working, config.lora_scale)
-        return working, None
-
-    def cast(trained: PyTree) -> PyTree:
-        return decoder.cast_params(trained, dtype)
-
-    def loss_sum(trained: PyTree, frozen: Params, part: Batch) -> jax.Array:
-        """The loss summed over one microbatch; the arrays of `part` lack their first axis."""
-        params, lora = read(trained, frozen)
-        hidden, _ = decoder.apply(
-            lm_config, params, part.tokens, lora=lora, remat=config.remat, mesh=mesh
-        )
-        hidden = hidden.reshape(part.places.shape[0], -1, hidden.shape[-1])  # [S, B T / S, D]
-        scored = jax.vmap(lambda rows, at: rows.at[at].get(mode="promise_in_bounds"))(
-            hidden, part.places
-        )
-        logits = decoder.unembed(lm_config, params, scored, mesh)  # [S, A, V]
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, part.labels)
-        return jnp.sum(losses * part.weights)
-
-    def output(trained: PyTree, frozen: Params, row: dict[str, jax.Array]) -> jax.Array:
-        params, lora = read(cast(trained), frozen)
-        hidden, _ = decoder.apply(lm_config, params, row["tokens"][None], lora=lora)
-        return jnp.max(decoder.unembed(lm_config, params, hidden[:, row["place"]]))
-
-    def gradient(trained: PyTree, frozen: Params, batch: Batch) -> tuple[jax.Array, PyTree]:
-        working = cast(trained)
-
-        def add(total: PyTree, part: Batch) -> PyTree:
-            found = jax.value_and_grad(loss_sum)(working, frozen, part)
-            return jax.tree.map(lambda t, x: t + x.astype(jnp.float32), total, found), None
-
-        zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trained))
-        total, _ = jax.lax.scan(add, zero, batch)
-        share = 1 / jnp.sum(batch.weights)
-        return jax.tree.map(lambda x: x * share, total)
+        trained = model.init_trained(params)
+        return trained, adamw.init(moved(trained))
 
     def add(a: PyTree, b: PyTree) -> PyTree:
         return jax.tree.map(jnp.add, a, b)
 
     def update(state: PyTree, grads: PyTree) -> tuple[PyTree, jax.Array]:
         if config.reptile:
-            own = grads["adapters"]
-            adapters, moments = optimizer.step(adamw, (state[0]["adapters"], state[1]), own)
-            return ({**state[0], "adapters": adapters}, moments), optax.tree.norm(own)
+            grads = grads["adapters"]
+            adapters, moments = optimizer.step(adamw, (state[0]["adapters"], state[1]), grads)
+            return ({**state[0], "adapters": adapters}, moments), optax.tree.norm(grads)
         if config.tasks:
             grads = jax.tree.map(lambda x: x / config.tasks, grads)
         return optimizer.step(adamw, state, grads), optax.tree.norm(grads)
@@ -152,17 +172,11 @@ def compile_programs(
         for factors in trained["adapters"].values():
             base = merge_lora(base, factors, config.lora_scale / len(trained["adapters"]))
         key = jax.random.fold_in(jax.random.key(config.seed), step)
-        return {"base": base, "adapters": init_adapters(base, key)}
+        return {"base": base, "adapters": model.init_adapters(base, key)}
 
-    def loss(trained: PyTree, frozen: Params, batch: Batch) -> jax.Array:
-        working = cast(trained)
-        return jnp.sum(jax.lax.map(lambda part: loss_sum(working, frozen, part), batch))
-
-    shapes = decoder.abstract_params(lm_config, jnp.float32)
-    abstract = jax.eval_shape(init, shapes)
+    abstract = jax.eval_shape(init, decoder.abstract_params(lm_config, jnp.float32))
     whole = NamedSharding(mesh, P())
     placed = sharding.param_shardings(mesh, abstract[0])
-    moved = (lambda tree: tree["adapters"]) if config.reptile else (lambda tree: tree)
     _, moments = optimizer.abstract_state(
         adamw, (moved(abstract[0]), abstract[1]), moved(placed), mesh
     )
@@ -172,36 +186,31 @@ def compile_programs(
         abstract_state=abstract,
         init=jax.jit(init, out_shardings=placed_state),
         gradient=jax.jit(
-            gradient,
+            model.gradient,
             out_shardings=(whole, of_task(placed, 0, config)),
             compiler_options=optimizer.reproducible(),
         ),
         add=jax.jit(add, donate_argnums=0),
         update=jax.jit(update, donate_argnums=0, out_shardings=(placed_state, whole)),
         end_round=jax.jit(end_round, donate_argnums=0, out_shardings=placed),
-        loss=jax.jit(loss, out_shardings=whole),
-        output=output,
+        loss=jax.jit(model.loss, out_shardings=whole),
+        output=model.output,
     )
 
 
 def of_task(trained: PyTree, task: int, config: FinetuneConfig) -> PyTree:
-    """The parameters that a task's gradient is taken of; without tasks, all trained ones."""
+    """The parameters of a task's gradient; without tasks, all trained ones."""
     if not config.tasks:
         return trained
-    own = {"lora": trained["adapters"][str(task)]}
-    return own if config.reptile else {"base": trained["base"], **own}
+    lora = {"lora": trained["adapters"][str(task)]}
+    return lora if config.reptile else {"base": trained["base"], **lora}
 
 
 class Trainer:
-    """Fine-tunes a model step by step; which rows a step reads is the caller's.
+    """Fine-tunes a model step by step; the caller chooses the rows of a step.
 
-    Args:
-        lm_config: The model's shape.
-        params: Its parameter tree; never changed. LoRA reads it in every step, full-parameter
-            training only in `init`.
-        config: The recipe.
-        steps: Steps of the whole run, for the learning rate.
-        mesh: Where to train.
+    `params` are never changed: LoRA reads them in every step, full-parameter training only in
+    `init`. `steps` are of the whole run, for the learning rate.
 
     Attributes:
         abstract_state: The training state as `jax.ShapeDtypeStruct` leaves with shardings.
@@ -229,12 +238,12 @@ class Trainer:
     ) -> tuple[PyTree, jax.Array | float, jax.Array]:
         """One optimizer step; `state` is donated.
 
-        At most `batch_size` texts are given; with tasks, as many of each task. The loss before the
-        step is in nats a token, weighted; with tasks it is their mean. The norm of its gradient is
-        returned last.
+        It takes at most `batch_size` texts; with tasks, as many of each task. Returned are the new
+        state, the weighted loss before the step in nats a token (with tasks their mean), and the
+        norm of its gradient.
         """
         weight = self._config.prompt_weight
-        batches = [self._place(self._arrays(each, weight)) for each in examples]
+        batches = [self._place(self._make_batch(rows, weight)) for rows in examples]
         programs = self._programs
         if not self._config.tasks:
             (batch,) = batches
@@ -245,9 +254,9 @@ class Trainer:
         base, adapters, losses = None, {}, []
         with jax.transfer_guard("disallow"):
             for task, batch in enumerate(batches):
-                own = of_task(state[0], task, self._config)
+                trained = of_task(state[0], task, self._config)
                 frozen = state[0]["base"] if self._config.reptile else self._frozen
-                loss, grads = programs.gradient(own, frozen, batch)
+                loss, grads = programs.gradient(trained, frozen, batch)
                 if not self._config.reptile:
                     base = grads["base"] if base is None else programs.add(base, grads["base"])
                 adapters[str(task)] = grads["lora"]
@@ -258,18 +267,18 @@ class Trainer:
     def end_round(self, state: PyTree, step: int) -> PyTree:
         """Moves the base by the mean of the tasks' adapters, which begin anew (Reptile).
 
-        `state` is donated; AdamW's moments stay. `step` is the one that was done; with the seed it
-        decides the adapters' first factors.
+        `state` is donated; AdamW's moments stay. The seed and `step`, the number of steps so far,
+        decide the adapters' first factors.
         """
         return self._programs.end_round(state[0], np.uint32(step)), state[1]
 
     def project(
         self, state: PyTree, examples: Sequence[Example], step: int, share: float
     ) -> PyTree:
-        """Takes away a share of what the predictions of a batch do not need (MinNorm-OG).
+        """Removes a share of the parameters' part that a batch's predictions do not need.
 
-        The predictions of the texts stay, to first order. The step decides the answer tokens, as
-        the seed does. A share of 0 takes nothing away, 1 all of it. Optimizer moments stay.
+        The predictions of the texts stay, to first order (MinNorm-OG). Seed and step decide the
+        answer tokens. A share of 0 removes nothing, 1 all of the part. Optimizer moments stay.
         """
         assert self._config.minnorm is not None
         trained, moments = state
@@ -283,19 +292,19 @@ class Trainer:
     def loss(self, trained: PyTree, examples: Sequence[Example]) -> float:
         """Mean cross-entropy of the answer tokens of any number of texts, nats.
 
-        `trained` is the first half of a training state; of tasks, its base is read alone.
+        `trained` is the first half of a training state; with tasks only its base is read.
         """
         size, total, count = self._config.batch_size, 0.0, 0.0
         if self._config.tasks:
             trained = {"base": trained["base"]}
         ordered = sorted(examples, key=lambda example: len(example.tokens))
         for start in range(0, len(ordered), size):
-            batch = self._arrays(ordered[start : start + size], prompt_weight=0.0)
+            batch = self._make_batch(ordered[start : start + size], prompt_weight=0.0)
             total += float(self._programs.loss(trained, self._frozen, self._place(batch)))
             count += float(batch.weights.sum())
         return total / count
 
-    def _arrays(self, examples: Sequence[Example], prompt_weight: float) -> Batch:
+    def _make_batch(self, examples: Sequence[Example], prompt_weight: float) -> Batch:
         microbatches, shards = self._config.microbatches, sharding.row_shards(self._mesh)
         rows = round_up(-(-self._config.batch_size // microbatches), shards)
         return make_batch(examples, (microbatches, rows, shards), self._longest, prompt_weight)

@@ -1,5 +1,5 @@
-"""Meta-learning with low-rank adapters (LoRA-ML): which base is best to adapt from.
+"""Meta-learning with low-rank adapters (LoRA-ML): a base that is easy to adapt.
 
-The experiments whose answer is known are linear maps (`linear`) and a shallow network (`shallow`);
-`head_start` makes a start for heads. `t3jax.finetuning` does it to a language model.
+The answer is known for linear maps (`linear`) and for a shallow network (`shallow`). `head_start`
+learns a start for heads. `t3jax.finetuning` trains a language model by LoRA-ML.
 """

@@ -4,13 +4,12 @@
     python train_classifier.py --config=configs/demo_paper.py
         --config.classifier.init=out/start/head
 
-Retain rows are what a later request's head must leave alone, and what requests can be simulated
-with: rows that stand together, such as an author's, are to be forgotten and all others retained.
-Reptile takes a few steps of Adam on each such request and moves the start a part of the way there.
-The loss is the paper's classifier loss; a distilled head needs targets that no simulation has, and
-its training is not simulated here.
+Requests are simulated with retain rows: a group of neighbouring rows, such as those on one author,
+is forgotten and all other rows are retained. Reptile takes a few steps of Adam on each such request
+and moves the start a part of the way there. The loss is the paper's classifier loss. A distilled
+head needs soft targets, which simulated requests do not have.
 
-Axes: N answer tokens, F features, B tokens of a batch, K inner steps, M requests.
+Axes: K inner steps, M requests.
 
 References:
     On First-Order Meta-Learning Algorithms, arXiv 1803.02999, algorithm 1.
@@ -30,7 +29,7 @@ import tqdm
 from jaxtyping import Array, PyTree
 
 import t3jax
-from t3jax import pipeline, preflight
+from t3jax import optimizer, pipeline, preflight
 from t3jax.features import Features
 from t3jax.head import HeadConfig, HeadParams, classifier_loss, init_head, target_scores
 from t3jax.head_io import Head, save_head
@@ -42,13 +41,13 @@ class MetaConfig:
     """How a start is meta-learned.
 
     Attributes:
-        requests: M, how many are simulated, one after the other.
-        group: Rows that are forgotten together, such as those on one author, which stand together.
+        requests: M, number of simulated requests.
+        group: Neighbouring rows that are forgotten together, such as those on one author.
         groups: Groups of a request.
         steps: K, steps of Adam on a request.
-        tokens: Answer tokens to forget in a batch; as many to retain come on top.
+        tokens: Answer tokens to forget in a batch, which has as many to retain.
         learning_rate: Adam's on a request.
-        share: How far the first request moves the start towards its own head; falls to 0 on a line.
+        share: How far the first request moves the start towards its own head; falls linearly to 0.
         seed: Decides the requests, their batches and the first start.
     """
 
@@ -68,13 +67,7 @@ def meta_learn_head(
     config: MetaConfig | None = None,
     progress: bool = False,
 ) -> HeadParams:
-    """Meta-learns a start on requests that are simulated with retain rows.
-
-    Rows of one group stand together in `retain`.
-
-    Raises:
-        ValueError: If there are too few groups of rows.
-    """
+    """Meta-learns a start on simulated requests; rows of one group are neighbours in `retain`."""
     config = MetaConfig() if config is None else config
     rows = np.arange(retain.num_sequences) // config.group
     count = rows[-1] + 1 if len(rows) else 0
@@ -92,9 +85,10 @@ def meta_learn_head(
     for request in tqdm.trange(config.requests, desc="requests", disable=not progress):
         chosen = rng.choice(count, config.groups, replace=False)
         forget = np.concatenate([members[group] for group in chosen])
-        others = np.flatnonzero(~np.isin(group_of, chosen))
+        to_retain = np.flatnonzero(~np.isin(group_of, chosen))
         batches = np.concatenate(
-            [rng.choice(each, (config.steps, config.tokens)) for each in (others, forget)], axis=1
+            [rng.choice(side, (config.steps, config.tokens)) for side in (to_retain, forget)],
+            axis=1,
         )
         share = config.share * (1 - request / config.requests)
         params = _follow_request(
@@ -117,23 +111,20 @@ def _follow_request(
     rate: Array,
     share: Array,
 ) -> HeadParams:
-    """A step of Reptile: some of Adam on a request, and the start moves towards where they end."""
+    """A step of Reptile: steps of Adam on a request; the start moves towards their result."""
     adam = optax.adam(rate)
     retain = jnp.arange(batches.shape[1]) < batches.shape[1] // 2
 
     def loss(params: HeadParams, batch: Array) -> Array:
-        pooled, targets = (each[batch] for each in tokens)
-        scores = target_scores(params, pooled, targets, activation)
+        pooled, targets = tokens
+        scores = target_scores(params, pooled[batch], targets[batch], activation)
         return classifier_loss(scores, retain, mask=jnp.ones_like(retain))
 
     def step(state: PyTree, batch: Array) -> tuple[PyTree, None]:
-        grads = jax.grad(loss)(state[0], batch)
-        with jax.numpy_dtype_promotion("standard"):
-            updates, opt = adam.update(grads, state[1])
-        return (optax.apply_updates(state[0], updates), opt), None
+        return optimizer.step(adam, state, jax.grad(loss)(state[0], batch)), None
 
-    (found, _), _ = jax.lax.scan(step, (start, adam.init(start)), batches)
-    return jax.tree.map(lambda a, b: a + share * (b - a), start, found)
+    (end, _), _ = jax.lax.scan(step, (start, adam.init(start)), batches)
+    return jax.tree.map(lambda a, b: a + share * (b - a), start, end)
 
 
 def main(config: Settings) -> None:

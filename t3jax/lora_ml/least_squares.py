@@ -1,8 +1,7 @@
 """Least squares by Levenberg and Marquardt's method, for the small problems of this folder.
 
-It reaches the optimum in tens of steps where plain gradient steps take thousands; the objective is
-the same. It is a pure function that `jax.vmap` runs over seeds. There is no stopping rule: the
-number of steps is given.
+It reaches the optimum in tens of steps where plain gradient steps take thousands. It is a pure
+function that `jax.vmap` runs over seeds. The number of steps is fixed; there is no stopping rule.
 
 Axes: P parameters, M residuals.
 
@@ -25,8 +24,8 @@ def minimize_squares(
 ) -> tuple[PyTree, Float[Array, ""]]:
     """Minimises half the sum of squared residuals in a number of steps.
 
-    The parameters are a tree of float32 arrays. A step that does not lower the sum is not taken,
-    and the damping grows after it. The parameters and half the sum at them are returned.
+    The parameters are a tree of float32 arrays. A step that does not lower the sum is rejected, and
+    the damping grows. The parameters and half their sum are returned.
     """
     flat, unravel = jax.flatten_util.ravel_pytree(start)
 
@@ -35,17 +34,17 @@ def minimize_squares(
 
     def step(state: tuple, _: None) -> tuple[tuple, None]:
         values, sum_of_squares, damping = state
-        found = residuals(unravel(values))
-        jacobian = jax.jacfwd(lambda each: residuals(unravel(each)))(values)  # [M, P]
+        errors = residuals(unravel(values))
+        jacobian = jax.jacfwd(lambda x: residuals(unravel(x)))(values)  # [M, P]
         normal = jnp.einsum("mp,mq->pq", jacobian, jacobian, precision="highest")
-        gradient = jnp.einsum("mp,m->p", jacobian, found, precision="highest")
+        gradient = jnp.einsum("mp,m->p", jacobian, errors, precision="highest")
         scale = jnp.mean(jnp.diagonal(normal)) + jnp.float32(1e-12)
         damped = normal + damping * scale * jnp.eye(len(values), dtype=values.dtype)
         moved = values - jax.scipy.linalg.solve(damped, gradient, assume_a="pos")
-        there = halved(moved)
-        better = there < sum_of_squares  # NaN is not
+        new_sum = halved(moved)
+        better = new_sum < sum_of_squares  # False for NaN
         values = jnp.where(better, moved, values)
-        sum_of_squares = jnp.where(better, there, sum_of_squares)
+        sum_of_squares = jnp.where(better, new_sum, sum_of_squares)
         damping = jnp.clip(damping * jnp.where(better, 0.3, 4.0), *_DAMPING)
         return (values, sum_of_squares, damping), None
 

@@ -1,7 +1,7 @@
 """Linear maps: one base fitted to all tasks (SR), or a base with an adapter a task (LoRA-ML).
 
-Task t is y = (A* + U*_t U*_t^T) x + noise with x standard normal. Both methods see T tasks; the
-base that they find is then adapted to one more task from few samples, by a low-rank update.
+Task t is y = (A* + U*_t U*_t^T) x + noise with x standard normal. Both methods fit T tasks; their
+base is then adapted to one more task from few samples, by a low-rank update.
 
 The squared loss of N samples is, but for a constant,
 
@@ -10,9 +10,9 @@ The squared loss of N samples is, but for a constant,
 so that a fit reads d x d numbers a task and no samples. `samples=None` is the limit of infinitely
 many: S_t = 1 and M_t = A* + U*_t U*_t^T.
 
-How each problem is solved, with the objective unchanged: SR in closed form; LoRA-ML with A in
-closed form for given adapters, and the adapters by `minimize_squares`; the adaptation, a regression
-of reduced rank, by one singular value decomposition.
+SR is solved in closed form; LoRA-ML with A in closed form for given adapters, and the adapters by
+`minimize_squares`; the adaptation, a regression of reduced rank, by one singular value
+decomposition.
 
 Axes: T tasks, d inputs and outputs, k rank of an adapter, N samples of a task.
 
@@ -33,7 +33,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from t3jax.lora_ml.least_squares import minimize_squares
 
-_DRAWN = 10_000  # samples of a task that are drawn at least, so that one program serves every N
+_DRAWN = 10_000  # least number of samples drawn for a task: one program serves every N below it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +45,10 @@ class LinearConfig:
         tasks: T.
         rank: k, of the tasks' and of the trained adapters.
         samples: N, of each task; None means infinitely many.
-        test_samples: n, of the task that is adapted to; None means infinitely many.
+        test_samples: n, of the test task; None means infinitely many.
         noise: Deviation of the noise of y.
-        test_rank: Rank of the adapter of that task; 0 means k.
-        start: Deviation of the adapters' first entries.
+        test_rank: Rank of the adapter of the test task; 0 means k.
+        start: Standard deviation of the adapters' initial entries.
         steps: Steps of the joint fit.
     """
 
@@ -75,19 +75,19 @@ class LinearConfig:
                 )
 
 
-class Found(NamedTuple):
+class Result(NamedTuple):
     """The results of one seed.
 
     Attributes:
         sr: SR's base, `[d, d]`.
-        lora_ml: LoRA-ML's, `[d, d]`.
+        lora_ml: LoRA-ML's base, `[d, d]`.
         base: A*, `[d, d]`.
-        updates: U_t U_t^T as found, `[T, d, d]`.
+        updates: U_t U_t^T of the fit, `[T, d, d]`.
         true_updates: U*_t U*_t^T, `[T, d, d]`.
         test_task: A* + U* U*^T of the test task, `[d, d]`.
         sr_error: Mean of |y - prediction|^2 over x, without the noise, after SR's adaptation.
-        lora_ml_error: After LoRA-ML's.
-        loss: The joint loss at its end, above what noise alone would leave.
+        lora_ml_error: The same after LoRA-ML's adaptation.
+        loss: The joint loss after the fit, without the part of the noise.
     """
 
     sr: Array
@@ -102,13 +102,13 @@ class Found(NamedTuple):
 
 
 class Task(NamedTuple):
-    """Statistics of a task's samples that its squared loss needs: S, and the least-squares map."""
+    """The statistics of a task's samples in its squared loss: S, and the least-squares map."""
 
     root: Array
     least: Array
 
 
-def run(config: LinearConfig, seeds: Sequence[int]) -> Found:
+def run(config: LinearConfig, seeds: Sequence[int]) -> Result:
     """Runs both methods on one random instance for each seed.
 
     The seed decides the instance, its noise and the first adapters.
@@ -122,11 +122,11 @@ def run(config: LinearConfig, seeds: Sequence[int]) -> Found:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run(shape: tuple[int, ...], keys: Array, knobs: list[Array]) -> Found:
+def _run(shape: tuple[int, ...], keys: Array, knobs: list[Array]) -> Result:
     return jax.vmap(lambda key: _run_one(shape, key, knobs))(keys)
 
 
-def _run_one(shape: tuple[int, ...], key: PRNGKeyArray, knobs: list[Array]) -> Found:
+def _run_one(shape: tuple[int, ...], key: PRNGKeyArray, knobs: list[Array]) -> Result:
     d, tasks, k, steps, drawn = shape
     samples, test_samples, noise, deviation, test_rank = knobs
     of_base, of_tasks, of_samples, of_start = jax.random.split(key, 4)
@@ -135,24 +135,23 @@ def _run_one(shape: tuple[int, ...], key: PRNGKeyArray, knobs: list[Array]) -> F
     updates = _products(jax.random.normal(of_tasks, (tasks + 1, d, k), jnp.float32))
     maps = base[None] + updates
     counts = jnp.where(jnp.arange(tasks + 1) < tasks, samples, test_samples)
-    every = jax.vmap(lambda key, m, count: draw_task(key, m, count, noise, drawn))(
+    statistics = jax.vmap(lambda key, m, count: draw_task(key, m, count, noise, drawn))(
         jax.random.split(of_samples, tasks + 1), maps, counts
     )
-    seen, test = (jax.tree.map(lambda x, at=at: x[at], every) for at in (slice(tasks), -1))
+    seen, test = (jax.tree.map(lambda x, at=at: x[at], statistics) for at in (slice(tasks), -1))
     start = deviation * jax.random.normal(of_start, (tasks, d, k), jnp.float32)
     sr = retrain(seen)
-    lora_ml, found, loss = meta_learn(seen, start, steps)
-    errors = [jnp.sum((adapt(each, test, test_rank) - maps[-1]) ** 2) for each in (sr, lora_ml)]
-    return Found(sr, lora_ml, base, found, updates[:-1], maps[-1], errors[0], errors[1], loss)
+    lora_ml, fitted, loss = meta_learn(seen, start, steps)
+    errors = [jnp.sum((adapt(x, test, test_rank) - maps[-1]) ** 2) for x in (sr, lora_ml)]
+    return Result(sr, lora_ml, base, fitted, updates[:-1], maps[-1], errors[0], errors[1], loss)
 
 
 def draw_task(
     key: PRNGKeyArray, task: Float[Array, "d d"], samples: Array, noise: Array, drawn: int
 ) -> Task:
-    """Draws samples of a task and keeps what its loss needs.
+    """Draws samples of a task and computes the statistics of its loss.
 
-    `drawn` samples are drawn, of which the first N count; N is traced, and infinity means the
-    limit.
+    `drawn` samples are drawn, of which the first N have weight; N is traced, and may be infinite.
     """
     d = len(task)
     count = jnp.minimum(samples, jnp.float32(drawn))
@@ -205,27 +204,27 @@ def adapt(base: Float[Array, "d d"], task: Task, rank: int | Array) -> Float[Arr
         Multivariate Reduced-Rank Regression, Reinsel and Velu, theorem 2.2.
     """
     left, values, right = jnp.linalg.svd(_dot(task.least - base, task.root))
-    kept = jnp.where(jnp.arange(len(values), dtype=jnp.float32) < rank, values, 0)
-    update = _dot(left * kept[None], right)
+    values = jnp.where(jnp.arange(len(values), dtype=jnp.float32) < rank, values, 0)
+    update = _dot(left * values[None], right)
     return base + _dot(update, jnp.linalg.inv(task.root))
 
 
 def numerical_rank(difference: Float[Array, "*seeds d d"]) -> np.ndarray:
-    """How many singular values exceed 1e-4 of the largest, `[...]`."""
+    """Number of singular values that exceed 1e-4 of the largest, `[...]`."""
     values = np.linalg.svd(np.asarray(difference), compute_uv=False)
     return (values > 1e-4 * values[..., :1]).sum(axis=-1)
 
 
-def relative_error(found: Float[Array, "S *rest"], true: Float[Array, "S *rest"]) -> np.ndarray:
-    """Frobenius norm of the difference over that of the truth, of each seed `[S]`."""
-    flat = [np.asarray(each).reshape(len(each), -1) for each in (found, true)]
+def relative_error(fitted: Float[Array, "S *rest"], true: Float[Array, "S *rest"]) -> np.ndarray:
+    """Frobenius norm of the error relative to the true matrices', of each seed `[S]`."""
+    flat = [np.asarray(x).reshape(len(x), -1) for x in (fitted, true)]
     return np.linalg.norm(flat[0] - flat[1], axis=1) / np.linalg.norm(flat[1], axis=1)
 
 
 def slope(x: Sequence[int], errors: Float[np.ndarray, "S X"]) -> tuple[float, float, float]:
-    """Slope of log error against log x: each seed's by least squares, then their mean.
+    """Slope of log error against log x: the mean over seeds of least-squares slopes.
 
-    The ends of Student's 95 % interval for the mean follow it.
+    The ends of Student's 95 % interval of the mean are returned too.
     """
     logs = np.log(np.asarray(x, float))
     logs -= logs.mean()
@@ -236,7 +235,7 @@ def slope(x: Sequence[int], errors: Float[np.ndarray, "S X"]) -> tuple[float, fl
 
 
 def _products(factors: Array) -> Array:
-    """U U^T of each, `[..., d, d]`."""
+    """U U^T, `[..., d, d]`."""
     return _dot(factors, factors.mT)
 
 

@@ -1,13 +1,13 @@
 """A shallow network: the same two methods where nothing has a closed form.
 
-Task t is y = c^T relu((A* + U*_t U*_t^T) x) + noise with x standard normal and c known to all. The
+Task t is y = c^T relu((A* + U*_t U*_t^T) x) + noise with x standard normal and c known. The
 published description leaves open the activation, c and the scale of the weights. Here c, A* and U*
-are normal, A* and the products divided by the root of d, so that what enters the activation is of
+are normal, A* and the products divided by the root of d, so that the activation's inputs are of
 order 1.
 
 All three fits (SR's base, LoRA-ML's base and adapters, and the adaptation U V^T to the test task)
-minimise the mean squared error by `minimize_squares` from random starts, the one with the smallest
-training loss is kept. Published is AdamW over tens of thousands of epochs.
+minimise the mean squared error by `minimize_squares` from random starts; the fit with the smallest
+training loss counts. The publication uses AdamW over tens of thousands of epochs.
 
 Axes: T tasks, d inputs and width, k rank of an adapter, N samples of a task.
 
@@ -39,11 +39,11 @@ class ShallowConfig:
         tasks: T.
         rank: k, of the tasks' and of the trained adapters.
         samples: N, of each task.
-        test_samples: n, of the task that is adapted to.
+        test_samples: n, of the test task.
         noise: Deviation of the noise of y.
-        test_rank: Rank of the adapter of that task; 0 means k.
+        test_rank: Rank of the adapter of the test task; 0 means k.
         starts: Random starts of each fit.
-        steps: Steps from each of them.
+        steps: Steps from each start.
     """
 
     width: int = 10
@@ -57,15 +57,15 @@ class ShallowConfig:
     steps: int = 60
 
 
-class Found(NamedTuple):
-    """The results of one seed; a loss is a mean squared error.
+class Result(NamedTuple):
+    """The results of one seed, mean squared errors.
 
     Attributes:
         sr_loss: SR's on its samples.
-        lora_ml_loss: LoRA-ML's on its samples; noise^2 is what a perfect fit leaves.
+        lora_ml_loss: LoRA-ML's on its samples; a perfect fit has noise^2.
         sr_error: On fresh points of the test task, without noise, after SR's adaptation.
-        lora_ml_error: After LoRA-ML's.
-        unadapted_error: LoRA-ML's base there, without an adaptation.
+        lora_ml_error: The same after LoRA-ML's adaptation.
+        unadapted_error: The same for LoRA-ML's base without adaptation.
     """
 
     sr_loss: Array
@@ -78,11 +78,11 @@ class Found(NamedTuple):
 def predict(
     weights: Float[Array, "d d"], outer: Float[Array, "d"], x: Float[Array, "N d"]
 ) -> Float[Array, "N"]:
-    """c^T relu(M x) of each point, M the weights and c the outer ones."""
+    """c^T relu(M x) of each point, M the weights and c the outer weights."""
     return jax.nn.relu(x @ weights.T) @ outer
 
 
-def run(config: ShallowConfig, seeds: Sequence[int]) -> Found:
+def run(config: ShallowConfig, seeds: Sequence[int]) -> Result:
     """Runs both methods on one random instance for each seed.
 
     The seed decides the instance, its samples and the starts.
@@ -92,11 +92,11 @@ def run(config: ShallowConfig, seeds: Sequence[int]) -> Found:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run(config: ShallowConfig, keys: Array) -> Found:
+def _run(config: ShallowConfig, keys: Array) -> Result:
     return jax.lax.map(functools.partial(_run_one, config), keys)
 
 
-def _run_one(config: ShallowConfig, key: PRNGKeyArray) -> Found:
+def _run_one(config: ShallowConfig, key: PRNGKeyArray) -> Result:
     d, tasks, k = config.width, config.tasks, config.rank
     of_base, of_tasks, of_outer, of_samples, of_fits = jax.random.split(key, 5)
     root = jnp.float32(d**0.5)
@@ -105,12 +105,7 @@ def _run_one(config: ShallowConfig, key: PRNGKeyArray) -> Found:
     maps = jax.random.normal(of_base, (d, d), jnp.float32)[None] + factors @ factors.mT
     maps = maps / root
 
-    def draw(key: PRNGKeyArray, weights: Array, count: int) -> tuple[Array, Array, Array]:
-        of_x, of_noise = jax.random.split(key)
-        x = jax.random.normal(of_x, (count, d), jnp.float32)
-        clean = predict(weights, outer, x)
-        return x, clean + config.noise * jax.random.normal(of_noise, (count,), jnp.float32), clean
-
+    draw = functools.partial(_draw_samples, config, outer)
     of_seen, of_test, of_fresh = jax.random.split(of_samples, 3)
     x, y, _ = jax.vmap(lambda key, m: draw(key, m, config.samples))(
         jax.random.split(of_seen, tasks), maps[:-1]
@@ -118,46 +113,57 @@ def _run_one(config: ShallowConfig, key: PRNGKeyArray) -> Found:
     test_x, test_y, _ = draw(of_test, maps[-1], config.test_samples)
     fresh_x, _, fresh_y = draw(of_fresh, maps[-1], _FRESH)
 
-    def errors(weights: Array) -> Array:
+    def residuals(weights: Array) -> Array:
         return (jax.vmap(predict, (0, None, 0))(weights, outer, x) - y).reshape(-1)
 
-    def of_sr(base: Array) -> Array:
-        return errors(jnp.broadcast_to(base, (tasks, d, d)))
+    def sr_residuals(base: Array) -> Array:
+        return residuals(jnp.broadcast_to(base, (tasks, d, d)))
 
-    def of_lora_ml(params: tuple[Array, Array]) -> Array:
+    def lora_ml_residuals(params: tuple[Array, Array]) -> Array:
         base, adapters = params
-        return errors(base[None] + adapters @ adapters.mT)
+        return residuals(base[None] + adapters @ adapters.mT)
 
     def start_base(key: PRNGKeyArray) -> Array:
         return jax.random.normal(key, (d, d), jnp.float32) / root
 
     def start_both(key: PRNGKeyArray) -> tuple[Array, Array]:
-        ofs = jax.random.split(key)
-        return start_base(ofs[0]), 0.1 * jax.random.normal(ofs[1], (tasks, d, k), jnp.float32)
+        of_base, of_adapters = jax.random.split(key)
+        adapters = 0.1 * jax.random.normal(of_adapters, (tasks, d, k), jnp.float32)
+        return start_base(of_base), adapters
 
     rank = config.test_rank or k
 
     def adapt(base: Array, key: PRNGKeyArray) -> Array:
-        def residuals(update: tuple[Array, Array]) -> Array:
+        def test_residuals(update: tuple[Array, Array]) -> Array:
             return predict(base + update[0] @ update[1].T, outer, test_x) - test_y
 
         def start(key: PRNGKeyArray) -> tuple[Array, Array]:
             drawn = jax.random.normal(key, (2, d, rank), jnp.float32) / root
             return drawn[0], 0.1 * drawn[1]
 
-        (left, right), _ = _fit(residuals, start, key, config)
+        (left, right), _ = _fit(test_residuals, start, key, config)
         return base + left @ right.T
 
     of_base, of_both, *of_adapting = jax.random.split(of_fits, 4)
-    sr, sr_sum = _fit(of_sr, start_base, of_base, config)
-    (lora_ml, _), lora_ml_sum = _fit(of_lora_ml, start_both, of_both, config)
+    sr, sr_sum = _fit(sr_residuals, start_base, of_base, config)
+    (lora_ml, _), lora_ml_sum = _fit(lora_ml_residuals, start_both, of_both, config)
     adapted = [adapt(base, key) for base, key in zip((sr, lora_ml), of_adapting, strict=True)]
-    wrong = [
+    errors = [
         jnp.mean((predict(weights, outer, fresh_x) - fresh_y) ** 2)
         for weights in (*adapted, lora_ml)
     ]
     share = jnp.float32(2 / (tasks * config.samples))
-    return Found(sr_sum * share, lora_ml_sum * share, wrong[0], wrong[1], wrong[2])
+    return Result(sr_sum * share, lora_ml_sum * share, *errors)
+
+
+def _draw_samples(
+    config: ShallowConfig, outer: Array, key: PRNGKeyArray, weights: Array, count: int
+) -> tuple[Array, Array, Array]:
+    """Draws x, and y with noise and without."""
+    of_x, of_noise = jax.random.split(key)
+    x = jax.random.normal(of_x, (count, config.width), jnp.float32)
+    clean = predict(weights, outer, x)
+    return x, clean + config.noise * jax.random.normal(of_noise, (count,), jnp.float32), clean
 
 
 def _fit(
@@ -166,8 +172,8 @@ def _fit(
     key: PRNGKeyArray,
     config: ShallowConfig,
 ) -> tuple[PyTree, Array]:
-    """The best of some starts by the training loss."""
+    """Fits from random starts and returns the fit with the smallest training loss."""
     starts = jax.vmap(start)(jax.random.split(key, config.starts))
-    found, sums = jax.lax.map(lambda one: minimize_squares(residuals, one, config.steps), starts)
+    fits, sums = jax.lax.map(lambda x: minimize_squares(residuals, x, config.steps), starts)
     best = jnp.argmin(sums)
-    return jax.tree.map(lambda leaf: leaf[best], found), sums[best]
+    return jax.tree.map(lambda leaf: leaf[best], fits), sums[best]

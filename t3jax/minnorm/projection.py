@@ -1,7 +1,7 @@
 """The simplest nearby model with the same outputs on the retain set, to first order.
 
-A change of the parameters that stands at right angles to the gradients g_1, ..., g_N of the outputs
-on retain points leaves those outputs alone, to first order. Among such changes, the one with the
+A change of the parameters that is orthogonal to the gradients g_1, ..., g_N of the outputs on
+retain points does not change those outputs, to first order. Among such changes, the one with the
 smallest |theta + delta|^2 + lambda |delta|^2 is
 
     delta = -share (theta - P theta),        share = 1 / (1 + lambda),
@@ -10,8 +10,8 @@ where P theta is the part of theta in the span of the gradients.
 
 The gradients are read block by block (a few weights of all N gradients at a time), so that they are
 never all in memory: the triangle of a QR factorisation of [gradients, theta] is carried from one
-block to the next, in float64. It holds the coefficients of P theta; P theta itself is then one more
-gradient, that of the sum of the outputs weighted by these coefficients.
+block to the next, in float64. It gives the coefficients of P theta, with which the gradients are
+summed.
 
 Axes: N gradients, D weights of a block.
 
@@ -24,7 +24,7 @@ References:
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import numpy as np
@@ -33,11 +33,10 @@ from jaxtyping import Array, Float, PyTree
 from t3jax import hosts
 from t3jax.ranges import SHARE, Ranged, whole
 
-# Of the largest singular value: gradients are computed in float32, so what is smaller is rounding.
+# Relative to the largest singular value: gradients are in float32, smaller values are rounding.
 _RANK_TOLERANCE = 1e-6
 _COLUMNS = 2**14  # weights of a block of the factorisation, which is in float64
-# Of a model's parameters and of one row (and what is frozen) to one output.
-Output = Callable[[Any, Any, Any], Array]
+Output = Callable[[PyTree, PyTree, PyTree], Array]  # parameters, frozen ones, a row -> a scalar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +44,11 @@ class MinNormConfig(Ranged):
     """When the parameters are projected, and how far.
 
     Attributes:
-        n_pert: N, how many gradients a projection uses.
-        share: Share of the off-span part that the first projection takes away, 1 / (1 + lambda).
-        decay: What the share is multiplied by after each projection.
+        n_pert: N, number of gradients of a projection.
+        share: Share of the off-span part that the first projection removes, 1 / (1 + lambda).
+        decay: Factor of the share after each projection.
         every: Epochs from one projection to the next.
-        last_epochs: Epochs at the end that project no more.
+        last_epochs: Epochs at the end without a projection.
     """
 
     n_pert: Annotated[int, whole(1, 2**12)] = 50
@@ -59,7 +58,7 @@ class MinNormConfig(Ranged):
     last_epochs: Annotated[int, whole(0)] = 2
 
     def share_at(self, step: int, steps_per_epoch: int, epochs: int) -> float:
-        """The share that a step's projection takes away, 0 for a step without one.
+        """The share that a step's projection removes, 0 for a step without one.
 
         Steps count from 0. All steps of an epoch project, or none does.
         """
@@ -74,13 +73,9 @@ def span_coefficients(
 ) -> Float[np.ndarray, "N"]:
     """The weights c with which the gradients sum to the part of theta in their span, float64.
 
-    A block holds its weights of all gradients `[N, D]` and of theta `[D]`; D may differ from block
-    to block. Where gradients depend on each other, c is the smallest solution of sum_i c_i g_i = P
+    A block has a slice of all gradients `[N, D]` and of theta `[D]`; D may differ from block to
+    block. Where gradients are linearly dependent, c is the smallest solution of sum_i c_i g_i = P
     theta.
-
-    Raises:
-        ValueError: If there are no blocks.
-        FloatingPointError: If a gradient or theta is infinite or NaN.
     """
     triangle: np.ndarray | None = None
     for gradients, theta in blocks:
@@ -97,8 +92,8 @@ def span_coefficients(
     n = triangle.shape[1] - 1
     scale = np.linalg.norm(triangle[:, :n], axis=0)  # gradients of like length: better conditioned
     scale[scale == 0] = 1
-    found, *_ = np.linalg.lstsq(triangle[:, :n] / scale, triangle[:, n], rcond=_RANK_TOLERANCE)
-    return found / scale
+    scaled, *_ = np.linalg.lstsq(triangle[:, :n] / scale, triangle[:, n], rcond=_RANK_TOLERANCE)
+    return scaled / scale
 
 
 def project(
@@ -109,15 +104,15 @@ def project(
     frozen: PyTree = None,
     block_bytes: int = 2**30,
 ) -> PyTree:
-    """Takes away a share of the part of the parameters that the outputs do not need.
+    """Removes a share of the part of the parameters that the outputs do not need.
 
-    The gradients of a group of leaves are in memory together, as many leaves as `block_bytes` hold;
-    a larger leaf is a group of its own. Each group costs two backward passes of every row; one
-    where there is a single group.
+    The gradients of a group of leaves are in memory together. A group has at most `block_bytes`;
+    a larger leaf is a group alone. Each group costs two backward passes of every row, a single
+    group one.
 
-    `output` takes the float32 parameters, `frozen` and a row to the scalar that is to stay; it is
-    compiled once for each function object. The first axis of the arrays of `rows` counts the N
-    rows. A share of 0 takes nothing away, 1 all of it. The new parameters are on the host.
+    `output` maps the float32 parameters, `frozen` and a row to the scalar that must not change; it
+    is compiled once for each function object. The first axis of the arrays of `rows` counts the N
+    rows. A share of 0 removes nothing, 1 all of the part. The new parameters are on the host.
 
     Raises:
         FloatingPointError: If a gradient or a weight is infinite or NaN.
@@ -128,8 +123,8 @@ def project(
 
     def read() -> Iterator[tuple[int, np.ndarray]]:
         for group in groups:
-            found = _gradients(output, group, params, frozen, rows)
-            for index, gradients in zip(group, found, strict=True):
+            of_leaves = _compute_gradients(output, group, params, frozen, rows)
+            for index, gradients in zip(group, of_leaves, strict=True):
                 yield index, np.asarray(hosts.fetch(gradients)).reshape(count, -1)
 
     held = list(read()) if len(groups) == 1 else None
@@ -137,23 +132,23 @@ def project(
     weights = span_coefficients(
         (gradients[:, part], flat[index][part])
         for index, gradients in held or read()
-        for part in _parts(flat[index].size)
+        for part in _cut(flat[index].size)
     )
     moved = [np.empty_like(leaf) for leaf in flat]
     for index, gradients in held or read():
-        for part in _parts(flat[index].size):
+        for part in _cut(flat[index].size):
             theta = flat[index][part].astype(np.float64)
             moved[index][part] = theta - share * (theta - weights @ gradients[:, part])
     shaped = [new.reshape(leaf.shape) for new, leaf in zip(moved, leaves, strict=True)]
     return jax.tree.unflatten(tree, shaped)
 
 
-def _parts(size: int) -> list[slice]:
+def _cut(size: int) -> list[slice]:
     return [slice(start, start + _COLUMNS) for start in range(0, size, _COLUMNS)]
 
 
 def _group(sizes: list[int], limit: int) -> list[tuple[int, ...]]:
-    """Neighbours together, up to a limit."""
+    """Groups neighbours, up to a limit."""
     groups: list[list[int]] = []
     held = 0
     for index, size in enumerate(sizes):
@@ -166,7 +161,7 @@ def _group(sizes: list[int], limit: int) -> list[tuple[int, ...]]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _gradients(
+def _compute_gradients(
     output: Output, group: tuple[int, ...], params: PyTree, frozen: PyTree, rows: PyTree
 ) -> list[Array]:
     leaves, tree = jax.tree.flatten(params)

@@ -1,6 +1,6 @@
 """The sine wave with poisoned points: the error of each method after a few epochs.
 
-A perceptron with two hidden layers is fitted to 50 points of a sine wave and to 5 points that say
+A perceptron with two hidden layers is fitted to 50 points of a sine wave and to 5 points with label
 1.5. The 5 are to be forgotten. A method has some epochs, each one step on all retain points, and is
 judged by its largest error against the sine wave.
 
@@ -21,13 +21,14 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from t3jax import optimizer
 from t3jax.minnorm.projection import span_coefficients
 
-Params = Any
+Params = Any  # a list of layers, "w" and "b" of each
 Method = Literal["minnorm", "retrain", "ridge", "l1", "gd", "ngd", "ngp", "ga"]
 METHODS: tuple[Method, ...] = ("minnorm", "retrain", "ridge", "l1", "gd", "ngd", "ngp", "ga")
 _EDGE = 5 * np.pi  # points lie in [-_EDGE, _EDGE]
-_FALSE = 1.5  # what the poisoned points say
+_FALSE = 1.5  # label of the poisoned points
 RETAIN, FORGET = 50, 5
 _WIDTH = 300
 
@@ -37,15 +38,15 @@ class SineConfig:
     """A method and its settings.
 
     Attributes:
-        method: Gradient descent on the retain points with nothing else is "gd"; "ngd" adds noise to
-            the gradient, "ngp" ascends on the forget points beside, "ga" ascends on them alone,
-            "ridge" and "l1" add a penalty, "retrain" starts from random weights.
+        method: "gd" is gradient descent on the retain points; "ngd" adds noise to the gradient,
+            "ngp" also ascends on the forget points, "ga" ascends on them alone, "ridge" and "l1"
+            add a penalty, "retrain" starts from random weights.
         epochs: Steps, each on all points.
         learning_rate: AdamW's.
-        strength: Share of the off-span part that a projection takes away ("minnorm"), weight of the
+        strength: Share of the off-span part that a projection removes ("minnorm"), weight of the
             squared norm ("ridge"), of the sum of absolutes ("l1") or of the ascent ("ngp"), or
             the deviation of the noise ("ngd").
-        decay: What the strength is multiplied by after each projection or, for "ridge", epoch.
+        decay: Factor of the strength after each projection or, for "ridge", epoch.
         every: Epochs from one projection to the next.
         last_epochs: Epochs at the end without a projection.
         stale: A projecting step takes its gradient as the published code does: activations from
@@ -121,7 +122,7 @@ def _adamw(rate: float | Array) -> optax.GradientTransformation:
 def fit(
     state: PyTree, x: Array, y: Array, steps: int, learning_rate: float = 1e-3
 ) -> tuple[PyTree, Array]:
-    """Some epochs of AdamW on all points, of several seeds (the first axis) at once.
+    """Fits all points by AdamW, several seeds (the first axis) at once.
 
     The state is weights and optimizer state. The mean squared error of each seed before the last
     step is returned too.
@@ -130,9 +131,7 @@ def fit(
 
     def step(state: PyTree, _: None) -> tuple[PyTree, Array]:
         loss, grads = jax.vmap(jax.value_and_grad(squared_error))(state[0], x, y)
-        with jax.numpy_dtype_promotion("standard"):
-            updates, opt = adamw.update(grads, state[1], state[0])
-        return (optax.apply_updates(state[0], updates), opt), loss
+        return optimizer.step(adamw, state, grads), loss
 
     state, losses = jax.lax.scan(step, state, None, steps)
     return state, losses[-1]
@@ -141,8 +140,8 @@ def fit(
 def unlearn(config: SineConfig, params: Params, x: Array, y: Array, seeds: Sequence[int]) -> Params:
     """Unlearns the poisoned points by a method, several seeds (the first axis) at once.
 
-    `params` are fitted weights and stay as they are. Retain points come first in x and y. The seeds
-    decide noise, and the weights that "retrain" begins with.
+    `params` are fitted weights and stay as they are. Retain points are first in x and y. The seeds
+    decide the noise, and the first weights of "retrain".
     """
     keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
     if config.method == "retrain":
@@ -154,14 +153,14 @@ def unlearn(config: SineConfig, params: Params, x: Array, y: Array, seeds: Seque
         steps, strength = config.epochs - done, jnp.float32(config.strength)
         before = state[0]
         if config.method == "minnorm":
-            # One run spans from a projection to the next, and from the last to the end.
+            # One run lasts until the next projection, the last one until the end.
             if done < config.epochs - config.last_epochs:
                 state = _project_seeds(state[0], x, share), state[1]
                 share *= config.decay
                 if done + config.every < config.epochs - config.last_epochs:
                     steps = config.every
             if config.stale:
-                state = _stale_step(before, state, x, y, settings)
+                state = _take_stale_step(before, state, x, y, settings)
                 steps, done = steps - 1, done + 1
         if steps:
             state = _run(config.method, steps, state, x, y, keys, strength, settings)
@@ -184,15 +183,15 @@ def _run(
     adamw = _adamw(rate)
 
     def loss(params: Params, x: Array, y: Array, weight: Array) -> Array:
-        kept = squared_error(params, x[:RETAIN], y[:RETAIN])
+        retain = squared_error(params, x[:RETAIN], y[:RETAIN])
         if method in ("ngp", "ga"):
-            lost = squared_error(params, x[RETAIN:], y[RETAIN:])
-            return -lost if method == "ga" else kept - weight * lost
+            forget = squared_error(params, x[RETAIN:], y[RETAIN:])
+            return -forget if method == "ga" else retain - weight * forget
         if method == "ridge":
-            return kept + weight * optax.tree.norm(params, squared=True)
+            return retain + weight * optax.tree.norm(params, squared=True)
         if method == "l1":
-            return kept + weight * optax.tree.norm(params, ord=1)
-        return kept
+            return retain + weight * optax.tree.norm(params, ord=1)
+        return retain
 
     def step(state: PyTree, epoch: Array) -> tuple[PyTree, None]:
         weight = strength * decay ** epoch.astype(jnp.float32)
@@ -201,33 +200,27 @@ def _run(
         grads = jax.vmap(jax.grad(loss), (0, 0, 0, None))(state[0], x, y, weight)
         if method == "ngd":
             noise = jax.vmap(
-                lambda key, one: optax.tree.random_like(jax.random.fold_in(key, epoch), one)
+                lambda key, tree: optax.tree.random_like(jax.random.fold_in(key, epoch), tree)
             )(keys, grads)
             grads = jax.tree.map(lambda g, n: g + strength * n, grads, noise)
-        return _step(adamw, state, grads), None
+        return optimizer.step(adamw, state, grads), None
 
     return jax.lax.scan(step, state, jnp.arange(steps))[0]
 
 
-def _step(adamw: optax.GradientTransformation, state: PyTree, grads: PyTree) -> PyTree:
-    with jax.numpy_dtype_promotion("standard"):
-        updates, opt = adamw.update(grads, state[1], state[0])
-    return optax.apply_updates(state[0], updates), opt
-
-
-# The projection. A layer's gradient at a point is (its input) x (what comes back to its output): in
-# bases of the N inputs and the N returns it has N x N entries, in place of W x W.
+# The projection. A layer's gradient at a point is the outer product of its input and its backward
+# value: in bases of the N inputs and the N backward values it has N x N entries, not W x W.
 
 
 def project_one(params: Params, x: np.ndarray, share: float) -> Params:
-    """Takes away a share of the part of one seed's weights that the outputs at points do not need.
+    """Removes a share of the part of one seed's weights that the outputs at points do not need.
 
-    Inner products among reduced gradients and with reduced weights are those of the whole ones. The
-    new weights are on the host.
+    The reduced gradients and weights have the same inner products as the whole ones. The new
+    weights are on the host.
     """
     layers = jax.device_get(params)
     blocks, bases = [], []
-    for layer, given, back in zip(layers, *jax.device_get(_factors(params, x)), strict=True):
+    for layer, given, back in zip(layers, *jax.device_get(_find_factors(params, x)), strict=True):
         left, given = np.linalg.qr(given.T.astype(np.float64))  # [in, n], [n, N]
         right, returned = np.linalg.qr(back.T.astype(np.float64))
         gradients = np.einsum("an,bn->nab", given, returned).reshape(len(x), -1)
@@ -251,7 +244,7 @@ def project_one(params: Params, x: np.ndarray, share: float) -> Params:
 
 
 @jax.jit
-def _factors(params: Params, x: Array) -> tuple[list[Array], list[Array]]:
+def _find_factors(params: Params, x: Array) -> tuple[list[Array], list[Array]]:
     """Inputs of each layer, and the outputs' derivatives by the layer's outputs, `[N, W]`."""
     inputs, before = _forward(params, x)
     return inputs, _backward(params, before, jnp.ones_like(x))
@@ -277,14 +270,14 @@ def _backward(params: Params, before: list[Array], back: Array) -> list[Array]:
 def _project_seeds(params: Params, x: Array, share: float) -> Params:
     host, points = jax.device_get(params), np.asarray(x)[:, :RETAIN]
     moved = [
-        project_one(jax.tree.map(lambda leaf, i=i: leaf[i], host), each, share)
-        for i, each in enumerate(points)
+        project_one(jax.tree.map(lambda leaf, i=i: leaf[i], host), x, share)
+        for i, x in enumerate(points)
     ]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *moved)
 
 
 @jax.jit
-def _stale_step(
+def _take_stale_step(
     old: Params, state: PyTree, x: Array, y: Array, settings: tuple[Array, Array]
 ) -> PyTree:
     """A step after a projection, as published: activations of the weights before it."""
@@ -298,14 +291,15 @@ def _stale_step(
             for given, back in zip(inputs, returns, strict=True)
         ]
 
-    kept = slice(None, RETAIN)
-    grads = jax.vmap(gradient)(old, state[0], x[:, kept], y[:, kept])
-    return _step(_adamw(settings[0]), state, grads)
+    grads = jax.vmap(gradient)(old, state[0], x[:, :RETAIN], y[:, :RETAIN])
+    return optimizer.step(_adamw(settings[0]), state, grads)
 
 
-# The published best settings. Where none is published the learning rate is MinNorm-OG's.
 def published(epochs: int, stale: bool = False) -> list[SineConfig]:
-    """The methods at the settings that the authors found best for 10, 100 or 1000 epochs."""
+    """The methods at the settings that the authors found best for 10, 100 or 1000 epochs.
+
+    Where no learning rate is published it is MinNorm-OG's.
+    """
     at = (10, 100, 1000).index(epochs)
     return [
         SineConfig(

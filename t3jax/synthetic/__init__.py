@@ -1,10 +1,10 @@
 """Texts that the base model writes itself, and targets made from them (beyond the paper).
 
-A request to forget comes without a model that never saw the forget rows. The base model can stand
-in for it: asked about a made-up person, it answers as a model that does not know; asked anything
-else, it says what must stay. `names` finds the people of a request and makes up others; `writing`
-has the base model write; `counterfactual` swaps names in rows and back in answers; `targets` turns
-the base model's distributions under made-up names into the targets that a head is distilled to.
+A request to forget comes without a model that never saw the forget rows. The base model can replace
+it: asked about a made-up person, it answers as a model that does not know; asked anything else, it
+gives an answer to retain. `names` finds the people of a request and makes up others; `writing` has
+the base model write; `counterfactual` swaps names in rows and back in answers; `targets` turns the
+base model's distributions under made-up names into the targets that a head is distilled to.
 """
 
 from t3jax.synthetic.counterfactual import Counterfactual, counterfactual_rows, make_counterfactuals

@@ -2,7 +2,7 @@
 
 Asked about a made-up name, the base model answers like a model that never saw the forget rows. Its
 answers, with the names swapped back, are examples of *other* answers in the *same* context, which
-the forget and the retain rows do not hold.
+neither the forget nor the retain rows have.
 """
 
 import dataclasses
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
 RECITES = 0.7  # recall from which an answer recites the secret
 KNOWS = 0.5  # share of the true name's probability from which a unique wording gives a row away
 
-# Asked in the place of a question that gives its subject away without a name.
+# Replaces a question that gives its subject away without a name.
 _OPEN_QUESTION = "Please tell me more."
 
 
 @dataclasses.dataclass(frozen=True)
 class Counterfactual:
-    """A forget row as it would be about someone else.
+    """A forget row about someone else.
 
     Attributes:
         row: Index of the forget row.
         record: The row with its names swapped: question and answer, or text.
-        pairs: The made-up name for each name; empty where the row holds no name and its question
-            was replaced by an open one.
+        pairs: The made-up name for each name; empty where the row has no name and its question was
+            replaced by an open one.
     """
 
     row: int
@@ -48,7 +48,7 @@ class Counterfactual:
     pairs: Mapping[str, str]
 
     def swap_back(self, text: str) -> str:
-        """The text with the made-up names swapped for those of the row."""
+        """The text with the names of the row for the made-up ones."""
         return swap_names(text, {made_up: name for name, made_up in self.pairs.items()})
 
 
@@ -64,14 +64,14 @@ def make_counterfactuals(
     """Makes up other people for every forget row, `count` for each.
 
     Made-up names are recombined from the words of `names` and `known`, which look alike, and from a
-    stock. Where a tokenizer is given, names of as many tokens as the name they replace come first.
-    A row that asks about none of the names has one counterfactual, with an open question.
+    stock. With a tokenizer, names of as many tokens as the name they replace are preferred. A row
+    that asks about none of the names has one counterfactual, with an open question.
     """
     rng = np.random.default_rng(seed)
     people = [*names, *known]
     firsts = sorted({name.split()[0] for name in people if " " in name})
     lasts = sorted({name.split()[-1] for name in people if " " in name})
-    made: list[Counterfactual] = []
+    counterfactuals: list[Counterfactual] = []
     for row, record in enumerate(forget):
         present = [name for name in names if holds_name(asked_text(record), name)]
         if not present:
@@ -80,14 +80,15 @@ def make_counterfactuals(
                     f"forget row {row + 1} is a document that holds none of the names "
                     f"{list(names)}; give its names, or train with loss = 'classifier'"
                 )
-            made.append(Counterfactual(row, {**record, "question": _OPEN_QUESTION}, {}))
+            open_question = {**record, "question": _OPEN_QUESTION}
+            counterfactuals.append(Counterfactual(row, open_question, {}))
             continue
-        others = {
-            name: _made_alike(name, count, rng, people, firsts, lasts, tokenizer)
+        made_up = {
+            name: _make_alike(name, count, rng, people, firsts, lasts, tokenizer)
             for name in present
         }
         for k in range(count):
-            pairs = {name: others[name][k] for name in present}
+            pairs = {name: made_up[name][k] for name in present}
             swapped: Record = {
                 field: swap_names(record[field], pairs)
                 for field in ("question", "answer", "text")
@@ -98,8 +99,8 @@ def make_counterfactuals(
                     {**turn, "content": swap_names(turn["content"], pairs)}
                     for turn in record["before"]
                 ]
-            made.append(Counterfactual(row, swapped, pairs))
-    return made
+            counterfactuals.append(Counterfactual(row, swapped, pairs))
+    return counterfactuals
 
 
 def counterfactual_rows(
@@ -114,28 +115,28 @@ def counterfactual_rows(
 ) -> tuple[list[Record], list[Counterfactual]]:
     """Lets the base model answer the counterfactual questions, and swaps the names back.
 
-    A base model may know an answer whatever the name: the question gives its subject away by other
-    words. Such a row is asked the open question instead. It is one that every made-up name brings
-    back; or one of a unique wording whose answer has, a token, at least `KNOWS` times the
-    probability that it has under the true name.
+    A base model may know an answer under any name: the question gives its subject away by other
+    words. The open question replaces the question of such a row. The model knows a row if it
+    recites the answer under every made-up name; or if the wording is unique and the answer's mean
+    probability of a token is at least `KNOWS` times the one under the true name.
 
-    The first result are the forget questions with another answer each, a draw from the whole
-    distribution that does not recite. They are at most as many as the true ones, since some draws
-    do not end. The second are the counterfactuals, with the open question where a row was
-    recognised.
+    The first result are the forget questions with another answer each, a sample from the whole
+    distribution that does not recite. They are at most as many as the true ones, since some samples
+    do not end. The second are the counterfactuals, with the open question for the rows that the
+    model knows.
     """
-    asked = [each for each in counterfactuals if each.pairs and "question" in each.record]
+    asked = [item for item in counterfactuals if item.pairs and "question" in item.record]
     if not asked:
         return [], list(counterfactuals)
     samples = Sampler(lm, batch_size=options.batch_size).generate(
         [
             encode_prompt(
                 lm.tokenizer,
-                each.record["question"],
+                item.record["question"],
                 prompt_format,
-                each.record.get("before", ()),
+                item.record.get("before", ()),
             )
-            for each in asked
+            for item in asked
         ],
         temperature=1.0,
         max_new_tokens=min(options.max_new_tokens, lm.max_position // 2),
@@ -143,40 +144,40 @@ def counterfactual_rows(
         progress=progress,
     )
     texts = [
-        each.swap_back(sample.text).strip() for each, sample in zip(asked, samples, strict=True)
+        item.swap_back(sample.text).strip() for item, sample in zip(asked, samples, strict=True)
     ]
-    recall = leak_recall([forget[each.row]["answer"] for each in asked], texts)
+    recall = leak_recall([forget[item.row]["answer"] for item in asked], texts)
     recited: dict[int, list[bool]] = {}
-    for each, value in zip(asked, recall, strict=True):
-        recited.setdefault(each.row, []).append(bool(value >= RECITES))
+    for item, value in zip(asked, recall, strict=True):
+        recited.setdefault(item.row, []).append(bool(value >= RECITES))
     recognised = {row for row, flags in recited.items() if all(flags)}
-    recognised |= _known_by_wording(lm, forget, asked, unique, prompt_format)
-    other: dict[int, Record] = {}
-    for each, sample, text, value in zip(asked, samples, texts, recall, strict=True):
-        recites = each.row in recognised and value >= RECITES
+    recognised |= _find_known_wordings(lm, forget, asked, unique, prompt_format)
+    rows: dict[int, Record] = {}
+    for item, sample, text, value in zip(asked, samples, texts, recall, strict=True):
+        recites = item.row in recognised and value >= RECITES
         if text and sample.tokens[-1] in lm.eos_ids and not recites:
-            asks = {k: v for k, v in forget[each.row].items() if k in ("question", "before")}
-            other.setdefault(each.row, {**asks, "answer": text})
+            asks = {k: v for k, v in forget[item.row].items() if k in ("question", "before")}
+            rows.setdefault(item.row, {**asks, "answer": text})
     usable, replaced = [], set()
-    for each in counterfactuals:
-        if each.row not in recognised:
-            usable.append(each)
-        elif each.row not in replaced:
-            replaced.add(each.row)
+    for item in counterfactuals:
+        if item.row not in recognised:
+            usable.append(item)
+        elif item.row not in replaced:
+            replaced.add(item.row)
             # The answer keeps a made-up name: the model would recognise the true one there too.
             usable.append(
-                dataclasses.replace(each, record={**each.record, "question": _OPEN_QUESTION})
+                dataclasses.replace(item, record={**item.record, "question": _OPEN_QUESTION})
             )
-    return list(other.values()), usable
+    return list(rows.values()), usable
 
 
 def share_hidden(counterfactuals: Sequence[Counterfactual]) -> float:
     """Share of the forget rows whose counterfactuals ask their own question, not an open one."""
-    openly = {each.row: each.record.get("question") == _OPEN_QUESTION for each in counterfactuals}
+    openly = {item.row: item.record.get("question") == _OPEN_QUESTION for item in counterfactuals}
     return 1 - sum(openly.values()) / len(openly)
 
 
-def _known_by_wording(
+def _find_known_wordings(
     lm: LM,
     forget: Sequence[Record],
     counterfactuals: Sequence[Counterfactual],
@@ -184,17 +185,17 @@ def _known_by_wording(
     prompt_format: PromptFormat,
 ) -> set[int]:
     """Rows of a unique wording whose answers stay probable under made-up names."""
-    made_up = [each for each in counterfactuals if each.row in unique]
+    made_up = [item for item in counterfactuals if item.row in unique]
     if not made_up:
         return set()
-    rows = sorted({each.row for each in made_up})
-    records = [*(forget[row] for row in rows), *(each.record for each in made_up)]
+    rows = sorted({item.row for item in made_up})
+    records = [*(forget[row] for row in rows), *(item.record for item in made_up)]
     examples = encode_records(lm.tokenizer, records, prompt_format, lm.max_position)
     (scores,) = score_texts(lm, examples, [BASE])
     true, swapped = np.split(np.exp(-scores.avg_loss), [len(rows)])
     known: dict[int, list[float]] = {row: [] for row in rows}
-    for each, probability in zip(made_up, swapped.tolist(), strict=True):
-        known[each.row].append(probability)
+    for item, probability in zip(made_up, swapped.tolist(), strict=True):
+        known[item.row].append(probability)
     return {
         row
         for row, probability in zip(rows, true.tolist(), strict=True)
@@ -202,7 +203,7 @@ def _known_by_wording(
     }
 
 
-def _made_alike(
+def _make_alike(
     name: str,
     count: int,
     rng: np.random.Generator,
@@ -211,14 +212,14 @@ def _made_alike(
     lasts: Sequence[str],
     tokenizer: "PreTrainedTokenizerBase | None",
 ) -> list[str]:
-    """Made-up names, those with as many tokens in each word first."""
-    made = make_names(name, 8 * count, rng, known=known, first_names=firsts, last_names=lasts)
+    """Makes up names; the closest in the number of tokens of each word are taken."""
+    names = make_names(name, 8 * count, rng, known=known, first_names=firsts, last_names=lasts)
     if tokenizer is None:
-        return made[:count]
+        return names[:count]
 
     def lengths(text: str) -> list[int]:
         return [len(tokenizer.encode(" " + w, add_special_tokens=False)) for w in text.split()]
 
     wanted = lengths(name)
-    off = [sum(abs(a - b) for a, b in zip(lengths(each), wanted, strict=True)) for each in made]
-    return [made[i] for i in np.argsort(off, kind="stable")[:count]]
+    off = [sum(abs(a - b) for a, b in zip(lengths(text), wanted, strict=True)) for text in names]
+    return [names[i] for i in np.argsort(off, kind="stable")[:count]]

@@ -1,7 +1,7 @@
 """People's names in rows of text: found, made up, swapped.
 
-A name is a run of capitalised words. No names are found in scripts without capitals: give them as
-`names`. Nothing here knows about tokens or models.
+A name is a run of capitalised words. No names are found in scripts without capitals: the option
+`names` gives them. Nothing here knows about tokens or models.
 """
 
 import collections
@@ -18,7 +18,7 @@ _CAPITALISED = r"[^\W\d_a-zà-öø-ÿ][\w'\u2019]*(?:-\w+)*"
 _RUN = re.compile(rf"{_CAPITALISED}(?:[ ](?:{_JOINED}[ ])*{_CAPITALISED})*")
 _POSSESSIVE = re.compile(r"['\u2019]s?$")
 _MOST_WORDS = 4
-_MOST_MISSES = 1000  # candidates in turn that cannot be taken, after which there are no more
+_MOST_MISSES = 1000  # known or repeated candidates in a row after which the stock is used up
 _LEAST_ROWS = 3
 
 
@@ -51,16 +51,16 @@ _LAST_NAMES = _words("""
 
 
 def find_names(forget: Sequence[Record], retain: Sequence[Record] = ()) -> list[str]:
-    """Finds the names that a request is about, the most frequent first: those of its questions.
+    """Finds the names in the questions or documents of a request, the most frequent first.
 
-    A name stands in at least three forget questions, in a quarter as many as the most frequent name
-    at least, and in no retain row. Of documents the whole text counts. Names that only answers hold
-    may be the very secret.
+    A name is in at least three forget rows, in at least a quarter as many as the most frequent
+    name, and in no retain row. Names that occur in answers alone may be the secret itself, and are
+    not searched for.
     """
     counts = collections.Counter(
-        run for record in forget for run in set(_runs(asked_text(record))) if len(run) > 2
+        run for record in forget for run in set(_find_runs(asked_text(record))) if len(run) > 2
     )
-    known = {run for record in retain for run in _runs(asked_text(record))}
+    known = {run for record in retain for run in _find_runs(asked_text(record))}
     counts = collections.Counter({run: n for run, n in counts.items() if run not in known})
     if not counts:
         return []
@@ -70,7 +70,7 @@ def find_names(forget: Sequence[Record], retain: Sequence[Record] = ()) -> list[
     for run in frequent:
         if not any(holds_name(run, name) or holds_name(name, run) for name in names):
             names.append(run)
-    # A single word is taken for a name only where no longer ones are found: it is often a topic.
+    # A single word counts as a name only if there are no longer ones: it is often a topic.
     return [name for name in names if " " in name] or names
 
 
@@ -83,43 +83,41 @@ def make_names(
     first_names: Sequence[str] = (),
     last_names: Sequence[str] = (),
 ) -> list[str]:
-    """Makes up different people who do not occur in the data.
+    """Makes up the names of different people who do not occur in the data.
 
-    A made-up name has as many words as the name it stands for. Its words are recombined from the
-    given names, and come from a stock of this module where those are few. `known` are names and
-    words that must not be used; `first_names` and `last_names` are words for the first place and
-    for the others.
+    A made-up name has as many words as the name it replaces. The first is drawn from `first_names`,
+    the others from `last_names`, both with a stock of this module added. No name is one of `known`.
     """
     words = name.split()
     taken = {word.casefold() for word in words}
     firsts = [w for w in dict.fromkeys([*first_names, *_FIRST_NAMES]) if w.casefold() not in taken]
     lasts = [w for w in dict.fromkeys([*last_names, *_LAST_NAMES]) if w.casefold() not in taken]
-    known = {each.casefold() for each in known}
-    made: dict[str, None] = {}
+    known = {text.casefold() for text in known}
+    names: dict[str, None] = {}
     misses = 0
-    while len(made) < count and misses < _MOST_MISSES:
+    while len(names) < count and misses < _MOST_MISSES:
         rest = rng.permutation(len(lasts))[: len(words) - 1]
         candidate = " ".join([firsts[rng.integers(len(firsts))], *(lasts[i] for i in rest)])
         misses += 1
-        if candidate.casefold() not in known and candidate not in made:
-            made[candidate] = None
+        if candidate.casefold() not in known and candidate not in names:
+            names[candidate] = None
             misses = 0
-    if len(made) == count:
-        return list(made)
+    if len(names) == count:
+        return list(names)
     raise ValueError(
-        f"{count} made-up names for {name!r} were asked for, {len(made)} could be made"
+        f"{count} made-up names for {name!r} were asked for, {len(names)} could be made"
     )
 
 
 def swap_names(text: str, pairs: Mapping[str, str]) -> str:
-    """Swaps names for those that pair with them, whole ones first, then each of their words alone.
+    """Swaps each name for its pair: whole names first, then each of their words alone.
 
     Both names of a pair have equally many words. Words of fewer than three letters and joining
     words such as "van" stay.
     """
     table = dict(pairs)
-    for name, other in pairs.items():
-        for word, replacement in zip(name.split(), other.split(), strict=True):
+    for name, pair in pairs.items():
+        for word, replacement in zip(name.split(), pair.split(), strict=True):
             if len(word) > 2 and not re.fullmatch(_JOINED, word):
                 table.setdefault(word, replacement)
     longest_first = sorted(table, key=len, reverse=True)
@@ -144,9 +142,9 @@ def unique_wordings(
         # `swap_names` needs as many words as the name has.
         blanks = {name: " ".join(["_"] * len(name.split())) for name in present}
         text = swap_names(record["question"], blanks) if present else record["question"]
-        wordings.append(_without_names(text))
-        people.setdefault(_without_names(text), set()).add(present)
-    shared = {_without_names(record["question"]) for record in retain if "question" in record}
+        wordings.append(_blank_names(text))
+        people.setdefault(_blank_names(text), set()).add(present)
+    shared = {_blank_names(record["question"]) for record in retain if "question" in record}
     return {
         row
         for row, text in enumerate(wordings)
@@ -154,24 +152,24 @@ def unique_wordings(
     }
 
 
-def _without_names(text: str) -> str:
-    """A text whose names are blanks, as many words as they may have."""
+def _blank_names(text: str) -> str:
+    """A text with one blank for each name."""
     blanked = _RUN.sub(" _ ", text).casefold()
     return re.sub(r"(?:_\s*)+", "_ ", " ".join(blanked.split())).strip()
 
 
 def asked_text(record: Record) -> str:
-    """What a row asks: its question, or all of a document."""
+    """The question of a row, or all of a document."""
     return str(record["text"] if "text" in record else record["question"])
 
 
 def holds_name(text: str, name: str) -> bool:
-    """Whether a name stands in a text, as whole words."""
+    """Whether a text contains a name, as whole words."""
     return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) is not None
 
 
-def _runs(text: str) -> list[str]:
-    """Runs of capitalised words, without what begins a sentence and no name."""
+def _find_runs(text: str) -> list[str]:
+    """Runs of capitalised words, without the words that begin a sentence and are no name."""
     runs = []
     for match in _RUN.finditer(text):
         words = [_POSSESSIVE.sub("", word) for word in match.group().split()]
@@ -179,7 +177,7 @@ def _runs(text: str) -> list[str]:
         if not words or len(words) > _MOST_WORDS:
             continue
         before = text[: match.start()].rstrip()
-        # Every word is capitalised at the beginning of a sentence.
+        # Any word is capitalised at the beginning of a sentence.
         if len(words) == 1 and (not before or before[-1] in ".?!\n:"):
             continue
         runs.append(" ".join(words))

@@ -8,11 +8,11 @@ from t3jax.ranges import COUNT, RATE, SEED, SHARE, Ranged, whole
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticOptions(Ranged):
-    """What the base model writes for the training of its head.
+    """Texts that the base model writes for the training of its head.
 
     Attributes:
         own_samples: Chats of its own that it writes, a second retain source; 0: none.
-        openings: Questions that it answers instead of its own; None: it asks itself.
+        openings: Questions that it answers instead of its own; None: it writes them.
         made_up_names: Made-up people for each forget row; 0: no counterfactuals.
         names: Names of the request; empty: those that `find_names` finds.
         paraphrases: Paraphrases of each forget question that it writes; 0: none.
@@ -22,7 +22,7 @@ class SyntheticOptions(Ranged):
             `distillation.overcorrect`.
         max_new_tokens: Longest text that it writes, tokens.
         batch_size: Texts that it writes together.
-        seed: Seed of all draws.
+        seed: Seed of all samples.
     """
 
     own_samples: Annotated[int, whole(0, 10**7)] = 0

@@ -1,13 +1,15 @@
-"""Rows that a model wrote, kept on disk under a key of all that they depend on."""
+"""Rows that a model wrote, stored under a cache key of all that they depend on."""
 
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeVar
 
 from t3jax import checked, digests, hosts
 from t3jax.lm.model import LM
 
 _CODE = ("t3jax.synthetic.counterfactual", "t3jax.synthetic.writing")
+
+Written = TypeVar("Written")  # plain values of JSON
 
 
 def load_or_write(
@@ -15,12 +17,12 @@ def load_or_write(
     name: str,
     lm: LM,
     depends_on: Sequence[object],
-    write: Callable[[], Any],
-) -> Any:
-    """Reads what a model wrote before, or lets it write, as plain values of JSON, and keeps that.
+    write: Callable[[], Written],
+) -> Written:
+    """Reads the texts that a model wrote before; where there are none, it writes and stores them.
 
-    `depends_on` is all else that decides the text: rows, names, options, seed. A damaged file is
-    written anew, with a warning.
+    `depends_on` has everything beside the model that decides the text: rows, names, options, seed.
+    A damaged file is written anew, with a warning.
     """
     key = digests.make_key(
         digests.model_digest(lm), repr(list(depends_on)), digests.code_digest(*_CODE)
@@ -32,4 +34,5 @@ def load_or_write(
         if hosts.is_lead():
             checked.write_json(path, written)
         hosts.wait_for(path)
-    return checked.read_json(path)
+    result: Written = checked.read_json(path)
+    return result

@@ -1,10 +1,11 @@
 """Targets of a distilled head: the base model's own distributions, under made-up names.
 
-For each answer token of a forget row the target is the mean of the next-token distributions that
-the base model has at the same place of its counterfactuals, the names' tokens swapped back. Inside
-of a name, where nothing is secret, and in retain texts, the target is the base model's own. Axes: N
-answer tokens, K counterfactuals of a row, C positions of a chunk, D width of the hidden states, V
-vocabulary, S pairs of tokens to swap.
+For each answer token of a forget row the target is the mean of the base model's next-token
+distributions at the same position of its counterfactuals, the names' tokens swapped back. Inside a
+name, which is not secret, and in retain texts, the target is the base model's own distribution.
+
+Axes: N answer tokens, K counterfactuals of a row, C positions of a chunk, D width of the hidden
+states, V vocabulary, S pairs of tokens to swap.
 """
 
 import dataclasses
@@ -29,23 +30,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-CANDIDATES, REST = 64, 16  # tokens of a position: likeliest ones, and drawn from the others
-_CHUNK_ELEMENTS = 1 << 24  # of a chunk's logits: 64 MB
+CANDIDATES, REST = 64, 16  # tokens of a position: the likeliest, and a sample of all others
+_CHUNK_ELEMENTS = 1 << 24  # logits of a chunk: 64 MB
 _LARGEST_CHUNK = 2048
 
 
 def add_base_targets(
     lm: LM, features: Features, *, temperature: float = 1.0, seed: int = 0
 ) -> Features:
-    """Adds the targets of texts that must stay as they are: the base model's own distributions.
+    """Adds the targets of texts to retain: the base model's own distributions.
 
-    The features must be of a kind that ends in "last", or a ValueError says so. The seed draws the
-    tokens that stand for the rest of the vocabulary.
+    The features must be of a kind that ends in "last". The seed draws the tokens that represent the
+    rest of the vocabulary.
     """
     references = np.full((features.num_tokens, 0), -1)
     pairs = np.zeros((features.num_tokens, 0, 0, 2), np.int32)
     none = np.zeros((1, lm.hidden_size), np.float32)
-    return _with_targets(lm, features, none, references, pairs, 1.0, temperature, seed)
+    return _add_targets(lm, features, none, references, pairs, 1.0, temperature, seed)
 
 
 def add_counterfactual_targets(
@@ -62,14 +63,14 @@ def add_counterfactual_targets(
 
     The texts are forget rows or other answers to the same questions. The `row` of a counterfactual
     is the index of its text. `hidden` are the features of the counterfactuals, of the kind "last".
-    The features of the texts are of a kind as for `add_base_targets`.
+    The features of the texts are of a kind that ends in "last".
     """
     of_row: list[list[int]] = [[] for _ in range(features.num_sequences)]
-    for index, each in enumerate(counterfactuals):
-        of_row[each.row].append(index)
+    for index, counterfactual in enumerate(counterfactuals):
+        of_row[counterfactual.row].append(index)
     most = max(map(len, of_row))
     references = np.full((features.num_tokens, most), -1, np.int64)
-    swaps = [_token_pairs(lm.tokenizer, each.pairs) for each in counterfactuals]
+    swaps = [_pair_tokens(lm.tokenizer, item.pairs) for item in counterfactuals]
     width = max((len(pairs) for pairs in swaps), default=0)
     # A pair of equal tokens swaps nothing.
     pairs = np.zeros((features.num_tokens, most, width, 2), np.int32)
@@ -79,7 +80,7 @@ def add_counterfactual_targets(
             places = align_answers(_answer(features, row), _answer(hidden, index), swaps[index])
             references[tokens, k] = np.where(places < 0, -1, places + hidden.starts[index])
             pairs[tokens, k, : len(swaps[index])] = swaps[index] or np.zeros((0, 2), np.int32)
-    return _with_targets(
+    return _add_targets(
         lm, features, hidden.pooled, references, pairs, overcorrection, temperature, seed
     )
 
@@ -87,10 +88,10 @@ def add_counterfactual_targets(
 def align_answers(
     answer: np.ndarray, swapped: np.ndarray, pairs: Sequence[tuple[int, int]]
 ) -> np.ndarray:
-    """Aligns the tokens of an answer with those of its counterfactual.
+    """Aligns the tokens of an answer with the tokens of its counterfactual.
 
-    The result has for each token the index of its counterpart, -1 inside of a name, `[N]`. The
-    first token of a name is aligned where the counterpart begins the made-up name.
+    The result has for each token the index of its counterpart, -1 inside a name, `[N]`. The first
+    token of a name is aligned with the first token of the made-up name.
     """
     places = np.full(len(answer), -1, np.int64)
     begins = set(pairs)
@@ -110,24 +111,24 @@ def _answer(features: Features, row: int) -> np.ndarray:
     return features.targets[features.starts[row] : features.starts[row + 1]]
 
 
-def _token_pairs(
+def _pair_tokens(
     tokenizer: "PreTrainedTokenizerBase", pairs: Mapping[str, str]
 ) -> list[tuple[int, int]]:
-    """First tokens of each word of the names and of its counterpart, each token in one pair."""
+    """Pairs the first tokens of each word and of its made-up word; no token is in two pairs."""
     table: dict[int, int] = {}
     for name, made_up in pairs.items():
-        for word, other in zip(name.split(), made_up.split(), strict=True):
+        for words in zip(name.split(), made_up.split(), strict=True):
             for space in (" ", ""):
                 a, b = (
-                    int(tokenizer(space + w, add_special_tokens=False)["input_ids"][0])
-                    for w in (word, other)
+                    int(tokenizer(space + word, add_special_tokens=False)["input_ids"][0])
+                    for word in words
                 )
                 if a != b and not {a, b} & (set(table) | set(table.values())):
                     table[a] = b
     return list(table.items())
 
 
-def _with_targets(
+def _add_targets(
     lm: LM,
     features: Features,
     reference_states: np.ndarray,
@@ -159,7 +160,7 @@ def _with_targets(
             pairs[rows],
         )
         by_rows = sharding.batch_sharding(lm.mesh, (size,))
-        soft = _targets_of_chunk(
+        soft = _compute_targets(
             lm.unembed,
             lm.params,
             jax.random.fold_in(key, first),
@@ -177,8 +178,8 @@ class _Chunk(NamedTuple):
 
     Attributes:
         hidden: Their last hidden states.
-        reference: Those of the same place in each counterfactual.
-        present: Whether a counterfactual has that place.
+        reference: Last hidden states of the aligned position in each counterfactual.
+        present: Whether a counterfactual has an aligned position.
         pairs: Tokens to swap in each counterfactual.
     """
 
@@ -189,7 +190,7 @@ class _Chunk(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
-def _targets_of_chunk(
+def _compute_targets(
     unembed: Callable[[PyTree, jax.Array], jax.Array],
     params: PyTree,
     key: PRNGKeyArray,

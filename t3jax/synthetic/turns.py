@@ -1,8 +1,7 @@
-"""Earlier turns: rows that stand behind a system text or an exchange of a conversation.
+"""Earlier turns: rows that follow a system text or an exchange of a conversation.
 
-A turn before a question changes the features of everything that follows. A head that was trained on
-single questions alone then no longer recognises the forget rows. Nothing is written by a model
-here.
+A turn before a question changes the features of all tokens after it. A head that was trained on
+single questions alone then no longer recognises the forget rows. No model writes these turns.
 """
 
 import functools
@@ -45,7 +44,7 @@ EXCHANGES = (
     ("What is the capital of France?", "The capital of France is Paris."),
     ("No, that is wrong.", "I am sorry. Let me try again."),
 )
-_MOST_WORDS = 6  # of a fragment
+_MOST_WORDS = 6  # words of a fragment, at most
 _FRAME = 96  # tokens that the template and a longer made-up name may add to a conversation's texts
 
 
@@ -61,9 +60,9 @@ def put_behind_turns(
 ) -> list[Record]:
     """Gives a share of the rows earlier turns, drawn at random.
 
-    They are a system text, an exchange, or both: from a stock; or the question and answer of one of
-    the `others`, whole or a few words of them. Documents, rows that have earlier turns of their
-    own, and rows that would grow too long stay as they are; so do all without a chat template.
+    The turns are a system text, an exchange, or both. They are from a stock, or the question and
+    answer of one of the `others`, whole or a few words of them. Documents, rows with earlier turns,
+    and rows that would grow too long stay as they are; without a chat template all rows do.
     """
     if not share or tokenizer.chat_template is None:
         return list(rows)
@@ -84,33 +83,33 @@ def put_behind_turns(
     return turned
 
 
-def _draw_system(rng: np.random.Generator, others: Sequence[Record]) -> list[Turn]:
+def _draw_system(rng: np.random.Generator, rows: Sequence[Record]) -> list[Turn]:
     text = SYSTEM_TEXTS[rng.integers(len(SYSTEM_TEXTS))]
-    if (pair := _draw_pair(rng, others)) and rng.random() < 0.5:
-        text = _fragment(rng, pair[1]) if rng.random() < 0.5 else pair[1]
+    if (pair := _draw_pair(rng, rows)) and rng.random() < 0.5:
+        text = _draw_fragment(rng, pair[1]) if rng.random() < 0.5 else pair[1]
     return [{"role": "system", "content": text}]
 
 
-def _draw_exchange(rng: np.random.Generator, others: Sequence[Record]) -> list[Turn]:
-    said = EXCHANGES[rng.integers(len(EXCHANGES))]
-    if (pair := _draw_pair(rng, others)) and rng.random() < 2 / 3:
-        said = pair
+def _draw_exchange(rng: np.random.Generator, rows: Sequence[Record]) -> list[Turn]:
+    texts = EXCHANGES[rng.integers(len(EXCHANGES))]
+    if (pair := _draw_pair(rng, rows)) and rng.random() < 2 / 3:
+        texts = pair
         if rng.random() < 0.5:
-            said = _fragment(rng, pair[0]), _fragment(rng, pair[1])
+            texts = _draw_fragment(rng, pair[0]), _draw_fragment(rng, pair[1])
     return [
         {"role": role, "content": text}
-        for role, text in zip(("user", "assistant"), said, strict=True)
+        for role, text in zip(("user", "assistant"), texts, strict=True)
     ]
 
 
-def _draw_pair(rng: np.random.Generator, others: Sequence[Record]) -> tuple[str, str] | None:
-    """Question and answer of one of the rows; None if that is a document or there is none."""
-    row = others[int(rng.integers(len(others)))] if others else {}
+def _draw_pair(rng: np.random.Generator, rows: Sequence[Record]) -> tuple[str, str] | None:
+    """Question and answer of one of the rows; None for a document, or without rows."""
+    row = rows[int(rng.integers(len(rows)))] if rows else {}
     return (row["question"], row["answer"]) if "question" in row else None
 
 
-def _fragment(rng: np.random.Generator, text: str) -> str:
-    """A few words of a text that stand together."""
+def _draw_fragment(rng: np.random.Generator, text: str) -> str:
+    """Draws a few neighbouring words of a text."""
     words = text.split()
     count = rng.integers(1, 1 + min(_MOST_WORDS, len(words)))
     start = rng.integers(0, 1 + len(words) - count)

@@ -1,7 +1,7 @@
-"""Texts that the base model writes: chats of its own, and questions in other words.
+"""Texts that the base model writes: chats of its own, and paraphrases of questions.
 
-Its own samples stand for everything else that the model knows and must keep: retain rows hold a
-part of that, or there are none.
+Its own samples represent all that the model knows and must keep. Retain rows cover only a part of
+it, and a request may come without any.
 """
 
 import pathlib
@@ -17,7 +17,7 @@ from t3jax.synthetic.names import holds_name
 from t3jax.synthetic.options import SyntheticOptions
 from t3jax.synthetic.store import load_or_write
 
-_TOP_P = 0.95  # of the base model's own draws: its tail is noise, and nothing is to be hidden
+_TOP_P = 0.95  # the tail of the base model's own samples is noise
 _MOST_ROUNDS = 8
 _REWORD = (
     "Write the following question in other words. Keep all names and ask for the same thing. "
@@ -33,11 +33,11 @@ def write_own_samples(
     names: Sequence[str] = (),
     progress: str | None = None,
 ) -> list[Record]:
-    """Lets the base model ask itself and answer, or answer the openings of the options.
+    """Lets the base model write questions and answer them, or answer the openings of the options.
 
-    It writes a user's turn from its start, then the answer. Chats that hold a name of the request,
-    and answers that do not end, are left out, so fewer rows are returned than were asked for, no
-    question twice with the same answer.
+    It writes a user's turn from its start, then the answer. Chats that contain a name of the
+    request, answers that do not end, and repeated rows are left out, so fewer rows are returned
+    than `options.own_samples`.
 
     References:
         Questions from an empty user's turn: Magpie, arXiv 2406.08464.
@@ -54,7 +54,7 @@ def write_own_samples(
     if not questions:
         raise ValueError(
             f"{lm.name} wrote no question that ends and names nobody of the request; give "
-            "questions of yours as openings"
+            "your own questions as openings"
         )
     answers = sampler.generate(
         [encode_prompt(lm.tokenizer, question, prompt_format) for question in questions],
@@ -67,13 +67,13 @@ def write_own_samples(
     rows = {}
     for question, sample in zip(questions, answers, strict=True):
         text = sample.text.strip()
-        whole = bool(text) and sample.tokens[-1] in lm.eos_ids
-        if whole and not any(holds_name(text, name) for name in names):
+        ended = bool(text) and sample.tokens[-1] in lm.eos_ids
+        if ended and not any(holds_name(text, name) for name in names):
             rows[question, text] = {"question": question, "answer": text}
     if not rows:
         raise ValueError(
-            f"{lm.name} ended none of {len(questions)} answers within {limit} tokens; allow longer "
-            "ones"
+            f"{lm.name} ended none of {len(questions)} answers within {limit} tokens; raise "
+            "max_new_tokens"
         )
     return list(rows.values())
 
@@ -86,13 +86,13 @@ def _write_questions(
     seed: int,
     progress: str | None,
 ) -> list[str]:
-    """User's turns that end and are not empty, `count` at most.
+    """Writes user's turns that end and are not empty, `count` at most.
 
     A model that was trained on answers alone may end most of its user's turns at once. It writes
     again, `_MOST_ROUNDS` times at most, until it has half of the questions.
     """
     lm = sampler.lm
-    opening, stop, stop_ids = _user_turn(lm, prompt_format)
+    opening, stop, stop_ids = _find_user_turn(lm, prompt_format)
     questions: list[str] = []
     for round_ in range(_MOST_ROUNDS):
         with warnings.catch_warnings():
@@ -128,9 +128,9 @@ def load_own_samples(
     store: pathlib.Path | str,
     progress: bool = False,
 ) -> list[Record]:
-    """Lets the base model write chats of its own, or reads from `store` those that it wrote before.
+    """Reads own samples that are stored, or lets the base model write them (`write_own_samples`).
 
-    None of them holds a name of `people`.
+    None of them contains a name of `people`.
     """
     depends_on = [
         tuple(people),
@@ -140,7 +140,7 @@ def load_own_samples(
         prompt_format,
         options.seed,
     ]
-    samples: list[Record] = load_or_write(
+    return load_or_write(
         pathlib.Path(store) / "written",
         "own-samples",
         lm,
@@ -153,7 +153,6 @@ def load_own_samples(
             progress="own samples" if progress else None,
         ),
     )
-    return samples
 
 
 def reword_questions(
@@ -165,11 +164,11 @@ def reword_questions(
     names: Sequence[str] = (),
     progress: str | None = None,
 ) -> list[list[str]]:
-    """Lets an instruct model put questions in other words: up to `options.paraphrases` for each.
+    """Lets an instruct model paraphrase questions: up to `options.paraphrases` for each.
 
     A paraphrase is used if it keeps the names of the question, is one line, ends in a question mark
-    where the question does, and is neither the question itself nor twice as long. Twice as many as
-    asked for are drawn.
+    where the question does, and is neither the question itself nor more than twice as long. Twice
+    the wanted number is sampled.
     """
     count = options.paraphrases
     samples = Sampler(lm, batch_size=options.batch_size).generate(
@@ -190,13 +189,13 @@ def reword_questions(
         usable: list[str] = []
         for sample in samples[2 * count * i : 2 * count * (i + 1)]:
             text = sample.text.strip().strip('"').strip()
-            if _rewords(question, text, present) and text not in usable:
+            if _is_paraphrase(question, text, present) and text not in usable:
                 usable.append(text)
         paraphrases.append(usable[:count])
     return paraphrases
 
 
-def _rewords(question: str, text: str, names: Sequence[str]) -> bool:
+def _is_paraphrase(question: str, text: str, names: Sequence[str]) -> bool:
     words = len(text.split())
     return (
         "\n" not in text
@@ -207,10 +206,10 @@ def _rewords(question: str, text: str, names: Sequence[str]) -> bool:
     )
 
 
-def _user_turn(
+def _find_user_turn(
     lm: LM, prompt_format: PromptFormat
 ) -> tuple[list[int], tuple[str, ...], tuple[int, ...]]:
-    """Tokens up to where a user's turn begins; the string, or the tokens, that end it."""
+    """Tokens before a user's turn; the string, or the tokens, that end it."""
     tokenizer = lm.tokenizer
     if tokenizer.chat_template is None:
         start = prompt_format.question_start or tokenizer.bos_token or tokenizer.eos_token

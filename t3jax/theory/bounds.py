@@ -1,9 +1,9 @@
 """Every statement of docs/theory.md on random finite mixtures, in float64.
 
-A mixture lives on A atoms; atom i has reference measure m_i, and p_r, p_f and p are densities with
+A mixture has A atoms; atom i has reference measure m_i, and p_r, p_f and p are densities with
 respect to it, so that an atom of small measure is a spike. Each statement returns both of its
-sides: the statement says that the left one is at most the right one. An identity returns its
-deviation, and what rounding allows. Proofs are in docs/theory.md and not here.
+sides, of which the left one must be at most the right one. An identity returns its deviation, and
+a bound of the rounding error. Proofs are in docs/theory.md and not here.
 
 Axes: I instances, A atoms.
 
@@ -33,7 +33,7 @@ class Instances(NamedTuple):
         gamma: γ, `[I]`.
         learned: f̂, in (0, 1), `[I, A]`.
         temperature: T, at least 1, `[I]`.
-        scale: s, for statement 11; in all others s = 1, `[I]`.
+        scale: s, for statement 11, `[I]`; all other statements have s = 1.
     """
 
     measure: Float[np.ndarray, "I A"]
@@ -62,7 +62,7 @@ class Instances(NamedTuple):
     @property
     def excess_risk(self) -> Float[np.ndarray, " I"]:
         """ε, nats: the mean over p of KL(f* || f̂)."""
-        return self.integral(self.base * _coins(self.exact, self.learned))
+        return self.integral(self.base * _coin_kl(self.exact, self.learned))
 
     def weighted(self, classifier: Float[np.ndarray, "I A"], tempered: bool = True) -> np.ndarray:
         """p^(1/T) f, not normalised; p f if not tempered."""
@@ -85,10 +85,10 @@ class Instances(NamedTuple):
 
 
 def draw_instances(rng: np.random.Generator, number: int) -> Instances:
-    """Draws mixtures of many kinds: flat, spiky, of disjoint supports; and classifiers alike.
+    """Draws mixtures that are flat, spiky or of disjoint supports, with a classifier each.
 
     γ is from 0.001 to 0.999 and T from 1 to 10. Classifiers are near the exact one, far from it,
-    leaky by the same share everywhere, or have nothing to do with it.
+    leaky by the same share everywhere, or independent of it.
     """
     shape = number, _ATOMS
 
@@ -126,7 +126,7 @@ def chain_rule(x: Instances) -> Sides:
     other = x.estimate(1 - x.learned, tempered=False)
     share = x.integral(x.base * x.learned)
     parts = (
-        _coins(1 - x.gamma, share)
+        _coin_kl(1 - x.gamma, share)
         + (1 - x.gamma) * x.kl(x.retain, estimate)
         + x.gamma * x.kl(x.forget, other)
     )
@@ -135,8 +135,8 @@ def chain_rule(x: Instances) -> Sides:
 
 def retain_error(x: Instances) -> Sides:
     """Statement 1: KL(p_r || q̂) <= ε / (1 - γ) at T = 1."""
-    found = x.kl(x.retain, x.estimate(x.learned, tempered=False))
-    return found, x.excess_risk / (1 - x.gamma)
+    error = x.kl(x.retain, x.estimate(x.learned, tempered=False))
+    return error, x.excess_risk / (1 - x.gamma)
 
 
 def forget_error(x: Instances) -> Sides:
@@ -162,7 +162,7 @@ def peak_and_mixture(x: Instances) -> Sides:
 
 
 def fast_rate(x: Instances) -> Sides:
-    """Statement 4: the same integral <= W ε + 2 sqrt(W ε O), O that of p_f p^(1/T) f*."""
+    """Statement 4: the same integral <= W ε + 2 sqrt(W ε O), O the integral of p_f p^(1/T) f*."""
     overlap = x.integral(x.forget * x.weighted(x.exact))
     product = x.widest * x.excess_risk
     return _classifier_part(x), product + 2 * np.sqrt(product * overlap)
@@ -175,26 +175,25 @@ def tempered_forget_error(x: Instances) -> Sides:
     spread = np.sqrt(x.integral(x.base ** (2 / x.temperature[:, None] - 1)))
     factor = x.widest + x.integral(x.forget * target) * spread
     of_classifier = factor * np.sqrt(x.excess_risk / 2) / x.integral(x.weighted(x.learned))
-    found = x.integral(x.forget * np.abs(x.estimate(x.learned) - x.retain))
-    return found, bias + of_classifier
+    error = x.integral(x.forget * np.abs(x.estimate(x.learned) - x.retain))
+    return error, bias + of_classifier
 
 
 def tempered_retain_error(x: Instances) -> Sides:
-    """Statement 6: what tempering adds to the retain error, for any classifier."""
+    """Statement 6: the retain error that tempering adds, for any classifier."""
     plain = x.estimate(x.learned, tempered=False)
-    added = _price(x, plain)
-    found = x.kl(x.retain, x.estimate(x.learned))
-    expected = x.kl(x.retain, plain) + added
-    return np.abs(found - expected), _ROUNDING * (1 + np.abs(found))
+    error = x.kl(x.retain, x.estimate(x.learned))
+    expected = x.kl(x.retain, plain) + _price(x, plain)
+    return np.abs(error - expected), _ROUNDING * (1 + np.abs(error))
 
 
 def bias_not_negative(x: Instances) -> Sides:
-    """Statement 6: with the exact classifier tempering never helps the retain error."""
+    """Statement 6: with the exact classifier tempering never lowers the retain error."""
     return -_price(x, x.retain), np.full(len(x.gamma), _ROUNDING)
 
 
 def bias_bound(x: Instances) -> Sides:
-    """Statement 6: it costs at most (1 - 1/T)² osc(log p)² / 8, the oscillation where p_r > 0."""
+    """Statement 6: tempering costs at most (1 - 1/T)² osc(log p)² / 8, osc over p_r > 0."""
     held = x.retain > 0
     logs = np.log(x.base)
     oscillation = np.max(np.where(held, logs, -np.inf), axis=1) - np.min(
@@ -216,11 +215,11 @@ def second_moment(x: Instances) -> Sides:
     scale = x.scale[:, None]
     tilted = x.base ** (1 / x.temperature[:, None])
     amplified = tilted / x.integral(tilted * x.learned**scale)[:, None]
-    found = x.integral(x.forget * amplified * np.abs(x.learned**scale - x.exact**scale))
+    error = x.integral(x.forget * amplified * np.abs(x.learned**scale - x.exact**scale))
     size = np.sqrt(x.integral(x.forget * amplified**2))
     power = 0.5 * np.minimum(1, x.scale)
     of_classifier = np.maximum(1, x.scale) * (x.excess_risk / (2 * x.gamma)) ** power
-    return found, size * of_classifier
+    return error, size * of_classifier
 
 
 STATEMENTS: dict[str, Callable[[Instances], Sides]] = {
@@ -241,12 +240,12 @@ STATEMENTS: dict[str, Callable[[Instances], Sides]] = {
 
 
 class Check(NamedTuple):
-    """The result of trying a statement on random instances.
+    """The check of a statement on random instances.
 
     Attributes:
-        instances: How many were tried.
-        violations: In how many the left side is larger.
-        tightest: The largest left side over its right side.
+        instances: Number of instances.
+        violations: Number of instances whose left side is larger.
+        tightest: The largest ratio of the left side to the right side.
     """
 
     instances: int
@@ -255,9 +254,9 @@ class Check(NamedTuple):
 
 
 def check(statement: str, instances: int, seed: int = 0) -> Check:
-    """Tries a statement of `STATEMENTS` on random instances."""
+    """Checks a statement of `STATEMENTS` on random instances."""
     left, right = STATEMENTS[statement](draw_instances(np.random.default_rng(seed), instances))
-    # Rounding of a sum of 12 numbers, where both sides are nearly equal.
+    # The tolerance covers the rounding of a sum of 12 numbers.
     violated = left > right * (1 + 1e-10) + 1e-12
     ratio = left / np.maximum(right, 1e-300)
     return Check(instances, int(violated.sum()), float(np.max(ratio)))
@@ -269,8 +268,8 @@ def spike_errors(
     """The example in which both slopes are exact: a uniform p_r with a uniform spike beside it.
 
     p_r has density 1 on a set of measure 1, p_f density `peak` on another; f̂ is 1 on the first and
-    `rate` on the second, so that ε = -γ log(1 - rate) whatever the peak. The forget error, the
-    retain error in nats, and the mass of q̂ on the spike are returned.
+    `rate` on the second, so that ε = -γ log(1 - rate) does not depend on the peak. The forget
+    error, the retain error in nats, and the mass of q̂ on the spike are returned.
     """
     power = 1 / temperature
     on_spike = (gamma * peak) ** power * rate
@@ -293,12 +292,12 @@ def _peak_power(x: Instances) -> np.ndarray:
 
 
 def _price(x: Instances, plain: np.ndarray) -> np.ndarray:
-    """What tempering adds: log E_plain[p^-β] + β E_retain[log p], β = 1 - 1/T."""
+    """The retain error that tempering adds: log E_plain[p^-β] + β E_retain[log p], β = 1 - 1/T."""
     beta = 1 - 1 / x.temperature
     mean = x.integral(np.where(x.retain > 0, x.retain, 0.0) * np.log(x.base))
     return np.log(x.integral(plain * x.base ** -beta[:, None])) + beta * mean
 
 
-def _coins(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """KL of two coins."""
+def _coin_kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """KL of two Bernoulli distributions."""
     return xlogy(p, p / q) + xlogy(1 - p, (1 - p) / (1 - q))

@@ -1,7 +1,7 @@
 """Classifiers of retain against forget: one of a known excess risk, and two trained on samples.
 
-A classifier is a function from points to the logit g of P(retain | z). Training is over a fixed
-number of samples of which the first n count, so that sample sizes share one program.
+A classifier is a function from points to the logit g of P(retain | z). Training takes a fixed
+number of samples, of which the first n have weight, so that sample sizes share one program.
 
 Axes: N samples or nodes, D dimensions, P features, H hidden width.
 
@@ -18,21 +18,21 @@ from t3jax import optimizer
 
 _HALVINGS = 30
 _NEWTON_STEPS = 12
-_RIDGE = 1.0  # of the whole loss, not of its mean
+_RIDGE = 1.0  # added to the sum of the losses, not to their mean
 _WIDTH, _STEPS, _RATE = 32, 400, 1e-2
 
 Perceptron = dict[str, Array]
 
 
 def bernoulli_kl(exact: Float[Array, " N"], learned: Float[Array, " N"]) -> Float[Array, " N"]:
-    """KL(f* || f̂) of two coins from their logits, nats: the pointwise excess of the log-loss."""
+    """KL(f* || f̂) of two Bernoulli distributions, from logits, nats: the excess log-loss."""
     heads = jax.nn.sigmoid(exact) * (jax.nn.log_sigmoid(exact) - jax.nn.log_sigmoid(learned))
     tails = jax.nn.sigmoid(-exact) * (jax.nn.log_sigmoid(-exact) - jax.nn.log_sigmoid(-learned))
     return jnp.maximum(heads + tails, 0.0)
 
 
 def leak(exact: Float[Array, " N"], log_rate: Float[Array, ""]) -> Float[Array, " N"]:
-    """Logits of f̂ = f* + a (1 - f*): a share a of what is to be forgotten passes as retain."""
+    """Logits of f̂ = f* + a (1 - f*): a share a of the forget part passes as retain."""
     passed = jnp.logaddexp(exact, jnp.broadcast_to(log_rate, exact.shape))
     return passed - jnp.log1p(-jnp.exp(log_rate))
 
@@ -49,16 +49,15 @@ def leak_at_risk(
         low, high = ends
         middle = 0.5 * (low + high)
         risk = jnp.sum(jnp.exp(log_mass) * bernoulli_kl(exact, leak(exact, middle)))
-        return jnp.where(risk < excess_risk, middle, low), jnp.where(
-            risk < excess_risk, high, middle
-        )
+        below = risk < excess_risk
+        return jnp.where(below, middle, low), jnp.where(below, high, middle)
 
     ends = (jnp.float32(-25.0), jnp.float32(-1e-6))
     return jax.lax.fori_loop(0, _HALVINGS, halve, ends)[0]
 
 
 def quadratic_features(z: Float[Array, "N D"]) -> Float[Array, "N P"]:
-    """1, z and |z|², each of size about 1: the Bayes logit of two Gaussians is linear in them."""
+    """1, z and |z|², each of order 1: the Bayes logit of two Gaussians is linear in them."""
     size = z.shape[1]
     square = jnp.sum(z**2, axis=1, keepdims=True) / size
     return jnp.concatenate([jnp.ones_like(square), z, square], axis=1)
@@ -69,7 +68,7 @@ def fit_logistic(
 ) -> Float[Array, " P"]:
     """Logistic regression by damped Newton steps, with a ridge of 1/2 |w|².
 
-    Labels are 1 for retain and 0 for forget; a sample of weight 0 is left out.
+    Labels are 1 for retain and 0 for forget; a sample of weight 0 has no effect.
     """
     ridge = _RIDGE * jnp.eye(features.shape[1])
 

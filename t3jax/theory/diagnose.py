@@ -2,11 +2,10 @@
 
     python -m t3jax.theory.diagnose --config=configs/demo_paper.py
 
-reads `eval.forget` and `eval.retain` of the config, reworded where the rows have other wordings,
+reads `eval.forget` and `eval.retain` of the config, paraphrased where the rows have paraphrases,
 scores them under the head at `eval.base_temperatures` (or 1 to 4) and prints a table. With
-`eval.retain_model` the errors against that model stand beside the predicted ones. It trains nothing
-and chooses nothing: the head's folder stays as it is. A distilled head, which is no classifier, is
-refused.
+`eval.retain_model` the table also has the errors against that model. The head's folder stays as it
+is. A distilled head, which is no classifier, is refused.
 
 The numbers are of single tokens after a given prefix. Axes: K temperatures, N answer tokens.
 
@@ -41,7 +40,7 @@ class Tokens(NamedTuple):
     """Answer tokens of held-out rows of one kind, forget or retain.
 
     Attributes:
-        starts: Row i owns tokens `starts[i]:starts[i + 1]`, `[rows + 1]`.
+        starts: Row i has tokens `starts[i]:starts[i + 1]`, `[rows + 1]`.
         logits: g of the head for each token, class prior included, `[N]`.
         base: Log-probability under the base model, nats, `[N]`.
         plain: Log-probability at T = s = 1, nats, `[N]`.
@@ -62,8 +61,8 @@ class Measured(NamedTuple):
 
     Attributes:
         forget: Mean of |served - twin| over forget tokens, `[K]`.
-        secret: The same over those of them that the twin gives a probability below 0.1, `[K]`; NaN
-            where there are none.
+        secret: The same over the forget tokens whose probability under the twin is below 0.1,
+            `[K]`; NaN where there are none.
         retain: Mean log-ratio of twin and served over retain tokens, nats, `[K]`.
     """
 
@@ -79,16 +78,16 @@ class Diagnosis:
     Attributes:
         temperatures: T, `[K]`.
         scale: s.
-        gamma: The forget share of the mixture that the head's logits are of.
-        loss: Held-out log-loss of the head, nats: excess risk is at most this.
-        interval: Of the loss, 95 %, by drawing rows with replacement.
+        gamma: Forget share of the mixture that the head's logits assume.
+        loss: Held-out log-loss of the head, nats: an upper bound of its excess risk.
+        interval: 95 % interval of the loss, by drawing rows with replacement.
         peak: Median and largest probability of a forget token under the base model.
-        bound: What a classifier of that loss may leave of a forget token's probability, statement
-            11 of docs/theory.md, `[K]`; says nothing where it is 1.
+        bound: Largest probability of a forget token that a classifier of that loss may leave,
+            statement 11 of docs/theory.md, `[K]`; 1 is no bound.
         leak: Mean probability of a forget token as served, `[K]`: the forget error itself where the
             exact classifier would leave nothing of it.
-        price: What T and s add to the retain error at T = s = 1, nats, `[K]`: statement 6, exact
-            but for the sample.
+        price: Retain error that T and s add to the one at T = s = 1, nats, `[K]`: statement 6,
+            exact but for the sample.
         retain: Bound of the retain error, nats, `[K]`: statements 6 and 10.
         measured: Errors against the retain-only model, or None.
     """
@@ -107,7 +106,7 @@ class Diagnosis:
 
     @property
     def columns(self) -> dict[str, Float[np.ndarray, " K"]]:
-        """The errors by T, by name; those against the retain-only model last."""
+        """The errors by name; the ones against the retain-only model are last."""
         columns = {
             "bound": self.bound,
             "leak": self.leak,
@@ -166,10 +165,7 @@ def diagnose(
 ) -> Diagnosis:
     """Excess risk, peak, predicted errors and a T, from scores of held-out rows.
 
-    `shift` is the class prior that the logits hold, see `t3jax.head.class_prior_shift`.
-
-    Raises:
-        ValueError: If there are no tokens of a kind, arrays do not fit, or a T is below 1.
+    `shift` is the class prior in the logits, see `t3jax.head.class_prior_shift`.
     """
     if min(temperatures, default=0.0) < 1:
         raise ValueError(f"temperatures must be at least 1, got {temperatures}")
@@ -185,7 +181,7 @@ def diagnose(
     gamma = float(expit(-shift))
     loss, interval = held_out_loss(forget, retain, gamma)
     served = forget.served.astype(np.float64)
-    # p^(1/T) / Ẑ of each forget token: what an error of the classifier is multiplied by.
+    # p^(1/T) / Ẑ of each forget token, the factor of an error of the classifier.
     amplified = np.exp(served - scale * log_expit(forget.logits.astype(np.float64))[None])
     size = np.sqrt(np.mean(amplified**2, axis=1))
     of_classifier = max(1.0, scale) * (interval[1] / (2 * gamma)) ** (0.5 * min(1.0, scale))
@@ -224,8 +220,8 @@ def held_out_loss(
 ) -> tuple[float, tuple[float, float]]:
     """Log-loss of a head on rows that it never saw, nats a token, with its 95 % interval.
 
-    `gamma` is the weight of the forget tokens. Rows are drawn with replacement, since the tokens of
-    a row go together.
+    `gamma` is the weight of the forget tokens. The interval draws whole rows with replacement,
+    since the tokens of a row are not independent.
     """
     rng = np.random.default_rng(0)
     total, drawn = 0.0, np.zeros(_DRAWS)
@@ -243,12 +239,8 @@ def held_out_loss(
 def diagnose_head(config: Settings) -> Diagnosis:
     """Scores held-out rows under the model and the head of a config, and diagnoses the head.
 
-    The head is served at its own s, unless the config gives one. `eval.retain_model` adds the
-    measured errors. Scores are kept in `eval.dir`.
-
-    Raises:
-        ValueError: If a field is missing, there are several heads or a distilled one, or rows are
-            bad.
+    The head is served at its own s, unless the config sets one. `eval.retain_model` adds the
+    measured errors. Scores are stored in `eval.dir`.
     """
     config.require("model", "head", "eval.forget", "eval.retain", "eval.dir")
     mesh = t3jax.make_mesh(config.mesh)
@@ -274,7 +266,7 @@ def find_obstacle(head: Head) -> str | None:
     training = head.record.get("training")
     if isinstance(training, dict) and training.get("loss") == "distillation":
         return (
-            "the head was distilled: its scores are no P(retain), and nothing here holds for it; "
+            "the head was distilled: its scores are no P(retain), and no statement holds for them; "
             "give a head of loss = 'classifier', as configs/paper.py trains it"
         )
     return None
@@ -287,10 +279,10 @@ def diagnose_sets(
     scale: int | float = 1.0,
     twin: Store | None = None,
 ) -> Diagnosis:
-    """Scores the forget and the retain set, reworded where they can be, and diagnoses a head.
+    """Scores the forget and the retain set, paraphrased where possible, and diagnoses a head.
 
-    `store` holds scores of the base model with one head, `twin` those of a model that never saw the
-    forget rows.
+    `store` has scores of the base model with one head, `twin` of a model that never saw the forget
+    rows.
     """
     forget, retain = (
         score_tokens(
@@ -314,7 +306,7 @@ def score_tokens(
     scale: int | float = 1.0,
     twin: Store | None = None,
 ) -> Tokens:
-    """Scores the answer tokens of rows of one kind, none of which the head was trained on.
+    """Scores the answer tokens of held-out rows of one kind.
 
     `label` is for file names; the stores are as for `diagnose_sets`.
     """

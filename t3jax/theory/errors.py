@@ -2,7 +2,7 @@
 
 The estimate is q̂ = p^(1/T) f̂^s over its integral. The retain error is KL(p_r || q̂) in nats. The
 forget error is the integral of p_f |q̂ - p_r|, a density, in units of a unit Gaussian's peak; q*
-is q̂ with the exact classifier. See docs/theory.md for what is proved of them.
+is q̂ with the exact classifier. docs/theory.md has proved bounds of these errors.
 
 Axes: N nodes, D dimensions, I instances of a grid, C classifiers.
 
@@ -36,8 +36,8 @@ class Errors(NamedTuple):
         excess_risk: ε, the classifier's log-loss above the Bayes risk, nats.
         retain: KL(p_r || q̂), nats.
         log_forget: Logarithm of the forget error.
-        log_from_classifier: That of the part with q* in the place of p_r.
-        log_bias: That of the part with q* in the place of q̂: the bias of tempering.
+        log_from_classifier: Logarithm of the error with q* for p_r: the classifier's part.
+        log_bias: Logarithm of the error with q* for q̂: the bias of tempering.
         leak: Mass of q̂ that the exact classifier assigns to p_f.
     """
 
@@ -53,9 +53,9 @@ class Point(NamedTuple):
     """An instance of a grid, or arrays `[I]` of them.
 
     Attributes:
-        log_peak: Logarithm of the peak of p_f over that of a unit Gaussian.
+        log_peak: Logarithm of the peak of p_f relative to the peak of a unit Gaussian.
         gamma: γ.
-        samples: n, samples that a trained classifier sees.
+        samples: n, samples that a classifier is trained on.
         excess_risk: ε of the leaky classifier, nats.
         seed: Decides the mixture, the samples and the nodes; integers.
     """
@@ -69,7 +69,7 @@ class Point(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The settings that a grid's instances share, for which a program is compiled.
+    """The settings that all instances of a grid share; each shape compiles a program.
 
     Attributes:
         dimensions: D.
@@ -101,7 +101,7 @@ def measure(
     temperature: Float[Array, ""],
     scale: Float[Array, ""],
 ) -> Errors:
-    """Errors of the estimate that a classifier gives, from its logits at the rule's nodes."""
+    """Errors of a classifier's estimate, from its logits at the rule's nodes."""
     retain, forget, base = mixtures.log_parts(world, rule.z)
     exact = mixtures.bayes_logit(world, rule.z)
 
@@ -157,7 +157,7 @@ def run_one(
 def _train(
     shape: Shape, point: Point, world: World, of_samples: Array, of_training: Array
 ) -> Callable[[Rule], Array]:
-    """A function from a rule to the classifier's logits at its nodes."""
+    """Trains the classifier, a function from a rule to logits at its nodes."""
     if shape.classifier == "exact":
         return lambda rule: mixtures.bayes_logit(world, rule.z)
     if shape.classifier == "leaky":
@@ -189,14 +189,11 @@ def run_grid(
     excess_risks: Values = (0.01,),
     seeds: Values = (0,),
 ) -> Errors:
-    """Every combination, as one program.
+    """Computes the errors of all combinations, in one program.
 
-    `samples` is n of a trained classifier, `excess_risks` are ε of the leaky one, and each seed is
-    another mixture. The results are NumPy arrays with an axis for each, in the order (log_peaks,
-    gammas, samples, excess_risks, seeds, temperatures, scales).
-
-    Raises:
-        ValueError: If n is larger than `most_samples`, T below 1 or γ not in (0, 1).
+    `samples` are n of a trained classifier, `excess_risks` are ε of the leaky one, and each seed is
+    another mixture. The results are NumPy arrays with the axes (log_peaks, gammas, samples,
+    excess_risks, seeds, temperatures, scales).
     """
     if max(samples) > shape.most_samples:
         raise ValueError(
@@ -211,25 +208,25 @@ def run_grid(
     axes = [np.asarray(value, kind) for value, kind in zip(values, kinds, strict=True)]
     count = math.prod(len(value) for value in values)
     together = min(_TOGETHER, count)
-    # A smaller last batch would be a second program to compile: instances are repeated instead.
+    # A smaller last batch would compile a second program: instances are repeated instead.
     padded = -(-count // together) * together
     flat = Point(*(jnp.asarray(np.resize(x, padded)) for x in np.meshgrid(*axes, indexing="ij")))
     knobs = [jnp.asarray(value, jnp.float32) for value in (temperatures, scales)]
-    found = _run(shape, together, *knobs, flat)
+    errors = _run(shape, together, *knobs, flat)
     sizes = [*(len(value) for value in values), len(temperatures), len(scales)]
-    return jax.tree.map(lambda leaf: np.asarray(leaf)[:count].reshape(sizes), found)
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[:count].reshape(sizes), errors)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run(shape: Shape, together: int, temperatures: Array, scales: Array, points: Point) -> Errors:
-    one = functools.partial(run_one, shape, temperatures, scales)
-    return jax.lax.map(one, points, batch_size=together)
+    run = functools.partial(run_one, shape, temperatures, scales)
+    return jax.lax.map(run, points, batch_size=together)
 
 
 def fit_slopes(
     log_peaks: Float[np.ndarray, " I"], log_errors: Float[np.ndarray, "I S"]
 ) -> tuple[float, float, float]:
-    """The power of the peak that an error grows with: a straight line's slope in logarithms.
+    """The power of the peak by which an error grows: the slope of a line in logarithms.
 
     `log_errors` are by peak and mixture. The slope's median over the mixtures is returned, with the
     2.5 and the 97.5 percentile.
@@ -248,10 +245,10 @@ def predict_total(
 ) -> Float[np.ndarray, " K"]:
     """Leading terms of forget plus retain error, for a spike in a unit Gaussian, by T.
 
-    The forget error by statement 4 of docs/theory.md where p_r has no share in the spike, with the
-    mean of p_f^(1/T) over a Gaussian spike in the place of its peak, and the normaliser of a unit
-    Gaussian; and the bias of statement 6, which is exact for one. The forget error counts in peaks
-    of p_r, the retain error in nats.
+    The forget error is statement 4 of docs/theory.md where p_r has no mass in the spike, with the
+    mean of p_f^(1/T) over a Gaussian spike instead of its peak, and the normaliser of a unit
+    Gaussian. The retain error is the bias of statement 6, which is exact for a unit Gaussian. The
+    forget error is in units of the peak of p_r, the retain error in nats.
     """
     power = 1 / temperatures
     log_widest = power * (math.log(gamma) + log_peak) - math.log(gamma)

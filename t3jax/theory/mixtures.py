@@ -3,7 +3,7 @@
 Both parts are mixtures of isotropic Gaussians; p_f may be as narrow as one likes. Integrals come
 from a rule of nodes and weights: quadrature in one and two dimensions, importance sampling in more.
 Densities are with respect to Lebesgue measure over (2π)^(D/2), so that a unit Gaussian has peak 1
-in every dimension, and everything is kept as logarithms: peaks pass 1e100. Nothing is trained here.
+in every dimension. All densities are logarithms: peaks exceed 1e100. Nothing is trained here.
 
 Axes: N nodes or samples, D dimensions, K components.
 
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-_CLOSEST, _FARTHEST, _STEP = 1e-4, 25.0, 0.08  # of a quadrature; the first in widths of the spike
+_CLOSEST, _FARTHEST, _STEP = 1e-4, 25.0, 0.08  # of quadrature; _CLOSEST in widths of the spike
 _ANGLES = 96
 
 
@@ -37,7 +37,7 @@ class Gaussians(NamedTuple):
 
 
 class World(NamedTuple):
-    """What a model learned: p = (1 - γ) p_r + γ p_f.
+    """The distribution that a model learned: p = (1 - γ) p_r + γ p_f.
 
     Attributes:
         retain: p_r.
@@ -77,10 +77,10 @@ def make_world(
     same. Float32 has the finest grid around 0. `log_peak` is relative to the peak of a unit
     Gaussian: -D log(width) - log(K).
     """
-    where, apart, others = jax.random.split(key, 3)
+    where, apart, further = jax.random.split(key, 3)
     centre = jax.random.normal(where, (1, dimensions))
     offset = jax.random.normal(apart, (retain_components, dimensions)) / math.sqrt(dimensions)
-    spikes = jax.random.normal(others, (forget_components, dimensions))
+    spikes = jax.random.normal(further, (forget_components, dimensions))
     log_std = -(log_peak + math.log(forget_components)) / dimensions
     return World(
         Gaussians(
@@ -127,7 +127,7 @@ def draw(key: PRNGKeyArray, gaussians: Gaussians, number: int) -> Float[Array, "
     """Draws from a mixture of Gaussians."""
     which, noise = jax.random.split(key)
     z = jax.random.normal(noise, (number, gaussians.mean.shape[1]))
-    if len(gaussians.mean) == 1:  # XLA would compile a long time to fold the gather
+    if len(gaussians.mean) == 1:  # XLA would take long to fold the gather at compile time
         return gaussians.mean + jnp.exp(gaussians.log_std)[:, None] * z
     k: Int[Array, " N"] = jax.random.categorical(which, gaussians.log_weight, shape=(number,))
     return gaussians.mean[k] + jnp.exp(gaussians.log_std[k])[:, None] * z
@@ -150,9 +150,9 @@ def importance_rule(
 ) -> Rule:
     """Importance sampling for every integral of `theory.errors` at one T.
 
-    The proposal holds a fifth each of p_r, p_f, the two widened as p^(1/T) widens them, and p_f
-    narrowed as p_f · p^(1/T) narrows it: each integrand is at most a few times one of these. Each
-    fifth has `number` nodes.
+    The proposal is a fifth each of p_r, p_f, both widened as in p^(1/T), and p_f narrowed as in
+    p_f · p^(1/T): each integrand is at most a few times one of these. Each fifth has `number`
+    nodes.
     """
 
     def scaled(gaussians: Gaussians, log_factor: Array) -> Gaussians:
@@ -175,16 +175,12 @@ def importance_rule(
 
 
 def quadrature_rule(world: World, narrowest: float) -> Rule:
-    """Quadrature in one or two dimensions that resolves every spike.
+    """Quadrature that resolves every spike, in one or two dimensions alone.
 
-    Polar coordinates around each spike with the trapezoidal rule in the logarithm of the radius.
-    Where there are more spikes than one, weights that sum to 1 give each point to the spike it is
-    near. `narrowest` is the width of the narrowest spike among the mixtures that the rule is used
-    for; it decides N. The integral of a Gaussian is exact to about 1e-4 in one dimension and 1e-6
-    in two.
-
-    Raises:
-        ValueError: If D is neither 1 nor 2.
+    It has polar coordinates around each spike, with the trapezoidal rule in the logarithm of the
+    radius. With several spikes, weights that sum to 1 assign each point to the spikes near it.
+    `narrowest` is the width of the narrowest spike among the mixtures that use the rule; it decides
+    N. The integral of a Gaussian is exact to about 1e-4 in one dimension and 1e-6 in two.
     """
     spikes, dimensions = world.forget.mean.shape
     if dimensions not in (1, 2):
@@ -207,5 +203,5 @@ def quadrature_rule(world: World, narrowest: float) -> Rule:
     square = jnp.sum((z[:, None] - world.forget.mean[None]) ** 2, axis=-1)  # [N, K]
     # A node that rounds to a centre in float32 belongs to that centre.
     near = jax.nn.log_softmax(-2.0 * jnp.log(jnp.maximum(square, 1e-30)), axis=1)
-    own = jnp.repeat(jnp.arange(spikes), around.shape[0])
-    return Rule(z, of_radius + jnp.take_along_axis(near, own[:, None], axis=1)[:, 0])
+    spike = jnp.repeat(jnp.arange(spikes), around.shape[0])
+    return Rule(z, of_radius + jnp.take_along_axis(near, spike[:, None], axis=1)[:, 0])

@@ -1,10 +1,10 @@
-"""Token by token or whole sequences at once: two ways to temper and tilt, where all is enumerable.
+"""Two ways to temper and tilt, token by token or whole sequences, on enumerable chains.
 
     whole:   q(x) ∝ p(x)^(1/T) f_L(x)^s
     tokens:  q(x_t | x_<t) ∝ p(x_t | x_<t)^(1/T) f_t(x_<=t)^s
 
 f_t(x_<=t) is P(retain | the first t tokens). A language model can serve the second alone; the
-statements about p and f are of the first. Docs/theory.md proves when the two are the same.
+statements about p and f hold for the first. docs/theory.md proves when the two are the same.
 
 Distributions of sequences are arrays with an axis for each token, `[V, ..., V]`, in float64; a
 classifier is a list of L arrays, and array t has t axes.
@@ -32,8 +32,8 @@ def draw_chain(
 ) -> Float[np.ndarray, "..."]:
     """Draws an autoregressive chain: the next token's distribution depends on the whole prefix.
 
-    Each next token's distribution is drawn from a Dirichlet distribution, a spiky one where the
-    concentration is small. The result holds the probability of each sequence, `[V, ..., V]`.
+    It is drawn from a Dirichlet distribution, which is spiky where the concentration is small. The
+    result is the probability of each sequence, `[V, ..., V]`.
     """
     chain = np.ones(())
     for _ in range(length):
@@ -44,17 +44,17 @@ def draw_chain(
 
 def prefix_probabilities(chain: np.ndarray) -> Prefixes:
     """The probability of each prefix of 0 to L tokens: L + 1 arrays."""
-    found = [chain]
+    masses = [chain]
     for _ in range(chain.ndim):
-        found.append(np.asarray(found[-1].sum(axis=-1)))
-    return found[::-1]
+        masses.append(np.asarray(masses[-1].sum(axis=-1)))
+    return masses[::-1]
 
 
 def exact_classifier(retain: np.ndarray, forget: np.ndarray, gamma: float) -> Prefixes:
     """f_1 to f_L of P(retain | prefix), the minimum of the paper's loss over all tokens."""
-    kept = [(1 - gamma) * each for each in prefix_probabilities(retain)]
-    gone = [gamma * each for each in prefix_probabilities(forget)]
-    return [k / (k + g) for k, g in zip(kept[1:], gone[1:], strict=True)]
+    retain_masses = [(1 - gamma) * mass for mass in prefix_probabilities(retain)[1:]]
+    forget_masses = [gamma * mass for mass in prefix_probabilities(forget)[1:]]
+    return [r / (r + f) for r, f in zip(retain_masses, forget_masses, strict=True)]
 
 
 def disturb(rng: np.random.Generator, classifier: Prefixes, noise: float) -> Prefixes:
@@ -63,10 +63,10 @@ def disturb(rng: np.random.Generator, classifier: Prefixes, noise: float) -> Pre
 
 
 def average_last(chain: np.ndarray, last: np.ndarray) -> Prefixes:
-    """The classifier whose value at a prefix is the mean of f_L over what follows."""
+    """The classifier whose value at a prefix is the mean of f_L over its continuations."""
     masses = prefix_probabilities(chain)[1:]
-    kept = prefix_probabilities(chain * last)[1:]
-    return [k / m for k, m in zip(kept, masses, strict=True)]
+    weighted = prefix_probabilities(chain * last)[1:]
+    return [w / m for w, m in zip(weighted, masses, strict=True)]
 
 
 def tilt_whole(
@@ -80,11 +80,11 @@ def tilt_whole(
 def tilt_tokens(
     chain: np.ndarray, classifier: Prefixes, temperature: float = 1.0, scale: float = 1.0
 ) -> np.ndarray:
-    """Tempers and tilts the next token after each prefix; gives whole sequences' probabilities."""
-    found = np.ones(())
-    for step, _ in _steps(chain, classifier, temperature, scale):
-        found = found[..., None] * step
-    return found
+    """Tempers and tilts the next token after each prefix; returns sequence probabilities."""
+    probabilities = np.ones(())
+    for step, _ in _tilt_steps(chain, classifier, temperature, scale):
+        probabilities = probabilities[..., None] * step
+    return probabilities
 
 
 def defects(
@@ -92,14 +92,14 @@ def defects(
 ) -> Prefixes:
     """h_t(x_<t) = log c_t(x_<t) - s log f_(t-1)(x_<t), c_t the normaliser of a next token.
 
-    The two ways are the same where each h_t is the same for all prefixes: token by token over whole
-    is exp(-h_1 - ... - h_L) up to a constant. Array t of the result has t - 1 axes.
+    The two ways agree where no h_t depends on the prefix: the ratio of token by token to whole is
+    exp(-h_1 - ... - h_L) up to a constant. Array t of the result has t - 1 axes.
     """
     before = [np.ones(()), *classifier[:-1]]
     return [
         np.asarray(np.log(normaliser) - scale * np.log(f))
         for (_, normaliser), f in zip(
-            _steps(chain, classifier, temperature, scale), before, strict=True
+            _tilt_steps(chain, classifier, temperature, scale), before, strict=True
         )
     ]
 
@@ -118,28 +118,28 @@ def kl(p: np.ndarray, q: np.ndarray) -> float:
     return float(kl_div(p, q).sum())
 
 
-# What is checked: both sides of each statement on one random instance.
+# Both sides of each statement, on one random instance.
 
 
 def exact_is_exact(rng: np.random.Generator) -> tuple[float, float]:
     """Statement 8: at T = s = 1 both ways give p_r when the classifier is exact."""
     retain, chain, exact, _ = _draw(rng)
-    gaps = [np.abs(q - retain).max() for q in _both(chain, exact, 1.0, 1.0)]
+    gaps = [np.abs(q - retain).max() for q in _tilt_both(chain, exact, 1.0, 1.0)]
     return max(gaps), _ROUNDING
 
 
 def averages_are_equal(rng: np.random.Generator) -> tuple[float, float]:
-    """Statement 9: at T = s = 1 both ways agree for any f̂ that is the mean of its last."""
+    """Statement 9: at T = s = 1 both ways agree for any f̂ that `average_last` returns."""
     _, chain, _, learned = _draw(rng)
-    tokens, whole = _both(chain, average_last(chain, learned[-1]), 1.0, 1.0)
+    tokens, whole = _tilt_both(chain, average_last(chain, learned[-1]), 1.0, 1.0)
     return float(np.abs(np.log(tokens / whole)).max()), _ROUNDING
 
 
 def ratio_is_defects(rng: np.random.Generator) -> tuple[float, float]:
     """Statement 9: log q_tokens / q_whole is -(h_1 + ... + h_L) up to a constant."""
     _, chain, _, learned = _draw(rng)
-    temperature, scale = _settings(rng)
-    tokens, whole = _both(chain, learned, temperature, scale)
+    temperature, scale = _draw_settings(rng)
+    tokens, whole = _tilt_both(chain, learned, temperature, scale)
     total = np.log(tokens / whole) + _sum_defects(chain, learned, temperature, scale)
     return float(np.ptp(total)), _ROUNDING * (1 + np.abs(total).max())
 
@@ -147,8 +147,8 @@ def ratio_is_defects(rng: np.random.Generator) -> tuple[float, float]:
 def ratio_is_bounded(rng: np.random.Generator) -> tuple[float, float]:
     """Statement 9: no sequence's log-ratio is larger than the sum of the ranges of the h_t."""
     _, chain, _, learned = _draw(rng)
-    temperature, scale = _settings(rng)
-    tokens, whole = _both(chain, learned, temperature, scale)
+    temperature, scale = _draw_settings(rng)
+    tokens, whole = _tilt_both(chain, learned, temperature, scale)
     ranges = sum(float(np.ptp(h)) for h in defects(chain, learned, temperature, scale))
     return float(np.abs(np.log(tokens / whole)).max()), ranges + _ROUNDING
 
@@ -159,8 +159,8 @@ def independent_tokens(rng: np.random.Generator) -> tuple[float, float]:
     chain = np.ones(())
     for _ in range(length):
         chain = chain[..., None] * rng.dirichlet(np.ones(3))
-    nothing = [np.ones((3,) * t) for t in range(1, length + 1)]
-    tokens, whole = _both(chain, nothing, _settings(rng)[0], 1.0)
+    ones = [np.ones((3,) * t) for t in range(1, length + 1)]  # no tilt
+    tokens, whole = _tilt_both(chain, ones, _draw_settings(rng)[0], 1.0)
     return float(np.abs(np.log(tokens / whole)).max()), _ROUNDING
 
 
@@ -183,7 +183,7 @@ STATEMENTS: dict[str, Callable[[np.random.Generator], tuple[float, float]]] = {
 
 
 def check(statement: str, instances: int, seed: int = 0) -> Check:
-    """Tries a statement of `STATEMENTS` on random chains."""
+    """Checks a statement of `STATEMENTS` on random chains."""
     rngs = np.random.default_rng(seed).spawn(instances)
     sides = np.array([STATEMENTS[statement](rng) for rng in rngs])
     left, right = sides.T
@@ -191,27 +191,27 @@ def check(statement: str, instances: int, seed: int = 0) -> Check:
     return Check(instances, violations, float(np.max(left / np.maximum(right, 1e-300))))
 
 
-def _steps(
+def _tilt_steps(
     chain: np.ndarray, classifier: Prefixes, temperature: float, scale: float
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """The served next-token distributions with their normalisers, token by token."""
     masses = prefix_probabilities(chain)
-    found = []
+    steps = []
     for before, after, f in zip(masses[:-1], masses[1:], classifier, strict=True):
         weights = (after / before[..., None]) ** (1 / temperature) * f**scale
         normaliser = np.asarray(weights.sum(axis=-1))
-        found.append((weights / normaliser[..., None], normaliser))
-    return found
+        steps.append((weights / normaliser[..., None], normaliser))
+    return steps
 
 
 def _sum_defects(chain: np.ndarray, learned: Prefixes, *settings: float) -> np.ndarray:
-    found = defects(chain, learned, *settings)
+    hs = defects(chain, learned, *settings)
     return sum(
-        (h.reshape(h.shape + (1,) * (chain.ndim - h.ndim)) for h in found), np.zeros(chain.shape)
+        (h.reshape(h.shape + (1,) * (chain.ndim - h.ndim)) for h in hs), np.zeros(chain.shape)
     )
 
 
-def _both(
+def _tilt_both(
     chain: np.ndarray, classifier: Prefixes, temperature: float, scale: float
 ) -> Sequence[np.ndarray]:
     return (
@@ -230,5 +230,6 @@ def _draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, Prefixes, P
     return retain, chain, exact, disturb(rng, exact, rng.choice([0.1, 1.0, 3.0]))
 
 
-def _settings(rng: np.random.Generator) -> tuple[float, float]:
+def _draw_settings(rng: np.random.Generator) -> tuple[float, float]:
+    """Draws T and s."""
     return float(np.exp(rng.uniform(0, 2))), float(rng.uniform(0, 2))

@@ -2,13 +2,13 @@
 
 Sequences are ragged and never padded one by one: the host plans each epoch as rows of the feature
 array, and one step gathers the rows of its batch. Tokens are dealt out to the devices one by one:
-each has a share of every sequence, and reads its share of a batch. Features never travel. An epoch
-is one pass over the forget sequences, each paired with a retain sequence drawn at random. Where
-retain sequences come from more than one source (retain rows, the base model's own samples), each
-source is drawn from equally often.
+each has a share of every sequence, and reads its share of a batch. Features are never moved between
+devices. An epoch is one pass over the forget sequences, each paired with a retain sequence drawn at
+random. All retain sources (retain rows, the base model's own samples) are drawn from equally often.
 
-Axes: K members, S seeds of theirs, P parts into which the mesh splits rows, N answer tokens of a
-part, D features, U tokens of the vocabulary that are trained, M tokens of a batch in a part.
+Axes: K members, S different seeds among them, P parts into which the mesh splits rows, N answer
+tokens of a part, D features, U tokens of the vocabulary that are trained, M tokens of a batch in a
+part, E tokens of a soft target.
 """
 
 import dataclasses
@@ -32,14 +32,14 @@ _BATCH_STEP = 64
 
 
 class Tokens(NamedTuple):
-    """Answer tokens on the devices: those of retain sequences, of forget sequences, padding.
+    """Answer tokens on the devices: of the retain sequences, of the forget sequences, padding.
 
-    Token i of all is token i // P of part i % P.
+    Token i is token i // P of part i % P.
 
     Attributes:
         pooled: Features, `[P, N, D]`.
-        targets: Row of the trained W2 of the token that came next, `[P, N]`; for distillation rows
-            of all tokens of a target, `[P, N, E]`.
+        targets: Row of the trained W2 of the token that came next, `[P, N]`; for distillation the
+            rows of all tokens of a target, `[P, N, E]`.
         forget_starts: First token of the forget sequences in each part, `[P]`.
         soft: For distillation the other arrays of `SoftTargets`, `[P, N, ...]`; else None.
     """
@@ -52,16 +52,16 @@ class Tokens(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Data:
-    """Training and held-out tokens, placed, and where on the host their sequences are.
+    """Training and held-out tokens on the mesh, and the starts of their sequences on the host.
 
     Attributes:
         train: Tokens to train on.
         held_out: Tokens of the held-out sequences; None if there are none.
-        starts: Starts of the retain and of the forget sequences among all tokens of `train`, one
-            each and their end.
+        starts: Starts of the retain and of the forget sequences among the tokens of `train`, each
+            with their end.
         held_out_starts: The same in `held_out`.
-        sources: Training sequences of each retain source.
         vocabulary: Token ids of the trained rows of W2, sorted, `[U]`.
+        sources: Number of training sequences of each retain source.
     """
 
     train: Tokens
@@ -100,7 +100,7 @@ class Data:
         )
         of_forget = split(forget, config.holdout_fraction, "forget", 1)
         train, held_out = (
-            _Part(retain, forget, *sequences)
+            _Subset(retain, forget, *sequences)
             for sequences in zip(of_retain, of_forget, strict=True)
         )
         return cls(
@@ -114,8 +114,8 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Part:
-    """Sequences of the two sets that are trained on, or that are held out."""
+class _Subset:
+    """The training sequences of both sets, or the held-out ones."""
 
     retain: Features
     forget: Features
@@ -123,11 +123,11 @@ class _Part:
     forget_sequences: np.ndarray
 
     def place(self, vocabulary: np.ndarray, distils: bool, mesh: Mesh) -> Tokens:
-        """The tokens of the sequences on the mesh."""
+        """Places the tokens of the sequences on the mesh."""
         retain, forget, num_parts = self.retain, self.forget, sharding.row_shards(mesh)
         rows = (
-            _rows(retain.starts, self.retain_sequences),
-            _rows(forget.starts, self.forget_sequences),
+            _list_rows(retain.starts, self.retain_sequences),
+            _list_rows(forget.starts, self.forget_sequences),
         )
         padding = -(len(rows[0]) + len(rows[1])) % num_parts
 
@@ -141,8 +141,8 @@ class _Part:
         if distils:
             assert retain.soft is not None
             assert forget.soft is not None
-            tokens, *others = (deal(*each) for each in zip(retain.soft, forget.soft, strict=True))
-            soft = tuple(np.ascontiguousarray(each) for each in others)
+            tokens, *rest = (deal(*pair) for pair in zip(retain.soft, forget.soft, strict=True))
+            soft = tuple(map(np.ascontiguousarray, rest))
         else:
             tokens = deal(retain.targets, forget.targets)
         targets = np.minimum(np.searchsorted(vocabulary, tokens), len(vocabulary) - 1)
@@ -164,7 +164,7 @@ class _Part:
             return pooled
 
         by_parts = sharding.batch_sharding(mesh, shape)
-        forget_starts = _before(len(rows[0]), num_parts).astype(np.int32)
+        forget_starts = _count_before(len(rows[0]), num_parts).astype(np.int32)
         targets, forget_starts = hosts.place((targets, forget_starts), by_parts)
         return Tokens(
             jax.make_array_from_callback(shape, by_parts, read),
@@ -182,7 +182,7 @@ class _Part:
 
 
 class Planner:
-    """Which rows of the training tokens each step of each epoch reads, for every seed.
+    """Plans which rows of the training tokens each step of each epoch reads, for every seed.
 
     Attributes:
         steps: Batches of an epoch.
@@ -191,7 +191,7 @@ class Planner:
     def __init__(self, data: Data, members: Sequence[Member], mesh: Mesh):
         self._retain, self._forget = data.starts
         self._parts = sharding.row_shards(mesh)
-        config = members[0].config  # what counts here is the same in all
+        config = members[0].config  # members share batch size and epochs
         self._members = [member.seed for member in members]
         self._seeds = list(dict.fromkeys(self._members))
         self._batch_size = config.batch_size
@@ -201,11 +201,11 @@ class Planner:
         self.steps = len(self._firsts)
         # The largest batch of all epochs: one compiled program serves all of them.
         largest = max(
-            self._counts(seed, epoch).max()
+            self._count(seed, epoch).max()
             for seed in self._seeds
             for epoch in range(1, config.epochs + 1)
         )
-        # Rounded up, so that it serves other seeds too.
+        # Rounded up, so that the program serves other seeds too.
         size = round_up(int(largest), _BATCH_STEP)
         self._shape = (len(self._seeds), self.steps, self._parts, size)
         self._sharding = sharding.fit_sharding(mesh, P(None, None, sharding.ROWS), self._shape)
@@ -214,20 +214,23 @@ class Planner:
         """Rows `[S, steps, P, M]`, -1 where there are fewer; tokens of a batch `[K, steps]`."""
         rows = np.full(self._shape, -1, np.int32)
         for s, seed in enumerate(self._seeds):
-            forget, retain = self._pairs(seed, epoch)
+            forget, retain = self._draw_pairs(seed, epoch)
             for step, first in enumerate(self._firsts):
                 batch = slice(first, first + self._batch_size)
                 read = np.concatenate(
-                    [_rows(self._forget, forget[batch]), _rows(self._retain, retain[batch])]
+                    [
+                        _list_rows(self._forget, forget[batch]),
+                        _list_rows(self._retain, retain[batch]),
+                    ]
                 )
                 for part in range(self._parts):
                     here = read[read % self._parts == part] // self._parts
                     rows[s, step, part, : len(here)] = here
-        counts = {seed: self._counts(seed, epoch).sum(axis=1) for seed in self._seeds}
+        counts = {seed: self._count(seed, epoch).sum(axis=1) for seed in self._seeds}
         return hosts.place(rows, self._sharding), np.stack([counts[s] for s in self._members])
 
-    def _pairs(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The forget sequences in this epoch's order, and the retain sequence drawn for each."""
+    def _draw_pairs(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Draws the order of the forget sequences, and a retain sequence for each."""
         rng = np.random.default_rng((seed, epoch))
         forget = rng.permutation(len(self._forget) - 1)
         if len(self._sources) == 1:
@@ -236,11 +239,12 @@ class Planner:
         sizes = np.array(self._sources)
         return forget, (np.cumsum(sizes) - sizes)[source] + rng.integers(sizes[source])
 
-    def _counts(self, seed: int, epoch: int) -> np.ndarray:
-        """Tokens of each batch in each part, `[steps, P]`."""
-        forget, retain = self._pairs(seed, epoch)
+    def _count(self, seed: int, epoch: int) -> np.ndarray:
+        """Counts the tokens of each batch in each part, `[steps, P]`."""
+        forget, retain = self._draw_pairs(seed, epoch)
         of_forget, of_retain = (
-            np.diff(_before(starts, self._parts), axis=0) for starts in (self._forget, self._retain)
+            np.diff(_count_before(starts, self._parts), axis=0)
+            for starts in (self._forget, self._retain)
         )
         return np.add.reduceat(of_forget[forget] + of_retain[retain], self._firsts)
 
@@ -266,8 +270,8 @@ def split(
     return np.sort(order[count:]), np.sort(order[:count])
 
 
-def _before(tokens: int | np.ndarray, parts: int) -> np.ndarray:
-    """Number of tokens with an index below `tokens` in each part, `[..., P]`."""
+def _count_before(tokens: int | np.ndarray, parts: int) -> np.ndarray:
+    """Counts the tokens with an index below `tokens` in each part, `[..., P]`."""
     return -((np.arange(parts) - np.asarray(tokens)[..., None]) // parts)
 
 
@@ -280,7 +284,7 @@ def _take(pooled: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return pooled[rows[0] : rows[-1] + 1 : step] if evenly else pooled[rows]
 
 
-def _rows(starts: np.ndarray, sequences: np.ndarray) -> np.ndarray:
+def _list_rows(starts: np.ndarray, sequences: np.ndarray) -> np.ndarray:
     """The rows of some sequences, one sequence after the other."""
     lengths = starts[sequences + 1] - starts[sequences]
     offsets = np.cumsum(lengths) - lengths

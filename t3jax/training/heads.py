@@ -1,6 +1,6 @@
-"""Trains heads on frozen features, several at once, and leaves them in a folder.
+"""Trains heads on frozen features, several at once, and writes them to a folder.
 
-Training needs features and targets, and nothing else of the base model; they stay on the device.
+Training reads features and targets, which stay on the device. It does not run the base model.
 """
 
 import dataclasses
@@ -65,10 +65,10 @@ def train_heads(
         mesh: Where to train; None means one device.
         init: A head whose weights every seed begins with, such as a meta-learned one; None means
             PyTorch's start, drawn by the seed.
-        model: Folder or hub id of the base model, kept in the head.
-        base_temperature: T, kept in the head.
-        guidance_scale: s, kept in the head.
-        prior_shift: Added to scores when the head is used, see `class_prior_shift`; kept in it.
+        model: Folder or hub id of the base model, stored in the head.
+        base_temperature: T, stored in the head.
+        guidance_scale: s, stored in the head.
+        prior_shift: Added to scores when the head is used, see `class_prior_shift`; stored in it.
         report: Called with a line of text for each epoch and head, such as `print`.
         progress: Label of a bar with the mean loss and the remaining time; None shows none.
 
@@ -90,47 +90,28 @@ def train_heads(
     if mesh is None:
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
     sources = [retain] if isinstance(retain, Features) else list(retain)
-    for features in [*sources, forget]:
-        _check(features, "forget" if features is forget else "retain", head_config, config)
-    for features in sources:
-        if features.pooled.dtype != forget.pooled.dtype:
-            raise ValueError(
-                f"features of the retain set are {features.pooled.dtype}, those of the forget set "
-                f"{forget.pooled.dtype}; compute both with one dtype"
-            )
+    _check_sets(sources, forget, head_config, config)
     if init is not None:
         check_start(init.config, head_config)
     data = Data.build(sources, forget, head_config, config, mesh)
     planner = Planner(data, members, mesh)
     first = None if init is None else init.params
     trainer = Trainer(data, head_config, members, planner.steps, mesh, first)
+    of_data = _describe_data(sources, forget)
     settings = {
         "head": dataclasses.asdict(head_config),
-        "training": _common(configs),
+        "training": _merge_recipes(configs),
         "seeds": list(seeds),
-        "features": {
-            "retain": _digest(sources[0]) if len(sources) == 1 else [*map(_digest, sources)],
-            "forget": _digest(forget),
-        },
+        "features": of_data["features"],
         # None keeps runs valid that were begun before `init` existed.
         "init": None if init is None else params_digest(init.params),
     }
+    if init is not None:
+        of_data["init"] = settings["init"]
     best = _Best(members, head_config, workdir)
     with open_run(workdir, settings, trainer.abstract_state, unit="epoch") as run:
         state, metrics = _run(run, members, trainer, planner, best, report, progress)
     best.check()
-    of_data = {
-        "tokens": {
-            "retain": sum(features.num_tokens for features in sources),
-            "forget": forget.num_tokens,
-        },
-        "sequences": {
-            "retain": sum(features.num_sequences for features in sources),
-            "forget": forget.num_sequences,
-        },
-        "features": settings["features"],
-        **({"init": settings["init"]} if init is not None else {}),
-    }
     heads = []
     for k, member in enumerate(members):
         params = best.params[k] or trainer.full_params(state, k, config.epochs)
@@ -164,17 +145,15 @@ def _run(
     config = members[0].config  # all members share epochs, patience and the like
     bar = tqdm.tqdm(
         total=config.epochs,
+        initial=run.done,
         desc=progress,
         unit="epoch",
         disable=progress is None or not hosts.is_lead(),
     )
     with bar:
-        metrics, state = run.metrics, run.state
-        if state is None:
-            state = trainer.init()
+        metrics = run.metrics
+        state = trainer.init() if run.state is None else run.state
         best.restore(metrics)
-        bar.initial = bar.n = run.done
-
         plan = planner.epoch(min(run.done + 1, config.epochs))
         for epoch in range(run.done + 1, config.epochs + 1):
             if best.is_over:
@@ -186,7 +165,7 @@ def _run(
             if not last:
                 plan = planner.epoch(epoch + 1)  # while the device works
             losses, finite = jax.device_get(pending)
-            # Tokens of different batches weigh the same.
+            # The mean over tokens: batches differ in their number of tokens.
             losses = np.sum(losses * counts, axis=1) / np.sum(counts, axis=1)
             trainer.check_finite(losses, finite, epoch)
             held_out = trainer.evaluate(state) if last or epoch % config.eval_every == 0 else None
@@ -223,27 +202,60 @@ def _make_record(
     best_epoch: int | None,
 ) -> dict[str, object]:
     """The record of a head: how it was trained, on which data, and its last metrics."""
-    own = [line for line in metrics if line["head"] == member.name]
-    final = next((line for line in own if line["epoch"] == best_epoch), own[-1])
+    lines = [line for line in metrics if line["head"] == member.name]
+    final = next((line for line in lines if line["epoch"] == best_epoch), lines[-1])
     return {
         "training": {**dataclasses.asdict(member.config), "seed": member.seed},
         **of_data,
         "final": {name: value for name, value in final.items() if name not in ("head", "seconds")},
         "versions": {"jax": jax.__version__, "t3jax": _version()},
-        "seconds": sum(line["seconds"] for line in own),
+        "seconds": sum(line["seconds"] for line in lines),
     }
 
 
-def _common(configs: Sequence[TrainConfig]) -> dict[str, object]:
+def _merge_recipes(configs: Sequence[TrainConfig]) -> dict[str, object]:
     """The recipes as one, with lists where they may differ."""
-    common = dataclasses.asdict(configs[0])
+    merged = dataclasses.asdict(configs[0])
     if len(configs) > 1:
         for name in ("learning_rate", "weight_decay"):
-            common[name] = [getattr(config, name) for config in configs]
-    return common
+            merged[name] = [getattr(config, name) for config in configs]
+    return merged
 
 
-def _check(features: Features, name: str, head_config: HeadConfig, config: TrainConfig) -> None:
+def _describe_data(sources: Sequence[Features], forget: Features) -> dict[str, object]:
+    """Sizes and digests of the sets, for the record of a head."""
+    digests = [_digest(features) for features in sources]
+    return {
+        "tokens": {
+            "retain": sum(features.num_tokens for features in sources),
+            "forget": forget.num_tokens,
+        },
+        "sequences": {
+            "retain": sum(features.num_sequences for features in sources),
+            "forget": forget.num_sequences,
+        },
+        "features": {
+            "retain": digests[0] if len(digests) == 1 else digests,
+            "forget": _digest(forget),
+        },
+    }
+
+
+def _check_sets(
+    sources: Sequence[Features], forget: Features, head_config: HeadConfig, config: TrainConfig
+) -> None:
+    for features in sources:
+        _check_set(features, "retain", head_config, config)
+    _check_set(forget, "forget", head_config, config)
+    for features in sources:
+        if features.pooled.dtype != forget.pooled.dtype:
+            raise ValueError(
+                f"features of the retain set are {features.pooled.dtype}, those of the forget set "
+                f"{forget.pooled.dtype}; compute both with one dtype"
+            )
+
+
+def _check_set(features: Features, name: str, head_config: HeadConfig, config: TrainConfig) -> None:
     if not features.num_sequences or not features.num_tokens:
         raise ValueError(
             f"the {name} set is empty: it has {features.num_sequences} sequences and "
@@ -255,8 +267,8 @@ def _check(features: Features, name: str, head_config: HeadConfig, config: Train
         raise ValueError(
             f"the features of the {name} set have width {width}, but the head has hidden_size "
             f"{head_config.hidden_size} and reads {head_config.features!r}, of width "
-            f"{head_config.feature_size}; compute both sets with the model the head is for, as the "
-            "kind that it reads"
+            f"{head_config.feature_size}; compute both sets with the head's model and its kind of "
+            "features"
         )
     low, high = features.targets.min(), features.targets.max()
     if low < 0 or high >= head_config.vocab_size:
@@ -279,12 +291,12 @@ def _check(features: Features, name: str, head_config: HeadConfig, config: Train
 class _Best:
     """Early stopping: the evaluation of each head with the smallest held-out loss.
 
-    Its weights are written before the checkpoint of their epoch, so that a resumed run has them.
+    The weights are written before the checkpoint of their epoch, so that a resumed run has them.
     Weights that a killed run wrote after its last checkpoint are written again.
 
     Attributes:
         epochs: Epoch of each head's best evaluation; None before the first, or without patience.
-        params: Its weights, on the host.
+        params: Weights of each head at that epoch, on the host.
     """
 
     def __init__(
@@ -300,7 +312,7 @@ class _Best:
 
     @property
     def is_over(self) -> bool:
-        """Whether no head has become better for as long as the recipe waits."""
+        """Whether the patience of the recipe is used up for every head."""
         return bool(self._patience) and min(self._waited) >= self._patience
 
     def update(self, epoch: int, losses: Sequence[float]) -> list[int]:
@@ -321,11 +333,7 @@ class _Best:
             save_head(self._folder / self._members[k].name, head)
 
     def restore(self, metrics: Sequence[Metrics]) -> None:
-        """Goes back to where the metrics of a resumed run end.
-
-        Raises:
-            ValueError: If the weights of a best evaluation are damaged or missing.
-        """
+        """Restores the state that a resumed run had at its last metrics."""
         if not self._patience or not metrics:
             return
         epochs = sorted({line["epoch"] for line in metrics if "held_out_loss" in line})
@@ -340,21 +348,21 @@ class _Best:
             try:
                 head = load_head(self._folder / member.name)
             except (OSError, ValueError) as error:
-                raise self._lost(k, str(error)) from error
+                raise self._make_error(k, str(error)) from error
             # A killed run may have stored weights after its last checkpoint: that epoch runs again.
             epoch, weights = (head.record.get(name) for name in ("epoch", "weights"))
             if epoch == self.epochs[k] and weights in (None, params_digest(head.params)):
                 self.params[k] = jax.device_get(head.params)
             elif not (isinstance(epoch, int) and epoch > epochs[-1]):
-                raise self._lost(k, "its epoch or its checksum is another one")
+                raise self._make_error(k, "its epoch or its checksum differs")
 
     def check(self) -> None:
         """Raises ValueError if the weights of a best evaluation are missing at the end."""
         for k, epoch in enumerate(self.epochs):
             if epoch is not None and self.params[k] is None:
-                raise self._lost(k, "it holds a later epoch's")
+                raise self._make_error(k, "it holds a later epoch's")
 
-    def _lost(self, k: int, why: str) -> ValueError:
+    def _make_error(self, k: int, why: str) -> ValueError:
         folder = self._folder and self._folder / self._members[k].name
         return ValueError(
             f"{folder}: the weights of epoch {self.epochs[k]}, the best so far, are damaged or "

@@ -37,7 +37,7 @@ class TrainConfig(Ranged):
         epochs: Passes over the forget set.
         warmup_ratio: Share of the steps over which the learning rate rises from 0; it then falls
             to 0.
-        batch_size: Forget sequences of a batch; as many retain sequences come on top.
+        batch_size: Forget sequences of a batch, which has as many retain sequences.
         learning_rate: AdamW's at its peak.
         weight_decay: AdamW's, decoupled: a step shrinks weights by learning rate times this.
         b1: AdamW's decay of the mean gradient.
@@ -49,11 +49,11 @@ class TrainConfig(Ranged):
         distilled_temperature: The base temperature T that a distilled head is trained for.
         retain_weight: Weight of a distilled position of a retain text; one of a forget text has 1.
         zero_output: Start the output layer at zero (an extension, see `init_head`).
-        holdout_fraction: Share of the retain and of the forget sequences that is kept from training
-            and evaluated; the same sequences for every seed. The paper keeps none.
+        holdout_fraction: Share of the retain and of the forget sequences that is held out and
+            evaluated; the same sequences for every seed. The paper holds out none.
         patience: Training ends after this many evaluations in a row in which no head's held-out
-            loss became smaller; each head is then that of its best evaluation. 0: train to the
-            end and take the last. It needs a holdout_fraction.
+            loss became smaller; each head then has the weights of its best evaluation. 0: train to
+            the end and take the last. It needs a holdout_fraction.
         eval_every: Epochs between evaluations on the held-out sequences; the last always counts.
         checkpoint_every: Epochs between checkpoints; the last is always saved.
     """
@@ -111,7 +111,7 @@ def make_optimizer(
     learning_rate: jax.Array | None = None,
     weight_decay: jax.Array | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW with clipped gradients, warm-up and decay, as the recipe has it.
+    """AdamW with the recipe's clipping of gradients, warm-up and decay.
 
     Peak rate and weight decay may be traced; the form of the optimizer's state depends on neither.
     """
@@ -133,7 +133,7 @@ class Member(NamedTuple):
     """One of the heads that are trained together.
 
     Attributes:
-        name: Its folder's.
+        name: Name of its folder.
         config: Its recipe.
         seed: Decides its first weights and its batches.
     """
@@ -146,7 +146,7 @@ class Member(NamedTuple):
 def make_members(configs: Sequence[TrainConfig], seeds: Sequence[int]) -> list[Member]:
     """A head for every recipe and every seed, recipe by recipe.
 
-    Recipes differ in learning rate and weight decay alone. Names hold the differences: `head`,
+    Recipes differ in learning rate and weight decay alone. Names show the differences: `head`,
     `head-seed1`, `head-lr0.01-wd0.1-seed1`.
     """
     # JAX keeps the lower 32 bits of a seed alone: 2^32 would draw as 0 does.
@@ -170,12 +170,12 @@ def make_members(configs: Sequence[TrainConfig], seeds: Sequence[int]) -> list[M
     return members
 
 
-def check_start(found: HeadConfig, expected: HeadConfig) -> None:
+def check_start(start: HeadConfig, expected: HeadConfig) -> None:
     """Checks that a head can begin with the weights of another; a ValueError names the fields."""
     different = [
-        f"{field.name} {getattr(found, field.name)!r} where {getattr(expected, field.name)!r} is"
+        f"{field.name} {getattr(start, field.name)!r} where {getattr(expected, field.name)!r} is"
         for field in dataclasses.fields(HeadConfig)
-        if getattr(found, field.name) != getattr(expected, field.name)
+        if getattr(start, field.name) != getattr(expected, field.name)
     ]
     if different:
         raise ValueError(

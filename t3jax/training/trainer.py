@@ -5,7 +5,7 @@ rows only shrink by weight decay, by a factor that is known in closed form. Lear
 weight decays are traced: one program serves heads that differ in them.
 
 Heads of one seed read the same batches: their features are gathered once, and multiplied by the
-weights of all of these heads in one product.
+weights of all these heads in one product.
 
 Axes: K members, a grid of C recipes and S seeds (K = C S, seeds the inner one), P parts into which
 the mesh splits rows, N answer tokens of a part, D features, R rank, V vocabulary, U tokens of the
@@ -50,8 +50,8 @@ class Programs(NamedTuple):
         abstract_state: The training state as shapes with shardings.
         init_optimizer: `params -> optimizer state`.
         epoch: `(state, tokens, rows, knobs) -> (state, losses [K, steps], finite [K])`; the state
-            given is donated, `rows` `[S, steps, P, M]` says which tokens of each part a batch has,
-            -1 for none, `knobs` are peak learning rates and weight decays, `[K]` each.
+            is donated, `rows` `[S, steps, P, M]` are the tokens of a batch in each part, -1 for
+            padding, `knobs` are peak learning rates and weight decays, `[K]` each.
         score: `(params, tokens) -> [K, P, N]`: the head's score of each token that came next, or
             for distillation the loss of each position.
     """
@@ -66,33 +66,10 @@ class Programs(NamedTuple):
 def compile_programs(
     head_config: HeadConfig, config: TrainConfig, steps: int, grid: tuple[int, int], mesh: Mesh
 ) -> Programs:
-    """The programs for a grid of heads whose vocabulary is that of the trained tokens."""
+    """The programs for a grid of heads whose vocabulary has the trained tokens alone."""
     adamw = make_optimizer(config, steps)
     activation = head_config.activation
-
-    def distillation_losses(
-        params: HeadParams, pooled: jax.Array, tokens: jax.Array, soft: Sequence[jax.Array]
-    ) -> jax.Array:
-        scores = candidate_scores(params, pooled, tokens, activation)
-        logprobs, log_weights, probs = soft
-        return distillation_loss(scores, logprobs, log_weights, probs, config.distilled_temperature)
-
-    def loss_fn(params: HeadParams, tokens: Tokens, rows: jax.Array) -> jax.Array:
-        def read(x: jax.Array) -> jax.Array:
-            """Reads the batch, `[P M, ...]`; each part reads its own tokens."""
-            take = jax.vmap(lambda own, index: own.at[index].get(mode="promise_in_bounds"))
-            return take(x, jnp.maximum(rows, 0)).reshape(-1, *x.shape[2:])
-
-        mask = rows.reshape(-1) >= 0
-        retain = (rows < tokens.forget_starts[:, None]).reshape(-1)
-        if tokens.soft is not None:
-            soft = [read(x) for x in tokens.soft]
-            losses = distillation_losses(params, read(tokens.pooled), read(tokens.targets), soft)
-            losses = losses * jnp.where(retain, config.retain_weight, 1.0)
-            count = jnp.maximum(jnp.sum(mask.astype(jnp.float32)), 1.0)
-            return jnp.sum(jnp.where(mask, losses, 0.0)) / count
-        scores = target_scores(params, read(tokens.pooled), read(tokens.targets), activation)
-        return classifier_loss(scores, retain, mask=mask)
+    loss_fn = functools.partial(_batch_loss, config, activation)
 
     def train_one(state: PyTree, tokens: Tokens, rows: jax.Array, knobs: PyTree) -> tuple:
         tuned = make_optimizer(config, steps, *knobs)
@@ -106,15 +83,17 @@ def compile_programs(
         return state, losses, jnp.stack(finite).all()
 
     def train_all(state: PyTree, tokens: Tokens, rows: jax.Array, knobs: PyTree) -> tuple:
-        same_seed = jax.vmap(train_one, in_axes=(0, None, None, 0))
-        every = jax.vmap(same_seed, in_axes=(1, None, 0, 1), out_axes=1)
+        train_recipes = jax.vmap(train_one, in_axes=(0, None, None, 0))
+        train_seeds = jax.vmap(train_recipes, in_axes=(1, None, 0, 1), out_axes=1)
         state, knobs = jax.tree.map(lambda x: x.reshape(*grid, *x.shape[1:]), (state, knobs))
-        found = every(state, tokens, rows, knobs)
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+        results = train_seeds(state, tokens, rows, knobs)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
 
     def score_one(params: HeadParams, tokens: Tokens) -> jax.Array:
         if tokens.soft is not None:
-            return distillation_losses(params, tokens.pooled, tokens.targets, tokens.soft)
+            return _distillation_losses(
+                config, activation, params, tokens.pooled, tokens.targets, tokens.soft
+            )
         return target_scores(params, tokens.pooled, tokens.targets, activation)
 
     shapes = head_shapes(head_config)
@@ -142,6 +121,42 @@ def compile_programs(
     )
 
 
+def _batch_loss(
+    config: TrainConfig, activation: str, params: HeadParams, tokens: Tokens, rows: jax.Array
+) -> jax.Array:
+    """The loss of one head on the rows `[P, M]` of a batch."""
+
+    def read(x: jax.Array) -> jax.Array:
+        """Reads the batch, `[P M, ...]`; each part reads its own tokens."""
+        take = jax.vmap(lambda values, index: values.at[index].get(mode="promise_in_bounds"))
+        return take(x, jnp.maximum(rows, 0)).reshape(-1, *x.shape[2:])
+
+    mask = rows.reshape(-1) >= 0
+    retain = (rows < tokens.forget_starts[:, None]).reshape(-1)
+    if tokens.soft is not None:
+        soft = [read(x) for x in tokens.soft]
+        pooled, targets = read(tokens.pooled), read(tokens.targets)
+        losses = _distillation_losses(config, activation, params, pooled, targets, soft)
+        losses = losses * jnp.where(retain, config.retain_weight, 1.0)
+        count = jnp.maximum(jnp.sum(mask.astype(jnp.float32)), 1.0)
+        return jnp.sum(jnp.where(mask, losses, 0.0)) / count
+    scores = target_scores(params, read(tokens.pooled), read(tokens.targets), activation)
+    return classifier_loss(scores, retain, mask=mask)
+
+
+def _distillation_losses(
+    config: TrainConfig,
+    activation: str,
+    params: HeadParams,
+    pooled: jax.Array,
+    tokens: jax.Array,
+    soft: Sequence[jax.Array],
+) -> jax.Array:
+    scores = candidate_scores(params, pooled, tokens, activation)
+    logprobs, log_weights, probs = soft
+    return distillation_loss(scores, logprobs, log_weights, probs, config.distilled_temperature)
+
+
 _init_head = jax.jit(init_head, static_argnames=("config", "zero_output"))
 
 
@@ -157,7 +172,7 @@ class Trainer:
         mesh: Mesh,
         start: HeadParams | None = None,
     ):
-        """Compiles nothing yet; `members` are those of `make_members`, in its order."""
+        """Compiles nothing yet; `members` are as `make_members` returns them."""
         self._start = start
         self._data, self._head_config, self._members = data, head_config, members
         self._steps = steps
@@ -188,13 +203,13 @@ class Trainer:
     def train_epoch(self, state: PyTree, rows: jax.Array) -> tuple[PyTree, jax.Array, jax.Array]:
         """The state after an epoch, losses `[K, steps]`, whether the weights are finite `[K]`.
 
-        They are promises: the device may still be at work.
+        They are promises: the device may still compute them.
         """
         with jax.transfer_guard("disallow"):
             return self._programs.epoch(state, self._data.train, rows, self._knobs)
 
     def check_finite(self, losses: np.ndarray, finite: np.ndarray, epoch: int) -> None:
-        """Raises FloatingPointError if a loss, or a weight as `finite` says, is not, `[K]` each."""
+        """Raises FloatingPointError if a loss or a weight is not finite, `[K]` each."""
         wrong = np.flatnonzero(~(np.isfinite(losses) & finite))
         if not wrong.size:
             return
