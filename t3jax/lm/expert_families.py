@@ -225,7 +225,7 @@ EXPERT_FAMILIES: dict[str, Family] = {
             "num_experts_per_tok": 2,
             "num_local_experts": 16,
         },
-        # SparseMixer takes two whatever it is told.
+        # transformers' SparseMixer takes two, whatever the config says.
         expected={"num_experts_per_tok": (2,), "tie_word_embeddings": (False,)},
         slides=lambda config, layer: True,
         ropes=("default", "longrope"),

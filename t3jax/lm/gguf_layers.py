@@ -6,13 +6,13 @@ import numpy as np
 
 from t3jax.lm.gguf_file import GGUFFile
 
-_NOT_ROTATED = 1e20  # a pair is stretched by so much, or more, if it is not to be rotated
+_NOT_ROTATED = 1e20  # least stretch of a pair that is not rotated
 _KINDS = ("full_attention", "sliding_attention")
 _WORDS = {int: "a whole number", bool: "true or false"}
 
 
 def describe_gemma4(file: GGUFFile) -> dict[str, Any]:
-    """What differs between local layers and those that attend to the whole text.
+    """The differences between local layers and those that attend to the whole text.
 
     Raises:
         ValueError: If a value is missing, or one is not implemented.
@@ -25,26 +25,24 @@ def describe_gemma4(file: GGUFFile) -> dict[str, Any]:
         )
     heads = _by_layer(file, "attention.head_count_kv", int)
     whole = pattern.index(False)
-    own_heads = {each for each, local in zip(heads, pattern, strict=True) if local} or {
-        heads[whole]
-    }
-    whole_heads = {each for each, local in zip(heads, pattern, strict=True) if not local}
-    if len(own_heads) > 1 or len(whole_heads) > 1:
+    local_heads = {n for n, local in zip(heads, pattern, strict=True) if local} or {heads[whole]}
+    whole_heads = {n for n, local in zip(heads, pattern, strict=True) if not local}
+    if len(local_heads) > 1 or len(whole_heads) > 1:
         raise ValueError(
             f"{file.architecture}.attention.head_count_kv {heads}: expected one number for the "
             "layers with a window, and one for the others"
         )
     values_are_keys = f"blk.{whole}.attn_v.weight" not in file.tensors
     widths = _by_layer(file, "feed_forward_length", int)
-    local_width = _needed(file, "attention.key_length_swa")
+    local_width = _count(file, "attention.key_length_swa", 1)
     rotated = _count(file, "rope.dimension_count_swa") or local_width
     return {
-        "layer_types": [_KINDS[each] for each in pattern],
-        "num_key_value_heads": own_heads.pop(),
+        "layer_types": [_KINDS[local] for local in pattern],
+        "num_key_value_heads": local_heads.pop(),
         "num_global_key_value_heads": whole_heads.pop() if values_are_keys else None,
         "attention_k_eq_v": values_are_keys,
         "head_dim": local_width,
-        "global_head_dim": _needed(file, "attention.key_length"),
+        "global_head_dim": _count(file, "attention.key_length", 1),
         "num_kv_shared_layers": _count(file, "attention.shared_kv_layers"),
         "intermediate_size": widths[0],
         "use_double_wide_mlp": widths[-1] == 2 * widths[0],
@@ -66,7 +64,7 @@ def describe_gemma4(file: GGUFFile) -> dict[str, Any]:
 
 
 def describe_lfm2(file: GGUFFile) -> dict[str, Any]:
-    """Which layers are short convolutions: those without heads of keys.
+    """The layers that are short convolutions: those without key heads.
 
     Raises:
         ValueError: If a value is missing, or one is not implemented.
@@ -78,23 +76,23 @@ def describe_lfm2(file: GGUFFile) -> dict[str, Any]:
             "and the same number for all other layers"
         )
     return {
-        "layer_types": ["full_attention" if each else "conv" for each in heads],
+        "layer_types": ["full_attention" if count else "conv" for count in heads],
         "num_key_value_heads": max(heads),
-        "conv_L_cache": _needed(file, "shortconv.l_cache"),
+        "conv_L_cache": _count(file, "shortconv.l_cache", 1),
         "block_auto_adjust_ff_dim": False,
         "num_dense_layers": _count(file, "leading_dense_block_count"),
     }
 
 
 def describe_qwen35(file: GGUFFile) -> dict[str, Any]:
-    """The gated delta nets, and how many layers there are but for those that are not read.
+    """The gated delta nets, and the number of layers that are read.
 
     Raises:
         ValueError: If a value is missing, or one is not implemented.
     """
-    heads = _by_layer(file, "attention.head_count_kv", int)  # 0, or the same, without attention
-    value_heads = _needed(file, "ssm.time_step_rank")
-    key_heads, width = _needed(file, "ssm.group_count"), _needed(file, "ssm.inner_size")
+    heads = _by_layer(file, "attention.head_count_kv", int)  # a delta net has 0, or the same
+    value_heads = _count(file, "ssm.time_step_rank", 1)
+    key_heads, width = _count(file, "ssm.group_count", 1), _count(file, "ssm.inner_size", 1)
     if width % value_heads or value_heads % key_heads:
         raise ValueError(
             f"{file.architecture}.ssm.time_step_rank {value_heads}: expected a divisor of "
@@ -103,9 +101,9 @@ def describe_qwen35(file: GGUFFile) -> dict[str, Any]:
     return {
         "num_hidden_layers": _count(file, "block_count") - _count(file, "nextn_predict_layers"),
         "num_key_value_heads": max(heads),
-        "full_attention_interval": _needed(file, "full_attention_interval"),
-        "linear_conv_kernel_dim": _needed(file, "ssm.conv_kernel"),
-        "linear_key_head_dim": _needed(file, "ssm.state_size"),
+        "full_attention_interval": _count(file, "full_attention_interval", 1),
+        "linear_conv_kernel_dim": _count(file, "ssm.conv_kernel", 1),
+        "linear_key_head_dim": _count(file, "ssm.state_size", 1),
         "linear_num_key_heads": key_heads,
         "linear_num_value_heads": value_heads,
         "linear_value_head_dim": width // value_heads,
@@ -113,10 +111,10 @@ def describe_qwen35(file: GGUFFile) -> dict[str, Any]:
 
 
 def describe_glm4_moe(file: GGUFFile) -> dict[str, Any]:
-    """Which layers have no experts, and which predict further tokens and are not read.
+    """The layers without experts, and the number of layers that are read.
 
     Raises:
-        ValueError: If a value is absurd.
+        ValueError: If a value is no integer in its range.
     """
     return {
         "num_hidden_layers": _count(file, "block_count") - _count(file, "nextn_predict_layers"),
@@ -126,10 +124,10 @@ def describe_glm4_moe(file: GGUFFile) -> dict[str, Any]:
 
 
 def describe_ernie4_5_moe(file: GGUFFile) -> dict[str, Any]:
-    """Which layers have no experts.
+    """The layers without experts.
 
     Raises:
-        ValueError: If a value is absurd.
+        ValueError: If a value is no integer in its range.
     """
     return {
         "moe_layer_start_index": _count(file, "leading_dense_block_count"),
@@ -138,26 +136,19 @@ def describe_ernie4_5_moe(file: GGUFFile) -> dict[str, Any]:
     }
 
 
-def _count(file: GGUFFile, key: str) -> int:
-    value = file.get(key, 0)
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{file.architecture}.{key} is {value!r}, expected an integer >= 0")
-    return value
-
-
-def _needed(file: GGUFFile, key: str) -> int:
-    value = file.get(key)
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{file.architecture}.{key} is {value!r}, expected an integer >= 1")
+def _count(file: GGUFFile, key: str, least: int = 0) -> int:
+    value = file.get(key, None if least else 0)
+    if type(value) is not int or value < least:
+        raise ValueError(f"{file.architecture}.{key} is {value!r}, expected an integer >= {least}")
     return value
 
 
 def _by_layer(file: GGUFFile, key: str, kind: type[int]) -> list[Any]:
-    """A value for each layer; files say one number where all have the same."""
+    """A value for each layer; files state one number if all layers have the same."""
     count = file.get("block_count")
     value = file.get(key)
     values = value if isinstance(value, list) else [value] * count
-    if len(values) != count or not all(type(each) is kind and each >= 0 for each in values):
+    if len(values) != count or not all(type(n) is kind and n >= 0 for n in values):
         raise ValueError(
             f"{file.architecture}.{key} is {value!r}, expected {_WORDS[kind]} for each of the "
             f"{count} layers"
@@ -166,7 +157,7 @@ def _by_layer(file: GGUFFile, key: str, kind: type[int]) -> list[Any]:
 
 
 def _rotated_share(file: GGUFFile) -> float:
-    """How many pairs of a head are rotated; the others are stretched beyond any text."""
+    """The share of the pairs of a head that are rotated; the others are stretched without limit."""
     if (stored := file.tensors.get("rope_freqs.weight")) is None:
         return 1.0
     stretch = np.asarray(stored.data)
