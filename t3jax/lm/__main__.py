@@ -24,7 +24,7 @@ _GIB = 1 << 30
 
 
 def main() -> int:
-    """Prints what a model is; the status is 1 if it does not load."""
+    """Prints the description of a model; the status is 1 if it does not load."""
     parser = argparse.ArgumentParser(
         prog="python -m t3jax.lm",
         description=__doc__,

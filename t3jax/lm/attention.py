@@ -73,11 +73,10 @@ class Attention(nnx.Module):
         past: Past | None,
         mesh: Mesh | None,
     ) -> tuple[Array, Array, Array]:
-        """The output for `x`, `[B, T, D]`, and keys and values with those of the new tokens.
+        """The output for `x`, `[B, T, D]`, and the keys and values of all tokens.
 
-        Without a rotation queries and keys stay as they are. `seen`, bool `[B, T, S]`, says which
-        slots each query attends to. `past` is None for a text by itself; of a layer that borrows
-        keys and values it already holds those of the new tokens.
+        `seen`, bool `[B, T, S]`, says which slots each query attends to. `past` is None for a text
+        by itself; in a layer that borrows keys and values it already includes the new tokens.
         """
         c, kv_heads = self.config, self.heads.num_kv_heads
         b, t, _ = x.shape
@@ -170,7 +169,7 @@ class Attention(nnx.Module):
         scores = cap(scores, c.attention_softcap)
         if c.alibi:
             scores = scores - _distance_penalties(c, seen)
-        # Where nothing is seen (padding) the weights become uniform, never NaN.
+        # The weights of padding, which sees no key, become uniform, never NaN.
         scores = jnp.where(seen[:, None, None], scores, _MASKED)
         weights = self._softmax(scores).astype(v.dtype)
         return jnp.einsum(

@@ -27,7 +27,7 @@ class Shared(NamedTuple):
     """Inputs of a layer besides the residual stream, most of them the same for all of a kind.
 
     Attributes:
-        rotation: None leaves queries and keys as they are.
+        rotation: The rotation of the new tokens; None: queries and keys are not rotated.
         seen: The slots that each query attends to, bool `[B, T, S]`.
         cursor: The cursor of the cache; None without a cache.
         order: The order of the real tokens, for recurrent layers; None if there are none.

@@ -198,8 +198,8 @@ class LMConfig:
             numbers that each MLP has learned).
         gated: The MLP has a gate: down(activation(gate(x)) * up(x)), else down(activation(up(x))).
         norm: "rms"; "layer" (mean subtracted, with bias unless `norm_bias` is false); either with
-            "_offset" (the weight is what is added to 1); or "rms_float32" (the product with the
-            weight is taken in float32).
+            "_offset" (1 is added to the weight); or "rms_float32" (the product with the weight is
+            taken in float32).
         norm_bias: See `norm`.
         norm_weight: Norms have a weight; else they do nothing but norm.
         embedding_norm: Embeddings are normed.

@@ -125,7 +125,7 @@ def _normalize(x: Array) -> Array:
 
 
 def _apply_on_mesh(mesh: Mesh | None, *arrays: Array) -> tuple[Array, Array]:
-    """`apply_delta_rule`, where each device has some rows and, if `model` divides them, heads."""
+    """`apply_delta_rule`; each device has some rows and, if `model` divides them, some heads."""
     if mesh is None or mesh.size == 1:
         return apply_delta_rule(*arrays)
     b, _, k, _ = arrays[0].shape

@@ -20,9 +20,8 @@ def read_recurrent(config: Json, values: dict[str, Any]) -> dict[str, DeltaConfi
     """
     count = values["num_layers"]
     if fields := take_section(values, "conv."):
-        stated = config["full_attn_idxs"]
-        attending = range(count) if stated is None else stated
-        by_index = tuple(i not in attending for i in range(count))
+        indices = config["full_attn_idxs"]  # of layers with attention
+        by_index = tuple(indices is not None and i not in indices for i in range(count))
         layers = _read_layers(config, _KINDS_OF_CONV, by_index)
         return {"conv": ConvConfig(channels=values["hidden_size"], layers=layers, **fields)}
     if not (fields := take_section(values, "delta.")):

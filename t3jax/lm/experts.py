@@ -195,7 +195,7 @@ def _mix_on_mesh(
     gate: Gate,
     mesh: Mesh | None,
 ) -> Array:
-    """`mix_experts` for `[B, T, D]`, where each device has some rows and some experts.
+    """`mix_experts` for `[B, T, D]`; each device has some rows and some experts.
 
     If `model` does not divide the experts, each device has all of them.
     """

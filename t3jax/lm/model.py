@@ -53,7 +53,7 @@ class LM:
         max_position: Longest text the model was made for, tokens.
         eos_ids: Tokens that end an answer.
         name: Folder or hub id, for records and messages.
-        mesh: Where the arrays live.
+        mesh: The mesh of the arrays.
         config: The decoder's shape, a part of every cache key; None for a model of your own.
     """
 

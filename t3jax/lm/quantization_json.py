@@ -80,7 +80,7 @@ class _CompressedTensors(msgspec.Struct):
 def _refuse(reason: str) -> NoReturn:
     raise ValueError(
         f"quantization_config: {reason}; known: {', '.join(_METHODS)}. Load the unquantised "
-        "folder, with dtype=int8 where memory is short, or a GGUF file, or write this one anew "
+        "folder, with dtype=int8 if memory is short, or a GGUF file, or write this one anew "
         "after dequantize() of transformers"
     )
 

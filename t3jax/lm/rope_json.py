@@ -82,7 +82,7 @@ def read_ropes(
     kinds = ("full_attention", "sliding_attention")
     if unknown := [name for name in new if name not in kinds]:
         raise ValueError(
-            f"rope_parameters.{unknown[0]} stands outside of a type of layer; expected {kinds}"
+            f"rope_parameters.{unknown[0]} is outside of a type of layer; expected {kinds}"
         )
     full, sliding = (_read_section(new, kind) for kind in kinds)
     if "type" in scaling and "rope_type" not in scaling:
@@ -229,10 +229,7 @@ def _yarn_attention_factor(rope: _Rope, factor: float) -> float:
 
 def write_rope(rope: RopeConfig) -> dict[str, Any]:
     """The `rope_parameters` that read back as these settings."""
-    content: dict[str, Any] = {
-        "rope_type": rope.kind,
-        "rope_theta": rope.theta,
-    }
+    content: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
     if rope.kind != "default":
         content["factor"] = rope.factor
     if rope.kind in ("llama3", "yarn", "longrope"):

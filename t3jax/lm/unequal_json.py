@@ -57,20 +57,20 @@ def _read_heads(config: Json, values: Mapping[str, Any], local: tuple[bool, ...]
     same = config["attention_k_eq_v"]
     kv_heads, head_dim = values["num_kv_heads"], values["head_dim"]
     if _BY_LAYER not in config:
-        stated = config["num_global_key_value_heads"] if same else None
-        return HeadsConfig(stated or kv_heads, config["global_head_dim"], same)
-    stated = config[_BY_LAYER]
-    if not isinstance(stated, Mapping) or not all(
+        whole_kv_heads = config["num_global_key_value_heads"] if same else None
+        return HeadsConfig(whole_kv_heads or kv_heads, config["global_head_dim"], same)
+    content = config[_BY_LAYER]
+    if not isinstance(content, Mapping) or not all(
         re.fullmatch("[0-9]{1,9}", str(name))
         and isinstance(fields, Mapping)
         and set(fields) <= set(_OF_HEADS)
-        for name, fields in stated.items()
+        for name, fields in content.items()
     ):
         raise ValueError(
-            f"{_BY_LAYER} is {show_json(stated)}, expected for the numbers of some layers "
+            f"{_BY_LAYER} is {show_json(content)}, expected for the numbers of some layers "
             f"{_OF_HEADS}, and nothing else"
         )
-    by_layer = {int(name): fields for name, fields in stated.items()}  # "05" if there are ten
+    by_layer = {int(name): fields for name, fields in content.items()}  # "05" if there are ten
     heads: dict[bool, set[tuple[int, int]]] = {False: set(), True: set()}
     for layer, is_local in enumerate(local):
         fields = by_layer.get(layer, {})
@@ -81,7 +81,7 @@ def _read_heads(config: Json, values: Mapping[str, Any], local: tuple[bool, ...]
     unknown = set(by_layer) - set(range(len(local)))
     if unknown or len(heads[False]) > 1 or heads[True] - {(head_dim, kv_heads)}:
         raise ValueError(
-            f"{_BY_LAYER} is {show_json(stated)}, expected the same for all layers of "
+            f"{_BY_LAYER} is {show_json(content)}, expected the same for all layers of "
             "full_attention, and nothing for others"
         )
     ((head_dim, kv_heads),) = heads[False]
