@@ -81,7 +81,7 @@ def describe(path: pathlib.Path, config: LMConfig) -> list[str]:
         f"context {config.max_position} tokens, vocabulary {config.vocab_size}",
         f"{count:,} weights{_describe_used(config, count)}: "
         + ", ".join(
-            f"{_weight_bytes(config, dtype) / _GIB:.2f} GiB in {dtype}"
+            f"{_count_bytes(config, dtype) / _GIB:.2f} GiB in {dtype}"
             for dtype in ("float32", "bfloat16", "int8")
         ),
         _describe_cache(config),
@@ -125,7 +125,7 @@ def _count_expert_layers(config: LMConfig) -> int:
     return sum(map(config.has_experts, range(config.num_layers)))
 
 
-def _weight_bytes(config: LMConfig, dtype: str) -> int:
+def _count_bytes(config: LMConfig, dtype: str) -> int:
     quantized = dtype == "int8"
     shape = dataclasses.replace(config, quantized=quantized)
     leaves = jax.tree.leaves(abstract_params(shape, jnp.bfloat16 if quantized else dtype))

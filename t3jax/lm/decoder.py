@@ -127,7 +127,7 @@ def cast_params(params: Any, dtype: DTypeLike) -> Any:
 
 
 def _leaf_dtype(path: tuple, dtype: DTypeLike) -> DTypeLike:
-    """The dtype of a leaf: float32 for a router's correction, which would choose other experts."""
+    """A leaf's dtype: float32 for a router's correction, whose rounding changes its choices."""
     return jnp.float32 if getattr(path[-1], "key", None) == "correction" else dtype
 
 
@@ -267,7 +267,7 @@ class _Decoder(nnx.Module):
 
 
 def _is_saved(primitive: jax.extend.core.Primitive, *_: object, **__: object) -> bool:
-    """Whether the backward pass keeps a value: not if it was resharded, as gathered weights are."""
+    """Whether the backward pass keeps a value; it reshards again, for example gathers weights."""
     return primitive.name not in ("sharding_constraint", "optimization_barrier")
 
 

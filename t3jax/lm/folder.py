@@ -37,7 +37,7 @@ def check_inside(folder: pathlib.Path, path: pathlib.Path) -> None:
             Face cache that the folder belongs to.
     """
     root, target = folder.resolve(), path.resolve()
-    if not any(target.is_relative_to(allowed) for allowed in (root, *_blobs(root))):
+    if not any(target.is_relative_to(allowed) for allowed in (root, *_find_blobs(root))):
         raise ValueError(
             f"{path} leads out of the model folder, to {target}; nothing outside of it is read. "
             "Copy the file into the folder"
@@ -61,7 +61,7 @@ def indexed_file(index: pathlib.Path, tensor: str, name: str, suffix: str = "") 
     return index.parent / name
 
 
-def _blobs(folder: pathlib.Path) -> list[pathlib.Path]:
+def _find_blobs(folder: pathlib.Path) -> list[pathlib.Path]:
     """The folders of bytes, own or shared, of a snapshot in the Hugging Face cache."""
     snapshots, repository = folder.parent, folder.parent.parent
     if snapshots.name != "snapshots" or not repository.name.startswith("models--"):

@@ -79,7 +79,7 @@ def read_tokenizer(file: GGUFFile) -> Any:
             "expected tokens, their types, and merges or scores that fit each other"
         ) from error
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    ids = {name: _token_id(file, key) for name, key in names.items()}
+    ids = {name: _read_token_id(file, key) for name, key in names.items()}
     adds_bos = stored.get("add_bos_token", kind == "llama" or cut in _TIKTOKEN)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -123,7 +123,7 @@ def read_eos_ids(file: GGUFFile) -> tuple[int, ...]:
     Raises:
         ValueError: If there is none, or one is no token of the file.
     """
-    named = (_token_id(file, key) for key in ("eos", "eot", "eom"))
+    named = (_read_token_id(file, key) for key in ("eos", "eot", "eom"))
     tokens = file.metadata.get("tokenizer.ggml.tokens", [])
     ending = {*_TURN_ENDS, *_ANSWER_ENDS}
     if set(_ANSWER_ENDS) <= set(tokens):
@@ -135,7 +135,7 @@ def read_eos_ids(file: GGUFFile) -> tuple[int, ...]:
     return ids
 
 
-def _token_id(file: GGUFFile, name: str) -> int | None:
+def _read_token_id(file: GGUFFile, name: str) -> int | None:
     """A special token's id, within the file's tokens; None if the file does not name it."""
     key = f"tokenizer.ggml.{name}_token_id"
     value, count = file.metadata.get(key), len(file.metadata.get("tokenizer.ggml.tokens", []))

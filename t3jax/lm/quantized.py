@@ -42,23 +42,23 @@ def product(
     """`x W^T` in a dtype, by default that of `x`; sums are taken in float32."""
     # Without the barrier XLA casts the matrix before a loop, and reads the larger one at each step.
     weight, x = jax.lax.optimization_barrier((weight, x))
-    y = jax.lax.platform_dependent(x, weight, cpu=_on_cpu, default=_cast_on_the_way)
+    y = jax.lax.platform_dependent(x, weight, cpu=_on_cpu, default=_cast_and_multiply)
     y = y * jnp.broadcast_to(scale.astype(jnp.float32), y.shape)
     return y.astype(dtype or x.dtype)
 
 
-def _cast_on_the_way(x: Array, weight: Array) -> Array:
+def _cast_and_multiply(x: Array, weight: Array) -> Array:
     return plain(x, weight.astype(x.dtype), jnp.float32)
 
 
 def _on_cpu(x: Array, weight: Array) -> Array:
     """Multiplies a single vector in one pass over the int8 numbers; casts them first for more."""
     if x.size == x.shape[-1] and x.size % _LANES == 0:
-        return _by_lanes(x.reshape(-1), weight).reshape(*x.shape[:-1], -1)
+        return _multiply_by_lanes(x.reshape(-1), weight).reshape(*x.shape[:-1], -1)
     return on_cpu(x, jax.lax.optimization_barrier(weight.astype(x.dtype)), jnp.float32)
 
 
-def _by_lanes(x: Array, weight: Array) -> Array:
+def _multiply_by_lanes(x: Array, weight: Array) -> Array:
     """Sums every 32nd product first, which XLA compiles to vector instructions."""
     count = len(x) // _LANES
     x = x.astype(jnp.float32).reshape(count, _LANES)

@@ -182,7 +182,7 @@ def _resolve_head(
         return config, tensors
     if embed not in tensors:
         return config, {**tensors, embed: tensors[head]}
-    if _equal_rows(tensors[embed][0], tensors[head][0], rows=config.vocab_size):
+    if _have_equal_rows(tensors[embed][0], tensors[head][0], rows=config.vocab_size):
         return config, tensors
     warnings.warn(
         f"{path}: config.json says that the LM head is the embedding (tie_word_embeddings), but "
@@ -193,7 +193,7 @@ def _resolve_head(
     return dataclasses.replace(config, tied=False), tensors
 
 
-def _equal_rows(*views: View, rows: int) -> bool:
+def _have_equal_rows(*views: View, rows: int) -> bool:
     """Whether the first rows of two stored matrices are equal, read until they differ."""
     shapes = [tuple(view.get_shape()) for view in views]
     if len({shape[1:] for shape in shapes}) > 1 or any(len(shape) != 2 for shape in shapes):
