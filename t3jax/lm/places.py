@@ -15,15 +15,20 @@ from t3jax.lm.family import Family
 
 
 @runtime_checkable
-class View(Protocol):
-    """A stored tensor of which slices are read, as safetensors' `get_slice` gives it."""
-
-    def get_shape(self) -> Sequence[int]:
-        """Shape of the whole tensor."""
-        ...
+class Sliceable(Protocol):
+    """An array or a stored tensor, of which slices are read."""
 
     def __getitem__(self, index: Any, /) -> np.ndarray:
         """Reads a slice of each axis, from a start to a stop."""
+        ...
+
+
+@runtime_checkable
+class View(Sliceable, Protocol):
+    """A stored tensor, as safetensors' `get_slice` gives it."""
+
+    def get_shape(self) -> Sequence[int]:
+        """Shape of the whole tensor."""
         ...
 
 
@@ -76,7 +81,7 @@ class Place(NamedTuple):
         shape = shape[::-1] if self.transposed else shape
         return (self.experts, *shape) if self.experts else shape
 
-    def read(self, view: View, index: tuple[slice, ...]) -> np.ndarray:
+    def read(self, view: Sliceable, index: tuple[slice, ...]) -> np.ndarray:
         """Reads a part of the parameter from the tensor, and nothing else.
 
         Between interleaved rows the others are read too, since safetensors does not take every
@@ -102,7 +107,9 @@ class Place(NamedTuple):
             parts.append(part)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _read_experts(self, view: View, experts: slice, rows: slice, *columns: slice) -> np.ndarray:
+    def _read_experts(
+        self, view: Sliceable, experts: slice, rows: slice, *columns: slice
+    ) -> np.ndarray:
         step = 1 if self.groups == 1 else self.group_rows
         stored = slice(self.start + rows.start * step, self.start + (rows.stop - 1) * step + 1)
         if self.transposed:
