@@ -96,7 +96,7 @@ def explain_unknown(config: Json, wrappers: Collection[str]) -> str:
     if model_type in _UNSUPPORTED:
         message += f": {_UNSUPPORTED[model_type]}"
     text = config.get("text_config")
-    if isinstance(text, Mapping) and text.get("model_type") in FAMILIES:
+    if isinstance(text, Mapping) and text.get("model_type") in [*FAMILIES]:
         return (
             f"{message}, but its text model is a {text['model_type']}, which is: save that alone, "
             "with save_pretrained of its language model"

@@ -96,7 +96,7 @@ def text_config(config: Json) -> dict[str, Any]:
         raise ValueError(
             f"text_config is {show_json(text)}{detail}, expected an object for {wrapper.text}"
         )
-    if family not in FAMILIES:
+    if family not in [*FAMILIES]:  # a list, since the value may be unhashable
         raise ValueError(f"text_config: {explain_unknown(text, WRAPPERS)}")
     if config["model_type"] == "gemma3" and text.get("final_logit_softcapping") is not None:
         raise ValueError(
