@@ -140,10 +140,7 @@ EXPERT_FAMILIES: dict[str, Family] = {
             **OF_MLPS,
         },
         defaults={
-            "embedding_multiplier": 1.0,
-            "residual_multiplier": 1.0,
-            "attention_multiplier": 1.0,
-            "logits_scaling": 1.0,
+            **dict.fromkeys(GRANITE_SCALES.values(), 1.0),
             "num_experts_per_tok": 2,
             "num_local_experts": 8,
         },

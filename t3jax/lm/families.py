@@ -238,12 +238,7 @@ FAMILIES: dict[str, Family] = {
             "mlp_bias": "mlp_bias",
             **GRANITE_SCALES,
         },
-        defaults={
-            "embedding_multiplier": 1.0,
-            "residual_multiplier": 1.0,
-            "attention_multiplier": 1.0,
-            "logits_scaling": 1.0,
-        },
+        defaults=dict.fromkeys(GRANITE_SCALES.values(), 1.0),
         reciprocal=("logits_scaling",),
     ),
     "glm": Family("GlmForCausalLM", **_GLM, weights={**WEIGHTS, **FUSED_MLP}),

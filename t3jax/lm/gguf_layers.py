@@ -149,7 +149,7 @@ def _count_layers(file: GGUFFile) -> int:
     return _read_count(file, "block_count") - _read_count(file, "nextn_predict_layers")
 
 
-def _read_by_layer(file: GGUFFile, key: str, kind: type[int]) -> list[Any]:
+def _read_by_layer(file: GGUFFile, key: str, kind: type[int]) -> list[int]:
     """A value for each layer; files state one number if all layers have the same."""
     count = file.get("block_count")
     value = file.get(key)

@@ -87,10 +87,8 @@ NEWER_FAMILIES: dict[str, Family] = {
             **GRANITE_SCALES,
         },
         defaults={
-            "embedding_multiplier": 1.0,
-            "residual_multiplier": 1.0,
+            **dict.fromkeys(GRANITE_SCALES.values(), 1.0),
             "attention_multiplier": None,
-            "logits_scaling": 1.0,
         },
         expected={"use_post_norm": (True,)},
         prepare=_prepare_hyperclovax,

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from t3jax import hosts
@@ -123,7 +124,9 @@ def place_params(
         else [jax.sharding.SingleDeviceSharding(jax.devices()[0])] * len(leaves)
     )
 
-    def load(leaf: jax.ShapeDtypeStruct, sharding: Any, read: Callable[..., Any]) -> jax.Array:
+    def load(
+        leaf: jax.ShapeDtypeStruct, sharding: Sharding, read: Callable[..., np.ndarray]
+    ) -> jax.Array:
         parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}  # devices may hold the same part
 
         def read_once(index: tuple[slice, ...] | None) -> np.ndarray:
