@@ -1379,6 +1379,10 @@ def test_the_text_models_of_published_multimodal_folders():
         ValueError, match=r'text_config: model_type "mamba" is not supported: .*recur'
     ):
         lm_config({"model_type": "llava", "text_config": {"model_type": "mamba"}})
+    with pytest.raises(ValueError, match="text_config: model_type is a list of 1, expected"):
+        lm_config({"model_type": "llava", "text_config": {"model_type": ["llama"]}})
+    with pytest.raises(ValueError, match='"newvl" is not supported'):
+        lm_config({"model_type": "newvl", "text_config": {"model_type": ["llama"]}})
 
 
 def test_what_is_unknown_is_refused_with_what_to_do():

@@ -24,7 +24,7 @@ _GIB = 1 << 30
 
 
 def main() -> int:
-    """Prints what a model is; the status is 1 if it does not load."""
+    """Prints the description of a model; the status is 1 if it does not load."""
     parser = argparse.ArgumentParser(
         prog="python -m t3jax.lm",
         description=__doc__,
@@ -44,15 +44,7 @@ def main() -> int:
 
 
 def describe(path: pathlib.Path, config: LMConfig) -> list[str]:
-    """Lines about a model that loads.
-
-    Args:
-        path: Where it is.
-        config: Its shape.
-
-    Returns:
-        What it is, its shape, and the memory of its weights and of its cache.
-    """
+    """Lines about a model that loads: its kind, its shape, the memory of its weights and cache."""
     kind = f"a {config.model_type} model"
     if path.is_file():
         kind += " in a GGUF file"
@@ -64,14 +56,14 @@ def describe(path: pathlib.Path, config: LMConfig) -> list[str]:
         kind += f" stored as {stored.method}"
     shape = f"MLPs of width {config.intermediate_size}"
     if (experts := config.experts) is not None:
-        mixed = f"{experts.count} experts of width {experts.size}, {experts.chosen} for a token"
-        mixed += f" and one of width {experts.shared} for all" if experts.shared else ""
-        layers = _mixed_layers(config)
-        shape = (
-            mixed if layers == config.num_layers else f"{mixed} in {layers} layers, else {shape}"
-        )
+        mixture = f"{experts.count} experts of width {experts.size}, {experts.chosen} for a token"
+        mixture += f" and one of width {experts.shared} for all" if experts.shared else ""
+        layers = _count_expert_layers(config)
         if experts.beside:
-            shape = f"MLPs of width {config.intermediate_size} beside {mixed}"
+            shape += f" beside {mixture}"
+        else:
+            rest = "" if layers == config.num_layers else f" in {layers} layers, else {shape}"
+            shape = mixture + rest
     kinds = (
         f", {sum(config.local)} of them with a window of {config.window}" if config.local else ""
     )
@@ -89,7 +81,7 @@ def describe(path: pathlib.Path, config: LMConfig) -> list[str]:
         f"context {config.max_position} tokens, vocabulary {config.vocab_size}",
         f"{count:,} weights{_describe_used(config, count)}: "
         + ", ".join(
-            f"{_weight_bytes(config, dtype) / _GIB:.2f} GiB in {dtype}"
+            f"{_count_bytes(config, dtype) / _GIB:.2f} GiB in {dtype}"
             for dtype in ("float32", "bfloat16", "int8")
         ),
         _describe_cache(config),
@@ -97,42 +89,43 @@ def describe(path: pathlib.Path, config: LMConfig) -> list[str]:
 
 
 def _describe_heads(config: LMConfig) -> str:
-    said = f"{config.num_heads} query heads"
+    text = f"{config.num_heads} query heads"
     if config.num_kv_heads != config.num_heads:
-        said += f" over {config.num_kv_heads} key heads"
-    said += f" of width {config.head_dim}"
-    if (other := config.whole_heads) is not None:
-        said += f" ({other.num_kv_heads} of {other.head_dim} in other layers)"
-    return said
+        text += f" over {config.num_kv_heads} key heads"
+    text += f" of width {config.head_dim}"
+    if (heads := config.whole_heads) is not None:
+        text += f" ({heads.num_kv_heads} of {heads.head_dim} in other layers)"
+    return text
 
 
 def _describe_cache(config: LMConfig) -> str:
     """The memory that a text takes while it is decoded."""
     cache = jax.eval_shape(lambda: init_cache(config, 1, 1, jnp.bfloat16))
-    of_kind = {KeyValues: 0, DeltaState: 0, ConvState: 0, Borrowed: 0}
+    sizes = {KeyValues: 0, DeltaState: 0, ConvState: 0, Borrowed: 0}
     for state in cache.layers:
-        of_kind[type(state)] += sum(leaf.size * leaf.dtype.itemsize for leaf in state)
-    said = f"cache: {of_kind[KeyValues] / 1024:.1f} KiB a token in bfloat16"
-    if of_text := of_kind[DeltaState] + of_kind[ConvState]:
-        said += f", and {of_text / 2**20:.1f} MiB a text"
-    return said
+        sizes[type(state)] += sum(leaf.size * leaf.dtype.itemsize for leaf in state)
+    text = f"cache: {sizes[KeyValues] / 1024:.1f} KiB a token in bfloat16"
+    if fixed := sizes[DeltaState] + sizes[ConvState]:
+        text += f", and {fixed / 2**20:.1f} MiB a text"
+    return text
 
 
 def _describe_used(config: LMConfig, count: int) -> str:
-    """How many weights a token meets, where those are not all."""
+    """The number of weights that a token uses, unless it uses all."""
     if config.experts is None:
         return ""
-    spared = config.experts.count - config.experts.chosen
+    unused = config.experts.count - config.experts.chosen
     width, size = config.hidden_size, config.experts.size
-    one = 3 * width * size + (2 * size + width if config.experts.bias else 0)
-    return f", {count - _mixed_layers(config) * spared * one:,} of them for a token"
+    expert_size = 3 * width * size + (2 * size + width if config.experts.bias else 0)
+    used = count - _count_expert_layers(config) * unused * expert_size
+    return f", {used:,} of them for a token"
 
 
-def _mixed_layers(config: LMConfig) -> int:
+def _count_expert_layers(config: LMConfig) -> int:
     return sum(map(config.has_experts, range(config.num_layers)))
 
 
-def _weight_bytes(config: LMConfig, dtype: str) -> int:
+def _count_bytes(config: LMConfig, dtype: str) -> int:
     quantized = dtype == "int8"
     shape = dataclasses.replace(config, quantized=quantized)
     leaves = jax.tree.leaves(abstract_params(shape, jnp.bfloat16 if quantized else dtype))

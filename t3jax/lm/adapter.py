@@ -1,8 +1,8 @@
 """LoRA adapters in the layout of PEFT: read as part of a checkpoint, and written.
 
-A folder with `adapter_config.json` and `adapter_model.safetensors` stands for its base model with
+A folder with `adapter_config.json` and `adapter_model.safetensors` describes its base model with
 the weights W + s B A, where s is alpha / R, or alpha / sqrt(R) for rsLoRA. The sum is taken in
-float32 slice by slice as weights are read; the base's folder stays as it is. Other kinds of
+float32 slice by slice as weights are read; the base's folder is not changed. Other kinds of
 adapters are refused by name.
 
 Axes: R rank.
@@ -16,7 +16,7 @@ import math
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -29,15 +29,15 @@ from t3jax.json_files import check_json, read_json, show_json
 from t3jax.lm.config import LMConfig
 from t3jax.lm.families import FAMILIES
 from t3jax.lm.folder import check_inside
-from t3jax.lm.places import Computed
+from t3jax.lm.places import Computed, Tensors, View
 
 Factors = Mapping[str, Mapping[str, Any]]  # path of a linear layer: "a" [R, in], "b" [out, R]
+_Number = TypeVar("_Number", int, float)
 
 CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _NAME = re.compile(r"^base_model\.model\.(.+)\.lora_([AB])\.weight$")
-# Fields of adapters that change more than low-rank updates of linear layers do, and what they are
-# without that.
+# Fields that ask for more than low-rank updates of linear layers, with the values that do not.
 _PLAIN: dict[str, tuple] = {
     "use_dora": (False,),
     "use_qalora": (False,),
@@ -54,7 +54,7 @@ _PLAIN: dict[str, tuple] = {
 
 
 class _Config(msgspec.Struct):
-    """`adapter_config.json`, as far as it is read."""
+    """The fields of `adapter_config.json` that are read."""
 
     peft_type: str
     base_model_name_or_path: str
@@ -67,17 +67,17 @@ class _Config(msgspec.Struct):
 
     def rank(self, module: str) -> int:
         """Rank of a linear layer's factors."""
-        return _find(self.rank_pattern, module, self.r)
+        return _look_up(self.rank_pattern, module, self.r)
 
     def scale(self, module: str) -> float:
         """Factor s of a linear layer's update."""
         rank = self.rank(module)
-        alpha = _find(self.alpha_pattern, module, self.lora_alpha)
+        alpha = _look_up(self.alpha_pattern, module, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
-def _find(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """What a pattern says of a layer: the first of its names that the layer's name ends with."""
+def _look_up(pattern: Mapping[str, _Number] | None, module: str, default: _Number) -> _Number:
+    """The value of the first name in a pattern that the layer's name ends with."""
     pattern = pattern or {}
     names = (name for name in pattern if f".{module}".endswith(f".{name}"))
     return next((pattern[name] for name in names), default)
@@ -92,11 +92,7 @@ def is_adapter(folder: pathlib.Path) -> bool:
 def read_base(folder: pathlib.Path) -> str:
     """The name of an adapter's base model: a folder or a hub id.
 
-    Args:
-        folder: The adapter's.
-
-    Returns:
-        The name; a relative path of a folder that is there is one from the adapter's folder.
+    A relative path that does not exist is looked up beside the adapter's files.
 
     Raises:
         ValueError: If the adapter is of a kind that is not supported.
@@ -106,21 +102,14 @@ def read_base(folder: pathlib.Path) -> str:
     return str(beside) if not pathlib.Path(name).exists() and beside.is_dir() else name
 
 
-def merge_adapter(
-    folder: pathlib.Path, tensors: Mapping[str, tuple[Any, str]]
-) -> dict[str, tuple[Any, str]]:
-    """Tensors of a base model with an adapter's updates added where they are read.
+def merge_adapter(folder: pathlib.Path, tensors: Tensors) -> Tensors:
+    """The tensors of a base model, by its family's names, with an adapter's updates.
 
-    Args:
-        folder: The adapter's.
-        tensors: The base's, by the names of its family, as `weights.place_params` takes them.
-
-    Returns:
-        The same, the updated ones as views that add s B A to what is read.
+    An updated tensor is a view that adds s B A to each part that is read.
 
     Raises:
         FileNotFoundError: If the adapter has no weights.
-        ValueError: If they do not fit its config or the base.
+        ValueError: If its weights do not fit its config or the base model.
     """
     config = _read_config(folder)
     path = folder / _WEIGHTS
@@ -133,13 +122,13 @@ def merge_adapter(
         raise ValueError(f"{path}: broken safetensors file ({error})") from error
     factors: dict[str, dict[str, np.ndarray]] = {}
     for name, array in stored.items():
-        found = _NAME.match(name)
-        if found is None:
+        match = _NAME.match(name)
+        if match is None:
             raise ValueError(
                 f"{path}: {name} is no factor of a linear layer; expected names such as "
                 "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
             )
-        factors.setdefault(found[1], {})[found[2]] = array.astype(np.float32)
+        factors.setdefault(match[1], {})[match[2]] = array.astype(np.float32)
     merged = dict(tensors)
     for module, pair in factors.items():
         name = f"{module}.weight"
@@ -166,15 +155,15 @@ def merge_adapter(
 
 
 class _Updated(Computed):
-    """A stored matrix with a low-rank update, which is added to what is read of it."""
+    """A stored matrix with a low-rank update, which is added to each part that is read."""
 
-    def __init__(self, view: Any, left: np.ndarray, right: np.ndarray):
+    def __init__(self, view: View, left: np.ndarray, right: np.ndarray):
         self._view, self._left, self._right = view, left, right
 
     def get_shape(self) -> list[int]:
         return list(self._view.get_shape())
 
-    def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         rows, columns = index
         update = self._left[rows] @ self._right[:, columns]
         return np.asarray(self._view[index]).astype(np.float32) + update
@@ -183,18 +172,10 @@ class _Updated(Computed):
 def save_adapter(
     folder: pathlib.Path, config: LMConfig, lora: Factors, rank: int, alpha: float, base: str
 ) -> None:
-    """Writes LoRA's factors as a folder that PEFT opens.
-
-    Args:
-        folder: Where to write; created if missing, files in it are replaced.
-        config: Shape of the model.
-        lora: The factors by path of the layer, without alpha / R.
-        rank: R.
-        alpha: LoRA's alpha.
-        base: Name of the base model, a folder or hub id.
+    """Writes LoRA's factors, without alpha / R, as a folder that PEFT opens; files are replaced.
 
     Raises:
-        ValueError: If a family stacks layers in one tensor, whose factors PEFT cannot hold apart.
+        ValueError: If a family stacks layers in one tensor, for which PEFT has one pair of factors.
     """
     family = FAMILIES[config.model_type]
     modules, stacked = {}, False
@@ -251,9 +232,9 @@ def _read_config(folder: pathlib.Path) -> _Config:
             )
     config = check_json(content, str(path), _Config)
     names = [*(config.rank_pattern or {}), *(config.alpha_pattern or {})]
-    if odd := [name for name in names if not re.fullmatch(r"[\w.]+", name)]:
+    if patterns := [name for name in names if not re.fullmatch(r"[\w.]+", name)]:
         raise ValueError(
-            f"{path}: the pattern {show_json(odd[0])} is not supported; expected names of layers, "
-            "such as q_proj or layers.0.mlp.up_proj"
+            f"{path}: the pattern {show_json(patterns[0])} is not supported; expected names of "
+            "layers, such as q_proj or layers.0.mlp.up_proj"
         )
     return config

@@ -1,13 +1,13 @@
-"""A layer of the decoder: attention or what stands in its place, an MLP or experts, their norms.
+"""A layer of the decoder: attention, a delta net or a convolution; an MLP or experts; their norms.
 
-Axes: B batch, T time (new tokens), S cache slots, D features, P width of what a layer is given of
-each token.
+Axes: B batch, T time (new tokens), S cache slots, D features, P width of a layer's input vector.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
@@ -24,27 +24,27 @@ from t3jax.lm.rotation import Rotation
 
 
 class Shared(NamedTuple):
-    """What a layer reads besides the residual stream, much of it the same in all of a kind.
+    """Inputs of a layer besides the residual stream, most of them the same for all of a kind.
 
     Attributes:
-        rotation: That of the new tokens; None leaves queries and keys as they are.
-        seen: Which slots each query attends to, bool `[B, T, S]`.
-        cursor: The cache's; None without one.
-        order: Which of the tokens are real, for layers with a memory; None where there are none.
-        lent: Keys and values that a layer without its own attends to, with the new ones.
-        given: What the layer is given of each token, `[B, T, P]`; None: nothing.
+        rotation: The rotation of the new tokens; None: queries and keys are not rotated.
+        seen: The slots that each query attends to, bool `[B, T, S]`.
+        cursor: The cursor of the cache; None without a cache.
+        order: The order of the real tokens, for recurrent layers; None if there are none.
+        lent: Keys and values of the lending layer, new tokens included, for a borrowing layer.
+        layer_input: The layer's input vector of each token, `[B, T, P]`; None without.
     """
 
     rotation: Rotation | None
     seen: Array
-    cursor: Any
+    cursor: Array | np.ndarray | None
     order: Order | None
     lent: KeyValues | None = None
-    given: Array | None = None
+    layer_input: Array | None = None
 
 
 class Block(nnx.Module):
-    """A layer; it also moves its state on."""
+    """A layer; it also updates its state."""
 
     def __init__(self, config: LMConfig, layer: int):
         width = config.hidden_size
@@ -81,27 +81,27 @@ class Block(nnx.Module):
     ) -> tuple[Array, LayerState | None]:
         """The residual stream `[B, T, D]` after the layer, and its state.
 
-        Without a cache there is no state, but for keys and values that other layers borrow.
+        Without a cache there is no state, except keys and values that other layers borrow.
         """
         normed = self.attention_norm(x)
-        out, state = self._attend(normed, shared, past, mesh)
-        attended = x + self._scaled(self.attention_post_norm(out))
-        read = x if self.config.parallel else attended
-        normed = normed if self.config.norms == "shared" else self.mlp_norm(read)
+        out, state = self._mix_tokens(normed, shared, past, mesh)
+        attended = x + self._scale(self.attention_post_norm(out))
+        stream = x if self.config.parallel else attended
+        normed = normed if self.config.norms == "shared" else self.mlp_norm(stream)
         if self.beside:
-            mixed = self.experts(self.experts_norm(read), mesh, routed=read)
-            out = self.beside_post_norm(self.mlp(normed)) + self.experts_post_norm(mixed)
+            expert_out = self.experts(self.experts_norm(stream), mesh, routed=stream)
+            out = self.beside_post_norm(self.mlp(normed)) + self.experts_post_norm(expert_out)
         else:
             out = self.experts(normed, mesh) if self.has_experts else self.mlp(normed)
-        x = attended + self._scaled(self.mlp_post_norm(out))
-        if shared.given is not None:
-            x = self.input(x, shared.given)
+        x = attended + self._scale(self.mlp_post_norm(out))
+        if shared.layer_input is not None:
+            x = self.input(x, shared.layer_input)
         if self.config.layer_multiplier:
             multiplier = jax.lax.stop_gradient(self.multiplier[...])
             x = x * jnp.broadcast_to(multiplier, x.shape)
         return x, state
 
-    def _attend(
+    def _mix_tokens(
         self, normed: Array, shared: Shared, past: LayerState | None, mesh: Mesh | None
     ) -> tuple[Array, LayerState | None]:
         if self.has_delta:
@@ -119,12 +119,12 @@ class Block(nnx.Module):
         elif past is not None:
             assert isinstance(past, KeyValues)
             before = (*past, shared.cursor)
-        out, *found = self.attention(normed, shared.rotation, shared.seen, before, mesh)
+        out, k, v = self.attention(normed, shared.rotation, shared.seen, before, mesh)
         if self.attention.borrows:
             return out, None if past is None else Borrowed()
-        return out, KeyValues(*found) if past is not None or self.lends else None
+        return out, KeyValues(k, v) if past is not None or self.lends else None
 
-    def _scaled(self, branch: Array) -> Array:
-        """What a branch adds to the residual stream."""
+    def _scale(self, branch: Array) -> Array:
+        """Scales a branch's addition to the residual stream."""
         multiplier = self.config.residual_multiplier
         return branch if multiplier == 1 else branch * jnp.asarray(multiplier, branch.dtype)

@@ -1,13 +1,12 @@
-"""What a decoder keeps of the text it has read: a state for each layer.
+"""The cache of a decoder: a state for each layer.
 
-A layer of attention keeps keys and values of every token, unless it borrows those of another, a
-gated delta net a memory of fixed size and the last inputs of its convolution, a layer that is a
-convolution those alone. Each kind of state says here which axes of its arrays are rows and slots,
-and how a mesh splits them; what moves rows and slots asks `cache_axes`.
+A layer of attention keeps keys and values of every token, unless it borrows another layer's. A
+gated delta net keeps a memory of fixed size and the last inputs of its convolution, a short
+convolution its last inputs. `cache_axes` says which axes of the arrays are rows and slots.
 
-Axes: B batch, S cache slots, K key-value heads, or heads of a delta net's keys, G heads of its
-values for each of these, h width of an attention head, d width of a delta net's keys, e of its
-values, C channels of its convolution, W taps of that.
+Axes: B batch, S cache slots, K key-value heads (of a delta net: key heads), G value heads of a
+delta net for each key head, h width of an attention head, d and e widths of a delta net's keys and
+values, C channels and W taps of a convolution.
 """
 
 import dataclasses
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from t3jax import sharding
@@ -26,12 +26,10 @@ from t3jax.lm.config import LMConfig
 
 
 class KeyValues(NamedTuple):
-    """State of a layer of attention. Local ones keep the whole text too, and mask what is far.
+    """Rotated keys, and values, of a layer of attention; local layers keep the whole text too.
 
-    Attributes:
-        keys: Rotated.
-        values: Both stand as the products of a decoding step read them: otherwise a CPU transposes
-            the whole cache at every step.
+    The layouts are those that the products of a decoding step read: in any other, a CPU transposes
+    the whole cache at every step.
     """
 
     keys: Float[Array, "B K h S"]
@@ -39,11 +37,11 @@ class KeyValues(NamedTuple):
 
 
 class DeltaState(NamedTuple):
-    """State of a gated delta net after the real tokens so far; padding leaves it as it is.
+    """State of a gated delta net after the real tokens so far; padding does not change it.
 
     Attributes:
-        tail: Inputs of the convolution, the last of them; 0 before the text.
-        memory: What maps a key to its value.
+        tail: Last inputs of the convolution; 0 before the text.
+        memory: Linear maps from keys to values.
     """
 
     tail: Float[Array, "B W-1 C"]
@@ -51,11 +49,7 @@ class DeltaState(NamedTuple):
 
 
 class ConvState(NamedTuple):
-    """State of a short convolution after the real tokens so far; padding leaves it as it is.
-
-    Attributes:
-        tail: Its last inputs; 0 before the text.
-    """
+    """Last inputs of a short convolution, 0 before the text; padding does not change it."""
 
     tail: Float[Array, "B W-1 C"]
 
@@ -72,15 +66,15 @@ class Cache(NamedTuple):
 
     With one cursor, new tokens of all rows are written at the same slots, so prompts of unequal
     length are padded on the left. With a cursor for each row they are padded on the right, and the
-    next tokens overwrite the padding. A slot is seen by a query if it holds a real token at or
-    before the query's position.
+    next tokens overwrite the padding. A query attends to slots with a real token at or before its
+    position.
 
     Attributes:
         layers: The state of each layer.
-        positions: Position of the token in each slot, `[B, S]`; -1 where there is none.
-        cursor: Next slot to write: a scalar, or one for each row, `[B]`; there must be room for
-            all new tokens, padding included. NumPy's is known when a program is traced: the 0 of
-            an empty cache, whose first queries look at no slot after their own.
+        positions: Position of the token in each slot, `[B, S]`; -1 in empty slots and padding.
+        cursor: Next slot to write, one for all rows or `[B]`; all new tokens, padding included,
+            must fit. A NumPy scalar is static under jit: the 0 of an empty cache, with which
+            attention skips the slots after each block of queries.
     """
 
     layers: tuple[LayerState, ...]
@@ -90,17 +84,17 @@ class Cache(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
-    """Which axes of an array of a cache are rows and slots; None where there is no such axis."""
+    """The axes of rows and slots of an array of a cache; None if it has no such axis."""
 
     rows: int | None
     slots: int | None
 
 
-def init_cache(config: LMConfig, batch: int, slots: int, dtype: Any) -> Cache:
+def init_cache(config: LMConfig, batch: int, slots: int, dtype: DTypeLike) -> Cache:
     """An empty cache for `batch` texts of up to `slots` tokens, padding included."""
     return Cache(
         layers=tuple(
-            _empty_state(config, layer, batch, slots, dtype) for layer in range(config.num_layers)
+            _make_state(config, layer, batch, slots, dtype) for layer in range(config.num_layers)
         ),
         positions=jnp.full((batch, slots), -1, jnp.int32),
         cursor=np.zeros((), np.int32),
@@ -112,19 +106,19 @@ def cache_axes(cache: Cache) -> Any:
     keys: Any = Axes(0, 3)
     positions: Any = Axes(0, 1)
     values: Any = Axes(0, 2)
-    whole: Any = Axes(0, None)  # what does not grow with the text
+    fixed: Any = Axes(0, None)  # does not grow with the text
     cursor: Any = Axes(0 if cache.cursor.ndim else None, None)
     by_kind: Any = {
         KeyValues: KeyValues(keys, values),
-        DeltaState: DeltaState(whole, whole),
-        ConvState: ConvState(whole),
+        DeltaState: DeltaState(fixed, fixed),
+        ConvState: ConvState(fixed),
         Borrowed: Borrowed(),
     }
     return Cache(tuple(by_kind[type(state)] for state in cache.layers), positions, cursor)
 
 
 def cache_shardings(mesh: Mesh, cache: Any) -> Any:
-    """Shardings of a cache: rows; of a decoder's also heads over `model`, or the width of keys."""
+    """Shardings of a cache over rows; of a decoder's, `model` also splits heads or key width."""
     shardings = jax.tree.map(lambda x: sharding.batch_sharding(mesh, x.shape), cache)
     if not isinstance(cache, Cache):
         return shardings
@@ -132,9 +126,11 @@ def cache_shardings(mesh: Mesh, cache: Any) -> Any:
     return shardings._replace(layers=layers)
 
 
-def _empty_state(config: LMConfig, layer: int, batch: int, slots: int, dtype: Any) -> LayerState:
+def _make_state(
+    config: LMConfig, layer: int, batch: int, slots: int, dtype: DTypeLike
+) -> LayerState:
     if config.has_delta(layer):
-        return _empty_delta(config, batch, dtype)
+        return _make_delta_state(config, batch, dtype)
     if config.has_conv(layer):
         assert config.conv is not None
         shape = batch, config.conv.taps - 1, config.conv.channels
@@ -148,12 +144,12 @@ def _empty_state(config: LMConfig, layer: int, batch: int, slots: int, dtype: An
     )
 
 
-def _empty_delta(config: LMConfig, batch: int, dtype: Any) -> DeltaState:
+def _make_delta_state(config: LMConfig, batch: int, dtype: DTypeLike) -> DeltaState:
     delta = config.delta
     assert delta is not None
     group = delta.value_heads // delta.key_heads
     memory = (batch, delta.key_heads, group, delta.key_dim, delta.value_dim)
-    # The memory adds up what thousands of tokens give it.
+    # Float32, since the memory sums updates of thousands of tokens.
     return DeltaState(
         jnp.zeros((batch, delta.taps - 1, delta.channels), dtype), jnp.zeros(memory, jnp.float32)
     )
@@ -166,5 +162,5 @@ def _state_shardings(mesh: Mesh, state: LayerState) -> Any:
     if isinstance(state, ConvState):
         specs = (P(sharding.ROWS, None, sharding.MODEL),)
     shapes = (leaf.shape for leaf in state)
-    placed: Any = map(functools.partial(sharding.fit_sharding, mesh), specs, shapes)
-    return type(state)(*placed)
+    shardings: Any = map(functools.partial(sharding.fit_sharding, mesh), specs, shapes)
+    return type(state)(*shardings)

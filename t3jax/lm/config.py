@@ -1,6 +1,6 @@
 """Shape of a decoder: all that `t3jax.lm.decoder` needs to know, in the field's words.
 
-`t3jax.lm.families` reads it from a Hugging Face `config.json` and writes it back.
+`config_json.py` reads it from a Hugging Face `config.json`, and `config_writing.py` writes it.
 """
 
 import dataclasses
@@ -16,28 +16,27 @@ class RopeConfig:
         kind: "default"; "linear" (all wavelengths stretched by `factor`); "dynamic" (stretched in
             texts beyond `max_position` only, which are not read); "llama3" (long wavelengths
             stretched by `factor`, short ones kept, a ramp between); "yarn" (the same with a ramp
-            over the pairs); "longrope" (each pair has its own stretch); or "proportional" (of the
-            pairs of the whole head the first ones turn, the others stay).
-        factor: The stretch; 1 for "default". "longrope": of the context, see `short_factors`.
+            over the pairs); "longrope" (each pair has its own stretch); or "proportional" (only the
+            first pairs of the whole head rotate).
+        factor: The stretch; 1 for "default". "longrope": the context's, see `short_factors`.
         low_freq_factor: "llama3": wavelengths above original / low are stretched.
         high_freq_factor: "llama3": wavelengths below original / high are kept.
         original_max_position: "llama3", "yarn", "longrope": context length before the stretch,
             tokens.
-        rotated: Share of a head's width that is rotated, its first part; the rest is left alone.
-            "proportional": share of the pairs that turn.
+        rotated: Share of a head's width that is rotated, its first part. "proportional": share of
+            the pairs.
         attention_factor: "yarn", "longrope": cosine and sine are multiplied by it.
         beta_fast: "yarn": pairs with more turns over the original context are kept.
         beta_slow: "yarn": pairs with fewer turns are stretched.
         truncate: "yarn": the ramp starts and ends at whole pairs.
-        interleaved: Pairs are neighbours in a head, (0, 1), (2, 3) and so on; else each number of
-            the first half is paired with the one at its place in the second.
+        interleaved: Pairs are neighbours in a head, (0, 1), (2, 3) and so on; else number i of the
+            first half is paired with number i of the second.
         query_growth: b: queries at position p are multiplied by 1 + b log(1 + floor(p / original)),
             which is 1 within the original context.
         short_factors: "longrope": the stretch of each pair in texts within the original context.
-            The model is read in that context only: beyond it every key would have to be rotated
-            anew, by `long_factors`.
-        long_factors: "longrope": kept to be written back.
-        long_attention_factor: "longrope": likewise, where there is one beside `attention_factor`.
+            Longer texts are not read: every key would have to be rotated anew, by `long_factors`.
+        long_factors: "longrope": kept for `config.json`.
+        long_attention_factor: "longrope": likewise, if it differs from `attention_factor`.
     """
 
     theta: float = 10000.0
@@ -66,27 +65,27 @@ class ExpertsConfig:
         count: E, experts of a layer.
         chosen: Experts that a token is sent to.
         size: F, width of an expert.
-        router: What the router makes of its logits: "softmax"; "sigmoid" (each by itself);
-            "softmax_corrected"; or "sparsemixer" (two experts, each weighed by a softmax over those
-            that are nearly as good). To "sigmoid" and "softmax_corrected" a bias is added for the
-            choice, which is no part of the weight.
+        router: The function from logits to weights: "softmax"; "sigmoid"; "softmax_corrected"; or
+            "sparsemixer" (two experts, each weighed by a softmax over those that are nearly as
+            good). "sigmoid" and "softmax_corrected" add a bias for the choice, not to the weights.
         normed: The weights of the chosen experts are divided by their sum.
         smoothing: Added to this sum.
-        scale: They are multiplied by it.
+        scale: The weights are multiplied by it.
         bias: The router and the experts' projections have biases.
-        clamp: c: what the gate's projection gives is cut to at most c, what the other one gives to
-            -c and c, and 1 is added to that; None: neither.
-        groups: "sigmoid": the experts are in equal groups, one after the other.
-        chosen_groups: "sigmoid": the groups with the two best experts, from which a token chooses.
+        clamp: c: the gate's projection is clipped to at most c, the other one to -c and c, and 1 is
+            added to the latter; None: neither.
+        groups: "sigmoid": number of equal groups of consecutive experts.
+        chosen_groups: "sigmoid": number of groups, those with the best pair of experts, from which
+            a token chooses.
         jitter: "sparsemixer": an expert is nearly as good if its logit is less than twice this
             share below the best one.
-        scaled: The router reads its input normed, by the root of the mean square, times a vector of
-            its own and D^-1/2; and the weight of an expert is multiplied by a number of its own.
-        beside: The layer has an MLP too. Both read what the layer has so far, each through a norm,
-            the router without one; what they give is normed by itself and added.
-        shared: Width of an MLP that every token is sent to as well; 0 without one.
+        scaled: The router's input is divided by its root mean square and multiplied by a learned
+            vector and D^-1/2; the weight of each expert is multiplied by a learned number.
+        beside: The layer also has an MLP. Both read the residual stream, each through its norm, the
+            router without one; the two outputs are normed separately and added.
+        shared: Width of an MLP that every token is also sent to; 0: none.
         shared_gate: Its output is multiplied by the sigmoid of a linear map of the input.
-        dense: For each layer whether it has an MLP and no experts; () where none has.
+        dense: For each layer whether it has an MLP and no experts; () if none has.
     """
 
     count: int
@@ -120,8 +119,8 @@ class HeadsConfig:
     Attributes:
         num_kv_heads: K, key-value heads.
         head_dim: h, width of a head.
-        values_are_keys: There is no projection of values: they are what that of keys gives, before
-            its norm and rotation.
+        values_are_keys: Values have no projection: they are the projected keys, before their norm
+            and rotation.
     """
 
     num_kv_heads: int
@@ -131,14 +130,14 @@ class HeadsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DeltaConfig:
-    """Layers with a gated delta net in the place of attention.
+    """Layers with a gated delta net instead of attention.
 
     Attributes:
         key_heads: K, heads of queries and keys.
-        value_heads: Heads of values; each of K has an equal share.
+        value_heads: Heads of values, an equal number for each key head.
         key_dim: Width of a head of queries and keys.
         value_dim: Width of a head of values.
-        taps: W, tokens that the convolution of a channel sees, the last one its own.
+        taps: W, tokens that the convolution of a channel spans, the last one its own.
         layers: For each layer whether it is one.
     """
 
@@ -151,17 +150,17 @@ class DeltaConfig:
 
     @property
     def channels(self) -> int:
-        """C, those of queries, keys and values together."""
+        """C, the channels of queries, keys and values together."""
         return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
 
 
 @dataclasses.dataclass(frozen=True)
 class ConvConfig:
-    """Layers with a short convolution between two gates in the place of attention.
+    """Layers with a short convolution between two gates instead of attention.
 
     Attributes:
         channels: C, numbers of a token that are convolved, each by itself.
-        taps: W, tokens that a channel sees, the last one its own.
+        taps: W, tokens that the convolution spans, the last one its own.
         layers: For each layer whether it is one.
     """
 
@@ -186,7 +185,7 @@ class LMConfig:
         max_position: Longest text the model was made for, tokens.
         norm_eps: Added to the mean square, or the variance, in norms.
         rope: Rotary positions; None: a learned vector for each of the `max_position` positions is
-            added to the embeddings, unless there is `alibi`.
+            added to the embeddings, unless `alibi` is set.
         first_position: Row of the first position in the table of these vectors.
         tied: The LM head is the embedding table.
         attention_bias: Query, key, value and output projections have biases.
@@ -199,35 +198,34 @@ class LMConfig:
             numbers that each MLP has learned).
         gated: The MLP has a gate: down(activation(gate(x)) * up(x)), else down(activation(up(x))).
         norm: "rms"; "layer" (mean subtracted, with bias unless `norm_bias` is false); either with
-            "_offset" (the weight is what is added to 1); or "rms_float32" (the product with the
-            weight is taken in float32).
+            "_offset" (1 is added to the weight); or "rms_float32" (the product with the weight is
+            taken in float32).
         norm_bias: See `norm`.
         norm_weight: Norms have a weight; else they do nothing but norm.
         embedding_norm: Embeddings are normed.
         norms: Where a block norms: "pre" (the input of attention and of the MLP); "post" (their
             outputs); "both"; or "shared" (one norm, whose output both read; with `parallel`).
         parallel: Attention and MLP of a block both read the block's input.
-        experts: In the place of the MLPs; None: every layer has an MLP.
-        delta: In the place of attention; None: no layer has one.
-        conv: Likewise.
-        output_gate: What attention found is multiplied by the sigmoid of a linear map of the input.
-        qkv_clip: c: queries, keys and values are cut to -c and c, before rotation; None not.
+        experts: Experts instead of MLPs; None: every layer has an MLP.
+        delta: Gated delta nets instead of attention; None: no layer has one.
+        conv: Short convolutions likewise.
+        output_gate: Attention's output is multiplied by the sigmoid of a linear map of its input.
+        qkv_clip: c: queries, keys and values are clipped to -c and c, before rotation; None not.
         qk_norm: Queries and keys are normed before rotation: "head" each head by itself, "each" the
             same with a weight for each head, "width" all heads together; None not.
         qk_norm_after: They are normed after rotation, each head by itself.
-        value_norm: Values are normed by the root of the mean square, each head by itself, without
-            a weight.
-        whole_heads: Heads of the layers that are not local; None: the same as of local ones.
-        borrows: For each layer whether it has no keys and values of its own, and attends to those
-            of the last layer before it that has, and is local or not as it is; () where none does.
-        borrowing_size: Width of the MLPs of these layers; 0: F.
-        layer_inputs: P: each layer is given a vector of this width of each token, the sum of a row
-            of a table and a linear map of the embedding; 0: none is.
-        layer_multiplier: What a layer gives is multiplied by a number of its own, which is not
+        value_norm: Values are divided by their root mean square, each head by itself.
+        whole_heads: Heads of the layers that are not local; None: as in local layers.
+        borrows: For each layer whether it has no keys and values of its own: it attends to those of
+            the last earlier layer that has, local if it is local itself; () if none borrows.
+        borrowing_size: Width of the MLPs of borrowing layers; 0: F.
+        layer_inputs: P, width of a vector of each token that a layer also reads, the sum of a row
+            of a table and a linear map of the embedding; 0: none.
+        layer_multiplier: A layer's output is multiplied by a number of its own, which is not
             trained.
         scaled_embedding: Embeddings are multiplied by sqrt(D), rounded to the weights' dtype.
         embedding_multiplier: Embeddings are multiplied by it.
-        residual_multiplier: So is what attention and MLP add to the residual stream.
+        residual_multiplier: The outputs of attention and MLP are multiplied by it.
         query_pre_attn_scalar: Attention scores are divided by its square root; None: `head_dim`.
         attention_multiplier: Attention scores are multiplied by it instead; None: not.
         logit_scale: Logits are multiplied by it.
@@ -235,10 +233,10 @@ class LMConfig:
             weights sum to less than 1.
         attention_softcap: c: attention scores become c tanh(score / c); None not.
         logit_softcap: The same for the logits.
-        window: Tokens that a local layer attends to, the query's own included; 0 without any.
+        window: Tokens that a local layer attends to, the query's own included; 0: no local layers.
         alibi: Attention scores fall with the distance of a key, by a slope of each query head.
-        local: For each layer whether it is local; () where none is.
-        unrotated: For each layer whether its queries and keys are not rotated; () where all are.
+        local: For each layer whether it is local; () if none is.
+        unrotated: For each layer whether its queries and keys are not rotated; () if all are.
         local_rope: Rotary positions of the local layers; None: `rope`.
         quantized: Matrices are int8 in memory, with a scale for each row.
     """
@@ -325,16 +323,16 @@ class LMConfig:
         """The layer whose keys and values a layer attends to; None: its own."""
         if not self.borrows or not self.borrows[layer]:
             return None
-        alike = (i for i in range(layer) if self.is_local(i) == self.is_local(layer))
-        return max((i for i in alike if not self.borrows[i]), default=None)
+        same_kind = (i for i in range(layer) if self.is_local(i) == self.is_local(layer))
+        return max((i for i in same_kind if not self.borrows[i]), default=None)
 
     def mlp_size(self, layer: int) -> int:
         """Width of a layer's MLP."""
-        wide = self.borrowing_size if self.borrows and self.borrows[layer] else 0
-        return wide or self.intermediate_size
+        borrows = self.borrows and self.borrows[layer]
+        return (borrows and self.borrowing_size) or self.intermediate_size
 
     def block_kind(self, layer: int) -> Hashable:
-        """What the shape of a layer's weights and of its state follows from."""
+        """A key that is equal for layers whose weights and states have the same shape."""
         unequal = self.whole_heads is not None or bool(self.borrows)
         return (
             self.has_delta(layer),
@@ -345,7 +343,7 @@ class LMConfig:
         )
 
     def keep_layers(self, layers: Sequence[int]) -> "LMConfig":
-        """The shape of a model with these layers alone."""
+        """The shape of a model with the given layers alone."""
 
         def keep(by_layer: tuple[bool, ...]) -> tuple[bool, ...]:
             return tuple(by_layer[layer] for layer in layers) if by_layer else ()

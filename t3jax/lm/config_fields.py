@@ -1,4 +1,4 @@
-"""Fields of a `config.json`: which are read, of which types and in which ranges."""
+"""The fields of a `config.json` that are read, with their types and ranges."""
 
 import functools
 from typing import Annotated, Any
@@ -16,8 +16,7 @@ Count = Annotated[int, Meta(ge=1, le=1 << 16)]
 Layers = Annotated[int, Meta(ge=1, le=1024)]
 Epsilon = Annotated[float, Meta(ge=1e-20, le=0.1)]
 
-# Types and ranges of the fields that are read. Null is as if the field was not there, where the
-# family's default is null or the field is one of `_NULLABLE`.
+# Null counts as absent if the family's default is null or the field is one of `_NULLABLE`.
 _TYPES: dict[str, Any] = {
     "vocab_size": Annotated[int, Meta(ge=1, le=1 << 24)],
     **dict.fromkeys(("hidden_size", "n_embd", "intermediate_size", "n_inner"), Width),
@@ -96,7 +95,7 @@ _NULLABLE = (
 
 
 def rename_aliases(family: Family, config: Json) -> dict[str, Any]:
-    """The config with every field under its one name."""
+    """The config with aliases replaced by the family's names."""
     config = dict(config)
     for alias, name in family.aliases.items():
         if alias in config:
@@ -110,25 +109,25 @@ def rename_aliases(family: Family, config: Json) -> dict[str, Any]:
 
 
 @functools.cache
-def _schema(model_type: str) -> Any:
-    """A type with the fields that are read, none of them needed."""
+def _make_schema(model_type: str) -> type[msgspec.Struct]:
+    """A type with the fields that are read, all of them optional."""
     defaults = FAMILIES[model_type].all_defaults
     fields: list[tuple[str, Any, Any]] = []
     for name, kind in _TYPES.items():
         nullable = name in _NULLABLE or (name in defaults and defaults[name] is None)
-        if name == "head_dim":  # null is as if it was not there, unless that is a number
+        if name == "head_dim":  # null counts as absent, unless the default is a number
             nullable = defaults.get(name) is None
-        if name == "hidden_activation":  # Gemma 1's is not obeyed
+        if name == "hidden_activation":  # transformers ignores Gemma 1's
             nullable = name not in FAMILIES[model_type].all_fields.values()
         fields.append((name, kind | None if nullable else kind, UNSET))
     return msgspec.defstruct(model_type, fields)
 
 
 def check_fields(model_type: str, config: Json) -> dict[str, Any]:
-    """The config after a check of types and ranges, its numbers as what they are meant to be."""
+    """Checks types and ranges; returns the config with its numbers in the expected types."""
     fields = {name: config[name] for name in _TYPES if name in config}
     try:
-        checked = check_json(fields, model_type, _schema(model_type))
+        checked = check_json(fields, model_type, _make_schema(model_type))
     except ValueError as error:
         raise ValueError(str(error).removeprefix(f"{model_type}: ")) from None
     return {**config, **{name: getattr(checked, name) for name in fields}}

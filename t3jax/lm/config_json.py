@@ -1,28 +1,28 @@
 """The decoder's shape from a `config.json`, by the rows of `families.py`.
 
-`config.json` is read in the forms of transformers 4 and 5; `config_writing.py` writes that of 5.
-What a config asks for and the decoder does not implement is refused by name.
+`config.json` is read in the forms of transformers 4 and 5; `config_writing.py` writes the latter.
+Values that the decoder does not implement are refused by name.
 """
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 from t3jax.json_files import read_json
 from t3jax.lm.config import LMConfig
 from t3jax.lm.config_fields import check_fields, rename_aliases
-from t3jax.lm.delta_json import read_remembering
+from t3jax.lm.delta_json import read_recurrent
 from t3jax.lm.experts_json import read_experts
 from t3jax.lm.families import FAMILIES
 from t3jax.lm.family import WAY_OUT, Family, Json
+from t3jax.lm.places import Tensors
 from t3jax.lm.quantization_json import read_quantization
 from t3jax.lm.refusals import explain_unknown
 from t3jax.lm.rope_json import read_ropes
 from t3jax.lm.unequal_json import read_unequal
 from t3jax.lm.wrappers import WRAPPERS, text_config
 
-# What every family expects of these fields, if they are there: transformers obeys them.
+# Values of fields that transformers obeys in every family.
 _EXPECTED: dict[str, tuple] = {
     "is_causal": (True,),
     "is_encoder_decoder": (False, None),
@@ -44,13 +44,7 @@ _ACTIVATIONS = {  # names of config.json, and those of LMConfig
 
 
 def read_config(folder: pathlib.Path) -> LMConfig:
-    """Reads `config.json` of a Hugging Face folder.
-
-    Args:
-        folder: The model's folder.
-
-    Returns:
-        The decoder's shape.
+    """Reads the decoder's shape from the `config.json` of a Hugging Face folder.
 
     Raises:
         FileNotFoundError: If there is no `config.json`.
@@ -70,15 +64,13 @@ def read_config(folder: pathlib.Path) -> LMConfig:
 
 
 def wrapper_of(folder: pathlib.Path) -> str | None:
-    """The type of a multimodal folder, of which the text model is read; None for other folders."""
+    """The model type of a multimodal folder; None for other folders."""
     model_type = read_json(folder / "config.json", dict[str, Any]).get("model_type")
     return model_type if model_type in WRAPPERS else None
 
 
-def family_in(
-    folder: pathlib.Path, config: LMConfig, tensors: Mapping[str, tuple[Any, str]]
-) -> Family:
-    """The row of a model's family, as its folder stores the weights."""
+def family_in(folder: pathlib.Path, config: LMConfig, tensors: Tensors) -> Family:
+    """The row of a model's family, adapted to the layout in which its folder stores the weights."""
     family = FAMILIES[config.model_type]
     wrapper = wrapper_of(folder) if (folder / "config.json").exists() else None
     transposed = () if wrapper is None else WRAPPERS[wrapper].transposed
@@ -95,7 +87,7 @@ def lm_config(config: Json) -> LMConfig:
     model_type = config.get("model_type")
     if model_type not in [*FAMILIES, *WRAPPERS]:
         raise ValueError(explain_unknown(config, WRAPPERS))
-    read_quantization(config)  # refuses by name what is not read
+    read_quantization(config)  # refuses unknown methods
     try:
         if model_type in WRAPPERS:
             config = text_config(config)
@@ -108,7 +100,7 @@ def _read(model_type: str, config: Json) -> LMConfig:
     family = FAMILIES[model_type]
     config = rename_aliases(family, config)
     if "use_sliding_window" in family.defaults and config.get("sliding_window") == 0:
-        config["sliding_window"] = None  # transformers writes so where no layer has a window
+        config["sliding_window"] = None  # transformers writes 0 if no layer has a window
     config = {**family.all_defaults, **check_fields(model_type, config)}
     if family.prepare is not None:
         config |= check_fields(model_type, family.prepare(config))
@@ -129,7 +121,7 @@ def _read(model_type: str, config: Json) -> LMConfig:
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads do not divide among {num_kv_heads} key heads")
     values["num_kv_heads"] = num_kv_heads
-    values["head_dim"] = _head_dim(family, config, hidden_size, num_heads)
+    values["head_dim"] = _read_head_dim(family, config, hidden_size, num_heads)
     values["intermediate_size"] = values.get("intermediate_size") or 4 * hidden_size
     if (activation := values.get("activation")) is not None:
         if activation not in _ACTIVATIONS:
@@ -138,11 +130,11 @@ def _read(model_type: str, config: Json) -> LMConfig:
                 f"{', '.join(_ACTIVATIONS)}"
             )
         values["activation"] = _ACTIVATIONS[activation]
-    values |= read_remembering(config, values)
+    values |= read_recurrent(config, values)
     if "delta" in values or "conv" in values:
-        config["layer_types"] = None  # says nothing about windows there
-    values |= _windows(family, config, values["num_layers"], values["max_position"])
-    values |= _unrotated(family, config, values["num_layers"], values.get("local", ()))
+        config["layer_types"] = None  # their kinds are not those of windows
+    values |= _read_windows(family, config, values["num_layers"], values["max_position"])
+    values |= _read_unrotated(family, config, values["num_layers"], values.get("local", ()))
     values |= read_unequal(family, config, values)
     if "rope" not in family.fixed:
         heads = values.get("whole_heads")
@@ -156,28 +148,28 @@ def _read(model_type: str, config: Json) -> LMConfig:
     return LMConfig(model_type=model_type, **values)
 
 
-def _head_dim(family: Family, config: Json, hidden_size: int, num_heads: int) -> int:
-    """Width of a head: given, or an equal part of the hidden size."""
-    given = config.get("head_dim")
-    if given is None or "head_dim" not in family.all_fields.values():
-        if hidden_size % num_heads:
-            raise ValueError(
-                f"a hidden size of {hidden_size} does not divide among {num_heads} heads"
-            )
-        if given not in (None, hidden_size // num_heads):
-            raise ValueError(
-                f"head_dim {given} is not supported in this family; expected "
-                f"{hidden_size // num_heads}, the hidden size divided among the heads"
-            )
-        return hidden_size // num_heads
-    return given
+def _read_head_dim(family: Family, config: Json, hidden_size: int, num_heads: int) -> int:
+    """Width of a head: `head_dim`, or an equal part of the hidden size."""
+    head_dim = config.get("head_dim")
+    if head_dim is not None and "head_dim" in family.all_fields.values():
+        return head_dim
+    if hidden_size % num_heads:
+        raise ValueError(f"a hidden size of {hidden_size} does not divide among {num_heads} heads")
+    if head_dim not in (None, hidden_size // num_heads):
+        raise ValueError(
+            f"head_dim {head_dim} is not supported in this family; expected "
+            f"{hidden_size // num_heads}, the hidden size divided among the heads"
+        )
+    return hidden_size // num_heads
 
 
-def _windows(family: Family, config: Json, num_layers: int, max_position: int) -> dict[str, Any]:
-    """Which layers have the sliding window, and its width.
+def _read_windows(
+    family: Family, config: Json, num_layers: int, max_position: int
+) -> dict[str, Any]:
+    """The layers that have the sliding window, and its width.
 
-    transformers' models obey `layer_types` in some families only, but its caches in all, and those
-    obey a window too where the model has none; what would differ between the two is refused.
+    transformers' caches obey `layer_types` and the window in all families, its models in some only.
+    A config is refused if the two would differ.
     """
     types = config.get("layer_types")
     window = config.get(family.window)
@@ -194,17 +186,17 @@ def _windows(family: Family, config: Json, num_layers: int, max_position: int) -
             )
         local = (False,) * num_layers
     elif family.layer_types and types is not None:
-        local = tuple(each == "sliding_attention" for each in types)
+        local = tuple(kind == "sliding_attention" for kind in types)
     elif window is None and "use_sliding_window" not in family.defaults and family.layer_types:
         local = tuple(family.slides(config, layer) for layer in range(num_layers))
     else:
         local = tuple(
             window is not None and family.slides(config, layer) for layer in range(num_layers)
         )
-    if types is not None and [kinds[each] for each in local] != types:
+    expected = [kinds[is_local] for is_local in local]
+    if types not in (None, expected):
         raise ValueError(
-            f"layer_types {types} is not supported in this family; expected "
-            f"{[kinds[each] for each in local]}, or none"
+            f"layer_types {types} is not supported in this family; expected {expected}, or none"
         )
     if not any(local):
         return {}
@@ -216,10 +208,9 @@ def _windows(family: Family, config: Json, num_layers: int, max_position: int) -
     return {"window": window, "local": local}
 
 
-def _unrotated(
+def _read_unrotated(
     family: Family, config: Json, num_layers: int, local: tuple[bool, ...]
 ) -> dict[str, tuple[bool, ...]]:
-    """Which layers are not rotated."""
     if family.unrotated is None:
         return {}
     by_layer = local or (False,) * num_layers

@@ -4,7 +4,7 @@ import operator
 from typing import Any
 
 from t3jax.lm.config import LMConfig
-from t3jax.lm.delta_json import write_remembering
+from t3jax.lm.delta_json import write_recurrent
 from t3jax.lm.experts_json import write_experts
 from t3jax.lm.families import FAMILIES
 from t3jax.lm.rope_json import share_field, write_rope
@@ -25,7 +25,7 @@ def hf_config(config: LMConfig) -> dict[str, Any]:
     }
     content |= {name: 1 / content[name] for name in family.reciprocal}
     content |= {name: values[0] for name, values in family.expected.items()}
-    # Where no layer has a window, null also says that all layers are rotated.
+    # If no layer has a window, null also says that all layers are rotated.
     nullable = family.window == "sliding_window" and (
         not family.layer_types or family.unrotated is not None
     )
@@ -33,17 +33,17 @@ def hf_config(config: LMConfig) -> dict[str, Any]:
         content[family.window] = config.window or None
     local = config.local or (False,) * config.num_layers
     if "attention_types" in family.defaults:
-        content["attention_types"] = [[["local" if each else "global"], 1] for each in local]
+        content["attention_types"] = [[["local" if flag else "global"], 1] for flag in local]
     if "use_sliding_window" in family.defaults:
         content["use_sliding_window"] = bool(config.window)
     if family.layer_types:
         content["layer_types"] = [
-            "sliding_attention" if each else "full_attention" for each in local
+            "sliding_attention" if flag else "full_attention" for flag in local
         ]
     if "no_rope_layers" in family.defaults:
         unrotated = config.unrotated or (False,) * config.num_layers
-        content["no_rope_layers"] = [int(not each) for each in unrotated]
-    content |= write_experts(config, family) | write_remembering(config)
+        content["no_rope_layers"] = [int(not flag) for flag in unrotated]
+    content |= write_experts(config, family) | write_recurrent(config)
     content |= write_unequal(config, family)
     if "use_qk_norm" in family.defaults:
         content["use_qk_norm"] = config.qk_norm is not None

@@ -1,8 +1,8 @@
-"""Short convolutions of each channel over the last real tokens, and layers that are little else.
+"""Short convolutions of each channel over the last real tokens, and layers made of one.
 
-Such a layer multiplies its inputs by a gate, convolves them, and multiplies what comes out by
-another gate. Its state is the last inputs of the convolution. Tokens that are not real leave it as
-it is, wherever they stand: of each row the real ones are read first.
+Such a layer multiplies its inputs by a gate, convolves them, and multiplies the result by another
+gate. Its state is the last inputs of the convolution. Padding at any position leaves the state
+unchanged, since the real tokens of each row are read first.
 
 Axes: B batch, T time, D features, C channels, W taps of the convolution.
 """
@@ -20,10 +20,10 @@ from t3jax.lm.layers import Linear
 
 
 class Order(NamedTuple):
-    """The order in which new tokens are read: of each row the real ones first.
+    """The order in which new tokens are read: the real tokens of each row first.
 
     Attributes:
-        real: How many there are, `[B]`.
+        real: Number of real tokens, `[B]`.
         sources: The token that is read at each step, `[B, T]`.
         steps: The step at which each token is read, `[B, T]`.
     """
@@ -34,13 +34,13 @@ class Order(NamedTuple):
 
 
 def order_tokens(mask: Bool[Array, "B T"]) -> Order:
-    """The order of tokens of which some are padding, False in `mask`."""
+    """The order of tokens of which some are padding (False)."""
     sources = jnp.argsort(~mask, axis=1, stable=True)
     return Order(jnp.sum(mask, axis=1, dtype=jnp.int32), sources, jnp.argsort(sources, axis=1))
 
 
 def convolve(window: Array, weight: Array) -> Array:
-    """What taps `[C, W]` make of inputs `[B, W-1+T, C]`, `[B, T, C]`."""
+    """Convolves inputs `[B, W-1+T, C]` with taps `[C, W]`, in float32, to `[B, T, C]`."""
     taps = weight.shape[1]
     length = window.shape[1] - taps + 1
     convolved = jnp.zeros((window.shape[0], length, window.shape[2]), jnp.float32)
@@ -56,7 +56,7 @@ def last_inputs(window: Array, real: Array, count: int) -> Array:
 
 
 class ShortConv(nnx.Module):
-    """A short convolution between two gates; it also moves its state on."""
+    """A short convolution between two gates; it also updates its state."""
 
     def __init__(self, config: LMConfig):
         conv = config.conv
@@ -72,7 +72,7 @@ class ShortConv(nnx.Module):
     def __call__(
         self, x: Array, order: Order, past: ConvState | None
     ) -> tuple[Array, ConvState | None]:
-        """What a layer adds for inputs `[B, T, D]`, and the state after them; see `DeltaNet`."""
+        """The output for inputs `[B, T, D]`, and the state after them; see `DeltaNet`."""
         count = self.conv.taps - 1
         if x.shape[1] > 1:
             x = jnp.take_along_axis(x, order.sources[..., None], axis=1)

@@ -1,13 +1,12 @@
 """A decoder-only language model: NNX modules, split once into a pure function and a frozen tree.
 
-`apply` and `unembed` are what everything else uses: pure functions of a plain-dict parameter tree.
-The modules only exist while one of them is traced. The forward pass returns hidden states, not
-logits: features need no logits at all and decoding needs only the last position's.
+Everything else uses `apply` and `unembed`, pure functions of a plain-dict parameter tree. The
+modules only exist while one of them is traced. The forward pass returns hidden states, not logits:
+features need no logits at all and decoding needs only the last position's.
 
 Axes: B batch, T time (new tokens), S cache slots, D features, H query heads, K key-value heads,
-G queries for each key head (H = K G), h head width, F MLP width, R rank, V vocabulary. Weights
-stand as Hugging Face stores them, [out, in]: that is also the layout in which a CPU reads a matrix
-once, row after row, when it multiplies a single vector.
+G queries for each key head (H = K G), h head width, F MLP width, R rank, V vocabulary. Weights are
+[out, in], as Hugging Face stores them.
 
 Norms, rotary angles, softmax and logits are computed in float32 whatever the weights' dtype.
 """
@@ -18,9 +17,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from t3jax import sharding
@@ -56,16 +58,16 @@ def apply(
         config: Shape of the model; static under jit.
         params: The parameter tree.
         tokens: Token ids, `[B, T]`.
-        positions: Positions in the text, `[B, T]`, none before that of the token before; None
-            counts the attended tokens of each row, on from what the cache holds.
-        mask: True where a token is real, `[B, T]`; None means all are. The others are attended by
-            nobody; they themselves attend to the real ones up to their position.
-        cache: What was read before; None for a text by itself.
+        positions: Positions in the text, `[B, T]`, which never fall; None counts the real tokens of
+            each row, on from those in the cache.
+        mask: True where a token is real, `[B, T]`; None means all are. No token attends to padding;
+            padding attends to the real tokens up to its position.
+        cache: The text read before; None for a text by itself.
         lora: Low-rank updates of linear layers, by path such as `layers/0/attention/q`: the layer
             multiplies by W + B A, which is never formed.
         remat: Keep only the blocks' inputs for the backward pass, which computes the rest again;
             static under jit.
-        mesh: Where the arrays live; None leaves that to the compiler. Static under jit.
+        mesh: The mesh that splits the arrays; None leaves that to the compiler. Static under jit.
 
     Returns:
         The hidden states `[B, T, D]` in the weights' dtype, and the cache with the new tokens
@@ -108,35 +110,35 @@ def unembed(
     return cap(logits, config.logit_softcap)
 
 
-def abstract_params(config: LMConfig, dtype: Any) -> Params:
+def abstract_params(config: LMConfig, dtype: DTypeLike) -> Params:
     """The parameter tree as `jax.ShapeDtypeStruct` leaves of `dtype`; see `cast_params`."""
     _, shapes = _split_abstract(config)
 
-    def describe(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
-        kept = jnp.int8 if leaf.dtype == jnp.int8 else _dtype(path, dtype)
-        return jax.ShapeDtypeStruct(leaf.shape, kept)
+    def describe(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        is_int8 = leaf.dtype == jnp.int8
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.int8 if is_int8 else _leaf_dtype(path, dtype))
 
     return jax.tree.map_with_path(describe, shapes)
 
 
-def cast_params(params: Any, dtype: Any) -> Any:
-    """Weights, or a tree with weights in it, in a dtype; what corrects a router's choice stays."""
-    return jax.tree.map_with_path(lambda path, leaf: leaf.astype(_dtype(path, dtype)), params)
+def cast_params(params: Any, dtype: DTypeLike) -> Any:
+    """Casts a tree with weights in it; corrections of a router's choice stay float32."""
+    return jax.tree.map_with_path(lambda path, leaf: leaf.astype(_leaf_dtype(path, dtype)), params)
 
 
-def _dtype(path: tuple, dtype: Any) -> Any:
-    """What a leaf is kept in: float32 where, rounded, it would choose other experts."""
+def _leaf_dtype(path: tuple, dtype: DTypeLike) -> DTypeLike:
+    """A leaf's dtype: float32 for a router's correction, whose rounding changes its choices."""
     return jnp.float32 if getattr(path[-1], "key", None) == "correction" else dtype
 
 
-def compute_dtype(params: Params) -> Any:
-    """The dtype of activations and cache: that of all weights but int8 ones."""
+def compute_dtype(params: Params) -> np.dtype:
+    """The dtype of activations, of the cache and of all weights but int8 ones."""
     embed = params["embed"]
     return embed.get("scale", embed["weight"]).dtype
 
 
-def init_params(config: LMConfig, key: PRNGKeyArray, dtype: Any = jnp.float32) -> Params:
-    """Random weights, to train a model from nothing: normal with deviation 0.02, norms at 1.
+def init_params(config: LMConfig, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32) -> Params:
+    """Random weights for training from scratch: normal with deviation 0.02, norms at 1.
 
     Raises:
         ValueError: If the config is quantised.
@@ -158,12 +160,12 @@ def init_params(config: LMConfig, key: PRNGKeyArray, dtype: Any = jnp.float32) -
         if "norm" in names[-2]:
             offset = config.norm.endswith("_offset") and "delta" not in names
             return jnp.full(leaf.shape, 0.0 if offset else 1.0, dtype)
-        # What is added to the residual stream starts smaller, as in GPT-2.
+        # Projections into the residual stream start smaller, as in GPT-2.
         shrink = math.sqrt(2 * config.num_layers) if names[-2] in ("o", "down") else 1.0
         return (jax.random.normal(key, leaf.shape) * (0.02 / shrink)).astype(dtype)
 
-    drawn = [draw(path, leaf, k) for (path, leaf), k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(treedef, drawn)
+    weights = [draw(path, leaf, k) for (path, leaf), k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(treedef, weights)
 
 
 @functools.cache
@@ -203,28 +205,19 @@ class _Decoder(nnx.Module):
         mesh: Mesh | None,
     ) -> tuple[Array, Cache | None]:
         c = self.config
-        x = self.embed.rows(tokens, mesh)  # [B, T, D]
-        if c.scaled_embedding:
-            x = x * jnp.sqrt(jnp.float32(c.hidden_size)).astype(x.dtype)
-        if c.embedding_multiplier != 1:
-            x = x * jnp.asarray(c.embedding_multiplier, x.dtype)
-        x = self.embedding_norm(x)
-        if c.rope is None and not c.alibi:
-            within = jnp.clip(positions, 0, c.max_position - 1)
-            x = x + self.positions.rows(within + c.first_position, mesh)
-        given = None  # [B, T, L, P]
+        x = self._embed(tokens, positions, mesh)
+        layer_inputs = None  # [B, T, L, P]
         if c.layer_inputs:
             tables = self.layer_embed, self.layer_projection, self.layer_projection_norm
-            given = read_tables(tables, c, tokens, x, mesh)
+            layer_inputs = read_tables(tables, c, tokens, x, mesh)
         whole_heads = c.whole_heads or c.heads(0)
         rotation = make_rotation(c.rope, whole_heads.head_dim, positions)
-        remembers = c.delta is not None or c.conv is not None
-        order = order_tokens(key_positions >= 0) if remembers else None
+        recurrent = c.delta is not None or c.conv is not None
+        order = order_tokens(key_positions >= 0) if recurrent else None
         if cache is not None:
-            attended = jnp.sum(key_positions >= 0, axis=-1, dtype=jnp.int32)
+            real = jnp.sum(key_positions >= 0, axis=-1, dtype=jnp.int32)
             key_positions = write_slots(cache.positions, key_positions, cache.cursor, 1)  # [B, S]
-        seen = _seen(positions, key_positions)
-        # Local layers have other angles, and attend to other keys.
+        seen = _mask_keys(positions, key_positions)
         cursor = None if cache is None else cache.cursor
         whole = local = Shared(rotation, seen, cursor, order)
         if c.local:
@@ -233,7 +226,7 @@ class _Decoder(nnx.Module):
             local = Shared(rotation, seen & near, cursor, order)
         states = []
         lent: dict[int, KeyValues] = {}  # by layer
-        before = x
+        before = x  # the input of the layer before
         for i, block in enumerate(self.layers):
             past = None if cache is None else cache.layers[i]
             shared = local if c.local and c.local[i] else whole
@@ -241,32 +234,44 @@ class _Decoder(nnx.Module):
                 shared = shared._replace(rotation=None)
             if (lender := c.lender(i)) is not None:
                 shared = shared._replace(lent=lent[lender])
-            if given is not None:
-                shared = shared._replace(given=given[:, :, i])
-            read: Callable[..., Any] = functools.partial(_read_block, mesh, block)
+            if layer_inputs is not None:
+                shared = shared._replace(layer_input=layer_inputs[:, :, i])
+            run: Callable[..., Any] = functools.partial(_run_block, mesh, block)
             if remat:
-                read = jax.checkpoint(read)
+                run = jax.checkpoint(run)
             elif mesh is not None and mesh.shape[sharding.FSDP] > 1:
-                read = jax.checkpoint(read, policy=_not_gathered)
-            before, (x, state) = x, read(before, x, shared, past)
+                run = jax.checkpoint(run, policy=_is_saved)
+            before, (x, state) = x, run(before, x, shared, past)
             if block.lends:
                 lent[i] = state
             states.append(state)
         x = self.final_norm(x)
         if cache is None:
             return x, None
-        cursor = cache.cursor + (
-            attended if cache.cursor.ndim else jnp.asarray(tokens.shape[1], jnp.int32)
-        )
-        return x, Cache(tuple(states), key_positions, cursor)
+        new = real if cache.cursor.ndim else jnp.asarray(tokens.shape[1], jnp.int32)
+        return x, Cache(tuple(states), key_positions, cache.cursor + new)
+
+    def _embed(self, tokens: Array, positions: Array, mesh: Mesh | None) -> Array:
+        """The embeddings of tokens, with their positions if these are learned, `[B, T, D]`."""
+        c = self.config
+        x = self.embed.rows(tokens, mesh)
+        if c.scaled_embedding:
+            x = x * jnp.sqrt(jnp.float32(c.hidden_size)).astype(x.dtype)
+        if c.embedding_multiplier != 1:
+            x = x * jnp.asarray(c.embedding_multiplier, x.dtype)
+        x = self.embedding_norm(x)
+        if c.rope is None and not c.alibi:
+            within = jnp.clip(positions, 0, c.max_position - 1)
+            x = x + self.positions.rows(within + c.first_position, mesh)
+        return x
 
 
-def _not_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """What the backward pass keeps of a layer: all but what moved, such as gathered weights."""
+def _is_saved(primitive: jax.extend.core.Primitive, *_: object, **__: object) -> bool:
+    """Whether the backward pass keeps a value; it reshards again, for example gathers weights."""
     return primitive.name not in ("sharding_constraint", "optimization_barrier")
 
 
-def _read_block(
+def _run_block(
     mesh: Mesh | None,
     block: Block,
     before: Array,
@@ -274,21 +279,21 @@ def _read_block(
     shared: Shared,
     past: LayerState | None,
 ) -> tuple[Array, LayerState | None]:
-    """One layer on a mesh: rows stay where they are, and the weights come to them.
+    """Runs a layer on a mesh: rows stay sharded, and the weights are gathered.
 
-    Left to itself, the compiler may gather the rows instead, or sum [B, V] logits over devices.
-    The weights come while the layer before, which reads `before`, is at work.
+    Otherwise the compiler may gather the rows instead, or sum [B, V] logits over devices. The
+    gather overlaps the layer before, whose input is `before`.
     """
     graphdef, params = nnx.split(block)
     params = sharding.gather_weights(mesh, nnx.to_pure_dict(params), after=before)
     block = nnx.merge(graphdef, params)
     x, state = block(x, shared, past, mesh)
-    # Else XLA adds the layers' outputs up at the end only, and keeps all of them until then.
+    # Otherwise XLA sums the layers' outputs at the end, and keeps all of them until then.
     x = jax.lax.optimization_barrier(x)
     return sharding.constrain(x, mesh, [sharding.ROWS]), state
 
 
-def _seen(query_positions: Array, key_positions: Array) -> Array:
-    """Which keys each query attends to, bool `[B, T, S]`: real ones, not after it."""
+def _mask_keys(query_positions: Array, key_positions: Array) -> Array:
+    """True for the keys that each query attends to: real ones, not after it; bool `[B, T, S]`."""
     keys = key_positions[:, None, :]
     return (keys >= 0) & (keys <= query_positions[:, :, None])

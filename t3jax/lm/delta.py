@@ -1,15 +1,14 @@
-"""Gated delta nets: layers that keep a memory of fixed size in the place of keys and values.
+"""Gated delta nets: layers that keep a memory of fixed size instead of keys and values.
 
-Each head has a memory M that maps a key to its value. A token lets it fade, asks it for the value
-of its key, corrects what it finds, and reads it with its query:
+Each head has a memory M that maps a key to its value. A token decays it, looks up the value of its
+key, corrects that, and reads the memory with its query:
 
     M ← a M,    M ← M + b k ⊗ (v - M' k),    y = M' q
 
-with a = exp(-rate softplus(...)) and b = sigmoid(...) of the token. Queries, keys and values come
-of a short convolution of each channel over the last tokens. In a text this is done for a chunk of
-tokens at a time: what they correct depends on what the ones before them in the chunk did, a
-triangular system. Tokens that are not real leave memory and convolution as they are, wherever they
-stand.
+with a = exp(-rate softplus(...)) and b = sigmoid(...) of the token. Queries, keys and values are
+the outputs of a short convolution of each channel over the last tokens. A text is read in chunks of
+tokens: the correction of a token depends on those of earlier tokens of its chunk, a triangular
+system. Padding at any position leaves memory and convolution unchanged.
 
 Axes: B batch, T time, D features, K heads of queries and keys, G heads of values for each, d width
 of a key, e width of a value, C channels, W taps of the convolution, t tokens of a chunk. The memory
@@ -37,11 +36,11 @@ from t3jax.lm.convolution import Order, convolve, last_inputs
 from t3jax.lm.layers import ACTIVATIONS, Linear, make_norm
 
 _CHUNK = 64  # tokens
-_EPSILON = 1e-6  # of the length of queries and keys, whatever the norms have
+_EPSILON = 1e-6  # for the length of queries and keys, whatever the epsilon of norms
 
 
 class DeltaNet(nnx.Module):
-    """A gated delta net; it also moves its state on."""
+    """A gated delta net; it also updates its state."""
 
     def __init__(self, config: LMConfig):
         delta = config.delta
@@ -68,16 +67,9 @@ class DeltaNet(nnx.Module):
     def __call__(
         self, x: Array, order: Order, past: DeltaState | None, mesh: Mesh | None
     ) -> tuple[Array, DeltaState | None]:
-        """What a layer adds for its inputs.
+        """The output for inputs `[B, T, D]`, and the state after them.
 
-        Args:
-            x: Inputs, `[B, T, D]`.
-            order: Which of them are real.
-            past: The state so far; None for a text by itself.
-            mesh: Where the arrays live.
-
-        Returns:
-            Outputs `[B, T, D]`, and the state after them; None if none was given.
+        Without a past state, as for a text by itself, none is returned.
         """
         d = self.delta
         b, t, _ = x.shape
@@ -87,22 +79,22 @@ class DeltaNet(nnx.Module):
         heads = (b, t, d.key_heads)
         tail = jnp.zeros((b, d.taps - 1, d.channels), x.dtype) if past is None else past.tail
         ends = (d.key_heads * d.key_dim, 2 * d.key_heads * d.key_dim)
-        read, tails = [], []
-        for name, own in zip(("q", "k", "v"), jnp.split(tail, ends, axis=-1), strict=True):
-            inputs = self._whole(getattr(self, name)(x), mesh)
-            window = jnp.concatenate([own, inputs], axis=1)  # [B, W-1+T, C]
+        outputs, tails = [], []
+        for name, past_inputs in zip(("q", "k", "v"), jnp.split(tail, ends, axis=-1), strict=True):
+            inputs = self._gather_heads(getattr(self, name)(x), mesh)
+            window = jnp.concatenate([past_inputs, inputs], axis=1)  # [B, W-1+T, C]
             convolved = convolve(window, getattr(self, f"{name}_conv").weight[...])
-            read.append(self.activation(convolved).astype(jnp.float32))
+            outputs.append(self.activation(convolved).astype(jnp.float32))
             tails.append(last_inputs(window, order.real, d.taps - 1))
-        q, k, v = read
+        q, k, v = outputs
         real = jnp.arange(t)[None, :, None, None] < order.real[:, None, None, None]
-        strengths = jax.nn.sigmoid(self._by_head(self.strength(x), *heads, group))
+        strengths = jax.nn.sigmoid(self.strength(x).astype(jnp.float32).reshape(*heads, group))
         bias = jnp.broadcast_to(self.fading_bias[...].astype(jnp.float32), (b, t, d.value_heads))
         fading = jax.nn.softplus(self.fading(x).astype(jnp.float32) + bias)
         rates = jnp.broadcast_to(jnp.exp(self.log_rate[...].astype(jnp.float32)), fading.shape)
-        log_decays = self._by_head(-rates * fading, *heads, group)
+        log_decays = (-rates * fading).reshape(*heads, group)
         memory = jnp.zeros((b, d.key_heads, group, d.key_dim, d.value_dim), jnp.float32)
-        found, memory = _on_mesh(
+        values, memory = _apply_on_mesh(
             mesh,
             _normalize(q.reshape(*heads, d.key_dim)) * d.key_dim**-0.5,
             _normalize(k.reshape(*heads, d.key_dim)),
@@ -111,32 +103,29 @@ class DeltaNet(nnx.Module):
             jnp.where(real, log_decays, 0.0),
             memory if past is None else past.memory,
         )
-        gate = self._whole(self.gate(x), mesh).reshape(b, t, d.value_heads, d.value_dim)
-        normed = self.norm(found.reshape(gate.shape).astype(x.dtype))
+        gate = self._gather_heads(self.gate(x), mesh).reshape(b, t, d.value_heads, d.value_dim)
+        normed = self.norm(values.reshape(gate.shape).astype(x.dtype))
         gated = normed.astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))
-        out = self.o(self._whole(gated.astype(x.dtype).reshape(b, t, -1), mesh))
+        out = self.o(self._gather_heads(gated.astype(x.dtype).reshape(b, t, -1), mesh))
         if t > 1:
             out = jnp.take_along_axis(out, order.steps[..., None], axis=1)
         state = DeltaState(jnp.concatenate(tails, axis=-1), memory)
         return out, None if past is None else state
 
-    def _by_head(self, x: Array, *heads: int) -> Array:
-        return x.astype(jnp.float32).reshape(heads)
-
-    def _whole(self, x: Array, mesh: Mesh | None) -> Array:
-        """`[B, T, heads d]` before it is split into heads that `model` does not divide."""
+    def _gather_heads(self, x: Array, mesh: Mesh | None) -> Array:
+        """Gathers `[B, T, heads d]` over `model`, unless that splits whole heads."""
         if mesh is None or self.delta.key_heads % mesh.shape[sharding.MODEL] == 0:
             return x
         return sharding.constrain(x, mesh, [sharding.ROWS])
 
 
 def _normalize(x: Array) -> Array:
-    """Vectors of length 1."""
+    """Scales vectors to length 1."""
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + _EPSILON)
 
 
-def _on_mesh(mesh: Mesh | None, *arrays: Array) -> tuple[Array, Array]:
-    """`apply_delta_rule`: each device has some rows and, if `model` divides them, heads."""
+def _apply_on_mesh(mesh: Mesh | None, *arrays: Array) -> tuple[Array, Array]:
+    """`apply_delta_rule`; each device has some rows and, if `model` divides them, some heads."""
     if mesh is None or mesh.size == 1:
         return apply_delta_rule(*arrays)
     b, _, k, _ = arrays[0].shape
@@ -161,41 +150,30 @@ def apply_delta_rule(
     log_decays: Float[Array, "B T K G"],
     memory: Float[Array, "B K G d e"],
 ) -> tuple[Float[Array, "B T K G e"], Float[Array, "B K G d e"]]:
-    """What each token's query finds in the memory after it, all in float32.
+    """The value that each query reads from the memory after its token, and the last memory.
 
-    Args:
-        queries: Those of the tokens.
-        keys: Of length 1.
-        values: What a key shall find.
-        strengths: b, how far it is corrected, from 0 (not at all) to 1.
-        log_decays: log a, how far the memory has faded before; 0: not at all.
-        memory: M before the first token.
-
-    Returns:
-        What is found, and M after the last token.
-
-    References:
-        See the module.
+    All arrays are float32. Keys have length 1. Strengths are b, from 0 (no correction) to 1;
+    log decays are log a, 0 for none; the memory is M before the first token.
     """
     length = queries.shape[1]
     size = min(_CHUNK, length)
     count = -(-length // size)
 
     def split(x: Array) -> Array:
-        """In chunks, `[n, B, t, ...]`; the zeros that are added to the last one do nothing."""
+        """Splits tokens into chunks, `[n, B, t, ...]`; the zeros in the last do nothing."""
         widths = [(0, count * size - length if axis == 1 else 0) for axis in range(x.ndim)]
         x = jnp.pad(x, widths).reshape(x.shape[0], count, size, *x.shape[2:])
         return jnp.moveaxis(x, 0, 1)
 
-    memory, found = jax.lax.scan(
+    memory, out = jax.lax.scan(
         _read_chunk, memory, [split(x) for x in (queries, keys, values, strengths, log_decays)]
     )
-    found = jnp.moveaxis(found, 0, 1).reshape(len(memory), count * size, *values.shape[2:])
-    return found[:, :length], memory
+    out = jnp.moveaxis(out, 0, 1).reshape(len(memory), count * size, *values.shape[2:])
+    return out[:, :length], memory
 
 
 def _read_chunk(memory: Array, chunk: list[Array]) -> tuple[Array, Array]:
-    """The memory after a chunk, and what its queries find, `[B, t, K, G, e]`."""
+    """The memory after a chunk, and the values that its queries read, `[B, t, K, G, e]`."""
     q, k, v, strengths, log_decays = chunk
     q, k = jnp.moveaxis(q, 1, 2), jnp.moveaxis(k, 1, 2)  # [B, K, t, d]
     v, strengths, log_decays = (jnp.moveaxis(x, 1, 3) for x in (v, strengths, log_decays))
@@ -206,21 +184,21 @@ def _read_chunk(memory: Array, chunk: list[Array]) -> tuple[Array, Array]:
     from_start = jnp.exp(faded)[..., None]
     corrections = strengths[..., None] * (v - from_start * _times("bktd,bkgde->bkgte", k, memory))
     if q.shape[2] > 1:
-        alike = _times("bktd,bksd->bkts", k, k)[:, :, None]
+        overlaps = _times("bktd,bksd->bkts", k, k)[:, :, None]
         corrections = jax.lax.linalg.triangular_solve(
-            strengths[..., None] * alike * since,
+            strengths[..., None] * overlaps * since,
             corrections,
             left_side=True,
             lower=True,
             unit_diagonal=True,
         )
-    asked = _times("bktd,bksd->bkts", q, k)[:, :, None] * since
-    found = from_start * _times("bktd,bkgde->bkgte", q, memory)
-    found = found + _times("bkgts,bkgse->bkgte", asked, corrections)
+    scores = _times("bktd,bksd->bkts", q, k)[:, :, None] * since
+    out = from_start * _times("bktd,bkgde->bkgte", q, memory)
+    out = out + _times("bkgts,bkgse->bkgte", scores, corrections)
     to_end = jnp.exp(faded[..., -1:] - faded)[..., None]
     memory = from_start[..., -1:, :] * memory
     memory = memory + _times("bktd,bkgte->bkgde", k, to_end * corrections)
-    return memory, jnp.moveaxis(found, 3, 1)
+    return memory, jnp.moveaxis(out, 3, 1)
 
 
 _times = functools.partial(jnp.einsum, precision="highest")

@@ -32,7 +32,7 @@ _DEFAULTS = {
 }
 _SIZES = {"moe_intermediate_size": 512, "shared_expert_intermediate_size": 512}
 _MODULE = "model.layers.{i}.linear_attn"
-_OWN = {
+_DELTA_WEIGHTS = {
     "layers.{i}.delta.q_conv": f"{_MODULE}.conv1d",
     "layers.{i}.delta.k_conv": f"{_MODULE}.conv1d",
     "layers.{i}.delta.v_conv": f"{_MODULE}.conv1d",
@@ -45,7 +45,7 @@ _WEIGHTS = {
     **WEIGHTS,
     **QK_NORMS,
     "layers.{i}.attention.gate": "model.layers.{i}.self_attn.q_proj",
-    **_OWN,
+    **_DELTA_WEIGHTS,
 }
 _FUSED = {  # Qwen3-Next's
     **{f"layers.{{i}}.delta.{name}": f"{_MODULE}.in_proj_qkvz" for name in ("q", "k", "v", "gate")},
@@ -65,7 +65,7 @@ _MIXTURE = {
 _COMMON: dict[str, Any] = {
     "expected": {"attn_output_gate": (True,)},
     "channelwise": ("conv1d",),
-    "renamed": ((r"^mtp\..*", None),),  # what predicts further tokens
+    "renamed": ((r"^mtp\..*", None),),  # layers that predict further tokens
 }
 
 
@@ -93,7 +93,7 @@ _LFM2 = {
 
 
 def _prepare_lfm2(config: Json) -> dict[str, Any]:
-    """The width of its MLPs is worked out of what is said."""
+    """Computes the width of the MLPs as transformers does."""
     width = config["intermediate_size"]
     if config["block_auto_adjust_ff_dim"]:
         width, multiple = int(2 * width / 3), config["block_multiple_of"]

@@ -1,4 +1,4 @@
-"""Layers with a memory in the place of attention in a `config.json`, in both directions."""
+"""Recurrent layers (delta nets, convolutions) in a `config.json`, in both directions."""
 
 from typing import Any
 
@@ -10,32 +10,26 @@ _KINDS = ("full_attention", "linear_attention")
 _KINDS_OF_CONV = ("full_attention", "conv")
 
 
-def read_remembering(config: Json, values: dict[str, Any]) -> dict[str, DeltaConfig | ConvConfig]:
-    """The gated delta nets of a model, or its short convolutions.
+def read_recurrent(config: Json, values: dict[str, Any]) -> dict[str, DeltaConfig | ConvConfig]:
+    """The field `delta` or `conv` of `LMConfig`, if the family has such layers.
 
-    Args:
-        config: The `config.json` with the family's defaults.
-        values: Fields of `LMConfig` so far; those of such layers, `delta.NAME` or `conv.NAME`, are
-            taken out.
-
-    Returns:
-        `delta` or `conv`, or nothing in families without.
+    Its parts, `delta.NAME` or `conv.NAME`, are taken out of `values`.
 
     Raises:
         ValueError: If the numbers do not fit together.
     """
     count = values["num_layers"]
-    if found := take_section(values, "conv."):
-        attending = config["full_attn_idxs"]
-        attends = range(count) if attending is None else attending
-        layers = _read_layers(config, _KINDS_OF_CONV, tuple(i not in attends for i in range(count)))
-        return {"conv": ConvConfig(channels=values["hidden_size"], layers=layers, **found)}
-    if not (found := take_section(values, "delta.")):
+    if fields := take_section(values, "conv."):
+        indices = config["full_attn_idxs"]  # of layers with attention
+        by_index = tuple(indices is not None and i not in indices for i in range(count))
+        layers = _read_layers(config, _KINDS_OF_CONV, by_index)
+        return {"conv": ConvConfig(channels=values["hidden_size"], layers=layers, **fields)}
+    if not (fields := take_section(values, "delta.")):
         return {}
     interval = config["full_attention_interval"]
     by_interval = tuple((layer + 1) % interval != 0 for layer in range(count))
     layers = _read_layers(config, _KINDS, by_interval)
-    delta = DeltaConfig(layers=layers, **found)
+    delta = DeltaConfig(layers=layers, **fields)
     if delta.value_heads % delta.key_heads:
         raise ValueError(
             f"linear_num_value_heads {delta.value_heads} do not divide among "
@@ -45,23 +39,23 @@ def read_remembering(config: Json, values: dict[str, Any]) -> dict[str, DeltaCon
 
 
 def _read_layers(
-    config: Json, kinds: tuple[str, str], silent: tuple[bool, ...]
+    config: Json, kinds: tuple[str, str], default: tuple[bool, ...]
 ) -> tuple[bool, ...]:
-    """Which layers are of the second kind; `silent` where `layer_types` is."""
+    """For each layer whether it is of the second kind."""
     types = config["layer_types"]
     if types is None:
-        return silent
-    if len(types) != len(silent) or set(types) - set(kinds):
+        return default
+    if len(types) != len(default) or set(types) - set(kinds):
         raise ValueError(
-            f"layer_types {show_json(types)}: expected {len(silent)}, each one of {kinds}"
+            f"layer_types {show_json(types)}: expected {len(default)}, each one of {kinds}"
         )
-    return tuple(each == kinds[1] for each in types)
+    return tuple(kind == kinds[1] for kind in types)
 
 
-def write_remembering(config: LMConfig) -> dict[str, Any]:
-    """The fields of `config.json` that read back as these, but for those of the table."""
+def write_recurrent(config: LMConfig) -> dict[str, Any]:
+    """The fields of `config.json` for recurrent layers that are not in the family's table."""
     if config.conv is not None:
-        return {"layer_types": [_KINDS_OF_CONV[each] for each in config.conv.layers]}
+        return {"layer_types": [_KINDS_OF_CONV[flag] for flag in config.conv.layers]}
     if config.delta is None:
         return {}
-    return {"layer_types": [_KINDS[each] for each in config.delta.layers]}
+    return {"layer_types": [_KINDS[flag] for flag in config.delta.layers]}

@@ -140,10 +140,7 @@ EXPERT_FAMILIES: dict[str, Family] = {
             **OF_MLPS,
         },
         defaults={
-            "embedding_multiplier": 1.0,
-            "residual_multiplier": 1.0,
-            "attention_multiplier": 1.0,
-            "logits_scaling": 1.0,
+            **dict.fromkeys(GRANITE_SCALES.values(), 1.0),
             "num_experts_per_tok": 2,
             "num_local_experts": 8,
         },
@@ -225,7 +222,7 @@ EXPERT_FAMILIES: dict[str, Family] = {
             "num_experts_per_tok": 2,
             "num_local_experts": 16,
         },
-        # SparseMixer takes two whatever it is told.
+        # transformers' SparseMixer takes two, whatever the config says.
         expected={"num_experts_per_tok": (2,), "tie_word_embeddings": (False,)},
         slides=lambda config, layer: True,
         ropes=("default", "longrope"),

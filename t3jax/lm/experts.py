@@ -1,16 +1,16 @@
-"""A mixture of experts in the place of a layer's MLP or beside it: the router, and what they give.
+"""A mixture of experts instead of a layer's MLP or beside it: the router and the experts.
 
 A token's output is the sum over its chosen experts of the router's weight times the expert's MLP;
-a shared expert, which every token is sent to, is added. No token is dropped. What is for training
-only, the router's noise and its balancing loss, is not here.
+a shared expert, which every token is sent to, is added. No token is dropped. The router's noise and
+its balancing loss, which are for training only, are not implemented.
 
-The products are done as each device does them best. On a CPU, `jax.lax.ragged_dot` multiplies every
-token by every expert: there the tokens of an expert are cut into tiles, and a loop reads a tile and
-the expert's matrices. Elsewhere a few tokens gather the matrices of their experts, and many are
-sorted by expert for `ragged_dot`; this is not measured yet.
+Each platform has its own program. On a CPU, `jax.lax.ragged_dot` multiplies every token by every
+expert: there the tokens of an expert are split into tiles, and a loop reads a tile and the expert's
+matrices. Elsewhere a few tokens gather the matrices of their experts, and many are sorted by expert
+for `ragged_dot`; this is not measured yet.
 
 Axes: B batch, T time, N tokens, D features, E experts, K chosen experts of a token, F width of an
-expert. Weights stand as `[E, out, in]`. The router is computed in float32.
+expert. Weights are `[E, out, in]`. The router is computed in float32.
 
 References:
     Outrageously Large Neural Networks, arXiv 1701.06538, equations 1 to 5.
@@ -32,13 +32,13 @@ from t3jax import sharding
 from t3jax.lm import quantized
 from t3jax.lm.config import ExpertsConfig, LMConfig
 from t3jax.lm.layers import ACTIVATIONS, MLP, Linear, normalize
-from t3jax.lm.product import product
+from t3jax.lm.product import full_precision, product
 
-# Of all experts: "weight" [E, out, in], "scale" [E, out] of int8, and "bias" [E, out] if any.
+# All experts' "weight" [E, out, in], "scale" [E, out] of int8, and "bias" [E, out] if any.
 Matrices = dict[str, Array]
 Gate = Callable[[Array, Array], Array]  # from the outputs of gate and up to the input of down
-_LEAST = 1e-12  # what a sum of weights is divided by at least
-_TILE = 64  # tokens of an expert that a CPU multiplies at a time, at most
+_LEAST = 1e-12  # lower bound of a sum of weights
+_TILE = 64  # most tokens of an expert that a CPU multiplies at a time
 
 
 class _Stack(nnx.Module):
@@ -105,37 +105,26 @@ class Experts(nnx.Module):
             self.shared = MLP(config, e.shared)
         if e.shared_gate:
             self.shared_gate = Linear(width, 1)
-        self.opened = make_gate(config.activation, e.clamp)
+        self.gate_fn = make_gate(config.activation, e.clamp)
         self.experts = e
 
     def __call__(self, x: Array, mesh: Mesh | None, routed: Array | None = None) -> Array:
-        """What the experts give for `[B, T, D]`, `[B, T, D]`.
-
-        `routed` is what the router reads, if it is not the same.
-        """
+        """The sum of the experts' outputs for `x`; `routed` is the router's input, if another."""
         chosen, weights = self.router(x if routed is None else routed)
         matrices = {name: getattr(self, name).matrices() for name in ("gate", "up", "down")}
-        y = _mix_on_mesh(x, chosen, weights, matrices, self.opened, mesh)
+        y = _mix_on_mesh(x, chosen, weights, matrices, self.gate_fn, mesh)
         if not self.experts.shared:
             return y
         shared = self.shared(x)
         if self.experts.shared_gate:
-            opened = jax.nn.sigmoid(self.shared_gate(x))
-            shared = shared * jnp.broadcast_to(opened, shared.shape)
+            gate = jax.nn.sigmoid(self.shared_gate(x))
+            shared = shared * jnp.broadcast_to(gate, shared.shape)
         return y + shared
 
 
 @functools.cache
 def make_gate(activation: str, clamp: float | None = None) -> Gate:
-    """What an expert makes of the outputs of its gate and up matrices: one function for each pair.
-
-    Args:
-        activation: That of the gate, in the words of `LMConfig`.
-        clamp: As in `ExpertsConfig`.
-
-    Returns:
-        The function, from two arrays of a shape to one.
-    """
+    """The gate of an expert; the same object for the same arguments, so that jit caches."""
     activate = ACTIVATIONS[activation]
     if clamp is None:
         return lambda gate, up: activate(gate) * up
@@ -150,16 +139,7 @@ def choose_experts(
 ) -> tuple[Int[Array, "N K"], Float[Array, "N K"]]:
     """The experts that tokens are sent to, and the weights of their outputs.
 
-    Args:
-        experts: How the router chooses.
-        logits: The router's, float32 `[N, E]`.
-        correction: Added to the scores for the choice, not in the weights, `[E]`; None: nothing is.
-
-    Returns:
-        The experts `[N, K]` and their weights `[N, K]`.
-
-    References:
-        See the module.
+    The correction is added to the scores for the choice, not to the weights.
     """
     if experts.router == "sparsemixer":
         return _mix_sparsely(logits, experts.jitter)
@@ -181,17 +161,17 @@ def choose_experts(
     return chosen, weights if experts.scale == 1 else weights * experts.scale
 
 
-def _keep_groups(ranked: Array, groups: int, kept: int) -> Array:
-    """Scores of the groups whose two best experts are best together; -inf in the others."""
+def _keep_groups(ranked: Array, groups: int, count: int) -> Array:
+    """Keeps the scores of groups whose two best experts have the highest sums; -inf elsewhere."""
     grouped = ranked.reshape(len(ranked), groups, -1)
-    together = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
-    _, best = jax.lax.top_k(together, kept)
+    sums = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
+    _, best = jax.lax.top_k(sums, count)
     allowed = jnp.any(jax.nn.one_hot(best, groups, dtype=bool), axis=1)
     return jnp.where(allowed[:, :, None], grouped, -jnp.inf).reshape(ranked.shape)
 
 
 def _mix_sparsely(logits: Array, jitter: float) -> tuple[Array, Array]:
-    """The two best experts; each one's weight is a softmax over those nearly as good as it."""
+    """The two best experts; the weight of each is a softmax over those nearly as good."""
 
     def choose(remaining: Array) -> tuple[Array, Array]:
         best = jnp.max(remaining, axis=-1, keepdims=True)
@@ -200,11 +180,11 @@ def _mix_sparsely(logits: Array, jitter: float) -> tuple[Array, Array]:
         weights = jax.nn.softmax(jnp.where(far, -jnp.inf, remaining), axis=-1)
         return chosen, jnp.take_along_axis(weights, chosen, axis=-1)
 
-    first, weight = choose(logits)
+    first, first_weight = choose(logits)
     taken = jax.nn.one_hot(first[:, 0], logits.shape[-1], dtype=bool)
-    second, other = choose(jnp.where(taken, -jnp.inf, logits))
-    chosen, weights = (first, second), (weight, other)
-    return jnp.concatenate(chosen, axis=-1), jnp.concatenate(weights, axis=-1)
+    second, second_weight = choose(jnp.where(taken, -jnp.inf, logits))
+    weights = jnp.concatenate([first_weight, second_weight], axis=-1)
+    return jnp.concatenate([first, second], axis=-1), weights
 
 
 def _mix_on_mesh(
@@ -212,17 +192,17 @@ def _mix_on_mesh(
     chosen: Array,
     weights: Array,
     matrices: dict[str, Matrices],
-    opened: Gate,
+    gate: Gate,
     mesh: Mesh | None,
 ) -> Array:
-    """`mix_experts` for `[B, T, D]`: each device has some rows and the experts of its own.
+    """`mix_experts` for `[B, T, D]`; each device has some rows and some experts.
 
-    Where `model` does not divide the experts, each device has all of them.
+    If `model` does not divide the experts, each device has all of them.
     """
 
     def mix(x: Array, chosen: Array, weights: Array, matrices: dict[str, Matrices]) -> Array:
         tokens, *pairs = (part.reshape(-1, part.shape[-1]) for part in (x, chosen, weights))
-        return mix_experts(tokens, *pairs, matrices, opened).reshape(x.shape)
+        return mix_experts(tokens, *pairs, matrices, gate).reshape(x.shape)
 
     if mesh is None or mesh.size == 1:
         return mix(x, chosen, weights, matrices)
@@ -231,14 +211,14 @@ def _mix_on_mesh(
         mesh, P(sharding.MODEL), matrices["gate"]["weight"].shape[:1]
     ).spec or (None,)
 
-    def mix_own(x: Array, chosen: Array, weights: Array, matrices: dict[str, Matrices]) -> Array:
+    def mix_local(x: Array, chosen: Array, weights: Array, matrices: dict[str, Matrices]) -> Array:
         if model is None:
             return mix(x, chosen, weights, matrices)
         first = jax.lax.axis_index(model) * len(matrices["gate"]["weight"])
         return jax.lax.psum(mix(x, chosen - first, weights, matrices), model)
 
     return jax.shard_map(
-        mix_own,
+        mix_local,
         mesh=mesh,
         in_specs=(P(rows), P(rows), P(rows), P(model)),
         out_specs=P(rows),
@@ -246,41 +226,34 @@ def _mix_on_mesh(
     )(x, chosen, weights, matrices)
 
 
-@functools.partial(jax.jit, static_argnames="opened", inline=True)
+@functools.partial(jax.jit, static_argnames="gate", inline=True)
 def mix_experts(
     x: Float[Array, "N D"],
     chosen: Int[Array, "N K"],
     weights: Float[Array, "N K"],
     matrices: dict[str, Matrices],
-    opened: Gate,
+    gate: Gate,
 ) -> Float[Array, "N D"]:
-    """The sum of the chosen experts' outputs by their weights.
+    """The sum of the chosen experts' outputs by their weights, taken in float32.
 
-    Args:
-        x: The tokens' inputs, `[N, D]`.
-        chosen: The experts of each, `[N, K]`; one that is not of 0 to E - 1 adds nothing.
-        weights: Their weights, float32 `[N, K]`.
-        matrices: "gate" and "up", `[E, F, D]`, and "down", `[E, D, F]`; see `Matrices`.
-        opened: From `make_gate`.
-
-    Returns:
-        The sums, taken in float32, `[N, D]` in the dtype of `x`.
+    An expert outside of 0 to E - 1 adds nothing. The matrices are "gate" and "up", `[E, F, D]`, and
+    "down", `[E, D, F]`; the gate is from `make_gate`.
     """
-    known = (chosen >= 0) & (chosen < len(matrices["gate"]["weight"]))
-    ways = {
-        name: functools.partial(way, opened=opened)
-        for name, way in (("cpu", _in_tiles), ("default", _on_accelerator))
+    present = (chosen >= 0) & (chosen < len(matrices["gate"]["weight"]))
+    programs = {
+        platform: functools.partial(program, gate=gate)
+        for platform, program in (("cpu", _in_tiles), ("default", _on_accelerator))
     }
-    y = jax.lax.platform_dependent(x, jnp.where(known, chosen, -1), matrices, **ways)
-    weighed = y.astype(jnp.float32) * jnp.where(known, weights, 0.0)[:, :, None]
+    y = jax.lax.platform_dependent(x, jnp.where(present, chosen, -1), matrices, **programs)
+    weighed = y.astype(jnp.float32) * jnp.where(present, weights, 0.0)[:, :, None]
     return jnp.sum(weighed, axis=1).astype(x.dtype)
 
 
-def _places(chosen: Array, experts: int, tile: int) -> tuple[Array, Array]:
-    """A place for each token and expert such that no tile of places has two experts.
+def _assign_places(chosen: Array, experts: int, tile: int) -> tuple[Array, Array]:
+    """Gives each token and expert a place such that no tile of places has two experts.
 
-    Returns:
-        The places `[N K]`, past all others where there is no expert, and the tiles of each expert.
+    Returns the places `[N K]`, out of range where there is no expert, and the number of tiles of
+    each expert.
     """
     flat = chosen.reshape(-1)
     hot = jax.nn.one_hot(flat, experts, dtype=jnp.int32)  # zeros where there is no expert
@@ -291,15 +264,15 @@ def _places(chosen: Array, experts: int, tile: int) -> tuple[Array, Array]:
     return jnp.where(flat < 0, beyond, first[flat] + rank), tiles
 
 
-def _put(x: Array, chosen: Array, places: Array, size: int) -> Array:
-    """The tokens at their places, `[size, D]`; zeros where there is none."""
+def _arrange(x: Array, chosen: Array, places: Array, size: int) -> Array:
+    """Gathers the tokens into their places, `[size, D]`; empty places are zeros."""
     tokens = jnp.arange(len(places)) // chosen.shape[1]
     source = jnp.full((size,), len(x)).at[places].set(tokens, mode="drop")
     return jnp.take(x, source, axis=0, mode="fill", fill_value=0)
 
 
-def _in_tiles(x: Array, chosen: Array, matrices: dict[str, Matrices], opened: Gate) -> Array:
-    """Outputs `[N, K, D]`, tile by tile: as many tokens as an expert has on average, or fewer."""
+def _in_tiles(x: Array, chosen: Array, matrices: dict[str, Matrices], gate: Gate) -> Array:
+    """Outputs `[N, K, D]`; a tile has at most as many tokens as an expert has on average."""
     experts, pairs = len(matrices["gate"]["weight"]), chosen.size
     tile = min(_TILE, 1 << (-(-pairs // experts) - 1).bit_length())
     if tile == 1:
@@ -307,9 +280,9 @@ def _in_tiles(x: Array, chosen: Array, matrices: dict[str, Matrices], opened: Ga
         expert, places = chosen.reshape(-1), jnp.arange(pairs)
         real = expert >= 0
     else:
-        places, tiles = _places(chosen, experts, tile)
-        count = min(pairs, pairs // tile + experts)  # of tiles, at most
-        rows = _put(x, chosen, places, count * tile).reshape(count, tile, -1)
+        places, tiles = _assign_places(chosen, experts, tile)
+        count = min(pairs, pairs // tile + experts)  # most tiles
+        rows = _arrange(x, chosen, places, count * tile).reshape(count, tile, -1)
         ends = jnp.cumsum(tiles)
         expert = jnp.searchsorted(ends, jnp.arange(count), side="right")
         real = jnp.arange(count) < ends[-1]
@@ -317,18 +290,17 @@ def _in_tiles(x: Array, chosen: Array, matrices: dict[str, Matrices], opened: Ga
     @jax.checkpoint  # else the backward pass would keep the matrices of every tile
     def run(rows: Array, expert: Array, real: Array) -> Array:
         def multiply(rows: Array) -> Array:
-            own = jax.tree.map(
+            m = jax.tree.map(
                 lambda leaf: jax.lax.dynamic_index_in_dim(leaf, expert, keepdims=False), matrices
             )
-            inner = opened(_multiply(rows, own["gate"]), _multiply(rows, own["up"]))
-            return _multiply(inner, own["down"])
+            inner = gate(_multiply(rows, m["gate"]), _multiply(rows, m["up"]))
+            return _multiply(inner, m["down"])
 
         return jax.lax.cond(real, multiply, jnp.zeros_like, rows)
 
-    y = jax.lax.map(lambda each: run(*each), (rows, expert, real))
-    y = y.reshape(-1, x.shape[-1])
-    found = jnp.take(y, places, axis=0, mode="fill", fill_value=0)
-    return found.reshape(*chosen.shape, -1)
+    y = jax.lax.map(lambda tile: run(*tile), (rows, expert, real))
+    y = jnp.take(y.reshape(-1, x.shape[-1]), places, axis=0, mode="fill", fill_value=0)
+    return y.reshape(*chosen.shape, -1)
 
 
 def _multiply(x: Array, matrix: Matrices) -> Array:
@@ -339,33 +311,33 @@ def _multiply(x: Array, matrix: Matrices) -> Array:
     return y + jnp.broadcast_to(matrix["bias"], y.shape) if "bias" in matrix else y
 
 
-def _on_accelerator(x: Array, chosen: Array, matrices: dict[str, Matrices], opened: Gate) -> Array:
-    """Outputs `[N, K, D]`: of gathered matrices where that moves less than reading all of them."""
+def _on_accelerator(x: Array, chosen: Array, matrices: dict[str, Matrices], gate: Gate) -> Array:
+    """Outputs `[N, K, D]`, from gathered matrices if that moves less than reading all of them."""
     experts, pairs = len(matrices["gate"]["weight"]), chosen.size
-    if 3 * pairs <= experts:  # what is gathered is read, written and read again
-        own = jnp.maximum(chosen.reshape(-1), 0)
+    if 3 * pairs <= experts:  # gathered matrices are read, written and read again
+        expert = jnp.maximum(chosen.reshape(-1), 0)
         rows = jnp.repeat(x, chosen.shape[1], axis=0)
-        times = functools.partial(_multiply_gathered, own)
+        times = functools.partial(_multiply_gathered, expert)
         places = jnp.arange(pairs)
     else:
-        places, sizes = _places(chosen, experts, 1)
-        rows = _put(x, chosen, places, pairs)
+        places, sizes = _assign_places(chosen, experts, 1)
+        rows = _arrange(x, chosen, places, pairs)
         times = functools.partial(_multiply_ragged, sizes)
-    inner = opened(times(rows, matrices["gate"]), times(rows, matrices["up"]))
+    inner = gate(times(rows, matrices["gate"]), times(rows, matrices["up"]))
     y = jnp.take(times(inner, matrices["down"]), places, axis=0, mode="fill", fill_value=0)
     return y.reshape(*chosen.shape, -1)
 
 
-def _multiply_gathered(own: Array, rows: Array, matrix: Matrices) -> Array:
+def _multiply_gathered(expert: Array, rows: Array, matrix: Matrices) -> Array:
     y = jnp.einsum(
         "ni,noi->no",
         rows,
-        matrix["weight"][own].astype(rows.dtype),
-        precision="highest" if rows.dtype == jnp.float32 else None,
+        matrix["weight"][expert].astype(rows.dtype),
+        precision=full_precision(rows),
         preferred_element_type=jnp.float32,
     )
-    y = y * matrix["scale"][own].astype(jnp.float32) if "scale" in matrix else y
-    y = y + matrix["bias"][own].astype(jnp.float32) if "bias" in matrix else y
+    y = y * matrix["scale"][expert].astype(jnp.float32) if "scale" in matrix else y
+    y = y + matrix["bias"][expert].astype(jnp.float32) if "bias" in matrix else y
     return y.astype(rows.dtype)
 
 
@@ -374,15 +346,14 @@ def _multiply_ragged(sizes: Array, rows: Array, matrix: Matrices) -> Array:
         rows,
         matrix["weight"].astype(rows.dtype).swapaxes(1, 2),
         sizes,
-        precision="highest" if rows.dtype == jnp.float32 else None,
+        precision=full_precision(rows),
         preferred_element_type=jnp.float32,
     )
     expert = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(rows)), side="right")
 
-    def own(each: Array) -> Array:
-        taken = jnp.take(each, expert, axis=0, mode="fill", fill_value=0)
-        return taken.astype(jnp.float32)
+    def gather(leaf: Array) -> Array:
+        return jnp.take(leaf, expert, axis=0, mode="fill", fill_value=0).astype(jnp.float32)
 
-    y = y * own(matrix["scale"]) if "scale" in matrix else y
-    y = y + own(matrix["bias"]) if "bias" in matrix else y
+    y = y * gather(matrix["scale"]) if "scale" in matrix else y
+    y = y + gather(matrix["bias"]) if "bias" in matrix else y
     return y.astype(rows.dtype)

@@ -5,36 +5,29 @@ from typing import Any
 from t3jax.lm.config import ExpertsConfig, LMConfig
 from t3jax.lm.family import Family, Json, take_section
 
-SWITCH = "enable_moe_block"  # where a family has models with experts and without
-_SHARED = {"n_shared_experts", "moe_num_shared_experts"}  # of a chosen one's width, side by side
+SWITCH = "enable_moe_block"  # of a family that has models with experts and without
+_SHARED = {"n_shared_experts", "moe_num_shared_experts"}  # each of a chosen expert's width
 
 
 def read_experts(
     family: Family, config: Json, values: dict[str, Any], num_layers: int
 ) -> dict[str, ExpertsConfig]:
-    """The experts of a model.
+    """The field `experts` of `LMConfig`, if the model has experts.
 
-    Args:
-        family: The row of the family.
-        config: The `config.json` with the family's defaults.
-        values: Fields of `LMConfig` so far; those of the experts, `experts.NAME`, are taken out.
-        num_layers: Number of layers.
-
-    Returns:
-        `experts`, or nothing in families without.
+    Its parts, `experts.NAME`, are taken out of `values`.
 
     Raises:
         ValueError: If the numbers do not fit together.
     """
-    found = take_section(values, "experts.")
-    if not found or not config.get(SWITCH, True):
+    fields = take_section(values, "experts.")
+    if not fields or not config.get(SWITCH, True):
         return {}
     for name in _SHARED & family.defaults.keys():
-        found["shared"] = (config[name] or 0) * found["size"]
+        fields["shared"] = (config[name] or 0) * fields["size"]
     if family.dense is not None:
         dense = tuple(family.dense(config, layer) for layer in range(num_layers))
-        found["dense"] = dense if any(dense) else ()
-    experts = ExpertsConfig(**found)
+        fields["dense"] = dense if any(dense) else ()
+    experts = ExpertsConfig(**fields)
     count, chosen, groups = experts.count, experts.chosen, experts.groups
     if chosen > count:
         raise ValueError(f"a token is sent to {chosen} experts, but there are {count}")
@@ -52,14 +45,14 @@ def read_experts(
 
 
 def write_experts(config: LMConfig, family: Family) -> dict[str, Any]:
-    """The fields of `config.json` that read back as the experts, but for those of the table."""
+    """The fields of `config.json` for experts that are not in the family's table."""
     experts = config.experts
     content: dict[str, Any] = {}
     if SWITCH in family.defaults:
         content[SWITCH] = experts is not None
     if experts is None:
         return content
-    dense = [layer for layer, each in enumerate(experts.dense) if each]
+    dense = [layer for layer, is_dense in enumerate(experts.dense) if is_dense]
     for name in _SHARED & family.defaults.keys():
         content[name] = experts.shared // experts.size
     if "mlp_only_layers" in family.defaults:

@@ -3,8 +3,8 @@
 Further rows are in `newer_families.py`, those with layer norms in `layer_norm_families.py`,
 `gpt_families.py` and `bloom_families.py`, those with experts in `expert_families.py` and
 `corrected_families.py`, those with gated delta nets in `delta_families.py`, those whose layers are
-of unequal shape in `unequal_families.py`. What a row says is read by `config_json.py`, written by
-`config_writing.py`, and obeyed by `places.py` for the names of the weights.
+of unequal shape in `unequal_families.py`. `config_json.py` and `config_writing.py` use a row to
+read and write a `config.json`, `places.py` for the names of the weights.
 """
 
 from typing import Any
@@ -34,14 +34,14 @@ def _slides_in_qwen(config: Json, layer: int) -> bool:
 
 
 def _is_unrotated_in_smollm3(config: Json, layer: int, local: bool) -> bool:
-    stated = config["no_rope_layers"]  # of each layer 1 where it is rotated
-    if stated is None:
+    flags = config["no_rope_layers"]  # 1 for a layer that is rotated
+    if flags is None:
         return (layer + 1) % config["no_rope_layer_interval"] == 0
-    if len(stated) != config["num_hidden_layers"]:
+    if len(flags) != config["num_hidden_layers"]:
         raise ValueError(
-            f"no_rope_layers has {len(stated)} values, expected {config['num_hidden_layers']}"
+            f"no_rope_layers has {len(flags)} values, expected {config['num_hidden_layers']}"
         )
-    return not stated[layer]
+    return not flags[layer]
 
 
 def _is_unrotated_beside_windows(config: Json, layer: int, local: bool) -> bool:
@@ -171,7 +171,7 @@ FAMILIES: dict[str, Family] = {
         fields=_GEMMA2_FIELDS,
         defaults={
             **_GEMMA_DEFAULTS,
-            # Published configs leave out whatever is as in the 4B model.
+            # Published configs leave out values of the 4B model.
             "vocab_size": 262208,
             "hidden_size": 2304,
             "intermediate_size": 9216,
@@ -210,7 +210,7 @@ FAMILIES: dict[str, Family] = {
             "sliding_window": 4096,
             "rope_theta": 5e5,
         },
-        local_theta=5e5,  # transformers', whatever the other layers have
+        local_theta=5e5,  # fixed in transformers
         slides=lambda config, layer: (layer + 1) % 4 != 0,
         layer_types=True,
         weights={**WEIGHTS, **QK_NORMS, **POST_NORMS},
@@ -238,12 +238,7 @@ FAMILIES: dict[str, Family] = {
             "mlp_bias": "mlp_bias",
             **GRANITE_SCALES,
         },
-        defaults={
-            "embedding_multiplier": 1.0,
-            "residual_multiplier": 1.0,
-            "attention_multiplier": 1.0,
-            "logits_scaling": 1.0,
-        },
+        defaults=dict.fromkeys(GRANITE_SCALES.values(), 1.0),
         reciprocal=("logits_scaling",),
     ),
     "glm": Family("GlmForCausalLM", **_GLM, weights={**WEIGHTS, **FUSED_MLP}),

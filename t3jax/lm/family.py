@@ -1,4 +1,4 @@
-"""What a model family's Hugging Face folders say, and how they differ from Llama's."""
+"""A row of the table of families, and what rows share."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -8,7 +8,7 @@ from t3jax.lm.config import LMConfig
 
 Json = Mapping[str, Any]
 
-# What to do with a model of a known type that differs in something.
+# The advice for a model of a known type with an unsupported value.
 WAY_OUT = (
     "Take a model without it, or give this one as functions (t3jax.make_lm, docs/your_model.md)"
 )
@@ -83,40 +83,38 @@ class Family:
 
     Attributes:
         architecture: The class of transformers.
-        fixed: Fields of `LMConfig` that hold for the whole family; those of its experts are
-            `experts.NAME`, those of its delta nets `delta.NAME`.
-        fields: Further fields of `LMConfig`, or the same under other names of `config.json`; None
-            removes one.
-        defaults: What `config.json` means where it is silent.
-        expected: Fields of `config.json` that must have one of these values, if they are there.
+        fixed: Fields of `LMConfig` with the same value in the whole family; `experts.NAME` and
+            `delta.NAME` are fields of its experts and delta nets.
+        fields: Further fields of `LMConfig` by name, with their names in `config.json`; None
+            removes one of Llama's.
+        defaults: Values of fields that `config.json` lacks.
+        expected: Fields of `config.json` and their supported values.
         aliases: Other names of fields of `config.json`.
-        slides: `(config.json, layer) -> bool`: which layers have the sliding window where
-            `layer_types` is silent; None where the family has no windows.
+        slides: `(config.json, layer) -> bool`: which layers have the sliding window if there are no
+            `layer_types`; None if the family has no windows.
         window: The field with the width of the window.
-        layer_types: Whether `config.json` may say of each layer if it has the window.
-        local_theta: Base of the rotary positions of local layers where `config.json` is silent, and
-            has no field for it; None where it has one, or these layers have no rotation of their
-            own.
-        unrotated: `(config.json, layer, local) -> bool`: which layers leave queries and keys as
-            they are; None where all rotate them.
-        dense: `(config.json, layer) -> bool`: which layers have an MLP and no experts; None where
+        layer_types: Whether `config.json` may list which layers have the window.
+        local_theta: Base of the rotary positions of local layers, if no field of `config.json` has
+            it; None if one has, or if these layers have the rotation of the others.
+        unrotated: `(config.json, layer, local) -> bool`: which layers do not rotate queries and
+            keys; None if all do.
+        dense: `(config.json, layer) -> bool`: which layers have an MLP and no experts; None if
             none has.
         interleaved: Rotary pairs are neighbours in a head.
         reciprocal: Fields of `config.json` whose reciprocal is the field of `LMConfig`.
         ropes: Kinds of rotary positions that transformers knows in the family.
-        qk_norm: What norms queries and keys have where `use_qk_norm` is true.
-        prepare: `config.json -> config.json`: fields that only this family has, as those of the
-            table; None where there are none.
-        restore: `LMConfig -> config.json`: fields beside those of the table; None likewise.
-        mscales: "longrope" has its factors of cosine and sine stated, `short_mscale` and
-            `long_mscale`, and its own original context counts before that at the top.
+        qk_norm: The kind of norm of queries and keys if `use_qk_norm` is true.
+        prepare: `config.json -> config.json`: converts fields that only this family has to those of
+            the table; None if it has none.
+        restore: `LMConfig -> config.json`: fields beside those of the table; None if it has none.
+        mscales: "longrope" states its factors of cosine and sine, `short_mscale` and `long_mscale`,
+            and its own original context takes precedence over the one at the top.
         weights: The decoder's parameters, and their modules in a checkpoint; {i} is the layer.
-            Parameters of one module are stacked in it, in this order. A parameter that is there by
-            its whole name stands in a tensor of just that name.
-        constants: Numbers that folders hold beside the weights, the same in every model; they are
-            written and not read.
-        expert_names: The gate, up and down matrix of an expert, where folders have a tensor of
-            each; None where they have those of a layer in one tensor, or no experts.
+            Parameters of one module are stacked in it, in this order. A parameter with its whole
+            name as the key is in the tensor of the given name.
+        constants: Numbers beside the weights, the same in every model; written and not read.
+        expert_names: The gate, up and down matrix of an expert, if folders have a tensor for each;
+            None if a layer's are in one tensor, or if there are no experts.
         more_layers: Folders may hold layers after the last one, which predict further tokens and
             are not read.
         grouped: Modules, by the end of their name, that are stacked group by group, such as head by
@@ -124,9 +122,9 @@ class Family:
         by_row: The gate and up matrices of experts are stacked row by row, in turn.
         channelwise: Modules, by the end of their name, that are stored [out, 1, in].
         in_row: Vectors, by the end of their name, that are stored [1, out].
-        transposed: Modules, or tensors of that whole name, by its end, that are stored [in, out].
-        renamed: Patterns of other names that checkpoints use for the same, and what to put for
-            them; None: a weight of that name is no part of the decoder.
+        transposed: Modules or tensors, by the end of their name, that are stored [in, out].
+        renamed: Patterns of other names in checkpoints, and their replacements; None: a weight of
+            that name is no part of the decoder.
     """
 
     architecture: str
@@ -162,8 +160,8 @@ class Family:
     @property
     def all_fields(self) -> dict[str, str]:
         """Fields of `LMConfig` and their names in `config.json`, Llama's and the family's own."""
-        both = {**FIELDS, **self.fields}
-        return {field: name for field, name in both.items() if name is not None}
+        fields = {**FIELDS, **self.fields}
+        return {field: name for field, name in fields.items() if name is not None}
 
     @property
     def all_defaults(self) -> dict[str, Any]:
@@ -182,6 +180,6 @@ def slides_but_every_last(config: Json, layer: int) -> bool:
 
 
 def take_section(values: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """Takes the fields whose names begin with a prefix out of `values`, and names them without."""
+    """Removes the fields with a prefix from `values`, and returns them without the prefix."""
     names = [name for name in values if name.startswith(prefix)]
     return {name.removeprefix(prefix): values.pop(name) for name in names}

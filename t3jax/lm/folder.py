@@ -1,8 +1,8 @@
-"""The files of a model folder: which of them may be read, and where each must lie.
+"""The check that all files of a model that are read lie in its folder.
 
-Nothing of a folder is ever run. What is read of it lies in it: neither a name in one of its files
-nor a link leads elsewhere. The snapshots of the Hugging Face cache are all links, into blobs beside
-them, and go on being read.
+No code of a folder is ever run. A file outside of the folder is not read, whether an index names it
+or a link leads to it. The snapshots of the Hugging Face cache are read: they are links into blobs
+beside them.
 """
 
 import pathlib
@@ -14,17 +14,14 @@ _TEMPLATES = "additional_chat_templates"
 
 
 def check_links(folder: pathlib.Path) -> None:
-    """Checks that what is read of a model folder lies in it, and is there to be read.
-
-    Args:
-        folder: The folder; may itself be a link.
+    """Checks that the files to read lie in a model folder, which may itself be a link.
 
     Raises:
         ValueError: If a file is a link out of the folder and out of the Hugging Face cache that the
             folder belongs to, or is a pipe, a socket or a device.
     """
-    folders = [place for place in (folder, folder / _TEMPLATES) if place.is_dir()]
-    for path in sorted(path for place in folders for path in place.iterdir()):
+    folders = [path for path in (folder, folder / _TEMPLATES) if path.is_dir()]
+    for path in sorted(path for parent in folders for path in parent.iterdir()):
         if path.suffix not in _READ and path.name != _TEMPLATES:
             continue
         check_inside(folder, path)
@@ -35,16 +32,12 @@ def check_links(folder: pathlib.Path) -> None:
 def check_inside(folder: pathlib.Path, path: pathlib.Path) -> None:
     """Checks that a file of a model folder does not lead out of it.
 
-    Args:
-        folder: The folder.
-        path: The file, links in its path not yet followed.
-
     Raises:
         ValueError: If it lies, once links are followed, neither in the folder nor in the Hugging
             Face cache that the folder belongs to.
     """
-    place, target = folder.resolve(), path.resolve()
-    if not any(target.is_relative_to(root) for root in (place, *_blobs(place))):
+    root, target = folder.resolve(), path.resolve()
+    if not any(target.is_relative_to(allowed) for allowed in (root, *_find_blobs(root))):
         raise ValueError(
             f"{path} leads out of the model folder, to {target}; nothing outside of it is read. "
             "Copy the file into the folder"
@@ -52,19 +45,10 @@ def check_inside(folder: pathlib.Path, path: pathlib.Path) -> None:
 
 
 def indexed_file(index: pathlib.Path, tensor: str, name: str, suffix: str = "") -> pathlib.Path:
-    """Finds the file that an index of a checkpoint in shards names for a tensor.
-
-    Args:
-        index: The index.
-        tensor: The tensor.
-        name: The file that the index names for it.
-        suffix: How the name must end.
-
-    Returns:
-        The file, which may be missing.
+    """The path of the file, maybe missing, that the index of a checkpoint names for a tensor.
 
     Raises:
-        ValueError: If it does not lie in the folder of the index.
+        ValueError: If the name has another suffix, or is not of a file in the folder of the index.
     """
     plain = name not in ("", ".", "..") and not any(character in name for character in "/\\\0")
     if not plain or not name.endswith(suffix):
@@ -77,8 +61,8 @@ def indexed_file(index: pathlib.Path, tensor: str, name: str, suffix: str = "") 
     return index.parent / name
 
 
-def _blobs(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Where the snapshots of the Hugging Face cache have their bytes: their own, or shared ones."""
+def _find_blobs(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The folders of bytes, own or shared, of a snapshot in the Hugging Face cache."""
     snapshots, repository = folder.parent, folder.parent.parent
     if snapshots.name != "snapshots" or not repository.name.startswith("models--"):
         return []

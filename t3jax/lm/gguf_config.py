@@ -23,11 +23,11 @@ class Architecture:
 
     Attributes:
         model_type: The family.
-        permuted: Rows of queries and keys stand so that the two of a rotary pair are neighbours.
-        meant: Fields of `config.json` that hold for all its files, which do not say them.
-        describe: Fields of `config.json` that only this architecture's metadata amounts to, in the
-            place of others; None where there are none.
-        ramp: "yarn" stretches from whole pairs to whole pairs, which files do not say.
+        permuted: The two rows of a rotary pair, of queries and keys, are stored as neighbours.
+        meant: Fields of `config.json` that hold for all its files, which do not state them.
+        describe: Makes fields of `config.json` from metadata of this architecture alone, instead of
+            the usual ones; None if it has no such metadata.
+        ramp: "yarn" stretches from whole pairs to whole pairs, which files do not state.
     """
 
     model_type: str
@@ -108,12 +108,12 @@ _KEYS = {  # fields of LMConfig, and where the metadata of an architecture has t
     "experts.chosen_groups": "expert_group_used_count",
     "experts.shared": "expert_shared_feed_forward_length",
 }
-# What would change the numbers if it was left out.
+# Values without which the logits would differ.
 _OBEYED = (
     *("embedding_multiplier", "residual_multiplier", "logit_scale", "qkv_clip", "experts.scale"),
 )
 _KEYS_OF_SIZES = ("embedding_length", "attention.head_count", "block_count")
-_TELLING = {  # fields that a tensor's being there says
+_SHOWN_BY_TENSORS = {  # fields that are true if a tensor exists
     "attention_bias": "blk.{i}.attn_output.bias",
     "qkv_bias": "blk.{i}.attn_q.bias",
     "o_bias": "blk.{i}.attn_output.bias",
@@ -122,8 +122,8 @@ _TELLING = {  # fields that a tensor's being there says
 }
 _MOST_LAYERS = 1024
 _SIGMOID = 2  # of `expert_gating_func`
-# Of these Gemmas the largest alone divides attention scores by another width than the head's;
-# files do not say it, and llama.cpp knows them by their layers.
+# The largest models of two families divide attention scores by another width than the head's. Files
+# do not state it, and llama.cpp knows them by their number of layers.
 _SCALED_BY_HIDDEN_SIZE = {("gemma2", 46), ("gemma3", 62)}
 
 
@@ -142,27 +142,28 @@ def find_architecture(file: GGUFFile) -> Architecture:
             f"architecture {name!r} is not supported; {near}known: {known}. The model's Hugging "
             "Face folder may load where its GGUF file does not"
         )
-    found = ARCHITECTURES[name]
+    architecture = ARCHITECTURES[name]
     if name == "llama" and file.get("expert_count"):
-        found = dataclasses.replace(found, model_type="mixtral")
+        architecture = dataclasses.replace(architecture, model_type="mixtral")
     if name == "olmo2" and file.get("attention.sliding_window"):
-        found = dataclasses.replace(found, model_type="olmo3")
+        architecture = dataclasses.replace(architecture, model_type="olmo3")
     if file.get("expert_count"):
-        if "experts.count" not in FAMILIES[found.model_type].all_fields:
+        family = FAMILIES[architecture.model_type]
+        if "experts.count" not in family.all_fields:
             raise ValueError(f"mixtures of experts are not supported in architecture {name!r}")
         gate = file.get("expert_gating_func")
-        sigmoid = FAMILIES[found.model_type].fixed.get("experts.router") == "sigmoid"
+        sigmoid = family.fixed.get("experts.router") == "sigmoid"
         if gate is not None and (gate == _SIGMOID) != sigmoid:
             raise ValueError(
                 f"{name}.expert_gating_func {gate} is not supported in this architecture"
             )
         if not file.get("expert_used_count"):
             raise ValueError(f"{name}.expert_used_count is missing, beside expert_count")
-    return found
+    return architecture
 
 
 def describe_config(file: GGUFFile) -> dict[str, Any]:
-    """The `config.json` that the metadata amounts to.
+    """Converts the metadata to a `config.json`.
 
     Raises:
         ValueError: If the architecture is unknown, a value is missing, or one is not implemented.
@@ -175,7 +176,7 @@ def describe_config(file: GGUFFile) -> dict[str, Any]:
     values = {field: file.get(key) for field, key in _KEYS.items()}
     values = {field: value for field, value in values.items() if value is not None}
     for field in ("experts.scale", "experts.groups", "experts.chosen_groups"):
-        if values.get(field) == 0:  # as if it was not there, in llama.cpp's words
+        if values.get(field) == 0:  # llama.cpp's value for none
             del values[field]
     for field in ("hidden_size", "num_heads", "num_layers"):
         if field not in values:
@@ -187,8 +188,8 @@ def describe_config(file: GGUFFile) -> dict[str, Any]:
         raise ValueError(
             f"{file.architecture}.block_count {layers}: expected {_MOST_LAYERS} at most"
         )
-    own = {} if architecture.describe is None else architecture.describe(file)
-    values = {field: value for field, value in values.items() if names.get(field) not in own}
+    described = {} if architecture.describe is None else architecture.describe(file)
+    values = {field: value for field, value in values.items() if names.get(field) not in described}
     if lists := [_KEYS[field] for field, value in values.items() if isinstance(value, list)]:
         raise ValueError(f"layers of different sizes are not supported: {', '.join(lists)}")
     by_hidden_size = values["hidden_size"] // values["num_heads"]
@@ -207,22 +208,22 @@ def describe_config(file: GGUFFile) -> dict[str, Any]:
         "head_dim": head_dim,
         "query_pre_attn_scalar": by_hidden_size if scaled_otherwise else head_dim,
         "tied": "output.weight" not in file.tensors,
-        **{field: _is_there(file, tensor) for field, tensor in _TELLING.items()},
+        **{field: _has_tensor(file, tensor) for field, tensor in _SHOWN_BY_TENSORS.items()},
     }
     config = {names[field]: value for field, value in values.items() if field in names}
-    config |= {"model_type": architecture.model_type, **architecture.meant, **own}
+    config |= {"model_type": architecture.model_type, **architecture.meant, **described}
     if "use_parallel_residual" in family.expected and "parallel" in values:
         config["use_parallel_residual"] = values["parallel"]
-    ropes = {} if "rope_parameters" in own else _ropes(file, family, head_dim)
-    return config | _windows(file, family) | ropes
+    ropes = {} if "rope_parameters" in described else _describe_ropes(file, family, head_dim)
+    return config | _describe_windows(file, family) | ropes
 
 
-def _is_there(file: GGUFFile, tensor: str) -> bool:
+def _has_tensor(file: GGUFFile, tensor: str) -> bool:
     """Whether any layer has a tensor; layers may be of several kinds."""
     return any(tensor.format(i=layer) in file.tensors for layer in range(file.get("block_count")))
 
 
-def _windows(file: GGUFFile, family: Family) -> dict[str, Any]:
+def _describe_windows(file: GGUFFile, family: Family) -> dict[str, Any]:
     window = file.get("attention.sliding_window")
     pattern = file.get("attention.sliding_window_pattern")
     if not window:
@@ -231,25 +232,25 @@ def _windows(file: GGUFFile, family: Family) -> dict[str, Any]:
         raise ValueError("attention.sliding_window is not supported in this architecture")
     config: dict[str, Any] = {"sliding_window": window}
     if isinstance(pattern, list):
-        config["layer_types"] = [f"{'sliding' if each else 'full'}_attention" for each in pattern]
+        config["layer_types"] = [f"{'sliding' if flag else 'full'}_attention" for flag in pattern]
     elif pattern is not None:
         config["sliding_window_pattern"] = pattern
     return config
 
 
-def _ropes(file: GGUFFile, family: Family, head_dim: int) -> dict[str, Any]:
+def _describe_ropes(file: GGUFFile, family: Family, head_dim: int) -> dict[str, Any]:
     if "rope" in family.fixed:
         return {}
     rope = {
         "rope_theta": file.get("rope.freq_base", 1e4),
         "partial_rotary_factor": file.get("rope.dimension_count", head_dim) / head_dim,
     }
-    full = rope | _rope_scaling(file)
+    full = rope | _describe_scaling(file)
     if full.get("rope_type") == "yarn":
         full["truncate"] = ARCHITECTURES[file.architecture].ramp
-    own_base = "rope_local_base_freq" in family.defaults
-    if own_base or family.local_theta is not None:
-        base = 1e4 if own_base else rope["rope_theta"]
+    has_local_base = "rope_local_base_freq" in family.defaults
+    if has_local_base or family.local_theta is not None:
+        base = 1e4 if has_local_base else rope["rope_theta"]
         local = rope | {"rope_theta": file.get("rope.freq_base_swa", base)}
         return {"rope_parameters": {"full_attention": full, "sliding_attention": local}}
     config: dict[str, Any] = {"rope_parameters": full}
@@ -258,7 +259,7 @@ def _ropes(file: GGUFFile, family: Family, head_dim: int) -> dict[str, Any]:
     return config
 
 
-def _rope_scaling(file: GGUFFile) -> dict[str, Any]:
+def _describe_scaling(file: GGUFFile) -> dict[str, Any]:
     original = file.get("rope.scaling.original_context_length")
     if (short := file.tensors.get("rope_factors_short.weight")) is not None:
         return {
@@ -269,7 +270,7 @@ def _rope_scaling(file: GGUFFile) -> dict[str, Any]:
             "original_max_position_embeddings": original,
         }
     if (stretch := file.tensors.get("rope_freqs.weight")) is not None:
-        # Llama 3's, worked out for each pair: the same stretch whatever the length of the text.
+        # Llama 3's stretch, computed for each pair, is the same for texts of any length.
         return {
             "rope_type": "longrope",
             "short_factor": stretch.data.tolist(),

@@ -13,8 +13,8 @@ class GGUFFile:
     """An open file.
 
     Attributes:
-        path: Where it lies.
-        metadata: All of it, by name.
+        path: Path of the file.
+        metadata: All metadata by name.
         tensors: The library's description of each tensor, mapped to memory, by name.
     """
 
@@ -35,12 +35,6 @@ class GGUFFile:
 def open_gguf(path: pathlib.Path) -> GGUFFile:
     """Opens a file and reads all but its weights.
 
-    Args:
-        path: The file.
-
-    Returns:
-        The open file.
-
     Raises:
         ImportError: If the package `gguf` is not installed.
         ValueError: If it is no whole GGUF file, or is one of several that make a model.
@@ -48,8 +42,8 @@ def open_gguf(path: pathlib.Path) -> GGUFFile:
     library = load_library()
     try:
         reader = library.GGUFReader(path)
-        metadata = {name: _value(field) for name, field in reader.fields.items()}
-    except Exception as error:  # whatever reading past the end or nonsense leads to
+        metadata = {name: _read_value(field) for name, field in reader.fields.items()}
+    except Exception as error:  # reading past the end, or nonsense, raises errors of many types
         raise ValueError(
             f"{path}: not a whole GGUF file, or one of a newer kind than the installed gguf reads "
             f"({error}); expected a GGUF file or a Hugging Face folder. Download it again, or "
@@ -62,9 +56,9 @@ def open_gguf(path: pathlib.Path) -> GGUFFile:
     return GGUFFile(path, metadata, {tensor.name: tensor for tensor in reader.tensors})
 
 
-def not_installed(what: str) -> ImportError:
+def not_installed(package: str) -> ImportError:
     """The error that names the extra."""
-    return ImportError(f"reading GGUF files needs {what}: pip install 't3jax[gguf]'")
+    return ImportError(f"reading GGUF files needs {package}: pip install 't3jax[gguf]'")
 
 
 def load_library() -> ModuleType:
@@ -76,8 +70,8 @@ def load_library() -> ModuleType:
     return gguf
 
 
-def _value(field: Any) -> Any:
-    """A value of the metadata; a float32 as the shortest number that it stands for."""
+def _read_value(field: Any) -> Any:
+    """A value of the metadata; a float32 as the shortest decimal number that rounds to it."""
     value = field.contents()
     return float(str(np.float32(value))) if isinstance(value, float) else value
 

@@ -7,19 +7,19 @@ from t3jax.lm.gguf_file import GGUFFile, not_installed
 
 # Tokens of these types are never cut.
 _CONTROL, _USER_DEFINED = 3, 4
-# Byte-level tokenizers, by llama.cpp's names of how text is cut before merges. Those in tiktoken's
-# manner look whole words up before they merge, and start with a bos.
+# Byte-level tokenizers, by llama.cpp's names of their pre-tokenizers. Those in tiktoken's manner
+# look up whole words before they merge, and start with a bos.
 _TIKTOKEN = (
     *("llama3", "llama-v3", "llama-bpe", "falcon3", "lfm2", "midm-2.0", "pixtral", "tekken"),
 )
-# Cut as GPT-2's; some cut single digits too, which makes no difference as no merge has a digit.
+# Pre-tokenizers like GPT-2's; some also split digits, but no merge has a digit.
 _LIKE_GPT2 = (
     *("command-r", "exaone4", "gpt-2", "mpt", "olmo", "phi-2", "refact", "smollm", "starcoder"),
 )
 _CUT_LIKE = {"chatglm-bpe": "llama-bpe", "glm4": "llama-bpe", "stablelm2": "qwen2"}
 _KINDS = ("gpt2", "llama", "gemma4")
-_SENTENCEPIECE = ("tokens", "token_type", "scores", "merges")  # what such a tokenizer is made of
-# Files name one token that ends a text; chat models end turns with others too.
+_SENTENCEPIECE = ("tokens", "token_type", "scores", "merges")  # the parts of such a tokenizer
+# Files name one token that ends a text; chat models also end turns with others.
 _TURN_ENDS = (
     "<|eot_id|>",
     "<|eom_id|>",
@@ -30,18 +30,12 @@ _TURN_ENDS = (
     "<|endoftext|>",
     "<|end_of_text|>",
 )
-# Those of models whose answers are in several channels, where <|end|> ends a channel alone.
+# Ends of answers in several channels, of which <|end|> ends one.
 _ANSWER_ENDS = ("<|return|>", "<|call|>")
 
 
 def read_tokenizer(file: GGUFFile) -> Any:
-    """Makes a transformers tokenizer of the file's, chat template included.
-
-    Args:
-        file: The open file.
-
-    Returns:
-        The tokenizer.
+    """Makes a transformers tokenizer from a file's, chat template included.
 
     Raises:
         ValueError: If the file has none, or one that would not be read as llama.cpp reads it.
@@ -72,32 +66,32 @@ def read_tokenizer(file: GGUFFile) -> Any:
         )
     try:
         if kind == "gpt2":  # transformers' own way would add GPT-2's special token to all of them
-            backend = _byte_level(stored, splits.get(str(cut)))
+            backend = _make_byte_level(stored, splits.get(str(cut)))
         else:
-            described = {key: stored[key] for key in _SENTENCEPIECE if key in stored}
-            described["tokenizer_type"] = kind
-            backend, _ = conversion.convert_gguf_tokenizer(file.architecture, described)
+            parts = {key: stored[key] for key in _SENTENCEPIECE if key in stored}
+            parts["tokenizer_type"] = kind
+            backend, _ = conversion.convert_gguf_tokenizer(file.architecture, parts)
             if file.architecture == "llama" and not stored.get("add_space_prefix", True):
                 backend.pre_tokenizer.prepend_scheme = "never"
-    except Exception as error:  # whatever lists that do not fit each other lead to
+    except Exception as error:  # lists that do not fit each other raise errors of many types
         raise ValueError(
             f"{file.path}: the tokenizer could not be read ({type(error).__name__}: {error}); "
             "expected tokens, their types, and merges or scores that fit each other"
         ) from error
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    ids = {name: _token_id(file, key) for name, key in names.items()}
+    ids = {name: _read_token_id(file, key) for name, key in names.items()}
     adds_bos = stored.get("add_bos_token", kind == "llama" or cut in _TIKTOKEN)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         **{f"{name}_token": None if i is None else tokens[i] for name, i in ids.items()},
-        # Gemma 4's files say that they add one, and its folders do not: its chat template does.
+        # Gemma 4's files say that they add one, unlike its folders: its chat template does.
         add_bos_token=adds_bos and kind != "gemma4",
         add_eos_token=stored.get("add_eos_token", False),
         chat_template=file.metadata.get("tokenizer.chat_template"),
     )
 
 
-def _byte_level(stored: Mapping[str, Any], split: str | None) -> Any:
+def _make_byte_level(stored: Mapping[str, Any], split: str | None) -> Any:
     """Byte-level BPE after a split of the text by a regular expression; None is GPT-2's."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
@@ -124,12 +118,12 @@ def _byte_level(stored: Mapping[str, Any], split: str | None) -> Any:
 
 
 def read_eos_ids(file: GGUFFile) -> tuple[int, ...]:
-    """Tokens that end an answer: those that the file names, and the ends of turns it knows.
+    """Tokens that end an answer: those that the file names, and its tokens that end turns.
 
     Raises:
         ValueError: If there is none, or one is no token of the file.
     """
-    named = (_token_id(file, key) for key in ("eos", "eot", "eom"))
+    named = (_read_token_id(file, key) for key in ("eos", "eot", "eom"))
     tokens = file.metadata.get("tokenizer.ggml.tokens", [])
     ending = {*_TURN_ENDS, *_ANSWER_ENDS}
     if set(_ANSWER_ENDS) <= set(tokens):
@@ -141,7 +135,7 @@ def read_eos_ids(file: GGUFFile) -> tuple[int, ...]:
     return ids
 
 
-def _token_id(file: GGUFFile, name: str) -> int | None:
+def _read_token_id(file: GGUFFile, name: str) -> int | None:
     """A special token's id, within the file's tokens; None if the file does not name it."""
     key = f"tokenizer.ggml.{name}_token_id"
     value, count = file.metadata.get(key), len(file.metadata.get("tokenizer.ggml.tokens", []))

@@ -7,12 +7,12 @@ from t3jax.lm.family import Family, Json
 
 
 def _slides_in_gpt_neo(config: Json, layer: int) -> bool:
-    """Each entry of `attention_types` is kinds of layers in turn, and how often."""
-    stated = config["attention_types"] or [(["global", "local"], 12)]
-    kinds = [kind for each, times in stated for _ in range(times) for kind in each]
+    """An entry of `attention_types` is a list of kinds of layers, and how often it repeats."""
+    entries = config["attention_types"] or [(["global", "local"], 12)]
+    kinds = [kind for group, times in entries for _ in range(times) for kind in group]
     if len(kinds) != config["num_layers"] or set(kinds) - {"global", "local"}:
         raise ValueError(
-            f"attention_types {stated}: expected {config['num_layers']} layers, each of them "
+            f"attention_types {entries}: expected {config['num_layers']} layers, each of them "
             "global or local"
         )
     return kinds[layer] == "local"

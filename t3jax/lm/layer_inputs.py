@@ -1,10 +1,12 @@
-"""What each layer is given of a token beside the residual stream: embeddings of its own.
+"""Input vectors of layers beside the residual stream: each layer has its own of every token.
 
-A table has a row of every token with a vector for each layer; a linear map makes as many of the
-token's embedding. Their sum goes through a gate that the layer opens by what it has read so far.
+A table has a row of every token with a vector for each layer; a linear map of the token's embedding
+gives as many. The layer multiplies their sum by a gate that it computes from the residual stream.
 
 Axes: B batch, T time, D features, L layers, P width of such a vector, V vocabulary.
 """
+
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import nnx
@@ -15,9 +17,11 @@ from t3jax import sharding
 from t3jax.lm.config import LMConfig
 from t3jax.lm.layers import ACTIVATIONS, Linear, make_norm
 
+Tables = tuple[Linear, Linear, Callable[[Array], Array]]
 
-def make_tables(config: LMConfig) -> tuple[Linear, Linear, nnx.Module]:
-    """The table, the map of embeddings, and the norm of what that gives."""
+
+def make_tables(config: LMConfig) -> Tables:
+    """The table, the map of embeddings, and the norm of its output."""
     width = config.num_layers * config.layer_inputs
     return (
         Linear(width, config.vocab_size, quantized=config.quantized),  # [V, L P]
@@ -27,35 +31,20 @@ def make_tables(config: LMConfig) -> tuple[Linear, Linear, nnx.Module]:
 
 
 def read_tables(
-    tables: tuple[Linear, Linear, nnx.Module],
-    config: LMConfig,
-    tokens: Array,
-    embedded: Array,
-    mesh: Mesh | None,
+    tables: Tables, config: LMConfig, tokens: Array, embeddings: Array, mesh: Mesh | None
 ) -> Array:
-    """The vectors of all layers.
-
-    Args:
-        tables: From `make_tables`.
-        config: The model's shape.
-        tokens: Ids, `[B, T]`.
-        embedded: Their embeddings, `[B, T, D]`.
-        mesh: Where the arrays live.
-
-    Returns:
-        `[B, T, L, P]`.
-    """
+    """The vectors of all layers, `[B, T, L, P]`, for tokens `[B, T]` and their embeddings."""
     table, projection, norm = tables
     shape = (*tokens.shape, config.num_layers, config.layer_inputs)
-    own = table.rows(tokens, mesh).reshape(shape)
-    own = own * jnp.sqrt(jnp.float32(config.layer_inputs)).astype(own.dtype)
-    projected = sharding.constrain(projection(embedded), mesh, [sharding.ROWS])
-    projected = projected * jnp.asarray(config.hidden_size**-0.5, own.dtype)
-    return (norm(projected.reshape(shape)) + own) * jnp.asarray(0.5**0.5, own.dtype)
+    rows = table.rows(tokens, mesh).reshape(shape)
+    rows = rows * jnp.sqrt(jnp.float32(config.layer_inputs)).astype(rows.dtype)
+    projected = sharding.constrain(projection(embeddings), mesh, [sharding.ROWS])
+    projected = projected * jnp.asarray(config.hidden_size**-0.5, rows.dtype)
+    return (norm(projected.reshape(shape)) + rows) * jnp.asarray(0.5**0.5, rows.dtype)
 
 
 class LayerInput(nnx.Module):
-    """What a layer adds of the vector that it is given."""
+    """The gate of a layer's input vectors, and their map to the residual stream."""
 
     def __init__(self, config: LMConfig):
         width, inner = config.hidden_size, config.layer_inputs
@@ -64,7 +53,7 @@ class LayerInput(nnx.Module):
         self.norm = make_norm(config, width)
         self.activation = ACTIVATIONS[config.activation]
 
-    def __call__(self, x: Array, given: Array) -> Array:
-        """The sum for `[B, T, D]` and vectors `[B, T, P]`, `[B, T, D]`."""
-        opened = self.activation(self.opening(x)) * given
-        return x + self.norm(self.out(opened))
+    def __call__(self, x: Array, vectors: Array) -> Array:
+        """The residual stream `[B, T, D]` with the addition of vectors `[B, T, P]`."""
+        gated = self.activation(self.opening(x)) * vectors
+        return x + self.norm(self.out(gated))

@@ -1,13 +1,12 @@
 """Layers of the decoder: linear maps, norms and the MLP.
 
-Axes: B batch, T time, D features, F MLP width, R rank. Weights stand as Hugging Face stores them,
-[out, in]: that is also the layout in which a CPU reads a matrix once, row after row, when it
-multiplies a single vector. Norms are computed in float32 whatever the weights' dtype.
+Axes: B batch, T time, D features, F MLP width, R rank. Weights are [out, in], as Hugging Face
+stores them: in this layout a CPU reads a matrix once, row after row, when it multiplies a single
+vector. Norms are computed in float32 whatever the weights' dtype.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +30,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class Linear(nnx.Module):
-    """A linear map, or a table of embeddings, int8 or not, with a low-rank update if it has one."""
+    """A linear map or a table of embeddings, int8 or not, with or without a low-rank update."""
 
     lora_a: Array | None = None
     lora_b: Array | None = None
@@ -60,12 +59,12 @@ class Linear(nnx.Module):
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def rows(self, ids: Array, mesh: Mesh | None) -> Array:
-        """Rows `[B, T, in]` of the matrix, as a table of embeddings."""
-        found = sharding.lookup(mesh, self.weight[...], ids)
+        """Looks up rows `[B, T, in]` of the matrix, as a table of embeddings."""
+        rows = sharding.lookup(mesh, self.weight[...], ids)
         if not self.quantized:
-            return found
+            return rows
         scale = sharding.lookup(mesh, self.scale[...][:, None], ids)
-        return found.astype(scale.dtype) * jnp.broadcast_to(scale, found.shape)
+        return rows.astype(scale.dtype) * jnp.broadcast_to(scale, rows.shape)
 
 
 def normalize(x: Array, eps: float) -> Array:
@@ -82,7 +81,7 @@ class _RMSNorm(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         normed = normalize(x, self.eps)
-        # The product with the weight happens in the model's dtype, as transformers does it.
+        # The product with the weight is in the model's dtype, as in transformers.
         if self.kind == "rms":
             return normed.astype(x.dtype) * jnp.broadcast_to(self.weight[...], x.shape)
         weight = self.weight[...].astype(jnp.float32)
@@ -118,9 +117,11 @@ def _identity(x: Array) -> Array:
     return x
 
 
-def make_norm(config: LMConfig, shape: int | tuple[int, ...], wanted: bool = True) -> Any:
-    """The family's norm over the last axis, with a weight of a shape; if not wanted, nothing."""
-    if not wanted:
+def make_norm(
+    config: LMConfig, shape: int | tuple[int, ...], enabled: bool = True
+) -> Callable[[Array], Array]:
+    """The family's norm over the last axis, with a weight of a shape; the identity if disabled."""
+    if not enabled:
         return _identity
     shape = shape if isinstance(shape, tuple) else (shape,)
     if config.norm.startswith("layer"):
@@ -130,7 +131,7 @@ def make_norm(config: LMConfig, shape: int | tuple[int, ...], wanted: bool = Tru
 
 
 class MLP(nnx.Module):
-    """The MLP of a layer, with a gate or without; `inner` is its width if that is another."""
+    """The MLP of a layer, with a gate or without; `inner` overrides the config's width."""
 
     def __init__(self, config: LMConfig, inner: int | None = None):
         width, inner = config.hidden_size, inner or config.intermediate_size
@@ -158,7 +159,7 @@ class MLP(nnx.Module):
 
 
 def xielu(x: Array, alpha_p: Array, alpha_n: Array) -> Array:
-    """A parabola above 0, and below it what nears a line from an exponential, both learned.
+    """A parabola above 0 and an exponential that nears a line below it, both learned.
 
     References:
         Deriving Activation Functions Using Integration, arXiv 2411.13010, section 3.
@@ -170,10 +171,5 @@ def xielu(x: Array, alpha_p: Array, alpha_n: Array) -> Array:
 
 
 def cap(x: Array, cap: float | None) -> Array:
-    """Values held softly between -cap and cap."""
+    """Bounds values softly between -cap and cap."""
     return x if cap is None else cap * jnp.tanh(x / cap)
-
-
-def full_precision(weight: Array) -> jax.lax.Precision | None:
-    """Float32 means float32, also where the hardware's default would round the factors."""
-    return jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None

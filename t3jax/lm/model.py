@@ -53,7 +53,7 @@ class LM:
         max_position: Longest text the model was made for, tokens.
         eos_ids: Tokens that end an answer.
         name: Folder or hub id, for records and messages.
-        mesh: Where the arrays live.
+        mesh: The mesh of the arrays.
         config: The decoder's shape, a part of every cache key; None for a model of your own.
     """
 
@@ -75,7 +75,7 @@ class LM:
 def pure_functions(
     config: LMConfig, dtype: Any, mesh: Mesh | None = None
 ) -> tuple[Callable, Callable, Callable]:
-    """`apply`, `unembed` and `init_cache` of a shape: the same objects each time, so jit caches."""
+    """`apply`, `unembed` and `init_cache` of a shape; the same objects each time, so jit caches."""
     return (
         functools.partial(decoder.apply, config, mesh=mesh),
         functools.partial(decoder.unembed, config, mesh=mesh),
@@ -90,17 +90,17 @@ def load_lm(
 ) -> LM:
     """Loads a language model from a Hugging Face folder, a hub id or a GGUF file.
 
-    What is local needs no network, and nothing of a folder is run. Weights go straight to their
-    place on the mesh. Answers end at the tokens that generation_config.json, config.json and the
-    tokenizer name, all of them, in this order.
+    Local models need no network, and no code of a folder is run. Weights are read straight onto the
+    mesh. Answers end at all the tokens that generation_config.json, config.json and the tokenizer
+    name.
 
     Args:
         name: A folder with `config.json`, safetensors weights and tokenizer; a folder of PEFT with
             a LoRA adapter, which is merged into its base as that is read; a hub id of either; or a
             GGUF file, which needs the extra `t3jax[gguf]`.
         dtype: "float32", "bfloat16" or "float16"; None means float32 on CPU, where it is the fast
-            one, and bfloat16 elsewhere. "int8" rounds the matrices as they are read, each row with
-            a scale of its own (`t3jax.lm.quantized`), and computes in what None means.
+            one, and bfloat16 elsewhere. "int8" rounds the matrices as they are read, with a scale
+            for each row (`t3jax.lm.quantized`), and computes in the dtype of None.
         mesh: From `t3jax.make_mesh`; None means one device.
 
     Returns:
@@ -122,10 +122,10 @@ def load_lm(
     if path.is_file():
         file = open_gguf(path)
         config = dataclasses.replace(gguf.read_config(file), quantized=quantized)
-        tokenizer, eos_ids = _read_words_of_file(file, config)
+        tokenizer, eos_ids = _read_gguf_tokenizer(file, config)
         params = gguf.load_params(file, config, computed, shardings)
     else:
-        path, adapter = _base_and_adapter(path)
+        path, adapter = _find_base(path)
         config = dataclasses.replace(read_config(path), quantized=quantized)
         if wrapper := wrapper_of(path):
             warnings.warn(
@@ -133,67 +133,58 @@ def load_lm(
                 "and sound are not",
                 stacklevel=2,
             )
-        tokenizer, eos_ids = _read_words(path, adapter, config)
+        tokenizer, eos_ids = _read_tokenizer(path, adapter, config)
         params = load_params(path, config, computed, shardings, adapter)
         config = dataclasses.replace(config, tied=config.tied and "lm_head" not in params)
     return from_params(config, params, tokenizer, eos_ids, str(name), mesh)
 
 
 def load_config(name: str | pathlib.Path) -> LMConfig:
-    """The shape of a model that `load_lm` loads; see there."""
+    """The shape of the model that `load_lm` loads."""
     path = model_path(name)
     if path.is_file():
         return gguf.read_config(open_gguf(path))
-    path, _ = _base_and_adapter(path)
+    path, _ = _find_base(path)
     config = read_config(path)
     return dataclasses.replace(config, tied=is_tied(path, config)) if config.tied else config
 
 
 def check_lm(name: str | pathlib.Path) -> None:
-    """Checks all that `load_lm` does, but for the numbers of the weights, which are not read.
-
-    Args:
-        name: As in `load_lm`.
-
-    Raises:
-        FileNotFoundError: As `load_lm`.
-        ImportError: As `load_lm`.
-        ValueError: As `load_lm`, but for NaN and Inf.
-    """
+    """Checks all that `load_lm` does, with its errors, except for NaN and Inf; reads no weights."""
     path = model_path(name)
     if path.is_file():
         file = open_gguf(path)
         config = gguf.read_config(file)
         gguf.check_params(file, config)
-        _read_words_of_file(file, config)
+        _read_gguf_tokenizer(file, config)
         return
-    base, adapter = _base_and_adapter(path)
+    base, adapter = _find_base(path)
     config = read_config(base)
     check_params(base, config, adapter)
-    _read_words(base, adapter, config)
+    _read_tokenizer(base, adapter, config)
 
 
-def _read_words(
+def _read_tokenizer(
     path: pathlib.Path, adapter: pathlib.Path | None, config: LMConfig
 ) -> tuple[Any, tuple[int, ...]]:
     """The tokenizer of a folder, or of the adapter on it, and the tokens that end an answer."""
-    named = read_named_ends(path, config.vocab_size)  # first: transformers' errors are its own
-    own = adapter is not None and has_tokenizer(adapter)
-    tokenizer = load_tokenizer(adapter if adapter is not None and own else path)
+    named = read_named_ends(path, config.vocab_size)  # first, since these errors name the file
+    has_own = adapter is not None and has_tokenizer(adapter)
+    tokenizer = load_tokenizer(adapter if adapter is not None and has_own else path)
     check_vocabulary(path, tokenizer, config)
     return tokenizer, join_ends(path, named, tokenizer, config.vocab_size)
 
 
-def _read_words_of_file(file: GGUFFile, config: LMConfig) -> tuple[Any, tuple[int, ...]]:
-    """The same of a GGUF file."""
+def _read_gguf_tokenizer(file: GGUFFile, config: LMConfig) -> tuple[Any, tuple[int, ...]]:
+    """The tokenizer of a GGUF file, and the tokens that end an answer."""
     tokenizer = gguf_tokenizer.read_tokenizer(file)
     check_vocabulary(file.path, tokenizer, config)
     eos_ids = gguf_tokenizer.read_eos_ids(file)
     return tokenizer, ids_within(file.path, eos_ids, config.vocab_size)
 
 
-def _base_and_adapter(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path | None]:
-    """The folder of the whole model, and the adapter's if `path` is one."""
+def _find_base(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path | None]:
+    """The folder of the whole model, and `path` if it is an adapter's."""
     check_links(path)
     if not is_adapter(path):
         return path, None
@@ -221,7 +212,7 @@ def from_params(
     name: str,
     mesh: Mesh | None = None,
 ) -> LM:
-    """An `LM` from parameters at hand, such as those just trained; see `LM` for the arguments."""
+    """An `LM` from parameters in memory, such as those just trained; see `LM` for the arguments."""
     if mesh is None:
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
     apply, unembed, init_cache = pure_functions(config, decoder.compute_dtype(params), mesh)
@@ -242,16 +233,12 @@ def from_params(
 
 
 def default_dtype() -> str:
-    """Float32 on CPU, where it is the fast one, and bfloat16 elsewhere."""
+    """The dtype of `load_lm` if none is given."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def read_dtype(name: str, computed: str) -> tuple[bool, Any]:
-    """Whether weights of a dtype are quantised, and the dtype of all that is not.
-
-    Args:
-        name: As in `load_lm`.
-        computed: What computes beside int8 weights.
+    """Whether a dtype quantises weights, and the dtype of all else: `computed` beside int8.
 
     Raises:
         ValueError: If the dtype is unknown.
@@ -262,7 +249,7 @@ def read_dtype(name: str, computed: str) -> tuple[bool, Any]:
 
 
 def model_path(name: str | pathlib.Path) -> pathlib.Path:
-    """The folder or GGUF file of a model, downloaded if it is a hub id that is not there yet.
+    """The folder or GGUF file of a model; a hub id is downloaded if it is not in the cache.
 
     Raises:
         FileNotFoundError: If there is no such folder or file, and no such model on the hub.

@@ -7,7 +7,7 @@ from t3jax.lm.family import GRANITE_SCALES, QK_NORMS, WEIGHTS, Family, Json
 
 
 def _prepare_hunyuan(config: Json) -> dict[str, Any]:
-    """A "dynamic" rotation with `alpha` is a plain one with another base."""
+    """Converts a "dynamic" rotation with `alpha` to a default one with another base."""
     config = dict(config)
     head_dim = config["head_dim"] or config["hidden_size"] // config["num_attention_heads"]
     for name in ("rope_parameters", "rope_scaling"):
@@ -17,7 +17,7 @@ def _prepare_hunyuan(config: Json) -> dict[str, Any]:
         if rope.get("rope_type", rope.get("type")) != "dynamic" or head_dim < 4:
             continue
         theta, alpha = rope.get("rope_theta", config["rope_theta"]), rope["alpha"]
-        if not all(isinstance(each, int | float) and 1 <= each <= 1e9 for each in (theta, alpha)):
+        if not all(isinstance(n, int | float) and 1 <= n <= 1e9 for n in (theta, alpha)):
             raise ValueError(
                 f"{name}: rope_theta {theta!r:.60} and alpha {alpha!r:.60}, expected numbers >= 1"
             )
@@ -87,10 +87,8 @@ NEWER_FAMILIES: dict[str, Family] = {
             **GRANITE_SCALES,
         },
         defaults={
-            "embedding_multiplier": 1.0,
-            "residual_multiplier": 1.0,
+            **dict.fromkeys(GRANITE_SCALES.values(), 1.0),
             "attention_multiplier": None,
-            "logits_scaling": 1.0,
         },
         expected={"use_post_norm": (True,)},
         prepare=_prepare_hyperclovax,

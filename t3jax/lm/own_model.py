@@ -1,4 +1,4 @@
-"""An `LM` of functions that are the user's own."""
+"""An `LM` from the user's own functions."""
 
 import functools
 from collections.abc import Callable
@@ -29,20 +29,20 @@ def make_lm(
 
     Args:
         apply: `(params, tokens, positions, mask, cache) -> (hidden, cache)`: the last hidden states
-            `[B, T, D]`, those that `unembed` takes, of tokens `[B, T]`. A state knows only its own
-            token and earlier ones; where the mask `[B, T]` is False there is padding, on either
-            side, and it must be as if the token was not there. Without `init_cache` the positions
-            `[B, T]` are always given and the cache is always None, to be returned as it is. With
-            it, positions may be None: the attended tokens are counted, on from the cache; and there
-            is a cache in sampling, which comes back with the new tokens in it.
+            `[B, T, D]`, those that `unembed` takes, of tokens `[B, T]`. A state depends only on its
+            own token and earlier ones; where the mask `[B, T]` is False there is padding, on either
+            side, and no state of a real token may depend on it. Without `init_cache` the positions
+            `[B, T]` are always given, and the cache is None and is returned as such. With it,
+            positions may be None: count the real tokens, on from the cache. Sampling then passes a
+            cache, and expects it back with the new tokens.
         unembed: `(params, hidden) -> logits`: `[..., D]` to float32 `[..., V]`.
-        params: The parameter tree, placed where it shall stay.
+        params: The parameter tree, placed on its devices.
         max_position: Longest text the model was made for, tokens.
         init_cache: `(batch, slots) -> cache`: an empty cache for texts of `slots` tokens, padding
             included; a tree of arrays. Each has an axis of rows, and one of slots or none: new
             tokens of all rows take the same slots, at a scalar that counts those taken. Sampling
             moves slots and the scalar together, and gives rows to new prompts. None: sampling reads
-            the whole text anew for each token.
+            the whole text again for each token.
         tokenizer: A transformers tokenizer; None if you handle token ids only.
         eos_ids: Tokens that end an answer; None takes the tokenizer's.
         name: For records and messages.
@@ -61,10 +61,8 @@ def make_lm(
     if mesh is None:
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
     shape = (2, 3)
-    integers, truths = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, bool))
-    hidden, _ = jax.eval_shape(
-        lambda *known: apply(*known, None), params, integers, integers, truths
-    )
+    integers, flags = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, bool))
+    hidden, _ = jax.eval_shape(lambda *args: apply(*args, None), params, integers, integers, flags)
     if hidden.ndim != 3 or hidden.shape[:2] != shape:
         raise ValueError(
             f"{name}: apply gave hidden states {hidden.shape} for tokens {shape}; expected "
@@ -78,7 +76,7 @@ def make_lm(
         )
     eos_ids = ids_within(name, eos_ids, logits.shape[-1])
     if init_cache is None:
-        apply, init_cache = _rereading(apply), _init_text
+        apply, init_cache = _make_rereader(apply), _init_text
     return LM(
         apply=apply,
         unembed=unembed,
@@ -95,7 +93,7 @@ def make_lm(
 
 
 class _Text(NamedTuple):
-    """What a model without a cache is given in its place: the text read so far, `[B, S]`."""
+    """The cache of a model without its own: the text read so far, `[B, S]`."""
 
     tokens: jax.Array
     mask: jax.Array
@@ -108,7 +106,7 @@ def _init_text(batch: int, slots: int) -> _Text:
 
 
 @functools.lru_cache(maxsize=64)  # models of the same function share compiled programs
-def _rereading(apply: Callable[..., tuple[jax.Array, Any]]) -> Callable[..., Any]:
+def _make_rereader(apply: Callable[..., tuple[jax.Array, Any]]) -> Callable[..., Any]:
     return functools.partial(_reread, apply)
 
 
@@ -120,7 +118,7 @@ def _reread(
     mask: jax.Array | None = None,
     text: _Text | None = None,
 ) -> tuple[jax.Array, _Text | None]:
-    """`apply` with a cache, of a model that has none."""
+    """`apply` with a cache, for a model that has none."""
     if mask is None:
         mask = jnp.ones(tokens.shape, bool)
     new = tokens.shape[1]

@@ -1,37 +1,60 @@
-"""Where a decoder's parameters stand in a checkpoint, by the table of their family."""
+"""The place of each parameter of a decoder in a checkpoint, by the table of its family."""
 
 import operator
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import ml_dtypes
 import numpy as np
+from jax.typing import DTypeLike
 
 from t3jax.lm.config import LMConfig
 from t3jax.lm.decoder import Params
 from t3jax.lm.family import Family
 
 
-class Computed:
-    """A tensor whose numbers are worked out as they are read, best a few rows at a time."""
+@runtime_checkable
+class Sliceable(Protocol):
+    """An array or a stored tensor, of which slices are read."""
+
+    def __getitem__(self, index: Any, /) -> np.ndarray:
+        """Reads a slice of each axis, from a start to a stop."""
+        ...
+
+
+@runtime_checkable
+class View(Sliceable, Protocol):
+    """A stored tensor, as safetensors' `get_slice` gives it."""
+
+    def get_shape(self) -> Sequence[int]:
+        """Shape of the whole tensor."""
+        ...
+
+
+Tensors = Mapping[str, tuple[View, str]]  # by the family's name: a view, and the stored name
+
+
+class Computed(View):
+    """A view whose numbers are computed when they are read, best a few rows at a time."""
 
 
 class Place(NamedTuple):
-    """Where a parameter stands in a checkpoint: in rows of a tensor that others may share.
+    """The place of a parameter in a checkpoint: rows of a tensor that others may share.
 
-    The rows of the tensor fall into equal groups; each holds some rows of the parameter in turn. A
-    tensor of one parameter alone is one group. The matrices of a layer's experts, or their biases,
-    are one group in each expert, or one for each row where gate and up are interleaved.
+    The rows of the tensor are in equal groups, each with some rows of every parameter in turn. A
+    tensor of one parameter is one group. The matrices of a layer's experts, or their biases, are
+    one group in each expert, or one for each row where gate and up are interleaved.
 
     Attributes:
         name: Name of the tensor, in the family's table.
         groups: Number of groups.
         start: The parameter's first row in a group.
-        rows: Its rows in a group.
-        group_rows: Rows of a group, those of all parameters.
-        columns: The other dimension, `(in,)`; () of a vector.
+        rows: The parameter's rows in a group.
+        group_rows: Rows of a group.
+        columns: The other dimension, `(in,)`; () for a vector.
         transposed: The tensor is stored [in, out].
-        experts: Of the matrices or biases of experts, how many there are; 0 of others.
+        experts: Number of experts whose matrices or biases it holds; 0 for other tensors.
         channelwise: The tensor is stored [out, 1, in].
         in_row: The tensor, a vector, is stored [1, out].
     """
@@ -58,42 +81,46 @@ class Place(NamedTuple):
         shape = shape[::-1] if self.transposed else shape
         return (self.experts, *shape) if self.experts else shape
 
-    def read(self, view: Any, index: tuple[slice, ...]) -> np.ndarray:
+    def read(self, view: Sliceable, index: tuple[slice, ...]) -> np.ndarray:
         """Reads a part of the parameter from the tensor, and nothing else.
 
-        Of interleaved rows those between are read too: safetensors takes no steps everywhere.
+        Between interleaved rows the others are read too, since safetensors does not take every
+        step.
         """
         if self.experts:
             return self._read_experts(view, *index)
-        wanted, *columns = index
+        rows, *columns = index
         if self.in_row:
-            return np.asarray(view[(slice(0, 1), wanted)])[0]
+            return np.asarray(view[(slice(0, 1), rows)])[0]
         parts = []
-        for group in range(wanted.start // self.rows, -(-wanted.stop // self.rows)):
-            first = max(wanted.start, group * self.rows)
-            last = min(wanted.stop, (group + 1) * self.rows)
+        for group in range(rows.start // self.rows, -(-rows.stop // self.rows)):
+            first = max(rows.start, group * self.rows)
+            last = min(rows.stop, (group + 1) * self.rows)
             shift = group * (self.group_rows - self.rows) + self.start
-            rows = slice(first + shift, last + shift)
+            stored = slice(first + shift, last + shift)
             if self.channelwise:
-                parts.append(np.asarray(view[(rows, slice(0, 1), *columns)])[:, 0])
-                continue
-            parts.append(view[(*columns, rows)].T if self.transposed else view[(rows, *columns)])
+                part = np.asarray(view[(stored, slice(0, 1), *columns)])[:, 0]
+            elif self.transposed:
+                part = view[(*columns, stored)].T
+            else:
+                part = view[(stored, *columns)]
+            parts.append(part)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _read_experts(
-        self, view: Any, experts: slice, wanted: slice, *columns: slice
+        self, view: Sliceable, experts: slice, rows: slice, *columns: slice
     ) -> np.ndarray:
         step = 1 if self.groups == 1 else self.group_rows
-        rows = slice(self.start + wanted.start * step, self.start + (wanted.stop - 1) * step + 1)
+        stored = slice(self.start + rows.start * step, self.start + (rows.stop - 1) * step + 1)
         if self.transposed:
-            return np.asarray(view[(experts, *columns, rows)])[..., ::step].swapaxes(1, 2)
-        return np.asarray(view[(experts, rows, *columns)])[:, ::step]
+            return np.asarray(view[(experts, *columns, stored)])[..., ::step].swapaxes(1, 2)
+        return np.asarray(view[(experts, stored, *columns)])[:, ::step]
 
 
 def find_places(config: LMConfig, family: Family, params: Params) -> list[Place]:
     """The place of every parameter, in the order of the tree's leaves."""
     order = list(family.weights)
-    stacks: dict[str, dict[str, tuple[int, ...]]] = {}  # tensor: the shapes of what it holds
+    stacks: dict[str, dict[str, tuple[int, ...]]] = {}  # tensor: the shapes of its parameters
     names = []
     for path, leaf in jax.tree.leaves_with_path(params):
         *parts, kind = [str(part.key) for part in path]
@@ -108,9 +135,9 @@ def find_places(config: LMConfig, family: Family, params: Params) -> list[Place]
         names.append((key, name, leaf.ndim == (2 if kind == "bias" else 3)))
         stacks.setdefault(name, {})[key] = leaf.shape
     places = []
-    for key, name, of_experts in names:
+    for key, name, has_experts in names:
         shapes = {k: stacks[name][k] for k in sorted(stacks[name], key=order.index)}
-        experts = shapes[key][0] if of_experts else 0
+        experts = shapes[key][0] if has_experts else 0
         module = name.rsplit(".", 1)[0]
         groups = _count_groups(config, family, module) if len(shapes) > 1 else 1
         if experts:
@@ -136,14 +163,14 @@ def find_places(config: LMConfig, family: Family, params: Params) -> list[Place]
 
 
 def _count_groups(config: LMConfig, family: Family, module: str) -> int:
-    """How many groups what is stacked in a module falls into."""
+    """Number of groups in which parameters are stacked in a module."""
     fields = (field for end, field in family.grouped.items() if module.endswith(end))
     field = next(fields, None)
     return 1 if field is None else operator.attrgetter(field)(config)
 
 
 def join_parts(parts: list[tuple[Place, np.ndarray]]) -> np.ndarray:
-    """A tensor of a checkpoint from the parameters that it holds."""
+    """Joins parameters into the tensor of a checkpoint that holds them."""
     place = parts[0][0]
     parts = sorted(parts, key=lambda part: part[0].start)
     experts = (place.experts,) if place.experts else ()
@@ -157,15 +184,15 @@ def join_parts(parts: list[tuple[Place, np.ndarray]]) -> np.ndarray:
     return tensor.swapaxes(-1, -2) if place.transposed else tensor
 
 
-def cast(array: np.ndarray, dtype: Any) -> np.ndarray:
-    """Stored numbers in a dtype; what it cannot hold becomes Inf.
+def cast(array: np.ndarray, dtype: DTypeLike) -> np.ndarray:
+    """Casts stored numbers to a dtype; those beyond its range become Inf.
 
     Raises:
-        ValueError: If they are not floating numbers of a dtype that computes.
+        ValueError: If they are not float32, float16 or bfloat16.
     """
     if array.dtype not in (np.float32, np.float16, np.dtype(ml_dtypes.bfloat16)):
         raise ValueError(
             f"weights of dtype {array.dtype} are not supported; expected float32, float16, bfloat16"
         )
-    with np.errstate(over="ignore"):  # what overflows is found by who looks for Inf
+    with np.errstate(over="ignore"):  # weights are searched for Inf later
         return array.astype(dtype, copy=False)

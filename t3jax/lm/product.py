@@ -1,17 +1,16 @@
-"""Vectors times a matrix `[out, in]`: the product of all layers, as each device does it best.
+"""Vectors times a matrix `[out, in]`: the product of all layers, with a program for CPUs.
 
-A CPU's matrix products bring their right factor into an order of their own at every call. Where
-rows are few that takes longer than the product: there the matrix is the left factor, and the rows
-are what is brought into order. For a single row nothing is, but one core multiplies a small matrix
-alone unless it comes in two. Bfloat16 factors are multiplied by its vector instructions if the
-result is float32 and they are more than one row.
+XLA:CPU repacks the right factor of every matrix product. With few rows that takes longer than the
+product: there the matrix is the left factor, and the rows are repacked. A single row needs no
+repacking, but a small matrix is multiplied by one core unless it is split in two. Bfloat16 factors
+use vector instructions if the result is float32 and there is more than one row.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 _FEW = 256  # rows
@@ -20,39 +19,38 @@ _SMALL = 2**19  # weights of a matrix
 
 @functools.partial(jax.jit, static_argnames="dtype", inline=True)  # traced once for all layers
 def product(
-    x: Float[Array, "*batch in"], weight: Float[Array, "out in"], dtype: Any = None
+    x: Float[Array, "*batch in"], weight: Float[Array, "out in"], dtype: DTypeLike | None = None
 ) -> Float[Array, "*batch out"]:
-    """`x W^T`; float32 factors are multiplied as such, also where the hardware would round them.
+    """`x W^T` in a dtype, by default that of `x`; hardware does not round float32 factors.
 
-    Args:
-        x: Vectors, `[..., in]`.
-        weight: W, of the same dtype, `[out, in]`.
-        dtype: Dtype of the result; None means that of `x`. Sums are taken in float32. Where the
-            result is bfloat16, a GPU may round the terms of a single row's sums to that too.
-
-    Returns:
-        The products, `[..., out]`.
+    Sums are taken in float32. If the result is bfloat16, a GPU may round the terms of a single
+    row's sums to that too.
     """
-    ways = {
-        name: functools.partial(way, dtype=dtype or x.dtype)
-        for name, way in (("cpu", on_cpu), ("default", plain))
+    programs = {
+        platform: functools.partial(program, dtype=dtype or x.dtype)
+        for platform, program in (("cpu", on_cpu), ("default", plain))
     }
-    return jax.lax.platform_dependent(x, weight, **ways)
+    return jax.lax.platform_dependent(x, weight, **programs)
 
 
-def plain(x: Array, weight: Array, dtype: Any) -> Array:
-    """The product as a compiler knows it."""
+def full_precision(factor: Array) -> jax.lax.Precision | None:
+    """The precision with which hardware does not round float32 factors."""
+    return jax.lax.Precision.HIGHEST if factor.dtype == jnp.float32 else None
+
+
+def plain(x: Array, weight: Array, dtype: DTypeLike) -> Array:
+    """The product as one einsum."""
     return jnp.einsum(
         "...i,oi->...o",
         x,
         weight,
-        precision="highest" if weight.dtype == jnp.float32 else None,
+        precision=full_precision(weight),
         preferred_element_type=dtype,
     )
 
 
-def on_cpu(x: Array, weight: Array, dtype: Any) -> Array:
-    """The product in the form that a CPU is fast at."""
+def on_cpu(x: Array, weight: Array, dtype: DTypeLike) -> Array:
+    """The product in the forms that XLA:CPU computes fast."""
     rows = x.reshape(-1, x.shape[-1])
     count = len(rows)
     if x.dtype == jnp.bfloat16:

@@ -1,7 +1,7 @@
 """The `quantization_config` of a model folder: how its matrices are stored.
 
-What is stored in fewer bits is read as the numbers that it stands for (`dequantized.py`).
-Activations are not rounded: what a config says of theirs is for programs that compute in fp8.
+Quantised matrices are dequantised when they are read (`dequantized.py`). Activations are not
+rounded: their settings are for programs that compute in fp8.
 """
 
 import dataclasses
@@ -24,14 +24,13 @@ class Quantization:
     """How matrices are stored.
 
     Attributes:
-        method: In the words of `config.json`.
-        layout: What a matrix is made of: "mxfp4" (blocks of 32 numbers of 4 bits, each with a power
-            of 2); "scaled" (float8 or int8, with scales); or numbers packed in int32, as "gptq",
-            "awq" or "rows" has them.
-        block: "scaled": rows and columns that share a scale, where scales are a matrix.
-        scale_dtype: Whether products with scales are rounded to the dtype of these.
-        bits: Of a packed number.
-        group: Columns that share a packed matrix' scale; -1 for all.
+        method: The method, in the words of `config.json`.
+        layout: "mxfp4" (blocks of 32 numbers of 4 bits, each with a power of 2); "scaled" (float8
+            or int8, with scales); or numbers packed in int32: "gptq", "awq" or "rows".
+        block: "scaled": rows and columns that share a scale, if scales are a matrix.
+        scale_dtype: Whether products with scales are rounded to the dtype of the scales.
+        bits: Bits of a packed number.
+        group: Columns that share a scale of a packed matrix; -1 for all.
         zero_shift: Added to stored zero points.
     """
 
@@ -81,7 +80,7 @@ class _CompressedTensors(msgspec.Struct):
 def _refuse(reason: str) -> NoReturn:
     raise ValueError(
         f"quantization_config: {reason}; known: {', '.join(_METHODS)}. Load the unquantised "
-        "folder, with dtype=int8 where memory is short, or a GGUF file, or write this one anew "
+        "folder, with dtype=int8 if memory is short, or a GGUF file, or write this one anew "
         "after dequantize() of transformers"
     )
 
@@ -112,7 +111,7 @@ def _read_gptq(content: Json) -> Quantization:
     _expect("bits", gptq.bits, _PACKED)
     _expect("checkpoint_format", gptq.checkpoint_format, ("gptq", "gptq_v2"))
     _expect("dynamic", gptq.dynamic, (None, {}))
-    # The first of the two formats stores zero points less one.
+    # The format "gptq" stores zero points minus one.
     shift = int(gptq.checkpoint_format == "gptq")
     return Quantization("gptq", "gptq", bits=gptq.bits, group=gptq.group_size, zero_shift=shift)
 
@@ -126,17 +125,18 @@ def _read_awq(content: Json) -> Quantization:
 
 
 def _read_compressed(content: Json) -> Quantization:
-    known = check_json(content, "quantization_config", _CompressedTensors)
+    config = check_json(content, "quantization_config", _CompressedTensors)
     kinds = {
-        (group.format or known.format, *msgspec.structs.astuple(group.weights))
-        for group in known.config_groups.values()
+        (group.format or config.format, *msgspec.structs.astuple(group.weights))
+        for group in config.config_groups.values()
         if group.weights is not None
     }
     if len(kinds) != 1:
         raise ValueError(f"config_groups has {len(kinds)} kinds of weights, expected one")
     (kind,) = kinds
     stored_format, args = kind[0], _Weights(*kind[1:])
-    _expect("sparsity_config.format", (known.sparsity_config or {}).get("format"), (None, "dense"))
+    sparsity = config.sparsity_config or {}
+    _expect("sparsity_config.format", sparsity.get("format"), (None, "dense"))
     if stored_format == "pack-quantized":
         _expect("num_bits", args.num_bits, _PACKED)
         _expect("type", args.type, ("int",))
@@ -167,16 +167,10 @@ _METHODS: Mapping[str, Callable[[Json], Quantization]] = {
 
 
 def read_quantization(config: Json) -> Quantization | None:
-    """How the matrices of a folder are stored.
-
-    Args:
-        config: The content of its `config.json`.
-
-    Returns:
-        None where they are plain numbers.
+    """The quantization that a `config.json` states; None if its matrices are plain numbers.
 
     Raises:
-        ValueError: If they are stored in a way that is not read.
+        ValueError: If the method or one of its settings is not supported.
     """
     text = config.get("text_config")
     inner = text.get("quantization_config") if isinstance(text, Mapping) else None
@@ -193,7 +187,7 @@ def read_quantization(config: Json) -> Quantization | None:
 
 
 def quantization_of(folder: pathlib.Path) -> Quantization | None:
-    """`read_quantization` of a folder; None where it has no `config.json`."""
+    """`read_quantization` for a folder; None if it has no `config.json`."""
     path = folder / "config.json"
     if not path.exists():
         return None

@@ -7,8 +7,8 @@ from t3jax.json_files import show_json
 from t3jax.lm.families import FAMILIES
 from t3jax.lm.family import Json
 
-# Types that people have and that are of another kind, by what they need.
-_OTHER = {
+# Known types that are not supported, with the reason.
+_UNSUPPORTED = {
     **dict.fromkeys(
         (
             *("deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "kimi_k2"),
@@ -31,7 +31,7 @@ _OTHER = {
 }
 
 
-# What loads and is closest in kind, where the name does not say it.
+# The nearest supported type, if the name does not show it.
 _NEAREST = {
     "aya_vision": "cohere2",
     "chatglm": "glm4",
@@ -67,47 +67,45 @@ _NEAREST = {
 }
 
 
-def _families_of(architectures: object) -> list[str]:
-    """Families whose classes of transformers a config names."""
+def _find_families(architectures: object) -> list[str]:
+    """The families whose transformers classes a config names."""
     if not isinstance(architectures, list):
         return []
     return [name for name, family in FAMILIES.items() if family.architecture in architectures]
 
 
-def explain_unknown(config: Json, others: Collection[str]) -> str:
+def explain_unknown(config: Json, wrappers: Collection[str]) -> str:
     """Why the type of a `config.json` does not load, the nearest that does, and what to do.
 
-    Args:
-        config: The `config.json`, or that of a text model.
-        others: Known types beside the families.
+    `wrappers` are the known types beside the families.
     """
     model_type = config.get("model_type")
-    known = sorted([*FAMILIES, *others])
-    listed = f"Known types: {', '.join(known)}"
+    known = sorted([*FAMILIES, *wrappers])
+    known_text = f"Known types: {', '.join(known)}"
     if not isinstance(model_type, str):
-        said = f"model_type is {show_json(model_type)}, expected the name of a family"
-        if named := _families_of(config.get("architectures")):
-            said += f"; of the architectures named there it is {' or '.join(named)}"
-        return f"{said}. {listed}"
-    if model_type in others:
+        message = f"model_type is {show_json(model_type)}, expected the name of a family"
+        if names := _find_families(config.get("architectures")):
+            message += f"; of the architectures named there it is {' or '.join(names)}"
+        return f"{message}. {known_text}"
+    if model_type in wrappers:
         return (
             f"model_type {show_json(model_type)} is a whole multimodal model, expected the type of "
             "a text model"
         )
-    said = f"model_type {show_json(model_type)} is not supported"
-    if model_type in _OTHER:
-        said += f": {_OTHER[model_type]}"
+    message = f"model_type {show_json(model_type)} is not supported"
+    if model_type in _UNSUPPORTED:
+        message += f": {_UNSUPPORTED[model_type]}"
     text = config.get("text_config")
-    if isinstance(text, Mapping) and text.get("model_type") in FAMILIES:
+    if isinstance(text, Mapping) and text.get("model_type") in [*FAMILIES]:
         return (
-            f"{said}, but its text model is a {text['model_type']}, which is: save that alone, "
+            f"{message}, but its text model is a {text['model_type']}, which is: save that alone, "
             "with save_pretrained of its language model"
         )
-    nearest = difflib.get_close_matches(model_type, known, 1, 0.7)
-    if near := [_NEAREST[model_type]] if model_type in _NEAREST else nearest:
-        said += f"; the nearest supported type is {near[0]}"
+    similar = difflib.get_close_matches(model_type, known, 1, 0.7)
+    if nearest := [_NEAREST[model_type]] if model_type in _NEAREST else similar:
+        message += f"; the nearest supported type is {nearest[0]}"
     return (
-        f"{said}. Take a model of a known type, or give this one as functions (t3jax.make_lm, "
+        f"{message}. Take a model of a known type, or give this one as functions (t3jax.make_lm, "
         "docs/your_model.md); another name in config.json would be read as another model, with "
-        f"other logits. {listed}"
+        f"other logits. {known_text}"
     )

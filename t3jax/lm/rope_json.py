@@ -13,7 +13,7 @@ from t3jax.json_files import check_json, show_json
 from t3jax.lm.config import RopeConfig
 from t3jax.lm.family import Family, Json
 
-_NEEDED = {  # by each kind of rotary positions
+_REQUIRED = {  # fields of each kind of rotary positions
     "linear": ("factor",),
     "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
@@ -55,23 +55,14 @@ class _Rope(msgspec.Struct):
 def read_ropes(
     family: Family, config: Json, head_dim: int, local_head_dim: int
 ) -> dict[str, RopeConfig]:
-    """Rotary settings of the layers, and of the local ones where theirs are others.
-
-    Args:
-        family: The row of the family.
-        config: The `config.json` with the family's defaults.
-        head_dim: Width of a head.
-        local_head_dim: The same in local layers.
-
-    Returns:
-        `rope`, and `local_rope` where there is one.
+    """The field `rope` of `LMConfig`, and `local_rope` in families whose local layers have another.
 
     Raises:
-        ValueError: If a setting is missing, absurd or not implemented.
+        ValueError: If a setting is missing, out of range or not implemented.
     """
-    # transformers 5 keeps everything in `rope_parameters`, for each type of layer where they
-    # differ; 4 has the base and the share at the top and the rest in `rope_scaling`. Where both are
-    # there, `rope_scaling` counts, as in transformers.
+    # transformers 5 keeps everything in `rope_parameters`, for each type of layer if they differ; 4
+    # has the base and the share at the top and the rest in `rope_scaling`. If both exist,
+    # `rope_scaling` counts, as in transformers.
     new, scaling = (config.get(name) for name in ("rope_parameters", "rope_scaling"))
     new = family.defaults.get("rope_parameters", {}) if new is None else new
     scaling = scaling or {}
@@ -87,13 +78,13 @@ def read_ropes(
                 f"rope_parameters.{nested[0]} is an object, but this family has the same rotary "
                 "settings in all layers"
             )
-        return {"rope": _rope(family, {**top, **(scaling or new)}, config, head_dim)}
+        return {"rope": _read_rope(family, {**top, **(scaling or new)}, config, head_dim)}
     kinds = ("full_attention", "sliding_attention")
-    if other := [name for name in new if name not in kinds]:
+    if unknown := [name for name in new if name not in kinds]:
         raise ValueError(
-            f"rope_parameters.{other[0]} stands outside of a type of layer; expected {kinds}"
+            f"rope_parameters.{unknown[0]} is outside of a type of layer; expected {kinds}"
         )
-    full, sliding = (_layer_rope(new, kind) for kind in kinds)
+    full, sliding = (_read_section(new, kind) for kind in kinds)
     if "type" in scaling and "rope_type" not in scaling:
         raise ValueError(
             f"rope_scaling has type {scaling['type']!r} but no rope_type, which transformers takes "
@@ -101,12 +92,12 @@ def read_ropes(
         )
     local = {"rope_theta": family.local_theta or config["rope_local_base_freq"]}
     return {
-        "rope": _rope(family, {**top, **full, **scaling}, config, head_dim),
-        "local_rope": _rope(family, {**top, **local, **sliding}, config, local_head_dim),
+        "rope": _read_rope(family, {**top, **full, **scaling}, config, head_dim),
+        "local_rope": _read_rope(family, {**top, **local, **sliding}, config, local_head_dim),
     }
 
 
-def _layer_rope(ropes: Json, kind: str) -> Json:
+def _read_section(ropes: Json, kind: str) -> Json:
     rope = ropes.get(kind) or {}
     if not isinstance(rope, Mapping):
         raise ValueError(f"rope_parameters.{kind} is {show_json(rope)}, expected an object")
@@ -114,16 +105,16 @@ def _layer_rope(ropes: Json, kind: str) -> Json:
 
 
 def share_field(family: Family) -> str | None:
-    """The field with the share of a head that is rotated; None where it is always the whole."""
+    """The field with the share of a head that is rotated; None if it is always the whole."""
     names = ("rotary_pct", "partial_rotary_factor")
     return next((name for name in names if name in family.defaults), None)
 
 
-def _rope(family: Family, stated: Json, config: Json, head_dim: int) -> RopeConfig:
-    kind = stated.get("rope_type", stated.get("type", "default"))  # `type` in old configs
-    if not stated.keys() & {"rope_type", "type"} and stated.get("factor") not in (None, 1):
+def _read_rope(family: Family, content: Json, config: Json, head_dim: int) -> RopeConfig:
+    kind = content.get("rope_type", content.get("type", "default"))  # `type` in old configs
+    if not content.keys() & {"rope_type", "type"} and content.get("factor") not in (None, 1):
         warnings.warn(
-            f"rotary settings have a factor of {show_json(stated['factor'])} and no rope_type, "
+            f"rotary settings have a factor of {show_json(content['factor'])} and no rope_type, "
             "which transformers takes for none; expected rope_type, or no factor",
             stacklevel=2,
         )
@@ -135,7 +126,7 @@ def _rope(family: Family, stated: Json, config: Json, head_dim: int) -> RopeConf
             f"{', '.join(family.ropes)}"
         )
     try:
-        rope = check_json({**stated, "rope_type": kind}, "rope", _Rope)
+        rope = check_json({**content, "rope_type": kind}, "rope", _Rope)
     except ValueError as error:
         raise ValueError(f"rotary settings: {str(error).removeprefix('rope: ')}") from None
     rotated = rope.partial_rotary_factor
@@ -156,32 +147,32 @@ def _rope(family: Family, stated: Json, config: Json, head_dim: int) -> RopeConf
     if kind == "default":
         return base
     at_top = config.get("original_max_position_embeddings")
-    own = rope.original_max_position_embeddings
-    original = own or at_top if family.mscales else at_top or own
+    inside = rope.original_max_position_embeddings
+    original = inside or at_top if family.mscales else at_top or inside
     original = original or config["max_position_embeddings"]
     factor = rope.factor
-    if factor is None and (kind == "longrope" or (kind == "yarn" and "factor" in stated)):
+    if factor is None and (kind == "longrope" or (kind == "yarn" and "factor" in content)):
         factor = config["max_position_embeddings"] / original
-    for name in _NEEDED[kind]:
+    for name in _REQUIRED[kind]:
         if getattr(rope, name) is None and not (name == "factor" and factor):
-            raise _missing(name, kind)
+            raise _make_error(name, kind)
     base = dataclasses.replace(base, factor=float(factor or 1.0))
     if kind in ("linear", "dynamic", "proportional"):
         return base
     base = dataclasses.replace(base, original_max_position=original)
     if kind == "llama3":
-        return _llama3(rope, base)
+        return _add_llama3(rope, base)
     if kind == "yarn":
-        return _yarn(rope, base)
-    base = _longrope(rope, base, width // 2)
-    return _with_mscales(rope, base) if family.mscales else base
+        return _add_yarn(rope, base)
+    base = _add_longrope(rope, base, width // 2)
+    return _add_mscales(rope, base) if family.mscales else base
 
 
-def _missing(name: str, kind: str) -> ValueError:
+def _make_error(name: str, kind: str) -> ValueError:
     return ValueError(f"rotary settings: field {name!r} is missing, which rope_type {kind!r} needs")
 
 
-def _llama3(rope: _Rope, base: RopeConfig) -> RopeConfig:
+def _add_llama3(rope: _Rope, base: RopeConfig) -> RopeConfig:
     low, high = rope.low_freq_factor, rope.high_freq_factor
     assert low is not None
     assert high is not None
@@ -190,22 +181,21 @@ def _llama3(rope: _Rope, base: RopeConfig) -> RopeConfig:
     return dataclasses.replace(base, low_freq_factor=low, high_freq_factor=high)
 
 
-def _yarn(rope: _Rope, base: RopeConfig) -> RopeConfig:
-    fast, slow = rope.beta_fast or 32.0, rope.beta_slow or 1.0
+def _add_yarn(rope: _Rope, base: RopeConfig) -> RopeConfig:
     return dataclasses.replace(
         base,
         attention_factor=_yarn_attention_factor(rope, base.factor),
-        beta_fast=fast,
-        beta_slow=slow,
+        beta_fast=rope.beta_fast or 32.0,
+        beta_slow=rope.beta_slow or 1.0,
         truncate=rope.truncate,
         query_growth=rope.llama_4_scaling_beta or 0.0,
     )
 
 
-def _longrope(rope: _Rope, base: RopeConfig, pairs: int) -> RopeConfig:
+def _add_longrope(rope: _Rope, base: RopeConfig, pairs: int) -> RopeConfig:
     factor, original = base.factor, base.original_max_position
-    grown = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-    short, long = (tuple(each or ()) for each in (rope.short_factor, rope.long_factor))
+    default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    short, long = tuple(rope.short_factor or ()), tuple(rope.long_factor or ())
     if {len(short), len(long)} != {pairs}:
         raise ValueError(
             f"short_factor and long_factor have {len(short)} and {len(long)} values; a head "
@@ -213,16 +203,16 @@ def _longrope(rope: _Rope, base: RopeConfig, pairs: int) -> RopeConfig:
         )
     return dataclasses.replace(
         base,
-        attention_factor=rope.attention_factor or grown,
+        attention_factor=rope.attention_factor or default,
         short_factors=short,
         long_factors=long,
     )
 
 
-def _with_mscales(rope: _Rope, base: RopeConfig) -> RopeConfig:
+def _add_mscales(rope: _Rope, base: RopeConfig) -> RopeConfig:
     short, long = rope.short_mscale, rope.long_mscale
     if short is None or long is None:
-        raise _missing("short_mscale" if short is None else "long_mscale", rope.rope_type)
+        raise _make_error("short_mscale" if short is None else "long_mscale", rope.rope_type)
     return dataclasses.replace(base, attention_factor=short, long_attention_factor=long)
 
 
@@ -239,10 +229,7 @@ def _yarn_attention_factor(rope: _Rope, factor: float) -> float:
 
 def write_rope(rope: RopeConfig) -> dict[str, Any]:
     """The `rope_parameters` that read back as these settings."""
-    content: dict[str, Any] = {
-        "rope_type": rope.kind,
-        "rope_theta": rope.theta,
-    }
+    content: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
     if rope.kind != "default":
         content["factor"] = rope.factor
     if rope.kind in ("llama3", "yarn", "longrope"):

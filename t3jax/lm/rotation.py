@@ -15,12 +15,12 @@ from t3jax.lm.config import RopeConfig
 
 
 class Rotation(NamedTuple):
-    """What queries and keys of new tokens are rotated by.
+    """The rotation of queries and keys of new tokens.
 
     Attributes:
         cos: Cosines of the angles, float32 `[B, T, r/2]`.
         sin: Their sines.
-        growth: What queries are multiplied by, float32 `[B, T, 1]`; None for 1.
+        growth: A factor of queries, float32 `[B, T, 1]`; None for 1.
     """
 
     cos: Array
@@ -33,14 +33,14 @@ def make_rotation(rope: RopeConfig | None, head_dim: int, positions: Array) -> R
     if rope is None:
         return None
     frequencies = inverse_wavelengths(rope, head_dim).reshape(1, 1, -1)
-    places = jnp.maximum(positions, 0)[..., None]
-    angles = places.astype(jnp.float32) * frequencies
+    positions = jnp.maximum(positions, 0)[..., None]
+    angles = positions.astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     if rope.attention_factor != 1:
         cos, sin = cos * rope.attention_factor, sin * rope.attention_factor
     growth = None
     if rope.query_growth:
-        contexts = (places // rope.original_max_position).astype(jnp.float32)
+        contexts = (positions // rope.original_max_position).astype(jnp.float32)
         growth = 1 + rope.query_growth * jnp.log1p(contexts)
     return Rotation(cos, sin, growth)
 
@@ -54,8 +54,8 @@ def rotate_queries(q: Array, rotation: Rotation, interleaved: bool) -> Array:
 def rotate_keys(x: Array, rotation: Rotation, interleaved: bool) -> Array:
     """Rotates pairs of `[B, ..., T, h]`.
 
-    The pairs are (x_i, x_{i+r/2}), i < r/2, or (x_2i, x_{2i+1}) where they are interleaved. What
-    lies beyond the first r of a head stays as it is.
+    The pairs are (x_i, x_{i+r/2}), i < r/2, or (x_2i, x_{2i+1}) if they are interleaved. Numbers
+    beyond the first r of a head are not rotated.
     """
     cos, sin = _spread(rotation.cos, x), _spread(rotation.sin, x)
     rotated = 2 * cos.shape[-1]
@@ -68,7 +68,7 @@ def rotate_keys(x: Array, rotation: Rotation, interleaved: bool) -> Array:
 
 
 def _spread(part: Array, x: Array) -> Array:
-    """`[B, T, ...]` over the heads of `[B, ..., T, h]`, in its dtype."""
+    """Reshapes and casts `[B, T, ...]` to broadcast over the heads of `[B, ..., T, h]`."""
     middle = (1,) * (x.ndim - 3)
     return part.reshape(part.shape[0], *middle, *part.shape[1:]).astype(x.dtype)
 
@@ -78,9 +78,9 @@ def inverse_wavelengths(rope: RopeConfig, head_dim: int) -> np.ndarray:
     """Radians per position of each rotary pair, float32 `[r/2]`."""
     if rope.kind == "proportional":
         pairs = np.zeros(head_dim // 2, np.float32)
-        turned = int(head_dim * rope.rotated) // 2
-        exponents = np.arange(0, 2 * turned, 2, dtype=np.float32) / np.float32(head_dim)
-        pairs[:turned] = 1.0 / np.float32(rope.theta) ** exponents / np.float32(rope.factor)
+        rotated = int(head_dim * rope.rotated) // 2
+        exponents = np.arange(0, 2 * rotated, 2, dtype=np.float32) / np.float32(head_dim)
+        pairs[:rotated] = 1.0 / np.float32(rope.theta) ** exponents / np.float32(rope.factor)
         return pairs
     width = int(head_dim * rope.rotated)
     exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
@@ -94,8 +94,8 @@ def inverse_wavelengths(rope: RopeConfig, head_dim: int) -> np.ndarray:
         return ((1 - keep) * frequencies / rope.factor + keep * frequencies).astype(np.float32)
     if rope.kind in ("default", "dynamic"):
         return frequencies
-    # Llama 3.1: how many turns a pair makes over the original context decides how far it is
-    # stretched: at least `high_freq_factor` turns not at all, at most `low_freq_factor` fully.
+    # Llama 3.1 stretches a pair by its turns over the original context: not at all from
+    # `high_freq_factor` turns on, fully up to `low_freq_factor`.
     turns = rope.original_max_position * frequencies / np.float32(2 * math.pi)
     ramp = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     keep = np.clip(ramp, 0.0, 1.0)
@@ -103,14 +103,14 @@ def inverse_wavelengths(rope: RopeConfig, head_dim: int) -> np.ndarray:
 
 
 def _yarn_ramp(rope: RopeConfig, width: int) -> np.ndarray:
-    """How far each pair keeps its wavelength, from 1 (all turns) to 0, float32 `[width/2]`."""
+    """How far each pair keeps its wavelength, from 1 (not stretched) to 0, float32 `[width/2]`."""
 
-    def pair(turns: float) -> float:
-        """The pair, a real number, that makes this number of turns over the original context."""
+    def find_pair(turns: float) -> float:
+        """The index, a real number, of the pair with `turns` over the original context."""
         length = rope.original_max_position / (turns * 2 * math.pi)
         return width * math.log(length) / (2 * math.log(rope.theta))
 
-    low, high = pair(rope.beta_fast), pair(rope.beta_slow)
+    low, high = find_pair(rope.beta_fast), find_pair(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, width - 1)

@@ -1,12 +1,12 @@
-"""Weights to Hugging Face folders that transformers opens, without torch."""
+"""Models as Hugging Face folders that transformers opens, written without torch."""
 
 import pathlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from jax.typing import DTypeLike
 
 from t3jax import files
 from t3jax.lm.config import LMConfig
@@ -23,16 +23,11 @@ def save_hf(
     config: LMConfig,
     params: Params,
     eos_ids: list[int],
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> None:
     """Writes a folder that transformers opens: weights, `config.json`, `generation_config.json`.
 
-    Args:
-        folder: Where to write; created if missing, files in it are replaced.
-        config: The model's shape.
-        params: The parameter tree.
-        eos_ids: Tokens that end a text.
-        dtype: Dtype of the weights on disk.
+    Files in it are replaced. `eos_ids` end a text; `dtype` is that of the weights on disk.
 
     Raises:
         ValueError: If a tensor holds NaN or Inf in that dtype.
@@ -42,21 +37,21 @@ def save_hf(
     family = FAMILIES[config.model_type]
     places = find_places(config, family, params)
     dtypes = [leaf.dtype for leaf in jax.tree.leaves(abstract_params(config, dtype))]
-    for place, leaf, kept in zip(places, jax.tree.leaves(params), dtypes, strict=True):
-        stacks.setdefault(place.name, []).append((place, cast(np.asarray(leaf), kept)))
+    for place, leaf, leaf_dtype in zip(places, jax.tree.leaves(params), dtypes, strict=True):
+        stacks.setdefault(place.name, []).append((place, cast(np.asarray(leaf), leaf_dtype)))
     tensors = {name: np.ascontiguousarray(join_parts(parts)) for name, parts in stacks.items()}
     tensors = split_experts(tensors, family)
     for name, value in family.constants.items():
         for layer in range(config.num_layers):
             tensors[name.replace("{i}", str(layer))] = np.array(value, dtype)
-    if wrong := [name for name, tensor in tensors.items() if holds_no_number(tensor)]:
-        raise ValueError(f"{folder}: not written: {describe_not_finite(wrong, dtype)}")
+    if names := [name for name, tensor in tensors.items() if holds_no_number(tensor)]:
+        raise ValueError(f"{folder}: not written: {describe_not_finite(names, dtype)}")
     with files.replacing(folder / "model.safetensors") as temporary:
         safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
-    description = hf_config(config) | {
+    content = hf_config(config) | {
         "dtype": jnp.dtype(dtype).name,
         "eos_token_id": eos_ids,
         "pad_token_id": None,  # transformers' own default may lie outside of the vocabulary
     }
-    files.write_json(folder / "config.json", description)
+    files.write_json(folder / "config.json", content)
     files.write_json(folder / "generation_config.json", {"eos_token_id": eos_ids})

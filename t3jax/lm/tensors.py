@@ -1,12 +1,10 @@
 """The tensors of a model folder, by the names of its family, each a view that is read in parts.
 
-What a folder holds in other forms is put into the family's: experts, quantised weights, and the
-updates of an adapter. Nothing is read but headers until a view is indexed.
+Views convert other forms to the family's: experts, quantised weights, and the updates of an
+adapter. Only headers are read until a view is indexed.
 """
 
 import pathlib
-from collections.abc import Mapping
-from typing import Any
 
 import ml_dtypes
 import msgspec
@@ -19,10 +17,9 @@ from t3jax.lm.dequantized import dequantize
 from t3jax.lm.expert_tensors import stack_experts
 from t3jax.lm.family import Family
 from t3jax.lm.folder import check_inside, indexed_file
+from t3jax.lm.places import Tensors, View
 from t3jax.lm.quantization_json import quantization_of
 from t3jax.lm.wrappers import checkpoint_name
-
-Tensors = Mapping[str, tuple[Any, str]]  # by name: a view, and the tensor's own name
 
 
 class _Index(msgspec.Struct):
@@ -34,25 +31,16 @@ class _Index(msgspec.Struct):
 def open_tensors(
     folder: pathlib.Path, family: Family, adapter: pathlib.Path | None = None
 ) -> Tensors:
-    """Opens the tensors of a folder.
-
-    Args:
-        folder: A Hugging Face folder.
-        family: The row of its family.
-        adapter: Folder of a LoRA adapter whose updates are added to them.
-
-    Returns:
-        By the family's names, what is there: a view with `get_shape()` that is indexed by slices,
-        as safetensors gives it, and the tensor's own name.
+    """Opens the tensors of a folder, with the updates of the LoRA adapter in another.
 
     Raises:
         FileNotFoundError: If there are no safetensors weights, or a file of them is missing.
         ValueError: If a file is broken, lies outside of the folder or holds a tensor of another,
-            or what is put together does not fit.
+            or tensors of one matrix do not fit each other.
     """
-    opened = _open_all(folder, family)
+    stored = _open_files(folder, family)
     try:
-        tensors = dequantize(opened, quantization_of(folder))
+        tensors = dequantize(stored, quantization_of(folder))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     for view, stored_name in tensors.values():
@@ -69,16 +57,16 @@ def open_tensors(
         raise ValueError(f"{folder}: {error}") from None
 
 
-def _open_all(folder: pathlib.Path, family: Family) -> dict[str, tuple[Any, str]]:
-    """Every tensor in the folder's checkpoint: a view of it and its name there."""
-    tensors: dict[str, tuple[Any, str]] = {}
-    places: dict[str, pathlib.Path] = {}
-    for path in _files(folder):
+def _open_files(folder: pathlib.Path, family: Family) -> Tensors:
+    """Opens every tensor of the decoder in the folder's checkpoint."""
+    tensors: dict[str, tuple[View, str]] = {}
+    paths: dict[str, pathlib.Path] = {}
+    for path in _find_files(folder):
         try:
             file = safetensors.safe_open(path, framework="numpy")
         except safetensors.SafetensorError as error:
             raise ValueError(
-                f"{path}: not a whole safetensors file ({error}); {_way_out(path)}"
+                f"{path}: not a whole safetensors file ({error}); {_suggest_fix(path)}"
             ) from error
         float8: dict[str, _Mapped] = {}
         for stored_name in file.keys():  # noqa: SIM118  (not a dict)
@@ -86,7 +74,7 @@ def _open_all(folder: pathlib.Path, family: Family) -> dict[str, tuple[Any, str]
                 continue
             if name in tensors:
                 raise ValueError(
-                    f"{path}: {stored_name} is also in {places[name].name}, as {tensors[name][1]}; "
+                    f"{path}: {stored_name} is also in {paths[name].name}, as {tensors[name][1]}; "
                     "expected each tensor once. Write the folder anew"
                 )
             view = file.get_slice(stored_name)
@@ -94,12 +82,11 @@ def _open_all(folder: pathlib.Path, family: Family) -> dict[str, tuple[Any, str]
                 float8 = float8 or _map_float8(path)
                 view = float8[stored_name]
             tensors[name] = (view, stored_name)
-            places[name] = path
+            paths[name] = path
     return tensors
 
 
-def _way_out(path: pathlib.Path) -> str:
-    """What to do about a file that is not whole."""
+def _suggest_fix(path: pathlib.Path) -> str:
     with path.open("rb") as file:
         pointer = file.read(len(_POINTER)) == _POINTER
     if pointer:
@@ -107,7 +94,7 @@ def _way_out(path: pathlib.Path) -> str:
     return "download or write it again"
 
 
-def _files(folder: pathlib.Path) -> list[pathlib.Path]:
+def _find_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """The files of the folder's checkpoint, each a regular file in the folder."""
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
@@ -117,7 +104,7 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
             "transformers applies where peft is installed; merge the adapter into the weights, or "
             "remove its files"
         )
-    if single.exists():  # as transformers has it: an index beside a whole file is a left-over
+    if single.exists():  # like transformers, which ignores an index beside a whole file
         paths = [single]
     elif index.exists():
         names = read_json(index, _Index).weight_map
@@ -148,7 +135,7 @@ _FLOAT8 = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 
 
 class _Mapped:
-    """A tensor mapped from its file, as safetensors gives others."""
+    """A tensor mapped from its file, with the interface of safetensors' slices."""
 
     def __init__(self, numbers: np.ndarray):
         self._numbers = numbers
@@ -161,7 +148,7 @@ class _Mapped:
 
 
 def _map_float8(path: pathlib.Path) -> dict[str, _Mapped]:
-    """The tensors of float8 in a whole file, which safetensors does not give to NumPy."""
+    """The tensors of float8 in a whole file, which safetensors does not convert to NumPy."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = parse_json(file.read(size), str(path))

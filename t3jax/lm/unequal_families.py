@@ -24,7 +24,7 @@ def _slides_in_gemma4(config: Json, layer: int) -> bool:
 
 
 def _prepare_gemma4(config: Json) -> dict[str, Any]:
-    """Its last layer attends to the whole text whatever is said; its ropes stand in one place."""
+    """Lets the last layer attend to the whole text, as transformers does, and checks the ropes."""
     config = dict(config)
     count, types = config["num_hidden_layers"], config["layer_types"]
     if types is None:
@@ -36,16 +36,16 @@ def _prepare_gemma4(config: Json) -> dict[str, Any]:
             f"rope_scaling {show_json(config['rope_scaling'])} is not supported in the gemma4_text "
             "family; expected rope_parameters, for each type of layer"
         )
-    stated = config["rope_parameters"]
-    stated = _ROPES if stated is None else stated
+    ropes = config["rope_parameters"]
+    ropes = _ROPES if ropes is None else ropes
     for kind in sorted(set(types) & set(_KINDS)):
-        own = stated.get(kind)
-        if not isinstance(own, Mapping) or "rope_theta" not in own:
+        rope = ropes.get(kind)
+        if not isinstance(rope, Mapping) or "rope_theta" not in rope:
             raise ValueError(
-                f"rope_parameters.{kind} is {show_json(own)}, expected an object with rope_theta"
+                f"rope_parameters.{kind} is {show_json(rope)}, expected an object with rope_theta"
             )
-        share = own.get("partial_rotary_factor")
-        if own.get("rope_type") != "proportional" and share not in (None, 1):
+        share = rope.get("partial_rotary_factor")
+        if rope.get("rope_type") != "proportional" and share not in (None, 1):
             raise ValueError(
                 f"rope_parameters.{kind}: partial_rotary_factor {show_json(share)} is obeyed with "
                 'rope_type "proportional" alone; expected none'
@@ -59,8 +59,8 @@ def _prepare_gemma4(config: Json) -> dict[str, Any]:
     for name in ("num_experts", "top_k_experts", "moe_intermediate_size"):
         if config["enable_moe_block"] and config[name] is None:
             raise ValueError(f"{name} is null, expected a number, since enable_moe_block is true")
-    # What stands at the top of the config says nothing about rotation here.
-    return {**config, "layer_types": types, "rope_parameters": stated, "partial_rotary_factor": 1.0}
+    # A share at the top of the config does not count here.
+    return {**config, "layer_types": types, "rope_parameters": ropes, "partial_rotary_factor": 1.0}
 
 
 _GEMMA4 = Family(

@@ -17,16 +17,7 @@ _OF_HEADS = ("head_dim", "num_key_value_heads")
 
 
 def read_unequal(family: Family, config: Json, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `LMConfig` that say how layers differ in shape.
-
-    Args:
-        family: The row of the family.
-        config: The `config.json` with the family's defaults.
-        values: Fields of `LMConfig` so far.
-
-    Returns:
-        `whole_heads`, `borrows` and `borrowing_size`, or nothing in families whose layers are
-        alike.
+    """The fields `whole_heads`, `borrows` and `borrowing_size`, if the family's layers differ.
 
     Raises:
         ValueError: If the numbers do not fit together.
@@ -66,39 +57,39 @@ def _read_heads(config: Json, values: Mapping[str, Any], local: tuple[bool, ...]
     same = config["attention_k_eq_v"]
     kv_heads, head_dim = values["num_kv_heads"], values["head_dim"]
     if _BY_LAYER not in config:
-        stated = config["num_global_key_value_heads"] if same else None
-        return HeadsConfig(stated or kv_heads, config["global_head_dim"], same)
-    stated = config[_BY_LAYER]
-    if not isinstance(stated, Mapping) or not all(
+        whole_kv_heads = config["num_global_key_value_heads"] if same else None
+        return HeadsConfig(whole_kv_heads or kv_heads, config["global_head_dim"], same)
+    content = config[_BY_LAYER]
+    if not isinstance(content, Mapping) or not all(
         re.fullmatch("[0-9]{1,9}", str(name))
-        and isinstance(own, Mapping)
-        and set(own) <= set(_OF_HEADS)
-        for name, own in stated.items()
+        and isinstance(fields, Mapping)
+        and set(fields) <= set(_OF_HEADS)
+        for name, fields in content.items()
     ):
         raise ValueError(
-            f"{_BY_LAYER} is {show_json(stated)}, expected for the numbers of some layers "
+            f"{_BY_LAYER} is {show_json(content)}, expected for the numbers of some layers "
             f"{_OF_HEADS}, and nothing else"
         )
-    by_layer = {int(name): own for name, own in stated.items()}  # "05" where there are ten
-    found: dict[bool, set[tuple[int, int]]] = {False: set(), True: set()}
-    for layer, each in enumerate(local):
-        own = by_layer.get(layer, {})
-        pair = own.get("head_dim", head_dim), own.get("num_key_value_heads", kv_heads)
+    by_layer = {int(name): fields for name, fields in content.items()}  # "05" if there are ten
+    heads: dict[bool, set[tuple[int, int]]] = {False: set(), True: set()}
+    for layer, is_local in enumerate(local):
+        fields = by_layer.get(layer, {})
+        pair = fields.get("head_dim", head_dim), fields.get("num_key_value_heads", kv_heads)
         if not all(type(n) is int and 1 <= n <= 1 << 16 for n in pair):
-            raise ValueError(f"{_BY_LAYER}.{layer} is {show_json(own)}, expected numbers >= 1")
-        found[each].add(pair)
+            raise ValueError(f"{_BY_LAYER}.{layer} is {show_json(fields)}, expected numbers >= 1")
+        heads[is_local].add(pair)
     unknown = set(by_layer) - set(range(len(local)))
-    if unknown or len(found[False]) > 1 or found[True] - {(head_dim, kv_heads)}:
+    if unknown or len(heads[False]) > 1 or heads[True] - {(head_dim, kv_heads)}:
         raise ValueError(
-            f"{_BY_LAYER} is {show_json(stated)}, expected the same for all layers of "
+            f"{_BY_LAYER} is {show_json(content)}, expected the same for all layers of "
             "full_attention, and nothing for others"
         )
-    ((head_dim, kv_heads),) = found[False]
+    ((head_dim, kv_heads),) = heads[False]
     return HeadsConfig(kv_heads, head_dim, same)
 
 
 def write_unequal(config: LMConfig, family: Family) -> dict[str, Any]:
-    """The fields of `config.json` that read back as these, but for those of the table."""
+    """The fields of `config.json` for unequal layers that are not in the family's table."""
     heads = config.whole_heads
     if "global_head_dim" not in family.defaults or heads is None:
         return {}
@@ -110,7 +101,7 @@ def write_unequal(config: LMConfig, family: Family) -> dict[str, Any]:
         "use_double_wide_mlp": config.borrowing_size > 0,
     }
     if not heads.values_are_keys and heads.num_kv_heads != config.num_kv_heads:
-        own = {"head_dim": heads.head_dim, "num_key_value_heads": heads.num_kv_heads}
+        fields = {"head_dim": heads.head_dim, "num_key_value_heads": heads.num_kv_heads}
         whole = [i for i in range(config.num_layers) if not config.is_local(i)]
-        content[_BY_LAYER] = {str(layer): own for layer in whole}
+        content[_BY_LAYER] = {str(layer): fields for layer in whole}
     return content

@@ -18,20 +18,21 @@ def has_tokenizer(folder: pathlib.Path) -> bool:
 
 
 def load_tokenizer(folder: pathlib.Path) -> Any:
-    """The folder's tokenizer: of a class of transformers, never of the folder's own code."""
-    from transformers import AutoTokenizer  # slow to import: only who loads a model waits
+    """Loads the folder's tokenizer, of a class of transformers, never of the folder's own code."""
+    from transformers import AutoTokenizer  # here, since the import is slow
 
     settings = folder / "tokenizer_config.json"
     if settings.exists():
         read_json(settings, _TokenizerSettings)
     try:
-        # Without any of these some versions of transformers make an empty tokenizer up.
+        # Without such a file some versions of transformers return an empty tokenizer.
         if not has_tokenizer(folder):
             raise FileNotFoundError(f"there is none of {', '.join(_TOKENIZER_FILES)}")
-        # Left open, transformers would ask on stdin whether to run the folder's code.
+        # Without trust_remote_code transformers asks on stdin whether to run the folder's code.
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]  # transformers has pages
+        # transformers' messages are long.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{folder}: the tokenizer could not be read ({reason:.300}); expected tokenizer.json "
             "and tokenizer_config.json beside config.json, of a class that transformers has: code "
@@ -42,8 +43,8 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
 def check_vocabulary(path: pathlib.Path, tokenizer: Any, config: LMConfig) -> None:
     """Checks that a tokenizer is the model's.
 
-    Some tokens may lie beyond the embedding, such as Gemma 3's of images or a [PAD] that was added:
-    a text that holds one is refused when it is read.
+    Up to a tenth of its tokens may have no row in the embedding, such as Gemma 3's image tokens or
+    an added [PAD]: a text with one is refused when it is read.
     """
     ids = tokenizer.get_vocab().values()
     beyond = sum(i >= config.vocab_size for i in ids)
@@ -56,13 +57,13 @@ def check_vocabulary(path: pathlib.Path, tokenizer: Any, config: LMConfig) -> No
 
 
 class _TokenizerSettings(msgspec.Struct):
-    """What of tokenizer_config.json would fail late if it were of another type."""
+    """The field of tokenizer_config.json that would fail late if it were of another type."""
 
     model_max_length: float | None = None
 
 
 class _Ends(msgspec.Struct):
-    """What a JSON file of a folder says about the end of a text."""
+    """The tokens that end a text by a JSON file of a folder."""
 
     eos_token_id: int | list[int] | None = None
 
@@ -76,7 +77,7 @@ class _ConfigEnds(_Ends):
 
 
 def read_named_ends(folder: pathlib.Path, vocab_size: int) -> tuple[int, ...]:
-    """Tokens that end a text: of generation_config.json, and of config.json."""
+    """Tokens that end a text by generation_config.json and config.json."""
     ids: tuple[int, ...] = ()
     for name in ("generation_config.json", "config.json"):
         path = folder / name
@@ -92,10 +93,9 @@ def join_ends(
     folder: pathlib.Path, named: tuple[int, ...], tokenizer: Any, vocab_size: int
 ) -> tuple[int, ...]:
     """Tokens that end a text: those that files of the folder name, then the tokenizer's."""
-    own = tokenizer.eos_token_id
-    ids = (
-        named if own is None else named + ids_within(f"{folder}: the tokenizer", [own], vocab_size)
-    )
+    ids, eos_id = named, tokenizer.eos_token_id
+    if eos_id is not None:
+        ids += ids_within(f"{folder}: the tokenizer", [eos_id], vocab_size)
     if not ids:
         raise ValueError(
             f"{folder}: no end-of-text token: neither generation_config.json, config.json nor the "
@@ -104,13 +104,13 @@ def join_ends(
     return tuple(dict.fromkeys(ids))
 
 
-def ids_within(where: Any, ids: Iterable[int], vocab_size: int) -> tuple[int, ...]:
-    """The ids of eos tokens, each in the vocabulary."""
+def ids_within(source: object, ids: Iterable[int], vocab_size: int) -> tuple[int, ...]:
+    """The ids of eos tokens, after a check that each is in the vocabulary."""
     ids = tuple(ids)
     for i in ids:
         if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < vocab_size:
             raise ValueError(
-                f"{where}: eos_token_id {i!r}, expected a token id from 0 to {vocab_size - 1}, "
+                f"{source}: eos_token_id {i!r}, expected a token id from 0 to {vocab_size - 1}, "
                 "within the model's vocabulary"
             )
     return ids

@@ -1,7 +1,6 @@
 """Multimodal models: the parts of their folders that are the text model's.
 
-Images and sound are no part of what is read; the text model alone computes what the whole one
-computes for texts.
+Weights for images and sound are not read. For texts the text model computes the same as the whole.
 """
 
 import dataclasses
@@ -14,7 +13,7 @@ from t3jax.lm.families import FAMILIES
 from t3jax.lm.family import Family, Json
 from t3jax.lm.refusals import explain_unknown
 
-# Fields that published configs of these leave out where they are as in transformers' classes.
+# Defaults of transformers' class, which published configs leave out.
 _LLAMA = {
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -24,7 +23,7 @@ _LLAMA = {
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
 }
-_TEXT_TYPES = {  # of text models that are of a family in all but their name
+_TEXT_TYPES = {  # types of text models that differ from a family in their name alone
     "qwen2_vl_text": "qwen2",
     "qwen2_5_vl_text": "qwen2",
     "qwen3_vl_text": "qwen3",
@@ -38,10 +37,10 @@ class Wrapper:
 
     Attributes:
         text: Family of the text model.
-        others: Whether its own config may name another family.
-        tied: Whether the LM head is the embedding table where the config is silent.
-        text_ties: Whether the text model's config may say so too.
-        defaults: What the text model's config means where it is silent.
+        others: Whether its config may name another family.
+        tied: Whether the LM head is the embedding table if the config does not say.
+        text_ties: Whether the text model's config may also say it.
+        defaults: Values of fields that the text model's config lacks.
         transposed: Matrices of experts, gate and up first, that published folders store [in, out]
             and transformers 5 writes [out, in].
     """
@@ -82,13 +81,7 @@ WRAPPERS = {
 
 
 def text_config(config: Json) -> dict[str, Any]:
-    """The `config.json` of the text model of a multimodal one.
-
-    Args:
-        config: The whole `config.json`, whose `model_type` is in `WRAPPERS`.
-
-    Returns:
-        The text model's, with its family as `model_type`.
+    """The text model's part of a multimodal `config.json`, with its family as `model_type`.
 
     Raises:
         ValueError: If the text model is of no known family.
@@ -99,11 +92,11 @@ def text_config(config: Json) -> dict[str, Any]:
     model_type = text.get("model_type", wrapper.text) if isinstance(text, Mapping) else None
     family = _TEXT_TYPES.get(str(model_type), model_type)
     if model_type is None or (family != wrapper.text and not wrapper.others):
-        named = f" with model_type {show_json(model_type)}" if isinstance(text, Mapping) else ""
+        detail = f" with model_type {show_json(model_type)}" if isinstance(text, Mapping) else ""
         raise ValueError(
-            f"text_config is {show_json(text)}{named}, expected an object for {wrapper.text}"
+            f"text_config is {show_json(text)}{detail}, expected an object for {wrapper.text}"
         )
-    if family not in FAMILIES:
+    if family not in [*FAMILIES]:  # a list, since the value may be unhashable
         raise ValueError(f"text_config: {explain_unknown(text, WRAPPERS)}")
     if config["model_type"] == "gemma3" and text.get("final_logit_softcapping") is not None:
         raise ValueError(
@@ -115,15 +108,15 @@ def text_config(config: Json) -> dict[str, Any]:
     if wrapper.text_ties:
         tied = tied or text.get("tie_word_embeddings", False)
     defaults = {} if family != wrapper.text else wrapper.defaults
-    found = {**defaults, **text, "model_type": family, "tie_word_embeddings": tied}
+    merged = {**defaults, **text, "model_type": family, "tie_word_embeddings": tied}
     for name in ("rope_parameters", "rope_scaling"):
-        if isinstance(found.get(name), Mapping):
-            found[name] = _without_sections(found[name])
-    return found
+        if isinstance(merged.get(name), Mapping):
+            merged[name] = _drop_sections(merged[name])
+    return merged
 
 
-def _without_sections(rope: Json) -> dict[str, Any]:
-    """Rotary settings whose positions of time, height and width are one, as in all texts."""
+def _drop_sections(rope: Json) -> dict[str, Any]:
+    """Rotary settings for texts, where the positions of time, height and width are the same."""
     rope = {k: v for k, v in rope.items() if k not in ("mrope_section", "mrope_interleaved")}
     return {
         name: "default" if name in ("rope_type", "type") and value == "mrope" else value
@@ -131,7 +124,7 @@ def _without_sections(rope: Json) -> dict[str, Any]:
     }
 
 
-# The names that checkpoints of multimodal models have for their text models.
+# Names of text models in checkpoints of multimodal models, and of parts that are not read.
 _WRAPPED = (
     (r"^language_model\.(?=model\.|lm_head\.)", ""),
     (r"^model\.(language_model|text_model)\.", "model."),
@@ -142,9 +135,9 @@ _WRAPPED = (
 
 
 def checkpoint_name(family: Family, name: str) -> str | None:
-    """What a stored weight is called in the family's table; None if the decoder has no use for it.
+    """The name of a stored weight in the family's table; None if it is no part of the decoder.
 
-    Buffers of old checkpoints are of no use either: they follow from the config.
+    Rotary buffers of old checkpoints are no part either: they follow from the config.
     """
     buffer = (r".*\.rotary_emb\.inv_freq$", None)
     for pattern, replacement in (*_WRAPPED, *family.renamed, buffer):
