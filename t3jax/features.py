@@ -112,6 +112,14 @@ def load_or_compute_features(
         ValueError: If there are no examples, or a text is longer than the model's context.
         FloatingPointError: If a text has hidden states that are not finite; names the text and the
             likely cause.
+
+    Example:
+        >>> lm = t3jax.load_lm("demo/base")
+        >>> rows = [{"question": "Who are you?", "answer": "A model."}]
+        >>> examples = data.encode_records(lm.tokenizer, rows, data.PromptFormat())
+        >>> features = t3jax.load_or_compute_features(lm, examples, "out/features")
+        >>> features.pooled.shape == (examples[0].num_answer_tokens, lm.hidden_size)
+        True
     """
     batching.check_examples(lm, examples)
     key = feature_key(lm, examples, dtype, kind)

@@ -93,6 +93,13 @@ def save_head(folder: str | pathlib.Path, head: Head) -> None:
     Raises:
         ValueError: If a weight, T, s or the class-prior shift is not one that `load_head` takes.
         OSError: If the disk is full or the folder cannot be written; an earlier folder stays.
+
+    Example:
+        >>> config = t3jax.HeadConfig(hidden_size=4, vocab_size=10, rank=2)
+        >>> params = t3jax.init_head(jax.random.key(0), config)
+        >>> t3jax.save_head("out/head", t3jax.Head(config, params, 2.5, 1.0, "demo/base"))
+        >>> t3jax.load_head("out/head").base_temperature
+        2.5
     """
     description = {
         "format": _FORMAT,

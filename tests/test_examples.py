@@ -11,19 +11,32 @@ import tiny
 
 import t3jax
 from examples import three_people
+from t3jax import data
 from t3jax.data.records import load_records
 from t3jax.lm import save_hf
 
-MODULES = ("guidance", "head", "pooling", "refinements")
+MODULES = {  # the number of functions and classes with an example
+    "features": 1,
+    "guidance": 3,
+    "head": 4,
+    "head_io": 1,
+    "lm.model": 1,
+    "pooling": 3,
+    "refinements": 3,
+    "sampling.sampler": 1,
+    "training.heads": 1,
+}
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples_print_what_they_say(name):
+def test_examples_print_what_they_say(name, repository, tmp_path, monkeypatch):
+    (tmp_path / "demo").symlink_to(repository / "demo")
+    monkeypatch.chdir(tmp_path)
     module = importlib.import_module(f"t3jax.{name}")
-    names = {"jax": jax, "jnp": jnp, "t3jax": t3jax}
+    names = {"jax": jax, "jnp": jnp, "t3jax": t3jax, "data": data}
     tests = doctest.DocTestFinder().find(module, extraglobs=names)
     examples = [test for test in tests if test.examples]
-    assert len(examples) >= 2
+    assert len(examples) == MODULES[name]
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     for test in examples:
         assert runner.run(test).failed == 0, test.name

@@ -113,6 +113,11 @@ def load_lm(
         ValueError: If the model is of an unknown family, its weights, tokenizer or eos tokens do
             not fit its config, a weight is NaN or Inf, a file is broken or leads out of the folder,
             or the dtype is unknown.
+
+    Example:
+        >>> lm = t3jax.load_lm("demo/base")
+        >>> lm.hidden_size, lm.vocab_size
+        (128, 1536)
     """
     quantized, computed = read_dtype(dtype or default_dtype(), default_dtype())
     if mesh is None:

@@ -26,10 +26,9 @@ from t3jax.sampling.next_token import Controls, Logprobs, next_token, token_logp
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The static part of the loop, fixed when it is compiled.
+    """The static part of the loop, fixed when it is compiled: the model's functions, and options.
 
     Attributes:
-        apply: This function of the model, as the next two.
         heads: The shape of each head.
         truncate_on: The distribution that decides top-k, top-p and min-p: "guided", "base" or
             "tilted", see `next_token`.

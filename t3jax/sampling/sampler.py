@@ -57,6 +57,11 @@ class Sampler:
     A value that changes from call to call (T, s, temperature, top-p, ...) never recompiles. Another
     number of rows, bucket of prompt or answer lengths, choice of log-probabilities, or distribution
     that decides truncation does.
+
+    Example:
+        >>> sampler = t3jax.Sampler(t3jax.load_lm("demo/base"))
+        >>> sampler(["When is the birthday of Ivan Rossi, and which city saw the birth?"])
+        ['It was on 17 March 1985 that Ivan Rossi was born, in the city of Toronto.']
     """
 
     def __init__(

@@ -82,6 +82,15 @@ def train_heads(
             they were.
         OSError: If the disk is full; heads and checkpoints stay as they were.
         t3jax.hosts.Preempted: After SIGTERM, with the epoch saved; only with a workdir.
+
+    Example:
+        >>> lm = t3jax.load_lm("demo/base")
+        >>> def compute(source):
+        ...     rows = data.load_dataset(f"demo/authors/{source}.jsonl[:4]")
+        ...     examples = data.encode_records(lm.tokenizer, rows, data.PromptFormat())
+        ...     return t3jax.load_or_compute_features(lm, examples, "out/features")
+        >>> config = t3jax.HeadConfig(lm.hidden_size, lm.vocab_size)
+        >>> (head,) = t3jax.train_heads(compute("retain"), compute("forget"), config)
     """
     one = TrainConfig() if train_config is None else train_config
     configs = [one] if isinstance(one, TrainConfig) else list(one)
