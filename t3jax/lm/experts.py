@@ -183,8 +183,8 @@ def _mix_sparsely(logits: Array, jitter: float) -> tuple[Array, Array]:
     first, first_weight = choose(logits)
     taken = jax.nn.one_hot(first[:, 0], logits.shape[-1], dtype=bool)
     second, second_weight = choose(jnp.where(taken, -jnp.inf, logits))
-    weights = jnp.concatenate([first_weight, second_weight], axis=-1)
-    return jnp.concatenate([first, second], axis=-1), weights
+    chosen = jnp.concatenate([first, second], axis=-1)
+    return chosen, jnp.concatenate([first_weight, second_weight], axis=-1)
 
 
 def _mix_on_mesh(
