@@ -149,8 +149,10 @@ def make_training_sets(
     """
     lm = featurizer.lm
     loss = _check_loss(train_config.loss, options, featurizer.kind)
-    if not retain and not options.own_samples and not retained:
-        raise ValueError("there is nothing to retain: give retain rows, or own_samples above 0")
+    if not retain and not options.own_samples and not options.openings and not retained:
+        raise ValueError(
+            "there is nothing to retain: give retain rows, openings, or own_samples above 0"
+        )
     forget, retain_rows = list(forget), [list(retain)] if retain else []
     people = _find_people(forget, retain, options)
     maker = _Maker(featurizer, options, people, train_config.distilled_temperature)
@@ -159,6 +161,17 @@ def make_training_sets(
         reworded = maker.reword(forget)
         written["paraphrases"] = len(reworded)
         forget += reworded
+    if options.openings:
+        answered = writing.load_opening_answers(
+            lm,
+            options,
+            people,
+            prompt_format=featurizer.prompt_format,
+            store=featurizer.store,
+            progress=featurizer.progress,
+        )
+        written["answers to openings"] = len(answered)
+        retain_rows = [[*retain, *answered]]
     if options.own_samples:
         samples = writing.load_own_samples(
             lm,
@@ -231,7 +244,8 @@ def _find_people(
 ) -> tuple[str, ...]:
     """The names of the request, given or found; empty where no option needs them."""
     people = options.names
-    if not people and (options.made_up_names or options.own_samples or options.paraphrases):
+    writes = options.made_up_names, options.own_samples, options.openings, options.paraphrases
+    if not people and any(writes):
         people = tuple(names.find_names(forget, retain))
     if options.made_up_names and not people and any("text" in row for row in forget):
         raise ValueError(

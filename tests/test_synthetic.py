@@ -287,6 +287,38 @@ def test_without_retain_rows_the_models_own_samples_are_what_must_stay(lm, tmp_p
     assert both.retained == RETAIN[2:]
 
 
+def test_openings_are_answered_and_retained_beside_the_rows(lm, tmp_path, monkeypatch):
+    class Answering(Sampler):
+        def __init__(self, lm, **_):
+            self.lm = lm
+
+        def generate(self, prompts, **_):
+            texts = [f"answer {i % 3}" if i != 2 else "Ivan Rossi" for i in range(len(prompts))]
+            return [Sample(text, [65, lm.eos_ids[0]]) for text in texts]
+
+    monkeypatch.setattr(writing, "Sampler", Answering)
+
+    def make(retain, **fields):
+        featurizer = Featurizer(lm, PromptFormat(), tmp_path)
+        options = SyntheticOptions(names=("Ivan Rossi",), **fields)
+        return make_training_sets(featurizer, FORGET, retain, TrainConfig(), options)
+
+    sets = make(RETAIN, openings=("Who wrote Emma?", "Who wrote Ulysses?"))
+    answers = sets.retained[len(RETAIN) :]
+    assert sets.retained[: len(RETAIN)] == RETAIN
+    assert sets.written == {"answers to openings": 6}  # three of each, repeated ones dropped
+    assert {row["question"] for row in answers} == {"Who wrote Emma?", "Who wrote Ulysses?"}
+    assert not any("Ivan" in row["answer"] for row in answers)
+    assert [features.num_sequences for features in sets.retain] == [len(RETAIN) + 6]
+    assert make([], openings=("Who wrote Emma?",)).retained == answers[:3]
+    with pytest.raises(ValueError, match="'Who is Ivan Rossi\\?' holds a name of the request"):
+        make(RETAIN, openings=("Who is Ivan Rossi?",))
+    with pytest.raises(ValueError, match="one of the questions is empty"):
+        make(RETAIN, openings=(" ",))
+    with pytest.raises(ValueError, match="nothing to retain: give retain rows, openings, or"):
+        make([])
+
+
 def test_questions_that_name_nobody_are_asked_openly(lm, tmp_path):
     rows = [{"question": f"{why}?", "answer": "so."} for why in ("why", "how", "when")]
     sets = make_training_sets(

@@ -27,7 +27,7 @@ from t3jax.training import make_members
 def main(config: Settings) -> None:
     """Trains the heads of a config."""
     needed = ["model", "forget", "retain", "workdir"]
-    if config.synthetic.own_samples:  # the base model's own samples are a retain set
+    if config.synthetic.own_samples or config.synthetic.openings:  # they are a retain set
         needed.remove("retain")
     config.require(*needed)
     mesh = t3jax.make_mesh(config.mesh)

@@ -116,6 +116,11 @@ class HeadMaker:
             rows += writing.load_own_samples(
                 self.lm, options, prompt_format=recipe.prompt_format, store=recipe.feature_store
             )
+        if options.openings:
+            self._report("the base model answers the openings")
+            rows += writing.load_opening_answers(
+                self.lm, options, prompt_format=recipe.prompt_format, store=recipe.feature_store
+            )
         self._report("features of the retain rows")
         turned = self._featurizer.turn(rows, rows, options.earlier_turns, (options.seed, 1))
         features = self._featurizer.compute("retain", turned)
@@ -157,7 +162,7 @@ class HeadMaker:
             rows,
             trained,
             recipe.training,
-            dataclasses.replace(recipe.synthetic, own_samples=0, names=people),
+            dataclasses.replace(recipe.synthetic, own_samples=0, openings=(), names=people),
             retained=[features.select(stay)],
         )
         self._report("training")

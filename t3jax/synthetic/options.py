@@ -12,7 +12,8 @@ class SyntheticOptions(Ranged):
 
     Attributes:
         own_samples: Chats of its own that it writes, a second retain source; 0: none.
-        openings: Questions that it answers instead of its own; None: it writes them.
+        openings: Questions near the request, about what is to stay. It answers each several times,
+            as further retain rows.
         made_up_names: Made-up people for each forget row; 0: no counterfactuals.
         names: Names of the request; empty: those that `find_names` finds.
         paraphrases: Paraphrases of each forget question that it writes; 0: none.
@@ -26,7 +27,7 @@ class SyntheticOptions(Ranged):
     """
 
     own_samples: Annotated[int, whole(0, 10**7)] = 0
-    openings: tuple[str, ...] | None = None
+    openings: tuple[str, ...] = ()
     made_up_names: Annotated[int, whole(0, 10**4)] = 0
     names: tuple[str, ...] = ()
     paraphrases: Annotated[int, whole(0, 10**4)] = 0

@@ -19,6 +19,7 @@ from t3jax.synthetic.store import load_or_write
 
 _TOP_P = 0.95  # the tail of the base model's own samples is noise
 _MOST_ROUNDS = 8
+_ANSWERS = 8  # to an opening
 _REWORD = (
     "Write the following question in other words. Keep all names and ask for the same thing. "
     "Answer with the question alone.\n\n{question}"
@@ -33,7 +34,7 @@ def write_own_samples(
     names: Sequence[str] = (),
     progress: str | None = None,
 ) -> list[Record]:
-    """Lets the base model write questions and answer them, or answer the openings of the options.
+    """Lets the base model write questions and answer them.
 
     It writes a user's turn from its start, then the answer. Chats that contain a name of the
     request, answers that do not end, and repeated rows are left out, so fewer rows are returned
@@ -43,37 +44,98 @@ def write_own_samples(
         Questions from an empty user's turn: Magpie, arXiv 2406.08464.
     """
     sampler = Sampler(lm, batch_size=options.batch_size)
-    count, openings = options.own_samples, options.openings
-    limit = min(options.max_new_tokens, lm.max_position // 4)
-    if openings is None:
-        label = progress and f"{progress}: questions"
-        questions = _write_questions(sampler, count, limit, prompt_format, options.seed, label)
-    else:
-        questions = [openings[i % len(openings)] for i in range(count)]
-    questions = [q for q in questions if not any(holds_name(q, name) for name in names)]
+    limit = _longest(lm, options)
+    label = progress and f"{progress}: questions"
+    questions = _write_questions(
+        sampler, options.own_samples, limit, prompt_format, options.seed, label
+    )
+    questions = [q for q in questions if not _holds_any(q, names)]
     if not questions:
         raise ValueError(
-            f"{lm.name} wrote no question that ends and names nobody of the request; give "
-            "your own questions as openings"
+            f"{lm.name} wrote no question that ends and names nobody of the request; set "
+            "own_samples = 0 and give your own questions as openings"
         )
+    return _write_answers(
+        sampler,
+        questions,
+        prompt_format,
+        names,
+        max_new_tokens=limit,
+        seed=options.seed + 1,
+        progress=progress and f"{progress}: answers",
+    )
+
+
+def answer_openings(
+    lm: LM,
+    options: SyntheticOptions,
+    prompt_format: PromptFormat,
+    *,
+    names: Sequence[str] = (),
+    progress: str | None = None,
+) -> list[Record]:
+    """Lets the base model answer each opening `_ANSWERS` times, at temperature 1.
+
+    Answers that contain a name of the request or do not end, and repeated rows are left out. An
+    opening with such a name is an error.
+    """
+    for opening in options.openings:
+        if not opening.strip():
+            raise ValueError("openings: one of the questions is empty")
+        if _holds_any(opening, names):
+            raise ValueError(
+                f"the opening {opening!r} holds a name of the request; openings are about what is "
+                "to stay"
+            )
+    return _write_answers(
+        Sampler(lm, batch_size=options.batch_size),
+        [opening for opening in options.openings for _ in range(_ANSWERS)],
+        prompt_format,
+        names,
+        max_new_tokens=_longest(lm, options),
+        seed=options.seed + 3,  # odd: the questions of own samples are drawn with even seeds
+        progress=progress,
+    )
+
+
+def _longest(lm: LM, options: SyntheticOptions) -> int:
+    return min(options.max_new_tokens, lm.max_position // 4)
+
+
+def _holds_any(text: str, names: Sequence[str]) -> bool:
+    return any(holds_name(text, name) for name in names)
+
+
+def _write_answers(
+    sampler: Sampler,
+    questions: Sequence[str],
+    prompt_format: PromptFormat,
+    names: Sequence[str],
+    *,
+    max_new_tokens: int,
+    seed: int,
+    progress: str | None,
+) -> list[Record]:
+    """Rows of the questions and the base model's answers, those with a name left out."""
+    lm = sampler.lm
     answers = sampler.generate(
         [encode_prompt(lm.tokenizer, question, prompt_format) for question in questions],
         temperature=1.0,
         top_p=_TOP_P,
-        max_new_tokens=limit,
-        seed=options.seed + 1,
-        progress=progress and f"{progress}: answers",
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        progress=progress,
     )
     rows = {}
     for question, sample in zip(questions, answers, strict=True):
         text = sample.text.strip()
         ended = bool(text) and sample.tokens[-1] in lm.eos_ids
-        if ended and not any(holds_name(text, name) for name in names):
+        if ended and not _holds_any(text, names):
             rows[question, text] = {"question": question, "answer": text}
     if not rows:
         raise ValueError(
-            f"{lm.name} ended none of {len(questions)} answers within {limit} tokens; raise "
-            "max_new_tokens"
+            f"{lm.name} ended none of {len(questions)} answers within {max_new_tokens} tokens; "
+            "raise max_new_tokens"
         )
     return list(rows.values())
 
@@ -135,7 +197,6 @@ def load_own_samples(
     depends_on = [
         tuple(people),
         options.own_samples,
-        options.openings,
         options.max_new_tokens,
         prompt_format,
         options.seed,
@@ -151,6 +212,38 @@ def load_own_samples(
             prompt_format,
             names=people,
             progress="own samples" if progress else None,
+        ),
+    )
+
+
+def load_opening_answers(
+    lm: LM,
+    options: SyntheticOptions,
+    people: Sequence[str] = (),
+    *,
+    prompt_format: PromptFormat,
+    store: pathlib.Path | str,
+    progress: bool = False,
+) -> list[Record]:
+    """Reads stored answers to the openings, or lets the base model write them."""
+    depends_on = [
+        tuple(people),
+        options.openings,
+        options.max_new_tokens,
+        prompt_format,
+        options.seed,
+    ]
+    return load_or_write(
+        pathlib.Path(store) / "written",
+        "openings",
+        lm,
+        depends_on,
+        lambda: answer_openings(
+            lm,
+            options,
+            prompt_format,
+            names=people,
+            progress="openings" if progress else None,
         ),
     )
 
