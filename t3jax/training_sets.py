@@ -100,6 +100,20 @@ class Featurizer:
             progress=self.label(label),
         )
 
+    def load_retain_rows(
+        self, kind: str, options: SyntheticOptions, people: Sequence[str] = ()
+    ) -> list[Record]:
+        """Rows that the base model writes, read from the store or written."""
+        return writing.load_retain_rows(
+            kind,
+            self.lm,
+            options,
+            people,
+            prompt_format=self.prompt_format,
+            store=self.store,
+            progress=self.progress,
+        )
+
     def turn(
         self,
         rows: Sequence[Record],
@@ -162,25 +176,11 @@ def make_training_sets(
         written["paraphrases"] = len(reworded)
         forget += reworded
     if options.openings:
-        answered = writing.load_opening_answers(
-            lm,
-            options,
-            people,
-            prompt_format=featurizer.prompt_format,
-            store=featurizer.store,
-            progress=featurizer.progress,
-        )
+        answered = featurizer.load_retain_rows("openings", options, people)
         written["answers to openings"] = len(answered)
         retain_rows = [[*retain, *answered]]
     if options.own_samples:
-        samples = writing.load_own_samples(
-            lm,
-            options,
-            people,
-            prompt_format=featurizer.prompt_format,
-            store=featurizer.store,
-            progress=featurizer.progress,
-        )
+        samples = featurizer.load_retain_rows("own samples", options, people)
         written["own samples"] = len(samples)
         retain_rows.append(samples)
     swapped_back: list[Record] = []

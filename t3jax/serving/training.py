@@ -17,7 +17,7 @@ from t3jax.head_io import Head
 from t3jax.lm.model import LM
 from t3jax.sampling.sampler import Sampler
 from t3jax.synthetic import names as names_lib
-from t3jax.synthetic import targets, writing
+from t3jax.synthetic import targets
 from t3jax.training import TrainConfig, train_heads
 from t3jax.training_sets import Featurizer, SyntheticOptions, TrainingSets, make_training_sets
 from t3jax.verification.attacks import Encoding
@@ -113,14 +113,10 @@ class HeadMaker:
         rows = list(self.trained)
         if options.own_samples:
             self._report("the base model writes its own samples")
-            rows += writing.load_own_samples(
-                self.lm, options, prompt_format=recipe.prompt_format, store=recipe.feature_store
-            )
+            rows += self._featurizer.load_retain_rows("own samples", options)
         if options.openings:
             self._report("the base model answers the openings")
-            rows += writing.load_opening_answers(
-                self.lm, options, prompt_format=recipe.prompt_format, store=recipe.feature_store
-            )
+            rows += self._featurizer.load_retain_rows("openings", options)
         self._report("features of the retain rows")
         turned = self._featurizer.turn(rows, rows, options.earlier_turns, (options.seed, 1))
         features = self._featurizer.compute("retain", turned)

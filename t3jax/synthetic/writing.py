@@ -181,7 +181,8 @@ def _write_questions(
     return questions[:count]
 
 
-def load_own_samples(
+def load_retain_rows(
+    kind: str,
     lm: LM,
     options: SyntheticOptions,
     people: Sequence[str] = (),
@@ -190,60 +191,29 @@ def load_own_samples(
     store: pathlib.Path | str,
     progress: bool = False,
 ) -> list[Record]:
-    """Reads own samples that are stored, or lets the base model write them (`write_own_samples`).
+    """Reads stored rows of a kind, or lets the base model write them.
 
-    None of them contains a name of `people`.
+    The kinds are "own samples" (`write_own_samples`) and "openings" (`answer_openings`). No answer
+    contains a name of `people`.
     """
+    requested: object = options.own_samples
+    write = write_own_samples
+    if kind == "openings":
+        requested, write = options.openings, answer_openings
     depends_on = [
         tuple(people),
-        options.own_samples,
+        requested,
         options.max_new_tokens,
         prompt_format,
         options.seed,
     ]
     return load_or_write(
         pathlib.Path(store) / "written",
-        "own-samples",
+        kind.replace(" ", "-"),
         lm,
         depends_on,
-        lambda: write_own_samples(
-            lm,
-            options,
-            prompt_format,
-            names=people,
-            progress="own samples" if progress else None,
-        ),
-    )
-
-
-def load_opening_answers(
-    lm: LM,
-    options: SyntheticOptions,
-    people: Sequence[str] = (),
-    *,
-    prompt_format: PromptFormat,
-    store: pathlib.Path | str,
-    progress: bool = False,
-) -> list[Record]:
-    """Reads stored answers to the openings, or lets the base model write them."""
-    depends_on = [
-        tuple(people),
-        options.openings,
-        options.max_new_tokens,
-        prompt_format,
-        options.seed,
-    ]
-    return load_or_write(
-        pathlib.Path(store) / "written",
-        "openings",
-        lm,
-        depends_on,
-        lambda: answer_openings(
-            lm,
-            options,
-            prompt_format,
-            names=people,
-            progress="openings" if progress else None,
+        lambda: write(
+            lm, options, prompt_format, names=people, progress=kind if progress else None
         ),
     )
 
