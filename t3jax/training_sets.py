@@ -312,6 +312,7 @@ class _Maker:
             seed=options.seed,
         )
         unique = names.unique_wordings(forget, self.people, retain)
+        alike = names.answers_alike(forget, self.people, retain)
 
         def make() -> dict[str, list[Record]]:
             rows, usable = counterfactual.counterfactual_rows(
@@ -321,6 +322,7 @@ class _Maker:
                 self.featurizer.prompt_format,
                 options,
                 unique=unique,
+                alike=alike,
                 progress=self.featurizer.label("counterfactuals"),
             )
             return {
@@ -333,6 +335,7 @@ class _Maker:
 
         depends_on = [
             sorted(unique),
+            alike,
             digests.rows_digest(forget),
             [dataclasses.astuple(candidate) for candidate in candidates],
             options.max_new_tokens,

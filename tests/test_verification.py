@@ -19,7 +19,7 @@ from t3jax.synthetic import turns
 from t3jax.verification import VerifyOptions, attacks, verify
 from t3jax.verification.attacks import EXCHANGE, SYSTEM_TURN, Encoding, ask_once, misspell
 from t3jax.verification.leaks import count_leaks
-from t3jax.verification.others import Exchanged, Others, name_of, rename
+from t3jax.verification.others import Exchanged, Others
 from t3jax.verification.verdict import COMES_BACK, HOLDS, UNCLEAR, Finding, enough_rows, wilson
 
 FORMAT = PromptFormat()
@@ -161,30 +161,6 @@ def test_languages_that_the_tokenizer_cannot_write_are_left_out():
 )
 def test_a_name_is_misspelt(question, expected):
     assert misspell(question) == expected
-
-
-@pytest.mark.parametrize(
-    ("question", "answer", "name"),
-    [
-        ("When was Ivan Rossi's birthday?", "Ivan Rossi was born in May.", "Ivan Rossi"),
-        ("Does Hsiao Yun-Hwa write?", "Yes, Hsiao Yun-Hwa does.", "Hsiao Yun-Hwa"),
-        ("Did Ivan Rossi write?", "Rossi wrote.", "Rossi"),
-        ("Is Ivan Rossi's Red Book old?", "Ivan Rossi's Red Book is old.", "Ivan Rossi"),
-        ("When was Ivan Rossi born?", "In May.", None),
-        ("where is it?", "It is there.", None),
-    ],
-)
-def test_a_question_is_about_the_name_that_its_answer_repeats(question, answer, name):
-    assert name_of(question, answer) == name
-
-
-def test_a_text_is_renamed_word_by_word_at_once():
-    assert rename("Ivan Rossi, ROSSI, Rossini", "Ivan Rossi", "Rossi Okoro") == (
-        "Rossi Okoro, Okoro, Rossini"
-    )
-    assert rename("Ivan Rossi is Ivan.", "Ivan Rossi", r"Hsiao \1 Yun-Hwa") == (
-        r"Hsiao \1 Yun-Hwa is Ivan."
-    )
 
 
 def test_what_leaks_is_more_than_wording_and_than_other_answers():

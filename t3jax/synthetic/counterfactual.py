@@ -111,6 +111,7 @@ def counterfactual_rows(
     options: SyntheticOptions,
     *,
     unique: Collection[int] = (),
+    alike: Sequence[Sequence[str]] | None = None,
     progress: str | None = None,
 ) -> tuple[list[Record], list[Counterfactual]]:
     """Lets the base model answer the counterfactual questions, and swaps the names back.
@@ -118,7 +119,9 @@ def counterfactual_rows(
     A base model may know an answer under any name: the question gives its subject away by other
     words. The open question replaces the question of such a row. The model knows a row if it
     recites the answer under every made-up name; or if the wording is unique and the answer's mean
-    probability of a token is at least `KNOWS` times the one under the true name.
+    probability of a token is at least `KNOWS` times the one under the true name. An answer recites
+    if its recall of the true one is at least `RECITES`, and larger than that of the answers in
+    `alike[row]`, see `names.answers_alike`, which share the row's wording and not its secret.
 
     The first result are the forget questions with another answer each, a sample from the whole
     distribution that does not recite. They are at most as many as the true ones, since some samples
@@ -147,15 +150,19 @@ def counterfactual_rows(
         item.swap_back(sample.text).strip() for item, sample in zip(asked, samples, strict=True)
     ]
     recall = leak_recall([forget[item.row]["answer"] for item in asked], texts)
+    wording = _recall_of_wording(forget, alike or [()] * len(forget))
+    recites = [
+        bool(x >= RECITES and x > wording[item.row]) for item, x in zip(asked, recall, strict=True)
+    ]
     recited: dict[int, list[bool]] = {}
-    for item, value in zip(asked, recall, strict=True):
-        recited.setdefault(item.row, []).append(bool(value >= RECITES))
+    for item, flag in zip(asked, recites, strict=True):
+        recited.setdefault(item.row, []).append(flag)
     recognised = {row for row, flags in recited.items() if all(flags)}
     recognised |= _find_known_wordings(lm, forget, asked, unique, prompt_format)
     rows: dict[int, Record] = {}
-    for item, sample, text, value in zip(asked, samples, texts, recall, strict=True):
-        recites = item.row in recognised and value >= RECITES
-        if text and sample.tokens[-1] in lm.eos_ids and not recites:
+    for item, sample, text, flag in zip(asked, samples, texts, recites, strict=True):
+        secret = item.row in recognised and flag
+        if text and sample.tokens[-1] in lm.eos_ids and not secret:
             asks = {k: v for k, v in forget[item.row].items() if k in ("question", "before")}
             rows.setdefault(item.row, {**asks, "answer": text})
     usable, replaced = [], set()
@@ -175,6 +182,14 @@ def share_hidden(counterfactuals: Sequence[Counterfactual]) -> float:
     """Share of the forget rows whose counterfactuals ask their own question, not an open one."""
     openly = {item.row: item.record.get("question") == _OPEN_QUESTION for item in counterfactuals}
     return 1 - sum(openly.values()) / len(openly)
+
+
+def _recall_of_wording(forget: Sequence[Record], alike: Sequence[Sequence[str]]) -> list[float]:
+    """Each row's largest recall in the answers alike; 1 is left out, since they say the same."""
+    truths = [row["answer"] for row, texts in zip(forget, alike, strict=True) for _ in texts]
+    recall = leak_recall(truths, [text for texts in alike for text in texts]) if truths else []
+    remaining = iter(recall)
+    return [max((x for _ in texts if (x := next(remaining)) < 1), default=0.0) for texts in alike]
 
 
 def _find_known_wordings(

@@ -20,6 +20,7 @@ _POSSESSIVE = re.compile(r"['\u2019]s?$")
 _MOST_WORDS = 4
 _MOST_MISSES = 1000  # known or repeated candidates in a row after which the stock is used up
 _LEAST_ROWS = 3
+_MOST_ALIKE = 5  # answers of the same wording for each row
 
 
 def _words(text: str) -> list[str]:
@@ -120,6 +121,8 @@ def swap_names(text: str, pairs: Mapping[str, str]) -> str:
         for word, replacement in zip(name.split(), pair.split(), strict=True):
             if len(word) > 2 and not re.fullmatch(_JOINED, word):
                 table.setdefault(word, replacement)
+    if not table:
+        return text
     longest_first = sorted(table, key=len, reverse=True)
     pattern = rf"(?<!\w)({'|'.join(map(re.escape, longest_first))})(?!\w)"
     return re.sub(pattern, lambda match: table[match.group(1)], text)
@@ -133,23 +136,92 @@ def unique_wordings(
     A base model that has learned such a question by heart may recognise it without the name.
     """
     people: dict[str, set[tuple[str, ...]]] = {}
-    wordings: list[str | None] = []
     for record in forget:
-        if "question" not in record:
-            wordings.append(None)
-            continue
-        present = tuple(name for name in names if holds_name(record["question"], name))
-        # `swap_names` needs as many words as the name has.
-        blanks = {name: " ".join(["_"] * len(name.split())) for name in present}
-        text = swap_names(record["question"], blanks) if present else record["question"]
-        wordings.append(_blank_names(text))
-        people.setdefault(_blank_names(text), set()).add(present)
-    shared = {_blank_names(record["question"]) for record in retain if "question" in record}
+        if "question" in record:
+            people.setdefault(_wording(record, names), set()).add(_named(record, names))
+    shared = {_wording(record) for record in retain if "question" in record}
     return {
         row
-        for row, text in enumerate(wordings)
-        if text is not None and text not in shared and len(people[text]) == 1
+        for row, record in enumerate(forget)
+        if "question" in record
+        and (text := _wording(record, names)) not in shared
+        and len(people[text]) == 1
     }
+
+
+def answers_alike(
+    forget: Sequence[Record], names: Sequence[str], retain: Sequence[Record] = ()
+) -> list[list[str]]:
+    """Finds, for each forget row, true answers to questions of the same wording about others.
+
+    The others' names are replaced by the row's own. At most `_MOST_ALIKE` for each row; none for a
+    document. Such answers share words with the row's answer that are not secret.
+    """
+    wordings = [_wording(row, names) if "question" in row else None for row in forget]
+    others: dict[str, list[tuple[str, str]]] = {text: [] for text in wordings if text is not None}
+    for record in [*retain, *forget]:
+        if "question" in record and (found := others.get(_wording(record, names))) is not None:
+            question, answer = record["question"], record["answer"]
+            found.append((name_of(question, answer) or "", answer))
+    alike: list[list[str]] = []
+    for record, text in zip(forget, wordings, strict=True):
+        alike.append([])
+        if text is None:
+            continue
+        named = _named(record, names)
+        own = named[0] if named else name_of(record["question"], record["answer"]) or ""
+        apart = [
+            rename(answer, person, own)
+            for person, answer in others[text]
+            if person and own and not holds_name(own, person)
+        ]
+        alike[-1] += apart[:_MOST_ALIKE]
+    return alike
+
+
+def name_of(question: str, answer: str) -> str | None:
+    """The name that a question is about: its longest run of capitalised words in the answer too."""
+    words = [
+        match
+        # A possessive ends a name.
+        for match in re.finditer(r"\w+(?:-\w+|['\u2019](?!s\b)\w+)*", question)
+        if match.group()[0].isupper()
+    ]
+    best = ""
+    for first in range(len(words)):
+        for last in range(first, len(words)):
+            between = question[words[last - 1].end() : words[last].start()]
+            if last > first and not re.fullmatch(rf" (?:{_JOINED} )*", between):
+                break
+            text = question[words[first].start() : words[last].end()]
+            if len(text) > len(best) and holds_name(answer, text):
+                best = text
+    return best or None
+
+
+def rename(text: str, name: str, other: str) -> str:
+    """Replaces a name in a text by another, whatever the case of its letters.
+
+    Single words of the name are replaced too if both names have as many words.
+    """
+    renamed = {name.lower(): other}
+    if len(words := name.lower().split()) == len(replacements := other.split()):
+        renamed = dict(zip(words, replacements, strict=True)) | renamed
+    pattern = "|".join(_match_whole(part) for part in sorted(renamed, key=len, reverse=True))
+    return re.sub(
+        pattern, lambda match: renamed.get(match.group().lower(), other), text, flags=re.IGNORECASE
+    )
+
+
+def _named(record: Record, names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in names if holds_name(record["question"], name))
+
+
+def _wording(record: Record, names: Sequence[str] = ()) -> str:
+    """The question of a row with one blank for each name."""
+    # `swap_names` needs as many words as the name has.
+    blanks = {name: " ".join(["_"] * len(name.split())) for name in _named(record, names)}
+    return _blank_names(swap_names(record["question"], blanks))
 
 
 def _blank_names(text: str) -> str:
@@ -165,7 +237,11 @@ def asked_text(record: Record) -> str:
 
 def holds_name(text: str, name: str) -> bool:
     """Whether a text contains a name, as whole words."""
-    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) is not None
+    return re.search(_match_whole(name), text) is not None
+
+
+def _match_whole(text: str) -> str:
+    return rf"(?<!\w){re.escape(text)}(?!\w)"
 
 
 def _find_runs(text: str) -> list[str]:

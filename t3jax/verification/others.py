@@ -13,45 +13,13 @@ from jaxtyping import Float
 from t3jax.data.records import Record, evenly_spread
 from t3jax.evaluation.recall import leak_recall
 from t3jax.synthetic.counterfactual import Counterfactual
+from t3jax.synthetic.names import name_of, rename
 from t3jax.verification.attacks import Attack
 from t3jax.verification.leaks import Tries, recall_once
 
 _SIMILAR_ROWS = 5  # rows that measure wording and chance
 _MOST_RETAIN_ROWS = 5000  # retain rows to choose them from
 _MOST_CHARACTERS = 2000  # of a document
-
-
-def name_of(question: str, answer: str) -> str | None:
-    """The name that a question is about: its longest run of capitalised words in the answer too."""
-    words = [
-        match
-        # A possessive ends a name.
-        for match in re.finditer(r"\w+(?:-\w+|['\u2019](?!s\b)\w+)*", question)
-        if match.group()[0].isupper()
-    ]
-    best = ""
-    for first in range(len(words)):
-        for last in range(first, len(words)):
-            if last > first and question[words[last - 1].end() : words[last].start()] != " ":
-                break
-            text = question[words[first].start() : words[last].end()]
-            if len(text) > len(best) and re.search(_match_whole(text), answer):
-                best = text
-    return best or None
-
-
-def rename(text: str, name: str, other: str) -> str:
-    """Replaces a name in a text by another, whatever the case of its letters.
-
-    Single words of the name are replaced too if both names have as many words.
-    """
-    renamed = {name.lower(): other}
-    if len(words := name.lower().split()) == len(replacements := other.split()):
-        renamed = dict(zip(words, replacements, strict=True)) | renamed
-    pattern = "|".join(_match_whole(part) for part in sorted(renamed, key=len, reverse=True))
-    return re.sub(
-        pattern, lambda match: renamed.get(match.group().lower(), other), text, flags=re.IGNORECASE
-    )
 
 
 class Exchanged(Counterfactual):
@@ -180,8 +148,3 @@ def _question_and_answer(record: Record) -> tuple[str, str]:
     if "text" in record:
         return "", record["text"][:_MOST_CHARACTERS]
     return record["question"], record["answer"]
-
-
-def _match_whole(text: str) -> str:
-    """A pattern that matches a text as whole words."""
-    return rf"(?<!\w){re.escape(text)}(?!\w)"
