@@ -23,24 +23,34 @@ def of(distance, retained, scale=1.0, temperature=1.0, probability=0.5):
 
 def test_the_nearest_setting_that_keeps_what_is_to_be_retained_is_chosen():
     far, near, harmful = of(0.4, 1.0), of(0.2, 0.98, 2.0), of(0.1, 0.9, 3.0)
-    assert choose_setting([far, near, harmful], 0.5) is near
-    assert choose_setting([harmful, of(0.9, 0.95)], 0.5).retained == 0.95
+    assert choose_setting([far, near, harmful], 0.5, 1.0) is near
+    assert choose_setting([harmful, of(0.9, 0.95)], 0.5, 1.0).retained == 0.95
     weaker = of(0.2, 0.98, 1.5)
-    assert choose_setting([near, weaker], 0.5) is weaker
+    assert choose_setting([near, weaker], 0.5, 1.0) is weaker
 
 
 def test_tempering_is_chosen_only_where_nothing_else_forgets_and_retains():
     nearer, weaker = of(0.1, 0.99, 1.0, 1.5), of(0.1, 0.99, 0.9, 1.5)
-    assert choose_setting([nearer, of(0.2, 0.98)], 0.5).base_temperature == 1
-    assert choose_setting([nearer, weaker, of(0.2, 0.9)], 0.5) is weaker
-    assert choose_setting([nearer, of(0.2, 0.98, probability=0.7)], 0.5) is nearer
+    assert choose_setting([nearer, of(0.2, 0.98)], 0.5, 1.0).base_temperature == 1
+    assert choose_setting([nearer, weaker, of(0.2, 0.9)], 0.5, 1.0) is weaker
+    assert choose_setting([nearer, of(0.2, 0.98, probability=0.7)], 0.5, 1.0) is nearer
 
 
 def test_a_setting_that_leaves_more_than_the_level_is_not_chosen():
     leaks, forgets = of(0.1, 0.99, probability=0.3), of(0.3, 0.98, probability=0.1)
-    assert choose_setting([leaks, forgets], 0.23) is forgets
-    assert choose_setting([leaks, forgets], 0.25) is leaks
-    assert choose_setting([leaks, of(0.2, 0.98, probability=0.25)], 0.1).forget_probability == 0.25
+    assert choose_setting([leaks, forgets], 0.23, 1.0) is forgets
+    assert choose_setting([leaks, forgets], 0.25, 1.0) is leaks
+    assert (
+        choose_setting([leaks, of(0.2, 0.98, probability=0.25)], 0.1, 1.0).forget_probability
+        == 0.25
+    )
+
+
+def test_a_setting_must_lose_most_of_what_made_up_names_lose():
+    """Where the wording is probable under every name, 1.25 times the level is no limit."""
+    leaks, forgets = of(0.1, 0.99, probability=0.87), of(0.3, 0.98, probability=0.76)
+    assert choose_setting([leaks, forgets], level=0.82, base=0.99) is forgets
+    assert choose_setting([leaks, forgets], level=0.99, base=0.9) is leaks
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +67,9 @@ def test_settings_are_compared_with_the_made_up_name_level(tiny_lm, texts):
     found = calibrate(tiny_lm, [head], forget, [[each] for each in forget], retain, grid=grid)
     assert found.made_up_probability == pytest.approx(found.base_probability)
     assert len(found.settings) == len(calibration.SCALES)
-    assert found.chosen == choose_setting(found.settings, found.made_up_probability)
+    assert found.chosen == choose_setting(
+        found.settings, found.made_up_probability, found.base_probability
+    )
     assert f"s = {found.chosen.guidance_scale:g}" in str(found)
     # The level is the mean over the made-up people of a row.
     twice = calibrate(

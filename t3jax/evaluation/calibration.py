@@ -26,7 +26,10 @@ TEMPERATURES = (1.0, 1.25, 1.5, 2.5)
 GRID = tuple(itertools.product(TEMPERATURES, SCALES))
 _MOST_ROWS = 200
 _LEAST_RETAINED = 0.97
-_ABOVE_LEVEL = 1.25  # of the made-up-name level; a higher probability is not forgotten
+# Limits of what counts as forgotten: the probability, over that of the made-up-name level, and the
+# share of the log-probability that an answer loses there.
+_ABOVE_LEVEL = 1.25
+_LEAST_LOST = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,19 +91,22 @@ class Calibration:
         )
 
 
-def choose_setting(settings: Sequence[Calibrated], level: float) -> Calibrated:
+def choose_setting(settings: Sequence[Calibrated], level: float, base: float) -> Calibrated:
     """Chooses the smallest distance among the settings that forget and retain.
 
     A setting forgets if the forget answers are at most 1.25 times as probable as at the
-    made-up-name level, and retains if the retain answers keep 97 % of their probability. Settings
-    at T = 1 are preferred: at a higher T, untruncated sampling draws from the flattened tail of the
-    vocabulary. The weaker tilt breaks ties. If no setting does both, the setting with the least
-    probable forget answers among those that retain is chosen, or else the one that retains most.
+    made-up-name level, and lose at least 80 % of the log-probability that they lose there; `level`
+    and `base` are the probabilities there and under the base model. The second condition decides
+    where most tokens of an answer are not secret: they are probable under every name. A setting
+    retains if the retain answers keep 97 % of their probability. Settings at T = 1 are preferred:
+    at a higher T, untruncated sampling draws from the flattened tail of the vocabulary. The weaker
+    tilt breaks ties. If no setting does both, the setting with the least probable forget answers
+    among those that retain is chosen, or else the one that retains most.
     """
     retaining = [setting for setting in settings if setting.retained >= _LEAST_RETAINED]
     if not retaining:
         return max(settings, key=lambda setting: setting.retained)
-    limit = _ABOVE_LEVEL * level
+    limit = min(_ABOVE_LEVEL * level, level**_LEAST_LOST * base ** (1 - _LEAST_LOST))
     forgetting = [setting for setting in retaining if setting.forget_probability <= limit]
     if not forgetting:
         return min(retaining, key=lambda setting: setting.forget_probability)
@@ -170,7 +176,7 @@ def calibrate(
             )
         )
     return Calibration(
-        choose_setting(results, float(level.mean())),
+        choose_setting(results, float(level.mean()), float(forgotten[0].mean())),
         tuple(results),
         float(level.mean()),
         float(forgotten[0].mean()),
