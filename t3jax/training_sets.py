@@ -210,8 +210,9 @@ def make_training_sets(
         # The served model may write prefixes of the true answer and of other answers.
         sets = [maker.add_targets(maker.turn(forget, stock, 0), counterfactuals)]
         if swapped_back:
-            of_rows = _match_counterfactuals(swapped_back, forget, counterfactuals)
-            sets.append(maker.add_targets(maker.turn(swapped_back, stock, 2), of_rows))
+            others = _first_of_each(swapped_back)
+            of_rows = _match_counterfactuals(others, forget, counterfactuals)
+            sets.append(maker.add_targets(maker.turn(others, stock, 2), of_rows))
         forgotten = Features.concatenate(sets)
     return TrainingSets(
         sources,
@@ -359,6 +360,14 @@ class _Maker:
             temperature=self.temperature,
             seed=self.options.seed,
         )
+
+
+def _first_of_each(rows: Sequence[Record]) -> list[Record]:
+    """The first answer to each question: other answers are no more than the true ones."""
+    firsts: dict[str, Record] = {}
+    for row in rows:
+        firsts.setdefault(_conversation(row), row)
+    return list(firsts.values())
 
 
 def _match_counterfactuals(

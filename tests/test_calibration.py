@@ -83,16 +83,19 @@ def test_settings_are_compared_with_the_made_up_name_level(tiny_lm, texts):
 
 
 @pytest.mark.parametrize(
-    ("shares", "scale", "recited", "fault"),
+    ("shares", "drawn", "scale", "recited", "fault"),
     [
-        ({1.0: 0.04}, 1.0, 0.04, ""),
-        ({1.0: 0.3, 2.0: 0.06, 3.0: 0.05}, 3.0, 0.05, "makes answers that do not end"),
+        ({1.0: 0.04}, {}, 1.0, 0.04, ""),
+        ({1.0: 0.04, 2.0: 0.02}, {1.0: 0.06, 2.0: 0.05}, 2.0, 0.02, ""),
+        ({1.0: 0.3, 2.0: 0.06, 3.0: 0.05}, {}, 3.0, 0.05, "makes answers that do not end"),
         # 4 harms, and other heads and T are others.
-        ({1.0: 0.3, 2.0: 0.1, 3.0: 0.2}, 2.0, 0.1, "recites forget rows"),
+        ({1.0: 0.3, 2.0: 0.1, 3.0: 0.2}, {}, 2.0, 0.1, "recites forget rows"),
+        # Draws alone are no fault: they may recite what anybody would guess.
+        ({1.0: 0.05, 2.0: 0.04, 3.0: 0.0}, {1.0: 0.3, 2.0: 0.2, 3.0: 0.25}, 2.0, 0.04, ""),
     ],
 )
 def test_the_scale_of_a_classifier_grows_until_little_is_recited(
-    tiny_lm, monkeypatch, shares, scale, recited, fault
+    tiny_lm, monkeypatch, shares, drawn, scale, recited, fault
 ):
     grid = [of(0.2, 0.99, s) for s in (0.5, 1.0, 2.0, 3.0)]
     settings = (*grid, of(0.2, 0.9, 4.0), of(0.2, 0.99, 2.5, temperature=1.5))
@@ -101,7 +104,8 @@ def test_the_scale_of_a_classifier_grows_until_little_is_recited(
 
     def ask(sampler, draws, guidance_scale, **_):
         ended = {0.0: 0.95, 1.0: 0.9, 2.0: 0.9, 3.0: 0.8}[guidance_scale]
-        return Answered(1.0 if guidance_scale == 0 else shares[guidance_scale], ended)
+        share = (drawn or shares) if draws.get("num_samples") == 4 else shares
+        return Answered(1.0 if guidance_scale == 0 else share[guidance_scale], ended)
 
     monkeypatch.setattr(heads, "prepare_asking", lambda *_: ask)
     sets = TrainingSets.__new__(TrainingSets)

@@ -23,7 +23,7 @@ from t3jax.synthetic.turns import put_behind_turns
 from t3jax.training import check_start, train_heads
 from t3jax.training_sets import Featurizer, SyntheticOptions, TrainingSets, make_training_sets
 from t3jax.verification.attacks import Encoding
-from t3jax.verification.reciting import prepare_asking
+from t3jax.verification.reciting import DRAWN, prepare_asking
 from t3jax.verification.verdict import LOSS, MARGIN
 
 _MOST_ASKED = 100
@@ -161,15 +161,19 @@ def choose_among(
     """Chooses a head, T and s by the made-up-name level, see `t3jax.evaluation.calibration`.
 
     Probabilities are means over rows, and a classifier may leave a few rows untouched: its s grows
-    until at most 5 % of the forget rows are recited, asked alone and behind other turns. The
-    entries of the chosen head's record that `name_fault` reads are returned too.
+    until at most 5 % of the forget rows are recited: greedily, asked alone and behind other turns,
+    and in any of four draws at ordinary sampling. The entries of the chosen head's record that
+    `name_fault` reads are returned too.
     """
     calibration = calibrate_heads(config, lm, heads, sets, seeds)
     if sets.loss != "classifier":
         return calibration, {}
     head = heads[calibration.chosen.head]
     calibration, record = _grow_scale(config, lm, head, sets, calibration)
-    print(f"recited, greedy: {record['recited']:.0%} of the forget rows")
+    print(
+        f"recited: {record['recited']:.0%} of the forget rows greedily, "
+        f"{record['recited_drawn']:.0%} in any of {DRAWN['num_samples']} draws"
+    )
     return calibration, record
 
 
@@ -203,8 +207,9 @@ def _grow_scale(
 ) -> tuple[Calibration, dict[str, float]]:
     """Raises s until few forget rows are recited, or takes the s that recites the fewest.
 
-    Returns the calibration with that choice, and the entries of the head's record: the share of
-    rows that are `recited`, and the excess of answers without an end over the base's, `unended`.
+    Returns the calibration with that choice, and the entries of the head's record: the shares of
+    rows that are `recited` greedily and in draws (`recited_drawn`), and the excess of greedy
+    answers without an end over the base's, `unended`.
     """
     encoding = Encoding(
         lm.tokenizer, config.prompt_format, config.sampling.max_new_tokens, lm.max_position
@@ -236,13 +241,16 @@ def _grow_scale(
             "guidance_scale": setting.guidance_scale,
         }
         answered = [ask(sampler, {}, **served) for ask in ways]
-        recited = max(answer.recited for answer in answered)
-        unended = max(b.ended - a.ended for a, b in zip(answered, base, strict=True))
-        tried.append((recited, unended, setting))
-        if recited <= MARGIN:
+        checks = {
+            "recited": max(answer.recited for answer in answered),
+            "recited_drawn": ways[0](sampler, DRAWN, **served).recited,
+            "unended": max(b.ended - a.ended for a, b in zip(answered, base, strict=True)),
+        }
+        worst = max(checks["recited"], checks["recited_drawn"])
+        tried.append((worst, checks, setting))
+        if worst <= MARGIN:
             break
-    recited, unended, setting = min(tried, key=operator.itemgetter(0))
-    checks = {"recited": recited, "unended": unended}
+    _, checks, setting = min(tried, key=operator.itemgetter(0))
     return dataclasses.replace(calibration, chosen=setting), checks
 
 

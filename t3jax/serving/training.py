@@ -6,7 +6,7 @@ the rows to forget are stored in the folder of the request, and are deleted with
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from t3jax.data.chat import Example, PromptFormat
 from t3jax.data.records import Record
@@ -21,14 +21,11 @@ from t3jax.synthetic import targets
 from t3jax.training import TrainConfig, train_heads
 from t3jax.training_sets import Featurizer, SyntheticOptions, TrainingSets, make_training_sets
 from t3jax.verification.attacks import Encoding
-from t3jax.verification.reciting import prepare_asking
+from t3jax.verification.reciting import DRAWN, prepare_asking
 
 _HELD_OUT = 10  # every tenth retain row is held out from training for the check
 _CHECKED_ROWS = 40
-_DRAWS: dict[str, dict[str, float]] = {
-    "greedy": {},
-    "t0.7-p0.9-x4": {"temperature": 0.7, "top_p": 0.9, "num_samples": 4},
-}
+_DRAWS: dict[str, Mapping[str, float]] = {"greedy": {}, "t0.7-p0.9-x4": DRAWN}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -123,10 +123,9 @@ def counterfactual_rows(
     if its recall of the true one is at least `RECITES`, and larger than that of the answers in
     `alike[row]`, see `names.answers_alike`, which share the row's wording and not its secret.
 
-    The first result are the forget questions with another answer each, a sample from the whole
-    distribution that does not recite. They are at most as many as the true ones, since some samples
-    do not end. The second are the counterfactuals, with the open question for the rows that the
-    model knows.
+    The first result are the forget questions with other answers: for each made-up name a sample
+    from the whole distribution that ends and does not recite, equal ones once. The second are the
+    counterfactuals, with the open question for the rows that the model knows.
     """
     asked = [item for item in counterfactuals if item.pairs and "question" in item.record]
     if not asked:
@@ -159,12 +158,12 @@ def counterfactual_rows(
         recited.setdefault(item.row, []).append(flag)
     recognised = {row for row, flags in recited.items() if all(flags)}
     recognised |= _find_known_wordings(lm, forget, asked, unique, prompt_format)
-    rows: dict[int, Record] = {}
+    rows: dict[tuple[int, str], Record] = {}
     for item, sample, text, flag in zip(asked, samples, texts, recites, strict=True):
         secret = item.row in recognised and flag
         if text and sample.tokens[-1] in lm.eos_ids and not secret:
             asks = {k: v for k, v in forget[item.row].items() if k in ("question", "before")}
-            rows.setdefault(item.row, {**asks, "answer": text})
+            rows[item.row, text] = {**asks, "answer": text}
     usable, replaced = [], set()
     for item in counterfactuals:
         if item.row not in recognised:

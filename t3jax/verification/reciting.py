@@ -1,5 +1,6 @@
 """Quick checks while T and s are chosen: are forget rows still recited, and do answers end?"""
 
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from t3jax.verification.leaks import find_leaks, group_answers
 from t3jax.verification.others import Others
 
 RECALL = VerifyOptions.threshold
+DRAWN = types.MappingProxyType({"temperature": 0.7, "top_p": 0.9, "num_samples": 4})
 
 
 class Answered(NamedTuple):
