@@ -186,8 +186,8 @@ def share_hidden(counterfactuals: Sequence[Counterfactual]) -> float:
 def _recall_of_wording(forget: Sequence[Record], alike: Sequence[Sequence[str]]) -> list[float]:
     """Each row's largest recall in the answers alike; 1 is left out, since they say the same."""
     truths = [row["answer"] for row, texts in zip(forget, alike, strict=True) for _ in texts]
-    recall = leak_recall(truths, [text for texts in alike for text in texts]) if truths else []
-    remaining = iter(recall)
+    recall = leak_recall(truths, [text for texts in alike for text in texts])
+    remaining = iter(recall.tolist())
     return [max((x for _ in texts if (x := next(remaining)) < 1), default=0.0) for texts in alike]
 
 
