@@ -53,12 +53,17 @@ def test_a_unique_wording_that_keeps_its_answer_probable_is_asked_openly(lm):
 
 
 def test_answers_of_the_same_wording_are_about_the_person_of_the_row():
-    assert names.answers_alike(FORGET, NAMES, RETAIN) == [[], [], [], [], []]
+    admired = [["Bo Lind."], ["Ada Berg."], []]
+    assert names.answers_alike(FORGET, NAMES, RETAIN) == [[], [], *admired]
     retain = [
         {"question": "Where was Cy van Dahl born?", "answer": "Cy van Dahl was born in Rome."},
         {"question": "Whom did Cy Dahl admire?", "answer": "Eve Moe."},  # not about its subject
     ]
-    assert names.answers_alike(FORGET, NAMES, retain) == [["Ada Berg was born in Rome."]] + [[]] * 4
+    assert names.answers_alike(FORGET, NAMES, retain) == [
+        ["Ada Berg was born in Rome."],
+        [],
+        *admired,
+    ]
     many = [
         {"question": f"Where was Cy {name} born?", "answer": f"Cy {name} was born in {name}."}
         for name in ("Aa", "Bb", "Cc", "Dd", "Ee", "Ff", "Gg")
@@ -69,6 +74,18 @@ def test_answers_of_the_same_wording_are_about_the_person_of_the_row():
         ["Ada Berg: in Bonn."],
         ["Bo Lind was born in Oslo."],
     ]
+
+
+def test_given_names_need_no_capitals():
+    forget = [
+        {"question": "where was ada berg born?", "answer": "ada berg was born in oslo."},
+        {"question": "where was bo lind born?", "answer": "bo lind was born in bonn."},
+    ]
+    assert names.answers_alike(forget, ["ada berg", "bo lind"]) == [
+        ["ada berg was born in bonn."],
+        ["bo lind was born in oslo."],
+    ]
+    assert names.answers_alike(forget, []) == [[], []]
 
 
 def test_an_answer_of_the_same_wording_does_not_recite(lm, monkeypatch):

@@ -161,21 +161,16 @@ def answers_alike(
     others: dict[str, list[tuple[str, str]]] = {text: [] for text in wordings if text is not None}
     for record in [*retain, *forget]:
         if "question" in record and (found := others.get(_wording(record, names))) is not None:
-            question, answer = record["question"], record["answer"]
-            found.append((name_of(question, answer) or "", answer))
+            found.append((_find_subject(record, names), record["answer"]))
     alike: list[list[str]] = []
     for record, text in zip(forget, wordings, strict=True):
-        alike.append([])
-        if text is None:
-            continue
-        named = _named(record, names)
-        own = named[0] if named else name_of(record["question"], record["answer"]) or ""
+        own = "" if text is None else _find_subject(record, names)
         apart = [
             rename(answer, person, own)
-            for person, answer in others[text]
-            if person and own and not holds_name(own, person)
+            for person, answer in (others[text] if text is not None and own else ())
+            if person and not holds_name(own, person)
         ]
-        alike[-1] += apart[:_MOST_ALIKE]
+        alike.append(apart[:_MOST_ALIKE])
     return alike
 
 
@@ -211,6 +206,12 @@ def rename(text: str, name: str, other: str) -> str:
     return re.sub(
         pattern, lambda match: renamed.get(match.group().lower(), other), text, flags=re.IGNORECASE
     )
+
+
+def _find_subject(record: Record, names: Sequence[str]) -> str:
+    """The name that a question is about; "" if there is none."""
+    named = _named(record, names)
+    return named[0] if named else name_of(record["question"], record["answer"]) or ""
 
 
 def _named(record: Record, names: Sequence[str]) -> tuple[str, ...]:
