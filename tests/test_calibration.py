@@ -86,7 +86,7 @@ def test_settings_are_compared_with_the_made_up_name_level(tiny_lm, texts):
     ("shares", "drawn", "scale", "recited", "fault"),
     [
         ({1.0: 0.04}, {}, 1.0, 0.04, ""),
-        ({1.0: 0.04, 2.0: 0.02}, {1.0: 0.06, 2.0: 0.05}, 2.0, 0.02, ""),
+        ({1.0: 0.04, 2.0: 0.02}, {1.0: 0.1, 2.0: 0.09}, 2.0, 0.02, ""),
         ({1.0: 0.3, 2.0: 0.06, 3.0: 0.05}, {}, 3.0, 0.05, "makes answers that do not end"),
         # 4 harms, and other heads and T are others.
         ({1.0: 0.3, 2.0: 0.1, 3.0: 0.2}, {}, 2.0, 0.1, "recites forget rows"),
@@ -105,7 +105,7 @@ def test_the_scale_of_a_classifier_grows_until_little_is_recited(
     def ask(sampler, draws, guidance_scale, **_):
         ended = {0.0: 0.95, 1.0: 0.9, 2.0: 0.9, 3.0: 0.8}[guidance_scale]
         share = (drawn or shares) if draws.get("num_samples") == 4 else shares
-        return Answered(1.0 if guidance_scale == 0 else share[guidance_scale], ended)
+        return Answered(1.0 if guidance_scale == 0 else share[guidance_scale], ended, 100)
 
     monkeypatch.setattr(heads, "prepare_asking", lambda *_: ask)
     sets = TrainingSets.__new__(TrainingSets)

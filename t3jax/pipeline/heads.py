@@ -24,7 +24,7 @@ from t3jax.training import check_start, train_heads
 from t3jax.training_sets import Featurizer, SyntheticOptions, TrainingSets, make_training_sets
 from t3jax.verification.attacks import Encoding
 from t3jax.verification.reciting import DRAWN, prepare_asking
-from t3jax.verification.verdict import LOSS, MARGIN
+from t3jax.verification.verdict import LOSS, MARGIN, wilson
 
 _MOST_ASKED = 100
 
@@ -161,9 +161,9 @@ def choose_among(
     """Chooses a head, T and s by the made-up-name level, see `t3jax.evaluation.calibration`.
 
     Probabilities are means over rows, and a classifier may leave a few rows untouched: its s grows
-    until at most 5 % of the forget rows are recited: greedily, asked alone and behind other turns,
-    and in any of four draws at ordinary sampling. The entries of the chosen head's record that
-    `name_fault` reads are returned too.
+    until at most 5 % of the forget rows are recited greedily, alone and behind other turns, and at
+    most 5 %, give or take what 95 % of such samples vary, in any of four draws at ordinary
+    sampling. The entries of the chosen head's record that `name_fault` reads are returned too.
     """
     calibration = calibrate_heads(config, lm, heads, sets, seeds)
     if sets.loss != "classifier":
@@ -241,16 +241,17 @@ def _grow_scale(
             "guidance_scale": setting.guidance_scale,
         }
         answered = [ask(sampler, {}, **served) for ask in ways]
+        drawn = ways[0](sampler, DRAWN, **served)
         checks = {
             "recited": max(answer.recited for answer in answered),
-            "recited_drawn": ways[0](sampler, DRAWN, **served).recited,
+            "recited_drawn": drawn.recited,
             "unended": max(b.ended - a.ended for a, b in zip(answered, base, strict=True)),
         }
-        worst = max(checks["recited"], checks["recited_drawn"])
-        tried.append((worst, checks, setting))
-        if worst <= MARGIN:
+        if checks["recited"] <= MARGIN and wilson(drawn.recited, drawn.rows).low <= MARGIN:
             break
-    _, checks, setting = min(tried, key=operator.itemgetter(0))
+        tried.append((max(checks["recited"], drawn.recited), checks, setting))
+    else:
+        _, checks, setting = min(tried, key=operator.itemgetter(0))
     return dataclasses.replace(calibration, chosen=setting), checks
 
 

@@ -21,10 +21,12 @@ class Answered(NamedTuple):
     Attributes:
         recited: Share of the rows that leak, see `find_leaks`.
         ended: Share of the answers that end before the longest answer.
+        rows: Number of rows.
     """
 
     recited: float
     ended: float
+    rows: int
 
 
 def prepare_asking(
@@ -57,6 +59,6 @@ def prepare_asking(
         tries = group_answers(attack, samples)
         pools = overlap.recall(attack, tries)
         leaks = find_leaks(attack, tries, wording, pools, RECALL).leaks
-        return Answered(float(leaks.mean()), share_ended(samples, sampler.lm.eos_ids))
+        return Answered(float(leaks.mean()), share_ended(samples, sampler.lm.eos_ids), len(leaks))
 
     return ask
