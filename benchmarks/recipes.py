@@ -1,12 +1,12 @@
-"""Training the two kinds of head: the published recipe and the default, distilled one.
+"""Training each kind of head: the published recipe's, and the default's two.
 
     python -m benchmarks recipes
 
 One process, on random features of 200 forget and 1,000 retain answers of TOFU's lengths, at the
 size of SmolLM2-135M (width 576, 49,152 tokens) and of an 8B model (width 4,096, 128,256 tokens).
-The distilled head has the default's features (twice the width), rank, GELU and 80 candidate tokens
-a position. Times are of one epoch, without compiling and copying: the recipes differ in their
-number of epochs.
+The default's heads, a classifier and a distilled one, have its features (twice the width), rank and
+GELU; the distilled one has 80 candidate tokens a position. Times are of one epoch, without
+compiling and copying: the recipes differ in their number of epochs.
 """
 
 import dataclasses
@@ -25,6 +25,11 @@ from t3jax.settings import Settings, from_config
 from t3jax.synthetic.targets import CANDIDATES, REST
 from t3jax.training import train_heads
 
+KINDS = {
+    "published": (paper, "classifier"),
+    "classifier": (default, "classifier"),
+    "distilled": (default, "distillation"),
+}
 SIZES = {"135M": (576, 49_152), "8B": (4_096, 128_256)}
 
 
@@ -43,16 +48,16 @@ def main() -> None:
 
 
 def compare(width: int, vocabulary: int, epochs: int, repeats: int) -> Measured:
-    """Seconds an epoch of both recipes in turn, after first runs that are not counted."""
+    """Seconds an epoch of each kind in turn, after first runs that are not counted."""
     announce(f"width {width}, {vocabulary} tokens")
-    seconds: dict[str, list[float]] = {"published": [], "default": []}
+    seconds: dict[str, list[float]] = {name: [] for name in KINDS}
     works = {}
-    for name, module in (("published", paper), ("default", default)):
+    for name, (module, loss) in KINDS.items():
         settings = from_config(Settings, module.get_config())
         head_config = narrow(
             HeadConfig, settings.classifier, hidden_size=width, vocab_size=vocabulary
         )
-        recipe = dataclasses.replace(settings.train, epochs=epochs)
+        recipe = dataclasses.replace(settings.train.settle_loss(loss), epochs=epochs)
         wide = dataclasses.replace(head_config, hidden_size=head_config.feature_size)
         sets = [random_features(count, seed, wide) for count, seed in ((1000, 0), (200, 1))]
         if recipe.loss == "distillation":
@@ -70,7 +75,11 @@ def compare(width: int, vocabulary: int, epochs: int, repeats: int) -> Measured:
     figures: dict[str, Any] = {
         f"{name}_seconds_an_epoch": float(np.median(seconds[name])) for name in seconds
     }
-    figures["default_over_published"] = ratio(seconds["default"], seconds["published"])
+    figures |= {
+        f"{name}_over_published": ratio(seconds[name], seconds["published"])
+        for name in seconds
+        if name != "published"
+    }
     return figures, {"seconds an epoch": seconds}
 
 

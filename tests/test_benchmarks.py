@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
+from benchmarks import head, recipes
 from benchmarks.__main__ import NAMES, main
 from benchmarks.ceilings import forward_operations, weight_bytes
 from benchmarks.peer import Peer
@@ -81,3 +82,13 @@ def test_every_benchmark_tells_its_options(name, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         main()
     assert "usage: python -m benchmarks" in capsys.readouterr().out
+
+
+def test_every_kind_of_head_is_trained(monkeypatch):
+    monkeypatch.setattr("benchmarks.side_by_side._PAUSE", 0.0)
+    monkeypatch.setattr(
+        recipes, "random_features", lambda _, seed, config: head.random_features(4, seed, config)
+    )
+    figures, details = recipes.compare(width=8, vocabulary=256, epochs=1, repeats=1)
+    assert set(details["seconds an epoch"]) == {"published", "classifier", "distilled"}
+    assert figures["distilled_over_published"]["median"] > 0
