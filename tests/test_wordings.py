@@ -107,7 +107,7 @@ def test_an_answer_of_the_same_wording_does_not_recite(lm, monkeypatch):
     others, used = write(answers("Lima"), alike)
     assert others == [{"question": FORGET[0]["question"], "answer": "Ada Berg was born in Lima."}]
     assert counterfactual.share_hidden(used) == 1
-    for of_town, texts in (("Oslo", alike), ("Lima", None)):
+    for of_town, texts in (("Oslo", alike), ("Lima", ())):
         others, used = write(answers(of_town), texts)
         assert others == []
         assert counterfactual.share_hidden(used) == 0

@@ -175,9 +175,10 @@ def calibrate(
                 *settings[i].heads,
             )
         )
+    made_up_probability, base_probability = float(level.mean()), float(forgotten[0].mean())
     return Calibration(
-        choose_setting(results, float(level.mean()), float(forgotten[0].mean())),
+        choose_setting(results, made_up_probability, base_probability),
         tuple(results),
-        float(level.mean()),
-        float(forgotten[0].mean()),
+        made_up_probability,
+        base_probability,
     )

@@ -89,6 +89,15 @@ def leak_recall(
     return recall
 
 
+def recall_of_wording(ground_truth: str, texts: Sequence[str]) -> float:
+    """Largest recall of a right answer in texts about others; 0 without any.
+
+    A recall of 1 is left out: that text says the same, which is not a matter of wording.
+    """
+    recall = leak_recall([ground_truth] * len(texts), texts)
+    return float(recall[recall < 1].max(initial=0.0))
+
+
 def _rouge_reads(text: str) -> bool:
     """Whether ROUGE's tokenizer sees all letters and digits; quotes and dashes do not matter."""
     if text.isascii():

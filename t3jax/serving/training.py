@@ -6,7 +6,7 @@ the rows to forget are stored in the folder of the request, and are deleted with
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from t3jax.data.chat import Example, PromptFormat
 from t3jax.data.records import Record
@@ -20,12 +20,12 @@ from t3jax.synthetic import names as names_lib
 from t3jax.synthetic import targets
 from t3jax.training import TrainConfig, train_heads
 from t3jax.training_sets import Featurizer, SyntheticOptions, TrainingSets, make_training_sets
-from t3jax.verification.attacks import Encoding
+from t3jax.verification.attacks import GREEDY, Encoding, Sampling
 from t3jax.verification.reciting import DRAWN, prepare_asking
 
 _HELD_OUT = 10  # every tenth retain row is held out from training for the check
 _CHECKED_ROWS = 40
-_DRAWS: dict[str, Mapping[str, float]] = {"greedy": {}, "t0.7-p0.9-x4": DRAWN}
+_DRAWS: dict[str, Sampling] = {"greedy": GREEDY, "t0.7-p0.9-x4": DRAWN}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ import numpy as np
 
 from t3jax.data.chat import PromptFormat, encode_prompt, encode_records
 from t3jax.data.records import Record
-from t3jax.evaluation.recall import leak_recall
+from t3jax.evaluation.recall import leak_recall, recall_of_wording
 from t3jax.evaluation.scoring import score_texts
 from t3jax.evaluation.settings import BASE
 from t3jax.lm.model import LM
@@ -111,7 +111,7 @@ def counterfactual_rows(
     options: SyntheticOptions,
     *,
     unique: Collection[int] = (),
-    alike: Sequence[Sequence[str]] | None = None,
+    alike: Sequence[Sequence[str]] = (),
     progress: str | None = None,
 ) -> tuple[list[Record], list[Counterfactual]]:
     """Lets the base model answer the counterfactual questions, and swaps the names back.
@@ -149,9 +149,14 @@ def counterfactual_rows(
         item.swap_back(sample.text).strip() for item, sample in zip(asked, samples, strict=True)
     ]
     recall = leak_recall([forget[item.row]["answer"] for item in asked], texts)
-    wording = _recall_of_wording(forget, alike or [()] * len(forget))
+    wording = {
+        row: recall_of_wording(forget[row]["answer"], texts)
+        for row, texts in enumerate(alike)
+        if texts
+    }
     recites = [
-        bool(x >= RECITES and x > wording[item.row]) for item, x in zip(asked, recall, strict=True)
+        bool(x >= RECITES and x > wording.get(item.row, 0.0))
+        for item, x in zip(asked, recall, strict=True)
     ]
     recited: dict[int, list[bool]] = {}
     for item, flag in zip(asked, recites, strict=True):
@@ -181,14 +186,6 @@ def share_hidden(counterfactuals: Sequence[Counterfactual]) -> float:
     """Share of the forget rows whose counterfactuals ask their own question, not an open one."""
     openly = {item.row: item.record.get("question") == _OPEN_QUESTION for item in counterfactuals}
     return 1 - sum(openly.values()) / len(openly)
-
-
-def _recall_of_wording(forget: Sequence[Record], alike: Sequence[Sequence[str]]) -> list[float]:
-    """Each row's largest recall in the answers alike; 1 is left out, since they say the same."""
-    truths = [row["answer"] for row, texts in zip(forget, alike, strict=True) for _ in texts]
-    recall = leak_recall(truths, [text for texts in alike for text in texts])
-    remaining = iter(recall.tolist())
-    return [max((x for _ in texts if (x := next(remaining)) < 1), default=0.0) for texts in alike]
 
 
 def _find_known_wordings(

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from t3jax.data.records import Record, evenly_spread
-from t3jax.evaluation.recall import leak_recall
+from t3jax.evaluation.recall import recall_of_wording
 from t3jax.synthetic.counterfactual import Counterfactual
 from t3jax.synthetic.names import name_of, rename
 from t3jax.verification.attacks import Attack
@@ -57,17 +57,13 @@ class Others:
         self.shared: dict[tuple[int, str], float] = {}
 
     def wording(self, attack: Attack) -> Float[np.ndarray, "rows"]:
-        """Largest recall of each true answer in those of similar retain rows, `[rows]`; else 0.
-
-        A recall of 1 is left out: that row says the same, which is not a matter of wording.
-        """
+        """`recall_of_wording` of each true answer in those of similar retain rows, `[rows]`."""
         shared = []
         for row, truth in zip(attack.rows, attack.truths, strict=True):
             if (row, truth) not in self.shared:
                 about = self.asked[row]
                 texts = [about.adopt(other, other.truth) for other in self.retained[row]]
-                recall = leak_recall([truth] * len(texts), texts)
-                self.shared[row, truth] = float(recall[recall < 1].max(initial=0.0))
+                self.shared[row, truth] = recall_of_wording(truth, texts)
             shared.append(self.shared[row, truth])
         return np.array(shared, np.float64)
 

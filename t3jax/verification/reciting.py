@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 from t3jax.data.records import Record, evenly_spread
 from t3jax.sampling import Sampler, SamplingOptions
 from t3jax.verification.asking import VerifyOptions, share_ended
-from t3jax.verification.attacks import Encoding, ask_once
+from t3jax.verification.attacks import SAMPLINGS, Encoding, Sampling, ask_once
 from t3jax.verification.leaks import find_leaks, group_answers
 from t3jax.verification.others import Others
 
 RECALL = VerifyOptions.threshold
-DRAWN = types.MappingProxyType({"temperature": 0.7, "top_p": 0.9, "num_samples": 4})
+DRAWN: Sampling = types.MappingProxyType({**SAMPLINGS["t0.7-p0.9"][1], "num_samples": 4})
 
 
 class Answered(NamedTuple):
